@@ -1,0 +1,259 @@
+"""What people configure. One closed model is the definition of the flags, the YAML file and the stored run.
+
+A field's description is its help text, its ``section`` the heading under which ``--help`` lists it. Only what
+can be judged without opening a file is checked here; the job checks the rest before any work starts.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from schemas.video import ClipSpec, ResizePolicy, TailPolicy, parse_rate
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes from ``128MiB``, ``2GB`` or a plain number.
+
+    Raises:
+        ValueError: neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if not match or match[2].lower() not in _UNITS:
+        raise ValueError(f"a size is a number of bytes or one such as 128MiB or 2GB, got {value!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_size(value: object) -> tuple[int, int]:
+    """(height, width) from ``256``, ``256x448`` (height x width) or a pair.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        value = f"{value[0]}x{value[1]}"
+    match = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str(value))
+    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
+        raise ValueError(f"a size is one side such as 256, or height x width such as 256x448, got {value!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _rate_text(rate: Fraction) -> str:
+    return str(rate)
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+Rate = Annotated[Fraction, BeforeValidator(lambda v: parse_rate(v)), PlainSerializer(_rate_text)]
+FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]
+ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
+
+
+def setting(
+    default: Any = ...,
+    *,
+    section: str,
+    help: str,
+    metavar: str | None = None,
+    short: str | None = None,
+    **limits: Any,
+) -> Any:
+    """A documented field: its help text, the section of ``--help`` it stands in, its short flag, and its limits."""
+    extra: dict[str, Any] = {"section": section, "metavar": metavar, "short": short}
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+class TokenizeRun(BaseModel):
+    """Everything that decides a tokenization run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    inputs: list[str] = setting(
+        section="Input",
+        min_length=1,
+        help="Videos: files, folders (searched recursively), globs, or manifests (.parquet, .csv, .jsonl with a "
+        "'uri' column; every further column travels to the token rows). Local, or any URL that fsspec opens, "
+        "such as s3://bucket/clips/*.mp4.",
+    )
+    limit: int | None = setting(
+        None, section="Input", ge=1, metavar="N", help="Take only the first N videos, in sorted order."
+    )
+
+    out: str = setting(
+        section="Output",
+        metavar="FOLDER",
+        help="Folder for the result, local or remote: shards/*.parquet, rejects/*.parquet, plan.parquet, run.json.",
+    )
+    shard_size: ByteSize = setting(
+        128 << 20,
+        section="Output",
+        metavar="BYTES",
+        help="Aim for shards of this size, such as 128MiB. See also --commit-minutes.",
+    )
+    commit_minutes: float = setting(
+        10.0,
+        section="Output",
+        gt=0,
+        metavar="MINUTES",
+        help="Commit a smaller shard rather than hold finished clips longer than this: what an interruption can cost.",
+    )
+    keep_logvar: bool = setting(
+        False, section="Output", help="For KL tokenizers: store the log-variance beside the mean."
+    )
+    max_reject_share: float = setting(
+        1.0,
+        section="Output",
+        ge=0.0,
+        le=1.0,
+        metavar="SHARE",
+        help="Fail (exit code 1) when more than this share of the videos is rejected, in whole or in part. "
+        "The default never fails: rejects are counted, and listed in rejects/.",
+    )
+
+    tokenizer: str = setting(
+        section="Tokenizer",
+        metavar="NAME",
+        help="Which model: a name from `vidshard tokenizers`.",
+    )
+    weights: str | None = setting(
+        None,
+        section="Tokenizer",
+        metavar="FILE",
+        help="Its weights: .safetensors, or a .ckpt (read without executing anything). Must fit the model exactly.",
+    )
+    random_weights: int | None = setting(
+        None,
+        section="Tokenizer",
+        ge=0,
+        metavar="SEED",
+        help="Use seeded random weights instead, to try the machinery. The tokens mean nothing; the summary and "
+        "every shard say so.",
+    )
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        section="Tokenizer",
+        help="Compute type of the encoder; the quantizer always computes in float32. Part of the tokens' identity: "
+        "bfloat16 changes some of them.",
+    )
+
+    fps: Rate = setting(
+        Fraction(8),
+        section="Sampling",
+        metavar="RATE",
+        help="Frames per second of the time grid: 8, 7.5 or 30000/1001. Each grid time takes the frame on screen at "
+        "that moment, whatever the source's rate.",
+    )
+    frames: int = setting(
+        17,
+        section="Sampling",
+        ge=1,
+        metavar="T",
+        help="Frames per clip; for causal tokenizers 1 plus a multiple of the temporal stride.",
+    )
+    tail: TailPolicy = setting(
+        "pad",
+        section="Sampling",
+        help="A last clip that is not full: 'pad' repeats its last frame and records num_valid_frames, 'drop' leaves "
+        "it out.",
+    )
+    size: FrameSize = setting(
+        (256, 256),
+        section="Sampling",
+        metavar="SIZE",
+        help="Frame size: 256 for a square, 256x448 for height x width; divisible by the tokenizer's spatial stride.",
+    )
+    resize: ResizePolicy = setting(
+        "crop",
+        section="Sampling",
+        help="'crop' scales until the frame is covered and cuts the centre, 'stretch' ignores the aspect ratio, "
+        "'pad' scales until it fits and adds black bars.",
+    )
+
+    batch_size: int | None = setting(
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        help="Clips per forward pass, from as many videos as it takes. Default: 8 on a GPU, 1 on a CPU.",
+    )
+    encode_workers: int | None = setting(
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        help="Encoder processes. Default: one for each GPU share; without GPUs one for each four CPUs.",
+    )
+    gpus_per_worker: float = setting(
+        1.0,
+        section="Execution",
+        gt=0,
+        metavar="SHARE",
+        help="GPUs of one encoder, a fraction to let several share one. Ignored where there are no GPUs.",
+    )
+    encode_threads: int | None = setting(
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        help="Threads of one encoder on a CPU. Default: the CPUs divided by the encoders.",
+    )
+    decode_workers: int | None = setting(
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        help="Decode at most N videos at once. Default: as many as there are free CPUs.",
+    )
+    decode_timeout: float = setting(
+        600.0,
+        section="Execution",
+        gt=0,
+        metavar="SECONDS",
+        help="Give up on a stretch of video that takes longer than this to decode, and reject it.",
+    )
+    clips_per_span: int | None = setting(
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        help="Clips in one unit of work. Default: as many as fit 32 MiB of frames.",
+    )
+    ray_address: str | None = setting(
+        None,
+        section="Execution",
+        metavar="ADDRESS",
+        help="Cluster to run on, such as 'auto' or ray://head:10001. Default: $RAY_ADDRESS, or a Ray of its own on "
+        "this machine.",
+    )
+    object_store: ByteSize | None = setting(
+        None,
+        section="Execution",
+        metavar="BYTES",
+        help="Memory for frames in flight when Ray starts on this machine, such as 2GiB. Default: Ray's choice.",
+    )
+    verbose: bool = setting(False, section="Execution", short="-v", help="Show Ray's own log and progress.")
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> TokenizeRun:
+        if self.weights is not None and self.random_weights is not None:
+            raise ValueError("give either weights or random_weights, not both")
+        return self
+
+    @property
+    def clip_spec(self) -> ClipSpec:
+        """How videos become clips."""
+        return ClipSpec(
+            fps=self.fps,
+            num_frames=self.frames,
+            height=self.size[0],
+            width=self.size[1],
+            tail=self.tail,
+            resize=self.resize,
+        )

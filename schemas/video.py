@@ -1,0 +1,282 @@
+"""What travels in memory on the way from a file to clips: VideoRef, VideoProbe, Span, Clip, Rejection.
+
+Plain frozen records with their shape rules. Times are exact: a stream's own integer ticks and its rational
+time base stand in the records, seconds are derived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+TailPolicy = Literal["pad", "drop"]
+ResizePolicy = Literal["crop", "stretch", "pad"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRef:
+    """A file that claims to be a video: found, not yet opened."""
+
+    uri: str
+    """Where it is: an absolute local path, or a URL that fsspec understands."""
+    num_bytes: int
+    """Size as the file system states it; -1 where it does not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoProbe:
+    """What a container's header says of its video stream, and the time of the first frame."""
+
+    video_id: str
+    """Hex digest of the content: the same for copies of a file anywhere, another when a byte count differs."""
+    uri: str
+    num_bytes: int
+    time_base: Fraction
+    """Seconds per tick of the video stream."""
+    grid_start_pts: int
+    """Presentation time of the first frame that decodes, in ticks: where the sampling grid begins."""
+    duration_seconds_from_header: float
+    """From the first frame to the end of the last, as claimed; never trusted for what is decoded."""
+    source: VideoSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoSource:
+    """Facts of the source that are stored with every clip."""
+
+    width: int
+    """As displayed: after rotation metadata and non-square pixels."""
+    height: int
+    """As displayed."""
+    codec: str
+    fps: float
+    """Average frame rate according to the header; 0.0 where it does not say."""
+    rotation_degrees: int
+    """Clockwise turn that was applied for display: 0, 90, 180 or 270."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipSpec:
+    """How any video becomes clips: the time grid, the length of a clip, and the geometry."""
+
+    fps: Fraction
+    """Grid rate in frames per second, positive and exact."""
+    num_frames: int
+    """Frames per clip, at least 1."""
+    height: int
+    width: int
+    tail: TailPolicy = "pad"
+    """A last clip that is not full: ``pad`` repeats its last frame, ``drop`` leaves it out."""
+    resize: ResizePolicy = "crop"
+    """``crop`` scales until the frame is covered and cuts the centre, ``stretch`` ignores the aspect
+    ratio, ``pad`` scales until it fits and adds black bars."""
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        for name in ("num_frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def clip_seconds(self) -> Fraction:
+        """Time from one clip's start to the next one's."""
+        return self.num_frames / self.fps
+
+    @property
+    def clip_bytes(self) -> int:
+        """Size of one clip's frames as uint8 RGB."""
+        return self.num_frames * self.height * self.width * 3
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits that change with every setting, the middle part of a clip id."""
+        text = f"{self.fps}|{self.num_frames}|{self.height}x{self.width}|{self.tail}|{self.resize}"
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def clip_id(self, video_id: str, clip_index: int) -> str:
+        """Id of one clip: the same on every machine and in every run with these settings."""
+        return f"{video_id}-{self.digest}-{clip_index:06d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A stretch of one video that one task decodes: clips ``first_clip`` up to ``end_clip``, exclusive."""
+
+    video_id: str
+    uri: str
+    time_base: Fraction
+    grid_start_pts: int
+    first_clip: int
+    end_clip: int | None
+    """None for the last span of a video: it runs to the end, wherever that turns out to be."""
+    duration_seconds_from_header: float
+    source: VideoSource
+
+    @property
+    def span_id(self) -> str:
+        """Unique in a plan and stable over reruns: the video and the first clip."""
+        return f"{self.video_id}-{self.first_clip:06d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """What was done to each frame: scaled to ``scaled_*``, then cut (or padded) to the clip's size."""
+
+    policy: ResizePolicy
+    scaled_width: int
+    scaled_height: int
+    left: int
+    """Columns cut at the left; negative when bars were added."""
+    top: int
+    """Rows cut at the top; negative when bars were added."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """Consecutive frames of one video on a fixed time grid."""
+
+    video_id: str
+    clip_index: int
+    frames: np.ndarray
+    """uint8, (T, H, W, 3), RGB in [0, 255]."""
+    start_seconds: float
+    """Grid time of the first frame, in the source's presentation time."""
+    frame_pts_seconds: np.ndarray
+    """float64, (T,), non-decreasing: when the source shows each frame."""
+    num_valid_frames: int
+    """Frames from this one on repeat the last real frame; 1 to T."""
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        name = f"{self.video_id} clip {self.clip_index}"
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[-1] != 3:
+            raise ValueError(f"{name}: frames must be uint8 (T, H, W, 3), got {self.frames.dtype} {self.frames.shape}")
+        if self.frame_pts_seconds.shape != self.frames.shape[:1]:
+            raise ValueError(f"{name}: {len(self.frames)} frames but {self.frame_pts_seconds.shape} times")
+        if not 1 <= self.num_valid_frames <= len(self.frames):
+            raise ValueError(f"{name}: num_valid_frames {self.num_valid_frames} of {len(self.frames)} frames")
+
+    def __repr__(self) -> str:
+        pts = self.frame_pts_seconds
+        return (
+            f"Clip({self.video_id}[{self.clip_index}], frames={self.frames.shape}, "
+            f"{pts[0]:.2f}s to {pts[-1]:.2f}s, valid={self.num_valid_frames})"
+        )
+
+
+class Stage(StrEnum):
+    """Where a rejection arose."""
+
+    DISCOVER = "discover"
+    PROBE = "probe"
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class Reason(StrEnum):
+    """Why an input gave no tokens. A closed list: readers may branch on it."""
+
+    UNREADABLE = "unreadable"
+    """The file system refused: missing, no permission, connection lost."""
+    EMPTY_FILE = "empty_file"
+    """Zero bytes."""
+    NOT_A_VIDEO = "not_a_video"
+    """No container format was recognised."""
+    NO_VIDEO_STREAM = "no_video_stream"
+    """A container without moving pictures: audio only, or a cover image."""
+    NO_FRAMES = "no_frames"
+    """A video stream from which no frame could be decoded."""
+    DECODE_ERROR = "decode_error"
+    """The stream is damaged inside the span."""
+    TRUNCATED = "truncated"
+    """The frames end well before the header says they do."""
+    LONGER_THAN_HEADER = "longer_than_header"
+    """Far more frames than the header says, more than one task may hold."""
+    TOO_SHORT = "too_short"
+    """Under ``tail: drop``, shorter than one clip."""
+    DUPLICATE = "duplicate"
+    """The same content as another input, which was tokenized."""
+    DECODER_CRASHED = "decoder_crashed"
+    """The decoding process died on it (signal or out of memory)."""
+    DECODE_TIMEOUT = "decode_timeout"
+    """Decoding took longer than allowed."""
+    UNSUPPORTED = "unsupported"
+    """A codec, pixel format or size that this build cannot handle."""
+
+
+REMEDIES: dict[Reason, str] = {
+    Reason.UNREADABLE: "check that the path exists and that the workers may read it",
+    Reason.EMPTY_FILE: "copy the file again from its source",
+    Reason.NOT_A_VIDEO: "remove it from the input, or convert it to a video container",
+    Reason.NO_VIDEO_STREAM: "remove it from the input",
+    Reason.NO_FRAMES: "copy the file again, or re-encode it",
+    Reason.DECODE_ERROR: "copy the file again, or re-encode it (ffmpeg -err_detect ignore_err) to keep what is whole",
+    Reason.TRUNCATED: "copy the file again: its end is missing",
+    Reason.LONGER_THAN_HEADER: "remux it (ffmpeg -i in.mp4 -c copy out.mp4) so that the header states its length",
+    Reason.TOO_SHORT: "use --tail pad, fewer --frames or a higher --fps",
+    Reason.DUPLICATE: "nothing to do: the other copy was tokenized",
+    Reason.DECODER_CRASHED: "re-encode it; the file may be hostile",
+    Reason.DECODE_TIMEOUT: "raise --decode-timeout, or re-encode the file",
+    Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
+}
+"""What a person can do about each reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """An input, or a stretch of one, that gave no tokens, and why."""
+
+    uri: str
+    video_id: str | None
+    """None when the file could not be read far enough to have an id."""
+    span_id: str | None
+    """None when the whole video is meant."""
+    start_seconds: float | None
+    """Where the span begins, in seconds after the first frame; None for the whole video."""
+    stage: Stage
+    reason: Reason
+    detail: str
+    """One line for a person; without credentials."""
+
+
+class VideoError(Exception):
+    """A video cannot be used, for a reason from the closed list. Turned into a Rejection by the stage.
+
+    Any other exception out of a stage is a bug and ends the run.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)  # both, so that it survives pickling
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def parse_rate(text: str | int | float | Fraction) -> Fraction:
+    """An exact rate in frames per second from ``8``, ``7.5`` or ``30000/1001``.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    if isinstance(text, str) and not re.fullmatch(r"\s*\d+(\.\d+)?(\s*/\s*\d+)?\s*", text):
+        raise ValueError(f"a rate is a number or a fraction such as 8, 7.5 or 30000/1001, got {text!r}")
+    try:
+        if isinstance(text, str) and "/" in text:
+            numerator, denominator = text.split("/")
+            rate = Fraction(numerator.strip()) / Fraction(denominator.strip())
+        else:
+            rate = Fraction(str(text).strip())
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"a rate is a number or a fraction such as 8, 7.5 or 30000/1001, got {text!r}") from None
+    if rate <= 0:
+        raise ValueError(f"a rate must be positive, got {text!r}")
+    return rate
