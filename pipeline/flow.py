@@ -1,0 +1,78 @@
+"""The whole Ray Data graph of a tokenization run, and nothing else.
+
+    plan.parquet ──▶ SpanDecoder ──▶ ClipEncoder ──▶ rows for the driver's TokenShardSink
+     one row a span   CPU tasks        actor pool      shards/, rejects/
+
+Every stage gives one row for each it takes. Frames cross the object store as uint8. Token rows are small (10 kB a
+clip where its frames were 3.3 MB), so one process gathers them: it alone knows when a shard is full, when it is
+time to commit, and what to save when the user interrupts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from pipeline import storage
+from pipeline.encode import ClipEncoder, EncoderSpec
+from pipeline.stages import SpanDecoder
+
+MAX_RETRIES = 2
+"""Times that a task whose process died is tried again; Ray's own default is for ever."""
+
+_ENCODER_ENVIRONMENT = {
+    # glibc gives large blocks back to the system at once and faults every page in again at the next clip
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where the stages run."""
+
+    encode_workers: int
+    gpus_per_worker: float
+    """0 on machines without GPUs."""
+    cpus_per_worker: float
+    """CPUs kept from the other stages for each encoder; 0 where it has a GPU."""
+    decode_workers: int | None
+    """At most so many decoding tasks at once; None for as many as there are CPUs."""
+    rows_per_task: int
+    """Spans that one decoding task takes."""
+    rows_per_batch: int
+    """Spans whose clips an encoder batches together."""
+
+
+def build_flow(plan_path: str, *, decoder: SpanDecoder, encoder: EncoderSpec, placement: Placement) -> Dataset:
+    """The graph up to the sink, as a lazy dataset."""
+    remote = None if storage.is_local(plan_path) else storage.filesystem(plan_path)
+    return (
+        (ray.data.read_parquet(remote[1], filesystem=remote[0]) if remote else ray.data.read_parquet(plan_path))
+        # a small plan is one block to Ray, and one block is one task
+        .repartition(target_num_rows_per_block=placement.rows_per_task)
+        .map_batches(
+            decoder,
+            batch_format="pyarrow",
+            batch_size=None,
+            zero_copy_batch=True,
+            num_cpus=1,
+            compute=TaskPoolStrategy(placement.decode_workers),
+            max_retries=MAX_RETRIES,
+        )
+        .map_batches(
+            ClipEncoder,
+            fn_constructor_args=(encoder,),
+            batch_format="pyarrow",
+            batch_size=placement.rows_per_batch,
+            zero_copy_batch=True,
+            num_gpus=placement.gpus_per_worker or None,
+            num_cpus=placement.cpus_per_worker or None,
+            compute=ActorPoolStrategy(size=placement.encode_workers),
+            runtime_env={"env_vars": _ENCODER_ENVIRONMENT},
+            max_restarts=MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
+        )
+    )

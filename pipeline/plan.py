@@ -1,0 +1,148 @@
+"""The plan: every video opened once, its stretches as rows of one table, its failures as rejections.
+
+The table is the run's account: each of its rows must come out of the sink as tokens or as a rejection. Ids come
+from content and settings, so the same videos give the same rows on any machine and in any order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from pipeline import storage
+from pipeline.rows import PLAN_SCHEMA, REJECTION, manifest_fields, rejection_row, row_rejection, span_row
+from pipeline.sampling import plan_spans
+from pipeline.stages import probe
+from schemas.video import ClipSpec, Reason, Rejection, Stage, VideoError, VideoRef
+
+SPAN_BYTES = 32 << 20
+"""Frames in one unit of work, unless the user says how many clips: some units fit one of Ray's 128 MiB blocks,
+and at 256x256 a unit is some 20 s of video, which keeps the share of seeking to its keyframe low."""
+
+_INPUT_ROW = pa.field("input_row", pa.int64(), nullable=False)
+_EXPECTED_CLIPS = pa.field("expected_clips", pa.int64())
+_MAX_VIDEOS_PER_TASK = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What there is to do."""
+
+    spans: pa.Table
+    """``PLAN_SCHEMA`` and the manifests' columns, one row a unit of work, in the order of the inputs."""
+    rejections: tuple[Rejection, ...]
+    """Videos that could not be opened, and copies of others."""
+    num_videos: int
+    """Videos looked at, the rejected ones included."""
+    expected_clips: int
+    """Clips of all spans if the headers tell the truth."""
+
+
+def clips_per_span(spec: ClipSpec, wanted: int | None) -> int:
+    """Clips in one unit of work: as the user wants, or as many as fit ``SPAN_BYTES``."""
+    return wanted or max(1, SPAN_BYTES // spec.clip_bytes)
+
+
+def make_plan(
+    videos: pa.Table,
+    spec: ClipSpec,
+    *,
+    span_clips: int,
+    num_tasks: int,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Plan:
+    """Open every video on the cluster and lay out its spans.
+
+    Args:
+        videos: as ``pipeline.discover`` lists them.
+        span_clips: clips in one unit of work.
+        num_tasks: tasks that the work should at least be spread over.
+        on_progress: told, as results come in, how many more videos have been opened.
+    """
+    size = max(1, min(_MAX_VIDEOS_PER_TASK, -(-videos.num_rows // num_tasks)))
+    numbered = videos.append_column(_INPUT_ROW, pa.array(range(videos.num_rows), pa.int64()))
+    tables = [numbered.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]
+    dataset = ray.data.from_arrow(tables).map_batches(
+        _Planner(spec, span_clips), batch_format="pyarrow", batch_size=None, max_retries=2
+    )
+    parts: list[pa.Table] = []
+    for part in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
+        parts.append(part)
+        on_progress(pc.count_distinct(part["input_row"]).as_py())
+    rows = pa.concat_tables(parts).sort_by([("input_row", "ascending"), ("first_clip", "ascending")])
+    return _without_copies(rows, videos.num_rows)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The probing stage: videos in, their spans out, or one row with a rejection."""
+
+    spec: ClipSpec
+    span_clips: int
+
+    def __call__(self, videos: pa.Table) -> pa.Table:
+        extras = manifest_fields(videos.schema)
+        rows = [row for video in videos.to_pylist() for row in self._rows(video)]
+        fields = [f.with_nullable(True) for f in PLAN_SCHEMA]
+        return pa.Table.from_pylist(rows, schema=pa.schema([*fields, REJECTION, _EXPECTED_CLIPS, _INPUT_ROW, *extras]))
+
+    def _rows(self, video: dict[str, Any]) -> list[dict[str, Any]]:
+        ref = VideoRef(uri=video["uri"], num_bytes=video.pop("num_bytes"))
+        result = probe(ref)
+        if isinstance(result, VideoError):
+            rejection = Rejection(
+                uri=storage.public_uri(ref.uri),
+                video_id=None,
+                span_id=None,
+                start_seconds=None,
+                stage=Stage.PROBE,
+                reason=result.reason,
+                detail=result.detail,
+            )
+            return [video | {"rejection": rejection_row(rejection)}]
+        spans = plan_spans(result, self.spec, self.span_clips)
+        expected = math.ceil(result.duration_seconds_from_header / self.spec.clip_seconds)
+        ends = [s.end_clip if s.end_clip is not None else max(expected, s.first_clip) for s in spans]
+        return [video | span_row(s) | {"expected_clips": e - s.first_clip} for s, e in zip(spans, ends, strict=True)]
+
+
+def _without_copies(rows: pa.Table, num_videos: int) -> Plan:
+    """Split rows into spans and rejections, the first of several equal videos kept."""
+    refused = rows.filter(pc.is_valid(rows["rejection"]))
+    rejections = [row_rejection(r) for r in refused["rejection"].to_pylist()]
+    spans = rows.filter(pc.is_null(rows["rejection"])).drop_columns(["rejection"])
+    first = spans.group_by("video_id").aggregate([("input_row", "min")])
+    keeps = pc.is_in(spans["input_row"], first["input_row_min"])
+    copies, spans = spans.filter(pc.invert(keeps)), spans.filter(keeps)
+    columns = spans.select(["video_id", "uri"]) if copies.num_rows else spans.slice(0, 0)
+    uri_of = dict(zip(columns["video_id"].to_pylist(), columns["uri"].to_pylist(), strict=True))
+    seen: set[int] = set()
+    for row in copies.select(["input_row", "video_id", "uri"]).to_pylist():
+        if row["input_row"] not in seen:
+            seen.add(row["input_row"])
+            rejections.append(
+                Rejection(
+                    uri=storage.public_uri(row["uri"]),
+                    video_id=row["video_id"],
+                    span_id=None,
+                    start_seconds=None,
+                    stage=Stage.PROBE,
+                    reason=Reason.DUPLICATE,
+                    detail=f"the same content as {storage.public_uri(uri_of[row['video_id']])}",
+                )
+            )
+    expected = pc.sum(spans["expected_clips"]).as_py() or 0
+    plain = spans.drop_columns(["expected_clips", "input_row"])
+    schema = pa.schema([*PLAN_SCHEMA, *manifest_fields(plain.schema)])
+    return Plan(
+        spans=plain.select(schema.names).cast(schema),
+        rejections=tuple(rejections),
+        num_videos=num_videos,
+        expected_clips=expected,
+    )

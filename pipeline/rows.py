@@ -1,0 +1,270 @@
+"""How the records of ``schemas`` stand in Arrow rows while Ray carries them from stage to stage.
+
+One row is one span, from the plan to the sink: stages add columns and never add or drop rows, so that rows can
+be counted. Columns of the user's manifest ride along untouched. Only this module knows the layout.
+
+==========  ==================================================================
+after       columns
+==========  ==================================================================
+plan        ``PLAN_FIELDS``, manifest columns
+decode      and ``frames``, ``clips``, ``rejection``, ``decode_seconds``
+encode      ``frames`` gives way to the payload (``tokens`` or ``latents`` …), and
+            the columns of :class:`EncodeStats`
+==========  ==================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
+from schemas.video import REMEDIES, Clip, Reason, Rejection, Span, Stage, VideoError, VideoSource
+
+PLAN_FIELDS = (
+    pa.field("span_id", pa.string(), nullable=False),
+    pa.field("video_id", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("time_base_numerator", pa.int64(), nullable=False),
+    pa.field("time_base_denominator", pa.int64(), nullable=False),
+    pa.field("grid_start_pts", pa.int64(), nullable=False),
+    pa.field("first_clip", pa.int32(), nullable=False),
+    pa.field("end_clip", pa.int32()),
+    pa.field("duration_seconds_from_header", pa.float64(), nullable=False),
+    pa.field("source_width", pa.int32(), nullable=False),
+    pa.field("source_height", pa.int32(), nullable=False),
+    pa.field("source_codec", pa.string(), nullable=False),
+    pa.field("source_fps", pa.float64(), nullable=False),
+    pa.field("source_rotation", pa.int32(), nullable=False),
+)
+PLAN_SCHEMA = pa.schema(PLAN_FIELDS)
+
+CLIP_TYPE = pa.struct(
+    [
+        ("clip_index", pa.int32()),
+        ("start_seconds", pa.float64()),
+        ("frame_pts_seconds", pa.list_(pa.float64())),
+        ("num_valid_frames", pa.int32()),
+        ("geometry", GEOMETRY_TYPE),
+    ]
+)
+REJECTION_TYPE = pa.struct(list(REJECT_SCHEMA))
+
+FRAMES = pa.field("frames", pa.large_binary(), nullable=False)  # int64 offsets: a batch may pass 2 GiB
+CLIPS = pa.field("clips", pa.list_(CLIP_TYPE), nullable=False)
+REJECTION = pa.field("rejection", REJECTION_TYPE)
+DECODE_SECONDS = pa.field("decode_seconds", pa.float64(), nullable=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeStats:
+    """What one call of an encoder took; stands in the first row of the call, zeros in the others."""
+
+    seconds: float
+    wait_seconds: float
+    """Idle since the call before, waiting for decoded frames."""
+    num_slots: int
+    """Clips that the forward passes had room for; more than there were where the last one was not full."""
+
+
+_STATS_COLUMNS = {"seconds": "encode_seconds", "wait_seconds": "encode_wait_seconds", "num_slots": "encode_slots"}
+
+INTERNAL_COLUMNS = (
+    RESERVED_COLUMNS
+    | set(PLAN_SCHEMA.names)
+    | set(_STATS_COLUMNS.values())
+    | {"frames", "clips", "rejection", "decode_seconds", "num_bytes", "input_row", "expected_clips"}
+)
+"""Names that a manifest's own columns must not have on the way."""
+
+
+def manifest_fields(schema: pa.Schema) -> list[pa.Field]:
+    """The user's columns among those of a row, in order."""
+    return [field for field in schema if field.name not in INTERNAL_COLUMNS]
+
+
+def span_row(span: Span) -> dict[str, Any]:
+    """A span as a row of the plan."""
+    return {
+        "span_id": span.span_id,
+        "video_id": span.video_id,
+        "uri": span.uri,
+        "time_base_numerator": span.time_base.numerator,
+        "time_base_denominator": span.time_base.denominator,
+        "grid_start_pts": span.grid_start_pts,
+        "first_clip": span.first_clip,
+        "end_clip": span.end_clip,
+        "duration_seconds_from_header": span.duration_seconds_from_header,
+        "source_width": span.source.width,
+        "source_height": span.source.height,
+        "source_codec": span.source.codec,
+        "source_fps": span.source.fps,
+        "source_rotation": span.source.rotation_degrees,
+    }
+
+
+def row_span(row: dict[str, Any]) -> Span:
+    """The span of a row; inverse of :func:`span_row`."""
+    return Span(
+        video_id=row["video_id"],
+        uri=row["uri"],
+        time_base=Fraction(row["time_base_numerator"], row["time_base_denominator"]),
+        grid_start_pts=row["grid_start_pts"],
+        first_clip=row["first_clip"],
+        end_clip=row["end_clip"],
+        duration_seconds_from_header=row["duration_seconds_from_header"],
+        source=VideoSource(
+            width=row["source_width"],
+            height=row["source_height"],
+            codec=row["source_codec"],
+            fps=row["source_fps"],
+            rotation_degrees=row["source_rotation"],
+        ),
+    )
+
+
+def rejection_row(rejection: Rejection) -> dict[str, Any]:
+    """A rejection as a row of ``rejects/``, with its remedy."""
+    return {
+        "uri": rejection.uri,
+        "video_id": rejection.video_id,
+        "span_id": rejection.span_id,
+        "start_seconds": rejection.start_seconds,
+        "stage": str(rejection.stage),
+        "reason": str(rejection.reason),
+        "detail": rejection.detail,
+        "remedy": REMEDIES[rejection.reason],
+    }
+
+
+def row_rejection(row: dict[str, Any]) -> Rejection:
+    """Inverse of :func:`rejection_row`."""
+    values = {name: row[name] for name in ("uri", "video_id", "span_id", "start_seconds", "detail")}
+    return Rejection(**values, stage=Stage(row["stage"]), reason=Reason(row["reason"]))
+
+
+def rejections_table(rejections: Sequence[Rejection]) -> pa.Table:
+    """Rows of ``rejects/``."""
+    return pa.Table.from_pylist([rejection_row(r) for r in rejections], schema=REJECT_SCHEMA)
+
+
+def add_clips(
+    plan: pa.Table, outcome: Sequence[Clip] | VideoError, *, uri: str, start_seconds: float, seconds: float
+) -> pa.Table:
+    """One row of the plan, with what decoding it gave.
+
+    Args:
+        plan: one row.
+        uri: how rejections name the video.
+        start_seconds: where the span begins, in seconds after the first frame.
+        seconds: what decoding took.
+    """
+    row = plan.to_pylist()[0]
+    clips: list[dict[str, Any]] = []
+    frames, rejection = b"", None
+    if isinstance(outcome, VideoError):
+        rejection = rejection_row(
+            Rejection(
+                uri=uri,
+                video_id=row["video_id"],
+                span_id=row["span_id"],
+                start_seconds=start_seconds,
+                stage=Stage.DECODE,
+                reason=outcome.reason,
+                detail=outcome.detail,
+            )
+        )
+        buffer = pa.py_buffer(frames)
+    else:
+        clips = [_clip_row(clip) for clip in outcome]
+        # the only copy between the decoder's process and the object store
+        buffer = pa.py_buffer(np.concatenate([c.frames.reshape(-1) for c in outcome]) if outcome else frames)
+    offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
+    return (
+        plan.append_column(FRAMES, pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, buffer]))
+        .append_column(CLIPS, pa.array([clips], CLIPS.type))
+        .append_column(REJECTION, pa.array([rejection], REJECTION.type))
+        .append_column(DECODE_SECONDS, pa.array([seconds], pa.float64()))
+    )
+
+
+def _clip_row(clip: Clip) -> dict[str, Any]:
+    geometry = clip.geometry
+    return {
+        "clip_index": clip.clip_index,
+        "start_seconds": clip.start_seconds,
+        "frame_pts_seconds": clip.frame_pts_seconds,
+        "num_valid_frames": clip.num_valid_frames,
+        "geometry": {
+            "policy": geometry.policy,
+            "scaled_width": geometry.scaled_width,
+            "scaled_height": geometry.scaled_height,
+            "left": geometry.left,
+            "top": geometry.top,
+        },
+    }
+
+
+def clip_frames(rows: pa.Table, shape: tuple[int, int, int, int]) -> list[np.ndarray]:
+    """Every clip of the rows in order, each uint8 (T, H, W, 3), as views of the rows' own memory.
+
+    Args:
+        shape: (T, H, W, 3) of one clip.
+    """
+    size = int(np.prod(shape))
+    clips: list[np.ndarray] = []
+    for scalar in rows["frames"]:
+        flat = np.frombuffer(scalar.as_buffer(), np.uint8)
+        clips += [flat[at : at + size].reshape(shape) for at in range(0, len(flat), size)]
+    return clips
+
+
+def add_payload(rows: pa.Table, values: dict[str, np.ndarray], payload: Payload, stats: EncodeStats) -> pa.Table:
+    """The rows with their frames replaced by what the encoder made of them.
+
+    Args:
+        values: for each payload column an array (clips of all rows, values per clip) of the payload's dtype.
+    """
+    counts = np.diff(rows["clips"].combine_chunks().offsets.to_numpy())
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    rows = rows.drop_columns(["frames"])
+    for name in payload.columns:
+        flat = pa.array(np.ascontiguousarray(values[name]).reshape(-1), payload.arrow_type.value_type)
+        clips = pa.FixedSizeListArray.from_arrays(flat, type=payload.arrow_type)
+        rows = rows.append_column(name, pa.ListArray.from_arrays(offsets, clips))
+    for name, column in _STATS_COLUMNS.items():
+        first = getattr(stats, name)
+        rows = rows.append_column(column, pa.array([first] + [type(first)(0)] * (rows.num_rows - 1)))
+    return rows
+
+
+def explode(rows: pa.Table, schema: pa.Schema, payload: Payload, *, clip_ids: Sequence[str], fps: float) -> pa.Table:
+    """Encoded rows (one a span) as shard rows (one a clip).
+
+    Args:
+        schema: of the shard; manifest columns are taken from the rows by name, null where a row has none.
+        clip_ids: one for each clip, in order.
+        fps: rate of the grid.
+    """
+    rows = rows.combine_chunks()
+    lists = rows["clips"].combine_chunks()
+    clips = lists.flatten()
+    parents = rows.take(lists.value_parent_indices())
+    made: dict[str, Any] = {
+        "clip_id": pa.array(clip_ids, pa.string()),
+        "fps": pa.array(np.full(len(clips), fps)),
+        **dict(zip(CLIP_TYPE.names, clips.flatten(), strict=True)),
+        **{name: rows[name].combine_chunks().flatten() for name in payload.columns},
+    }
+    columns = []
+    for field in schema:
+        column = made.get(field.name)
+        if column is None and field.name in parents.schema.names:
+            column = parents[field.name].cast(field.type)
+        columns.append(pa.nulls(len(clips), field.type) if column is None else column)
+    return pa.Table.from_arrays(columns, schema=schema)

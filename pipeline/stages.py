@@ -1,0 +1,104 @@
+"""The CPU stages as Ray calls them: rows in, rows out, and every failure of a video a value in its row.
+
+``pipeline.decode`` does the work and knows nothing of Ray; here rows become its arguments and its results become
+rows. FFmpeg runs in a child process of each Ray worker (``pipeline.sandbox``), so that a hostile file costs one
+row and no worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.decode import decode_span, probe_video
+from pipeline.rows import add_clips, row_span
+from pipeline.sandbox import DecodeSandbox
+from schemas.video import Clip, ClipSpec, Reason, Span, VideoError, VideoProbe, VideoRef
+
+PROBE_TIMEOUT_SECONDS = 120.0
+"""Opening a file and decoding its first frame; slow object stores included."""
+
+
+@cache
+def _sandbox() -> DecodeSandbox:
+    """This worker process's own, started at its first video and reused for all that follow."""
+    return DecodeSandbox()
+
+
+def probe(ref: VideoRef) -> VideoProbe | VideoError:
+    """Open a video and read what its header says, in the sandbox."""
+    try:
+        return _sandbox().run(probe_video, ref, storage.open_binary, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    except VideoError as error:
+        return error
+
+
+def _decode_in_child(span: Span, spec: ClipSpec, max_clips: int) -> list[Clip]:
+    if storage.is_local(span.uri):
+        return decode_span(span, spec, span.uri, max_clips=max_clips)
+    try:
+        file = storage.open_binary(span.uri)
+    except storage.StorageError as error:
+        raise VideoError(Reason.UNREADABLE, str(error)) from error
+    with file:
+        return decode_span(span, spec, file, max_clips=max_clips)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanDecoder:
+    """The decoding stage: a row of the plan in, the row with its frames, or with its rejection, out."""
+
+    spec: ClipSpec
+    max_clips: int
+    """Clips that one row may hold; an open-ended last span beyond it is rejected."""
+    timeout_seconds: float
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Decode each row's span, one row at a time so that memory holds one span's frames."""
+        for number in range(rows.num_rows):
+            row = rows.slice(number, 1)
+            span = row_span(row.to_pylist()[0])
+            started = time.monotonic()
+            try:
+                outcome: list[Clip] | VideoError = _sandbox().run(
+                    _decode_in_child, span, self.spec, self.max_clips, timeout_seconds=self.timeout_seconds
+                )
+            except VideoError as error:
+                outcome = error
+            yield add_clips(
+                row,
+                outcome,
+                uri=storage.public_uri(span.uri),
+                start_seconds=float(span.first_clip * self.spec.clip_seconds),
+                seconds=time.monotonic() - started,
+            )
+
+
+def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec) -> Clip:
+    """One clip of a video that was tokenized before, straight from its source.
+
+    Raises:
+        VideoError: the source is gone, was replaced, or no longer decodes.
+    """
+    header = probe(VideoRef(uri=uri, num_bytes=-1))
+    if isinstance(header, VideoError):
+        raise header
+    if header.video_id != video_id:
+        raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
+    span = Span(
+        video_id=video_id,
+        uri=uri,
+        time_base=header.time_base,
+        grid_start_pts=header.grid_start_pts,
+        first_clip=clip_index,
+        end_clip=clip_index + 1,
+        duration_seconds_from_header=header.duration_seconds_from_header,
+        source=header.source,
+    )
+    clips = _sandbox().run(_decode_in_child, span, spec, 1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    return next(iter(clips))

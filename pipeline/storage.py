@@ -1,0 +1,209 @@
+"""One way to list, open and atomically write a path, local or remote.
+
+Everything goes through fsspec. A write is whole or absent: locally a temporary file is renamed into place, on
+object stores one upload becomes visible when it is complete. Credentials come from the environment (AWS
+profiles, variables, instance roles), never from settings, so that no run record can leak them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit, urlunsplit
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+
+class StorageError(Exception):
+    """A path could not be reached, read or written; the message names it and says what to check."""
+
+
+def is_local(path: str) -> bool:
+    """Whether the path is on this machine's file system."""
+    return "://" not in path or path.startswith(("file://", "local://"))
+
+
+def absolute(path: str) -> str:
+    """The path as every worker understands it: absolute when local (``~`` expanded), unchanged otherwise."""
+    if not is_local(path):
+        return path
+    return os.path.abspath(os.path.expanduser(path.removeprefix("file://").removeprefix("local://")))
+
+
+def join(root: str, *parts: str) -> str:
+    """Path of something below a local or remote folder."""
+    return "/".join([root.rstrip("/") or "/", *parts]) if root != "/" else "/" + "/".join(parts)
+
+
+def public_uri(uri: str) -> str:
+    """The URI without user, password, query and fragment, for logs, shards and rejects.
+
+    Signed URLs carry their secret in the query; plain object-store and local paths come back as they are.
+    """
+    if "://" not in uri:
+        return uri
+    scheme = uri.split("://", 1)[0]
+    parts = urlsplit(uri)
+    host = parts.netloc.rsplit("@", 1)[-1]
+    if scheme in ("http", "https", "ftp", "sftp"):
+        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    return uri if host == parts.netloc else uri.replace(parts.netloc, host, 1)
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path, and the path in that file system's own terms.
+
+    Raises:
+        StorageError: an unknown protocol, or one whose package is not installed.
+    """
+    try:
+        fs, inner = url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"cannot open {public_uri(path)}: {error}") from error
+    return fs, inner
+
+
+def storage_errors() -> tuple[type[BaseException], ...]:
+    """Exceptions by which file systems say that they cannot: OSError and what object-store clients raise."""
+    errors: list[type[BaseException]] = [OSError, TimeoutError]
+    with suppress(ImportError):
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        errors += [BotoCoreError, ClientError]
+    with suppress(ImportError):
+        from aiohttp import ClientError as HttpError
+
+        errors.append(HttpError)
+    return tuple(errors)
+
+
+def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
+    """Open for reading, seekable; remote files with read-ahead.
+
+    Raises:
+        StorageError: it is missing or not readable.
+    """
+    try:
+        if is_local(path):
+            return Path(absolute(path)).open("rb")
+        fs, inner = filesystem(path)
+        return cast(BinaryIO, fs.open(inner, "rb", block_size=block_bytes, cache_type="readahead"))
+    except storage_errors() as error:
+        raise StorageError(f"cannot read {public_uri(path)}: {describe(error)}") from error
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content.
+
+    Raises:
+        StorageError: it is missing or not readable.
+    """
+    with open_binary(path) as file:
+        return file.read()
+
+
+@contextmanager
+def local_copy(path: str | None) -> Iterator[Path | None]:
+    """A file as a local path: itself when it is local, otherwise a temporary copy that is removed at the end.
+
+    Raises:
+        StorageError: it is missing or not readable.
+    """
+    if path is None or is_local(path):
+        if path is not None and not Path(absolute(path)).is_file():
+            raise StorageError(f"cannot read {path}: there is no such file")
+        yield None if path is None else Path(absolute(path))
+        return
+    with tempfile.TemporaryDirectory(prefix="vidshard-") as folder:
+        target = Path(folder) / path.rsplit("/", 1)[-1]
+        with open_binary(path) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, 8 << 20)
+        yield target
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        StorageError: the file system could not be asked.
+    """
+    fs, inner = filesystem(path)
+    try:
+        return bool(fs.exists(inner))
+    except storage_errors() as error:
+        raise StorageError(f"cannot reach {public_uri(path)}: {describe(error)}") from error
+
+
+def list_files(folder: str, suffix: str) -> list[str]:
+    """Paths of the files directly in a folder that end in ``suffix``, sorted; none where there is no folder.
+
+    Raises:
+        StorageError: the folder is there but cannot be listed.
+    """
+    fs, inner = filesystem(folder)
+    try:
+        fs.invalidate_cache(inner)
+        entries = fs.ls(inner, detail=True)
+    except FileNotFoundError:
+        return []
+    except storage_errors() as error:
+        raise StorageError(f"cannot list {public_uri(folder)}: {describe(error)}") from error
+    names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
+    return [join(folder, n) for n in sorted(names) if n.endswith(suffix) and not n.startswith(".")]
+
+
+def write_atomic(path: str, data: bytes | memoryview) -> None:
+    """Put the whole content at ``path``: readers see all of it or none.
+
+    Raises:
+        StorageError: it could not be written; nothing is left at ``path``.
+    """
+    fs, inner = filesystem(path)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            target = Path(inner)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            fs.pipe_file(inner, bytes(data))
+    except storage_errors() as error:
+        raise StorageError(f"cannot write {public_uri(path)}: {describe(error)}") from error
+
+
+def check_writable(folder: str) -> None:
+    """Make sure that files can be put into a folder, by putting one there and taking it away.
+
+    Raises:
+        StorageError: they cannot.
+    """
+    path = join(folder, f".write-test-{uuid.uuid4().hex[:8]}")
+    write_atomic(path, b"vidshard")
+    fs, inner = filesystem(path)
+    try:
+        fs.rm_file(inner)
+    except storage_errors() as error:
+        raise StorageError(f"cannot remove {public_uri(path)}: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: what a file system's exception says."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file or bucket"
+    if isinstance(error, PermissionError):
+        return f"permission denied ({error})"
+    return " ".join(str(error).split()) or type(error).__name__
