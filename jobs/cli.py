@@ -1,0 +1,144 @@
+"""The ``vidshard`` command: one sub-command a job.
+
+Exit codes: 0 done; 1 the run failed or something is missing from its result; 2 the request cannot be carried out
+as it stands; 130 interrupted (Ctrl-C); 143 terminated.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from jobs.outcome import terminate
+from jobs.settings import SectionedCommand, options_of, resolve_settings
+from schemas.runs import TokenizeRun
+
+# The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    signal.signal(signal.SIGTERM, terminate)
+    sys.exit(vidshard.main(standalone_mode=True))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="vidshard")
+def vidshard() -> None:
+    """Turn large video corpora into Parquet shards of tokens, and tokens back into video.
+
+    \b
+    vidshard demo                                       see the whole machine work
+    vidshard tokenizers                                 the models it knows
+    vidshard tokenize clips/ --out tokens/ ...          videos to token shards
+    vidshard inspect tokens/                            what is in there
+    vidshard decode tokens/ --clip ID --to clip.mp4     tokens back to video
+    """
+
+
+@vidshard.command(cls=SectionedCommand)
+@click.argument("inputs", nargs=-1, metavar="VIDEOS...")
+@options_of(TokenizeRun, leave_out=frozenset({"inputs"}))
+def tokenize(config_path: Path | None, **flags: Any) -> None:
+    """Turn videos into Parquet token shards.
+
+    VIDEOS are files, folders (searched recursively), globs, or manifests: a .parquet, .csv or .jsonl file with a
+    'uri' column, whose further columns travel to the token rows. Local paths, or any URL that fsspec opens
+    (s3://bucket/clips/*.mp4; credentials come from the environment).
+
+    Every video comes out as tokens or as a row in rejects/, with the reason and what to do about it. Running the
+    same command again tokenizes what is not finished yet, and nothing twice.
+
+    \b
+    vidshard tokenize ~/clips --out tokens/ --tokenizer fsq_causal_488_32768 --weights model.safetensors
+    vidshard tokenize s3://bucket/*.mp4 --out s3://bucket/tokens --config run.yaml --fps 3
+    """
+    run = resolve_settings(TokenizeRun, flags, config_path)
+    from jobs.tokenize_videos import run_and_report
+
+    sys.exit(run_and_report(run, _console()))
+
+
+@vidshard.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option("--rows", default=3, show_default=True, metavar="N", help="Show so many rows.")
+@click.option("--verify", is_flag=True, help="Read every shard whole and check it against its own metadata.")
+def inspect(out: str, rows: int, verify: bool) -> None:
+    """Show what an output folder or a single shard holds: counts, schema, provenance, rejects, a few rows."""
+    from jobs.inspect_shards import inspect_output
+
+    sys.exit(inspect_output(out, _console(), num_rows=rows, verify=verify))
+
+
+@vidshard.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option("--clip", "clip_id", metavar="ID", help="Decode this clip; the beginning of its id is enough.")
+@click.option("--to", "target", metavar="FILE", help="Where the clip goes, for example clip.mp4.")
+@click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="With --all: the first N clips only.")
+@click.option("--side-by-side", is_flag=True, help="Put the source beside the reconstruction where it can be read.")
+@click.option("--weights", metavar="FILE", help="Weights, where they are no longer at the path that the shard names.")
+def decode(
+    out: str,
+    clip_id: str | None,
+    target: str | None,
+    folder: str | None,
+    limit: int | None,
+    side_by_side: bool,
+    weights: str | None,
+) -> None:
+    """Turn tokens back into video, with the tokenizer and the weights that made them.
+
+    Weights with another digest than the shard's are refused.
+
+    \b
+    vidshard decode tokens/ --clip 3f2a --to clip.mp4 --side-by-side
+    vidshard decode tokens/ --all reconstructions/
+    """
+    if (clip_id is None) == (folder is None):
+        raise click.UsageError("give --clip ID with --to FILE, or --all DIR")
+    if clip_id is not None and target is None:
+        raise click.UsageError("--clip needs --to FILE: where the video goes")
+    from jobs.decode_shards import decode_output
+
+    sys.exit(
+        decode_output(
+            out,
+            _console(),
+            clip_ids=() if clip_id is None else (clip_id,),
+            target=target,
+            folder=folder,
+            limit=limit,
+            side_by_side=side_by_side,
+            weights=weights,
+        )
+    )
+
+
+@vidshard.command()
+def tokenizers() -> None:
+    """List the models it knows."""
+    from jobs.inspect_shards import print_tokenizers
+
+    print_tokenizers(_console())
+
+
+@vidshard.command()
+@click.argument("videos", nargs=-1, metavar="[VIDEOS]...")
+@click.option("--out", default="demo-out", show_default=True, metavar="FOLDER", help="Where the result goes.")
+def demo(videos: tuple[str, ...], out: str) -> None:
+    """See the whole machine work: a sample corpus, or VIDEOS, to tokens and back, in about a minute."""
+    from jobs.demo import run_demo
+
+    sys.exit(run_demo(videos, out, _console()))
+
+
+def _console() -> Console:
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=160, soft_wrap=True)  # a pipe has no width of its own, and tables need one

@@ -1,0 +1,102 @@
+"""Ray for the length of a job: a cluster that is there, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import ray
+from ray.data import DataContext
+
+from pipeline.storage import StorageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What there is to compute with."""
+
+    num_cpus: int
+    num_gpus: float
+    num_nodes: int
+    is_own: bool
+    """Started by this process, and stopped with it."""
+
+    def __str__(self) -> str:
+        gpus = f", {self.num_gpus:g} GPUs" if self.num_gpus else ", no GPU"
+        where = "a Ray of its own" if self.is_own else f"a Ray cluster of {self.num_nodes} nodes"
+        return f"{where}: {self.num_cpus} CPUs{gpus}"
+
+
+@contextmanager
+def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose: bool) -> Iterator[Cluster]:
+    """Connect to Ray, or start one, and stop at the end what was started here.
+
+    Args:
+        address: of a cluster; None for ``$RAY_ADDRESS`` or else a Ray of our own.
+        object_store_bytes: memory for objects of a Ray of our own; None for Ray's default.
+        verbose: let Ray's own log and progress through.
+
+    Raises:
+        StorageError: there is no cluster at the address.
+    """
+    started = not ray.is_initialized()
+    if started:
+        own = address is None and not os.environ.get("RAY_ADDRESS")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not verbose:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        options = {"include_dashboard": False, "object_store_memory": object_store_bytes} if own else {}
+        try:
+            with nullcontext() if verbose else _no_chatter():
+                ray.init(
+                    address="local" if own else address,
+                    logging_level=logging.INFO if verbose else logging.ERROR,
+                    log_to_driver=verbose,
+                    **options,
+                )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise StorageError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from error
+    else:
+        own = False
+    _quiet(verbose)
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(
+            num_cpus=max(1, int(resources.get("CPU", 1))),
+            num_gpus=resources.get("GPU", 0.0),
+            num_nodes=sum(name.startswith("node:") and "internal" not in name for name in resources),
+            is_own=own,
+        )
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Keep what Ray's C++ core writes to stderr while it starts from the terminal; exceptions still come through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _quiet(verbose: bool) -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    # bounding retries is only possible through arguments that Ray 2.64 will drop; until it says how else
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    if not verbose:
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,127 @@
+"""The whole machine in a minute: a sample corpus, its token shards, and a few reconstructions to open.
+
+The corpus is made here, so that the demo needs no download: moving pictures in several codecs, sizes and frame
+rates, and one broken file among them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from jobs.decode_shards import decode_output
+from jobs.presets import cpu_demo
+from jobs.tokenize_videos import run_and_report
+from pipeline.read import find_clips, output_shards
+
+NUM_RECONSTRUCTIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One video of the sample corpus."""
+
+    name: str
+    codec: str
+    width: int
+    height: int
+    rate: Fraction
+    seconds: float
+    pixel_format: str = "yuv420p"
+
+
+SAMPLES = (
+    Sample(name="drift.mp4", codec="libx264", width=480, height=270, rate=Fraction(30), seconds=6.0),
+    Sample(name="tall.mp4", codec="libx264", width=240, height=426, rate=Fraction(30000, 1001), seconds=5.0),
+    Sample(name="film.mkv", codec="libx265", width=416, height=234, rate=Fraction(24), seconds=5.0),
+    Sample(name="web.webm", codec="libvpx-vp9", width=320, height=240, rate=Fraction(25), seconds=4.0),
+    Sample(name="old.avi", codec="mpeg4", width=352, height=288, rate=Fraction(15), seconds=5.0),
+    Sample(
+        name="slow.mov", codec="mjpeg", width=256, height=256, rate=Fraction(5), seconds=4.0, pixel_format="yuvj420p"
+    ),
+)
+
+
+def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
+    """Tokenize a sample corpus, or the user's videos, and write some reconstructions; gives the exit code."""
+    folder = Path(out)
+    if not videos:
+        console.print(f"making a sample corpus in {folder / 'videos'}", highlight=False)
+        make_corpus(folder / "videos")
+        videos = [str(folder / "videos")]
+    tokens = str(folder / "tokens")
+    code = run_and_report(cpu_demo(list(videos), tokens), console)
+    if code:
+        return code
+    shown = folder / "reconstructions"
+    console.print("\nreconstructions (source left, tokens right)", style="bold")
+    code = decode_output(tokens, console, clip_ids=_some_clips(tokens), folder=str(shown), side_by_side=True)
+    if code:
+        return code
+    console.print(Text(f"\nnext: vidshard inspect {shlex.quote(tokens)}; open the files in {shown}/", style="bold"))
+    return 0
+
+
+def _some_clips(tokens: str) -> list[str]:
+    """The first clips of as many videos as are shown."""
+    first: dict[str, str] = {}
+    for _, clip_id in sorted(find_clips(output_shards(tokens), ""), key=lambda found: found[1]):
+        first.setdefault(clip_id.split("-")[0], clip_id)
+    return list(first.values())[:NUM_RECONSTRUCTIONS]
+
+
+def make_corpus(folder: Path) -> None:
+    """Write the sample videos and a broken one; those that are there already are left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(SAMPLES):
+        target = folder / sample.name
+        if not target.exists():
+            _write_sample(target, sample, seed=number)
+    whole = (folder / SAMPLES[0].name).read_bytes()
+    (folder / "broken.mp4").write_bytes(whole[: len(whole) // 2])
+
+
+def _write_sample(target: Path, sample: Sample, seed: int) -> None:
+    unfinished = target.with_name(f"unfinished-{target.name}")
+    with av.open(str(unfinished), "w") as container:
+        stream = container.add_stream(sample.codec, rate=sample.rate)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = sample.width, sample.height, sample.pixel_format
+        stream.options = {
+            "x265-params": "log-level=none",
+            "preset": "ultrafast",
+            "cpu-used": "8",
+            "deadline": "realtime",
+        }
+        for index in range(round(sample.seconds * sample.rate)):
+            picture = _picture(sample, float(index / sample.rate), seed)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    unfinished.replace(target)
+
+
+def _picture(sample: Sample, seconds: float, seed: int) -> np.ndarray:
+    """A frame at a moment: a panning gradient with texture, and three discs on their orbits."""
+    y, x = np.mgrid[: sample.height, : sample.width].astype(np.float32) / sample.height
+    phase = seconds * 0.6 + seed
+    picture = np.stack(
+        [0.5 + 0.4 * np.sin(2 * np.pi * (x * f + y * g - phase * 0.2) + h) for f, g, h in _WAVES], axis=-1
+    )
+    picture += 0.08 * np.sin(40 * (x + 0.1 * phase))[..., None] * np.sin(40 * y)[..., None]
+    for disc in range(3):
+        angle = phase * (1.0 + 0.4 * disc) + 2.1 * disc
+        cx, cy = 0.5 * sample.width / sample.height + 0.3 * np.cos(angle), 0.5 + 0.3 * np.sin(angle)
+        inside = (x - cx) ** 2 + (y - cy) ** 2 < (0.07 + 0.04 * disc) ** 2
+        picture[inside] = [0.9, 0.3 * disc, 0.9 - 0.4 * disc]
+    return (picture.clip(0, 1) * 255).astype(np.uint8)
+
+
+_WAVES = ((0.7, 0.2, 0.0), (0.3, 0.8, 2.1), (0.5, 0.5, 4.2))
