@@ -178,8 +178,9 @@ class TokenShardSink:
 def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:
     """A shard as Parquet.
 
-    Byte-stream-split with zstd stores uniform 15-bit tokens in 15.3 bits each and float16 latents of a normal
-    distribution in 14.9 bits; dictionary or plain encoding with zstd needs more (benchmarks/storage.py).
+    Byte-stream-split with zstd, as measured by benchmarks/storage.py on uniform tokens: 15.1 bits for 15-bit ids
+    (dictionary 16.3, plain 19.6), 18.7 for 18-bit ones (28.1, 23.0), 12.2 for 12-bit ones (12.2, 17.2); normal
+    float16 latents take 13.6 bits (15.6, 14.7). On skewed tokens it is the best or within 3 % of it.
     """
     sink = pa.BufferOutputStream()
     payload_paths = [f"{name}.list.element" for name in payload.columns]

@@ -1,0 +1,106 @@
+"""One Ray and one S3 for the whole session, and a corpus of small videos to tokenize."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.videos import (
+    Recipe,
+    write_audio_only,
+    write_damaged,
+    write_truncated,
+    write_video,
+    write_without_frames,
+)
+
+SHARED_REFERENCE = Path(__file__).resolve().parents[2] / "shared"
+"""Reference files and real clips that some checkouts have beside them; the project does not need them."""
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URL of an S3 server of our own, with one bucket ``videos``; the environment points every client at it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    settings = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "a-secret-that-must-not-be-seen",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    boto3.client("s3").create_bucket(Bucket="videos")
+    yield url
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name)
+        else:
+            os.environ[name] = value
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: str) -> Iterator[None]:
+    """Ray on this machine. Started after S3, so that its workers know the server."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+GOOD_VIDEOS = {
+    "a.mp4": Recipe(num_frames=50, rate=Fraction(25)),
+    "b.mkv": Recipe(codec="libvpx-vp9", num_frames=40, rate=Fraction(30000, 1001), width=64, height=96),
+    "deep/c.avi": Recipe(codec="mpeg4", num_frames=31, rate=Fraction(15), width=80, height=80),
+    "deep/d.mp4": Recipe(num_frames=90, rate=Fraction(24), b_frames=2),
+    "e.mp4": Recipe(num_frames=6, rate=Fraction(10)),
+}
+"""Their frames carry numbers; together 10 clips of 5 frames at 4 per second."""
+
+BAD_VIDEOS = {
+    "empty.mp4": "empty_file",
+    "text.mp4": "not_a_video",
+    "sound.mp4": "no_video_stream",
+    "no_frames.avi": "no_frames",
+    "cut.mp4": "truncated",
+    "damaged.mp4": "decode_error",
+}
+"""And the reason that each is rejected for."""
+
+
+@pytest.fixture(scope="session")
+def good_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``GOOD_VIDEOS``, a hidden file, and a file that is no video."""
+    folder = tmp_path_factory.mktemp("good")
+    for name, recipe in GOOD_VIDEOS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_video(folder / name, recipe)
+    (folder / "notes.txt").write_text("not a video")
+    (folder / ".hidden.mp4").write_bytes(b"\0")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bad_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one file for each of ``BAD_VIDEOS``."""
+    folder = tmp_path_factory.mktemp("bad")
+    whole = write_video(tmp_path_factory.mktemp("whole") / "whole.mp4", Recipe(num_frames=80))
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    write_audio_only(folder / "sound.mp4")
+    write_without_frames(folder / "no_frames.avi")
+    write_truncated(folder / "cut.mp4", whole, 0.6)
+    write_damaged(folder / "damaged.mp4", whole)
+    return folder
