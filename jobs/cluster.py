@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import ray
 from ray.data import DataContext
 
+from jobs.outcome import terminate
 from pipeline.storage import StorageError
 
 
@@ -61,6 +64,8 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
                 )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise StorageError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler there that aborts the process
     else:
         own = False
     _quiet(verbose)

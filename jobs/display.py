@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -19,7 +20,8 @@ class RunDisplay:
         self._title = title
         self._total = max(total, 1)
         self._done = 0.0
-        self._started = self._printed = time.monotonic()
+        self._started = time.monotonic()
+        self._printed = -math.inf
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
