@@ -96,7 +96,7 @@ def test_an_interrupted_run_keeps_what_is_committed_and_goes_on_later(
 def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for number in range(12):
-        recipe = Recipe(num_frames=120, codec="mpeg4", width=256, height=256, start_seconds=Fraction(number))
+        recipe = Recipe(num_frames=120, codec="mpeg4", width=256, height=256, gop=10 + number)
         write_video(tmp_path / "videos" / f"{number}.mp4", recipe)
     out = tmp_path / "tokens"
     sizes = ("--tokenizer", "tiny", "--fps", "25", "--frames", "5", "--size", "256", "--object-store", "100MB")

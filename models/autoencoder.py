@@ -1,0 +1,201 @@
+"""Encoder and decoder, assembled from the layers; shapes in, shapes out, no quantisation.
+
+Both are a list of layers run in order, and each layer's past travels beside the maps. Level 0 has the full
+resolution; the decoder runs from the last level to level 0.
+"""
+
+# B batch, T frames, H height, W width, C channels; a prime in text (T', H', W') is the latent grid
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from models.layers import (
+    CausalConv,
+    CausalUnit,
+    ChannelNorm,
+    FrameAttention,
+    Layer,
+    LayerPast,
+    SpaceDown,
+    SpaceUp,
+    SpatialUnit,
+    TimeDown,
+    TimeUp,
+)
+
+Past = tuple[LayerPast, ...]
+"""What an encoder or decoder needs of the frames before a chunk, layer by layer; empty at the start of a video."""
+
+VOLUME = (3, 3, 3)
+THROUGH_TIME = (3,)
+
+
+class Level(nn.Module):
+    """The units of one resolution and what changes the resolution after them."""
+
+    def __init__(self, units: list[nn.Module], *, downsample: nn.Module | None, upsample: nn.Module | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(units)
+        self.downsample = downsample
+        self.upsample = upsample
+
+    def resampling(self) -> Iterator[Layer]:
+        yield from (layer for layer in (self.downsample, self.upsample) if layer is not None)
+
+
+class Middle(nn.Module):
+    """Unit, attention, unit at the latent resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = CausalUnit(channels, VOLUME)
+        self.attn_1 = FrameAttention(channels)
+        self.block_2 = CausalUnit(channels, VOLUME)
+
+    def layers(self) -> Iterator[Layer]:
+        yield from (self.block_1, self.attn_1, self.block_2)
+
+
+class Encoder(nn.Module):
+    """Frames to what the head takes.
+
+    Args:
+        widths: channels of each level.
+        num_pairs: residual pairs (within frames, then through time) at each level.
+        space_levels: levels after which height and width are halved.
+        time_levels: those of them after which the frames are halved too.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        num_pairs: int,
+        space_levels: Sequence[int],
+        time_levels: Sequence[int],
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = CausalConv(3, widths[0], VOLUME)
+        inputs = [widths[0], *widths[:-1]]
+        self.down = nn.ModuleList(
+            Level(
+                spatial_units(before, width, num_pairs),
+                downsample=SpaceDown(width) if level in space_levels else None,
+                upsample=None,
+            )
+            for level, (before, width) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.down_temporal = nn.ModuleList(
+            Level(
+                temporal_units(width, num_pairs),
+                downsample=TimeDown(width) if level in time_levels else None,
+                upsample=None,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], out_channels, VOLUME)
+
+    def layers(self) -> Iterator[Layer]:
+        """Everything before the output convolution, in the order in which it runs."""
+        yield self.conv_in
+        for spatial, temporal in zip(self.down, self.down_temporal, strict=True):
+            yield from level_layers(spatial, temporal)
+        yield from self.mid.layers()
+
+    def forward(self, x_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False) -> tuple[Tensor, Past]:
+        """Encode a chunk whose number of frames the time stride divides.
+
+        Returns:
+            (B, T', H', W', out_channels), and the next chunk's past, empty unless `keep_past`.
+        """
+        return run_layers(self, x_BTHWC, past, keep_past=keep_past)
+
+
+class Decoder(nn.Module):
+    """Latents to frames, time_stride of them for each latent; arguments as in `Encoder`.
+
+    ``space_levels`` and ``time_levels`` name the levels after which the map is doubled.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        num_pairs: int,
+        space_levels: Sequence[int],
+        time_levels: Sequence[int],
+        in_channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = CausalConv(in_channels, widths[-1], VOLUME)
+        self.mid = Middle(widths[-1])
+        inputs = [*widths[1:], widths[-1]]
+        self.up = nn.ModuleList(
+            Level(
+                spatial_units(before, width, num_pairs),
+                downsample=None,
+                upsample=SpaceUp(width) if level in space_levels else None,
+            )
+            for level, (before, width) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.up_temporal = nn.ModuleList(
+            Level(
+                temporal_units(width, num_pairs),
+                downsample=None,
+                upsample=TimeUp(width) if level in time_levels else None,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = ChannelNorm(widths[0])
+        self.conv_out = CausalConv(widths[0], 3, VOLUME)
+
+    def layers(self) -> Iterator[Layer]:
+        """Everything before the output convolution, in the order in which it runs."""
+        yield self.conv_in
+        yield from self.mid.layers()
+        for spatial, temporal in reversed(list(zip(self.up, self.up_temporal, strict=True))):
+            yield from level_layers(spatial, temporal)
+
+    def forward(self, z_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False) -> tuple[Tensor, Past]:
+        """Decode a chunk of latents (B, T', H', W', in_channels).
+
+        Returns:
+            (B, time_stride * T', H, W, 3), and the next chunk's past, empty unless `keep_past`.
+        """
+        return run_layers(self, z_BTHWC, past, keep_past=keep_past)
+
+
+def spatial_units(in_channels: int, channels: int, count: int) -> list[nn.Module]:
+    return [SpatialUnit(in_channels if i == 0 else channels, channels) for i in range(count)]
+
+
+def temporal_units(channels: int, count: int) -> list[nn.Module]:
+    return [CausalUnit(channels, THROUGH_TIME, starts_as_identity=True) for _ in range(count)]
+
+
+def level_layers(spatial: nn.Module, temporal: nn.Module) -> Iterator[Layer]:
+    """A level's pairs, then its resampling: space first, then time on the map of the new size."""
+    assert isinstance(spatial, Level)
+    assert isinstance(temporal, Level)
+    for pair in zip(spatial.block, temporal.block, strict=True):
+        yield from pair
+    yield from spatial.resampling()
+    yield from temporal.resampling()
+
+
+def run_layers(network: Encoder | Decoder, x_BTHWC: Tensor, past: Past, *, keep_past: bool) -> tuple[Tensor, Past]:
+    """Run a network over a chunk and collect what each layer needs for the next one."""
+    next_past: list[LayerPast] = []
+    for index, layer in enumerate(network.layers()):
+        x_BTHWC, kept = layer(x_BTHWC, past[index] if past else ())
+        # Dropped at once where nobody asks: at 17 x 256 x 256 all layers' pasts together are some 0.45 GB.
+        next_past.append(kept if keep_past else ())
+    x_BTHWC = network.norm_out(x_BTHWC, silu=True)
+    x_BTHWC, kept = network.conv_out(x_BTHWC, past[-1] if past else ())
+    return x_BTHWC, (*next_past, kept) if keep_past else ()

@@ -1,0 +1,316 @@
+"""The layers of a causal video autoencoder: residual units, attention, resampling in space and in time.
+
+Every map is ``x_BTHWC``, contiguous: what a layer norm, a 1x1 convolution and a channels-last convolution all
+read as it lies, so nothing is laid out anew between layers. No layer keeps state. A layer that looks back in
+time takes the frames before its chunk and returns those before the next one, so a video cut anywhere gives
+what the whole gives; ``()`` in place of those frames means the start of a video, which is filled with zeros.
+
+Parameter names follow the released VidTok checkpoints, hence the ``conv`` and ``norm`` levels in them.
+"""
+
+# B batch, T frames, H height, W width, C channels; F = B * T; N = H * W positions of one frame
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+LayerPast = tuple[Tensor, ...]
+"""What one layer needs of the frames before a chunk; empty at the start of a video."""
+
+
+class Layer(Protocol):
+    """What an encoder or decoder is made of."""
+
+    def __call__(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        """Give the chunk's output and the ``past`` of the next chunk."""
+        ...
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels at each position, then SiLU where the caller asks for it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x_BTHWC: Tensor, *, silu: bool = False) -> Tensor:
+        h: Tensor = self.norm(x_BTHWC)
+        # The norm's own output is a fresh tensor: without a graph it can be overwritten.
+        return F.silu(h, inplace=not h.requires_grad) if silu else h
+
+
+class CausalConv(nn.Module):
+    """A convolution over time, or over time and space, that sees no later frame; time stride 1.
+
+    ``kernel`` is (time,) or (time, height, width). Space is padded with zeros to keep its size.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int] | tuple[int, int, int]) -> None:
+        super().__init__()
+        self.conv: nn.Conv1d | nn.Conv3d
+        if len(kernel) == 1:
+            self.conv = nn.Conv1d(in_channels, out_channels, kernel)
+        else:
+            self.conv = nn.Conv3d(in_channels, out_channels, kernel)
+        self.num_past = kernel[0] - 1
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        """Convolve a chunk, given the ``num_past`` input frames just before it.
+
+        Returns:
+            As many frames as ``x``, and the last ``num_past`` input frames.
+        """
+        joined_BTHWC, past = join_past(x_BTHWC, past, self.num_past)
+        if isinstance(self.conv, nn.Conv3d):
+            return conv3d(joined_BTHWC, self.conv.weight, self.conv.bias), past
+        return conv_over_time(joined_BTHWC, self.conv.weight, self.conv.bias), past
+
+
+class PointConv(nn.Module):
+    """A 1x1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        return F.linear(x_BTHWC, self.conv.weight.flatten(1), self.conv.bias)
+
+
+class SpatialUnit(nn.Module):
+    """Residual unit within each frame: twice norm, SiLU, 3x3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3)
+        self.norm2 = ChannelNorm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        h = conv2d(self.norm1(x_BTHWC, silu=True), self.conv1.weight, self.conv1.bias, padding=1)
+        h = conv2d(self.norm2(h, silu=True), self.conv2.weight, self.conv2.bias, padding=1)
+        if self.nin_shortcut is not None:
+            x_BTHWC = F.linear(x_BTHWC, self.nin_shortcut.weight.flatten(1), self.nin_shortcut.bias)
+        return h.add_(x_BTHWC), past
+
+
+class CausalUnit(nn.Module):
+    """Residual unit through time: twice norm, SiLU, causal convolution; the width stays.
+
+    With ``kernel`` (3,) it sees one position, with (3, 3, 3) its neighbours too. ``starts_as_identity`` sets the
+    second convolution to zero, so that a fresh model treats frames one by one.
+    """
+
+    def __init__(
+        self, channels: int, kernel: tuple[int] | tuple[int, int, int], *, starts_as_identity: bool = False
+    ) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels)
+        self.conv1 = CausalConv(channels, channels, kernel)
+        self.norm2 = ChannelNorm(channels)
+        self.conv2 = CausalConv(channels, channels, kernel)
+        if starts_as_identity:
+            for parameter in self.conv2.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        h, past1 = self.conv1(self.norm1(x_BTHWC, silu=True), past[:1])
+        h, past2 = self.conv2(self.norm2(h, silu=True), past[1:])
+        return h.add_(x_BTHWC), (*past1, *past2)
+
+
+class FrameAttention(nn.Module):
+    """Residual attention of the positions of one frame to each other: one head, none across time."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.q = PointConv(channels, channels)
+        self.k = PointConv(channels, channels)
+        self.v = PointConv(channels, channels)
+        self.proj_out = PointConv(channels, channels)
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        B, T, H, W, C = x_BTHWC.shape
+        h = self.norm(x_BTHWC)
+        q_F1NC, k_F1NC, v_F1NC = (project(h).view(B * T, 1, H * W, C) for project in (self.q, self.k, self.v))
+        h_F1NC = F.scaled_dot_product_attention(q_F1NC, k_F1NC, v_F1NC)
+        return self.proj_out(h_F1NC.reshape(B, T, H, W, C)).add_(x_BTHWC), past
+
+
+class SpaceDown(nn.Module):
+    """Half the height and width: 3x3 convolution of stride 2 with one zero row below and one zero column right."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3)
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        padded_BTHWC = F.pad(x_BTHWC, (0, 0, 0, 1, 0, 1))
+        return conv2d(padded_BTHWC, self.conv.weight, self.conv.bias, stride=2), past
+
+
+class SpaceUp(nn.Module):
+    """Twice the height and width: each pixel repeated, then a 3x3 convolution.
+
+    The enlarged map is never made. Of the three taps along an axis two always meet the same source pixel, so
+    each of the four output phases is a 2x2 convolution of the source with those taps summed: 16 instead of 36
+    products per source pixel, equal but for rounding.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3)
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        B, T, H, W, C = x_BTHWC.shape
+        weight = torch.cat([fold_pair(rows, 3, p) for rows in fold_rows(self.conv.weight) for p in (0, 1)])
+        bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
+        phases = conv2d(x_BTHWC, weight, bias, padding=1).view(B, T, H + 1, W + 1, 4, C)
+        y = x_BTHWC.new_empty(B, T, H, 2, W, 2, C)
+        for phase in range(4):
+            row, column = divmod(phase, 2)
+            y[:, :, :, row, :, column] = phases[:, :, row : row + H, column : column + W, phase]
+        return y.view(B, T, 2 * H, 2 * W, C), past
+
+
+class TimeDown(nn.Module):
+    """Half as many frames: a learned blend of averaging and convolving three frames, at stride 2.
+
+    Output i sees the input frames 2i-1, 2i, 2i+1. The average is itself a convolution, so both paths are one:
+    the blended kernel is ``(1 - s) * weight + s / 3 * identity`` with ``s = sigmoid(mix_factor)``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv(channels, channels, (3, 3, 3))
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        """Halve a chunk of an even number of frames."""
+        weight, bias, mix = blended(self.conv.conv, self.mix_factor)
+        weight[:, :, :, 1, 1] += mix / 3 * identity_like(weight)[:, :, None]
+        joined_BTHWC, past = join_past(x_BTHWC, past, 1)
+        return conv3d(joined_BTHWC, weight.to(x_BTHWC.dtype), bias.to(x_BTHWC.dtype), time_stride=2), past
+
+
+class TimeUp(nn.Module):
+    """Twice as many frames: each frame repeated, blended with a causal 3x3x3 convolution of the repeated frames.
+
+    As in `SpaceUp` the repeated frames are never made: the even and the odd output frames are two convolutions
+    of two taps over the source, 4 instead of 6 per source frame. The blend's other path adds ``s`` times the
+    identity to the later tap, ``s = sigmoid(mix_factor)``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv(channels, channels, (3, 3, 3))
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        """Double a chunk; ``past`` is the one input frame before it."""
+        B, T, H, W, C = x_BTHWC.shape
+        weight, bias, mix = blended(self.conv.conv, self.mix_factor)
+        # Output 2i sees the source frames i-1, i-1, i and output 2i+1 sees i-1, i, i: the phases swap in `fold_pair`'s
+        # numbering, as this kernel looks back while the spatial one looks to both sides.
+        weight = torch.cat([fold_pair(weight, 2, 1), fold_pair(weight, 2, 0)])
+        weight[:, :, 1, 1, 1] += mix * identity_like(weight[:C]).repeat(2, 1)
+        joined_BTHWC, past = join_past(x_BTHWC, past, 1)
+        phases = conv3d(joined_BTHWC, weight.to(x_BTHWC.dtype), bias.repeat(2).to(x_BTHWC.dtype))
+        y = phases.view(B, T, H, W, 2, C).permute(0, 1, 4, 2, 3, 5)
+        return y.reshape(B, 2 * T, H, W, C), past
+
+
+def join_past(x_BTHWC: Tensor, past: LayerPast, num_past: int) -> tuple[Tensor, LayerPast]:
+    """Put the frames before a chunk in front of it, zeros at the start of a video.
+
+    Returns:
+        ``num_past`` more frames than ``x``, and the last ``num_past`` of them as a copy, so that keeping a past
+        does not keep the chunk.
+    """
+    B, _, H, W, C = x_BTHWC.shape
+    before_BTHWC = past[0] if past else x_BTHWC.new_zeros(B, num_past, H, W, C)
+    joined_BTHWC = torch.cat([before_BTHWC, x_BTHWC], dim=1)
+    return joined_BTHWC, (joined_BTHWC[:, -num_past:].clone(),)
+
+
+def conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """Convolve each frame."""
+    B, T = x_BTHWC.shape[:2]
+    y_FCHW = F.conv2d(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
+    y_FHWC = y_FCHW.permute(0, 2, 3, 1).contiguous()
+    return y_FHWC.view(B, T, *y_FHWC.shape[1:])
+
+
+def conv_over_time(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve each position along time, without padding; ``weight`` is (out, in, time)."""
+    B, _, H, W, _ = x_BTHWC.shape
+    if x_BTHWC[0].numel() <= SMALL_MAP:
+        return F.linear(stack_taps(x_BTHWC, weight.shape[2]), weight.transpose(1, 2).flatten(1), bias)
+    # As a (time, 1) convolution over an image of T rows and H * W columns: at 20 frames of 128 x 128 x 128 channels
+    # 0.26 s on two cores, as fast as three matrix products or a 3D convolution, and 1.9 times faster at 512 channels.
+    y_BCTN = F.conv2d(x_BTHWC.flatten(2, 3).permute(0, 3, 1, 2), weight.unsqueeze(-1), bias)
+    y_BTNC = y_BCTN.permute(0, 2, 3, 1).contiguous()
+    return y_BTNC.view(B, y_BTNC.shape[1], H, W, y_BTNC.shape[3])
+
+
+def conv3d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, time_stride: int = 1) -> Tensor:
+    """Convolve in time without padding, and in space with zeros around so that its size stays."""
+    out_channels, in_channels, taps = weight.shape[:3]
+    # Where a video enters or leaves there are few channels, and 3D convolutions slow: on two cores at 20 frames of
+    # 128 x 128, 3 to 128 channels take 237 ms, 128 to 3 take 131 ms. With the taps as channels of a 2D convolution,
+    # of its input or of its output, they take 88 and 49 ms.
+    if time_stride == 1 and taps * out_channels <= in_channels:
+        y = conv2d(x_BTHWC, weight.permute(2, 0, 1, 3, 4).flatten(0, 1), None, padding=1)
+        num_frames = x_BTHWC.shape[1] - taps + 1
+        by_tap = [y[:, tap : tap + num_frames, ..., tap * out_channels :][..., :out_channels] for tap in range(taps)]
+        total = torch.stack(by_tap).sum(0)
+        return total if bias is None else total + bias
+    if taps * in_channels <= out_channels or x_BTHWC[0, :, :, 0].numel() <= SMALL_MAP:
+        stacked = stack_taps(x_BTHWC, taps, time_stride)
+        return conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, padding=1)
+    y_BCTHW = F.conv3d(x_BTHWC.permute(0, 4, 1, 2, 3), weight, bias, (time_stride, 1, 1), (0, 1, 1))
+    return y_BCTHW.permute(0, 2, 3, 4, 1).contiguous()
+
+
+# PyTorch's CPU convolutions take another path for a batch of one whose first three sizes after the batch hold no
+# more than this many values (5D; a whole 4D map). It is slower, and its bits are not those of larger batches: the
+# same clip alone would differ from itself in company, by 1e-5. Maps this small are laid out as 2D convolutions over
+# B * T frames, or as matrix products, whatever the batch. What is left is a batch of one clip of one such frame.
+SMALL_MAP = 20480
+
+
+def stack_taps(x_BTHWC: Tensor, taps: int, time_stride: int = 1) -> Tensor:
+    """For each output frame of a convolution over time, the frames that it sees, beside each other as channels."""
+    last = x_BTHWC.shape[1] - taps + 1
+    return torch.cat([x_BTHWC[:, tap : tap + last : time_stride] for tap in range(taps)], dim=-1)
+
+
+def blended(conv: nn.Module, mix_factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's share of a blend, in float32: ``(1 - s)`` times weight and bias, and ``s``."""
+    assert isinstance(conv, nn.Conv3d)
+    assert conv.bias is not None
+    mix = torch.sigmoid(mix_factor.float())
+    return (1 - mix) * conv.weight.float(), (1 - mix) * conv.bias.float(), mix
+
+
+def identity_like(weight: Tensor) -> Tensor:
+    """The (out, in) identity, of the weight's dtype and device."""
+    return torch.eye(weight.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+
+def fold_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A (out, in, 3, 3) kernel over doubled rows, as two (out, in, 2, 3) kernels over single ones."""
+    return fold_pair(weight, 2, 0), fold_pair(weight, 2, 1)
+
+
+def fold_pair(weight: Tensor, axis: int, phase: int) -> Tensor:
+    """Three taps of which two meet the same repeated sample, as two: (0, 1+2) in phase 0, (0+1, 2) in phase 1."""
+    first, middle, last = weight.unbind(axis)
+    return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim=axis)

@@ -1,0 +1,614 @@
+"""VideoTokenizer: clips to tokens or latents and back, its configuration, presets and weight files.
+
+A `TokenizerConfig` describes a model completely, `PRESETS` is the table of known ones, `load_tokenizer` puts
+weights into one and refuses any that do not fit. Nothing here knows of video files, shards or Ray.
+"""
+
+# B batch, C channels, T frames, H height, W width; a prime in text (T', H', W') is the latent grid
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from models.autoencoder import Decoder, Encoder, Past
+from models.heads import FSQ, KL, Encoded, Head
+
+__all__ = [
+    "PRESETS",
+    "Encoded",
+    "Past",
+    "TokenizerConfig",
+    "VideoTokenizer",
+    "count_parameters",
+    "frames_to_input",
+    "get_preset",
+    "load_tokenizer",
+    "load_weights",
+    "output_to_frames",
+    "save_tokenizer",
+    "seeded_weights",
+    "weights_digest",
+]
+
+
+class TokenizerConfig(BaseModel):
+    """A tokenizer, described completely: two equal configs are the same network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    """What people call it; the presets' names follow the released configurations."""
+    family: Literal["vidtok"] = "vidtok"
+    variant: Literal["causal-v1.0"] = "causal-v1.0"
+    """How time is padded and resampled. Weights do not tell: variants share names and shapes."""
+    head: Literal["fsq", "kl"]
+    latent_channels: int = Field(ge=1)
+    """Channels that the decoder takes."""
+    fsq_levels: tuple[int, ...] = ()
+    """Levels of each latent channel; empty for KL."""
+    base_width: int = Field(default=128, ge=1)
+    """Channels of level 0."""
+    width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """Channels of each level, in units of base_width."""
+    encoder_pairs: int = Field(default=2, ge=1)
+    """Residual pairs (within frames, then through time) at each encoder level."""
+    decoder_pairs: int = Field(default=3, ge=1)
+    encoder_space_levels: tuple[int, ...] = (0, 1, 2)
+    """Levels after which the encoder halves height and width."""
+    encoder_time_levels: tuple[int, ...] = (1, 2)
+    """Those of them after which it halves the frames too."""
+    decoder_space_levels: tuple[int, ...] = (1, 2, 3)
+    """Levels after which the decoder, which runs from the last level to 0, doubles height and width."""
+    decoder_time_levels: tuple[int, ...] = (1, 2)
+    """Those of them after which it doubles the frames too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head == "fsq":
+            FSQ(self.fsq_levels)
+        expected_levels = self.latent_channels if self.head == "fsq" else 0
+        if len(self.fsq_levels) != expected_levels:
+            raise ValueError(
+                f"{self.name}: a {self.head} head with {self.latent_channels} latent channels takes "
+                f"{expected_levels} fsq_levels, got {self.fsq_levels}"
+            )
+        if not self.width_multipliers or min(self.width_multipliers) < 1:
+            raise ValueError(f"{self.name}: width_multipliers must be positive, got {self.width_multipliers}")
+        last = len(self.width_multipliers) - 1
+        for field, first_level, last_level in (("encoder", 0, last - 1), ("decoder", 1, last)):
+            space = getattr(self, f"{field}_space_levels")
+            time = getattr(self, f"{field}_time_levels")
+            if len({*space}) != len(space) or not {*space} <= {*range(first_level, last_level + 1)}:
+                raise ValueError(
+                    f"{self.name}: {field}_space_levels must be distinct and within {first_level} ... {last_level}, "
+                    f"got {space}"
+                )
+            if len({*time}) != len(time) or not {*time} <= {*space}:
+                raise ValueError(
+                    f"{self.name}: {field}_time_levels must be distinct and among its space levels {space}, got {time}"
+                )
+        if len(self.encoder_space_levels) != len(self.decoder_space_levels) or len(self.encoder_time_levels) != len(
+            self.decoder_time_levels
+        ):
+            raise ValueError(f"{self.name}: the decoder must double as often as the encoder halves, in space and time")
+        return self
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no latent depends on frames after its own."""
+        return self.variant.startswith("causal")
+
+    @property
+    def time_stride(self) -> int:
+        """Frames for each latent after the first."""
+        return 1 << len(self.encoder_time_levels)
+
+    @property
+    def space_stride(self) -> int:
+        """Pixels for each latent, along height and along width."""
+        return 1 << len(self.encoder_space_levels)
+
+    @property
+    def codebook_size(self) -> int | None:
+        """Number of different tokens; None where latents are continuous."""
+        return math.prod(self.fsq_levels) if self.head == "fsq" else None
+
+    @property
+    def token_bits(self) -> float | None:
+        """log2 of the codebook size; None where latents are continuous."""
+        return math.log2(self.codebook_size) if self.codebook_size is not None else None
+
+    @property
+    def history_frames(self) -> int:
+        """How many frames before its own last one a latent can depend on, summed over the encoder's layers.
+
+        Encoding that starts at a multiple of time_stride at least this many frames early gives the whole video's
+        latents, once those of the early frames are dropped.
+        """
+        history = 2  # conv_in; each causal convolution of three frames looks back two frames of its own rate
+        rate = 1
+        for level in range(len(self.width_multipliers)):
+            history += self.encoder_pairs * 4 * rate
+            if level in self.encoder_time_levels:
+                history += rate  # three frames at stride 2: two are the latent's own
+                rate *= 2
+        # Two units of the middle block and the output convolution; then the frames of the latent itself.
+        return history + 2 * 4 * rate + 2 * rate + (rate - 1)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip: the first frame stands alone, then one for each time_stride frames.
+
+        Raises:
+            ValueError: unless num_frames is 1 + a multiple of time_stride.
+        """
+        stride = self.time_stride
+        if num_frames < 1 or (num_frames - 1) % stride:
+            below = 1 + (max(num_frames, 1) - 1) // stride * stride
+            nearest = " or ".join(str(n) for n in ((1,) if num_frames < 1 else (below, below + stride)))
+            raise ValueError(
+                f"{self.name}: num_frames must be 1 + a multiple of {stride} (1, {1 + stride}, {1 + 2 * stride} "
+                f"...), got {num_frames}; nearest: {nearest}"
+            )
+        return 1 + (num_frames - 1) // stride
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """What is stored of a clip: (T', H', W') tokens, or (C, T', H', W') latents for KL.
+
+        Raises:
+            ValueError: for a length or size that the strides do not divide.
+        """
+        grid = (self.latent_frames(num_frames), self._latent_size("height", height), self._latent_size("width", width))
+        return grid if self.head == "fsq" else (self.latent_channels, *grid)
+
+    def _latent_size(self, axis: str, size: int) -> int:
+        stride = self.space_stride
+        if size < stride or size % stride:
+            below = max(size, 0) // stride * stride
+            nearest = " or ".join(str(n) for n in (below, below + stride) if n > 0)
+            raise ValueError(f"{self.name}: {axis} must be divisible by {stride}, got {size}; nearest: {nearest}")
+        return size // stride
+
+
+def get_preset(name: str) -> TokenizerConfig:
+    """The preset of that name.
+
+    Raises:
+        ValueError: listing what there is, nearest names first.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"; did you mean {', '.join(near)}?" if near else "."
+    raise ValueError(f"unknown tokenizer preset {name!r}{hint} There are: {', '.join(PRESETS)}")
+
+
+# Time stride, then space strides in the name. The 41616 models halve time at levels 2 and 3 but double it at 2 and 1.
+_488: dict[str, tuple[int, ...]] = {}
+_41616: dict[str, tuple[int, ...]] = {
+    "width_multipliers": (1, 2, 4, 4, 4),
+    "encoder_space_levels": (0, 1, 2, 3),
+    "encoder_time_levels": (2, 3),
+    "decoder_space_levels": (1, 2, 3, 4),
+}
+_444: dict[str, tuple[int, ...]] = {"encoder_space_levels": (1, 2), "decoder_space_levels": (1, 2)}
+_288: dict[str, tuple[int, ...]] = {"encoder_time_levels": (1,), "decoder_time_levels": (2,)}
+
+
+def _fsq(name: str, topology: dict[str, tuple[int, ...]], dims: int, **small: int) -> TokenizerConfig:
+    return TokenizerConfig.model_validate(
+        {"name": name, "head": "fsq", "latent_channels": dims, "fsq_levels": (8,) * dims, **topology, **small}
+    )
+
+
+def _kl(name: str, topology: dict[str, tuple[int, ...]], channels: int) -> TokenizerConfig:
+    return TokenizerConfig.model_validate({"name": name, "head": "kl", "latent_channels": channels, **topology})
+
+
+PRESETS: dict[str, TokenizerConfig] = {
+    config.name: config
+    for config in (
+        # For tests, demos and laptops: no trained weights exist.
+        _fsq("tiny", _488, 5, base_width=8, encoder_pairs=1, decoder_pairs=1),
+        # Causal, v1.0. FSQ: eight levels in each dimension.
+        _fsq("fsq_causal_488_262144", _488, 6),
+        _fsq("fsq_causal_488_32768", _488, 5),
+        _fsq("fsq_causal_488_4096", _488, 4),
+        _fsq("fsq_causal_41616_262144", _41616, 6),
+        _kl("kl_causal_488_4chn", _488, 4),
+        _kl("kl_causal_488_8chn", _488, 8),
+        _kl("kl_causal_488_16chn", _488, 16),
+        _kl("kl_causal_41616_4chn", _41616, 4),
+        _kl("kl_causal_444_4chn", _444, 4),
+        _kl("kl_causal_288_8chn", _288, 8),
+    )
+}
+
+
+class VideoTokenizer(nn.Module):
+    """A causal video tokenizer.
+
+    Freshly made it has random weights; `load_tokenizer` gives one that is ready to use. Results for a clip do not
+    depend on the other clips of its batch nor on its place among them. Encoding and decoding are deterministic.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head: Head = FSQ(config.fsq_levels) if config.head == "fsq" else KL(config.latent_channels)
+        widths = [config.base_width * multiplier for multiplier in config.width_multipliers]
+        self.encoder = Encoder(
+            widths=widths,
+            num_pairs=config.encoder_pairs,
+            space_levels=config.encoder_space_levels,
+            time_levels=config.encoder_time_levels,
+            out_channels=self.head.encoder_channels,
+        )
+        self.decoder = Decoder(
+            widths=widths,
+            num_pairs=config.decoder_pairs,
+            space_levels=config.decoder_space_levels,
+            time_levels=config.decoder_time_levels,
+            in_channels=self.head.latent_channels,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; the head computes in float32."""
+        return self.encoder.conv_in.conv.weight.dtype
+
+    def encode(self, x_BCTHW: Tensor) -> Encoded:
+        """Encode whole clips.
+
+        Args:
+            x_BCTHW: floating (B, 3, T, H, W) in [-1, 1], see `frames_to_input`.
+
+        Raises:
+            ValueError: for a length or size the strides do not fit, by name, or another shape or dtype.
+        """
+        self._check_video(x_BCTHW)
+        self.config.latent_shape(*x_BCTHW.shape[2:])
+        return self._encode(x_BCTHW, (), keep_past=False)[0]
+
+    def encode_chunk(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[Encoded, Past]:
+        """Encode videos piece by piece, in memory that does not grow with their length.
+
+        Args:
+            x_BCTHW: as for `encode`. The first chunk has 1 + a multiple of time_stride frames, the later ones a
+                multiple of it.
+            past: what the previous call returned; empty for the first chunk.
+
+        Returns:
+            The chunk's part of what `encode` gives for the whole, and the next chunk's past.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        self._check_video(x_BCTHW)
+        num_frames, height, width = x_BCTHW.shape[2:]
+        stride = self.config.time_stride
+        if past and (num_frames < 1 or num_frames % stride):
+            raise ValueError(
+                f"{self.config.name}: after the first chunk, chunks must have a multiple of {stride} frames, "
+                f"got {num_frames}"
+            )
+        self.config.latent_shape(1 if past else num_frames, height, width)
+        return self._encode(x_BCTHW, past, keep_past=True)
+
+    def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Encoded, Past]:
+        x_BTHWC = x_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
+        if not past:
+            # The first frame stands alone in its latent: it is repeated until it fills one.
+            first_BTHWC = x_BTHWC[:, :1].expand(-1, self.config.time_stride - 1, -1, -1, -1)
+            x_BTHWC = torch.cat([first_BTHWC, x_BTHWC], dim=1)
+        z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past)
+        return self.head.quantize(z_BTHWC.permute(0, 4, 1, 2, 3)), next_past
+
+    def decode(self, tokens_or_latents: Tensor) -> Tensor:
+        """Decode whole clips, from tokens or from the latents they stand for: bitwise the same.
+
+        Args:
+            tokens_or_latents: integer (B, T', H', W') below codebook_size, or floating (B, C, T', H', W').
+
+        Returns:
+            (B, 3, T, H, W) of the model's dtype, about [-1, 1] but not clamped, with T = 1 + (T' - 1) * time_stride.
+
+        Raises:
+            ValueError: for another shape, a token outside the codebook, or tokens given to a KL model.
+        """
+        return self._decode(self._latents(tokens_or_latents), (), keep_past=False)[0]
+
+    def decode_chunk(self, tokens_or_latents: Tensor, past: Past = ()) -> tuple[Tensor, Past]:
+        """Decode videos piece by piece; chunks of any number of latent frames, otherwise as `decode`.
+
+        Args:
+            past: what the previous call returned; empty for the first chunk.
+
+        Returns:
+            The chunk's frames, 1 for the first latent of the video and time_stride for each other, and the next
+            chunk's past.
+        """
+        return self._decode(self._latents(tokens_or_latents), past, keep_past=True)
+
+    def _decode(self, z_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Tensor, Past]:
+        z_BTHWC = z_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
+        x_BTHWC, next_past = self.decoder(z_BTHWC, past, keep_past=keep_past)
+        if not past:
+            # Of the first latent's frames only the last is the video's, see _encode.
+            x_BTHWC = x_BTHWC[:, self.config.time_stride - 1 :]
+        return x_BTHWC.permute(0, 4, 1, 2, 3), next_past
+
+    def _check_video(self, x_BCTHW: Tensor) -> None:
+        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
+            raise ValueError(
+                f"{self.config.name}: encode takes floating (B, 3, T, H, W) in [-1, 1], got {x_BCTHW.dtype} "
+                f"{tuple(x_BCTHW.shape)}; frames_to_input makes it from uint8 (B, T, H, W, 3)"
+            )
+
+    def _latents(self, tokens_or_latents: Tensor) -> Tensor:
+        shape = tuple(tokens_or_latents.shape)
+        if not tokens_or_latents.is_floating_point():
+            if len(shape) != 4 or 0 in shape:
+                raise ValueError(f"{self.config.name}: tokens must be (B, T', H', W'), got shape {shape}")
+            return self.head.tokens_to_latents(tokens_or_latents)
+        if len(shape) != 5 or shape[1] != self.config.latent_channels or 0 in shape:
+            raise ValueError(
+                f"{self.config.name}: latents must be (B, {self.config.latent_channels}, T', H', W'), got shape {shape}"
+            )
+        return tokens_or_latents
+
+
+def frames_to_input(frames_BTHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn uint8 (B, T, H, W, 3) in [0, 255] into (B, 3, T, H, W) in [-1, 1], on the same device.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    if frames_BTHWC.dtype is not torch.uint8 or frames_BTHWC.ndim != 5 or frames_BTHWC.shape[-1] != 3:
+        raise ValueError(f"frames must be uint8 (B, T, H, W, 3), got {frames_BTHWC.dtype} {tuple(frames_BTHWC.shape)}")
+    return (frames_BTHWC.float() / 127.5 - 1).to(dtype).permute(0, 4, 1, 2, 3)
+
+
+def output_to_frames(x_BCTHW: Tensor) -> Tensor:
+    """Turn floating (B, 3, T, H, W) into uint8 (B, T, H, W, 3), rounded and cut to [0, 255]."""
+    frames_BTHWC = (x_BCTHW.permute(0, 2, 3, 4, 1).float() + 1) * 127.5
+    return frames_BTHWC.round().clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def count_parameters(config: TokenizerConfig) -> int:
+    """Number of weights, without making them."""
+    return sum(math.prod(shape) for shape in _expected_shapes(config).values())
+
+
+def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hex over names, shapes and float32 values: the same weights give the same digest from any file.
+
+    Take the weights as `load_weights` returns them: training leftovers and name prefixes are gone there. Weights
+    that were rounded to another dtype have another digest.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name]
+        digest.update(f"{name}\0{','.join(str(size) for size in tensor.shape)}\0".encode())
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        digest.update(values.astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
+    """Random float32 weights that depend on names, shapes and the seed alone, not on the machine or torch.
+
+    Each entry has its own generator, numpy's frozen `RandomState` of the name's CRC-32 started at the seed.
+    Kernels are N(0, 1) times 1.5 / sqrt(inputs), which keeps maps at unit size; gains 1 and biases 0 vary by 0.1.
+
+    Args:
+        seed: in [0, 2**32).
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
+    weights: dict[str, Tensor] = {}
+    for name, shape in _expected_shapes(config).items():
+        random = np.random.RandomState(zlib.crc32(name.encode(), seed))
+        if name.endswith("mix_factor"):
+            values = random.uniform(-1.0, 1.0, shape)
+        elif len(shape) >= 2:
+            values = random.standard_normal(shape) * (1.5 / math.sqrt(math.prod(shape[1:])))
+        else:
+            values = 0.1 * random.standard_normal(shape) + (0.0 if name.endswith(".bias") else 1.0)
+        weights[name] = torch.from_numpy(values.astype(np.float32))
+    return weights
+
+
+def load_tokenizer(
+    config: TokenizerConfig,
+    weights: str | Path | None,
+    *,
+    seed: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VideoTokenizer:
+    """A tokenizer with weights, ready for inference: in eval mode, no gradients recorded.
+
+    Args:
+        weights: a file that `load_weights` takes; None together with a seed.
+        seed: makes `seeded_weights` instead, for tests and demos.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_weights`; or unless exactly one of weights and seed is given.
+    """
+    if weights is not None and seed is None:
+        state = load_weights(weights, config)[1]
+    elif weights is None and seed is not None:
+        state = seeded_weights(config, seed)
+    else:
+        raise ValueError(f"give either a weights file or a seed, got weights={weights!r}, seed={seed}")
+    tokenizer = _empty(config)
+    tokenizer.load_state_dict(state, strict=True, assign=True)
+    return tokenizer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tuple[TokenizerConfig, dict[str, Tensor]]:
+    """Read the weights of a tokenizer and check that they are exactly those of a config.
+
+    Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` with nothing in them executed, bare or under
+    ``state_dict``. Names that begin with ``loss.`` or ``model_ema.`` are left out, ``module.`` and ``_orig_mod.``
+    segments are taken off.
+
+    Args:
+        config: what the weights are for; None takes the config that `save_tokenizer` wrote into the file.
+
+    Returns:
+        The config, and float32 tensors on the CPU by name.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a weights file, would execute code, states another config than the given one, lacks
+            entries or has foreign or mis-shaped ones, or holds values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if path.suffix == ".safetensors":
+        stated, entries = _read_safetensors(path)
+    elif path.suffix in (".ckpt", ".pt", ".pth"):
+        stated, entries = None, _read_pickle(path)
+    else:
+        raise ValueError(f"{path}: weights files end in .safetensors, .ckpt, .pt or .pth, got {path.suffix!r}")
+    if config is None:
+        if stated is None:
+            raise ValueError(f"{path} does not say which model it holds: give a preset or config")
+        config = stated
+    if stated is not None:
+        _check_same_network(path, stated, config)
+    tensors = _bare_names(path, entries)
+    _check_entries(path, tensors, config)
+    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
+    return config, weights
+
+
+def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
+    """Write weights and config to one ``.safetensors`` file, whole or not at all.
+
+    Raises:
+        ValueError: if the name ends otherwise.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a tokenizer is saved as .safetensors, got {path}")
+    entries = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tokenizer.state_dict().items()}
+    metadata = {"format": "pt", _CONFIG_KEY: tokenizer.config.model_dump_json()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        safetensors.torch.save_file(entries, partial, metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+_CONFIG_KEY = "vidshard_tokenizer_config"
+
+
+def _empty(config: TokenizerConfig) -> VideoTokenizer:
+    """The network without storage for its weights."""
+    with torch.device("meta"):
+        return VideoTokenizer(config)
+
+
+def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+
+
+def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, object]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            entries: dict[str, object] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if _CONFIG_KEY not in metadata:
+        return None, entries
+    try:
+        return TokenizerConfig.model_validate_json(metadata[_CONFIG_KEY]), entries
+    except ValidationError as error:
+        raise ValueError(f"{path} states a tokenizer config that this version does not know: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, object]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is broken, or holds more than tensors and loading it would execute code. "
+            f"Convert it to .safetensors where you trust it. {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
+    """Drop what is not of the tokenizer, and what wrappers put into names."""
+    bare: dict[str, Tensor] = {}
+    not_tensors: list[str] = []
+    for full_name, value in entries.items():
+        name = ".".join(part for part in full_name.split(".") if part not in ("module", "_orig_mod"))
+        if name.startswith(("loss.", "model_ema.")):
+            continue
+        if name in bare:
+            raise ValueError(f"{path} has {name} twice, once with a module. or _orig_mod. prefix")
+        if isinstance(value, Tensor) and value.is_floating_point():
+            bare[name] = value
+        else:
+            not_tensors.append(name)
+    if not_tensors:
+        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(not_tensors)}")
+    return bare
+
+
+def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
+    ours, theirs = (json.loads(c.model_dump_json(exclude={"name"})) for c in (config, stated))
+    if differing := [f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]:
+        raise ValueError(f"{path} holds {stated.name}, not {config.name} ({'; '.join(differing)})")
+
+
+def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerConfig) -> None:
+    expected = _expected_shapes(config)
+    problems = {
+        "missing": [name for name in expected if name not in entries],
+        "foreign": [name for name in entries if name not in expected],
+        "mis-shaped": [
+            f"{name} {tuple(entries[name].shape)} instead of {shape}"
+            for name, shape in expected.items()
+            if name in entries and tuple(entries[name].shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        listing = "; ".join(f"{len(names)} {what}: {_abbreviated(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"{path} does not fit {config.name}; is it of another preset? {listing}")
+
+
+def _abbreviated(names: Iterable[str], limit: int = 10) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
