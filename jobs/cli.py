@@ -142,3 +142,7 @@ def _console() -> Console:
     if sys.stdout.isatty():
         return Console()
     return Console(width=160, soft_wrap=True)  # a pipe has no width of its own, and tables need one
+
+
+if __name__ == "__main__":
+    main()

@@ -84,12 +84,13 @@ def make_corpus(folder: Path) -> None:
     for number, sample in enumerate(SAMPLES):
         target = folder / sample.name
         if not target.exists():
-            _write_sample(target, sample, seed=number)
+            write_sample(target, sample, seed=number)
     whole = (folder / SAMPLES[0].name).read_bytes()
     (folder / "broken.mp4").write_bytes(whole[: len(whole) // 2])
 
 
-def _write_sample(target: Path, sample: Sample, seed: int) -> None:
+def write_sample(target: Path, sample: Sample, seed: int) -> None:
+    """Encode one sample; whole or absent."""
     unfinished = target.with_name(f"unfinished-{target.name}")
     with av.open(str(unfinished), "w") as container:
         stream = container.add_stream(sample.codec, rate=sample.rate)

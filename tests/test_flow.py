@@ -307,7 +307,7 @@ def test_the_readers_of_the_readme_read_the_shards(output: Path) -> None:
 
     table = pq.read_table(f"{output}/shards")
     check(list(zip(table["clip_id"].to_pylist(), table["tokens"].to_pylist(), strict=True)))
-    check(duckdb.sql(f"select clip_id, tokens from '{files}'").fetchall())
+    check(duckdb.execute(f"select clip_id, tokens from '{files}'").fetchall())
     frame = polars.read_parquet(files)
     check(list(zip(frame["clip_id"].to_list(), frame["tokens"].to_list(), strict=True)))
     dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(output / "hf"))
