@@ -100,6 +100,7 @@ def _quiet(verbose: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
+    context.memory_usage_poll_interval_s = None  # walks the page tables of every worker each second, for a statistic
     # bounding retries is only possible through arguments that Ray 2.64 will drop; until it says how else
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if not verbose:

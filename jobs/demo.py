@@ -53,7 +53,9 @@ SAMPLES = (
 def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
     """Tokenize a sample corpus, or the user's videos, and write some reconstructions; gives the exit code."""
     folder = Path(out)
-    if not videos:
+    if videos:
+        folder /= Path(videos[0]).stem or "own"  # beside the sample's result, not into it
+    else:
         console.print(f"making a sample corpus in {folder / 'videos'}", highlight=False)
         make_corpus(folder / "videos")
         videos = [str(folder / "videos")]

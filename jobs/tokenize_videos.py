@@ -72,6 +72,8 @@ class Summary:
     num_rejected_videos: int
     """Of these, rejected in whole or in part; copies of other videos are not counted."""
     planned_spans: int
+    expected_clips: int
+    """Of all planned spans, if the headers tell the truth."""
     reused_spans: int
     """Finished by an earlier run."""
     written: Written
@@ -79,6 +81,8 @@ class Summary:
     """Rejections of this run, of spans and of whole videos, by reason."""
     seconds: dict[str, float]
     """Wall time by phase, and the summed time of all workers by stage."""
+    batch_fill: float
+    """Share of the forward passes' room that held clips; the rest was filled up."""
     example_clip_id: str | None
     notice: str | None
     problems: list[str] = field(default_factory=list)
@@ -111,15 +115,13 @@ class Request:
     @property
     def provenance(self) -> Provenance:
         """What every shard says of itself."""
-        run = self.run.model_dump(mode="json")
-        run["inputs"] = [storage.public_uri(i) for i in run["inputs"]]
         weights = self.run.weights
         return Provenance(
             tokenizer=self.tokenizer.model_dump(mode="json"),
             weights_sha256=self.weights_sha256,
             weights_source=storage.public_uri(weights) if weights else f"seed:{self.run.random_weights}",
             payload=self.payload,
-            run=run,
+            run=public_record(self.run),
             identity=self.identity,
             code_version=code_version(),
             libraries={
@@ -135,7 +137,7 @@ class Request:
         )
 
 
-def main(run: TokenizeRun, console: Console) -> Summary:
+def main(request: Request, console: Console) -> Summary:
     """Tokenize videos.
 
     Raises:
@@ -143,7 +145,6 @@ def main(run: TokenizeRun, console: Console) -> Summary:
         KeyboardInterrupt: interrupted; what was finished until then is committed.
     """
     started = time.monotonic()
-    request = resolve(run)
     run = request.run
     check_output(request)
     found = discover(run.inputs, limit=run.limit)
@@ -160,10 +161,12 @@ def main(run: TokenizeRun, console: Console) -> Summary:
             num_videos=plan.num_videos,
             num_rejected_videos=0,
             planned_spans=plan.spans.num_rows,
+            expected_clips=plan.expected_clips,
             reused_spans=reused,
             written=Written(),
             reasons=Counter(str(r.reason) for r in plan.rejections),
             seconds={"start": ready - started, "probe": probed - ready},
+            batch_fill=1.0,
             example_clip_id=None,
             notice=request.notice,
         )
@@ -172,21 +175,25 @@ def main(run: TokenizeRun, console: Console) -> Summary:
         if todo.num_rows and not summary.problems:
             tokenize_spans(request, todo, cluster, summary, rejected, console)
     summary.seconds["total"] = time.monotonic() - started
-    save_summary(summary)
+    try:
+        save_summary(summary)
+    except storage.StorageError as error:
+        summary.problems.append(str(error))
     return summary
 
 
 def run_and_report(run: TokenizeRun, console: Console) -> int:
     """Tokenize, print the summary, and give the exit code."""
     try:
-        summary = main(run, console)
+        request = resolve(run)
+        summary = main(request, console)
     except (UserError, InputError, storage.StorageError) as error:
         print_error(error)
         return EXIT_REFUSED
     except KeyboardInterrupt as interrupt:
         console.print("interrupted before any clip was tokenized; run the same command again", highlight=False)
         return exit_code_of(interrupt)
-    print_summary(summary, console)
+    print_summary(summary, request.payload, console)
     if summary.interruption is not None:
         again = "what is committed is valid; run the same command again to go on"
         console.print(Text(f"interrupted: {again}", style="bold"))
@@ -209,7 +216,7 @@ def resolve(run: TokenizeRun) -> Request:
         raise UserError(f"--keep-logvar is for KL tokenizers; {tokenizer.name} gives tokens")
     notice = None
     if run.weights is None and run.random_weights is None:
-        if tokenizer.name != "tiny":
+        if not tokenizer.name.startswith("tiny"):
             raise UserError(
                 f"no weights for {tokenizer.name}: give --weights FILE (.safetensors or .ckpt), or --random-weights 0 "
                 "to try the machinery with random ones"
@@ -285,8 +292,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def announce(request: Request, found: Discovery, console: Console) -> None:
     """Print the complete resolved run."""
-    record = request.run.model_dump(mode="json")
-    record["inputs"] = [storage.public_uri(i) for i in record["inputs"]]
+    record = public_record(request.run)
     console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
     config, payload = request.tokenizer, request.payload
     what = f"tokens below {payload.codebook_size}" if payload.kind == "tokens" else "float16 latents"
@@ -303,6 +309,13 @@ def announce(request: Request, found: Discovery, console: Console) -> None:
         kinds = ", ".join(f"{count} {extension}" for extension, count in found.passed_over_extensions[:5])
         console.print(f"passed over {found.num_passed_over} files without a video's extension: {kinds}", markup=False)
     console.print(f"{found.videos.num_rows} videos", highlight=False)
+
+
+def public_record(run: TokenizeRun) -> dict[str, Any]:
+    """The run's settings as they may be shown and stored: no credentials in any URL."""
+    record = run.model_dump(mode="json")
+    record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
+    return record | {name: storage.public_uri(record[name]) for name in ("out", "weights") if record[name]}
 
 
 def warn(console: Console, text: str) -> None:
@@ -362,7 +375,7 @@ def tokenize_spans(
     """Run the flow into the sink, and hold what came out against the plan."""
     run = request.run
     spec = run.clip_spec
-    placement, encoder = place(request, todo.num_rows, cluster)
+    placement, encoder = place(request, todo.num_rows, summary.expected_clips / summary.planned_spans, cluster)
     span_clips = clips_per_span(spec, run.clips_per_span)
     decoder = SpanDecoder(spec=spec, max_clips=4 * span_clips + 16, timeout_seconds=run.decode_timeout)
     rows = PLAN if todo.num_rows == summary.planned_spans else TODO
@@ -405,8 +418,14 @@ def tokenize_spans(
         summary.interruption = interrupt
     except (RayError, UserCodeException) as error:
         summary.problems.append(_what_broke(error))
+    except storage.StorageError as error:
+        summary.problems.append(f"{error}; what is committed before it is valid")
     finally:
-        summary.written = sink.close()
+        try:
+            sink.close()
+        except storage.StorageError as error:
+            summary.problems.append(f"{error}; the clips of that shard are not saved: run the same command again")
+        summary.written = sink.committed
         summary.seconds |= {
             "tokenize": time.monotonic() - started,
             "decoding, all workers": stages["decode_seconds"],
@@ -414,6 +433,7 @@ def tokenize_spans(
             "encoders waiting for frames": stages["encode_wait_seconds"],
             "writing shards": summary.written.seconds,
         }
+        summary.batch_fill = clips / slots if slots else 1.0
         summary.example_clip_id = sink.last_clip_id
     if awaited and not summary.problems and summary.interruption is None:
         summary.problems.append(
@@ -445,8 +465,12 @@ def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -
         ]
 
 
-def place(request: Request, num_spans: int, cluster: Cluster) -> tuple[Placement, EncoderSpec]:
-    """How many encoders with how many threads, and what they are fed at once."""
+def place(request: Request, num_spans: int, clips_per_row: float, cluster: Cluster) -> tuple[Placement, EncoderSpec]:
+    """How many encoders with how many threads, and what they are fed at once.
+
+    Args:
+        clips_per_row: in the plan, on average.
+    """
     run = request.run
     on_gpu = cluster.num_gpus > 0
     if on_gpu:
@@ -458,8 +482,8 @@ def place(request: Request, num_spans: int, cluster: Cluster) -> tuple[Placement
     batch_size = run.batch_size or (8 if on_gpu else 1)
     span_clips = clips_per_span(run.clip_spec, run.clips_per_span)
     span_bytes = span_clips * run.clip_spec.clip_bytes
-    # enough short videos to fill two batches, but not more than 256 MiB of long ones
-    rows_per_batch = max(1, min(2 * batch_size, (256 << 20) // span_bytes)) if batch_size > 1 else 1
+    # a call of four batches leaves at most one of them not full; 1 GiB if by chance all its spans are long ones
+    rows_per_batch = max(1, min(math.ceil(4 * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
     # on CPUs one is left for decoding however many encoders are asked for: a pool that takes all stops the run
     cpus = 0.0 if on_gpu else min(max(1, threads - 1), (cluster.num_cpus - 1) / workers)
     placement = Placement(
@@ -468,7 +492,7 @@ def place(request: Request, num_spans: int, cluster: Cluster) -> tuple[Placement
         cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
         decode_workers=run.decode_workers,
         rows_per_task=max(1, min(8, math.ceil(num_spans / (8 * cluster.num_cpus)))),
-        rows_per_batch=rows_per_batch,
+        rows_per_batch=rows_per_batch if batch_size > 1 else 1,
     )
     return placement, encoder_spec(request, batch_size=batch_size, num_threads=threads)
 
@@ -485,7 +509,7 @@ def save_summary(summary: Summary) -> None:
     storage.write_atomic(storage.join(summary.out, "summary.json"), json.dumps(record, indent=2).encode())
 
 
-def print_summary(summary: Summary, console: Console) -> None:
+def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     """Print what a run did, and how to look at it."""
     written, seconds = summary.written, summary.seconds
 
@@ -500,12 +524,12 @@ def print_summary(summary: Summary, console: Console) -> None:
         done = f"{summary.reused_spans} of {summary.planned_spans} spans of video"
         line("reused", f"{done} were finished by an earlier run")
     if written.num_values:
-        bits = 8 * written.payload_bytes / written.num_values
-        line("values", f"{written.num_values:,} at {bits:.2f} bits each on disk, {written.file_bytes:,} bytes in all")
+        line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")
     phases = [f"{name} {value:.1f} s" for name, value in seconds.items()]
     line("time", " · ".join(phases))
     if written.num_clips:
-        line("speed", f"{written.num_clips / seconds['tokenize']:.2f} clips/s; {_bottleneck(seconds)}")
+        rate = written.num_clips / seconds["tokenize"]
+        line("speed", f"{rate:.2f} clips/s; batches {summary.batch_fill:.0%} full; {_bottleneck(seconds)}")
     for reason, count in summary.reasons.most_common():
         line("rejected", f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
     if summary.reasons:
@@ -519,6 +543,17 @@ def print_summary(summary: Summary, console: Console) -> None:
         warn(console, "NOTHING WAS TOKENIZED")
     for problem in summary.problems:
         warn(console, problem)
+
+
+def _on_disk(written: Written, payload: Payload) -> str:
+    """Tokens in bits beside what their codebook needs, latents in bytes beside their raw size."""
+    bits = 8 * written.payload_bytes / written.num_values
+    if payload.codebook_size is not None:
+        needed = math.log2(payload.codebook_size)
+        return f"{written.num_values:,} tokens at {bits:.2f} bits each on disk (log2 of the codebook: {needed:g})"
+    raw = written.num_values * payload.dtype.itemsize
+    share = written.payload_bytes / raw
+    return f"{written.num_values:,} latent values in {written.payload_bytes:,} bytes, {share:.0%} of their raw {raw:,}"
 
 
 def _bottleneck(seconds: dict[str, float]) -> str:

@@ -216,15 +216,21 @@ def _fsq(name: str, topology: dict[str, tuple[int, ...]], dims: int, **small: in
     )
 
 
-def _kl(name: str, topology: dict[str, tuple[int, ...]], channels: int) -> TokenizerConfig:
-    return TokenizerConfig.model_validate({"name": name, "head": "kl", "latent_channels": channels, **topology})
+def _kl(name: str, topology: dict[str, tuple[int, ...]], channels: int, **small: int) -> TokenizerConfig:
+    return TokenizerConfig.model_validate(
+        {"name": name, "head": "kl", "latent_channels": channels, **topology, **small}
+    )
+
+
+_TINY = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
 
 
 PRESETS: dict[str, TokenizerConfig] = {
     config.name: config
     for config in (
         # For tests, demos and laptops: no trained weights exist.
-        _fsq("tiny", _488, 5, base_width=8, encoder_pairs=1, decoder_pairs=1),
+        _fsq("tiny", _488, 5, **_TINY),
+        _kl("tiny_kl", _488, 4, **_TINY),
         # Causal, v1.0. FSQ: eight levels in each dimension.
         _fsq("fsq_causal_488_262144", _488, 6),
         _fsq("fsq_causal_488_32768", _488, 5),

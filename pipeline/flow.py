@@ -23,10 +23,13 @@ MAX_RETRIES = 2
 """Times that a task whose process died is tried again; Ray's own default is for ever."""
 
 ENCODER_ENVIRONMENT = {
-    # glibc hands large blocks back to the system at once and faults every page in again at the next clip: with these,
-    # a 17x128x128 clip of the tiny model takes 84 ms instead of 108 (two cores, medians of 20)
+    # glibc hands large blocks back to the system at once and faults every page in again at the next clip. Kept, a
+    # 17x128x128 clip of the tiny model takes 84 ms instead of 108 (two cores, medians of 20). One arena, as threads
+    # other than the main one, which Ray's are, get arenas that cannot hold such blocks: 4.9 s instead of 7.5 for
+    # fsq_causal_488_32768.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_ARENA_MAX": "1",
     # threads that spin at the end of every operator take the core that a decoder needs: 275 ms instead of 142 for
     # the same clip beside one busy process
     "OMP_WAIT_POLICY": "passive",

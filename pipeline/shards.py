@@ -124,7 +124,7 @@ class TokenShardSink:
         while self._pending and (len(self._pending) > 2 or self._pending[0].done()):
             self.committed.add(self._pending.popleft().result())
 
-    def close(self) -> Written:
+    def close(self) -> None:
         """Commit the rest and wait until everything stands in files.
 
         Raises:
@@ -136,7 +136,6 @@ class TokenShardSink:
                 self.committed.add(self._pending.popleft().result())
         finally:
             self._writer.shutdown()
-        return self.committed
 
     def _write(self, rows: list[pa.Table], rejections: list[Rejection]) -> Written:
         started = time.monotonic()

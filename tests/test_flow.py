@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,19 @@ import ray
 from click.testing import CliRunner, Result
 
 from jobs.cli import vidshard
+from jobs.cluster import Cluster
+from jobs.tokenize_videos import place, resolve
 from models.tokenizer import VideoTokenizer, frames_to_input, get_preset, load_tokenizer, output_to_frames
 from pipeline.decode import decode_span, probe_video
+from pipeline.flow import build_flow
 from pipeline.read import read_clips
 from pipeline.sampling import plan_spans
 from pipeline.shards import read_rejects, shard_paths
+from pipeline.stages import SpanDecoder
 from pipeline.storage import open_binary
+from schemas.runs import TokenizeRun
 from schemas.video import ClipSpec, VideoRef
-from tests.conftest import BAD_VIDEOS, GOOD_VIDEOS
+from tests.conftest import BAD_VIDEOS, GOOD_VIDEOS, SHARED_REFERENCE
 from tests.videos import Recipe, write_video
 
 SPEC = ClipSpec(fps=Fraction(4), num_frames=5, height=32, width=32)
@@ -315,6 +321,43 @@ def test_the_readers_of_the_readme_read_the_shards(output: Path) -> None:
     check([(row["clip_id"], row["tokens"]) for row in ray.data.read_parquet(f"{output}/shards").take_all()])
 
 
+def test_latents_are_stored_as_float16_and_read_everywhere(good_videos: Path, tmp_path: Path) -> None:
+    import datasets
+    import torch
+
+    out = tmp_path / "latents"
+    result = tokenize(good_videos / "a.mp4", "--out", out, *SMALL, "--tokenizer", "tiny_kl", "--keep-logvar")
+    assert result.exit_code == 0, result.output
+    assert "of their raw" in result.output
+    kl = load_tokenizer(get_preset("tiny_kl"), None, seed=0)
+    path = str(good_videos / "a.mp4")
+    (span,) = plan_spans(probe_video(VideoRef(uri=path, num_bytes=-1), open_binary), SPEC, 100)
+    expected: dict[str, tuple[list[float], list[float]]] = {}
+    for clip in decode_span(span, SPEC, path, max_clips=100):
+        with torch.inference_mode():
+            encoded = kl.encode(frames_to_input(torch.from_numpy(clip.frames)[None]))
+        assert encoded.logvar is not None
+        mean, logvar = (t.flatten().half().tolist() for t in (encoded.latents, encoded.logvar))
+        expected[SPEC.clip_id(clip.video_id, clip.clip_index)] = (mean, logvar)
+
+    def check(rows: list[tuple[str, Any, Any]]) -> None:
+        assert {i: (list(map(float, mean)), list(map(float, logvar))) for i, mean, logvar in rows} == expected
+
+    names = ["clip_id", "latents", "latents_logvar"]
+    files = f"{out}/shards/*.parquet"
+    check([tuple(row[n] for n in names) for row in rows_of(out)])
+    check(duckdb.execute(f"select {', '.join(names)} from '{files}'").fetchall())
+    check([tuple(row[n] for n in names) for row in polars.read_parquet(files).to_dicts()])
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
+    check([tuple(row[n] for n in names) for row in dataset])
+    check([tuple(row[n] for n in names) for row in ray.data.read_parquet(f"{out}/shards").take_all()])
+    assert pq.read_schema(shard_paths(str(out))[0]).field("latents").metadata[b"shape"] == b"[4, 2, 4, 4]"
+    target = tmp_path / "clip.mp4"
+    clip_id = next(iter(expected))
+    decoded = CliRunner().invoke(vidshard, ["decode", str(out), "--clip", clip_id, "--to", str(target)])
+    assert decoded.exit_code == 0, decoded.output
+
+
 def test_decode_writes_a_playable_clip_beside_its_source(output: Path, tmp_path: Path) -> None:
     import av
 
@@ -398,3 +441,62 @@ def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path)
     assert pq.read_metadata(tmp_path / "cut" / "plan.parquet").num_rows > 4
     assert tokens_by_clip(tmp_path / "cut") == tokens_by_clip(tmp_path / "whole")
     assert len(tokens_by_clip(tmp_path / "cut")) == 16
+
+
+def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(10):
+        write_video(folder / f"{number}.mp4", Recipe(num_frames=20 + number, rate=Fraction(25)))
+    result = tokenize(folder, "--out", tmp_path / "tokens", *SMALL, "--batch-size", "5")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "tokens" / "summary.json").read_text())["batch_fill"] == 1.0  # 10 clips in 2 batches
+    plan = str(tmp_path / "tokens" / "plan.parquet")
+    run = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
+    cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
+    placement, encoder = place(resolve(run), 10, 1.0, cluster)
+    decoder = SpanDecoder(spec=run.clip_spec, max_clips=10, timeout_seconds=60)
+    flow = build_flow(plan, decoder=decoder, encoder=encoder, placement=placement).materialize()
+    assert flow.count() == 10
+    tasks = re.search(r"MapBatches\(SpanDecoder\)[^\n]*: (\d+) tasks executed", flow.stats())
+    assert tasks is not None, flow.stats()
+    assert int(tasks[1]) == 10
+
+
+@pytest.mark.shared
+def test_real_clips_give_what_an_independent_script_says(tmp_path: Path) -> None:
+    import av
+
+    videos = SHARED_REFERENCE / "videos"
+    if not videos.is_dir():
+        pytest.skip(f"{videos} is not there")
+    result = tokenize(videos, "--out", tmp_path / "tokens", "--tokenizer", "tiny", "--size", "64")
+    assert result.exit_code == 0, result.output
+
+    expected: dict[tuple[str, int], tuple[list[float], int]] = {}
+    damaged: list[str] = []
+    for path in sorted(videos.iterdir()):
+        if path.suffix not in (".mp4", ".mov"):
+            continue
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert stream.time_base is not None
+            try:
+                frames = sorted((f.pts, f.duration) for f in container.decode(stream) if f.pts is not None)
+            except av.error.InvalidDataError:
+                damaged.append(path.name)
+                continue
+        pts, base = [p for p, _ in frames], stream.time_base
+        end = (pts[-1] + frames[-1][1]) * base
+        shown: list[float] = []
+        while (now := pts[0] * base + Fraction(len(shown), 8)) < end:
+            shown.append(float(max(p for p in pts if p * base <= now) * base))
+        for number in range(0, len(shown), 17):
+            times = shown[number : number + 17]
+            expected[path.name, number // 17] = (times + times[-1:] * (17 - len(times)), len(times))
+    rows = rows_of(tmp_path / "tokens")
+    found = {(Path(r["uri"]).name, r["clip_index"]): (r["frame_pts_seconds"], r["num_valid_frames"]) for r in rows}
+    assert found == expected
+    rejects = read_rejects(str(tmp_path / "tokens")).to_pylist()
+    assert [(Path(r["uri"]).name, r["reason"]) for r in rejects] == [(name, "decode_error") for name in damaged]
+    assert damaged == ["corrupted.mp4"]
