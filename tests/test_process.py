@@ -108,6 +108,7 @@ def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> Non
     assert written["num_clips"] * 5 * 256 * 256 * 3 > 2 * 100e6
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_shards_only_and_goes_on_later(long_video: Path, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
     arguments = (long_video, "--out", out, *SMALL, "--commit-minutes", "0.0001")
