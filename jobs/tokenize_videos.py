@@ -170,7 +170,9 @@ def main(request: Request, console: Console) -> Summary:
             example_clip_id=None,
             notice=request.notice,
         )
-        rejected = {r.uri for r in plan.rejections if r.reason is not Reason.DUPLICATE}
+        listed = {storage.public_uri(uri) for uri in found.videos["uri"].to_pylist()}
+        rejects = read_rejects(run.out).to_pylist()
+        rejected = {r["uri"] for r in rejects if r["reason"] != Reason.DUPLICATE} & listed
         check_reject_share(summary, rejected, run)
         if todo.num_rows and not summary.problems:
             tokenize_spans(request, todo, cluster, summary, rejected, console)
@@ -389,26 +391,18 @@ def tokenize_spans(
         shard_bytes=run.shard_size,
         commit_seconds=60 * run.commit_minutes,
     )
-    awaited = set(todo["span_id"].to_pylist())
-    stages: Counter[str] = Counter()
-    clips = videos = slots = 0
+    account = _Account(awaited=set(todo["span_id"].to_pylist()))
     started = time.monotonic()
     try:
         with RunDisplay(console, "tokenizing", todo.num_rows) as display:
-            for batch in flow.iter_batches(batch_format="pyarrow", batch_size=None):
-                awaited.difference_update(batch["span_id"].to_pylist())
-                sink.add(batch)
-                clips += pc.sum(pc.list_value_length(batch["clips"])).as_py()
-                videos += batch["end_clip"].null_count
-                slots += pc.sum(batch["encode_slots"]).as_py()
-                for name in ("decode_seconds", "encode_seconds", "encode_wait_seconds"):
-                    stages[name] += pc.sum(batch[name]).as_py()
-                refused = [r for r in batch["rejection"].to_pylist() if r is not None]
-                summary.reasons.update(r["reason"] for r in refused)
-                rejected |= {r["uri"] for r in refused}
+            for rows in flow.iter_batches(batch_format="pyarrow", batch_size=None):
+                rejections = account.take(rows)
+                sink.add(rows)
+                summary.reasons.update(r["reason"] for r in rejections)
+                rejected |= {r["uri"] for r in rejections}
                 display.update(
-                    todo.num_rows - len(awaited),
-                    f"{videos} videos · {clips} clips · {clips / display.seconds:.2f} clips/s · "
+                    todo.num_rows - len(account.awaited),
+                    f"{account.videos} videos · {account.clips} clips · {account.clips / display.seconds:.2f} clips/s · "
                     f"{summary.reasons.total()} rejects",
                 )
                 check_reject_share(summary, rejected, run)
@@ -428,18 +422,43 @@ def tokenize_spans(
         summary.written = sink.committed
         summary.seconds |= {
             "tokenize": time.monotonic() - started,
-            "decoding, all workers": stages["decode_seconds"],
-            "encoding, all workers": stages["encode_seconds"],
-            "encoders waiting for frames": stages["encode_wait_seconds"],
+            "decoding, all workers": account.seconds["decode_seconds"],
+            "encoding, all workers": account.seconds["encode_seconds"],
+            "encoders waiting for frames": account.seconds["encode_wait_seconds"],
             "writing shards": summary.written.seconds,
         }
-        summary.batch_fill = clips / slots if slots else 1.0
+        summary.batch_fill = account.clips / account.slots if account.slots else 1.0
         summary.example_clip_id = sink.last_clip_id
-    if awaited and not summary.problems and summary.interruption is None:
+    if account.awaited and not summary.problems and summary.interruption is None:
         summary.problems.append(
-            f"{len(awaited)} of {todo.num_rows} planned spans came out neither as tokens nor as rejections "
-            f"(the first: {min(awaited)}); run the same command again, and report this with the log of -v"
+            f"{len(account.awaited)} of {todo.num_rows} planned spans came out neither as tokens nor as rejections "
+            f"(the first: {min(account.awaited)}); run the same command again, and report this with the log of -v"
         )
+
+
+@dataclass(kw_only=True)
+class _Account:
+    """What has come out of the flow, held against what was planned."""
+
+    awaited: set[str]
+    """Spans of the plan that have not come out yet."""
+    clips: int = 0
+    videos: int = 0
+    """Videos whose last span came out."""
+    slots: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def take(self, rows: pa.Table) -> list[dict[str, Any]]:
+        """Count rows of the encoder; gives the rejections among them."""
+        spans = set(rows["span_id"].to_pylist())
+        assert spans <= self.awaited, "a row came out twice, or was never planned"
+        self.awaited -= spans
+        self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py()
+        self.videos += rows["end_clip"].null_count
+        self.slots += pc.sum(rows["encode_slots"]).as_py()
+        for name in ("decode_seconds", "encode_seconds", "encode_wait_seconds"):
+            self.seconds[name] += pc.sum(rows[name]).as_py()
+        return [r for r in rows["rejection"].to_pylist() if r is not None]
 
 
 def _what_broke(error: BaseException) -> str:
@@ -520,9 +539,9 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     line("output", summary.out)
     line("videos", f"{summary.num_videos} found, {summary.num_rejected_videos} rejected in whole or in part")
     line("clips", f"{written.num_clips} written in {written.num_shards} shards")
-    if summary.reused_spans:
-        done = f"{summary.reused_spans} of {summary.planned_spans} spans of video"
-        line("reused", f"{done} were finished by an earlier run")
+    reused = f" + {summary.reused_spans} reused, finished by an earlier run" if summary.reused_spans else ""
+    came_out = f"{written.num_spans} as tokens + {written.num_rejected_spans} rejected{reused}"
+    line("plan", f"{summary.planned_spans} spans of video = {came_out}")
     if written.num_values:
         line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")
     phases = [f"{name} {value:.1f} s" for name, value in seconds.items()]
