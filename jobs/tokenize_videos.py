@@ -400,9 +400,10 @@ def tokenize_spans(
                 sink.add(rows)
                 summary.reasons.update(r["reason"] for r in rejections)
                 rejected |= {r["uri"] for r in rejections}
+                speed = account.clips / display.seconds
                 display.update(
                     todo.num_rows - len(account.awaited),
-                    f"{account.videos} videos · {account.clips} clips · {account.clips / display.seconds:.2f} clips/s · "
+                    f"{account.videos} videos · {account.clips} clips · {speed:.2f} clips/s · "
                     f"{summary.reasons.total()} rejects",
                 )
                 check_reject_share(summary, rejected, run)
