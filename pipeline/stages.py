@@ -23,11 +23,14 @@ from schemas.video import Clip, ClipSpec, Reason, Span, VideoError, VideoProbe, 
 PROBE_TIMEOUT_SECONDS = 120.0
 """Opening a file and decoding its first frame; slow object stores included."""
 
+DECODER_MEMORY_BYTES = 4 << 30
+"""What a decoder may allocate: some twenty times what 4K video takes; a file that asks for more is rejected."""
+
 
 @cache
 def _sandbox() -> DecodeSandbox:
     """This worker process's own, started at its first video and reused for all that follow."""
-    return DecodeSandbox()
+    return DecodeSandbox(memory_limit_bytes=DECODER_MEMORY_BYTES)
 
 
 def probe(ref: VideoRef) -> VideoProbe | VideoError:
