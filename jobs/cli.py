@@ -38,6 +38,7 @@ def vidshard() -> None:
     vidshard tokenize clips/ --out tokens/ ...          videos to token shards
     vidshard inspect tokens/                            what is in there
     vidshard decode tokens/ --clip ID --to clip.mp4     tokens back to video
+    vidshard convert model.ckpt model.safetensors ...   weights that say which model they are
     """
 
 
@@ -126,6 +127,25 @@ def tokenizers() -> None:
     from jobs.inspect_shards import print_tokenizers
 
     print_tokenizers(_console())
+
+
+@vidshard.command()
+@click.argument("source", metavar="CHECKPOINT")
+@click.argument("target", metavar="FILE.safetensors")
+@click.option("--tokenizer", required=True, metavar="NAME", help="Which model the checkpoint holds (required).")
+def convert(source: str, target: str, tokenizer: str) -> None:
+    """Turn a published checkpoint into a safetensors file that says which model it holds.
+
+    Reads .ckpt, .pt and .safetensors, and executes nothing in them. From then on `--weights FILE.safetensors` alone
+    is enough for `vidshard tokenize`. A checkpoint cannot be told from one of another version of the same model by
+    its content: name the one that you downloaded.
+
+    \b
+    vidshard convert vidtok_fsq_causal_488_32768.ckpt fsq.safetensors --tokenizer fsq_causal_488_32768
+    """
+    from jobs.convert_weights import convert_weights
+
+    sys.exit(convert_weights(source, target, tokenizer, _console()))
 
 
 @vidshard.command()

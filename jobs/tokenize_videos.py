@@ -33,7 +33,7 @@ from rich.text import Text
 from jobs.cluster import Cluster, ray_cluster
 from jobs.display import RunDisplay
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
-from models.tokenizer import TokenizerConfig, get_preset, weights_digest
+from models.tokenizer import TokenizerConfig, get_preset, load_weights, weights_digest
 from pipeline import storage
 from pipeline.discover import Discovery, InputError, discover
 from pipeline.encode import EncoderSpec, open_tokenizer
@@ -210,7 +210,7 @@ def resolve(run: TokenizeRun) -> Request:
         UserError: unknown tokenizer, impossible clip length or size, missing or foreign weights.
     """
     try:
-        tokenizer = get_preset(run.tokenizer)
+        tokenizer = get_preset(run.tokenizer) if run.tokenizer is not None else stated_tokenizer(run)
         shape = tokenizer.latent_shape(run.frames, *run.size)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -241,6 +241,22 @@ def resolve(run: TokenizeRun) -> Request:
     except (ValueError, FileNotFoundError, storage.StorageError) as error:
         raise UserError(str(error)) from error
     return replace(request, weights_sha256=weights_digest(model.float().state_dict()))
+
+
+def stated_tokenizer(run: TokenizeRun) -> TokenizerConfig:
+    """The model that the weights file itself names.
+
+    Raises:
+        UserError: there is no such file, or it names none.
+    """
+    if run.weights is None:
+        raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`), or give --weights that do")
+    try:
+        with storage.local_copy(storage.absolute(run.weights)) as path:
+            assert path is not None
+            return load_weights(path)[0]
+    except (ValueError, FileNotFoundError, storage.StorageError) as error:
+        raise UserError(f"{error} (--tokenizer NAME says which model it is)") from error
 
 
 def encoder_spec(request: Request, *, batch_size: int, num_threads: int) -> EncoderSpec:

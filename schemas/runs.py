@@ -117,10 +117,12 @@ class TokenizeRun(BaseModel):
         "The default never fails: rejects are counted, and listed in rejects/.",
     )
 
-    tokenizer: str = setting(
+    tokenizer: str | None = setting(
+        None,
         section="Tokenizer",
         metavar="NAME",
-        help="Which model: a name from `vidshard tokenizers`.",
+        help="Which model: a name from `vidshard tokenizers`. Not needed with --weights that say so themselves "
+        "(`vidshard convert`).",
     )
     weights: str | None = setting(
         None,

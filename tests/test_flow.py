@@ -443,6 +443,28 @@ def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path)
     assert len(tokens_by_clip(tmp_path / "cut")) == 16
 
 
+def test_a_converted_checkpoint_says_which_model_it_is(
+    output: Path, good_videos: Path, tmp_path: Path, tiny: VideoTokenizer
+) -> None:
+    import torch
+
+    released, converted = tmp_path / "released.ckpt", tmp_path / "tiny.safetensors"
+    torch.save({"state_dict": tiny.state_dict() | {"loss.logvar": torch.zeros(1)}, "epoch": 3}, released)
+    command = ["convert", str(released), str(converted), "--tokenizer", "tiny"]
+    result = CliRunner().invoke(vidshard, command)
+    assert result.exit_code == 0, result.output
+    sampling = ("--fps", "4", "--frames", "5", "--size", "32")
+    result = tokenize(good_videos / "a.mp4", "--out", tmp_path / "tokens", *sampling, "--weights", converted)
+    assert result.exit_code == 0, result.output
+    assert "RANDOM" not in result.output
+    found = tokens_by_clip(tmp_path / "tokens")
+    assert found
+    assert found == {clip_id: t for clip_id, t in tokens_by_clip(output).items() if clip_id in found}
+    refused = tokenize(good_videos, "--out", tmp_path / "other", *sampling, "--weights", released)
+    assert refused.exit_code == 2
+    assert "--tokenizer NAME" in refused.output
+
+
 def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()

@@ -104,7 +104,7 @@ def test_help_lists_every_setting_with_its_default() -> None:
     assert "[default: 128MiB]" in text
 
 
-@pytest.mark.parametrize("command", ["tokenize", "inspect", "decode", "tokenizers", "demo"])
+@pytest.mark.parametrize("command", ["tokenize", "inspect", "decode", "tokenizers", "convert", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
