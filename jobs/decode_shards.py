@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -168,9 +169,9 @@ def write_video(target: Path, frames: np.ndarray, rate: Fraction) -> None:
     Raises:
         UserError: the file cannot be written, or its extension names no video format.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".unfinished-{target.name}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(unfinished), "w") as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "veryfast"})
             stream.height, stream.width = frames.shape[1:3]
@@ -182,4 +183,5 @@ def write_video(target: Path, frames: np.ndarray, rate: Fraction) -> None:
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise UserError(f"cannot write {target}: {error}; name a file such as clip.mp4") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from jobs.decode_shards import decode_output
 from jobs.presets import cpu_demo
 from jobs.tokenize_videos import run_and_report
 from pipeline.read import find_clips, output_shards
+from pipeline.shards import shard_paths
 
 NUM_RECONSTRUCTIONS = 4
 
@@ -63,6 +64,8 @@ def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
     code = run_and_report(cpu_demo(list(videos), tokens), console)
     if code:
         return code
+    if not shard_paths(str(Path(tokens).absolute())):
+        return 0  # the summary says why
     shown = folder / "reconstructions"
     console.print("\nreconstructions (source left, tokens right)", style="bold")
     code = decode_output(tokens, console, clip_ids=_some_clips(tokens), folder=str(shown), side_by_side=True)

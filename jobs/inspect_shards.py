@@ -15,13 +15,18 @@ from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, print_error
 from models.tokenizer import PRESETS, count_parameters
 from pipeline import storage
 from pipeline.read import ShardError, check_shard, open_shard, output_shards, read_clips
-from pipeline.shards import read_rejects
+from pipeline.shards import RUN, read_rejects, shard_paths
 from schemas.tokens import Provenance
 
 
 def inspect_output(out: str, console: Console, *, num_rows: int, verify: bool) -> int:
     """Show an output folder or a single shard; gives the exit code."""
     try:
+        folder = storage.absolute(out)
+        if not out.endswith(".parquet") and storage.exists(storage.join(folder, RUN)) and not shard_paths(folder):
+            console.print("0 shards, 0 clips: the run committed nothing", highlight=False)
+            _show_rejects(folder, console)
+            return 0
         paths = output_shards(out)
         provenance = _show_counts(paths, console)
         _show_provenance(provenance, console)
@@ -107,9 +112,16 @@ def _show_rejects(out: str, console: Console) -> None:
 def _verify(paths: list[str], console: Console) -> int:
     broken = 0
     clips = 0
+    seen: set[str] = set()
     for path in paths:
         try:
             clips += check_shard(path)
+            with open_shard(path) as (parquet, _):
+                ids = parquet.read(columns=["clip_id"])["clip_id"].to_pylist()
+            twice = seen.intersection(ids)
+            seen.update(ids)
+            if twice:
+                raise ShardError(f"{path} holds {len(twice)} clips that stand in another shard too: {min(twice)} ...")
         except ShardError as error:
             broken += 1
             console.print(Text(f"broken: {error}", style="bold red"))

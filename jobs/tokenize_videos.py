@@ -109,6 +109,8 @@ class Request:
         return {
             "tokenizer": self.tokenizer.model_dump(mode="json"),
             "weights_sha256": self.weights_sha256,
+            # units of work are what a resumed run compares: others would lose clips, or write them twice
+            "clips_per_span": clips_per_span(self.run.clip_spec, self.run.clips_per_span),
             **{name: run[name] for name in kept},
         }
 
@@ -396,8 +398,9 @@ def tokenize_spans(
     placement, encoder = place(request, todo.num_rows, summary.expected_clips / summary.planned_spans, cluster)
     span_clips = clips_per_span(spec, run.clips_per_span)
     decoder = SpanDecoder(spec=spec, max_clips=4 * span_clips + 16, timeout_seconds=run.decode_timeout)
-    rows = PLAN if todo.num_rows == summary.planned_spans else TODO
-    flow = build_flow(storage.join(run.out, rows), decoder=decoder, encoder=encoder, placement=placement)
+    stored = storage.join(run.out, PLAN if todo.num_rows == summary.planned_spans else TODO)
+    secret = any(uri != storage.public_uri(uri) for uri in todo["uri"].unique().to_pylist())
+    flow = build_flow(todo if secret else stored, decoder=decoder, encoder=encoder, placement=placement)
     sink = TokenShardSink(
         run.out,
         spec=spec,

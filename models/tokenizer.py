@@ -562,15 +562,21 @@ def _read_pickle(path: Path) -> dict[str, object]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it is broken, or holds more than tensors and loading it would execute code. "
-            f"Convert it to .safetensors where you trust it. {error}"
+            f"Convert it to .safetensors where you trust it. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # what the unpickler raises on bytes that are no pickle
+        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
     return {str(name): value for name, value in loaded.items()}
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, without the advice to load unsafely that torch adds below it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def discover(inputs: Sequence[str], *, limit: int | None = None) -> Discovery:
     loose_table = pa.table([[u for u, _ in loose], [s for _, s in loose]], schema=REF_SCHEMA)
     try:
         videos = pa.concat_tables([*manifests, loose_table], promote_options="default")
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(f"the manifests do not agree on their columns' types: {error}") from error
     if videos.num_rows == 0:
         raise InputError(f"no video in {', '.join(storage.public_uri(i) for i in inputs)}: the manifest has no rows")
@@ -121,7 +121,9 @@ def discover(inputs: Sequence[str], *, limit: int | None = None) -> Discovery:
 
 
 def _extension(path: str) -> str:
-    return PurePosixPath(path.split("?", 1)[0]).suffix.lower().removeprefix(".")
+    if path.startswith(("http://", "https://")):
+        path = path.split("?", 1)[0]
+    return PurePosixPath(path).suffix.lower().removeprefix(".")
 
 
 def _is_glob(path: str) -> bool:
@@ -158,12 +160,15 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int]]:
 def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[tuple[str, int]]:
     for name, info in fs.find(folder, detail=True).items():
         below = name.removeprefix(folder).strip("/").split("/")
-        if not any(part.startswith(".") for part in below) and _is_video(name, passed_over):
+        if info["type"] == "file" and not any(part.startswith(".") for part in below) and _is_video(name, passed_over):
             yield _uri(fs, name), _size(info)
 
 
 def _is_video(name: str, passed_over: Counter[str]) -> bool:
     extension = _extension(name)
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        passed_over["files whose name is not UTF-8"] += 1
+        return False
     if extension in VIDEO_EXTENSIONS:
         return True
     passed_over[f".{extension}" if extension else "(none)"] += 1
@@ -207,7 +212,7 @@ def _read_manifest(path: str) -> tuple[pa.Table, dict[str, str]]:
                 table = pyarrow.csv.read_csv(data)
             case _:
                 table = pyarrow.json.read_json(data)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"manifest {shown} cannot be read: {error}") from error
     if "uri" not in table.column_names:
         raise InputError(f"manifest {shown} has no column 'uri'; its columns are {', '.join(table.column_names)}")
@@ -221,10 +226,17 @@ def _read_manifest(path: str) -> tuple[pa.Table, dict[str, str]]:
     folder = path.rsplit("/", 1)[0]
     extras = table.drop_columns(["uri"])
     renamed = {name: f"manifest_{name}" for name in extras.column_names if name in INTERNAL_COLUMNS}
+    taken = [name for name in renamed.values() if name in extras.column_names]
+    if taken:
+        raise InputError(f"manifest {shown} has a column '{taken[0]}', which another one would be stored as: rename it")
     extras = extras.rename_columns([renamed.get(name, name) for name in extras.column_names])
     refs = pa.table([[_resolve(u.strip(), folder) for u in uris], [-1] * len(uris)], schema=REF_SCHEMA)
     for name in extras.column_names:
         refs = refs.append_column(extras.schema.field(name).with_nullable(True).remove_metadata(), extras[name])
+    try:
+        pq.write_table(refs.slice(0, 0), io.BytesIO())
+    except pa.ArrowException as error:
+        raise InputError(f"manifest {shown} has a column that Parquet cannot store: {error}") from error
     return refs, renamed
 
 

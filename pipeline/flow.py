@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
@@ -54,11 +55,14 @@ class Placement:
     """Spans whose clips an encoder batches together."""
 
 
-def build_flow(plan_path: str, *, decoder: SpanDecoder, encoder: EncoderSpec, placement: Placement) -> Dataset:
-    """The graph up to the sink, as a lazy dataset."""
-    remote = None if storage.is_local(plan_path) else storage.filesystem(plan_path)
+def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, placement: Placement) -> Dataset:
+    """The graph up to the sink, as a lazy dataset.
+
+    Args:
+        plan: its Parquet file; or its rows, where URIs carry credentials that no file may hold.
+    """
     return (
-        (ray.data.read_parquet(remote[1], filesystem=remote[0]) if remote else ray.data.read_parquet(plan_path))
+        _rows_of(plan)
         # a small plan is one block to Ray, and one block is one task
         .repartition(target_num_rows_per_block=placement.rows_per_task)
         .map_batches(
@@ -84,3 +88,12 @@ def build_flow(plan_path: str, *, decoder: SpanDecoder, encoder: EncoderSpec, pl
             max_task_retries=MAX_RETRIES,
         )
     )
+
+
+def _rows_of(plan: str | pa.Table) -> Dataset:
+    if isinstance(plan, pa.Table):
+        return ray.data.from_arrow(plan.combine_chunks())
+    if storage.is_local(plan):
+        return ray.data.read_parquet(plan)
+    fs, inner = storage.filesystem(plan)
+    return ray.data.read_parquet(inner, filesystem=fs)

@@ -49,9 +49,9 @@ def output_shards(out: str) -> list[str]:
         if not storage.exists(out):
             raise ShardError(f"there is no file {out}")
         return [out]
-    paths = shard_paths(out) or storage.list_files(out, ".parquet")
+    started = storage.exists(storage.join(out, RUN))
+    paths = shard_paths(out) or ([] if started else storage.list_files(out, ".parquet"))
     if not paths:
-        started = storage.exists(storage.join(out, RUN))
         why = f"its {SHARDS}/ is empty: the run committed nothing" if started else "it is not an output of vidshard"
         raise ShardError(f"no token shards in {out}: {why}")
     return paths

@@ -218,7 +218,9 @@ def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
 
 
 def write_plan(path: str, spans: pa.Table) -> None:
-    """Write rows of a plan, for the workers to read."""
+    """Write rows of a plan, URIs without credentials, for people and for the workers to read."""
+    uris = pa.array([storage.public_uri(uri) for uri in spans["uri"].to_pylist()], pa.string())
+    spans = spans.set_column(spans.schema.get_field_index("uri"), spans.schema.field("uri"), uris)
     sink = pa.BufferOutputStream()
     pq.write_table(spans, sink, compression="zstd")
     storage.write_atomic(path, sink.getvalue())

@@ -92,7 +92,10 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
     """
     try:
         if is_local(path):
-            return Path(absolute(path)).open("rb")
+            local = Path(absolute(path))
+            if local.exists() and not local.is_file():
+                raise OSError("it is not a regular file")  # opening a pipe would wait for ever
+            return local.open("rb")
         fs, inner = filesystem(path)
         return cast(BinaryIO, fs.open(inner, "rb", block_size=block_bytes, cache_type="readahead"))
     except storage_errors() as error:

@@ -121,8 +121,9 @@ class Span:
 
     @property
     def span_id(self) -> str:
-        """Unique in a plan and stable over reruns: the video and the first clip."""
-        return f"{self.video_id}-{self.first_clip:06d}"
+        """Unique and stable over reruns: the video, its first clip and its end."""
+        end = "end" if self.end_clip is None else f"{self.end_clip:06d}"
+        return f"{self.video_id}-{self.first_clip:06d}-{end}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

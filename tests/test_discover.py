@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -48,6 +49,25 @@ def test_a_name_with_glob_characters_that_exists_is_a_name(tmp_path: Path) -> No
     path = tmp_path / "take [1].mp4"
     path.touch()
     assert uris(str(path)) == [str(path)]
+
+
+def test_odd_names_and_pipes_in_a_folder(tmp_path: Path) -> None:
+    odd = tmp_path / "what?x=1 #2 %20.mp4"
+    odd.touch()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
+    found = discover([str(tmp_path)])
+    assert found.videos["uri"].to_pylist() == [str(odd)]
+    assert found.passed_over_extensions == (("files whose name is not UTF-8", 1),)
+    with pytest.raises(storage.StorageError, match="not a regular file"):
+        storage.open_binary(str(tmp_path / "pipe.mp4"))
+
+
+def test_manifests_that_disagree_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("uri,caption\na.mp4,text\n")
+    (tmp_path / "b.csv").write_text("uri,caption\nb.mp4,7\n")
+    with pytest.raises(InputError, match="do not agree"):
+        discover([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
 
 
 def test_limit_takes_the_first_in_sorted_order(good_videos: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +241,44 @@ def test_other_settings_for_an_output_are_refused_with_the_difference(output: Pa
     result = tokenize(good_videos, "--out", output, *SMALL, "--fps", "3")
     assert result.exit_code == 2
     assert "fps: '4' there, '3' now" in result.output
+
+
+def test_other_units_of_work_for_an_output_are_refused(output: Path, good_videos: Path) -> None:
+    result = tokenize(good_videos, "--out", output, *SMALL, "--clips-per-span", "1")
+    assert result.exit_code == 2
+    assert "clips_per_span" in result.output
+
+
+def test_an_output_without_a_clip_can_be_inspected(bad_videos: Path, tmp_path: Path) -> None:
+    assert tokenize(bad_videos / "text.mp4", "--out", tmp_path / "tokens", *SMALL).exit_code == 0
+    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path / "tokens")])
+    assert result.exit_code == 0, result.output
+    assert "not_a_video" in result.output
+
+
+def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: Path) -> None:
+    (path,) = shard_paths(str(output))
+    (tmp_path / "shards").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "shards" / f"{name}.parquet").write_bytes(Path(path).read_bytes())
+    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path), "--verify"])
+    assert result.exit_code == 1
+    assert "stand in another shard too" in result.output
+
+
+def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    handler = partial(SimpleHTTPRequestHandler, directory=str(good_videos))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = tokenize(f"http://127.0.0.1:{server.server_port}/e.mp4?sig=SECRET", "--out", out, *SMALL)
+        server.shutdown()
+    assert result.exit_code == 0, result.output
+    assert len(rows_of(out)) == 1
+    stored = [path for path in out.rglob("*") if path.is_file()]
+    assert not [path for path in stored if b"SECRET" in path.read_bytes()]
+    assert "SECRET" not in pq.read_table(out / "plan.parquet")["uri"][0].as_py()
+    assert "SECRET" not in result.output
 
 
 def test_too_many_rejects_fail_the_run(good_videos: Path, bad_videos: Path, tmp_path: Path) -> None:
