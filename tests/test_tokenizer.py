@@ -20,6 +20,7 @@ from models.tokenizer import (
     Past,
     TokenizerConfig,
     VideoTokenizer,
+    checkpoint_name,
     count_parameters,
     frames_to_input,
     get_preset,
@@ -102,6 +103,8 @@ def test_a_config_that_describes_no_model_is_refused(change: dict[str, object]) 
         ("kl_causal_488_16chn", 4, 8, None, 16),
         ("kl_causal_444_4chn", 4, 4, None, 4),
         ("kl_causal_288_8chn", 2, 8, None, 8),
+        ("fsq_causal_888_32768_v1_1", 8, 8, 32768, 5),
+        ("kl_noncausal_41616_16chn", 4, 16, None, 16),
     ],
 )
 def test_presets_compress_as_their_names_say(
@@ -111,7 +114,7 @@ def test_presets_compress_as_their_names_say(
     assert (config.time_stride, config.space_stride) == (time_stride, space_stride)
     assert (config.codebook_size, config.latent_channels) == (codebook_size, latent_channels)
     assert config.token_bits == (None if codebook_size is None else math.log2(codebook_size))
-    assert config.is_causal
+    assert config.is_causal == ("noncausal" not in name)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,8 @@ def test_presets_compress_as_their_names_say(
         ("fsq_causal_41616_262144", 500, 198.97),
         ("kl_causal_444_4chn", 412, 154.94),
         ("kl_causal_288_8chn", 410, 148.77),
+        ("fsq_causal_888_32768_v1_1", 422, 164.94),
+        ("fsq_noncausal_488_262144", 416, 157.45),
     ],
 )
 def test_models_have_the_published_number_of_weights(name: str, entries: int, millions: float) -> None:
@@ -131,11 +136,13 @@ def test_models_have_the_published_number_of_weights(name: str, entries: int, mi
 
 @pytest.mark.shared
 @pytest.mark.skipif(not NAME_TABLES.is_dir(), reason=f"tables of released names are not at {NAME_TABLES}")
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
 def test_names_and_shapes_are_those_of_the_released_checkpoints(name: str) -> None:
     table = json.loads((NAME_TABLES / f"vidtok_{name}.json").read_text())
+    config = get_preset(name)
     with torch.device("meta"):
-        ours = {key: list(tensor.shape) for key, tensor in VideoTokenizer(get_preset(name)).state_dict().items()}
+        entries = VideoTokenizer(config).state_dict().items()
+    ours = {checkpoint_name(key, config): list(tensor.shape) for key, tensor in entries}
     assert ours == {key: shape for key, shape in table.items() if not key.startswith("loss.")}
 
 
