@@ -17,7 +17,6 @@ import pickle
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -166,39 +165,46 @@ class TokenizerConfig(BaseModel):
                 rate *= 2
         return reach + (2 * 2 + 1) * conv * rate  # two units of the middle block and the output convolution
 
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip, and the one place that knows which lengths a model takes.
+    def _lengths(self) -> tuple[int, int]:
+        """The shortest clip that the model takes, and the step to the next longer ones."""
+        return {
+            "causal-v1.0": (1, self.time_stride),  # the first frame stands alone
+            "causal-v1.1": (1, 1),  # the first latent stands for the frames that the others leave over
+            "non-causal": (self.time_stride, self.time_stride),
+        }[self.variant]
 
-        Causal v1.0: 1 + a multiple of time_stride, the first frame stands alone. Causal v1.1: any, the first latent
-        stands for what the others leave over. Non-causal: multiples of time_stride.
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip: one for each time_stride frames, and one for what is left over.
 
         Raises:
-            ValueError: for another length, naming the nearest valid ones.
+            ValueError: for a length that the model does not take, naming the nearest that it does. Causal v1.0 takes
+                1 + a multiple of time_stride, v1.1 any, non-causal a multiple of time_stride.
         """
-        stride = self.time_stride
-        first, rule = {
-            "causal-v1.0": (1, f"1 + a multiple of {stride} (1, {1 + stride}, {1 + 2 * stride} ...)"),
-            "causal-v1.1": (None, "at least 1"),
-            "non-causal": (stride, f"a multiple of {stride} ({stride}, {2 * stride} ...)"),
-        }[self.variant]
-        smallest = first or 1
-        if num_frames < smallest or (first is not None and (num_frames - first) % stride):
-            below = smallest + max(num_frames - smallest, 0) // stride * stride
-            nearest = " or ".join(str(n) for n in ((below,) if num_frames < smallest else (below, below + stride)))
-            raise ValueError(f"{self.name}: num_frames must be {rule}, got {num_frames}; nearest: {nearest}")
-        return -(-num_frames // stride)
+        first, step = self._lengths()
+        if num_frames < first or (num_frames - first) % step:
+            below = first + max(num_frames - first, 0) // step * step
+            nearest = " or ".join(str(n) for n in ((first,) if num_frames < first else (below, below + step)))
+            rule = f"a multiple of {step}" if first == step else f"{first} + a multiple of {step}"
+            raise ValueError(
+                f"{self.name}: num_frames must be {rule} ({first}, {first + step}, {first + 2 * step} ...), "
+                f"got {num_frames}; nearest: {nearest}"
+            )
+        return -(-num_frames // self.time_stride)
 
     def decoded_frames(self, latent_frames: int) -> int:
         """Frames of a clip of so many latents, if nothing else is known: 1 for the first latent of a causal model."""
         return latent_frames * self.time_stride - (self.time_stride - 1 if self.is_causal else 0)
 
     def valid_frames(self, num_frames: int) -> int:
-        """The smallest valid length of at least num_frames, which is at least 1."""
-        for longer in range(num_frames, num_frames + self.time_stride):
-            with suppress(ValueError):
-                self.latent_frames(longer)
-                return longer
-        raise ValueError(f"{self.name}: num_frames must be at least 1, got {num_frames}")
+        """The shortest length that the model takes and that is not below num_frames.
+
+        Raises:
+            ValueError: for num_frames below 1.
+        """
+        if num_frames < 1:
+            raise ValueError(f"{self.name}: num_frames must be at least 1, got {num_frames}")
+        first, step = self._lengths()
+        return first + -(-max(num_frames - first, 0) // step) * step
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """What is stored of a clip: (T', H', W') tokens, or (C, T', H', W') latents for KL.
