@@ -550,6 +550,7 @@ def load_tokenizer(
     weights: str | Path | None,
     *,
     seed: int | None = None,
+    ema: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoTokenizer:
@@ -558,12 +559,15 @@ def load_tokenizer(
     Args:
         weights: a file that `load_weights` takes; None together with a seed.
         seed: makes `seeded_weights` instead, for tests and demos.
+        ema: take the averaged weights of the file, see `load_weights`.
 
     Raises:
         ValueError, FileNotFoundError: as `load_weights`; or unless exactly one of weights and seed is given.
     """
+    if ema and weights is None:
+        raise ValueError("averaged weights come from a file, got none")
     if weights is not None and seed is None:
-        state = load_weights(weights, config)[1]
+        state = load_weights(weights, config, ema=ema)[1]
     elif weights is None and seed is not None:
         state = seeded_weights(config, seed)
     else:
@@ -573,7 +577,9 @@ def load_tokenizer(
     return tokenizer.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tuple[TokenizerConfig, dict[str, Tensor]]:
+def load_weights(
+    path: str | Path, config: TokenizerConfig | None = None, *, ema: bool = False
+) -> tuple[TokenizerConfig, dict[str, Tensor]]:
     """Read the weights of a tokenizer and check that they are exactly those of a config.
 
     Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` with nothing in them executed, bare or under
@@ -582,6 +588,7 @@ def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tup
 
     Args:
         config: what the weights are for; None takes the config that `save_tokenizer` wrote into the file.
+        ema: take the moving average of the weights that training kept beside them, under ``model_ema.``.
 
     Returns:
         The config, and float32 tensors on the CPU by name.
@@ -589,7 +596,8 @@ def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tup
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a weights file, would execute code, states another config than the given one, lacks
-            entries or has foreign or mis-shaped ones, or holds values that are not finite.
+            entries or has foreign or mis-shaped ones, holds values that are not finite, or no average though it is
+            asked for.
     """
     path = Path(path)
     if not path.is_file():
@@ -606,7 +614,7 @@ def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tup
         config = stated
     if stated is not None:
         _check_same_network(path, stated, config)
-    tensors = _bare_names(path, entries)
+    tensors = _averages(path, entries, config) if ema else _bare_names(path, entries)
     _check_entries(path, tensors, config)
     tensors = {name: tensors[checkpoint_name(name, config)] for name in _expected_shapes(config)}
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
@@ -638,6 +646,7 @@ def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
 
 
 _CONFIG_KEY = "vidshard_tokenizer_config"
+_EMA_PREFIX = "model_ema."
 
 
 def _empty(config: TokenizerConfig) -> VideoTokenizer:
@@ -684,21 +693,43 @@ def _read_pickle(path: Path) -> dict[str, object]:
 
 def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
     """Drop what is not of the tokenizer, and what wrappers put into names."""
-    bare: dict[str, Tensor] = {}
-    not_tensors: list[str] = []
+    bare: dict[str, object] = {}
     for full_name, value in entries.items():
-        name = ".".join(part for part in full_name.split(".") if part not in ("module", "_orig_mod"))
-        if name.startswith(("loss.", "model_ema.")):
+        name = _unwrapped(full_name)
+        if name.startswith(("loss.", _EMA_PREFIX)):
             continue
         if name in bare:
             raise ValueError(f"{path} has {name} twice, once with a module. or _orig_mod. prefix")
-        if isinstance(value, Tensor) and value.is_floating_point():
-            bare[name] = value
-        else:
-            not_tensors.append(name)
-    if not_tensors:
-        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(not_tensors)}")
-    return bare
+        bare[name] = value
+    return _floating_tensors(path, bare)
+
+
+def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig) -> dict[str, Tensor]:
+    """The averaged weights under the names of the others. Training writes their names without the dots."""
+    names = [checkpoint_name(name, config) for name in _expected_shapes(config)]
+    by_joined_name = {name.replace(".", ""): name for name in names}
+    assert len(by_joined_name) == len(names)
+    averages: dict[str, object] = {}
+    for full_name, value in entries.items():
+        name = _unwrapped(full_name)
+        # Beside the averages lie the decay and a counter; averages of the loss are nothing to us.
+        joined_name = name.removeprefix(_EMA_PREFIX).replace("_orig_mod", "")
+        if name.startswith(_EMA_PREFIX) and joined_name not in ("decay", "num_updates") and joined_name[:4] != "loss":
+            averages[by_joined_name.get(joined_name, name)] = value
+    if not averages:
+        raise ValueError(f"{path} holds no averaged (EMA) weights, only those of the last step: load it without ema")
+    return _floating_tensors(path, averages)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
+    tensors = {n: value for n, value in entries.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if others := [name for name in entries if name not in tensors]:
+        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(others)}")
+    return tensors
 
 
 def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
