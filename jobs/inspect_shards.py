@@ -132,7 +132,15 @@ def _verify(paths: list[str], console: Console) -> int:
 def print_tokenizers(console: Console) -> None:
     """Print the presets as a table."""
     table = Table(box=None, pad_edge=False)
-    for name in ("name", "family", "head", "causal", "compression (t x h x w)", "codebook", "latent at 17x256x256"):
+    for name in (
+        "name",
+        "family",
+        "head",
+        "causal",
+        "compression (t x h x w)",
+        "codebook",
+        "latent at 17 (not causal: 16) x256x256",
+    ):
         table.add_column(name, no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
     for config in PRESETS.values():
@@ -144,7 +152,7 @@ def print_tokenizers(console: Console) -> None:
             "yes" if config.is_causal else "no",
             f"{config.time_stride} x {space} x {space}",
             f"{config.codebook_size:,}" if config.codebook_size else f"{config.latent_channels} channels",
-            "x".join(map(str, config.latent_shape(17, 256, 256))),
+            "x".join(map(str, config.latent_shape(17 if config.is_causal else 16, 256, 256))),
             f"{count_parameters(config) / 1e6:.2f} M",
         )
     console.print(table)

@@ -13,17 +13,19 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from models.layers import (
-    CausalConv,
-    CausalUnit,
     ChannelNorm,
     FrameAttention,
     Layer,
     LayerPast,
+    LinearTimeUp,
     SpaceDown,
     SpaceUp,
     SpatialUnit,
+    TimeConv,
     TimeDown,
-    TimeUp,
+    TimeRule,
+    TimeUnit,
+    time_up,
 )
 
 Past = tuple[LayerPast, ...]
@@ -49,11 +51,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Unit, attention, unit at the latent resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, rule: TimeRule) -> None:
         super().__init__()
-        self.block_1 = CausalUnit(channels, VOLUME)
+        self.block_1 = TimeUnit(channels, VOLUME, rule)
         self.attn_1 = FrameAttention(channels)
-        self.block_2 = CausalUnit(channels, VOLUME)
+        self.block_2 = TimeUnit(channels, VOLUME, rule)
 
     def layers(self) -> Iterator[Layer]:
         yield from (self.block_1, self.attn_1, self.block_2)
@@ -67,6 +69,7 @@ class Encoder(nn.Module):
         num_pairs: residual pairs (within frames, then through time) at each level.
         space_levels: levels after which height and width are halved.
         time_levels: those of them after which the frames are halved too.
+        rule: what the layers see around a frame and beyond the ends of a video.
     """
 
     def __init__(
@@ -77,9 +80,10 @@ class Encoder(nn.Module):
         space_levels: Sequence[int],
         time_levels: Sequence[int],
         out_channels: int,
+        rule: TimeRule,
     ) -> None:
         super().__init__()
-        self.conv_in = CausalConv(3, widths[0], VOLUME)
+        self.conv_in = TimeConv(3, widths[0], VOLUME, rule)
         inputs = [widths[0], *widths[:-1]]
         self.down = nn.ModuleList(
             Level(
@@ -91,15 +95,15 @@ class Encoder(nn.Module):
         )
         self.down_temporal = nn.ModuleList(
             Level(
-                temporal_units(width, num_pairs),
-                downsample=TimeDown(width) if level in time_levels else None,
+                temporal_units(width, num_pairs, rule),
+                downsample=TimeDown(width, rule) if level in time_levels else None,
                 upsample=None,
             )
             for level, width in enumerate(widths)
         )
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], rule)
         self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = CausalConv(widths[-1], out_channels, VOLUME)
+        self.conv_out = TimeConv(widths[-1], out_channels, VOLUME, rule)
 
     def layers(self) -> Iterator[Layer]:
         """Everything before the output convolution, in the order in which it runs."""
@@ -114,7 +118,7 @@ class Encoder(nn.Module):
         Returns:
             (B, T', H', W', out_channels), and the next chunk's past, empty unless `keep_past`.
         """
-        return run_layers(self, x_BTHWC, past, keep_past=keep_past)
+        return run_layers(self, x_BTHWC, past, keep_past=keep_past, last=True)
 
 
 class Decoder(nn.Module):
@@ -131,11 +135,13 @@ class Decoder(nn.Module):
         space_levels: Sequence[int],
         time_levels: Sequence[int],
         in_channels: int,
+        rule: TimeRule,
     ) -> None:
         super().__init__()
-        self.conv_in = CausalConv(in_channels, widths[-1], VOLUME)
-        self.mid = Middle(widths[-1])
+        self.conv_in = TimeConv(in_channels, widths[-1], VOLUME, rule)
+        self.mid = Middle(widths[-1], rule)
         inputs = [*widths[1:], widths[-1]]
+        first_frames = {level: 1 << i for i, level in enumerate(sorted(time_levels, reverse=True))}
         self.up = nn.ModuleList(
             Level(
                 spatial_units(before, width, num_pairs),
@@ -146,14 +152,14 @@ class Decoder(nn.Module):
         )
         self.up_temporal = nn.ModuleList(
             Level(
-                temporal_units(width, num_pairs),
+                temporal_units(width, num_pairs, rule),
                 downsample=None,
-                upsample=TimeUp(width) if level in time_levels else None,
+                upsample=time_up(width, rule, first_frames[level]) if level in time_levels else None,
             )
             for level, width in enumerate(widths)
         )
         self.norm_out = ChannelNorm(widths[0])
-        self.conv_out = CausalConv(widths[0], 3, VOLUME)
+        self.conv_out = TimeConv(widths[0], 3, VOLUME, rule)
 
     def layers(self) -> Iterator[Layer]:
         """Everything before the output convolution, in the order in which it runs."""
@@ -162,21 +168,27 @@ class Decoder(nn.Module):
         for spatial, temporal in reversed(list(zip(self.up, self.up_temporal, strict=True))):
             yield from level_layers(spatial, temporal)
 
-    def forward(self, z_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False) -> tuple[Tensor, Past]:
+    def forward(
+        self, z_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False, last: bool = True
+    ) -> tuple[Tensor, Past]:
         """Decode a chunk of latents (B, T', H', W', in_channels).
 
+        Args:
+            last: whether the video ends with the chunk. If not, linear interpolation leaves time_stride - 1 frames
+                to the next chunk, except after the video's first latent.
+
         Returns:
-            (B, time_stride * T', H, W, 3), and the next chunk's past, empty unless `keep_past`.
+            (B, time_stride * T', H, W, 3) where nothing waits, and the next chunk's past, empty unless `keep_past`.
         """
-        return run_layers(self, z_BTHWC, past, keep_past=keep_past)
+        return run_layers(self, z_BTHWC, past, keep_past=keep_past, last=last)
 
 
 def spatial_units(in_channels: int, channels: int, count: int) -> list[nn.Module]:
     return [SpatialUnit(in_channels if i == 0 else channels, channels) for i in range(count)]
 
 
-def temporal_units(channels: int, count: int) -> list[nn.Module]:
-    return [CausalUnit(channels, THROUGH_TIME, starts_as_identity=True) for _ in range(count)]
+def temporal_units(channels: int, count: int, rule: TimeRule) -> list[nn.Module]:
+    return [TimeUnit(channels, THROUGH_TIME, rule, starts_as_identity=True) for _ in range(count)]
 
 
 def level_layers(spatial: nn.Module, temporal: nn.Module) -> Iterator[Layer]:
@@ -189,11 +201,17 @@ def level_layers(spatial: nn.Module, temporal: nn.Module) -> Iterator[Layer]:
     yield from temporal.resampling()
 
 
-def run_layers(network: Encoder | Decoder, x_BTHWC: Tensor, past: Past, *, keep_past: bool) -> tuple[Tensor, Past]:
+def run_layers(
+    network: Encoder | Decoder, x_BTHWC: Tensor, past: Past, *, keep_past: bool, last: bool
+) -> tuple[Tensor, Past]:
     """Run a network over a chunk and collect what each layer needs for the next one."""
     next_past: list[LayerPast] = []
     for index, layer in enumerate(network.layers()):
-        x_BTHWC, kept = layer(x_BTHWC, past[index] if past else ())
+        layer_past = past[index] if past else ()
+        if isinstance(layer, LinearTimeUp):
+            x_BTHWC, kept = layer(x_BTHWC, layer_past, last=last)
+        else:
+            x_BTHWC, kept = layer(x_BTHWC, layer_past)
         # Dropped at once where nobody asks: at 17 x 256 x 256 all layers' pasts together are some 0.45 GB.
         next_past.append(kept if keep_past else ())
     x_BTHWC = network.norm_out(x_BTHWC, silu=True)

@@ -1,9 +1,10 @@
-"""The layers of a causal video autoencoder: residual units, attention, resampling in space and in time.
+"""The layers of a video autoencoder: residual units, attention, resampling in space and in time.
 
 Every map is ``x_BTHWC``, contiguous: what a layer norm, a 1x1 convolution and a channels-last convolution all
 read as it lies, so nothing is laid out anew between layers. No layer keeps state. A layer that looks back in
 time takes the frames before its chunk and returns those before the next one, so a video cut anywhere gives
-what the whole gives; ``()`` in place of those frames means the start of a video, which is filled with zeros.
+what the whole gives; ``()`` in place of those frames means the start of a video. What lies beyond the ends of a
+video, and whether a layer looks ahead, is a `TimeRule`; those that look ahead take whole videos only.
 
 Parameter names follow the released VidTok checkpoints, hence the ``conv`` and ``norm`` levels in them.
 """
@@ -12,7 +13,8 @@ Parameter names follow the released VidTok checkpoints, hence the ``conv`` and `
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +22,45 @@ from torch import Tensor, nn
 
 LayerPast = tuple[Tensor, ...]
 """What one layer needs of the frames before a chunk; empty at the start of a video."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeRule:
+    """Which frames a layer sees around its own, and what it sees beyond the ends of a video."""
+
+    causal: bool
+    """Whether convolutions look back only; otherwise as far ahead as back, with zeros after the end."""
+    start: Literal["zeros", "first frame"]
+    """What stands before a video."""
+    upsampling: Literal["repeated", "linear"]
+    """How frames are made between frames."""
+
+    def context(self, x_BTHWC: Tensor, past: LayerPast, *, before: int, after: int) -> tuple[Tensor, LayerPast]:
+        """Put the frames before a chunk in front of it and, unless causal, zeros behind it.
+
+        Returns:
+            The longer map, and the last ``before`` frames of it for the next chunk, as a copy, so that keeping a
+            past does not keep the chunk; none unless causal.
+        """
+        B, _, H, W, C = x_BTHWC.shape
+        if past:
+            before_BTHWC = past[0]
+        elif self.start == "zeros":
+            before_BTHWC = x_BTHWC.new_zeros(B, before, H, W, C)
+        else:
+            before_BTHWC = x_BTHWC[:, :1].expand(B, before, H, W, C)
+        if not self.causal:
+            return torch.cat([before_BTHWC, x_BTHWC, x_BTHWC.new_zeros(B, after, H, W, C)], dim=1), ()
+        joined_BTHWC = torch.cat([before_BTHWC, x_BTHWC], dim=1)
+        return joined_BTHWC, (joined_BTHWC[:, -before:].clone(),)
+
+
+TIME_RULES = {
+    "causal-v1.0": TimeRule(causal=True, start="zeros", upsampling="repeated"),
+    "causal-v1.1": TimeRule(causal=True, start="first frame", upsampling="linear"),
+    "non-causal": TimeRule(causal=False, start="zeros", upsampling="repeated"),
+}
+"""By the variant of a released model."""
 
 
 class Layer(Protocol):
@@ -43,28 +84,30 @@ class ChannelNorm(nn.Module):
         return F.silu(h, inplace=not h.requires_grad) if silu else h
 
 
-class CausalConv(nn.Module):
-    """A convolution over time, or over time and space, that sees no later frame; time stride 1.
+class TimeConv(nn.Module):
+    """A convolution over three frames, or over 3 x 3 x 3 positions; time stride 1.
 
-    ``kernel`` is (time,) or (time, height, width). Space is padded with zeros to keep its size.
+    ``kernel`` is (3,) or (3, 3, 3). Space is padded with zeros to keep its size.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int] | tuple[int, int, int]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int] | tuple[int, int, int], rule: TimeRule
+    ) -> None:
         super().__init__()
         self.conv: nn.Conv1d | nn.Conv3d
         if len(kernel) == 1:
             self.conv = nn.Conv1d(in_channels, out_channels, kernel)
         else:
             self.conv = nn.Conv3d(in_channels, out_channels, kernel)
-        self.num_past = kernel[0] - 1
+        self.rule = rule
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Convolve a chunk, given the ``num_past`` input frames just before it.
+        """Convolve a chunk, given the two input frames just before it where it is causal.
 
         Returns:
-            As many frames as ``x``, and the last ``num_past`` input frames.
+            As many frames as ``x``, and the last two input frames.
         """
-        joined_BTHWC, past = join_past(x_BTHWC, past, self.num_past)
+        joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=2 if self.rule.causal else 1, after=1)
         if isinstance(self.conv, nn.Conv3d):
             return conv3d(joined_BTHWC, self.conv.weight, self.conv.bias), past
         return conv_over_time(joined_BTHWC, self.conv.weight, self.conv.bias), past
@@ -100,21 +143,26 @@ class SpatialUnit(nn.Module):
         return h.add_(x_BTHWC), past
 
 
-class CausalUnit(nn.Module):
-    """Residual unit through time: twice norm, SiLU, causal convolution; the width stays.
+class TimeUnit(nn.Module):
+    """Residual unit through time: twice norm, SiLU, convolution; the width stays.
 
     With ``kernel`` (3,) it sees one position, with (3, 3, 3) its neighbours too. ``starts_as_identity`` sets the
     second convolution to zero, so that a fresh model treats frames one by one.
     """
 
     def __init__(
-        self, channels: int, kernel: tuple[int] | tuple[int, int, int], *, starts_as_identity: bool = False
+        self,
+        channels: int,
+        kernel: tuple[int] | tuple[int, int, int],
+        rule: TimeRule,
+        *,
+        starts_as_identity: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = ChannelNorm(channels)
-        self.conv1 = CausalConv(channels, channels, kernel)
+        self.conv1 = TimeConv(channels, channels, kernel, rule)
         self.norm2 = ChannelNorm(channels)
-        self.conv2 = CausalConv(channels, channels, kernel)
+        self.conv2 = TimeConv(channels, channels, kernel, rule)
         if starts_as_identity:
             for parameter in self.conv2.parameters():
                 nn.init.zeros_(parameter)
@@ -180,64 +228,113 @@ class SpaceUp(nn.Module):
         return y.view(B, T, 2 * H, 2 * W, C), past
 
 
-class TimeDown(nn.Module):
-    """Half as many frames: a learned blend of averaging and convolving three frames, at stride 2.
+class TimeBlend(nn.Module):
+    """What resampling in time has in common: a 3x3x3 convolution blended with a path that has no weights.
 
-    Output i sees the input frames 2i-1, 2i, 2i+1. The average is itself a convolution, so both paths are one:
-    the blended kernel is ``(1 - s) * weight + s / 3 * identity`` with ``s = sigmoid(mix_factor)``.
+    Both paths are linear, so they are one convolution: ``(1 - s)`` times the weights, plus ``s`` times what the
+    other path does with each channel, ``s = sigmoid(mix_factor)``.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, rule: TimeRule) -> None:
         super().__init__()
-        self.conv = CausalConv(channels, channels, (3, 3, 3))
+        self.conv = TimeConv(channels, channels, (3, 3, 3), rule)
         self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.rule = rule
+
+
+class TimeDown(TimeBlend):
+    """Half as many frames: the blend of averaging and convolving three frames, at stride 2.
+
+    Output i sees the input frames 2i-1, 2i, 2i+1; where it is not causal, 2i, 2i+1, 2i+2.
+    """
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
         """Halve a chunk of an even number of frames."""
         weight, bias, mix = blended(self.conv.conv, self.mix_factor)
         weight[:, :, :, 1, 1] += mix / 3 * identity_like(weight)[:, :, None]
-        joined_BTHWC, past = join_past(x_BTHWC, past, 1)
+        joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=1 if self.rule.causal else 0, after=1)
         return conv3d(joined_BTHWC, weight.to(x_BTHWC.dtype), bias.to(x_BTHWC.dtype), time_stride=2), past
 
 
-class TimeUp(nn.Module):
-    """Twice as many frames: each frame repeated, blended with a causal 3x3x3 convolution of the repeated frames.
+class RepeatedTimeUp(TimeBlend):
+    """Twice as many frames: the blend of each frame repeated and the convolution of the repeated frames.
 
-    As in `SpaceUp` the repeated frames are never made: the even and the odd output frames are two convolutions
-    of two taps over the source, 4 instead of 6 per source frame. The blend's other path adds ``s`` times the
-    identity to the later tap, ``s = sigmoid(mix_factor)``.
+    As in `SpaceUp` the repeated frames are never made: each pair of source frames gives two output frames by two
+    convolutions of two taps, 4 instead of 6 per source frame.
     """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = CausalConv(channels, channels, (3, 3, 3))
-        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Double a chunk; ``past`` is the one input frame before it."""
-        B, T, H, W, C = x_BTHWC.shape
+        """Double a chunk; where it is causal, ``past`` is the one input frame before it."""
+        B, _, H, W, C = x_BTHWC.shape
         weight, bias, mix = blended(self.conv.conv, self.mix_factor)
-        # Output 2i sees the source frames i-1, i-1, i and output 2i+1 sees i-1, i, i: the phases swap in `fold_pair`'s
-        # numbering, as this kernel looks back while the spatial one looks to both sides.
+        # A kernel centred on the later of two repeats sees the source frames i-1, i, i, on the earlier i-1, i-1, i.
+        # Centred on the latest frame that it sees, as in a causal layer, it makes the same two sums one frame later.
         weight = torch.cat([fold_pair(weight, 2, 1), fold_pair(weight, 2, 0)])
-        weight[:, :, 1, 1, 1] += mix * identity_like(weight[:C]).repeat(2, 1)
-        joined_BTHWC, past = join_past(x_BTHWC, past, 1)
+        own_taps = (1, 1) if self.rule.causal else (0, 1)
+        for phase, tap in enumerate(own_taps):
+            weight[phase * C : (phase + 1) * C, :, tap, 1, 1] += mix * identity_like(weight[:C])
+        joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=1, after=1)
         phases = conv3d(joined_BTHWC, weight.to(x_BTHWC.dtype), bias.repeat(2).to(x_BTHWC.dtype))
-        y = phases.view(B, T, H, W, 2, C).permute(0, 1, 4, 2, 3, 5)
-        return y.reshape(B, 2 * T, H, W, C), past
+        y = phases.view(B, -1, H, W, 2, C).permute(0, 1, 4, 2, 3, 5).reshape(B, -1, H, W, C)
+        return y if self.rule.causal else y[:, 1:-1].contiguous(), past
 
 
-def join_past(x_BTHWC: Tensor, past: LayerPast, num_past: int) -> tuple[Tensor, LayerPast]:
-    """Put the frames before a chunk in front of it, zeros at the start of a video.
+class LinearTimeUp(TimeBlend):
+    """Twice as many frames: the blend of frames interpolated linearly and their causal convolution.
 
-    Returns:
-        ``num_past`` more frames than ``x``, and the last ``num_past`` of them as a copy, so that keeping a past
-        does not keep the chunk.
+    New frames lie a quarter before and a quarter after the old ones, held at both ends. The frames of the video's
+    first latent, ``first_frames`` of them here, are a sequence by themselves and all later ones another. The later
+    half of a frame waits for the frame after it, so a chunk gives one frame less than it will, and the next chunk
+    gives it first. Nothing is computed twice and the cut leaves no trace.
     """
-    B, _, H, W, C = x_BTHWC.shape
-    before_BTHWC = past[0] if past else x_BTHWC.new_zeros(B, num_past, H, W, C)
-    joined_BTHWC = torch.cat([before_BTHWC, x_BTHWC], dim=1)
-    return joined_BTHWC, (joined_BTHWC[:, -num_past:].clone(),)
+
+    def __init__(self, channels: int, rule: TimeRule, first_frames: int) -> None:
+        super().__init__(channels, rule)
+        self.first_frames = first_frames
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, last: bool = True) -> tuple[Tensor, LayerPast]:
+        """Double a chunk.
+
+        Args:
+            past: the last two interpolated frames, and the input frame that waits (none after the first latent).
+            last: whether the video ends with the chunk, so that nothing is to wait for.
+        """
+        weight, bias, mix = blended(self.conv.conv, self.mix_factor)
+        weight[:, :, 2, 1, 1] += mix * identity_like(weight)
+        if past:
+            waiting_BTHWC = torch.cat([past[1], x_BTHWC], dim=1)
+            between_BTHWC = interpolated(waiting_BTHWC, starts=not past[1].shape[1], ends=last)
+        else:
+            first_BTHWC, waiting_BTHWC = x_BTHWC[:, : self.first_frames], x_BTHWC[:, self.first_frames :]
+            between_BTHWC = torch.cat(
+                [
+                    interpolated(first_BTHWC, starts=True, ends=True),
+                    interpolated(waiting_BTHWC, starts=True, ends=last),
+                ],
+                dim=1,
+            )
+        joined_BTHWC, next_past = self.rule.context(between_BTHWC, past[:1], before=2, after=0)
+        y = conv3d(joined_BTHWC, weight.to(x_BTHWC.dtype), bias.to(x_BTHWC.dtype))
+        return y, (*next_past, waiting_BTHWC[:, -1:].clone())
+
+
+def time_up(channels: int, rule: TimeRule, first_frames: int) -> RepeatedTimeUp | LinearTimeUp:
+    """The upsampler of a rule; ``first_frames`` is how many frames stand there for the first latent."""
+    if rule.upsampling == "linear":
+        return LinearTimeUp(channels, rule, first_frames)
+    return RepeatedTimeUp(channels, rule)
+
+
+def interpolated(x_BTHWC: Tensor, *, starts: bool, ends: bool) -> Tensor:
+    """Two frames between each two, a quarter from either; one more where the sequence starts or ends."""
+    earlier_BTHWC, later_BTHWC = x_BTHWC[:, :-1], x_BTHWC[:, 1:]
+    between = torch.stack([earlier_BTHWC.lerp(later_BTHWC, 0.25), earlier_BTHWC.lerp(later_BTHWC, 0.75)], dim=2)
+    pieces = [between.flatten(1, 2)]
+    if starts:
+        pieces.insert(0, x_BTHWC[:, :1])
+    if ends:
+        pieces.append(x_BTHWC[:, -1:])
+    return torch.cat(pieces, dim=1)
 
 
 def conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, Past
 from models.heads import FSQ, KL, Encoded, Head
+from models.layers import TIME_RULES
 
 __all__ = [
     "PRESETS",
@@ -35,6 +37,7 @@ __all__ = [
     "Past",
     "TokenizerConfig",
     "VideoTokenizer",
+    "checkpoint_name",
     "count_parameters",
     "frames_to_input",
     "get_preset",
@@ -55,8 +58,9 @@ class TokenizerConfig(BaseModel):
     name: str = Field(min_length=1)
     """What people call it; the presets' names follow the released configurations."""
     family: Literal["vidtok"] = "vidtok"
-    variant: Literal["causal-v1.0"] = "causal-v1.0"
-    """How time is padded and resampled. Weights do not tell: variants share names and shapes."""
+    variant: Literal["causal-v1.0", "causal-v1.1", "non-causal"] = "causal-v1.0"
+    """How time is padded and resampled, see `TIME_RULES`. Weights do not tell the causal ones apart: they share names
+    and shapes."""
     head: Literal["fsq", "kl"]
     latent_channels: int = Field(ge=1)
     """Channels that the decoder takes."""
@@ -112,11 +116,11 @@ class TokenizerConfig(BaseModel):
     @property
     def is_causal(self) -> bool:
         """Whether no latent depends on frames after its own."""
-        return self.variant.startswith("causal")
+        return TIME_RULES[self.variant].causal
 
     @property
     def time_stride(self) -> int:
-        """Frames for each latent after the first."""
+        """Frames for each latent; the first one of a causal model may stand for fewer."""
         return 1 << len(self.encoder_time_levels)
 
     @property
@@ -141,31 +145,66 @@ class TokenizerConfig(BaseModel):
         Encoding that starts at a multiple of time_stride at least this many frames early gives the whole video's
         latents, once those of the early frames are dropped.
         """
-        history = 2  # conv_in; each causal convolution of three frames looks back two frames of its own rate
+        # A causal convolution of three frames looks back two frames of its own rate; at stride 2, one before its own.
+        conv, down = (2, 1) if self.is_causal else (1, 0)
+        return self._reach(conv, down) + self.time_stride - 1
+
+    @property
+    def future_frames(self) -> int:
+        """How many frames after its own last one a latent can depend on; 0 in causal models."""
+        return 0 if self.is_causal else self._reach(1, 1)
+
+    def _reach(self, conv: int, down: int) -> int:
+        """Frames that the encoder sees on one side of a latent's own, given what its layers see at their rate."""
+        reach = conv  # conv_in
         rate = 1
         for level in range(len(self.width_multipliers)):
-            history += self.encoder_pairs * 4 * rate
+            reach += self.encoder_pairs * 2 * conv * rate
             if level in self.encoder_time_levels:
-                history += rate  # three frames at stride 2: two are the latent's own
+                reach += down * rate
                 rate *= 2
-        # Two units of the middle block and the output convolution; then the frames of the latent itself.
-        return history + 2 * 4 * rate + 2 * rate + (rate - 1)
+        return reach + (2 * 2 + 1) * conv * rate  # two units of the middle block and the output convolution
+
+    def _lengths(self) -> tuple[int, int]:
+        """The shortest clip that the model takes, and the step to the next longer ones."""
+        return {
+            "causal-v1.0": (1, self.time_stride),  # the first frame stands alone
+            "causal-v1.1": (1, 1),  # the first latent stands for the frames that the others leave over
+            "non-causal": (self.time_stride, self.time_stride),
+        }[self.variant]
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip: the first frame stands alone, then one for each time_stride frames.
+        """Latent frames of a clip: one for each time_stride frames, and one for what is left over.
 
         Raises:
-            ValueError: unless num_frames is 1 + a multiple of time_stride.
+            ValueError: for a length that the model does not take, naming the nearest that it does. Causal v1.0 takes
+                1 + a multiple of time_stride, v1.1 any, non-causal a multiple of time_stride.
         """
-        stride = self.time_stride
-        if num_frames < 1 or (num_frames - 1) % stride:
-            below = 1 + (max(num_frames, 1) - 1) // stride * stride
-            nearest = " or ".join(str(n) for n in ((1,) if num_frames < 1 else (below, below + stride)))
+        first, step = self._lengths()
+        if num_frames < first or (num_frames - first) % step:
+            below = first + max(num_frames - first, 0) // step * step
+            nearest = " or ".join(str(n) for n in ((first,) if num_frames < first else (below, below + step)))
+            rule = f"a multiple of {step}" if first == step else f"{first} + a multiple of {step}"
             raise ValueError(
-                f"{self.name}: num_frames must be 1 + a multiple of {stride} (1, {1 + stride}, {1 + 2 * stride} "
-                f"...), got {num_frames}; nearest: {nearest}"
+                f"{self.name}: num_frames must be {rule} ({first}, {first + step}, {first + 2 * step} ...), "
+                f"got {num_frames}; nearest: {nearest}"
             )
-        return 1 + (num_frames - 1) // stride
+        return -(-num_frames // self.time_stride)
+
+    def decoded_frames(self, latent_frames: int) -> int:
+        """Frames of a clip of so many latents, if nothing else is known: 1 for the first latent of a causal model."""
+        return latent_frames * self.time_stride - (self.time_stride - 1 if self.is_causal else 0)
+
+    def valid_frames(self, num_frames: int) -> int:
+        """The shortest length that the model takes and that is not below num_frames.
+
+        Raises:
+            ValueError: for num_frames below 1.
+        """
+        if num_frames < 1:
+            raise ValueError(f"{self.name}: num_frames must be at least 1, got {num_frames}")
+        first, step = self._lengths()
+        return first + -(-max(num_frames - first, 0) // step) * step
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """What is stored of a clip: (T', H', W') tokens, or (C, T', H', W') latents for KL.
@@ -198,56 +237,72 @@ def get_preset(name: str) -> TokenizerConfig:
     raise ValueError(f"unknown tokenizer preset {name!r}{hint} There are: {', '.join(PRESETS)}")
 
 
+Row = dict[str, object]
+
 # Time stride, then space strides in the name. The 41616 models halve time at levels 2 and 3 but double it at 2 and 1.
-_488: dict[str, tuple[int, ...]] = {}
-_41616: dict[str, tuple[int, ...]] = {
+_488: Row = {}
+_41616: Row = {
     "width_multipliers": (1, 2, 4, 4, 4),
     "encoder_space_levels": (0, 1, 2, 3),
     "encoder_time_levels": (2, 3),
     "decoder_space_levels": (1, 2, 3, 4),
 }
-_444: dict[str, tuple[int, ...]] = {"encoder_space_levels": (1, 2), "decoder_space_levels": (1, 2)}
-_288: dict[str, tuple[int, ...]] = {"encoder_time_levels": (1,), "decoder_time_levels": (2,)}
+_444: Row = {"encoder_space_levels": (1, 2), "decoder_space_levels": (1, 2)}
+_288: Row = {"encoder_time_levels": (1,), "decoder_time_levels": (2,)}
+_888: Row = {"encoder_time_levels": (0, 1, 2), "decoder_time_levels": (1, 2, 3)}
+
+_V1_0: Row = {"variant": "causal-v1.0"}
+_V1_1: Row = {"variant": "causal-v1.1"}
+_NON_CAUSAL: Row = {"variant": "non-causal"}
+_TINY: Row = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
 
 
-def _fsq(name: str, topology: dict[str, tuple[int, ...]], dims: int, **small: int) -> TokenizerConfig:
-    return TokenizerConfig.model_validate(
-        {"name": name, "head": "fsq", "latent_channels": dims, "fsq_levels": (8,) * dims, **topology, **small}
-    )
+def _fsq(name: str, topology: Row, dims: int, variant: Row, **small: object) -> TokenizerConfig:
+    head = {"head": "fsq", "latent_channels": dims, "fsq_levels": (8,) * dims}
+    return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
 
 
-def _kl(name: str, topology: dict[str, tuple[int, ...]], channels: int, **small: int) -> TokenizerConfig:
-    return TokenizerConfig.model_validate(
-        {"name": name, "head": "kl", "latent_channels": channels, **topology, **small}
-    )
-
-
-_TINY = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
+def _kl(name: str, topology: Row, channels: int, variant: Row, **small: object) -> TokenizerConfig:
+    head = {"head": "kl", "latent_channels": channels}
+    return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
 
 
 PRESETS: dict[str, TokenizerConfig] = {
     config.name: config
     for config in (
         # For tests, demos and laptops: no trained weights exist.
-        _fsq("tiny", _488, 5, **_TINY),
-        _kl("tiny_kl", _488, 4, **_TINY),
-        # Causal, v1.0. FSQ: eight levels in each dimension.
-        _fsq("fsq_causal_488_262144", _488, 6),
-        _fsq("fsq_causal_488_32768", _488, 5),
-        _fsq("fsq_causal_488_4096", _488, 4),
-        _fsq("fsq_causal_41616_262144", _41616, 6),
-        _kl("kl_causal_488_4chn", _488, 4),
-        _kl("kl_causal_488_8chn", _488, 8),
-        _kl("kl_causal_488_16chn", _488, 16),
-        _kl("kl_causal_41616_4chn", _41616, 4),
-        _kl("kl_causal_444_4chn", _444, 4),
-        _kl("kl_causal_288_8chn", _288, 8),
+        _fsq("tiny", _488, 5, _V1_0, **_TINY),
+        _kl("tiny_kl", _488, 4, _V1_0, **_TINY),
+        # The release. FSQ: eight levels in each dimension.
+        _fsq("fsq_causal_488_262144", _488, 6, _V1_0),
+        _fsq("fsq_causal_488_32768", _488, 5, _V1_0),
+        _fsq("fsq_causal_488_4096", _488, 4, _V1_0),
+        _fsq("fsq_causal_41616_262144", _41616, 6, _V1_0),
+        _kl("kl_causal_488_4chn", _488, 4, _V1_0),
+        _kl("kl_causal_488_8chn", _488, 8, _V1_0),
+        _kl("kl_causal_488_16chn", _488, 16, _V1_0),
+        _kl("kl_causal_41616_4chn", _41616, 4, _V1_0),
+        _kl("kl_causal_444_4chn", _444, 4, _V1_0),
+        _kl("kl_causal_288_8chn", _288, 8, _V1_0),
+        _fsq("fsq_causal_488_32768_v1_1", _488, 5, _V1_1),
+        _fsq("fsq_causal_888_32768_v1_1", _888, 5, _V1_1),
+        _fsq("fsq_causal_41616_262144_v1_1", _41616, 6, _V1_1),
+        _kl("kl_causal_488_4chn_v1_1", _488, 4, _V1_1),
+        _kl("kl_causal_488_16chn_v1_1", _488, 16, _V1_1),
+        _kl("kl_causal_41616_16chn_v1_1", _41616, 16, _V1_1),
+        _kl("kl_causal_288_8chn_v1_1", _288, 8, _V1_1),
+        _fsq("fsq_noncausal_488_262144", _488, 6, _NON_CAUSAL),
+        _fsq("fsq_noncausal_41616_262144", _41616, 6, _NON_CAUSAL),
+        _kl("kl_noncausal_488_4chn", _488, 4, _NON_CAUSAL),
+        _kl("kl_noncausal_488_16chn", _488, 16, _NON_CAUSAL),
+        _kl("kl_noncausal_41616_4chn", _41616, 4, _NON_CAUSAL),
+        _kl("kl_noncausal_41616_16chn", _41616, 16, _NON_CAUSAL),
     )
 }
 
 
 class VideoTokenizer(nn.Module):
-    """A causal video tokenizer.
+    """A video tokenizer.
 
     Freshly made it has random weights; `load_tokenizer` gives one that is ready to use. Results for a clip do not
     depend on the other clips of its batch nor on its place among them. Encoding and decoding are deterministic.
@@ -264,6 +319,7 @@ class VideoTokenizer(nn.Module):
             space_levels=config.encoder_space_levels,
             time_levels=config.encoder_time_levels,
             out_channels=self.head.encoder_channels,
+            rule=TIME_RULES[config.variant],
         )
         self.decoder = Decoder(
             widths=widths,
@@ -271,6 +327,7 @@ class VideoTokenizer(nn.Module):
             space_levels=config.decoder_space_levels,
             time_levels=config.decoder_time_levels,
             in_channels=self.head.latent_channels,
+            rule=TIME_RULES[config.variant],
         )
 
     @property
@@ -295,16 +352,17 @@ class VideoTokenizer(nn.Module):
         """Encode videos piece by piece, in memory that does not grow with their length.
 
         Args:
-            x_BCTHW: as for `encode`. The first chunk has 1 + a multiple of time_stride frames, the later ones a
-                multiple of it.
+            x_BCTHW: as for `encode`. The first chunk has any length that `encode` takes, the later ones have
+                multiples of time_stride.
             past: what the previous call returned; empty for the first chunk.
 
         Returns:
             The chunk's part of what `encode` gives for the whole, and the next chunk's past.
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: as `encode`, and for a model that is not causal.
         """
+        self._check_streams()
         self._check_video(x_BCTHW)
         num_frames, height, width = x_BCTHW.shape[2:]
         stride = self.config.time_stride
@@ -313,51 +371,84 @@ class VideoTokenizer(nn.Module):
                 f"{self.config.name}: after the first chunk, chunks must have a multiple of {stride} frames, "
                 f"got {num_frames}"
             )
-        self.config.latent_shape(1 if past else num_frames, height, width)
+        self.config.latent_shape(stride + 1 if past else num_frames, height, width)
         return self._encode(x_BCTHW, past, keep_past=True)
 
     def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Encoded, Past]:
         x_BTHWC = x_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
         if not past:
-            # The first frame stands alone in its latent: it is repeated until it fills one.
-            first_BTHWC = x_BTHWC[:, :1].expand(-1, self.config.time_stride - 1, -1, -1, -1)
+            # A first latent that stands for fewer frames than the others is filled with copies of the first frame.
+            first_BTHWC = x_BTHWC[:, :1].expand(-1, -x_BTHWC.shape[1] % self.config.time_stride, -1, -1, -1)
             x_BTHWC = torch.cat([first_BTHWC, x_BTHWC], dim=1)
         z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past)
         return self.head.quantize(z_BTHWC.permute(0, 4, 1, 2, 3)), next_past
 
-    def decode(self, tokens_or_latents: Tensor) -> Tensor:
+    def decode(self, tokens_or_latents: Tensor, num_frames: int | None = None) -> Tensor:
         """Decode whole clips, from tokens or from the latents they stand for: bitwise the same.
 
         Args:
             tokens_or_latents: integer (B, T', H', W') below codebook_size, or floating (B, C, T', H', W').
+            num_frames: how many frames the clips had; None for what `decoded_frames` gives. Only v1.1 leaves a
+                choice.
 
         Returns:
-            (B, 3, T, H, W) of the model's dtype, about [-1, 1] but not clamped, with T = 1 + (T' - 1) * time_stride.
+            (B, 3, T, H, W) of the model's dtype, about [-1, 1] but not clamped, with T = num_frames.
 
         Raises:
-            ValueError: for another shape, a token outside the codebook, or tokens given to a KL model.
+            ValueError: for another shape, a token outside the codebook, tokens given to a KL model, or num_frames
+                that do not make so many latents.
         """
-        return self._decode(self._latents(tokens_or_latents), (), keep_past=False)[0]
+        z_BCTHW = self._latents(tokens_or_latents)
+        latent_frames = z_BCTHW.shape[2]
+        if num_frames is None:
+            num_frames = self.config.decoded_frames(latent_frames)
+        elif self.config.latent_frames(num_frames) != latent_frames:
+            raise ValueError(
+                f"{self.config.name}: {num_frames} frames make {self.config.latent_frames(num_frames)} latent frames, "
+                f"got {latent_frames}"
+            )
+        return self._decode(z_BCTHW, (), keep_past=False, last=True)[0][:, :, -num_frames:]
 
-    def decode_chunk(self, tokens_or_latents: Tensor, past: Past = ()) -> tuple[Tensor, Past]:
+    def decode_chunk(
+        self, tokens_or_latents: Tensor, past: Past = (), *, last: bool = False, first_frames: int = 1
+    ) -> tuple[Tensor, Past]:
         """Decode videos piece by piece; chunks of any number of latent frames, otherwise as `decode`.
+
+        Causal v1.1 interpolates towards the next latent: the last time_stride - 1 frames of a chunk come with the
+        next one, or at once where the chunk is the `last`. Nothing waits for v1.0, nor after the first latent.
 
         Args:
             past: what the previous call returned; empty for the first chunk.
+            last: whether the video ends with this chunk.
+            first_frames: how many frames the video's first latent stands for; more than 1 only in v1.1, for a video
+                of another length than 1 + a multiple of time_stride.
 
         Returns:
-            The chunk's frames, 1 for the first latent of the video and time_stride for each other, and the next
-            chunk's past.
-        """
-        return self._decode(self._latents(tokens_or_latents), past, keep_past=True)
+            The frames that are known by now, and the next chunk's past.
 
-    def _decode(self, z_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Tensor, Past]:
+        Raises:
+            ValueError: as `decode`, for a model that is not causal, and for other first_frames.
+        """
+        self._check_streams()
+        if self.config.latent_frames(first_frames) != 1:
+            raise ValueError(
+                f"{self.config.name}: first_frames must be 1 ... {self.config.time_stride}, got {first_frames}"
+            )
+        x_BCTHW, next_past = self._decode(self._latents(tokens_or_latents), past, keep_past=True, last=last)
+        return x_BCTHW if past else x_BCTHW[:, :, self.config.time_stride - first_frames :], next_past
+
+    def _decode(self, z_BCTHW: Tensor, past: Past, *, keep_past: bool, last: bool) -> tuple[Tensor, Past]:
+        """All frames, with those that `_encode` put before the video."""
         z_BTHWC = z_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
-        x_BTHWC, next_past = self.decoder(z_BTHWC, past, keep_past=keep_past)
-        if not past:
-            # Of the first latent's frames only the last is the video's, see _encode.
-            x_BTHWC = x_BTHWC[:, self.config.time_stride - 1 :]
+        x_BTHWC, next_past = self.decoder(z_BTHWC, past, keep_past=keep_past, last=last)
         return x_BTHWC.permute(0, 4, 1, 2, 3), next_past
+
+    def _check_streams(self) -> None:
+        if not self.config.is_causal:
+            raise ValueError(
+                f"{self.config.name} is not causal: its latents depend on later frames, so it takes whole clips only; "
+                "for streaming choose a causal preset"
+            )
 
     def _check_video(self, x_BCTHW: Tensor) -> None:
         if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
@@ -416,11 +507,25 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_name(name: str, config: TokenizerConfig) -> str:
+    """What files call a weight that the network calls ``name``.
+
+    The released non-causal models lack the ``conv`` level below convolutions over time and 1x1x1 ones; causal names
+    are the network's own.
+    """
+    return (
+        name
+        if config.is_causal
+        else re.sub(r"\b(conv|conv_in|conv_out|conv1|conv2|q|k|v|proj_out)\.conv\.", r"\1.", name)
+    )
+
+
 def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
     """Random float32 weights that depend on names, shapes and the seed alone, not on the machine or torch.
 
     Each entry has its own generator, numpy's frozen `RandomState` of the name's CRC-32 started at the seed.
     Kernels are N(0, 1) times 1.5 / sqrt(inputs), which keeps maps at unit size; gains 1 and biases 0 vary by 0.1.
+    The names are those of `checkpoint_name`.
 
     Args:
         seed: in [0, 2**32).
@@ -429,7 +534,7 @@ def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
         raise ValueError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
     weights: dict[str, Tensor] = {}
     for name, shape in _expected_shapes(config).items():
-        random = np.random.RandomState(zlib.crc32(name.encode(), seed))
+        random = np.random.RandomState(zlib.crc32(checkpoint_name(name, config).encode(), seed))
         if name.endswith("mix_factor"):
             values = random.uniform(-1.0, 1.0, shape)
         elif len(shape) >= 2:
@@ -445,6 +550,7 @@ def load_tokenizer(
     weights: str | Path | None,
     *,
     seed: int | None = None,
+    ema: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoTokenizer:
@@ -453,12 +559,15 @@ def load_tokenizer(
     Args:
         weights: a file that `load_weights` takes; None together with a seed.
         seed: makes `seeded_weights` instead, for tests and demos.
+        ema: take the averaged weights of the file, see `load_weights`.
 
     Raises:
         ValueError, FileNotFoundError: as `load_weights`; or unless exactly one of weights and seed is given.
     """
+    if ema and weights is None:
+        raise ValueError("averaged weights come from a file, got none")
     if weights is not None and seed is None:
-        state = load_weights(weights, config)[1]
+        state = load_weights(weights, config, ema=ema)[1]
     elif weights is None and seed is not None:
         state = seeded_weights(config, seed)
     else:
@@ -468,15 +577,18 @@ def load_tokenizer(
     return tokenizer.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tuple[TokenizerConfig, dict[str, Tensor]]:
+def load_weights(
+    path: str | Path, config: TokenizerConfig | None = None, *, ema: bool = False
+) -> tuple[TokenizerConfig, dict[str, Tensor]]:
     """Read the weights of a tokenizer and check that they are exactly those of a config.
 
     Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` with nothing in them executed, bare or under
-    ``state_dict``. Names that begin with ``loss.`` or ``model_ema.`` are left out, ``module.`` and ``_orig_mod.``
-    segments are taken off.
+    ``state_dict``. Files name weights as `checkpoint_name` does. Names that begin with ``loss.`` or ``model_ema.``
+    are left out, ``module.`` and ``_orig_mod.`` segments are taken off.
 
     Args:
         config: what the weights are for; None takes the config that `save_tokenizer` wrote into the file.
+        ema: take the moving average of the weights that training kept beside them, under ``model_ema.``.
 
     Returns:
         The config, and float32 tensors on the CPU by name.
@@ -484,7 +596,8 @@ def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tup
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a weights file, would execute code, states another config than the given one, lacks
-            entries or has foreign or mis-shaped ones, or holds values that are not finite.
+            entries or has foreign or mis-shaped ones, holds values that are not finite, or no average though it is
+            asked for.
     """
     path = Path(path)
     if not path.is_file():
@@ -501,8 +614,9 @@ def load_weights(path: str | Path, config: TokenizerConfig | None = None) -> tup
         config = stated
     if stated is not None:
         _check_same_network(path, stated, config)
-    tensors = _bare_names(path, entries)
+    tensors = _averages(path, entries, config) if ema else _bare_names(path, entries)
     _check_entries(path, tensors, config)
+    tensors = {name: tensors[checkpoint_name(name, config)] for name in _expected_shapes(config)}
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
@@ -518,7 +632,10 @@ def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"a tokenizer is saved as .safetensors, got {path}")
-    entries = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tokenizer.state_dict().items()}
+    entries = {
+        checkpoint_name(name, tokenizer.config): tensor.detach().to("cpu").contiguous()
+        for name, tensor in tokenizer.state_dict().items()
+    }
     metadata = {"format": "pt", _CONFIG_KEY: tokenizer.config.model_dump_json()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -529,6 +646,7 @@ def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
 
 
 _CONFIG_KEY = "vidshard_tokenizer_config"
+_EMA_PREFIX = "model_ema."
 
 
 def _empty(config: TokenizerConfig) -> VideoTokenizer:
@@ -581,21 +699,43 @@ def _first_line(error: Exception) -> str:
 
 def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
     """Drop what is not of the tokenizer, and what wrappers put into names."""
-    bare: dict[str, Tensor] = {}
-    not_tensors: list[str] = []
+    bare: dict[str, object] = {}
     for full_name, value in entries.items():
-        name = ".".join(part for part in full_name.split(".") if part not in ("module", "_orig_mod"))
-        if name.startswith(("loss.", "model_ema.")):
+        name = _unwrapped(full_name)
+        if name.startswith(("loss.", _EMA_PREFIX)):
             continue
         if name in bare:
             raise ValueError(f"{path} has {name} twice, once with a module. or _orig_mod. prefix")
-        if isinstance(value, Tensor) and value.is_floating_point():
-            bare[name] = value
-        else:
-            not_tensors.append(name)
-    if not_tensors:
-        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(not_tensors)}")
-    return bare
+        bare[name] = value
+    return _floating_tensors(path, bare)
+
+
+def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig) -> dict[str, Tensor]:
+    """The averaged weights under the names of the others. Training writes their names without the dots."""
+    names = [checkpoint_name(name, config) for name in _expected_shapes(config)]
+    by_joined_name = {name.replace(".", ""): name for name in names}
+    assert len(by_joined_name) == len(names)
+    averages: dict[str, object] = {}
+    for full_name, value in entries.items():
+        name = _unwrapped(full_name)
+        # Beside the averages lie the decay and a counter; averages of the loss are nothing to us.
+        joined_name = name.removeprefix(_EMA_PREFIX).replace("_orig_mod", "")
+        if name.startswith(_EMA_PREFIX) and joined_name not in ("decay", "num_updates") and joined_name[:4] != "loss":
+            averages[by_joined_name.get(joined_name, name)] = value
+    if not averages:
+        raise ValueError(f"{path} holds no averaged (EMA) weights, only those of the last step: load it without ema")
+    return _floating_tensors(path, averages)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
+    tensors = {n: value for n, value in entries.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if others := [name for name in entries if name not in tensors]:
+        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(others)}")
+    return tensors
 
 
 def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
@@ -605,7 +745,7 @@ def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerCo
 
 
 def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerConfig) -> None:
-    expected = _expected_shapes(config)
+    expected = {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
     problems = {
         "missing": [name for name in expected if name not in entries],
         "foreign": [name for name in entries if name not in expected],

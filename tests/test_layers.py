@@ -1,4 +1,4 @@
-"""Layers equal the plain formulas they abbreviate, cut anywhere in time, and see no later frame."""
+"""Layers equal the plain formulas they abbreviate, cut anywhere in time; causal ones see no later frame."""
 
 from __future__ import annotations
 
@@ -10,26 +10,49 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from models import layers
-from models.layers import CausalConv, CausalUnit, FrameAttention, SpaceDown, SpaceUp, SpatialUnit, TimeDown, TimeUp
+from models.layers import (
+    TIME_RULES,
+    FrameAttention,
+    LinearTimeUp,
+    RepeatedTimeUp,
+    SpaceDown,
+    SpaceUp,
+    SpatialUnit,
+    TimeConv,
+    TimeDown,
+    TimeRule,
+    TimeUnit,
+    interpolated,
+    time_up,
+)
 
 CHANNELS = 6
-LAYERS: dict[str, nn.Module] = {}
-with torch.random.fork_rng():
-    torch.manual_seed(0)
-    LAYERS = {
-        "conv over time": CausalConv(CHANNELS, 5, (3,)),
-        "conv": CausalConv(CHANNELS, 5, (3, 3, 3)),
-        "conv from few channels": CausalConv(CHANNELS, 24, (3, 3, 3)),
-        "conv to few channels": CausalConv(CHANNELS, 2, (3, 3, 3)),
-        "unit over time": CausalUnit(CHANNELS, (3,)),
-        "unit": CausalUnit(CHANNELS, (3, 3, 3)),
-        "spatial unit": SpatialUnit(CHANNELS, 4),
-        "attention": FrameAttention(CHANNELS),
-        "space down": SpaceDown(CHANNELS),
-        "space up": SpaceUp(CHANNELS),
-        "time down": TimeDown(CHANNELS),
-        "time up": TimeUp(CHANNELS),
-    }
+V1_0, V1_1, NON_CAUSAL = (TIME_RULES[variant] for variant in ("causal-v1.0", "causal-v1.1", "non-causal"))
+
+
+def made(rule: TimeRule) -> dict[str, nn.Module]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            "conv over time": TimeConv(CHANNELS, 5, (3,), rule),
+            "conv": TimeConv(CHANNELS, 5, (3, 3, 3), rule),
+            "conv from few channels": TimeConv(CHANNELS, 24, (3, 3, 3), rule),
+            "conv to few channels": TimeConv(CHANNELS, 2, (3, 3, 3), rule),
+            "unit over time": TimeUnit(CHANNELS, (3,), rule),
+            "unit": TimeUnit(CHANNELS, (3, 3, 3), rule),
+            "spatial unit": SpatialUnit(CHANNELS, 4),
+            "attention": FrameAttention(CHANNELS),
+            "space down": SpaceDown(CHANNELS),
+            "space up": SpaceUp(CHANNELS),
+            "time down": TimeDown(CHANNELS, rule),
+            "time up": time_up(CHANNELS, rule, 2),
+        }
+
+
+V1_1_LAYERS = {f"{name}, v1.1": layer for name, layer in made(V1_1).items()}
+LINEAR = V1_1_LAYERS.pop("time up, v1.1")
+"""Sees one frame ahead, and so has tests of its own."""
+LAYERS = made(V1_0) | V1_1_LAYERS
 
 
 def clip(num_frames: int, batch: int = 2, size: int = 4, channels: int = CHANNELS) -> Tensor:
@@ -40,14 +63,14 @@ def as_BCTHW(x_BTHWC: Tensor) -> Tensor:  # noqa: N802
     return x_BTHWC.permute(0, 4, 1, 2, 3)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, "linear time up"])
 @pytest.mark.parametrize("cuts", [(2,), (4,), (2, 4, 6)])
 def test_a_clip_in_chunks_gives_what_the_whole_gives(name: str, cuts: tuple[int, ...]) -> None:
-    layer, x = LAYERS[name], clip(8)
+    layer, x = LAYERS.get(name, LINEAR), clip(8)
     whole, last_past = layer(x)
     parts, past = [], ()
-    for chunk in torch.tensor_split(x, cuts, dim=1):
-        part, past = layer(chunk, past)
+    for index, chunk in enumerate(torch.tensor_split(x, cuts, dim=1)):
+        part, past = layer(chunk, past, last=index == len(cuts)) if layer is LINEAR else layer(chunk, past)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     assert len(past) == len(last_past)
@@ -62,6 +85,19 @@ def test_a_frame_does_not_change_earlier_outputs(name: str) -> None:
     unaffected = before.shape[1] * 4 // 8  # outputs of the frames 0 to 3
     assert torch.equal(before[:, :unaffected], after[:, :unaffected])
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", made(NON_CAUSAL))
+def test_layers_that_are_not_causal_give_what_the_reversed_clip_gives_reversed_but_where_they_halve(name: str) -> None:
+    layer, x = made(NON_CAUSAL)[name], clip(8)
+    for parameter in layer.parameters():
+        if parameter.ndim in (3, 5):  # kernels that look the same in both directions of time
+            parameter.data += parameter.data.flip(2)
+    forwards, past = layer(x)
+    backwards = layer(x.flip(1))[0].flip(1)
+    assert forwards.shape[1] == {"time down": 4, "time up": 16}.get(name, 8)
+    assert all(tensor.shape == x.shape for tensor in past) or past == ()
+    assert torch.allclose(forwards, backwards, atol=1e-5) == (name != "time down")
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -80,16 +116,24 @@ def test_the_past_does_not_keep_the_chunk_alive(name: str) -> None:
         assert tensor.shape[1] <= 2
 
 
+def before_and_after(x: Tensor, rule: TimeRule, *, before: int, after: int) -> Tensor:
+    """(B, C, T, H, W) with what the rule puts at both ends of time, in words of PyTorch."""
+    x = F.pad(x, (0, 0, 0, 0, 0, 0 if rule.causal else after))
+    return F.pad(x, (0, 0, 0, 0, before, 0), mode="constant" if rule.start == "zeros" else "replicate")
+
+
+@pytest.mark.parametrize("rule", TIME_RULES.values(), ids=TIME_RULES)
 @pytest.mark.parametrize(("out_channels", "size"), [(5, 4), (24, 4), (2, 4), (5, 64)])
-def test_a_causal_convolution_is_a_3d_convolution_after_two_zero_frames(out_channels: int, size: int) -> None:
+def test_a_convolution_over_time_is_one_after_padding_by_the_rule(out_channels: int, size: int, rule: TimeRule) -> None:
     # At 64 x 64 the map is larger than SMALL_MAP for both kinds.
     x = clip(60 if size == 64 else 3, batch=1, size=size)
     assert (x[0, :, :, 0].numel() > layers.SMALL_MAP) == (size == 64)
+    padded = before_and_after(as_BCTHW(x), rule, before=2 if rule.causal else 1, after=1)
     for kernel in ((3,), (3, 3, 3)):
-        layer = CausalConv(CHANNELS, out_channels, kernel)
+        layer = TimeConv(CHANNELS, out_channels, kernel, rule)
         weight = layer.conv.weight if len(kernel) == 3 else layer.conv.weight[..., None, None]
         space = len(kernel) // 3
-        expected = F.conv3d(F.pad(as_BCTHW(x), (space,) * 4 + (2, 0)), weight, layer.conv.bias)
+        expected = F.conv3d(F.pad(padded, (space,) * 4), weight, layer.conv.bias)
         torch.testing.assert_close(as_BCTHW(layer(x)[0]), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -107,25 +151,46 @@ def test_space_up_is_a_convolution_of_repeated_pixels() -> None:
     torch.testing.assert_close(as_BCTHW(layer(clip(1))[0])[:, :, 0], expected)
 
 
+@pytest.mark.parametrize("rule", TIME_RULES.values(), ids=TIME_RULES)
 @pytest.mark.parametrize("mix_factor", [-1.0, 2.0])
-def test_time_down_blends_an_average_with_a_convolution(mix_factor: float) -> None:
-    layer = TimeDown(CHANNELS)
+def test_time_down_blends_an_average_with_a_convolution(mix_factor: float, rule: TimeRule) -> None:
+    layer = TimeDown(CHANNELS, rule)
     nn.init.constant_(layer.mix_factor, mix_factor)
-    x = F.pad(as_BCTHW(clip(6)), (0, 0, 0, 0, 1, 0))
+    x = before_and_after(as_BCTHW(clip(6)), rule, before=1 if rule.causal else 0, after=1)
     average = F.avg_pool3d(x, (3, 1, 1), stride=(2, 1, 1))
     convolved = F.conv3d(x, layer.conv.conv.weight, layer.conv.conv.bias, (2, 1, 1), (0, 1, 1))
     expected = torch.lerp(convolved, average, torch.sigmoid(layer.mix_factor))
     torch.testing.assert_close(as_BCTHW(layer(clip(6))[0]), expected)
 
 
+@pytest.mark.parametrize("rule", [V1_0, NON_CAUSAL], ids=["v1.0", "non-causal"])
 @pytest.mark.parametrize("mix_factor", [-1.0, 2.0])
-def test_time_up_blends_repeated_frames_with_their_convolution(mix_factor: float) -> None:
-    layer = TimeUp(CHANNELS)
+def test_time_up_blends_repeated_frames_with_their_convolution(mix_factor: float, rule: TimeRule) -> None:
+    layer = RepeatedTimeUp(CHANNELS, rule)
     nn.init.constant_(layer.mix_factor, mix_factor)
     repeated = as_BCTHW(clip(3)).repeat_interleave(2, dim=2)
-    convolved = F.conv3d(F.pad(repeated, (1, 1, 1, 1, 2, 0)), layer.conv.conv.weight, layer.conv.conv.bias)
+    x = F.pad(before_and_after(repeated, rule, before=2 if rule.causal else 1, after=1), (1, 1, 1, 1))
+    convolved = F.conv3d(x, layer.conv.conv.weight, layer.conv.conv.bias)
     expected = torch.lerp(convolved, repeated, torch.sigmoid(layer.mix_factor))
     torch.testing.assert_close(as_BCTHW(layer(clip(3))[0]), expected)
+
+
+@pytest.mark.parametrize("first_frames", [1, 2, 4])
+def test_linear_time_up_stretches_the_first_latent_and_the_others_apart(first_frames: int) -> None:
+    layer, x = LinearTimeUp(CHANNELS, V1_1, first_frames), as_BCTHW(clip(7))
+    groups = x[:, :, :first_frames], x[:, :, first_frames:]
+    stretched = [F.interpolate(group, scale_factor=(2.0, 1.0, 1.0), mode="trilinear") for group in groups]
+    between = torch.cat(stretched, dim=2)
+    padded = F.pad(before_and_after(between, V1_1, before=2, after=0), (1, 1, 1, 1))
+    convolved = F.conv3d(padded, layer.conv.conv.weight, layer.conv.conv.bias)
+    expected = torch.lerp(convolved, between, torch.sigmoid(layer.mix_factor))
+    torch.testing.assert_close(as_BCTHW(layer(clip(7))[0]), expected)
+
+
+def test_interpolating_a_constant_gives_the_constant_and_no_frames_give_none() -> None:
+    x = torch.full((1, 3, 1, 1, 1), 0.1)
+    assert torch.equal(interpolated(x, starts=True, ends=True), x[:, :1].expand(1, 6, 1, 1, 1))
+    assert interpolated(x[:, :0], starts=True, ends=False).shape[1] == 0
 
 
 def test_attention_mixes_positions_but_not_frames() -> None:
@@ -139,5 +204,5 @@ def test_attention_mixes_positions_but_not_frames() -> None:
 
 
 def test_a_fresh_temporal_unit_passes_frames_through() -> None:
-    unit = CausalUnit(CHANNELS, (3,), starts_as_identity=True)
+    unit = TimeUnit(CHANNELS, (3,), V1_0, starts_as_identity=True)
     assert torch.equal(unit(clip(3))[0], clip(3))

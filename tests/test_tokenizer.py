@@ -20,6 +20,7 @@ from models.tokenizer import (
     Past,
     TokenizerConfig,
     VideoTokenizer,
+    checkpoint_name,
     count_parameters,
     frames_to_input,
     get_preset,
@@ -34,6 +35,8 @@ from models.tokenizer import (
 NAME_TABLES = Path(__file__).parents[2] / "shared" / "reference" / "state_dict"
 TINY = get_preset("tiny")
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
+
+NON_CAUSAL = TINY.model_copy(update={"name": "tiny_non_causal", "variant": "non-causal"})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,6 +105,8 @@ def test_a_config_that_describes_no_model_is_refused(change: dict[str, object]) 
         ("kl_causal_488_16chn", 4, 8, None, 16),
         ("kl_causal_444_4chn", 4, 4, None, 4),
         ("kl_causal_288_8chn", 2, 8, None, 8),
+        ("fsq_causal_888_32768_v1_1", 8, 8, 32768, 5),
+        ("kl_noncausal_41616_16chn", 4, 16, None, 16),
     ],
 )
 def test_presets_compress_as_their_names_say(
@@ -111,7 +116,7 @@ def test_presets_compress_as_their_names_say(
     assert (config.time_stride, config.space_stride) == (time_stride, space_stride)
     assert (config.codebook_size, config.latent_channels) == (codebook_size, latent_channels)
     assert config.token_bits == (None if codebook_size is None else math.log2(codebook_size))
-    assert config.is_causal
+    assert config.is_causal == ("noncausal" not in name)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,8 @@ def test_presets_compress_as_their_names_say(
         ("fsq_causal_41616_262144", 500, 198.97),
         ("kl_causal_444_4chn", 412, 154.94),
         ("kl_causal_288_8chn", 410, 148.77),
+        ("fsq_causal_888_32768_v1_1", 422, 164.94),
+        ("fsq_noncausal_488_262144", 416, 157.45),
     ],
 )
 def test_models_have_the_published_number_of_weights(name: str, entries: int, millions: float) -> None:
@@ -134,8 +141,10 @@ def test_models_have_the_published_number_of_weights(name: str, entries: int, mi
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
 def test_names_and_shapes_are_those_of_the_released_checkpoints(name: str) -> None:
     table = json.loads((NAME_TABLES / f"vidtok_{name}.json").read_text())
+    config = get_preset(name)
     with torch.device("meta"):
-        ours = {key: list(tensor.shape) for key, tensor in VideoTokenizer(get_preset(name)).state_dict().items()}
+        entries = VideoTokenizer(config).state_dict().items()
+    ours = {checkpoint_name(key, config): list(tensor.shape) for key, tensor in entries}
     assert ours == {key: shape for key, shape in table.items() if not key.startswith("loss.")}
 
 
@@ -394,6 +403,62 @@ def test_checkpoints_of_any_wrapping_have_the_digest_of_the_safetensors(
     plain = load_weights(tmp_path / "weights.safetensors", TINY)[1]
     wrapped = load_weights(written(tmp_path / "weights.ckpt", wrap(weights)), TINY)[1]
     assert weights_digest(plain) == weights_digest(wrapped) == weights_digest(weights)
+
+
+def test_files_of_models_that_are_not_causal_have_their_shorter_names(tmp_path: Path) -> None:
+    model = load_tokenizer(NON_CAUSAL, None, seed=0)
+    save_tokenizer(tmp_path / "weights.safetensors", model)
+    stored = safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    assert {"encoder.conv_in.weight", "encoder.mid.attn_1.q.weight", "decoder.up.1.upsample.conv.weight"} <= {*stored}
+    assert "decoder.up_temporal.1.upsample.conv.weight" in stored
+    assert not any(".conv.conv." in name or "conv_in.conv" in name for name in stored)
+    again = load_tokenizer(NON_CAUSAL, tmp_path / "weights.safetensors")
+    assert weights_digest(again.state_dict()) == weights_digest(model.state_dict())
+    with pytest.raises(ValueError, match=r"variant: non-causal there, causal-v1\.0 here"):
+        load_weights(tmp_path / "weights.safetensors", TINY)
+    with pytest.raises(ValueError, match=r"missing: encoder\.conv_in\.conv\.weight"):
+        load_weights(written(tmp_path / "weights.ckpt", stored), TINY)
+
+
+def with_averages(config: TokenizerConfig, compiled: str = "") -> dict[str, Tensor]:
+    """Weights of seed 0 and averages of seed 1, as training stores both."""
+    last, averages = ({checkpoint_name(n, config): w for n, w in seeded_weights(config, s).items()} for s in (0, 1))
+    joined = {name.replace("coder.", f"coder.{compiled}", 1).replace(".", ""): w for name, w in averages.items()}
+    return {
+        **last,
+        **{f"model_ema.{name}": weight for name, weight in joined.items()},
+        "model_ema.losslogvar": torch.zeros(()),
+        "model_ema.decay": torch.tensor(0.99),
+        "model_ema.num_updates": torch.tensor(7),
+    }
+
+
+@pytest.mark.parametrize("compiled", ["", "_orig_mod."])
+@pytest.mark.parametrize("config", [TINY, NON_CAUSAL], ids=["causal", "non-causal"])
+def test_averaged_weights_are_taken_where_they_are_asked_for(
+    config: TokenizerConfig, compiled: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "weights.ckpt", {"state_dict": with_averages(config, compiled)})
+    for ema in (False, True):
+        digest = weights_digest(load_tokenizer(config, path, ema=ema).state_dict())
+        assert digest == weights_digest(seeded_weights(config, int(ema)))
+
+
+def test_averages_that_are_missing_or_incomplete_are_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no averaged"):
+        load_weights(written(tmp_path / "plain.ckpt", weights), TINY, ema=True)
+    partly = with_averages(TINY)
+    del partly["model_ema.encoderconv_inconvweight"]
+    partly["model_ema.encodersurprise"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"1 missing: encoder\.conv_in\.conv\.weight; 1 foreign: model_ema"):
+        load_weights(written(tmp_path / "partly.ckpt", partly), TINY, ema=True)
+    with pytest.raises(ValueError, match="come from a file"):
+        load_tokenizer(TINY, None, seed=0, ema=True)
+
+
+def test_a_config_written_before_there_were_variants_is_one_of_v1_0() -> None:
+    before = {key: value for key, value in TINY.model_dump().items() if key != "variant"}
+    assert TokenizerConfig.model_validate(before) == TINY
 
 
 def test_weights_that_do_not_fit_are_listed(weights: dict[str, Tensor], tmp_path: Path) -> None:

@@ -16,7 +16,12 @@ from typing import Any
 
 import numpy as np
 
-KEPT = {"fsq_causal_488_262144": "BG", "kl_causal_488_4chn": "G"}
+KEPT = {
+    "fsq_causal_488_262144": "BG",
+    "kl_causal_488_4chn": "G",
+    "fsq_causal_888_32768_v1_1": "F",
+    "kl_noncausal_488_4chn": "H",
+}
 
 
 def main(folder: Path) -> None:
