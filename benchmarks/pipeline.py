@@ -117,7 +117,8 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
     import numpy as np
     import torch
 
-    from models.tokenizer import get_preset, load_tokenizer
+    from models.tokenizer import get_preset
+    from models.weights import load_tokenizer
     from pipeline.encode import encode_clips, make_reproducible
     from schemas.tokens import Payload
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.outcome import EXIT_REFUSED, print_error
-from models.tokenizer import get_preset, load_tokenizer, save_tokenizer, weights_digest
+from models.tokenizer import get_preset
+from models.weights import load_tokenizer, save_tokenizer, weights_digest
 from pipeline import storage
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, print_error
-from models.tokenizer import PRESETS, count_parameters
+from models.tokenizer import PRESETS
+from models.weights import count_parameters
 from pipeline import storage
 from pipeline.read import ShardError, check_shard, open_shard, output_shards, read_clips
 from pipeline.shards import RUN, read_rejects, shard_paths

@@ -33,7 +33,8 @@ from rich.text import Text
 from jobs.cluster import Cluster, ray_cluster
 from jobs.display import RunDisplay
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
-from models.tokenizer import TokenizerConfig, get_preset, load_weights, weights_digest
+from models.tokenizer import TokenizerConfig, get_preset
+from models.weights import load_weights, weights_digest
 from pipeline import storage
 from pipeline.discover import Discovery, InputError, discover
 from pipeline.encode import EncoderSpec, open_tokenizer

@@ -1,7 +1,7 @@
-"""VideoTokenizer: clips to tokens or latents and back, its configuration, presets and weight files.
+"""VideoTokenizer: clips to tokens or latents and back; its configuration and presets.
 
-A `TokenizerConfig` describes a model completely, `PRESETS` is the table of known ones, `load_tokenizer` puts
-weights into one and refuses any that do not fit. Nothing here knows of video files, shards or Ray.
+A `TokenizerConfig` describes a model completely, `PRESETS` is the table of known ones; `models.weights` fills one
+with what it learned. Nothing here knows of video files, shards or Ray.
 """
 
 # B batch, C channels, T frames, H height, W width; a prime in text (T', H', W') is the latent grid
@@ -9,22 +9,11 @@ weights into one and refuses any that do not fit. Nothing here knows of video fi
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
-import os
-import pickle
-import re
-import zlib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, Past
@@ -37,16 +26,9 @@ __all__ = [
     "Past",
     "TokenizerConfig",
     "VideoTokenizer",
-    "checkpoint_name",
-    "count_parameters",
     "frames_to_input",
     "get_preset",
-    "load_tokenizer",
-    "load_weights",
     "output_to_frames",
-    "save_tokenizer",
-    "seeded_weights",
-    "weights_digest",
 ]
 
 
@@ -304,8 +286,9 @@ PRESETS: dict[str, TokenizerConfig] = {
 class VideoTokenizer(nn.Module):
     """A video tokenizer.
 
-    Freshly made it has random weights; `load_tokenizer` gives one that is ready to use. Results for a clip do not
-    depend on the other clips of its batch nor on its place among them. Encoding and decoding are deterministic.
+    Freshly made it has random weights; `models.weights.load_tokenizer` gives one that is ready to use. Results for a
+    clip do not depend on the other clips of its batch nor on its place among them. Encoding and decoding are
+    deterministic.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -348,7 +331,7 @@ class VideoTokenizer(nn.Module):
         self.config.latent_shape(*x_BCTHW.shape[2:])
         return self._encode(x_BCTHW, (), keep_past=False)[0]
 
-    def encode_chunk(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[Encoded, Past]:
+    def encode_stream(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[Encoded, Past]:
         """Encode videos piece by piece, in memory that does not grow with their length.
 
         Args:
@@ -409,7 +392,7 @@ class VideoTokenizer(nn.Module):
             )
         return self._decode(z_BCTHW, (), keep_past=False, last=True)[0][:, :, -num_frames:]
 
-    def decode_chunk(
+    def decode_stream(
         self, tokens_or_latents: Tensor, past: Past = (), *, last: bool = False, first_frames: int = 1
     ) -> tuple[Tensor, Past]:
         """Decode videos piece by piece; chunks of any number of latent frames, otherwise as `decode`.
@@ -485,282 +468,3 @@ def output_to_frames(x_BCTHW: Tensor) -> Tensor:
     """Turn floating (B, 3, T, H, W) into uint8 (B, T, H, W, 3), rounded and cut to [0, 255]."""
     frames_BTHWC = (x_BCTHW.permute(0, 2, 3, 4, 1).float() + 1) * 127.5
     return frames_BTHWC.round().clamp(0, 255).to(torch.uint8).contiguous()
-
-
-def count_parameters(config: TokenizerConfig) -> int:
-    """Number of weights, without making them."""
-    return sum(math.prod(shape) for shape in _expected_shapes(config).values())
-
-
-def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 in hex over names, shapes and float32 values: the same weights give the same digest from any file.
-
-    Take the weights as `load_weights` returns them: training leftovers and name prefixes are gone there. Weights
-    that were rounded to another dtype have another digest.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name]
-        digest.update(f"{name}\0{','.join(str(size) for size in tensor.shape)}\0".encode())
-        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-        digest.update(values.astype("<f4", copy=False).data)
-    return digest.hexdigest()
-
-
-def checkpoint_name(name: str, config: TokenizerConfig) -> str:
-    """What files call a weight that the network calls ``name``.
-
-    The released non-causal models lack the ``conv`` level below convolutions over time and 1x1x1 ones; causal names
-    are the network's own.
-    """
-    return (
-        name
-        if config.is_causal
-        else re.sub(r"\b(conv|conv_in|conv_out|conv1|conv2|q|k|v|proj_out)\.conv\.", r"\1.", name)
-    )
-
-
-def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
-    """Random float32 weights that depend on names, shapes and the seed alone, not on the machine or torch.
-
-    Each entry has its own generator, numpy's frozen `RandomState` of the name's CRC-32 started at the seed.
-    Kernels are N(0, 1) times 1.5 / sqrt(inputs), which keeps maps at unit size; gains 1 and biases 0 vary by 0.1.
-    The names are those of `checkpoint_name`.
-
-    Args:
-        seed: in [0, 2**32).
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
-    weights: dict[str, Tensor] = {}
-    for name, shape in _expected_shapes(config).items():
-        random = np.random.RandomState(zlib.crc32(checkpoint_name(name, config).encode(), seed))
-        if name.endswith("mix_factor"):
-            values = random.uniform(-1.0, 1.0, shape)
-        elif len(shape) >= 2:
-            values = random.standard_normal(shape) * (1.5 / math.sqrt(math.prod(shape[1:])))
-        else:
-            values = 0.1 * random.standard_normal(shape) + (0.0 if name.endswith(".bias") else 1.0)
-        weights[name] = torch.from_numpy(values.astype(np.float32))
-    return weights
-
-
-def load_tokenizer(
-    config: TokenizerConfig,
-    weights: str | Path | None,
-    *,
-    seed: int | None = None,
-    ema: bool = False,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> VideoTokenizer:
-    """A tokenizer with weights, ready for inference: in eval mode, no gradients recorded.
-
-    Args:
-        weights: a file that `load_weights` takes; None together with a seed.
-        seed: makes `seeded_weights` instead, for tests and demos.
-        ema: take the averaged weights of the file, see `load_weights`.
-
-    Raises:
-        ValueError, FileNotFoundError: as `load_weights`; or unless exactly one of weights and seed is given.
-    """
-    if ema and weights is None:
-        raise ValueError("averaged weights come from a file, got none")
-    if weights is not None and seed is None:
-        state = load_weights(weights, config, ema=ema)[1]
-    elif weights is None and seed is not None:
-        state = seeded_weights(config, seed)
-    else:
-        raise ValueError(f"give either a weights file or a seed, got weights={weights!r}, seed={seed}")
-    tokenizer = _empty(config)
-    tokenizer.load_state_dict(state, strict=True, assign=True)
-    return tokenizer.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-def load_weights(
-    path: str | Path, config: TokenizerConfig | None = None, *, ema: bool = False
-) -> tuple[TokenizerConfig, dict[str, Tensor]]:
-    """Read the weights of a tokenizer and check that they are exactly those of a config.
-
-    Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` with nothing in them executed, bare or under
-    ``state_dict``. Files name weights as `checkpoint_name` does. Names that begin with ``loss.`` or ``model_ema.``
-    are left out, ``module.`` and ``_orig_mod.`` segments are taken off.
-
-    Args:
-        config: what the weights are for; None takes the config that `save_tokenizer` wrote into the file.
-        ema: take the moving average of the weights that training kept beside them, under ``model_ema.``.
-
-    Returns:
-        The config, and float32 tensors on the CPU by name.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a weights file, would execute code, states another config than the given one, lacks
-            entries or has foreign or mis-shaped ones, holds values that are not finite, or no average though it is
-            asked for.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        stated, entries = _read_safetensors(path)
-    elif path.suffix in (".ckpt", ".pt", ".pth"):
-        stated, entries = None, _read_pickle(path)
-    else:
-        raise ValueError(f"{path}: weights files end in .safetensors, .ckpt, .pt or .pth, got {path.suffix!r}")
-    if config is None:
-        if stated is None:
-            raise ValueError(f"{path} does not say which model it holds: give a preset or config")
-        config = stated
-    if stated is not None:
-        _check_same_network(path, stated, config)
-    tensors = _averages(path, entries, config) if ema else _bare_names(path, entries)
-    _check_entries(path, tensors, config)
-    tensors = {name: tensors[checkpoint_name(name, config)] for name in _expected_shapes(config)}
-    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
-    return config, weights
-
-
-def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
-    """Write weights and config to one ``.safetensors`` file, whole or not at all.
-
-    Raises:
-        ValueError: if the name ends otherwise.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"a tokenizer is saved as .safetensors, got {path}")
-    entries = {
-        checkpoint_name(name, tokenizer.config): tensor.detach().to("cpu").contiguous()
-        for name, tensor in tokenizer.state_dict().items()
-    }
-    metadata = {"format": "pt", _CONFIG_KEY: tokenizer.config.model_dump_json()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        safetensors.torch.save_file(entries, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-_CONFIG_KEY = "vidshard_tokenizer_config"
-_EMA_PREFIX = "model_ema."
-
-
-def _empty(config: TokenizerConfig) -> VideoTokenizer:
-    """The network without storage for its weights."""
-    with torch.device("meta"):
-        return VideoTokenizer(config)
-
-
-def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
-
-
-def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, object]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            entries: dict[str, object] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if _CONFIG_KEY not in metadata:
-        return None, entries
-    try:
-        return TokenizerConfig.model_validate_json(metadata[_CONFIG_KEY]), entries
-    except ValidationError as error:
-        raise ValueError(f"{path} states a tokenizer config that this version does not know: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, object]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it is broken, or holds more than tensors and loading it would execute code. "
-            f"Convert it to .safetensors where you trust it. ({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        # what the unpickler raises on bytes that are no pickle
-        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
-    return {str(name): value for name, value in loaded.items()}
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, without the advice to load unsafely that torch adds below it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
-    """Drop what is not of the tokenizer, and what wrappers put into names."""
-    bare: dict[str, object] = {}
-    for full_name, value in entries.items():
-        name = _unwrapped(full_name)
-        if name.startswith(("loss.", _EMA_PREFIX)):
-            continue
-        if name in bare:
-            raise ValueError(f"{path} has {name} twice, once with a module. or _orig_mod. prefix")
-        bare[name] = value
-    return _floating_tensors(path, bare)
-
-
-def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig) -> dict[str, Tensor]:
-    """The averaged weights under the names of the others. Training writes their names without the dots."""
-    names = [checkpoint_name(name, config) for name in _expected_shapes(config)]
-    by_joined_name = {name.replace(".", ""): name for name in names}
-    assert len(by_joined_name) == len(names)
-    averages: dict[str, object] = {}
-    for full_name, value in entries.items():
-        name = _unwrapped(full_name)
-        # Beside the averages lie the decay and a counter; averages of the loss are nothing to us.
-        joined_name = name.removeprefix(_EMA_PREFIX).replace("_orig_mod", "")
-        if name.startswith(_EMA_PREFIX) and joined_name not in ("decay", "num_updates") and joined_name[:4] != "loss":
-            averages[by_joined_name.get(joined_name, name)] = value
-    if not averages:
-        raise ValueError(f"{path} holds no averaged (EMA) weights, only those of the last step: load it without ema")
-    return _floating_tensors(path, averages)
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
-    tensors = {n: value for n, value in entries.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    if others := [name for name in entries if name not in tensors]:
-        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(others)}")
-    return tensors
-
-
-def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
-    ours, theirs = (json.loads(c.model_dump_json(exclude={"name"})) for c in (config, stated))
-    if differing := [f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]:
-        raise ValueError(f"{path} holds {stated.name}, not {config.name} ({'; '.join(differing)})")
-
-
-def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerConfig) -> None:
-    expected = {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
-    problems = {
-        "missing": [name for name in expected if name not in entries],
-        "foreign": [name for name in entries if name not in expected],
-        "mis-shaped": [
-            f"{name} {tuple(entries[name].shape)} instead of {shape}"
-            for name, shape in expected.items()
-            if name in entries and tuple(entries[name].shape) != shape
-        ],
-    }
-    if any(problems.values()):
-        listing = "; ".join(f"{len(names)} {what}: {_abbreviated(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{path} does not fit {config.name}; is it of another preset? {listing}")
-
-
-def _abbreviated(names: Iterable[str], limit: int = 10) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

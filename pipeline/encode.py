@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models.tokenizer import TokenizerConfig, VideoTokenizer, frames_to_input, load_tokenizer, weights_digest
+from models.tokenizer import TokenizerConfig, VideoTokenizer, frames_to_input
+from models.weights import load_tokenizer, weights_digest
 from pipeline import storage
 from pipeline.rows import EncodeStats, add_payload, clip_frames
 from schemas.tokens import Payload

@@ -24,7 +24,8 @@ from click.testing import CliRunner, Result
 from jobs.cli import vidshard
 from jobs.cluster import Cluster
 from jobs.tokenize_videos import place, resolve
-from models.tokenizer import VideoTokenizer, frames_to_input, get_preset, load_tokenizer, output_to_frames
+from models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
+from models.weights import load_tokenizer
 from pipeline.decode import decode_span, probe_video
 from pipeline.flow import build_flow
 from pipeline.read import read_clips
@@ -437,7 +438,7 @@ def test_decode_refuses_what_it_cannot_do(output: Path, arguments: tuple[str, ..
 
 
 def test_decode_refuses_other_weights_than_the_shards(output: Path, tmp_path: Path) -> None:
-    from models.tokenizer import save_tokenizer
+    from models.weights import save_tokenizer
 
     other = tmp_path / "other.safetensors"
     save_tokenizer(other, load_tokenizer(get_preset("tiny"), None, seed=1))

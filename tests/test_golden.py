@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from models.heads import FSQ
-from models.tokenizer import VideoTokenizer, get_preset, load_tokenizer
+from models.tokenizer import VideoTokenizer, get_preset
+from models.weights import load_tokenizer
 
 WHOLE_SET = Path(__file__).parents[2] / "shared" / "reference" / "golden"
 OWN_PART = Path(__file__).parent / "golden" / "reference.npz"

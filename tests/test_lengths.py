@@ -15,7 +15,8 @@ from torch import Tensor
 
 from models.heads import Encoded
 from models.lengths import PaddedClips, Padding, pad
-from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, get_preset, load_tokenizer
+from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, get_preset
+from models.weights import load_tokenizer
 
 RELEASED = (
     "fsq_causal_488_262144",
@@ -144,7 +145,7 @@ def test_a_video_in_chunks_gives_what_the_whole_gives(name: str, data: st.DataOb
     parts: list[Encoded] = []
     past: Past = ()
     for chunk in torch.tensor_split(x_BCTHW, [first + stride * cut for cut in sorted(encoder_cuts)], dim=2):
-        encoded, past = model.encode_chunk(chunk, past)
+        encoded, past = model.encode_stream(chunk, past)
         parts.append(encoded)
     continuous = torch.cat([continuous_values(part) for part in parts], dim=2)
     assert (continuous - continuous_values(whole)).abs().max() < TOLERANCE
@@ -167,7 +168,7 @@ def decoded_in_chunks(model: VideoTokenizer, latents: Tensor, cuts: Sequence[int
     frames: list[Tensor] = []
     past: Past = ()
     for index, chunk in enumerate(torch.tensor_split(latents, list(cuts), dim=2)):
-        decoded, past = model.decode_chunk(chunk, past, last=index == len(cuts), first_frames=first_frames)
+        decoded, past = model.decode_stream(chunk, past, last=index == len(cuts), first_frames=first_frames)
         frames.append(decoded)
     return frames
 
@@ -192,8 +193,8 @@ def test_what_is_kept_between_chunks_does_not_grow(name: str) -> None:
     sizes = set()
     for index in range(6):
         frames = clips(model.config, model.config.time_stride if index else 1)
-        encoded, encoder_past = model.encode_chunk(frames, encoder_past)
-        _, decoder_past = model.decode_chunk(encoded.latents, decoder_past)
+        encoded, encoder_past = model.encode_stream(frames, encoder_past)
+        _, decoder_past = model.decode_stream(encoded.latents, decoder_past)
         kept = [tensor for layer in (*encoder_past, *decoder_past) for tensor in layer]
         assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in kept)
         sizes.add(sum(tensor.numel() for tensor in kept) if index else None)
@@ -205,9 +206,9 @@ def test_a_model_that_looks_ahead_is_refused_for_streaming(name: str) -> None:
     model = model_of(name)
     x_BCTHW = clips(model.config, 8)
     with pytest.raises(ValueError, match=f"{name} is not causal"):
-        model.encode_chunk(x_BCTHW)
+        model.encode_stream(x_BCTHW)
     with pytest.raises(ValueError, match=f"{name} is not causal"):
-        model.decode_chunk(model.encode(x_BCTHW).latents)
+        model.decode_stream(model.encode(x_BCTHW).latents)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_a_model_that_looks_ahead_is_refused_for_streaming(name: str) -> None:
 def test_a_first_latent_that_stands_for_more_frames_than_it_can_is_refused(name: str, first_frames: int) -> None:
     model = model_of(name)
     with pytest.raises(ValueError, match=r"first_frames must be 1 \.\.\. |num_frames must be"):
-        model.decode_chunk(torch.zeros(1, 8, 1, 1, 2), first_frames=first_frames)
+        model.decode_stream(torch.zeros(1, 8, 1, 1, 2), first_frames=first_frames)
 
 
 # What a latent sees

@@ -20,13 +20,15 @@ from models.tokenizer import (
     Past,
     TokenizerConfig,
     VideoTokenizer,
-    checkpoint_name,
-    count_parameters,
     frames_to_input,
     get_preset,
+    output_to_frames,
+)
+from models.weights import (
+    checkpoint_name,
+    count_parameters,
     load_tokenizer,
     load_weights,
-    output_to_frames,
     save_tokenizer,
     seeded_weights,
     weights_digest,
@@ -294,10 +296,10 @@ def test_a_video_in_chunks_gives_what_the_whole_gives(tiny: VideoTokenizer, cuts
     past: Past = ()
     decoder_past: Past = ()
     for chunk in torch.tensor_split(x_BCTHW, [1 + 4 * cut for cut in sorted(cuts)], dim=2):
-        encoded, past = tiny.encode_chunk(chunk, past)
+        encoded, past = tiny.encode_stream(chunk, past)
         assert encoded.tokens is not None
         assert encoded.pre_quantized is not None
-        decoded, decoder_past = tiny.decode_chunk(encoded.tokens, decoder_past)
+        decoded, decoder_past = tiny.decode_stream(encoded.tokens, decoder_past)
         latents.append(encoded.pre_quantized)
         tokens.append(encoded.tokens)
         frames.append(decoded)
@@ -309,10 +311,10 @@ def test_a_video_in_chunks_gives_what_the_whole_gives(tiny: VideoTokenizer, cuts
 
 def test_chunks_that_would_tear_a_latent_are_refused(tiny: VideoTokenizer) -> None:
     with pytest.raises(ValueError, match="num_frames must be 1"):
-        tiny.encode_chunk(clips(1, 4))
-    past = tiny.encode_chunk(clips(1, 5))[1]
+        tiny.encode_stream(clips(1, 4))
+    past = tiny.encode_stream(clips(1, 5))[1]
     with pytest.raises(ValueError, match="multiple of 4 frames, got 5"):
-        tiny.encode_chunk(clips(1, 5), past)
+        tiny.encode_stream(clips(1, 5), past)
 
 
 def test_a_latent_sees_exactly_its_history(tiny: VideoTokenizer) -> None:
