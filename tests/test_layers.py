@@ -187,10 +187,10 @@ def test_linear_time_up_stretches_the_first_latent_and_the_others_apart(first_fr
     torch.testing.assert_close(as_BCTHW(layer(clip(7))[0]), expected)
 
 
-def test_interpolating_a_constant_gives_the_constant_and_no_frames_give_none() -> None:
-    x = torch.full((1, 3, 1, 1, 1), 0.1)
-    assert torch.equal(interpolated(x, starts=True, ends=True), x[:, :1].expand(1, 6, 1, 1, 1))
-    assert interpolated(x[:, :0], starts=True, ends=False).shape[1] == 0
+def test_frames_between_frames_lie_a_quarter_from_either_and_are_held_at_the_ends() -> None:
+    assert interpolated(range(2, 4), starts=True, ends=True) == [(2, 2, 0.0), (2, 3, 0.25), (2, 3, 0.75), (3, 3, 0.0)]
+    assert interpolated(range(2, 4), starts=False, ends=False) == [(2, 3, 0.25), (2, 3, 0.75)]
+    assert interpolated(range(0), starts=True, ends=True) == []
 
 
 def test_attention_mixes_positions_but_not_frames() -> None:

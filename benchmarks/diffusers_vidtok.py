@@ -1,0 +1,68 @@
+"""The other implementation of VidTok: ``AutoencoderVidTok`` of Hugging Face diffusers, on our weights.
+
+An independent oracle for the tests and the measure for `benchmarks.encode`. It comes with the ``dev`` extra. Where it
+differs from the original (0.42): it knows the rules of v1.1 alone, so that causal v1.0 weights give other latents
+there; its callers put the copies before a clip themselves; non-causal it decodes multiples of four latents only and
+drops the rest; and when it works in chunks (``enable_tiling``) the first one has time_stride frames, and the others
+sixteen, where the original has one frame and then what it was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderVidTok
+from torch import Tensor
+
+from models.tokenizer import TokenizerConfig
+from models.weights import checkpoint_name
+
+
+def diffusers_model(config: TokenizerConfig, weights: Mapping[str, Tensor] | None) -> Any:
+    """Their model of our configuration.
+
+    Args:
+        config: with one decoder pair more than encoder pairs, the only proportion that they know.
+        weights: as `models.weights` gives them; None for a model without storage, on the meta device.
+    """
+    assert config.decoder_pairs == config.encoder_pairs + 1
+    with torch.device("meta" if weights is None else "cpu"):
+        model = AutoencoderVidTok(
+            ch=config.base_width,
+            ch_mult=list(config.width_multipliers),
+            z_channels=config.latent_channels,
+            double_z=config.head == "kl",
+            num_res_blocks=config.encoder_pairs,
+            spatial_ds=list(config.encoder_space_levels),
+            spatial_us=list(config.decoder_space_levels),
+            tempo_ds=list(config.encoder_time_levels),
+            tempo_us=list(config.decoder_time_levels),
+            # their quantizer fills its codebook when it is made, which it cannot on the meta device
+            regularizer="kl" if weights is None else config.head,
+            codebook_size=config.codebook_size or 262144,
+            is_causal=config.is_causal,
+        )
+    if weights is None:
+        model.to("meta")  # their blend factors come into being on the CPU all the same
+    else:
+        model.load_state_dict({checkpoint_name(name, config): tensor for name, tensor in weights.items()})
+    return model.eval().requires_grad_(False)
+
+
+def diffusers_encode(model: Any, x_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Latents (the mean for KL) and, for FSQ, tokens of clips of any length that our model takes too."""
+    if model.is_causal:
+        first_BCTHW = x_BCTHW[:, :, :1].expand(-1, -1, -x_BCTHW.shape[2] % model.temporal_compression_ratio, -1, -1)
+        x_BCTHW = torch.cat([first_BCTHW, x_BCTHW], dim=2)
+    if model.regularizer == "kl":
+        return model.encode(x_BCTHW).latent_dist.mode(), None
+    latents, tokens = model.encode(x_BCTHW)
+    return latents, tokens
+
+
+def diffusers_decode(model: Any, latents: Tensor) -> Tensor:
+    """Frames of latents; for a causal model 1 + a multiple of its time stride."""
+    frames: Tensor = model.decode(latents)
+    return frames

@@ -1,0 +1,236 @@
+"""Our encoder and decoder beside those of diffusers: the same weights, clips and precision, in one process.
+
+    python -m benchmarks.encode                                   both models at 128 and 256
+    python -m benchmarks.encode --sizes 128 --repeats 3 --json encode.json
+
+Milliseconds are medians over the repeats, which go round all implementations in turn. Memory is the peak above what
+the process held before the call, weights not included, so it does not depend on who else is loaded. FLOPs are the
+network's as published, two for each multiplication of a convolution or matrix product (counted by torch on their
+model); the share is of what a large matrix product reaches in the same run. An implementation that saves
+multiplications can thus show more than 100 %.
+
+Diffusers computes causal models by the rules of v1.1 only, so ours is measured twice: as the named model, and by
+those rules, where both must agree. Needs diffusers (``pip install -e '.[dev]'``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
+from benchmarks.report import Row, report
+from models.layers import matrix_product
+from models.tokenizer import TokenizerConfig, VideoTokenizer, get_preset
+from models.weights import load_tokenizer, seeded_weights
+from pipeline.flow import ENCODER_ENVIRONMENT
+
+NUM_FRAMES = 17
+
+
+@dataclass(kw_only=True)
+class Contender:
+    """One implementation of one direction."""
+
+    name: str
+    run: Callable[[], Tensor]
+    milliseconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    output: Tensor | None = None
+
+
+@click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
+@click.option("--models", default="kl_causal_488_4chn,fsq_causal_488_262144", show_default=True, metavar="NAMES")
+@click.option("--sizes", default="128,256", show_default=True, metavar="SIDES", help="Sides of the square frames.")
+@click.option("--repeats", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--ours-only", is_flag=True, help="Leave diffusers out.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the table there too.")
+def main(models: str, sizes: str, repeats: int, ours_only: bool, json_path: str | None) -> None:
+    """Measure, and print the table."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and any(os.environ.get(name) != value for name, value in ENCODER_ENVIRONMENT.items()):
+        # the allocator reads its settings when the process starts; the job's encoders start with these
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.encode", *sys.argv[1:]], os.environ | ENCODER_ENVIRONMENT
+        )
+    torch.set_grad_enabled(False)
+    peaks = {dtype: matrix_product_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype, flops in peaks.items():
+        print(f"a matrix product in {dtype} reaches {flops / 1e9:.0f} GFLOP/s", flush=True)
+    rows: list[Row] = []
+    for name in models.split(","):
+        for side in map(int, sizes.split(",")):
+            rows += compare(get_preset(name), side, repeats, device, peaks, ours_only=ours_only)
+    report("encode and decode", rows, json_path)
+
+
+def compare(
+    config: TokenizerConfig,
+    side: int,
+    repeats: int,
+    device: str,
+    peaks: dict[torch.dtype, float],
+    *,
+    ours_only: bool,
+) -> list[Row]:
+    """The rows of one model at one size."""
+    v1_1 = config.model_copy(update={"variant": "causal-v1.1"})
+    ours = load_tokenizer(config, None, seed=0, device=device)
+    same_rules = VideoTokenizer(v1_1).to(device).eval().requires_grad_(False)
+    same_rules.load_state_dict(ours.state_dict(), assign=True)
+    half = load_tokenizer(config, None, seed=0, device=device, dtype=torch.bfloat16)
+    theirs = None if ours_only else diffusers_model(v1_1, seeded_weights(config, 0)).to(device)
+    random = torch.Generator().manual_seed(0)
+    x_BCTHW = (torch.rand(1, 3, NUM_FRAMES, side, side, generator=random) * 2 - 1).to(device)
+    z_BCTHW = ours.head.quantize(
+        torch.randn(1, ours.head.encoder_channels, *config.latent_shape(NUM_FRAMES, side, side)[-3:], generator=random)
+    ).latents.to(device)
+    directions = {
+        "encode": [
+            Contender(name="vidshard", run=lambda: ours.encode(x_BCTHW).latents),
+            Contender(name="vidshard, v1.1 rules", run=lambda: same_rules.encode(x_BCTHW).latents),
+            Contender(name="vidshard, bfloat16", run=lambda: half.encode(x_BCTHW).latents),
+        ],
+        "decode": [
+            Contender(name="vidshard", run=lambda: ours.decode(z_BCTHW)),
+            Contender(name="vidshard, v1.1 rules", run=lambda: same_rules.decode(z_BCTHW)),
+            Contender(name="vidshard, bfloat16", run=lambda: half.decode(z_BCTHW)),
+        ],
+    }
+    if theirs is not None:
+        directions["encode"].append(Contender(name="diffusers", run=lambda: diffusers_encode(theirs, x_BCTHW)[0]))
+        directions["decode"].append(Contender(name="diffusers", run=lambda: diffusers_decode(theirs, z_BCTHW)))
+    flops = published_flops(v1_1, side)
+    rows: list[Row] = []
+    for direction, contenders in directions.items():
+        for _ in range(repeats):
+            for contender in contenders:
+                measure(contender, device)
+                print(
+                    f"{config.name} {side} {direction} {contender.name}: {contender.milliseconds[-1] / 1000:.2f} s, "
+                    f"{contender.peak_bytes / 2**20:.0f} MiB",
+                    flush=True,
+                )
+        rows += rows_of(config.name, side, direction, contenders, flops[direction], peaks)
+    return rows
+
+
+def measure(contender: Contender, device: str) -> None:
+    """One call: its time, its memory above what was held before, its result."""
+    contender.output = None
+    gc.collect()
+    before = reset_peak(device)
+    start = time.perf_counter()
+    output = contender.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    contender.milliseconds.append((time.perf_counter() - start) * 1000)
+    contender.peak_bytes = max(contender.peak_bytes, read_peak(device) - before)
+    contender.output = output.float()
+
+
+def reset_peak(device: str) -> int:
+    """Give freed memory back to the system and count the peak anew; bytes held now."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def read_peak(device: str) -> int:
+    """Bytes held at most since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two 4096 x 4096 matrices by the fastest library at hand, the best of five."""
+    a_BTHWC, b = torch.randn(1, 64, 64, 1, 4096).to(device, dtype), torch.randn(4096, 4096).to(device, dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        matrix_product(a_BTHWC, b, None)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 4096**3 / min(seconds)
+
+
+def published_flops(config: TokenizerConfig, side: int) -> dict[str, float]:
+    """FLOPs of encoding and of decoding a clip, as their model computes it."""
+    model = diffusers_model(config, None)
+    padded = -(-NUM_FRAMES // config.time_stride) * config.time_stride
+    latent_grid = config.latent_shape(NUM_FRAMES, side, side)[-3:]
+    inputs = {
+        "encode": (model.encoder, torch.empty(1, 3, padded, side, side, device="meta")),
+        "decode": (model.decoder, torch.empty(1, config.latent_channels, *latent_grid, device="meta")),
+    }
+    flops = {}
+    for direction, (network, value) in inputs.items():
+        with FlopCounterMode(display=False) as counter:
+            network(value)
+        flops[direction] = float(counter.get_total_flops())
+    return flops
+
+
+def rows_of(
+    name: str,
+    side: int,
+    direction: str,
+    contenders: list[Contender],
+    flops: float,
+    peaks: dict[torch.dtype, float],
+) -> list[Row]:
+    """A row for each contender, with ratios to diffusers where it took part."""
+    by_name = {contender.name: contender for contender in contenders}
+    theirs = by_name.get("diffusers")
+    medians = {c.name: statistics.median(c.milliseconds) for c in contenders}
+    # what each must agree with: its own rules in float32, and theirs where those are v1.1's
+    compared = defaultdict(lambda: "vidshard", {"vidshard, v1.1 rules": "diffusers", "diffusers": "diffusers"})
+    rows: list[Row] = []
+    for contender in contenders:
+        dtype = torch.bfloat16 if "bfloat16" in contender.name else torch.float32
+        other = by_name.get(compared[contender.name], contender)
+        assert contender.output is not None
+        assert other.output is not None
+        rows.append(
+            {
+                "model": name,
+                "clip": f"{NUM_FRAMES}x{side}x{side}",
+                "direction": direction,
+                "implementation": contender.name,
+                "ms": round(medians[contender.name]),
+                "times as fast": round(medians["diffusers"] / medians[contender.name], 2) if theirs else "-",
+                "peak MiB": round(contender.peak_bytes / 2**20),
+                "of its memory": round(contender.peak_bytes / theirs.peak_bytes, 2) if theirs else "-",
+                "FLOP utilisation": f"{flops / medians[contender.name] * 1000 / peaks[dtype]:.0%}",
+                "agrees with": compared[contender.name] if other is not contender else "-",
+                "max difference": float(f"{(contender.output - other.output).abs().max():.1e}"),
+                "equal values": f"{(contender.output == other.output).float().mean():.2%}",
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
