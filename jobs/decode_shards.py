@@ -164,9 +164,7 @@ def reconstruct(
     device = next(tokenizer.parameters()).device
     payload = torch.from_numpy(clip.payload.astype(np.int64 if clip.payload.dtype.kind == "u" else np.float32))
     num_frames = len(clip.values["frame_pts_seconds"])
-    padded = pad(
-        torch.empty(1, 3, num_frames, 0, 0), tokenizer.config, padding
-    )  # where copies stand: pixels are naught
+    padded = pad(torch.empty(1, 3, num_frames, 0, 0), tokenizer.config, padding)  # no pixels: only the places matter
     with torch.inference_mode():
         decoded_BCTHW = tokenizer.decode(payload[None].to(device), padded.frames.shape[2], tiling=tiling)
         return output_to_frames(padded.cut(decoded_BCTHW))[0].cpu().numpy()
