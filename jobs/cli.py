@@ -85,7 +85,9 @@ def inspect(out: str, rows: int, verify: bool) -> None:
 @click.option("--side-by-side", is_flag=True, help="Put the source beside the reconstruction where it can be read.")
 @click.option("--weights", metavar="FILE", help="Weights, where they are no longer at the path that the shard names.")
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
-@click.option("--tile-overlap", type=click.IntRange(min=0), metavar="PIXELS", help="Likewise.")
+@click.option(
+    "--tile-overlap", type=click.IntRange(min=0), metavar="PIXELS", help="What they share. Default: as encoded."
+)
 def decode(
     out: str,
     clip_id: str | None,

@@ -171,7 +171,8 @@ class TokenizeRun(BaseModel):
         section="Sampling",
         ge=1,
         metavar="T",
-        help="Frames per clip; what a tokenizer takes depends on its temporal stride. See also --pad-frames.",
+        help="Frames per clip; for most causal tokenizers 1 plus a multiple of the temporal stride, else see "
+        "--pad-frames.",
     )
     pad_frames: Literal["refuse", "repeat-last", "repeat-first"] = setting(
         "refuse",
