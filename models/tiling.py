@@ -87,9 +87,9 @@ class Tiling:
 
 
 PEAK_COPIES = 9
-"""Copies of its largest map that a pass holds at its peak, at most. Measured: 5.1 to 6.1 to encode and 3.5 to 8.9 to
-decode, the most at the smallest tile, where 130 MB of rearranged weights count (python -m benchmarks.tiling --memory).
-"""
+"""Copies of its largest map that a pass holds at its peak, at most. Measured: 5.3 to 6.4 to encode and 6.7 to 8.9 to
+decode, the most in small tiles, where some 130 MB that do not depend on the tile count (python -m benchmarks.tiling
+--memory)."""
 
 
 def pass_bytes(config: TokenizerConfig, num_frames: int, height: int, width: int) -> int:
