@@ -52,7 +52,7 @@ class Tiling:
         """The largest square tiles that one clip's float32 pass fits a budget with, see `pass_bytes`.
 
         Raises:
-            ValueError: for a budget below the smallest tile that the overlap allows.
+            ValueError: for a budget below the smallest tile that the overlap allows, or an overlap that cannot be.
         """
         stride = config.space_stride
         side = overlap // stride * stride + stride
@@ -64,7 +64,9 @@ class Tiling:
             )
         while pass_bytes(config, num_frames, side + stride, side + stride) <= budget_bytes:
             side += stride
-        return cls(height=side, width=side, overlap=overlap)
+        tiling = cls(height=side, width=side, overlap=overlap)
+        tiling.check(config)
+        return tiling
 
     def check(self, config: TokenizerConfig) -> None:
         """Refuse tiles that do not lie on the model's latent grid.
