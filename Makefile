@@ -46,6 +46,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.storage
 	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.tiling
 
 constraints:
 	rm -rf $(VENV)

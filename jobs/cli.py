@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jobs.outcome import terminate
 from jobs.settings import SectionedCommand, options_of, resolve_settings
-from schemas.runs import TokenizeRun
+from schemas.runs import TokenizeRun, parse_size
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
 
@@ -84,6 +84,10 @@ def inspect(out: str, rows: int, verify: bool) -> None:
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="With --all: the first N clips only.")
 @click.option("--side-by-side", is_flag=True, help="Put the source beside the reconstruction where it can be read.")
 @click.option("--weights", metavar="FILE", help="Weights, where they are no longer at the path that the shard names.")
+@click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
+@click.option(
+    "--tile-overlap", type=click.IntRange(min=0), metavar="PIXELS", help="What they share. Default: as encoded."
+)
 def decode(
     out: str,
     clip_id: str | None,
@@ -92,6 +96,8 @@ def decode(
     limit: int | None,
     side_by_side: bool,
     weights: str | None,
+    tile_size: str | None,
+    tile_overlap: int | None,
 ) -> None:
     """Turn tokens back into video, with the tokenizer and the weights that made them.
 
@@ -105,6 +111,10 @@ def decode(
         raise click.UsageError("give --clip ID with --to FILE, or --all DIR")
     if clip_id is not None and target is None:
         raise click.UsageError("--clip needs --to FILE: where the video goes")
+    try:
+        tiles = None if tile_size is None else parse_size(tile_size)
+    except ValueError as error:
+        raise click.UsageError(f"--tile-size: {error}") from error
     from jobs.decode_shards import decode_output
 
     sys.exit(
@@ -117,6 +127,8 @@ def decode(
             limit=limit,
             side_by_side=side_by_side,
             weights=weights,
+            tile_size=tiles,
+            tile_overlap=tile_overlap,
         )
     )
 

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from jobs.display import RunDisplay
 from jobs.outcome import EXIT_REFUSED, UserError, exit_code_of, print_error
+from models.lengths import Padding, pad
+from models.tiling import Tiling
 from models.tokenizer import TokenizerConfig, VideoTokenizer, output_to_frames
 from pipeline import storage
 from pipeline.encode import EncoderSpec, make_reproducible, open_tokenizer
@@ -35,6 +37,8 @@ def decode_output(
     limit: int | None = None,
     side_by_side: bool = False,
     weights: str | None = None,
+    tile_size: tuple[int, int] | None = None,
+    tile_overlap: int | None = None,
 ) -> int:
     """Decode clips of an output; gives the exit code.
 
@@ -45,6 +49,8 @@ def decode_output(
         limit: only the first so many.
         side_by_side: put the source at the left.
         weights: where the weights are now, when not where the shard says.
+        tile_size: (height, width) of the tiles in which large frames are decoded; None as they were encoded.
+        tile_overlap: likewise, in pixels.
     """
     try:
         paths = output_shards(out)
@@ -53,12 +59,17 @@ def decode_output(
             pass
         if provenance.notice:
             console.print(Text(f"!! {provenance.notice}", style="bold yellow"))
+        run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
         tokenizer = tokenizer_of(provenance, weights)
+        tiling = _tiling(tokenizer.config, tile_size or run.tile_size, tile_overlap, run.tile_overlap)
         with RunDisplay(console, "decoding", len(wanted)) as display:
             for done, (path, clip_id) in enumerate(wanted, start=1):
                 clip = next(read_clips(path, clip_id))
                 file = Path(target) if target else Path(folder or ".") / f"{clip_id}.mp4"
-                _write(clip, tokenizer, provenance, file, side_by_side, console)
+                frames = reconstruct(clip, tokenizer, padding=padding_of(run), tiling=tiling)
+                if side_by_side and (source := _source_frames(clip, run, console)) is not None:
+                    frames = np.concatenate([source, frames], axis=2)
+                write_video(file, frames[: clip.values["num_valid_frames"]], run.fps)
                 display.update(done, f"{done} of {len(wanted)} clips · {done / display.seconds:.2f} clips/s")
                 if clip_ids:
                     console.print(f"wrote {file}: {describe_clip(clip)}", highlight=False, markup=False)
@@ -116,12 +127,47 @@ def tokenizer_of(provenance: Provenance, weights: str | None) -> VideoTokenizer:
         raise UserError(f"{error} (--weights FILE names another place)") from error
 
 
-def reconstruct(clip: StoredClip, tokenizer: VideoTokenizer) -> np.ndarray:
-    """The clip's frames as the tokenizer remembers them: uint8 (T, H, W, 3), padding included."""
+def padding_of(run: TokenizeRun) -> Padding:
+    """Where the run put copies, if clips were not as long as the tokenizer takes."""
+    return Padding.REPEAT_LAST if run.pad_frames == "refuse" else Padding(run.pad_frames)
+
+
+def _tiling(config: TokenizerConfig, size: tuple[int, int] | None, overlap: int | None, default: int) -> Tiling | None:
+    """The tiles to decode in; None for whole frames.
+
+    Raises:
+        UserError: the tokenizer cannot have such tiles.
+    """
+    if size is None:
+        return None
+    try:
+        tiling = Tiling(height=size[0], width=size[1], overlap=default if overlap is None else overlap)
+        tiling.check(config)
+    except ValueError as error:
+        raise UserError(f"{error} (--tile-size, --tile-overlap)") from error
+    return tiling
+
+
+def reconstruct(
+    clip: StoredClip,
+    tokenizer: VideoTokenizer,
+    *,
+    padding: Padding = Padding.REPEAT_LAST,
+    tiling: Tiling | None = None,
+) -> np.ndarray:
+    """The clip's frames as the tokenizer remembers them: uint8 (T, H, W, 3), as many as were sampled.
+
+    Args:
+        padding: where copies were put to make the clip as long as the tokenizer takes, if it was not.
+        tiling: for large frames.
+    """
     device = next(tokenizer.parameters()).device
     payload = torch.from_numpy(clip.payload.astype(np.int64 if clip.payload.dtype.kind == "u" else np.float32))
+    num_frames = len(clip.values["frame_pts_seconds"])
+    padded = pad(torch.empty(1, 3, num_frames, 0, 0), tokenizer.config, padding)  # no pixels: only the places matter
     with torch.inference_mode():
-        return output_to_frames(tokenizer.decode(payload[None].to(device)))[0].cpu().numpy()
+        decoded_BCTHW = tokenizer.decode(payload[None].to(device), padded.frames.shape[2], tiling=tiling)
+        return output_to_frames(padded.cut(decoded_BCTHW))[0].cpu().numpy()
 
 
 def describe_clip(clip: StoredClip) -> str:
@@ -131,29 +177,11 @@ def describe_clip(clip: StoredClip) -> str:
     return f"{values['num_valid_frames']} frames of {values['uri']} from {times[0]:.2f} s to {times[-1]:.2f} s"
 
 
-def _write(
-    clip: StoredClip,
-    tokenizer: VideoTokenizer,
-    provenance: Provenance,
-    target: Path,
-    side_by_side: bool,
-    console: Console,
-) -> None:
-    frames = reconstruct(clip, tokenizer)
-    if side_by_side:
-        source = _source_frames(clip, provenance, console)
-        if source is not None:
-            frames = np.concatenate([source, frames], axis=2)
-    rate = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]}).fps
-    write_video(target, frames[: clip.values["num_valid_frames"]], rate)
-
-
-def _source_frames(clip: StoredClip, provenance: Provenance, console: Console) -> np.ndarray | None:
+def _source_frames(clip: StoredClip, run: TokenizeRun, console: Console) -> np.ndarray | None:
     """The clip decoded again from its source; None, with a word, where that can no longer be read."""
     values = clip.values
-    spec = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]}).clip_spec
     try:
-        return decode_again(values["uri"], values["video_id"], values["clip_index"], spec).frames
+        return decode_again(values["uri"], values["video_id"], values["clip_index"], run.clip_spec).frames
     except VideoError as error:
         console.print(f"{values['uri']} cannot be shown beside: {error}", highlight=False, markup=False)
         return None

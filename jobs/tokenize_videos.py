@@ -33,6 +33,8 @@ from rich.text import Text
 from jobs.cluster import Cluster, ray_cluster
 from jobs.display import RunDisplay
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
+from models.lengths import Padding
+from models.tiling import Tiling
 from models.tokenizer import TokenizerConfig, get_preset
 from models.weights import load_weights, weights_digest
 from pipeline import storage
@@ -106,7 +108,12 @@ class Request:
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a token means; an output holds one set of them."""
         run = self.run.model_dump(mode="json")
-        kept = ("precision", "fps", "frames", "size", "tail", "resize", "keep_logvar")
+        kept = ["precision", "fps", "frames", "size", "tail", "resize", "keep_logvar"]
+        # these only where they decide something: without them the tokens are those of an output that lacks the setting
+        if self.padding is not None:
+            kept.append("pad_frames")
+        if self.tiling is not None:
+            kept += ["tile_size", "tile_overlap"]
         return {
             "tokenizer": self.tokenizer.model_dump(mode="json"),
             "weights_sha256": self.weights_sha256,
@@ -114,6 +121,18 @@ class Request:
             "clips_per_span": clips_per_span(self.run.clip_spec, self.run.clips_per_span),
             **{name: run[name] for name in kept},
         }
+
+    @property
+    def padding(self) -> Padding | None:
+        """How clips become as long as the tokenizer takes; None where they are."""
+        is_valid = self.tokenizer.valid_frames(self.run.frames) == self.run.frames
+        return None if is_valid else Padding(self.run.pad_frames)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """The tiles in which frames are encoded; None where a frame is no larger than one."""
+        tiling = tiling_of(self.run, self.tokenizer)
+        return None if tiling is None or tiling.fits(*self.run.size) else tiling
 
     @property
     def provenance(self) -> Provenance:
@@ -214,7 +233,8 @@ def resolve(run: TokenizeRun) -> Request:
     """
     try:
         tokenizer = get_preset(run.tokenizer) if run.tokenizer is not None else stated_tokenizer(run)
-        shape = tokenizer.latent_shape(run.frames, *run.size)
+        shape = tokenizer.latent_shape(encoded_frames(run, tokenizer), *run.size)
+        tiling_of(run, tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
     if run.keep_logvar and tokenizer.head != "kl":
@@ -246,6 +266,35 @@ def resolve(run: TokenizeRun) -> Request:
     return replace(request, weights_sha256=weights_digest(model.float().state_dict()))
 
 
+def encoded_frames(run: TokenizeRun, tokenizer: TokenizerConfig) -> int:
+    """Frames of a clip as the tokenizer gets it.
+
+    Raises:
+        UserError: it takes no clips so long, and they are not to be padded.
+    """
+    if run.pad_frames != "refuse":
+        return tokenizer.valid_frames(run.frames)
+    try:
+        tokenizer.latent_frames(run.frames)
+    except ValueError as error:
+        raise UserError(f"{error}. Or fill up every clip: --pad-frames repeat-last") from error
+    return run.frames
+
+
+def tiling_of(run: TokenizeRun, tokenizer: TokenizerConfig) -> Tiling | None:
+    """The tiles that a run asks for.
+
+    Raises:
+        ValueError: the tokenizer cannot have such tiles.
+    """
+    if run.tile_size is None:
+        return None
+    height, width = run.tile_size
+    tiling = Tiling(height=height, width=width, overlap=run.tile_overlap)
+    tiling.check(tokenizer)
+    return tiling
+
+
 def stated_tokenizer(run: TokenizeRun) -> TokenizerConfig:
     """The model that the weights file itself names.
 
@@ -275,6 +324,8 @@ def encoder_spec(request: Request, *, batch_size: int, num_threads: int) -> Enco
         payload=request.payload,
         batch_size=batch_size,
         num_threads=num_threads,
+        padding=request.padding,
+        tiling=request.tiling,
     )
 
 
@@ -322,6 +373,9 @@ def announce(request: Request, found: Discovery, console: Console) -> None:
         f"weights SHA-256 {request.weights_sha256[:16]}",
         highlight=False,
     )
+    if request.padding is not None:
+        num_frames = config.valid_frames(request.run.frames)
+        console.print(f"each clip is encoded as {num_frames} frames: {request.padding}", highlight=False)
     if request.notice:
         warn(console, request.notice)
     for old, new in found.renamed_columns.items():

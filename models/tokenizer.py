@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.autoencoder import Decoder, Encoder, Past
 from models.heads import FSQ, KL, Encoded, Head
 from models.layers import TIME_RULES
+from models.tiling import Tiling, map_tiles
 
 __all__ = [
     "PRESETS",
@@ -318,18 +319,28 @@ class VideoTokenizer(nn.Module):
         """What the network computes in; the head computes in float32."""
         return self.encoder.conv_in.conv.weight.dtype
 
-    def encode(self, x_BCTHW: Tensor) -> Encoded:
+    def encode(self, x_BCTHW: Tensor, *, tiling: Tiling | None = None) -> Encoded:
         """Encode whole clips.
 
         Args:
             x_BCTHW: floating (B, 3, T, H, W) in [-1, 1], see `frames_to_input`.
+            tiling: encode larger frames than this tile by tile, about as well, see `models.tiling`.
 
         Raises:
-            ValueError: for a length or size the strides do not fit, by name, or another shape or dtype.
+            ValueError: for a length, size or tile the strides do not fit, by name, or another shape or dtype.
         """
         self._check_video(x_BCTHW)
         self.config.latent_shape(*x_BCTHW.shape[2:])
-        return self._encode(x_BCTHW, (), keep_past=False)[0]
+        if tiling is not None:
+            tiling.check(self.config)
+        z_BCTHW = map_tiles(
+            lambda tile_BCTHW: self._encode(tile_BCTHW, (), keep_past=False)[0],
+            x_BCTHW,
+            tiling,
+            cell_in=self.config.space_stride,
+            cell_out=1,
+        )
+        return self.head.quantize(z_BCTHW)
 
     def encode_stream(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[Encoded, Past]:
         """Encode videos piece by piece, in memory that does not grow with their length.
@@ -355,31 +366,36 @@ class VideoTokenizer(nn.Module):
                 f"got {num_frames}"
             )
         self.config.latent_shape(stride + 1 if past else num_frames, height, width)
-        return self._encode(x_BCTHW, past, keep_past=True)
+        z_BCTHW, next_past = self._encode(x_BCTHW, past, keep_past=True)
+        return self.head.quantize(z_BCTHW), next_past
 
-    def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Encoded, Past]:
+    def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Tensor, Past]:
+        """What the head takes."""
         x_BTHWC = x_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
         if not past:
             # A first latent that stands for fewer frames than the others is filled with copies of the first frame.
             first_BTHWC = x_BTHWC[:, :1].expand(-1, -x_BTHWC.shape[1] % self.config.time_stride, -1, -1, -1)
             x_BTHWC = torch.cat([first_BTHWC, x_BTHWC], dim=1)
         z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past)
-        return self.head.quantize(z_BTHWC.permute(0, 4, 1, 2, 3)), next_past
+        return z_BTHWC.permute(0, 4, 1, 2, 3), next_past
 
-    def decode(self, tokens_or_latents: Tensor, num_frames: int | None = None) -> Tensor:
+    def decode(
+        self, tokens_or_latents: Tensor, num_frames: int | None = None, *, tiling: Tiling | None = None
+    ) -> Tensor:
         """Decode whole clips, from tokens or from the latents they stand for: bitwise the same.
 
         Args:
             tokens_or_latents: integer (B, T', H', W') below codebook_size, or floating (B, C, T', H', W').
             num_frames: how many frames the clips had; None for what `decoded_frames` gives. Only v1.1 leaves a
                 choice.
+            tiling: decode larger frames than this tile by tile, about as well, see `models.tiling`.
 
         Returns:
             (B, 3, T, H, W) of the model's dtype, about [-1, 1] but not clamped, with T = num_frames.
 
         Raises:
-            ValueError: for another shape, a token outside the codebook, tokens given to a KL model, or num_frames
-                that do not make so many latents.
+            ValueError: for another shape, a token outside the codebook, tokens given to a KL model, num_frames that
+                do not make so many latents, or a tile that the strides do not fit.
         """
         z_BCTHW = self._latents(tokens_or_latents)
         latent_frames = z_BCTHW.shape[2]
@@ -390,7 +406,16 @@ class VideoTokenizer(nn.Module):
                 f"{self.config.name}: {num_frames} frames make {self.config.latent_frames(num_frames)} latent frames, "
                 f"got {latent_frames}"
             )
-        return self._decode(z_BCTHW, (), keep_past=False, last=True)[0][:, :, -num_frames:]
+        if tiling is not None:
+            tiling.check(self.config)
+        x_BCTHW = map_tiles(
+            lambda tile_BCTHW: self._decode(tile_BCTHW, (), keep_past=False, last=True)[0],
+            z_BCTHW,
+            tiling,
+            cell_in=1,
+            cell_out=self.config.space_stride,
+        )
+        return x_BCTHW[:, :, -num_frames:]
 
     def decode_stream(
         self, tokens_or_latents: Tensor, past: Past = (), *, last: bool = False, first_frames: int = 1

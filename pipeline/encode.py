@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from models.lengths import Padding, pad
+from models.tiling import Tiling
 from models.tokenizer import TokenizerConfig, VideoTokenizer, frames_to_input
 from models.weights import load_tokenizer, weights_digest
 from pipeline import storage
@@ -42,6 +44,10 @@ class EncoderSpec:
     """Clips per forward pass."""
     num_threads: int
     """CPU threads of one encoder; ignored on a GPU."""
+    padding: Padding | None = None
+    """How clips become as long as the tokenizer takes; None where they are."""
+    tiling: Tiling | None = None
+    """None to encode whole frames."""
 
 
 def open_tokenizer(spec: EncoderSpec, device: str) -> VideoTokenizer:
@@ -73,13 +79,21 @@ def make_reproducible(device: str, num_threads: int) -> None:
 
 
 def encode_clips(
-    tokenizer: VideoTokenizer, clips: Sequence[np.ndarray], payload: Payload, *, batch_size: int
+    tokenizer: VideoTokenizer,
+    clips: Sequence[np.ndarray],
+    payload: Payload,
+    *,
+    batch_size: int,
+    padding: Padding | None = None,
+    tiling: Tiling | None = None,
 ) -> dict[str, np.ndarray]:
     """Encode clips of one shape.
 
     Args:
         clips: each uint8 (T, H, W, 3).
         batch_size: clips per forward pass; the last one is filled up by repeating a clip.
+        padding: makes clips of another length than the tokenizer takes as long as it does.
+        tiling: for large frames.
 
     Returns:
         For each payload column an array (number of clips, values per clip), flattened in C order.
@@ -98,7 +112,10 @@ def encode_clips(
         for slot in range(batch_size):
             batch[slot] = clips[min(start + slot, len(clips) - 1)]
         with torch.inference_mode():
-            encoded = tokenizer.encode(frames_to_input(staging.to(device), dtype))
+            x_BCTHW = frames_to_input(staging.to(device), dtype)
+            if padding is not None:
+                x_BCTHW = pad(x_BCTHW, tokenizer.config, padding).frames
+            encoded = tokenizer.encode(x_BCTHW, tiling=tiling)
         count = min(batch_size, len(clips) - start)
         results = [encoded.tokens] if payload.kind == "tokens" else [encoded.latents, encoded.logvar]
         for name, result in zip(payload.columns, results, strict=False):
@@ -129,7 +146,14 @@ class ClipEncoder:
         waited = started - self._idle_since if self._idle_since is not None else 0.0
         spec = self._spec
         clips = clip_frames(rows, spec.clip_shape)
-        values = encode_clips(self._tokenizer, clips, spec.payload, batch_size=spec.batch_size)
+        values = encode_clips(
+            self._tokenizer,
+            clips,
+            spec.payload,
+            batch_size=spec.batch_size,
+            padding=spec.padding,
+            tiling=spec.tiling,
+        )
         self._idle_since = time.monotonic()
         stats = EncodeStats(
             seconds=self._idle_since - started,

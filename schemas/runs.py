@@ -144,6 +144,20 @@ class TokenizeRun(BaseModel):
         help="Compute type of the encoder; the quantizer always computes in float32. Part of the tokens' identity: "
         "bfloat16 changes some of them.",
     )
+    tile_size: FrameSize | None = setting(
+        None,
+        section="Tokenizer",
+        metavar="SIZE",
+        help="For frames too large for the memory: encode them in overlapping tiles of this size, such as 512 or "
+        "256x448, and blend. Part of the tokens' identity: tiles change some of them. Default: whole frames.",
+    )
+    tile_overlap: int = setting(
+        64,
+        section="Tokenizer",
+        ge=0,
+        metavar="PIXELS",
+        help="What neighbouring tiles share at least; more is nearer to the whole frame, and slower.",
+    )
 
     fps: Rate = setting(
         Fraction(8),
@@ -157,7 +171,14 @@ class TokenizeRun(BaseModel):
         section="Sampling",
         ge=1,
         metavar="T",
-        help="Frames per clip; for causal tokenizers 1 plus a multiple of the temporal stride.",
+        help="Frames per clip; for most causal tokenizers 1 plus a multiple of the temporal stride, else see "
+        "--pad-frames.",
+    )
+    pad_frames: Literal["refuse", "repeat-last", "repeat-first"] = setting(
+        "refuse",
+        section="Sampling",
+        help="When the tokenizer does not take clips of --frames: refuse the run, or encode every clip with as few "
+        "copies as it takes of its last frame after it, or of its first before it. `vidshard decode` takes them off.",
     )
     tail: TailPolicy = setting(
         "pad",
