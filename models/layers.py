@@ -139,14 +139,16 @@ class SpatialUnit(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, overwrite: bool = False) -> tuple[Tensor, LayerPast]:
+        """Keep the number of frames; ``overwrite`` allows the result to take the place of ``x``."""
         B, T, H, W, C = x_BTHWC.shape
         out_channels = self.conv1.out_channels
         cuts = blocks(x_BTHWC, self.conv1.weight, B * T, H * W * max(C, out_channels))
         if len(cuts) == 1:
             return self._within_frames(x_BTHWC), past
         x_1FHWC = x_BTHWC.flatten(0, 1)[None]
-        y_1FHWC = x_1FHWC.new_empty(1, B * T, H, W, out_channels)
+        in_place = overwrite and out_channels == C
+        y_1FHWC = x_1FHWC if in_place else x_1FHWC.new_empty(1, B * T, H, W, out_channels)
         for cut in cuts:
             self._within_frames(x_1FHWC[:, cut], out=y_1FHWC[:, cut])
         return y_1FHWC.view(B, T, H, W, out_channels), past
@@ -184,12 +186,13 @@ class TimeUnit(nn.Module):
             for parameter in self.conv2.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, overwrite: bool = False) -> tuple[Tensor, LayerPast]:
+        """Keep the number of frames; ``overwrite`` allows the result to take the place of ``x``."""
         B, T, H, W, C = x_BTHWC.shape
         cuts = blocks(x_BTHWC, self.conv1.conv.weight, H, T * W * C)
         if len(cuts) == 1 or self.sees_neighbours:
             return self._through_time(x_BTHWC, past)
-        y_BTHWC = torch.empty_like(x_BTHWC)
+        y_BTHWC = x_BTHWC if overwrite else torch.empty_like(x_BTHWC)
         pasts: list[LayerPast] = []
         for clip in range(B):
             at = slice(clip, clip + 1)

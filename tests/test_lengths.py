@@ -54,6 +54,7 @@ RELEASED = (
 """Each variant with each of its strides and of its topologies."""
 CAUSAL = tuple(name for name in RELEASED if "noncausal" not in name)
 TOLERANCE = 1e-5
+"""Of rounding units before the quantizer, or of the largest value of a decoded video (which is not clamped: 2 to 5)."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -179,7 +180,7 @@ def test_a_video_in_chunks_gives_what_the_whole_gives(name: str, data: st.DataOb
     frames = torch.cat(decoded_in_chunks(model, whole.latents, sorted(decoder_cuts), first), dim=2)
     expected = model.decode(whole.latents, x_BCTHW.shape[2])
     assert frames.shape == expected.shape == x_BCTHW.shape
-    assert (frames - expected).abs().max() < TOLERANCE
+    assert (frames - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
 def continuous_values(encoded: Encoded) -> Tensor:
