@@ -11,11 +11,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.tokenizer import TokenizerConfig, VideoTokenizer, get_preset
+from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer, get_preset
 from models.weights import (
     checkpoint_name,
     load_tokenizer,
     load_weights,
+    preset_in_name,
     save_tokenizer,
     seeded_weights,
     weights_digest,
@@ -168,6 +169,52 @@ def test_weights_that_are_not_finite_are_refused(weights: dict[str, Tensor], tmp
     changed = weights | {"encoder.conv_in.conv.bias": torch.full((TINY.base_width,), value)}
     with pytest.raises(ValueError, match=r"not finite: encoder\.conv_in\.conv\.bias"):
         load_weights(written(tmp_path / "weights.pt", changed), TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("vidtok_fsq_causal_488_32768.ckpt", "fsq_causal_488_32768"),
+        ("vidtok_fsq_causal_488_32768_v1_1.ckpt", "fsq_causal_488_32768_v1_1"),
+        ("/models/FSQ-causal-488-32768-v1.1-ema.safetensors", "fsq_causal_488_32768_v1_1"),
+        ("hf://microsoft/VidTok/checkpoints/vidtok_kl_causal_488_4chn.ckpt", "kl_causal_488_4chn"),
+        ("kl_noncausal_488_16chn/epoch=3.ckpt", None),
+        ("fsq_causal_488_327680.ckpt", None),
+        ("destiny.ckpt", None),
+        ("tiny_kl.ckpt", "tiny_kl"),
+    ],
+)
+def test_a_files_name_tells_the_preset_that_it_is_called_after(name: str, preset: str | None) -> None:
+    assert preset_in_name(name) == preset
+
+
+@pytest.fixture
+def two_versions(monkeypatch: pytest.MonkeyPatch) -> tuple[TokenizerConfig, TokenizerConfig]:
+    """Presets that differ in nothing that weights tell."""
+    later = TINY.model_copy(update={"name": "tiny_v1_1", "variant": "causal-v1.1"})
+    monkeypatch.setitem(PRESETS, later.name, later)
+    return TINY, later
+
+
+def test_weights_called_after_another_version_of_the_model_are_refused(
+    weights: dict[str, Tensor], tmp_path: Path, two_versions: tuple[TokenizerConfig, TokenizerConfig]
+) -> None:
+    for config, other in (two_versions, two_versions[::-1]):
+        load_weights(written(tmp_path / f"vidtok_{config.name}.ckpt", weights), config)
+        with pytest.raises(ValueError, match=rf"{config.name}, not {other.name}.*variant: .*rename the file"):
+            load_weights(tmp_path / f"vidtok_{config.name}.ckpt", other)
+        load_weights(written(tmp_path / "weights.ckpt", weights), other)
+        # Where the content tells, the name has no say.
+        load_weights(written(tmp_path / "vidtok_fsq_causal_488_32768.ckpt", weights), other)
+
+
+def test_what_a_file_states_counts_more_than_its_name(
+    tiny: VideoTokenizer, tmp_path: Path, two_versions: tuple[TokenizerConfig, TokenizerConfig]
+) -> None:
+    save_tokenizer(tmp_path / "tiny_v1_1.safetensors", tiny)
+    assert load_weights(tmp_path / "tiny_v1_1.safetensors")[0] == TINY
+    with pytest.raises(ValueError, match="holds tiny, not tiny_v1_1"):
+        load_weights(tmp_path / "tiny_v1_1.safetensors", two_versions[1])
 
 
 class Bomb:
