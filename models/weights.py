@@ -26,6 +26,10 @@ from torch import Tensor
 from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer
 
 
+class NoAveragesError(ValueError):
+    """A file holds no averaged weights, though they were asked for."""
+
+
 def count_parameters(config: TokenizerConfig) -> int:
     """Number of weights, without making them."""
     return sum(math.prod(shape) for shape in _expected_shapes(config).values())
@@ -146,7 +150,7 @@ def load_weights(
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a weights file, would execute code, states another config than the given one, is
             called after another preset that its content cannot be told from, lacks entries or has foreign or
-            mis-shaped ones, holds values that are not finite, or no average though it is asked for.
+            mis-shaped ones, holds values that are not finite, or (NoAveragesError) no average though it is asked for.
     """
     path = Path(path)
     if not path.is_file():
@@ -279,7 +283,7 @@ def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig
         if name.startswith(_EMA_PREFIX) and joined_name not in ("decay", "num_updates") and joined_name[:4] != "loss":
             averages[by_joined_name.get(joined_name, name)] = value
     if not averages:
-        raise ValueError(f"{path} holds no averaged (EMA) weights, only those of the last step: take it without ema")
+        raise NoAveragesError(f"{path} holds no averaged (EMA) weights, only one set: take it without ema")
     return _floating_tensors(path, averages)
 
 
@@ -307,7 +311,7 @@ def _check_name(path: Path, config: TokenizerConfig) -> None:
         raise ValueError(
             f"{path} is called after {named.name}, not {config.name}: these networks take each other's weights and "
             f"then give wrong video without a warning ({differing}). Load it as {named.name}; if it is the name that "
-            f"is wrong, rename the file"
+            f"is wrong, rename the file, or a copy of it"
         )
 
 

@@ -13,12 +13,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import pyarrow.parquet as pq
 import pytest
+import torch
+
+from models.tokenizer import get_preset
+from models.weights import seeded_weights, weights_digest
+from pipeline.shards import shard_paths
+from tests.videos import Recipe, write_video
 
 VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 TOKEN = "hf_thisMustNeverBeSeen"
@@ -221,3 +229,57 @@ def test_what_cannot_be_had_is_named_with_the_cause_and_what_to_do(
 def test_a_token_written_into_a_reference_is_not_repeated(hub: Hub, tmp_path: Path) -> None:
     result = run(hub, tmp_path, sys.executable, "-c", FETCH, f"hf://{TOKEN}@owner/models/tiny.ckpt")
     assert "cannot read hf://owner/models/tiny.ckpt: a file of the Hub is hf://OWNER/REPO/PATH" in result.stderr
+
+
+def publish(hub: Hub, tmp_path: Path, seed: int, commit: str) -> str:
+    """Put weights of the tiny model on the main branch; gives their digest."""
+    weights = seeded_weights(get_preset("tiny"), seed)
+    torch.save({"state_dict": weights}, tmp_path / "tiny.ckpt")
+    hub.files["owner/models", commit, "checkpoints/tiny.ckpt"] = (tmp_path / "tiny.ckpt").read_bytes()
+    hub.branches["main"] = commit
+    return weights_digest(weights)
+
+
+def test_convert_takes_a_checkpoint_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    digest = publish(hub, tmp_path, 0, OLD)
+    target = tmp_path / "converted.safetensors"
+    command = (VIDSHARD, "convert", REFERENCE, target, "--tokenizer", "tiny")
+    result = run(hub, tmp_path / "home", *command)
+    assert result.returncode == 0, result.stderr
+    assert f"read hf://owner/models@{OLD}/checkpoints/tiny.ckpt" in result.stdout
+    assert digest in result.stdout
+    assert "tiny.ckpt:" not in result.stderr  # no progress bar in a pipe
+    again = run(hub, tmp_path / "home", *command, HF_HUB_OFFLINE="1")
+    assert again.stdout == result.stdout
+    assert len(hub.asked("GET")) == 1
+    refused = run(hub, tmp_path / "other", *command, HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: cannot read {REFERENCE}: HF_HUB_OFFLINE is set")
+
+
+def test_a_run_with_weights_of_the_hub_names_their_commit_and_decodes_by_it(hub: Hub, tmp_path: Path) -> None:
+    digest = publish(hub, tmp_path, 0, OLD)
+    video = write_video(tmp_path / "a.mp4", Recipe(num_frames=20, rate=Fraction(10), width=64, height=64))
+    out = tmp_path / "tokens"
+    settings = ("--tokenizer", "tiny", "--fps", "10", "--frames", "17", "--size", "32", "--weights", REFERENCE)
+    result = run(hub, tmp_path / "home", VIDSHARD, "tokenize", video, "--out", out, *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(hub.asked("GET")) == 1
+
+    pinned = f"hf://owner/models@{OLD}/checkpoints/tiny.ckpt"
+    record = json.loads((out / "run.json").read_text())
+    assert (record["weights_source"], record["run"]["weights"]) == (pinned, pinned)
+    assert record["weights_sha256"] == digest
+    (shard,) = shard_paths(str(out))
+    assert pq.read_schema(shard).metadata[b"vidshard.weights_source"].decode() == pinned
+    assert TOKEN not in (out / "run.json").read_text()
+
+    publish(hub, tmp_path, 1, NEW)
+    hub.requests.clear()
+    command = (VIDSHARD, "decode", out, "--all", tmp_path / "videos")
+    result = run(hub, tmp_path / "another machine", *command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(hub.asked("GET")) == {f"/owner/models/resolve/{OLD}/checkpoints/tiny.ckpt"}
+    refused = run(hub, tmp_path / "home", *command, "--weights", REFERENCE)
+    assert refused.returncode == 2
+    assert "not those expected" in refused.stderr
