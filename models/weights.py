@@ -238,9 +238,12 @@ def _read_pickle(path: Path) -> dict[str, object]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch names what the file asks for, among advice to load it unsafely that nobody should see
+        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked_for[1]}" if asked_for else "it is broken, or holds more than tensors"
         raise ValueError(
-            f"{path} is refused: it is broken, or holds more than tensors and loading it would execute code. "
-            f"Convert it to .safetensors where you trust it. ({_first_line(error)})"
+            f"{path} is refused: {reason}, and loading it would execute code. Convert it to .safetensors where you "
+            "trust it."
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         # what the unpickler raises on bytes that are no pickle
@@ -253,7 +256,7 @@ def _read_pickle(path: Path) -> dict[str, object]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says, without the advice to load unsafely that torch adds below it."""
+    """What an exception says, without what torch adds below it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

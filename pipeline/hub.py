@@ -97,7 +97,7 @@ def _explain(error: Exception, uri: HfUri) -> str:
         return "what answers is not a Hugging Face Hub: check HF_ENDPOINT, proxy and firewall"
     if isinstance(cause, (httpx2.HTTPError, httpx2.InvalidURL, ConnectionError, TimeoutError)):
         return (
-            f"the Hub cannot be reached ({type(cause).__name__}): check the network, the proxy and HF_ENDPOINT; "
+            f"the connection to the Hub fails ({type(cause).__name__}): check the network, the proxy and HF_ENDPOINT; "
             "what is cached can be used with HF_HUB_OFFLINE=1"
         )
     if isinstance(cause, OSError) and cause.strerror:
