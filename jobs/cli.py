@@ -83,7 +83,11 @@ def inspect(out: str, rows: int, verify: bool) -> None:
 @click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="With --all: the first N clips only.")
 @click.option("--side-by-side", is_flag=True, help="Put the source beside the reconstruction where it can be read.")
-@click.option("--weights", metavar="FILE", help="Weights, where they are no longer at the path that the shard names.")
+@click.option(
+    "--weights",
+    metavar="FILE",
+    help="Weights, where they are no longer where the shard says: a path, a URL, or hf://OWNER/REPO/PATH.",
+)
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
 @click.option(
     "--tile-overlap", type=click.IntRange(min=0), metavar="PIXELS", help="What they share. Default: as encoded."
@@ -144,20 +148,27 @@ def tokenizers() -> None:
 @vidshard.command()
 @click.argument("source", metavar="CHECKPOINT")
 @click.argument("target", metavar="FILE.safetensors")
-@click.option("--tokenizer", required=True, metavar="NAME", help="Which model the checkpoint holds (required).")
-def convert(source: str, target: str, tokenizer: str) -> None:
+@click.option("--tokenizer", metavar="NAME", help="Which model the checkpoint holds, unless it says so itself.")
+@click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights beside those of training's last step.")
+def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
     """Turn a published checkpoint into a safetensors file that says which model it holds.
 
-    Reads .ckpt, .pt and .safetensors, and executes nothing in them. From then on `--weights FILE.safetensors` alone
-    is enough for `vidshard tokenize`. A checkpoint cannot be told from one of another version of the same model by
-    its content: name the one that you downloaded.
+    CHECKPOINT is a .ckpt, .pt, .pth or .safetensors file, read without executing anything in it: local, any URL
+    that fsspec opens, or a file of the Hugging Face Hub, hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH
+    (kept in its cache; HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT as everywhere). From then on `--weights
+    FILE.safetensors` alone is enough for `vidshard tokenize`.
+
+    v1.0 and v1.1 of a model cannot be told apart by content: name the one that you downloaded. A file that is
+    called after another model than the one named is refused.
 
     \b
     vidshard convert vidtok_fsq_causal_488_32768.ckpt fsq.safetensors --tokenizer fsq_causal_488_32768
+    vidshard convert hf://microsoft/VidTok/checkpoints/vidtok_fsq_causal_488_32768.ckpt fsq.safetensors \\
+        --tokenizer fsq_causal_488_32768
     """
     from jobs.convert_weights import convert_weights
 
-    sys.exit(convert_weights(source, target, tokenizer, _console()))
+    sys.exit(convert_weights(source, target, tokenizer, _console(), ema=ema))
 
 
 @vidshard.command()

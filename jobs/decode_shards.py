@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from jobs.outcome import EXIT_REFUSED, UserError, exit_code_of, print_error
 from models.lengths import Padding, pad
 from models.tiling import Tiling
 from models.tokenizer import TokenizerConfig, VideoTokenizer, output_to_frames
+from models.weights import NoAveragesError
 from pipeline import storage
 from pipeline.encode import EncoderSpec, make_reproducible, open_tokenizer
 from pipeline.read import ShardError, StoredClip, find_clips, open_shard, output_shards, read_clips
@@ -113,6 +115,7 @@ def tokenizer_of(provenance: Provenance, weights: str | None) -> VideoTokenizer:
     spec = EncoderSpec(
         tokenizer=TokenizerConfig.model_validate(provenance.tokenizer),
         weights=None if seed is not None else (weights or source),
+        ema=TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]}).ema,
         random_seed=seed,
         weights_sha256=provenance.weights_sha256,
         precision="float32",
@@ -122,7 +125,13 @@ def tokenizer_of(provenance: Provenance, weights: str | None) -> VideoTokenizer:
         num_threads=torch.get_num_threads(),
     )
     try:
-        return open_tokenizer(spec, device)
+        try:
+            return open_tokenizer(spec, device)
+        except NoAveragesError:
+            if weights is None:
+                raise
+            # `vidshard convert --ema` keeps nothing but the averages; the digest tells whether it is these
+            return open_tokenizer(replace(spec, ema=False), device)
     except (ValueError, FileNotFoundError, storage.StorageError) as error:
         raise UserError(f"{error} (--weights FILE names another place)") from error
 

@@ -31,12 +31,13 @@ from rich.console import Console
 from rich.text import Text
 
 from jobs.cluster import Cluster, ray_cluster
+from jobs.convert_weights import stated_tokenizer
 from jobs.display import RunDisplay
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
 from models.lengths import Padding
 from models.tiling import Tiling
 from models.tokenizer import TokenizerConfig, get_preset
-from models.weights import load_weights, weights_digest
+from models.weights import weights_digest
 from pipeline import storage
 from pipeline.discover import Discovery, InputError, discover
 from pipeline.encode import EncoderSpec, open_tokenizer
@@ -232,7 +233,7 @@ def resolve(run: TokenizeRun) -> Request:
         UserError: unknown tokenizer, impossible clip length or size, missing or foreign weights.
     """
     try:
-        tokenizer = get_preset(run.tokenizer) if run.tokenizer is not None else stated_tokenizer(run)
+        tokenizer = _tokenizer_of(run)
         shape = tokenizer.latent_shape(encoded_frames(run, tokenizer), *run.size)
         tiling_of(run, tokenizer)
     except ValueError as error:
@@ -250,7 +251,10 @@ def resolve(run: TokenizeRun) -> Request:
     if run.weights is None:
         notice = RANDOM_WEIGHTS_NOTICE.format(seed=run.random_weights)
     else:
-        run = run.model_copy(update={"weights": storage.absolute(run.weights)})
+        try:
+            run = run.model_copy(update={"weights": storage.pinned(storage.absolute(run.weights))})
+        except storage.StorageError as error:
+            raise UserError(str(error)) from error
     run = run.model_copy(update={"out": storage.absolute(run.out), "inputs": [storage.absolute(i) for i in run.inputs]})
     payload = Payload(
         kind="tokens" if tokenizer.head == "fsq" else "latents",
@@ -295,20 +299,12 @@ def tiling_of(run: TokenizeRun, tokenizer: TokenizerConfig) -> Tiling | None:
     return tiling
 
 
-def stated_tokenizer(run: TokenizeRun) -> TokenizerConfig:
-    """The model that the weights file itself names.
-
-    Raises:
-        UserError: there is no such file, or it names none.
-    """
+def _tokenizer_of(run: TokenizeRun) -> TokenizerConfig:
+    if run.tokenizer is not None:
+        return get_preset(run.tokenizer)
     if run.weights is None:
         raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`), or give --weights that do")
-    try:
-        with storage.local_copy(storage.absolute(run.weights)) as path:
-            assert path is not None
-            return load_weights(path)[0]
-    except (ValueError, FileNotFoundError, storage.StorageError) as error:
-        raise UserError(f"{error} (--tokenizer NAME says which model it is)") from error
+    return stated_tokenizer(run.weights, ema=run.ema)
 
 
 def encoder_spec(request: Request, *, batch_size: int, num_threads: int) -> EncoderSpec:
@@ -317,6 +313,7 @@ def encoder_spec(request: Request, *, batch_size: int, num_threads: int) -> Enco
     return EncoderSpec(
         tokenizer=request.tokenizer,
         weights=run.weights,
+        ema=run.ema,
         random_seed=run.random_weights,
         weights_sha256=request.weights_sha256,
         precision=run.precision,

@@ -23,7 +23,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from models.tokenizer import TokenizerConfig, VideoTokenizer
+from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer
+
+
+class NoAveragesError(ValueError):
+    """A file holds no averaged weights, though they were asked for."""
 
 
 def count_parameters(config: TokenizerConfig) -> int:
@@ -57,6 +61,16 @@ def checkpoint_name(name: str, config: TokenizerConfig) -> str:
         if config.is_causal
         else re.sub(r"\b(conv|conv_in|conv_out|conv1|conv2|q|k|v|proj_out)\.conv\.", r"\1.", name)
     )
+
+
+def preset_in_name(path: str | Path) -> str | None:
+    """The preset that a weights file is called after, the longest one where names contain each other.
+
+    ``vidtok_fsq_causal_488_32768_v1.1.ckpt`` is called after ``fsq_causal_488_32768_v1_1``.
+    """
+    stem = re.sub(r"[-.]", "_", Path(path).stem.lower())
+    found = [name for name in PRESETS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", stem)]
+    return max(found, key=len, default=None)
 
 
 def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
@@ -134,9 +148,9 @@ def load_weights(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a weights file, would execute code, states another config than the given one, lacks
-            entries or has foreign or mis-shaped ones, holds values that are not finite, or no average though it is
-            asked for.
+        ValueError: if it is not a weights file, would execute code, states another config than the given one, is
+            called after another preset that its content cannot be told from, lacks entries or has foreign or
+            mis-shaped ones, holds values that are not finite, or (NoAveragesError) no average though it is asked for.
     """
     path = Path(path)
     if not path.is_file():
@@ -155,6 +169,8 @@ def load_weights(
         _check_same_network(path, stated, config)
     tensors = _averages(path, entries, config) if ema else _bare_names(path, entries)
     _check_entries(path, tensors, config)
+    if stated is None:
+        _check_name(path, config)
     tensors = {name: tensors[checkpoint_name(name, config)] for name in _expected_shapes(config)}
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
@@ -198,6 +214,11 @@ def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
 
 
+def _checkpoint_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    """The same under the names that files use."""
+    return {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
+
+
 def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, object]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -217,9 +238,12 @@ def _read_pickle(path: Path) -> dict[str, object]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch names what the file asks for, among advice to load it unsafely that nobody should see
+        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked_for[1]}" if asked_for else "it is broken, or holds more than tensors"
         raise ValueError(
-            f"{path} is refused: it is broken, or holds more than tensors and loading it would execute code. "
-            f"Convert it to .safetensors where you trust it. ({_first_line(error)})"
+            f"{path} is refused: {reason}, and loading it would execute code. Convert it to .safetensors where you "
+            "trust it."
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         # what the unpickler raises on bytes that are no pickle
@@ -232,7 +256,7 @@ def _read_pickle(path: Path) -> dict[str, object]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says, without the advice to load unsafely that torch adds below it."""
+    """What an exception says, without what torch adds below it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -262,7 +286,7 @@ def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig
         if name.startswith(_EMA_PREFIX) and joined_name not in ("decay", "num_updates") and joined_name[:4] != "loss":
             averages[by_joined_name.get(joined_name, name)] = value
     if not averages:
-        raise ValueError(f"{path} holds no averaged (EMA) weights, only those of the last step: load it without ema")
+        raise NoAveragesError(f"{path} holds no averaged (EMA) weights, only one set: take it without ema")
     return _floating_tensors(path, averages)
 
 
@@ -278,13 +302,30 @@ def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Te
 
 
 def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
-    ours, theirs = (json.loads(c.model_dump_json(exclude={"name"})) for c in (config, stated))
-    if differing := [f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key]]:
-        raise ValueError(f"{path} holds {stated.name}, not {config.name} ({'; '.join(differing)})")
+    if differing := _differences(stated, config):
+        raise ValueError(f"{path} holds {stated.name}, not {config.name} ({differing})")
+
+
+def _check_name(path: Path, config: TokenizerConfig) -> None:
+    """Refuse what only the file's name can tell: v1.0 and v1.1 weights fit each other's network and spoil the video."""
+    named = PRESETS.get(preset_in_name(path) or "", config)
+    differing = _differences(named, config)
+    if differing and _checkpoint_shapes(named) == _checkpoint_shapes(config):
+        raise ValueError(
+            f"{path} is called after {named.name}, not {config.name}: these networks take each other's weights and "
+            f"then give wrong video without a warning ({differing}). Load it as {named.name}; if it is the name that "
+            f"is wrong, rename the file, or a copy of it"
+        )
+
+
+def _differences(there: TokenizerConfig, here: TokenizerConfig) -> str:
+    """How two networks differ, whatever they are called; empty where they do not."""
+    theirs, ours = (json.loads(config.model_dump_json(exclude={"name"})) for config in (there, here))
+    return "; ".join(f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
 
 
 def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerConfig) -> None:
-    expected = {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
+    expected = _checkpoint_shapes(config)
     problems = {
         "missing": [name for name in expected if name not in entries],
         "foreign": [name for name in entries if name not in expected],

@@ -32,7 +32,9 @@ class EncoderSpec:
 
     tokenizer: TokenizerConfig
     weights: str | None
-    """Path or URL; None for seeded random weights."""
+    """Path or URL; None for seeded random weights. One of the Hub by its commit, so that all encoders have one file."""
+    ema: bool
+    """Whether the averaged ones of them."""
     random_seed: int | None
     weights_sha256: str
     """What the weights must be: an encoder refuses to start with others. Empty before the first look."""
@@ -58,7 +60,7 @@ def open_tokenizer(spec: EncoderSpec, device: str) -> VideoTokenizer:
         FileNotFoundError: there is no such file.
     """
     with storage.local_copy(spec.weights) as path:
-        tokenizer = load_tokenizer(spec.tokenizer, path, seed=spec.random_seed)
+        tokenizer = load_tokenizer(spec.tokenizer, path, seed=spec.random_seed, ema=spec.ema)
     digest = weights_digest(tokenizer.state_dict())
     if spec.weights_sha256 not in ("", digest):
         raise ValueError(

@@ -116,9 +116,14 @@ def read_bytes(path: str) -> bytes:
 def local_copy(path: str | None) -> Iterator[Path | None]:
     """A file as a local path: itself when it is local, otherwise a temporary copy that is removed at the end.
 
+    ``hf://OWNER/REPO[@REVISION]/PATH`` stays in the cache of huggingface_hub.
+
     Raises:
         StorageError: it is missing or not readable.
     """
+    if path is not None and _is_hub_file(path):
+        yield _fetch(path)[0]
+        return
     if path is None or is_local(path):
         if path is not None and not Path(absolute(path)).is_file():
             raise StorageError(f"cannot read {path}: there is no such file")
@@ -129,6 +134,28 @@ def local_copy(path: str | None) -> Iterator[Path | None]:
         with open_binary(path) as source, target.open("wb") as file:
             shutil.copyfileobj(source, file, 8 << 20)
         yield target
+
+
+def pinned(path: str) -> str:
+    """The path by which the very same file is found later: one of the Hub by its commit, others unchanged.
+
+    Raises:
+        StorageError: a file of the Hub that is missing or not readable.
+    """
+    return _fetch(path)[1] if _is_hub_file(path) else path
+
+
+def _is_hub_file(path: str) -> bool:
+    return path.startswith("hf://")
+
+
+def _fetch(reference: str) -> tuple[Path, str]:
+    from pipeline import hub  # not for every decoder, as loading it takes time
+
+    try:
+        return hub.fetch(reference)
+    except hub.HubError as error:
+        raise StorageError(f"cannot read {public_uri(reference)}: {error}") from error
 
 
 def exists(path: str) -> bool:

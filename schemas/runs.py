@@ -128,7 +128,14 @@ class TokenizeRun(BaseModel):
         None,
         section="Tokenizer",
         metavar="FILE",
-        help="Its weights: .safetensors, or a .ckpt (read without executing anything). Must fit the model exactly.",
+        help="Its weights: .safetensors, or a .ckpt (read without executing anything). Must fit the model exactly. "
+        "Local, any URL that fsspec opens, or a file of the Hugging Face Hub: hf://OWNER/REPO/PATH, or "
+        "hf://OWNER/REPO@REVISION/PATH (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT as everywhere).",
+    )
+    ema: bool = setting(
+        False,
+        section="Tokenizer",
+        help="Take the averaged (EMA) weights that training kept beside those of its last step.",
     )
     random_weights: int | None = setting(
         None,
@@ -267,6 +274,8 @@ class TokenizeRun(BaseModel):
     def _one_source_of_weights(self) -> TokenizeRun:
         if self.weights is not None and self.random_weights is not None:
             raise ValueError("give either weights or random_weights, not both")
+        if self.ema and self.weights is None:
+            raise ValueError("ema takes averaged weights from a file: give weights too, or leave ema out")
         return self
 
     @property

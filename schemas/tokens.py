@@ -116,7 +116,7 @@ class Provenance:
     weights_sha256: str
     """Digest of the weights' names, shapes and values, whatever file they came from."""
     weights_source: str
-    """Where the weights were read, or ``seed:N`` for seeded random ones."""
+    """Where the weights were read (on the Hugging Face Hub by the commit), or ``seed:N`` for seeded random ones."""
     payload: Payload
     run: Mapping[str, Any]
     """The complete resolved run."""

@@ -25,7 +25,7 @@ from jobs.cli import vidshard
 from jobs.cluster import Cluster
 from jobs.tokenize_videos import place, resolve
 from models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
-from models.weights import load_tokenizer
+from models.weights import load_tokenizer, seeded_weights, weights_digest
 from pipeline.decode import decode_span, probe_video
 from pipeline.flow import build_flow
 from pipeline.read import read_clips
@@ -505,6 +505,40 @@ def test_a_converted_checkpoint_says_which_model_it_is(
     refused = tokenize(good_videos, "--out", tmp_path / "other", *sampling, "--weights", released)
     assert refused.exit_code == 2
     assert "--tokenizer NAME" in refused.output
+
+
+def test_averaged_weights_are_recorded_and_decoded_with(good_videos: Path, tmp_path: Path) -> None:
+    import torch
+
+    last, averages = (seeded_weights(get_preset("tiny"), seed) for seed in (0, 1))
+    files = {name: tmp_path / f"{name}.ckpt" for name in ("last", "both")}
+    torch.save(last, files["last"])
+    torch.save(last | {f"model_ema.{name.replace('.', '')}": w for name, w in averages.items()}, files["both"])
+    out, sampling = tmp_path / "tokens", ("--fps", "4", "--frames", "5", "--size", "32")
+    command = (good_videos / "a.mp4", "--out", out, *sampling, "--ema")
+    result = tokenize(*command, "--tokenizer", "tiny", "--weights", files["last"])
+    assert result.exit_code == 2
+    assert "holds no averaged (EMA) weights" in result.stderr
+    result = tokenize(*command, "--tokenizer", "tiny", "--weights", files["both"])
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "run.json").read_text())
+    assert record["run"]["ema"] is True
+    assert record["weights_sha256"] == weights_digest(averages)
+
+    converted = tmp_path / "averages.safetensors"
+    convert = ["convert", str(files["both"]), str(converted), "--tokenizer", "tiny", "--ema"]
+    assert CliRunner().invoke(vidshard, convert).exit_code == 0
+    decode = ["decode", str(out), "--all", str(tmp_path / "videos"), "--limit", "1"]
+    for weights in ([], ["--weights", str(files["both"])], ["--weights", str(converted)]):
+        result = CliRunner().invoke(vidshard, decode + weights)
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(vidshard, [*decode, "--weights", str(files["last"])])
+    assert result.exit_code == 2
+    assert "not those expected" in result.output
+
+    again = tokenize(*command[:-1], "--weights", converted)  # the same weights from another file: nothing is left to do
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "summary.json").read_text())["written"]["num_clips"] == 0
 
 
 def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> None:

@@ -111,6 +111,12 @@ def test_every_command_explains_itself(command: str) -> None:
     assert command in run("--help").output
 
 
+@pytest.mark.parametrize("given", [{}, {"random_weights": "1"}])
+def test_averaged_weights_need_a_file(given: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="give weights too"):
+        resolve_settings(TokenizeRun, {**REQUIRED, "ema": True, **given}, None)
+
+
 def test_weights_and_random_weights_exclude_each_other() -> None:
     with pytest.raises(SettingsError, match="not both"):
         resolve_settings(TokenizeRun, {**REQUIRED, "weights": "a", "random_weights": "1"}, None)

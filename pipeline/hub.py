@@ -1,0 +1,105 @@
+"""Files of Hugging Face Hub repositories, by reference: ``hf://OWNER/REPO[@REVISION]/PATH``.
+
+`huggingface_hub` does the work: its cache, and every one of its environment variables (HF_HOME, HF_HUB_OFFLINE,
+HF_ENDPOINT, HF_TOKEN ...), hold here. What is ours is the commit, which says for ever which file it was, and errors
+that a person can act on. These are in our own words: what a server answers might repeat a credential.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfUri, constants, hf_hub_download, parse_hf_uri
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HfUriError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+SCHEME = "hf://"
+
+
+class HubError(Exception):
+    """A file of the Hub cannot be had; the message says why and what to do, and leaves the reference to the caller."""
+
+
+def fetch(reference: str) -> tuple[Path, str]:
+    """A file of the Hub, downloaded unless it is in the cache; one named by its commit is then not asked for.
+
+    Returns:
+        Where it lies in the cache, under its own name, and the reference with the commit that it was found at.
+
+    Raises:
+        HubError: the reference is malformed, there is no such file, access is denied, or no server can be reached.
+    """
+    uri = _parse(reference)
+    try:
+        path = Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision, library_name="vidshard"))
+    # ValueError for what the library does not accept; RuntimeError from hf_xet, which downloads large files
+    except (httpx2.HTTPError, httpx2.InvalidURL, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise HubError(_explain(error, uri)) from error
+    # The cache keeps a file as snapshots/COMMIT/PATH.
+    commit = path.parents[uri.path_in_repo.count("/")].name
+    return path, f"{SCHEME}{uri.id}@{commit}/{uri.path_in_repo}"
+
+
+def _parse(reference: str) -> HfUri:
+    try:
+        uri = parse_hf_uri(reference)
+    except HfUriError as error:
+        raise HubError("a file of the Hub is hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH") from error
+    if uri.type != "model":
+        raise HubError(f"it names a {uri.type}, and weights are taken from model repositories: hf://OWNER/REPO/PATH")
+    if not {"", ".", ".."}.isdisjoint(uri.path_in_repo.split("/")):
+        raise HubError(f"it names no file: give the path of one, such as hf://{uri.id}/checkpoints/NAME.ckpt")
+    return uri
+
+
+def _explain(error: Exception, uri: HfUri) -> str:
+    """What went wrong and what to do about it, in words that hold nothing of the request."""
+    revision = uri.revision or constants.DEFAULT_REVISION
+    cause: BaseException = error
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        cause = error.__cause__  # why there was nothing left but the cache, which does not have it
+    if isinstance(cause, OfflineModeIsEnabled):
+        return (
+            f"HF_HUB_OFFLINE is set, and the cache in {constants.HF_HUB_CACHE} does not have it: unset HF_HUB_OFFLINE "
+            "to download it, or set HF_HOME to where it is cached"
+        )
+    if isinstance(cause, GatedRepoError):
+        return (
+            f"{uri.id} is gated: ask for access on its page on the Hub, then set HF_TOKEN to a token of that account "
+            "(or `hf auth login`)"
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
+            f"there is no repository {uri.id}, or it is private: check the name; for a private one set HF_TOKEN "
+            "(or `hf auth login`)"
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return f"{uri.id} has no revision {revision}: name a branch, a tag or a full commit of it"
+    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        return f"{uri.id} has no file {uri.path_in_repo} at revision {revision}: check the path on its page on the Hub"
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        if status in (401, 403):
+            return f"the Hub denies access (HTTP {status}): check that HF_TOKEN is valid and may read {uri.id}"
+        remedy = "try again later" if status in (408, 429) or status >= 500 else "check the reference and HF_ENDPOINT"
+        return f"the Hub answers with HTTP {status}: {remedy}; what is cached can be used with HF_HUB_OFFLINE=1"
+    if isinstance(cause, FileMetadataError):
+        return "what answers is not a Hugging Face Hub: check HF_ENDPOINT, proxy and firewall"
+    if isinstance(cause, (httpx2.HTTPError, httpx2.InvalidURL, ConnectionError, TimeoutError)):
+        return (
+            f"the connection to the Hub fails ({type(cause).__name__}): check the network, the proxy and HF_ENDPOINT; "
+            "what is cached can be used with HF_HUB_OFFLINE=1"
+        )
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"the cache in {constants.HF_HUB_CACHE} cannot be used ({cause.strerror}): set HF_HOME to another place"
+    return f"the download failed ({type(cause).__name__}): try again"
