@@ -46,6 +46,8 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.storage
 	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.tiling
 	$(BIN)/python -m benchmarks.tiling
 
 constraints:

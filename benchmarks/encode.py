@@ -124,7 +124,7 @@ def compare(
                     f"{contender.peak_bytes / 2**20:.0f} MiB",
                     flush=True,
                 )
-        rows += rows_of(config.name, side, direction, contenders, flops[direction], peaks)
+        rows += rows_of(config, side, direction, contenders, flops[direction], peaks)
     return rows
 
 
@@ -193,8 +193,15 @@ def published_flops(config: TokenizerConfig, side: int) -> dict[str, float]:
     return flops
 
 
+def equal_positions(one: Contender, other: Contender) -> float:
+    """The share of positions whose latents are equal in all channels: the same token, where codes stand for tokens."""
+    assert one.output is not None
+    assert other.output is not None
+    return float((one.output == other.output).all(dim=1).float().mean())
+
+
 def rows_of(
-    name: str,
+    config: TokenizerConfig,
     side: int,
     direction: str,
     contenders: list[Contender],
@@ -207,6 +214,7 @@ def rows_of(
     medians = {c.name: statistics.median(c.milliseconds) for c in contenders}
     # what each must agree with: its own rules in float32, and theirs where those are v1.1's
     compared = defaultdict(lambda: "vidshard", {"vidshard, v1.1 rules": "diffusers", "diffusers": "diffusers"})
+    tokens = config.codebook_size is not None
     rows: list[Row] = []
     for contender in contenders:
         dtype = torch.bfloat16 if "bfloat16" in contender.name else torch.float32
@@ -215,7 +223,7 @@ def rows_of(
         assert other.output is not None
         rows.append(
             {
-                "model": name,
+                "model": config.name,
                 "clip": f"{NUM_FRAMES}x{side}x{side}",
                 "direction": direction,
                 "implementation": contender.name,
@@ -226,7 +234,7 @@ def rows_of(
                 "FLOP utilisation": f"{flops / medians[contender.name] * 1000 / peaks[dtype]:.0%}",
                 "agrees with": compared[contender.name] if other is not contender else "-",
                 "max difference": float(f"{(contender.output - other.output).abs().max():.1e}"),
-                "equal values": f"{(contender.output == other.output).float().mean():.2%}",
+                "equal tokens": f"{equal_positions(contender, other):.2%}" if tokens and direction == "encode" else "-",
             }
         )
     return rows
