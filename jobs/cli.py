@@ -80,6 +80,9 @@ def inspect(out: str, rows: int, verify: bool) -> None:
 @click.argument("out", metavar="OUTPUT")
 @click.option("--clip", "clip_id", metavar="ID", help="Decode this clip; the beginning of its id is enough.")
 @click.option("--to", "target", metavar="FILE", help="Where the clip goes, for example clip.mp4.")
+@click.option(
+    "--video", "video_id", metavar="ID", help="Decode this whole video of a --continuous output into --to FILE."
+)
 @click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="With --all: the first N clips only.")
 @click.option("--side-by-side", is_flag=True, help="Put the source beside the reconstruction where it can be read.")
@@ -95,6 +98,7 @@ def inspect(out: str, rows: int, verify: bool) -> None:
 def decode(
     out: str,
     clip_id: str | None,
+    video_id: str | None,
     target: str | None,
     folder: str | None,
     limit: int | None,
@@ -111,10 +115,10 @@ def decode(
     vidshard decode tokens/ --clip 3f2a --to clip.mp4 --side-by-side
     vidshard decode tokens/ --all reconstructions/
     """
-    if (clip_id is None) == (folder is None):
-        raise click.UsageError("give --clip ID with --to FILE, or --all DIR")
-    if clip_id is not None and target is None:
-        raise click.UsageError("--clip needs --to FILE: where the video goes")
+    if [clip_id, video_id, folder].count(None) != 2:
+        raise click.UsageError("give --clip ID or --video ID with --to FILE, or --all DIR")
+    if folder is None and target is None:
+        raise click.UsageError("--clip and --video need --to FILE: where the video goes")
     try:
         tiles = None if tile_size is None else parse_size(tile_size)
     except ValueError as error:
@@ -126,6 +130,7 @@ def decode(
             out,
             _console(),
             clip_ids=() if clip_id is None else (clip_id,),
+            video_id=video_id,
             target=target,
             folder=folder,
             limit=limit,

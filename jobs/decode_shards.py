@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -18,10 +18,10 @@ from jobs.display import RunDisplay
 from jobs.outcome import EXIT_REFUSED, UserError, exit_code_of, print_error
 from models.lengths import Padding, pad
 from models.tiling import Tiling
-from models.tokenizer import TokenizerConfig, VideoTokenizer, output_to_frames
+from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, output_to_frames
 from models.weights import NoAveragesError
 from pipeline import storage
-from pipeline.encode import EncoderSpec, make_reproducible, open_tokenizer
+from pipeline.encode import EncoderSpec, clip_spec_of, make_reproducible, open_tokenizer
 from pipeline.read import ShardError, StoredClip, find_clips, open_shard, output_shards, read_clips
 from pipeline.stages import decode_again
 from schemas.runs import TokenizeRun
@@ -34,6 +34,7 @@ def decode_output(
     console: Console,
     *,
     clip_ids: Sequence[str] = (),
+    video_id: str | None = None,
     target: str | None = None,
     folder: str | None = None,
     limit: int | None = None,
@@ -46,6 +47,7 @@ def decode_output(
 
     Args:
         clip_ids: ids, or their beginnings; none for every clip.
+        video_id: or the beginning of one: that whole video, of a continuous output.
         target: the file for a single clip.
         folder: where the clips go as ``ID.mp4``, when there is no target.
         limit: only the first so many.
@@ -64,12 +66,22 @@ def decode_output(
         run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
         tokenizer = tokenizer_of(provenance, weights)
         tiling = _tiling(tokenizer.config, tile_size or run.tile_size, tile_overlap, run.tile_overlap)
+        if video_id is not None:
+            rows = _whole_video(paths, video_id, run)
+            file = Path(target or f"{video_id}.mp4")
+            with RunDisplay(console, "decoding", len(rows)) as display:
+                write_video(file, _watched(reconstruct_video(rows, tokenizer), display), run.fps)
+            console.print(f"wrote {file}: {len(rows)} rows of video {video_id}", highlight=False, markup=False)
+            return 0
         with RunDisplay(console, "decoding", len(wanted)) as display:
             for done, (path, clip_id) in enumerate(wanted, start=1):
                 clip = next(read_clips(path, clip_id))
                 file = Path(target) if target else Path(folder or ".") / f"{clip_id}.mp4"
-                frames = reconstruct(clip, tokenizer, padding=padding_of(run), tiling=tiling)
-                if side_by_side and (source := _source_frames(clip, run, console)) is not None:
+                if run.continuous:
+                    frames = reconstruct_row(clip, paths, tokenizer)
+                else:
+                    frames = reconstruct(clip, tokenizer, padding=padding_of(run), tiling=tiling)
+                if side_by_side and (source := _source_frames(clip, run, tokenizer.config, console)) is not None:
                     frames = np.concatenate([source, frames], axis=2)
                 write_video(file, frames[: clip.values["num_valid_frames"]], run.fps)
                 display.update(done, f"{done} of {len(wanted)} clips · {done / display.seconds:.2f} clips/s")
@@ -84,6 +96,36 @@ def decode_output(
         console.print("interrupted; the files written so far are whole", highlight=False)
         return exit_code_of(interrupt)
     return 0
+
+
+def _whole_video(paths: list[str], prefix: str, run: TokenizeRun) -> list[tuple[str, str]]:
+    """(path, clip id) of every row of the one video whose id begins so.
+
+    Raises:
+        UserError: none or several, rows are missing, or the output holds clips apart.
+    """
+    if not run.continuous:
+        raise UserError("--video takes an output of --continuous; these clips stand apart: --clip ID, or --all DIR")
+    videos = sorted({clip_id.split("-")[0] for _, clip_id in find_clips(paths, prefix)})
+    if len(videos) != 1:
+        some = (
+            f"{len(videos)} videos begin so: {', '.join(videos[:3])} ..." if videos else "vidshard inspect shows some"
+        )
+        raise UserError(f"no single video whose id begins with '{prefix}'; {some}")
+    rows = _rows_of_video(paths, videos[0])
+    for number, (index, _) in enumerate(rows):
+        if index != number:
+            raise UserError(
+                f"row {number} of video {videos[0]} is missing: see rejects/, or tokenize it again; "
+                f"the rows that are there decode one by one (--clip ID)"
+            )
+    return [row for _, row in rows]
+
+
+def _watched(frames: Iterable[np.ndarray], display: RunDisplay) -> Iterator[np.ndarray]:
+    for number, frame in enumerate(frames, start=1):
+        yield frame
+        display.update(0, f"{number} frames · {number / display.seconds:.1f} frames/s")
 
 
 def _only_clip(paths: list[str], prefix: str) -> tuple[str, str]:
@@ -170,13 +212,67 @@ def reconstruct(
         padding: where copies were put to make the clip as long as the tokenizer takes, if it was not.
         tiling: for large frames.
     """
-    device = next(tokenizer.parameters()).device
-    payload = torch.from_numpy(clip.payload.astype(np.int64 if clip.payload.dtype.kind == "u" else np.float32))
     num_frames = len(clip.values["frame_pts_seconds"])
     padded = pad(torch.empty(1, 3, num_frames, 0, 0), tokenizer.config, padding)  # no pixels: only the places matter
     with torch.inference_mode():
-        decoded_BCTHW = tokenizer.decode(payload[None].to(device), padded.frames.shape[2], tiling=tiling)
+        decoded_BCTHW = tokenizer.decode(_to_tensor(clip.payload, tokenizer), padded.frames.shape[2], tiling=tiling)
         return output_to_frames(padded.cut(decoded_BCTHW))[0].cpu().numpy()
+
+
+def reconstruct_row(clip: StoredClip, paths: list[str], tokenizer: VideoTokenizer) -> np.ndarray:
+    """The frames of a row of a continuous sequence, as in the whole video: uint8 (T, H, W, 3).
+
+    It is decoded with the rows before it that its frames depend on and, for an interpolating model, the one after it.
+    Where one of them is missing, the sequence is taken to begin, or to end, there.
+    """
+    config = tokenizer.config
+    index = int(clip.values["clip_index"])
+    rows = dict(_rows_of_video(paths, clip.values["video_id"]))
+    num_latents = clip.payload.shape[-3]
+    first = index
+    while first - 1 in rows and (index - first) * num_latents < config.history_latents:
+        first -= 1
+    payloads = [_stored(rows[number]).payload for number in range(first, index)] + [clip.payload]
+    if config.lookahead_latents and index + 1 in rows:
+        payloads.append(np.take(_stored(rows[index + 1]).payload, range(config.lookahead_latents), axis=-3))
+    stored = _to_tensor(np.concatenate(payloads, axis=-3), tokenizer)
+    with torch.inference_mode():
+        frames = output_to_frames(tokenizer.decode(stored, config.decoded_frames(stored.shape[-3])))[0]
+    before = config.decoded_frames((index - first) * num_latents) if index > first else 0
+    return frames[before : before + len(clip.values["frame_pts_seconds"])].cpu().numpy()
+
+
+def reconstruct_video(rows: Sequence[tuple[str, str]], tokenizer: VideoTokenizer) -> Iterator[np.ndarray]:
+    """The frames of a continuous sequence one by one, uint8 (H, W, 3), in memory that does not grow with its length.
+
+    Args:
+        rows: (path, clip id) of every row in order.
+    """
+    past: Past = ()
+    wanted = 0
+    for number, row in enumerate(rows, start=1):
+        clip = _stored(row)
+        wanted += clip.values["num_valid_frames"]
+        with torch.inference_mode():
+            decoded, past = tokenizer.decode_stream(_to_tensor(clip.payload, tokenizer), past, last=number == len(rows))
+        frames = output_to_frames(decoded)[0].cpu().numpy()
+        yield from frames[:wanted]
+        wanted -= len(frames)
+
+
+def _rows_of_video(paths: list[str], video_id: str) -> list[tuple[int, tuple[str, str]]]:
+    """(clip index, (path, clip id)) of every row of a video, in order."""
+    rows = find_clips(paths, f"{video_id}-")
+    return sorted((int(clip_id.rsplit("-", 1)[1]), (path, clip_id)) for path, clip_id in rows)
+
+
+def _stored(row: tuple[str, str]) -> StoredClip:
+    return next(read_clips(*row))
+
+
+def _to_tensor(payload: np.ndarray, tokenizer: VideoTokenizer) -> torch.Tensor:
+    device = next(tokenizer.parameters()).device
+    return torch.from_numpy(payload.astype(np.int64 if payload.dtype.kind == "u" else np.float32))[None].to(device)
 
 
 def describe_clip(clip: StoredClip) -> str:
@@ -186,21 +282,23 @@ def describe_clip(clip: StoredClip) -> str:
     return f"{values['num_valid_frames']} frames of {values['uri']} from {times[0]:.2f} s to {times[-1]:.2f} s"
 
 
-def _source_frames(clip: StoredClip, run: TokenizeRun, console: Console) -> np.ndarray | None:
+def _source_frames(clip: StoredClip, run: TokenizeRun, config: TokenizerConfig, console: Console) -> np.ndarray | None:
     """The clip decoded again from its source; None, with a word, where that can no longer be read."""
     values = clip.values
     try:
-        return decode_again(values["uri"], values["video_id"], values["clip_index"], run.clip_spec).frames
+        spec = replace(clip_spec_of(run, config), halo_clips=0)
+        source = decode_again(values["uri"], values["video_id"], values["clip_index"], spec)[-1]
     except VideoError as error:
         console.print(f"{values['uri']} cannot be shown beside: {error}", highlight=False, markup=False)
         return None
+    return source.frames[source.lead_frames :]
 
 
-def write_video(target: Path, frames: np.ndarray, rate: Fraction) -> None:
+def write_video(target: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
     """Write frames as h264 in mp4.
 
     Args:
-        frames: uint8 (T, H, W, 3) RGB, even height and width.
+        frames: each uint8 (H, W, 3) RGB, even height and width; at least one.
         rate: frames per second.
 
     Raises:
@@ -211,9 +309,10 @@ def write_video(target: Path, frames: np.ndarray, rate: Fraction) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(unfinished), "w") as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "veryfast"})
-            stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            for array in frames:
+            for number, array in enumerate(frames):
+                if number == 0:
+                    stream.height, stream.width = array.shape[:2]
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
             container.mux(stream.encode())
         unfinished.replace(target)

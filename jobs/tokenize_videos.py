@@ -40,7 +40,7 @@ from models.tokenizer import TokenizerConfig, get_preset
 from models.weights import weights_digest
 from pipeline import storage
 from pipeline.discover import Discovery, InputError, discover
-from pipeline.encode import EncoderSpec, open_tokenizer
+from pipeline.encode import EncoderSpec, clip_spec_of, open_tokenizer
 from pipeline.flow import Placement, build_flow
 from pipeline.plan import Plan, clips_per_span, make_plan
 from pipeline.rows import manifest_fields
@@ -58,7 +58,7 @@ from pipeline.shards import (
 from pipeline.stages import SpanDecoder
 from schemas.runs import TokenizeRun
 from schemas.tokens import Payload, Provenance
-from schemas.video import REMEDIES, Reason
+from schemas.video import REMEDIES, ClipSpec, Reason
 
 RANDOM_WEIGHTS_NOTICE = (
     "RANDOM WEIGHTS: this tokenizer was never trained (seed {seed}). Its tokens mean nothing and its "
@@ -115,19 +115,26 @@ class Request:
             kept.append("pad_frames")
         if self.tiling is not None:
             kept += ["tile_size", "tile_overlap"]
+        if self.run.continuous:
+            kept.append("continuous")
         return {
             "tokenizer": self.tokenizer.model_dump(mode="json"),
             "weights_sha256": self.weights_sha256,
             # units of work are what a resumed run compares: others would lose clips, or write them twice
-            "clips_per_span": clips_per_span(self.run.clip_spec, self.run.clips_per_span),
+            "clips_per_span": clips_per_span(self.clip_spec, self.run.clips_per_span),
             **{name: run[name] for name in kept},
         }
+
+    @property
+    def clip_spec(self) -> ClipSpec:
+        """How videos become clips of this tokenizer."""
+        return clip_spec_of(self.run, self.tokenizer)
 
     @property
     def padding(self) -> Padding | None:
         """How clips become as long as the tokenizer takes; None where they are."""
         is_valid = self.tokenizer.valid_frames(self.run.frames) == self.run.frames
-        return None if is_valid else Padding(self.run.pad_frames)
+        return None if is_valid or self.run.continuous else Padding(self.run.pad_frames)
 
     @property
     def tiling(self) -> Tiling | None:
@@ -236,6 +243,7 @@ def resolve(run: TokenizeRun) -> Request:
         tokenizer = _tokenizer_of(run)
         shape = tokenizer.latent_shape(encoded_frames(run, tokenizer), *run.size)
         tiling_of(run, tokenizer)
+        clip_spec_of(run, tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
     if run.keep_logvar and tokenizer.head != "kl":
@@ -317,7 +325,8 @@ def encoder_spec(request: Request, *, batch_size: int, num_threads: int) -> Enco
         random_seed=run.random_weights,
         weights_sha256=request.weights_sha256,
         precision=run.precision,
-        clip_shape=(run.frames, *run.size, 3),
+        clip_shape=(request.clip_spec.num_frames, *run.size, 3),
+        continuous=request.clip_spec if run.continuous else None,
         payload=request.payload,
         batch_size=batch_size,
         num_threads=num_threads,
@@ -397,7 +406,7 @@ def warn(console: Console, text: str) -> None:
 
 def probe_videos(request: Request, found: Discovery, cluster: Cluster, console: Console) -> Plan:
     """Open every video and plan its spans."""
-    spec = request.run.clip_spec
+    spec = request.clip_spec
     total = found.videos.num_rows
     opened = 0
     with RunDisplay(console, "opening videos", total) as display:
@@ -446,7 +455,7 @@ def tokenize_spans(
 ) -> None:
     """Run the flow into the sink, and hold what came out against the plan."""
     run = request.run
-    spec = run.clip_spec
+    spec = request.clip_spec
     placement, encoder = place(request, todo.num_rows, summary.expected_clips / summary.planned_spans, cluster)
     span_clips = clips_per_span(spec, run.clips_per_span)
     decoder = SpanDecoder(spec=spec, max_clips=4 * span_clips + 16, timeout_seconds=run.decode_timeout)
@@ -571,10 +580,12 @@ def place(request: Request, num_spans: int, clips_per_row: float, cluster: Clust
         workers = run.encode_workers or max(1, cluster.num_cpus // 4)
         threads = run.encode_threads or max(1, cluster.num_cpus // cluster.num_nodes // workers)
     batch_size = run.batch_size or (8 if on_gpu else 1)
-    span_clips = clips_per_span(run.clip_spec, run.clips_per_span)
-    span_bytes = span_clips * run.clip_spec.clip_bytes
+    span_clips = clips_per_span(request.clip_spec, run.clips_per_span)
+    span_bytes = (span_clips + request.clip_spec.halo_clips) * request.clip_spec.clip_bytes
     # a call of four batches leaves at most one of them not full; 1 GiB if by chance all its spans are long ones
     rows_per_batch = max(1, min(math.ceil(4 * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
+    if run.continuous:  # each span is a stream, and a batch takes as many of them
+        rows_per_batch = max(1, min(batch_size, (1 << 30) // span_bytes))
     # on CPUs one is left for decoding however many encoders are asked for: a pool that takes all stops the run
     cpus = 0.0 if on_gpu else min(max(1, threads - 1), (cluster.num_cpus - 1) / workers)
     placement = Placement(

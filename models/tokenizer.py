@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from fractions import Fraction
 from typing import Literal, Self
 
 import torch
@@ -136,6 +137,28 @@ class TokenizerConfig(BaseModel):
     def future_frames(self) -> int:
         """How many frames after its own last one a latent can depend on; 0 in causal models."""
         return 0 if self.is_causal else self._reach(1, 1)
+
+    @property
+    def history_latents(self) -> int:
+        """How many latents before its own a frame can depend on, summed over the decoder's layers; causal models only.
+
+        Decoding that starts at least this many latents early gives the whole video's frames, once those of the early
+        latents are dropped. In v1.1 a frame can depend on one latent after its own too, see `lookahead_latents`.
+        """
+        reach = Fraction(2 + 2 * 2 * 2)  # conv_in and the two units of the middle block, in latents
+        rate = 1
+        for level in reversed(range(len(self.width_multipliers))):
+            reach += Fraction(self.decoder_pairs * 2 * 2, rate)
+            if level in self.decoder_time_levels:
+                # a doubled frame is made of the source frames up to two before its own
+                reach += Fraction(2, rate)
+                rate *= 2
+        return math.ceil(reach + Fraction(2, rate)) + 1  # the output convolution; a latent's frames see back from any
+
+    @property
+    def lookahead_latents(self) -> int:
+        """How many latents after its own a frame of a causal model depends on."""
+        return int(TIME_RULES[self.variant].upsampling == "linear")
 
     def _reach(self, conv: int, down: int) -> int:
         """Frames that the encoder sees on one side of a latent's own, given what its layers see at their rate."""

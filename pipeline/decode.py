@@ -172,17 +172,17 @@ def decode_span(
     grid = Grid.of(span, spec)
     clips = _ClipsInTheMaking(span=span, spec=spec, grid=grid, max_clips=max_clips)
     with _opened(source) as file, _storage_failures_named(file) as watched:
-        needed_pts = grid.pts_at(clips.position) if span.first_clip else None
+        needed_pts = grid.pts_at(clips.position - spec.lead_frames) if clips.position else None
         with closing(_frames_covering(watched, needed_pts, span.time_base, thread_type)) as frames:
             shown: _Shown | None = None
             for following in frames:
                 if shown is not None:
-                    clips.show(shown, until=grid.first_index_at(following.pts))
+                    clips.show(shown, until=grid.first_index_at(following.pts) + spec.lead_frames)
                 if clips.full:
                     return clips.finished()
                 shown = following
         assert shown is not None, "a video without frames is refused where it is decoded"
-        clips.show(shown, until=grid.first_index_at(shown.end_pts))
+        clips.show(shown, until=grid.first_index_at(shown.end_pts) + spec.lead_frames)
         return clips.finished()
 
 
@@ -603,8 +603,10 @@ class _ClipsInTheMaking:
     spec: ClipSpec
     grid: Grid
     max_clips: int
+    first_clip: int = field(init=False)
+    """Index of the first clip that is made; those before the span's own are its halo."""
     position: int = field(init=False)
-    """Index of the next grid time to fill."""
+    """The next frame to fill, counted from the first one of clip 0."""
     frames: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     """Per clip, uint8 (T, H, W, 3)."""
     pts: list[list[int]] = field(default_factory=list)
@@ -614,7 +616,8 @@ class _ClipsInTheMaking:
     reformatter: VideoReformatter = field(default_factory=VideoReformatter)
 
     def __post_init__(self) -> None:
-        self.position = self.span.first_clip * self.spec.num_frames
+        self.first_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        self.position = self.first_clip * self.spec.num_frames
 
     @property
     def full(self) -> bool:
@@ -622,7 +625,7 @@ class _ClipsInTheMaking:
         return self.span.end_clip is not None and self.position >= self.span.end_clip * self.spec.num_frames
 
     def show(self, shown: _Shown, *, until: int) -> None:
-        """Fill the grid times before index ``until`` with this frame, as far as the span goes."""
+        """Fill the frames before ``until`` with this one, as far as the span goes."""
         if self.span.end_clip is not None:
             until = min(until, self.span.end_clip * self.spec.num_frames)
         if until <= self.position:
@@ -637,7 +640,7 @@ class _ClipsInTheMaking:
         self.position = until
 
     def _begin_clip(self, geometry: Geometry) -> None:
-        if self.span.end_clip is None and len(self.frames) >= self.max_clips:
+        if self.span.end_clip is None and len(self.frames) >= self.max_clips + self.spec.halo_clips:
             claimed = self.span.duration_seconds_from_header
             raise VideoError(
                 Reason.LONGER_THAN_HEADER,
@@ -655,13 +658,14 @@ class _ClipsInTheMaking:
         """
         num_frames = self.spec.num_frames
         if self.spec.tail == "drop" and self.pts and len(self.pts[-1]) < num_frames:
-            if len(self.pts) == 1 and self.span.first_clip == 0:
-                num_times = len(self.pts[0])
-                raise VideoError(Reason.TOO_SHORT, f"{num_times} of the {num_frames} frames of one clip")
+            if len(self.pts) == 1 and self.first_clip == 0:
+                num_times, needed = (n - self.spec.lead_frames for n in (len(self.pts[0]), num_frames))
+                raise VideoError(Reason.TOO_SHORT, f"{num_times} of the {needed} frames of one clip")
             del self.frames[-1], self.pts[-1], self.geometries[-1]
         clips = []
         for number, (frames, pts, geometry) in enumerate(zip(self.frames, self.pts, self.geometries, strict=True)):
-            clip_index = self.span.first_clip + number
+            clip_index = self.first_clip + number
+            lead = 0 if clip_index else self.spec.lead_frames
             num_valid = len(pts)
             frames[num_valid:] = frames[num_valid - 1]
             ticks = pts + pts[-1:] * (num_frames - num_valid)
@@ -670,9 +674,12 @@ class _ClipsInTheMaking:
                     video_id=self.span.video_id,
                     clip_index=clip_index,
                     frames=frames,
-                    start_seconds=float(self.grid.seconds_at(clip_index * num_frames)),
-                    frame_pts_seconds=np.array([float(tick * self.span.time_base) for tick in ticks], np.float64),
-                    num_valid_frames=num_valid,
+                    start_seconds=float(self.grid.seconds_at(self.spec.first_frame(clip_index) + lead)),
+                    frame_pts_seconds=np.array(
+                        [float(tick * self.span.time_base) for tick in ticks[lead:]], np.float64
+                    ),
+                    num_valid_frames=num_valid - lead,
+                    lead_frames=lead,
                     geometry=geometry,
                 )
             )

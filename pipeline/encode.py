@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,13 @@ import torch
 
 from models.lengths import Padding, pad
 from models.tiling import Tiling
-from models.tokenizer import TokenizerConfig, VideoTokenizer, frames_to_input
+from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, frames_to_input
 from models.weights import load_tokenizer, weights_digest
 from pipeline import storage
-from pipeline.rows import EncodeStats, add_payload, clip_frames
+from pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames
+from schemas.runs import TokenizeRun
 from schemas.tokens import Payload
+from schemas.video import ClipSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,6 +52,51 @@ class EncoderSpec:
     """How clips become as long as the tokenizer takes; None where they are."""
     tiling: Tiling | None = None
     """None to encode whole frames."""
+    continuous: ClipSpec | None = None
+    """How the clips of a span are one stream; None where each is encoded by itself."""
+
+
+def clip_spec_of(run: TokenizeRun, config: TokenizerConfig) -> ClipSpec:
+    """How a run makes clips for its tokenizer.
+
+    Raises:
+        ValueError: a continuous sequence that the tokenizer or another setting does not allow.
+    """
+    if not run.continuous:
+        return run.clip_spec
+    if run.tile_size is not None:
+        raise ValueError("--continuous cannot go with --tile-size: a stream takes whole frames")
+    return continuous_spec(run.clip_spec, config)
+
+
+def continuous_spec(spec: ClipSpec, config: TokenizerConfig) -> ClipSpec:
+    """Clips of a video as one sequence: as many latents in each as in a clip of ``spec`` by itself.
+
+    A causal model's first latent stands for the first frame alone, every other one for time_stride frames. With
+    time_stride - 1 copies before the first frame, which is what the model itself puts there, all clips are alike.
+
+    Raises:
+        ValueError: the model is not causal, or takes no clips of this length.
+    """
+    if not config.is_causal:
+        raise ValueError(
+            f"{config.name} is not causal: its latents depend on later frames, so a video cannot be encoded piece by "
+            "piece; choose a causal tokenizer for --continuous"
+        )
+    num_latents = config.latent_frames(spec.num_frames)
+    if config.decoded_frames(num_latents) != spec.num_frames:
+        raise ValueError(
+            f"--continuous takes --frames of 1 + a multiple of {config.time_stride}, got {spec.num_frames}; nearest: "
+            f"{config.decoded_frames(num_latents)}"
+        )
+    num_frames = num_latents * config.time_stride
+    return replace(
+        spec,
+        num_frames=num_frames,
+        continuous=True,
+        lead_frames=config.time_stride - 1,
+        halo_clips=-(-config.history_frames // num_frames),
+    )
 
 
 def open_tokenizer(spec: EncoderSpec, device: str) -> VideoTokenizer:
@@ -129,6 +176,51 @@ def encode_clips(
     return values
 
 
+def encode_spans(
+    tokenizer: VideoTokenizer,
+    spans: Sequence[Sequence[np.ndarray]],
+    counts: Sequence[int],
+    payload: Payload,
+    spec: ClipSpec,
+    *,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Encode spans of continuous sequences, several streams side by side, each clip carrying on from the one before.
+
+    Args:
+        spans: of each span the clips, uint8 (T, H, W, 3), those of its halo first.
+        counts: of each span the number of its own clips: the last ones.
+        spec: from `continuous_spec`.
+        batch_size: streams at once; the last batch is filled up by repeating one.
+
+    Returns:
+        As `encode_clips`, for the spans' own clips.
+    """
+    device, dtype = next(tokenizer.parameters()).device, tokenizer.dtype
+    values = {name: np.empty((sum(counts), payload.num_values), payload.dtype) for name in payload.columns}
+    ends = np.cumsum(counts)
+    numbers = [number for number, count in enumerate(counts) if count]
+    for start in range(0, len(numbers), batch_size):
+        group = numbers[start : start + batch_size]
+        streams = [spans[number] for number in (group + group[-1:] * batch_size)[:batch_size]]
+        past: Past = ()
+        for step in range(max(map(len, streams))):
+            batch = torch.from_numpy(np.stack([stream[min(step, len(stream) - 1)] for stream in streams]))
+            x_BCTHW = frames_to_input(batch.to(device), dtype)
+            with torch.inference_mode():
+                encoded, past = tokenizer.encode_stream(x_BCTHW if past else x_BCTHW[:, :, spec.lead_frames :], past)
+            results = [encoded.tokens] if payload.kind == "tokens" else [encoded.latents, encoded.logvar]
+            for slot, number in enumerate(group):
+                row = ends[number] - len(spans[number]) + step  # below the span's first row: a clip of its halo
+                if step < len(spans[number]) and row >= ends[number] - counts[number]:
+                    for name, result in zip(payload.columns, results, strict=False):
+                        assert result is not None
+                        values[name][row] = result[slot].flatten().cpu().numpy()
+    if payload.kind == "latents" and not all(np.isfinite(v).all() for v in values.values()):
+        raise FloatingPointError("the encoder gave latents that are not finite float16 numbers: check the weights")
+    return values
+
+
 class ClipEncoder:
     """The actor of the encoding stage: rows of decoded spans in, rows with tokens out.
 
@@ -147,15 +239,26 @@ class ClipEncoder:
         started = time.monotonic()
         waited = started - self._idle_since if self._idle_since is not None else 0.0
         spec = self._spec
-        clips = clip_frames(rows, spec.clip_shape)
-        values = encode_clips(
-            self._tokenizer,
-            clips,
-            spec.payload,
-            batch_size=spec.batch_size,
-            padding=spec.padding,
-            tiling=spec.tiling,
-        )
+        spans = clip_frames(rows, spec.clip_shape)
+        clips = [clip for span in spans for clip in span]
+        if spec.continuous is not None:
+            values = encode_spans(
+                self._tokenizer,
+                spans,
+                clip_counts(rows),
+                spec.payload,
+                spec.continuous,
+                batch_size=spec.batch_size,
+            )
+        else:
+            values = encode_clips(
+                self._tokenizer,
+                clips,
+                spec.payload,
+                batch_size=spec.batch_size,
+                padding=spec.padding,
+                tiling=spec.tiling,
+            )
         self._idle_since = time.monotonic()
         stats = EncodeStats(
             seconds=self._idle_since - started,

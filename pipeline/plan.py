@@ -45,8 +45,11 @@ class Plan:
 
 
 def clips_per_span(spec: ClipSpec, wanted: int | None) -> int:
-    """Clips in one unit of work: as the user wants, or as many as fit ``SPAN_BYTES``."""
-    return wanted or max(1, SPAN_BYTES // spec.clip_bytes)
+    """Clips in one unit of work: as the user wants, or as many as fit ``SPAN_BYTES``.
+
+    In a continuous sequence at least four times the halo, which then adds a quarter to the work.
+    """
+    return wanted or max(1, SPAN_BYTES // spec.clip_bytes, 4 * spec.halo_clips)
 
 
 def make_plan(

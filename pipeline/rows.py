@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
 from schemas.video import REMEDIES, Clip, Reason, Rejection, Span, Stage, VideoError, VideoSource
@@ -50,6 +51,7 @@ CLIP_TYPE = pa.struct(
         ("start_seconds", pa.float64()),
         ("frame_pts_seconds", pa.list_(pa.float64())),
         ("num_valid_frames", pa.int32()),
+        ("continues_previous", pa.bool_()),
         ("geometry", GEOMETRY_TYPE),
     ]
 )
@@ -154,15 +156,23 @@ def rejections_table(rejections: Sequence[Rejection]) -> pa.Table:
 
 
 def add_clips(
-    plan: pa.Table, outcome: Sequence[Clip] | VideoError, *, uri: str, start_seconds: float, seconds: float
+    plan: pa.Table,
+    outcome: Sequence[Clip] | VideoError,
+    *,
+    uri: str,
+    start_seconds: float,
+    seconds: float,
+    continuous: bool = False,
 ) -> pa.Table:
     """One row of the plan, with what decoding it gave.
 
     Args:
         plan: one row.
+        outcome: the span's clips after those of its halo, of which the row gets the frames alone.
         uri: how rejections name the video.
         start_seconds: where the span begins, in seconds after the first frame.
         seconds: what decoding took.
+        continuous: whether clips carry on from one another.
     """
     row = plan.to_pylist()[0]
     clips: list[dict[str, Any]] = []
@@ -181,7 +191,8 @@ def add_clips(
         )
         buffer = pa.py_buffer(frames)
     else:
-        clips = [_clip_row(clip) for clip in outcome]
+        own = [clip for clip in outcome if clip.clip_index >= row["first_clip"]]
+        clips = [_clip_row(clip, continues=continuous and clip.clip_index > 0) for clip in own]
         # the only copy between the decoder's process and the object store
         buffer = pa.py_buffer(np.concatenate([c.frames.reshape(-1) for c in outcome]) if outcome else frames)
     offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
@@ -193,13 +204,14 @@ def add_clips(
     )
 
 
-def _clip_row(clip: Clip) -> dict[str, Any]:
+def _clip_row(clip: Clip, *, continues: bool) -> dict[str, Any]:
     geometry = clip.geometry
     return {
         "clip_index": clip.clip_index,
         "start_seconds": clip.start_seconds,
         "frame_pts_seconds": clip.frame_pts_seconds,
         "num_valid_frames": clip.num_valid_frames,
+        "continues_previous": continues,
         "geometry": {
             "policy": geometry.policy,
             "scaled_width": geometry.scaled_width,
@@ -210,18 +222,21 @@ def _clip_row(clip: Clip) -> dict[str, Any]:
     }
 
 
-def clip_frames(rows: pa.Table, shape: tuple[int, int, int, int]) -> list[np.ndarray]:
-    """Every clip of the rows in order, each uint8 (T, H, W, 3), as views of the rows' own memory.
+def clip_frames(rows: pa.Table, shape: tuple[int, int, int, int]) -> list[list[np.ndarray]]:
+    """Row by row every clip in order, those of its halo first: uint8 (T, H, W, 3), views of the rows' own memory.
 
     Args:
         shape: (T, H, W, 3) of one clip.
     """
     size = int(np.prod(shape))
-    clips: list[np.ndarray] = []
-    for scalar in rows["frames"]:
-        flat = np.frombuffer(scalar.as_buffer(), np.uint8)
-        clips += [flat[at : at + size].reshape(shape) for at in range(0, len(flat), size)]
-    return clips
+    flats = [np.frombuffer(scalar.as_buffer(), np.uint8) for scalar in rows["frames"]]
+    return [[flat[at : at + size].reshape(shape) for at in range(0, len(flat), size)] for flat in flats]
+
+
+def clip_counts(rows: pa.Table) -> list[int]:
+    """Row by row the number of clips, without those of halos."""
+    counts: list[int] = pc.list_value_length(rows["clips"]).to_pylist()
+    return counts
 
 
 def add_payload(rows: pa.Table, values: dict[str, np.ndarray], payload: Payload, stats: EncodeStats) -> pa.Table:

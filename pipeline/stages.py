@@ -77,13 +77,14 @@ class SpanDecoder:
                 row,
                 outcome,
                 uri=storage.public_uri(span.uri),
-                start_seconds=float(span.first_clip * self.spec.clip_seconds),
+                start_seconds=float(max(0, self.spec.first_frame(span.first_clip)) / self.spec.fps),
                 seconds=time.monotonic() - started,
+                continuous=self.spec.continuous,
             )
 
 
-def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec) -> Clip:
-    """One clip of a video that was tokenized before, straight from its source.
+def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec) -> list[Clip]:
+    """One clip of a video that was tokenized before, after those of its halo, straight from its source.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
@@ -103,5 +104,7 @@ def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec) -> Cl
         duration_seconds_from_header=header.duration_seconds_from_header,
         source=header.source,
     )
-    clips = _sandbox().run(_decode_in_child, span, spec, 1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
-    return next(iter(clips))
+    clips: list[Clip] = _sandbox().run(_decode_in_child, span, spec, 1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    if not clips or clips[-1].clip_index != clip_index:
+        raise VideoError(Reason.TRUNCATED, f"the video has no clip {clip_index} any more")
+    return clips

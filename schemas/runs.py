@@ -187,6 +187,12 @@ class TokenizeRun(BaseModel):
         help="When the tokenizer does not take clips of --frames: refuse the run, or encode every clip with as few "
         "copies as it takes of its last frame after it, or of its first before it. `vidshard decode` takes them off.",
     )
+    continuous: bool = setting(
+        False,
+        section="Sampling",
+        help="Encode each video as one sequence: every row carries on from the one before, as its column "
+        "continues_previous says, and holds as many latents as a clip of --frames by itself. For causal tokenizers.",
+    )
     tail: TailPolicy = setting(
         "pad",
         section="Sampling",

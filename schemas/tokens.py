@@ -39,6 +39,7 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
     pa.field("fps", pa.float64(), nullable=False),
     pa.field("frame_pts_seconds", pa.list_(pa.float64()), nullable=False),
     pa.field("num_valid_frames", pa.int32(), nullable=False),
+    pa.field("continues_previous", pa.bool_(), nullable=False),
     pa.field("source_width", pa.int32(), nullable=False),
     pa.field("source_height", pa.int32(), nullable=False),
     pa.field("source_codec", pa.string(), nullable=False),
@@ -47,6 +48,9 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
     pa.field("geometry", GEOMETRY_TYPE, nullable=False),
 )
 """Columns of every shard, before the payload and the manifest's own columns."""
+
+LATER_COLUMNS = frozenset({"continues_previous"})
+"""Those that older shards of this format version lack: where ``continues_previous`` is missing, it is false."""
 
 RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | {"tokens", "latents", "latents_logvar"}
 

@@ -76,6 +76,12 @@ class ClipSpec:
     resize: ResizePolicy = "crop"
     """``crop`` scales until the frame is covered and cuts the centre, ``stretch`` ignores the aspect
     ratio, ``pad`` scales until it fits and adds black bars."""
+    continuous: bool = False
+    """Whether the clips of a video are one sequence, each carrying on from the one before."""
+    lead_frames: int = 0
+    """Copies of the video's first frame that stand before it, so that its first clip is as long as the others."""
+    halo_clips: int = 0
+    """Clips before a span that are decoded with it, as far as there are any."""
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
@@ -94,10 +100,20 @@ class ClipSpec:
         """Size of one clip's frames as uint8 RGB."""
         return self.num_frames * self.height * self.width * 3
 
+    def first_frame(self, clip_index: int) -> int:
+        """Grid index of a clip's first frame; negative for the copies before the video's own first frame."""
+        return clip_index * self.num_frames - self.lead_frames
+
+    def halo_of(self, first_clip: int) -> int:
+        """Clips that are decoded before a span that begins with this clip."""
+        return min(self.halo_clips, first_clip)
+
     @property
     def digest(self) -> str:
         """Eight hex digits that change with every setting, the middle part of a clip id."""
         text = f"{self.fps}|{self.num_frames}|{self.height}x{self.width}|{self.tail}|{self.resize}"
+        if self.continuous:
+            text += f"|continuous|{self.lead_frames}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def clip_id(self, video_id: str, clip_index: int) -> str:
@@ -154,15 +170,18 @@ class Clip:
     num_valid_frames: int
     """Frames from this one on repeat the last real frame; 1 to T."""
     geometry: Geometry
+    lead_frames: int = 0
+    """Frames at its beginning that are copies of the video's first one, and have no time of their own."""
 
     def __post_init__(self) -> None:
         name = f"{self.video_id} clip {self.clip_index}"
         if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[-1] != 3:
             raise ValueError(f"{name}: frames must be uint8 (T, H, W, 3), got {self.frames.dtype} {self.frames.shape}")
-        if self.frame_pts_seconds.shape != self.frames.shape[:1]:
-            raise ValueError(f"{name}: {len(self.frames)} frames but {self.frame_pts_seconds.shape} times")
-        if not 1 <= self.num_valid_frames <= len(self.frames):
-            raise ValueError(f"{name}: num_valid_frames {self.num_valid_frames} of {len(self.frames)} frames")
+        num_frames = len(self.frames) - self.lead_frames
+        if self.frame_pts_seconds.shape != (num_frames,):
+            raise ValueError(f"{name}: {num_frames} frames but {self.frame_pts_seconds.shape} times")
+        if not 1 <= self.num_valid_frames <= num_frames:
+            raise ValueError(f"{name}: num_valid_frames {self.num_valid_frames} of {num_frames} frames")
 
     def __repr__(self) -> str:
         pts = self.frame_pts_seconds

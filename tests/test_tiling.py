@@ -266,7 +266,7 @@ def test_the_job_tiles_and_decodes_with_the_tiles_that_it_had(tmp_path: Path, ti
     (path,) = shard_paths(str(tmp_path / "out"))
     (clip,) = read_clips(path)
     spec = ClipSpec(fps=Fraction(8), num_frames=5, height=48, width=64)
-    frames = torch.from_numpy(decode_again(str(video), clip.values["video_id"], 0, spec).frames)[None]
+    frames = torch.from_numpy(decode_again(str(video), clip.values["video_id"], 0, spec)[0].frames)[None]
     with torch.inference_mode():
         tokens = tiny.encode(frames_to_input(frames), tiling=Tiling(height=32, width=32, overlap=16)).tokens
         whole = tiny.encode(frames_to_input(frames)).tokens
