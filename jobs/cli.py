@@ -37,6 +37,7 @@ def vidshard() -> None:
     vidshard tokenizers                                 the models it knows
     vidshard tokenize clips/ --out tokens/ ...          videos to token shards
     vidshard inspect tokens/                            what is in there
+    vidshard verify tokens/                             is it what it says it is?
     vidshard decode tokens/ --clip ID --to clip.mp4     tokens back to video
     vidshard convert model.ckpt model.safetensors ...   weights that say which model they are
     """
@@ -68,12 +69,41 @@ def tokenize(config_path: Path | None, **flags: Any) -> None:
 @vidshard.command()
 @click.argument("out", metavar="OUTPUT")
 @click.option("--rows", default=3, show_default=True, metavar="N", help="Show so many rows.")
-@click.option("--verify", is_flag=True, help="Read every shard whole and check it against its own metadata.")
-def inspect(out: str, rows: int, verify: bool) -> None:
+def inspect(out: str, rows: int) -> None:
     """Show what an output folder or a single shard holds: counts, schema, provenance, rejects, a few rows."""
     from jobs.inspect_shards import inspect_output
 
-    sys.exit(inspect_output(out, _console(), num_rows=rows, verify=verify))
+    sys.exit(inspect_output(out, _console(), num_rows=rows))
+
+
+@vidshard.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option(
+    "--exact",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Encode this share of the clips again from their sources, 0.01 for one in a hundred, and compare.",
+)
+@click.option("--seed", default=0, show_default=True, help="Which clips --exact takes.")
+@click.option(
+    "--weights",
+    metavar="FILE",
+    help="Weights, where they are no longer where the shard says: a path, a URL, or hf://OWNER/REPO/PATH.",
+)
+def verify(out: str, exact: float | None, seed: int, weights: str | None) -> None:
+    """Check that an output is what it says it is.
+
+    Reads every shard whole: checksums, schema, values, ids that stand there twice. With --exact, clips are decoded and
+    encoded again, cut otherwise than the run cut them: in float32 on a CPU every token must be the same, but for those
+    whose value lies at a tie of rounding. On a GPU, or in bfloat16, the share that differs is printed.
+
+    \b
+    vidshard verify tokens/
+    vidshard verify tokens/ --exact 0.01
+    """
+    from jobs.verify_shards import verify_output
+
+    sys.exit(verify_output(out, _console(), exact=exact, seed=seed, weights=weights))
 
 
 @vidshard.command()

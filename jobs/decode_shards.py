@@ -65,7 +65,7 @@ def decode_output(
             console.print(Text(f"!! {provenance.notice}", style="bold yellow"))
         run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
         tokenizer = tokenizer_of(provenance, weights)
-        tiling = _tiling(tokenizer.config, tile_size or run.tile_size, tile_overlap, run.tile_overlap)
+        tiling = tiling_for(tokenizer.config, tile_size or run.tile_size, tile_overlap, run.tile_overlap)
         if video_id is not None:
             rows = _whole_video(paths, video_id, run)
             file = Path(target or f"{video_id}.mp4")
@@ -183,7 +183,9 @@ def padding_of(run: TokenizeRun) -> Padding:
     return Padding.REPEAT_LAST if run.pad_frames == "refuse" else Padding(run.pad_frames)
 
 
-def _tiling(config: TokenizerConfig, size: tuple[int, int] | None, overlap: int | None, default: int) -> Tiling | None:
+def tiling_for(
+    config: TokenizerConfig, size: tuple[int, int] | None, overlap: int | None, default: int
+) -> Tiling | None:
     """The tiles to decode in; None for whole frames.
 
     Raises:

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, print_error
+from jobs.outcome import EXIT_REFUSED, print_error
 from models.tokenizer import PRESETS
 from models.weights import count_parameters
 from pipeline import storage
-from pipeline.read import ShardError, check_shard, open_shard, output_shards, read_clips
+from pipeline.read import ShardError, open_shard, output_shards, read_clips
 from pipeline.shards import RUN, read_rejects, shard_paths
 from schemas.tokens import Provenance
 
 
-def inspect_output(out: str, console: Console, *, num_rows: int, verify: bool) -> int:
+def inspect_output(out: str, console: Console, *, num_rows: int) -> int:
     """Show an output folder or a single shard; gives the exit code."""
     try:
         folder = storage.absolute(out)
@@ -37,7 +37,7 @@ def inspect_output(out: str, console: Console, *, num_rows: int, verify: bool) -
     except (ShardError, storage.StorageError) as error:
         print_error(error)
         return EXIT_REFUSED
-    return _verify(paths, console) if verify else 0
+    return 0
 
 
 def _show_counts(paths: list[str], console: Console) -> Provenance:
@@ -108,26 +108,6 @@ def _show_rejects(out: str, console: Console) -> None:
         )
     if len(rejects) > 10:
         console.print(f"    ... and {len(rejects) - 10} more in {out}/rejects/", highlight=False, markup=False)
-
-
-def _verify(paths: list[str], console: Console) -> int:
-    broken = 0
-    clips = 0
-    seen: set[str] = set()
-    for path in paths:
-        try:
-            clips += check_shard(path)
-            with open_shard(path) as (parquet, _):
-                ids = parquet.read(columns=["clip_id"])["clip_id"].to_pylist()
-            twice = seen.intersection(ids)
-            seen.update(ids)
-            if twice:
-                raise ShardError(f"{path} holds {len(twice)} clips that stand in another shard too: {min(twice)} ...")
-        except ShardError as error:
-            broken += 1
-            console.print(Text(f"broken: {error}", style="bold red"))
-    console.print(f"verified {len(paths) - broken} of {len(paths)} shards, {clips} clips", highlight=False)
-    return EXIT_FAILED if broken else 0
 
 
 def print_tokenizers(console: Console) -> None:

@@ -33,7 +33,8 @@ from tests.videos import Recipe, write_video
 MODELS = ("fsq_causal_488_262144", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn_v1_1")
 SIZE = 16
 NUM_FRAMES = 9
-NUM_SAMPLED = 101
+NUM_SAMPLED = 221
+"""So many that the last units of work begin with a halo and not with the video."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,7 +130,10 @@ def test_rows_of_any_units_of_work_are_those_of_the_whole_video(
         if encoded.tokens is None:
             np.testing.assert_allclose(joined.astype(np.float32), whole, rtol=2e-3, atol=1e-4)
         else:
-            np.testing.assert_array_equal(joined, whole)
+            assert encoded.pre_quantized is not None
+            near_tie = ((encoded.pre_quantized - encoded.pre_quantized.floor() - 0.5).abs() < 1e-4).any(dim=1)[0]
+            assert near_tie.float().mean() < 0.01
+            assert ((joined == whole) | near_tie.numpy()).all()
 
 
 def test_a_whole_video_and_any_row_of_it_decode_to_the_same_frames(model: VideoTokenizer, outputs: Output) -> None:

@@ -262,7 +262,7 @@ def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: P
     (tmp_path / "shards").mkdir()
     for name in ("one", "two"):
         (tmp_path / "shards" / f"{name}.parquet").write_bytes(Path(path).read_bytes())
-    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path), "--verify"])
+    result = CliRunner().invoke(vidshard, ["verify", str(tmp_path)])
     assert result.exit_code == 1
     assert "stand in another shard too" in result.output
 
@@ -451,10 +451,11 @@ def test_decode_refuses_other_weights_than_the_shards(output: Path, tmp_path: Pa
 
 
 def test_inspect_shows_and_verifies(output: Path) -> None:
-    result = CliRunner().invoke(vidshard, ["inspect", str(output), "--verify"])
-    assert result.exit_code == 0, result.output
-    for words in ("10 clips of 5 videos", "shape [2, 4, 4]", "truncated", "verified 1 of 1 shards"):
-        assert words in result.output
+    shown, verified = (CliRunner().invoke(vidshard, [command, str(output)]) for command in ("inspect", "verify"))
+    assert (shown.exit_code, verified.exit_code) == (0, 0), shown.output + verified.output
+    for words in ("10 clips of 5 videos", "shape [2, 4, 4]", "truncated"):
+        assert words in shown.output
+    assert "verified 1 of 1 shards, 10 clips" in verified.output
 
 
 def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:
@@ -463,7 +464,7 @@ def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:
     data[len(data) // 8 : len(data) // 4] = bytes(len(data) // 4 - len(data) // 8)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "broken.parquet").write_bytes(data)
-    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path), "--rows", "0", "--verify"])
+    result = CliRunner().invoke(vidshard, ["verify", str(tmp_path)])
     assert result.exit_code in (1, 2)
     assert "broken.parquet" in result.output
 
