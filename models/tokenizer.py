@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from models.autoencoder import Decoder, Encoder, Past
+from models.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
 from models.heads import FSQ, KL, Encoded, Head
 from models.layers import TIME_RULES
 from models.tiling import Tiling, map_tiles
@@ -44,6 +44,8 @@ class TokenizerConfig(BaseModel):
     variant: Literal["causal-v1.0", "causal-v1.1", "non-causal"] = "causal-v1.0"
     """How time is padded and resampled, see `TIME_RULES`. Weights do not tell the causal ones apart: they share names
     and shapes."""
+    architecture: Literal["released", "fully-3d", "no-blend", "no-3d"] = "released"
+    """Where convolutions see space and time at once, see `ARCHITECTURES`: as released, or an ablation of the paper."""
     head: Literal["fsq", "kl"]
     latent_channels: int = Field(ge=1)
     """Channels that the decoder takes."""
@@ -128,6 +130,7 @@ class TokenizerConfig(BaseModel):
         Encoding that starts at a multiple of time_stride at least this many frames early gives the whole video's
         latents, once those of the early frames are dropped.
         """
+        # The same in every architecture: two convolutions over time in a pair or 3D unit, one in the resampling.
         # A causal convolution of three frames looks back two frames of its own rate; at stride 2, one before its own.
         conv, down = (2, 1) if self.is_causal else (1, 0)
         return self._reach(conv, down) + self.time_stride - 1
@@ -237,6 +240,10 @@ _888: Row = {"encoder_time_levels": (0, 1, 2), "decoder_time_levels": (1, 2, 3)}
 _V1_0: Row = {"variant": "causal-v1.0"}
 _V1_1: Row = {"variant": "causal-v1.1"}
 _NON_CAUSAL: Row = {"variant": "non-causal"}
+
+_FULLY_3D: Row = {"architecture": "fully-3d"}
+_NO_BLEND: Row = {"architecture": "no-blend"}
+_NO_3D: Row = {"architecture": "no-3d"}
 _TINY: Row = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
 
 
@@ -280,6 +287,10 @@ PRESETS: dict[str, TokenizerConfig] = {
         _kl("kl_noncausal_488_16chn", _488, 16, _NON_CAUSAL),
         _kl("kl_noncausal_41616_4chn", _41616, 4, _NON_CAUSAL),
         _kl("kl_noncausal_41616_16chn", _41616, 16, _NON_CAUSAL),
+        # The ablations of the paper's Table 2: no weights were released.
+        _kl("kl_causal_488_4chn_fully_3d", _488, 4, _V1_0, **_FULLY_3D),
+        _kl("kl_causal_488_4chn_no_blend", _488, 4, _V1_0, **_NO_BLEND),
+        _kl("kl_causal_488_4chn_no_3d", _488, 4, _V1_0, **_NO_3D),
     )
 }
 
@@ -304,6 +315,7 @@ class VideoTokenizer(nn.Module):
             time_levels=config.encoder_time_levels,
             out_channels=self.head.encoder_channels,
             rule=TIME_RULES[config.variant],
+            architecture=ARCHITECTURES[config.architecture],
         )
         self.decoder = Decoder(
             widths=widths,
@@ -312,6 +324,7 @@ class VideoTokenizer(nn.Module):
             time_levels=config.decoder_time_levels,
             in_channels=self.head.latent_channels,
             rule=TIME_RULES[config.variant],
+            architecture=ARCHITECTURES[config.architecture],
         )
 
     @property
