@@ -253,7 +253,7 @@ def resolve(run: TokenizeRun) -> Request:
         run = run.model_copy(update={"weights": storage.absolute(run.weights)})
     run = run.model_copy(update={"out": storage.absolute(run.out), "inputs": [storage.absolute(i) for i in run.inputs]})
     payload = Payload(
-        kind="tokens" if tokenizer.head == "fsq" else "latents",
+        kind="tokens" if tokenizer.has_tokens else "latents",
         shape=shape,
         codebook_size=tokenizer.codebook_size,
         keep_logvar=run.keep_logvar,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from models.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
-from models.heads import FSQ, KL, Encoded, Head
+from models.heads import FSQ, KL, LFQ, VQ, Encoded, Head
 from models.layers import TIME_RULES
 from models.tiling import Tiling, map_tiles
 
@@ -46,11 +46,14 @@ class TokenizerConfig(BaseModel):
     and shapes."""
     architecture: Literal["released", "fully-3d", "no-blend", "no-3d"] = "released"
     """Where convolutions see space and time at once, see `ARCHITECTURES`: as released, or an ablation of the paper."""
-    head: Literal["fsq", "kl"]
+    head: Literal["fsq", "kl", "lfq", "vq"]
+    """What makes tokens, or for KL latents, of what the encoder gives."""
     latent_channels: int = Field(ge=1)
     """Channels that the decoder takes."""
     fsq_levels: tuple[int, ...] = ()
-    """Levels of each latent channel; empty for KL."""
+    """FSQ: levels of each latent channel; empty for others."""
+    vq_codebook_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
+    """VQ: entries of the codebook; None for others. LFQ has 2**latent_channels tokens."""
     base_width: int = Field(default=128, ge=1)
     """Channels of level 0."""
     width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -71,6 +74,11 @@ class TokenizerConfig(BaseModel):
     def _check(self) -> Self:
         if self.head == "fsq":
             FSQ(self.fsq_levels)
+        if self.head == "lfq":
+            LFQ(self.latent_channels)
+        if (self.head == "vq") != (self.vq_codebook_size is not None):
+            expected = "takes a vq_codebook_size" if self.head == "vq" else "takes no vq_codebook_size"
+            raise ValueError(f"{self.name}: a {self.head} head {expected}, got {self.vq_codebook_size}")
         expected_levels = self.latent_channels if self.head == "fsq" else 0
         if len(self.fsq_levels) != expected_levels:
             raise ValueError(
@@ -116,7 +124,13 @@ class TokenizerConfig(BaseModel):
     @property
     def codebook_size(self) -> int | None:
         """Number of different tokens; None where latents are continuous."""
-        return math.prod(self.fsq_levels) if self.head == "fsq" else None
+        by_head = {"fsq": math.prod(self.fsq_levels), "lfq": 2**self.latent_channels, "vq": self.vq_codebook_size}
+        return by_head.get(self.head)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether clips become tokens; otherwise continuous latents."""
+        return self.codebook_size is not None
 
     @property
     def token_bits(self) -> float | None:
@@ -199,7 +213,7 @@ class TokenizerConfig(BaseModel):
             ValueError: for a length or size that the strides do not divide.
         """
         grid = (self.latent_frames(num_frames), self._latent_size("height", height), self._latent_size("width", width))
-        return grid if self.head == "fsq" else (self.latent_channels, *grid)
+        return grid if self.has_tokens else (self.latent_channels, *grid)
 
     def _latent_size(self, axis: str, size: int) -> int:
         stride = self.space_stride
@@ -257,6 +271,16 @@ def _kl(name: str, topology: Row, channels: int, variant: Row, **small: object) 
     return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
 
 
+def _lfq(name: str, topology: Row, bits: int, variant: Row, **small: object) -> TokenizerConfig:
+    head = {"head": "lfq", "latent_channels": bits}
+    return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
+
+
+def _vq(name: str, topology: Row, size: int, channels: int, variant: Row, **small: object) -> TokenizerConfig:
+    head = {"head": "vq", "latent_channels": channels, "vq_codebook_size": size}
+    return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
+
+
 PRESETS: dict[str, TokenizerConfig] = {
     config.name: config
     for config in (
@@ -291,6 +315,9 @@ PRESETS: dict[str, TokenizerConfig] = {
         _kl("kl_causal_488_4chn_fully_3d", _488, 4, _V1_0, **_FULLY_3D),
         _kl("kl_causal_488_4chn_no_blend", _488, 4, _V1_0, **_NO_BLEND),
         _kl("kl_causal_488_4chn_no_3d", _488, 4, _V1_0, **_NO_3D),
+        # For its comparison of quantizers, Table 3: no weights were released. VQ has the channels of FSQ.
+        _lfq("lfq_causal_488_262144", _488, 18, _V1_0),
+        _vq("vq_causal_488_262144", _488, 262144, 6, _V1_0),
     )
 }
 
@@ -306,7 +333,7 @@ class VideoTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.head: Head = FSQ(config.fsq_levels) if config.head == "fsq" else KL(config.latent_channels)
+        self.head: Head = head_of(config)
         widths = [config.base_width * multiplier for multiplier in config.width_multipliers]
         self.encoder = Encoder(
             widths=widths,
@@ -489,6 +516,18 @@ class VideoTokenizer(nn.Module):
                 f"{self.config.name}: latents must be (B, {self.config.latent_channels}, T', H', W'), got shape {shape}"
             )
         return tokens_or_latents
+
+
+def head_of(config: TokenizerConfig) -> Head:
+    """The head that a config describes."""
+    if config.head == "fsq":
+        return FSQ(config.fsq_levels)
+    if config.head == "lfq":
+        return LFQ(config.latent_channels)
+    if config.head == "vq":
+        assert config.vq_codebook_size is not None
+        return VQ(config.vq_codebook_size, config.latent_channels)
+    return KL(config.latent_channels)
 
 
 def frames_to_input(frames_BTHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

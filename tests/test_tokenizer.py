@@ -38,6 +38,8 @@ NAME_TABLES = Path(__file__).parents[2] / "shared" / "reference" / "state_dict"
 TINY = get_preset("tiny")
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
 
+TINY_LFQ = TINY.model_copy(update={"name": "tiny_lfq", "head": "lfq", "latent_channels": 10, "fsq_levels": ()})
+TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 500})
 RELEASED = [
     name
     for name, config in PRESETS.items()
@@ -90,6 +92,11 @@ def test_an_unknown_preset_is_answered_with_the_nearest_and_with_all() -> None:
         {"surprise": 1},
         {"fsq_levels": (8, 8)},
         {"head": "kl"},
+        {"head": "lfq"},
+        {"head": "vq", "fsq_levels": ()},
+        {"head": "lfq", "fsq_levels": (), "latent_channels": 31},
+        {"head": "vq", "fsq_levels": (), "vq_codebook_size": 1},
+        {"vq_codebook_size": 64},
         {"encoder_time_levels": (3,)},
         {"encoder_space_levels": (0, 0, 1)},
         {"decoder_space_levels": (0, 1, 2)},
@@ -109,6 +116,8 @@ def test_a_config_that_describes_no_model_is_refused(change: dict[str, object]) 
         ("fsq_causal_488_262144", 4, 8, 262144, 6),
         ("fsq_causal_488_4096", 4, 8, 4096, 4),
         ("fsq_causal_41616_262144", 4, 16, 262144, 6),
+        ("lfq_causal_488_262144", 4, 8, 262144, 18),
+        ("vq_causal_488_262144", 4, 8, 262144, 6),
         ("kl_causal_488_16chn", 4, 8, None, 16),
         ("kl_causal_444_4chn", 4, 4, None, 4),
         ("kl_causal_288_8chn", 2, 8, None, 8),
@@ -461,6 +470,45 @@ def test_averages_that_are_missing_or_incomplete_are_refused(weights: dict[str, 
         load_weights(written(tmp_path / "partly.ckpt", partly), TINY, ema=True)
     with pytest.raises(ValueError, match="come from a file"):
         load_tokenizer(TINY, None, seed=0, ema=True)
+
+
+@pytest.mark.parametrize("config", [TINY_LFQ, TINY_VQ], ids=["lfq", "vq"])
+def test_tokenizers_with_other_heads_are_tokenizers_too(config: TokenizerConfig, tmp_path: Path) -> None:
+    assert TokenizerConfig.model_validate_json(config.model_dump_json()) == config
+    model = load_tokenizer(config, None, seed=0)
+    x_BCTHW = clips(2, 9)
+    encoded = model.encode(x_BCTHW)
+    assert encoded.tokens is not None
+    assert encoded.tokens.shape[1:] == config.latent_shape(9, 32, 32)
+    assert len({*encoded.tokens.flatten().tolist()}) > 30
+    decoded = model.decode(encoded.tokens)
+    assert decoded.shape == x_BCTHW.shape
+    assert torch.equal(decoded, model.decode(encoded.latents))
+    alone = model.encode(x_BCTHW[1:]).tokens
+    assert alone is not None
+    assert torch.equal(alone, encoded.tokens[1:])
+    save_tokenizer(tmp_path / "weights.safetensors", model)
+    stored_config, stored = load_weights(tmp_path / "weights.safetensors")
+    assert stored_config == config
+    assert ("head.codebook" in stored) == (config.head == "vq")
+    assert weights_digest(stored) == weights_digest(model.state_dict())
+    again = load_tokenizer(config, tmp_path / "weights.safetensors").encode(x_BCTHW).tokens
+    assert again is not None
+    assert torch.equal(again, encoded.tokens)
+
+
+def test_a_learned_codebook_stays_in_float32_and_counts_in_the_digest(tmp_path: Path) -> None:
+    model = load_tokenizer(TINY_VQ, None, seed=0, dtype=torch.bfloat16)
+    assert model.dtype is torch.bfloat16
+    before = weights_digest(seeded_weights(TINY_VQ, 0))
+    changed = seeded_weights(TINY_VQ, 0)
+    assert torch.equal(model.state_dict()["head.codebook"], changed["head.codebook"])
+    assert model.encode(clips(1, 5)).latents.dtype is torch.float32
+    changed["head.codebook"][7, 0] += 1
+    assert weights_digest(changed) != before
+    del changed["head.codebook"]
+    with pytest.raises(ValueError, match=r"missing: head\.codebook"):
+        load_weights(written(tmp_path / "weights.pt", changed), TINY_VQ)
 
 
 def test_a_config_written_before_there_were_variants_is_one_of_v1_0() -> None:
