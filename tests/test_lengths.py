@@ -276,7 +276,7 @@ def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(nam
     for num_frames in range(1, 41):
         padding = list(Padding)[num_frames % 2]
         payload = Payload(
-            kind="tokens" if config.head == "fsq" else "latents",
+            kind="tokens" if config.has_tokens else "latents",
             shape=config.latent_shape(config.valid_frames(num_frames), height, width),
             codebook_size=config.codebook_size,
         )
