@@ -114,8 +114,12 @@ class Request:
             kept.append("pad_frames")
         if self.tiling is not None:
             kept += ["tile_size", "tile_overlap"]
+        tokenizer = self.tokenizer.model_dump(mode="json")
+        for name in ("architecture", "vq_codebook_size"):
+            if tokenizer[name] == TokenizerConfig.model_fields[name].default:
+                del tokenizer[name]
         return {
-            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "tokenizer": tokenizer,
             "weights_sha256": self.weights_sha256,
             # units of work are what a resumed run compares: others would lose clips, or write them twice
             "clips_per_span": clips_per_span(self.run.clip_spec, self.run.clips_per_span),
