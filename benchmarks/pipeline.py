@@ -128,7 +128,7 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
     config = get_preset(name)
     tokenizer = load_tokenizer(config, None, seed=0, device=device)
     payload = Payload(
-        kind="tokens" if config.head == "fsq" else "latents",
+        kind="tokens" if config.has_tokens else "latents",
         shape=config.latent_shape(spec.num_frames, spec.height, spec.width),
         codebook_size=config.codebook_size,
     )

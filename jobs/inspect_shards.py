@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.outcome import EXIT_REFUSED, print_error
+from models.metrics import MAX_CODEBOOK, CodebookUse
 from models.tokenizer import PRESETS
 from models.weights import count_parameters
 from pipeline import storage
-from pipeline.read import ShardError, open_shard, output_shards, read_clips
+from pipeline.read import ShardError, open_shard, output_shards, read_clips, read_payloads
 from pipeline.shards import RUN, read_rejects, shard_paths
-from schemas.tokens import Provenance
+from schemas.tokens import Payload, Provenance
 
 
 def inspect_output(out: str, console: Console, *, num_rows: int) -> int:
@@ -30,6 +31,7 @@ def inspect_output(out: str, console: Console, *, num_rows: int) -> int:
             return 0
         paths = output_shards(out)
         provenance = _show_counts(paths, console)
+        _show_codebook_use(paths, provenance.payload, console)
         _show_provenance(provenance, console)
         _show_rows(paths[0], num_rows, console)
         if not out.endswith(".parquet"):
@@ -64,6 +66,36 @@ def _show_counts(paths: list[str], console: Console) -> Provenance:
         shape = f"   shape {field.metadata[b'shape'].decode()}" if field.metadata and b"shape" in field.metadata else ""
         console.print(f"  {field.name:<20}{field.type}{shape}", highlight=False, markup=False)
     return first
+
+
+MAX_COUNTED_TOKENS = 1 << 27
+"""Tokens that are read for a look at an output, about 0.3 GB of shards; more would make it wait for the storage."""
+
+
+def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> None:
+    """Say how the tokens use their codebook; one row group and the counts are in memory."""
+    if payload.codebook_size is None or payload.codebook_size > MAX_CODEBOOK:
+        return
+    use = CodebookUse(payload.codebook_size)
+    part = ""
+    try:
+        for path in paths:
+            for tokens in read_payloads(path):
+                if use.num_tokens >= MAX_COUNTED_TOKENS:
+                    part = f", by the first {use.num_tokens:,} tokens"
+                    break
+                use.update(tokens)
+            if part:
+                break
+    except ShardError as error:
+        # --verify goes on to name every broken shard
+        console.print(Text(f"codebook: not counted, {error}", style="bold red"))
+        return
+    console.print(
+        f"codebook: {use.num_used:,} of {payload.codebook_size:,} tokens used ({use.utilisation:.1%}), "
+        f"entropy {use.entropy_bits:.2f} bits{part}",
+        highlight=False,
+    )
 
 
 def _show_provenance(provenance: Provenance, console: Console) -> None:

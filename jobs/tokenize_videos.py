@@ -117,8 +117,12 @@ class Request:
             kept += ["tile_size", "tile_overlap"]
         if self.run.continuous:
             kept.append("continuous")
+        tokenizer = self.tokenizer.model_dump(mode="json")
+        for name in ("architecture", "vq_codebook_size"):
+            if tokenizer[name] == TokenizerConfig.model_fields[name].default:
+                del tokenizer[name]
         return {
-            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "tokenizer": tokenizer,
             "weights_sha256": self.weights_sha256,
             # units of work are what a resumed run compares: others would lose clips, or write them twice
             "clips_per_span": clips_per_span(self.clip_spec, self.run.clips_per_span),
@@ -265,7 +269,7 @@ def resolve(run: TokenizeRun) -> Request:
             raise UserError(str(error)) from error
     run = run.model_copy(update={"out": storage.absolute(run.out), "inputs": [storage.absolute(i) for i in run.inputs]})
     payload = Payload(
-        kind="tokens" if tokenizer.head == "fsq" else "latents",
+        kind="tokens" if tokenizer.has_tokens else "latents",
         shape=shape,
         codebook_size=tokenizer.codebook_size,
         keep_logvar=run.keep_logvar,

@@ -1,10 +1,11 @@
-"""What turns an encoder's output into what is stored: FSQ tokens or KL latents.
+"""What turns an encoder's output into what is stored: tokens of FSQ, LFQ or VQ, or KL latents.
 
-Heads have no weights and no state; they compute in float32 whatever the encoder's dtype, since rounding
-decides tokens. Training losses are not here.
+Heads keep no state, and only VQ has weights, its codebook; they compute in float32 whatever the encoder's dtype,
+since rounding decides tokens. Each gives the terms by which training can regularise it, without weights: to train
+without one is not to add it.
 """
 
-# B batch, K FSQ dimensions, C latent channels, T H W the latent grid; "..." any further axes
+# B batch, K FSQ dimensions, C latent channels, T H W the latent grid; N = B * T * H * W positions; "..." further axes
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,14 +25,15 @@ class Encoded:
     """What an encoder and its head make of a batch of clips."""
 
     latents: Tensor
-    """float32 (B, C, T', H', W'): what decode takes. FSQ: the codes, in [-1, 1]. KL: the mean."""
+    """float32 (B, C, T', H', W'): what decode takes. FSQ: the codes, in [-1, 1]; LFQ: -1 or 1; VQ: entries of the
+    codebook. KL: the mean."""
     tokens: Tensor | None = None
-    """FSQ: int32 (B, T', H', W') in [0, codebook_size)."""
+    """int32 (B, T', H', W') in [0, codebook_size); None for KL."""
     logvar: Tensor | None = None
     """KL: float32 like latents, in [-30, 20]."""
     pre_quantized: Tensor | None = None
     """FSQ: float32 like latents, the bounded value before rounding, in units of one level. A token may differ
-    between machines only where this lies next to a half."""
+    between machines only where this lies next to a half. LFQ, VQ: what the encoder gave."""
 
     def __repr__(self) -> str:
         tokens = None if self.tokens is None else tuple(self.tokens.shape)
@@ -55,6 +59,18 @@ class Head(Protocol):
 
         Raises:
             ValueError: for a token outside the codebook, or a head without tokens.
+        """
+        ...
+
+    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+        """The terms of a training loss by which the head holds its encoder, by name.
+
+        Args:
+            z_BCTHW: what the encoder gave.
+            encoded: what `quantize` made of it.
+
+        Returns:
+            float32 scalars with gradients, unweighted. ``codebook_entropy`` is to be large, the others small.
         """
         ...
 
@@ -96,8 +112,7 @@ class FSQ:
         Raises:
             ValueError: if the channels are not one for each dimension.
         """
-        if z_BCTHW.shape[1] != self.encoder_channels:
-            raise ValueError(f"{self} takes {self.encoder_channels} channels, got shape {tuple(z_BCTHW.shape)}")
+        _check_channels(self, z_BCTHW)
         bounded = self.bound(z_BCTHW)
         lowest = _per_channel([-(level // 2) for level in self.levels], bounded)
         highest = _per_channel([(level - 1) // 2 for level in self.levels], bounded)
@@ -121,15 +136,7 @@ class FSQ:
             ValueError: for floats, or an index outside [0, codebook_size).
         """
         assert self.codebook_size is not None
-        if indices.dtype.is_floating_point or indices.dtype is torch.bool:
-            raise ValueError(f"tokens must be integers, got {indices.dtype}")
-        if indices.numel():
-            low, high = (int(end) for end in torch.aminmax(indices))
-            if low < 0 or high >= self.codebook_size:
-                raise ValueError(
-                    f"tokens must lie in 0 ... {self.codebook_size - 1}, got {low} ... {high}: "
-                    "were they made by another tokenizer?"
-                )
+        _check_tokens(indices, self.codebook_size)
         expanded = indices.to(torch.int64).unsqueeze(1)
         digits = (expanded // _per_channel(self._basis(), expanded)) % _per_channel(self.levels, expanded)
         half_width = self._half_widths(digits)
@@ -138,11 +145,132 @@ class FSQ:
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
         return self.indices_to_codes(tokens)
 
+    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+        """``token_entropy``, ``codebook_entropy`` and ``commitment`` of the unbounded encoder output, as in VidTok."""
+        values = [[(digit - level // 2) / (level // 2) for digit in range(level)] for level in self.levels]
+        return _entropies(z_BCTHW, values) | {"commitment": _commitment(z_BCTHW, encoded)}
+
     def _half_widths(self, like: Tensor) -> Tensor:
         return _per_channel([level // 2 for level in self.levels], like, torch.float32)
 
     def _basis(self) -> list[int]:
         return [math.prod(self.levels[:i]) for i in range(len(self.levels))]
+
+
+class LFQ:
+    """Lookup-free quantization: each channel is one bit, its sign, so K channels make 2**K tokens.
+
+    Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", 2023, section 3.1. The first
+    channel is the least significant bit; zero counts as negative.
+    """
+
+    def __init__(self, latent_channels: int) -> None:
+        if not 1 <= latent_channels <= 30:
+            raise ValueError(
+                f"LFQ has 2**latent_channels tokens, which int32 holds for 1 ... 30 latent channels, "
+                f"got {latent_channels}"
+            )
+        self.encoder_channels = self.latent_channels = latent_channels
+        self.codebook_size: int | None = 2**latent_channels
+
+    def __repr__(self) -> str:
+        return f"LFQ(latent_channels={self.latent_channels})"
+
+    def quantize(self, z_BCTHW: Tensor) -> Encoded:
+        """Take the signs; gradients pass them unchanged.
+
+        Raises:
+            ValueError: if the channels are not one for each bit.
+        """
+        _check_channels(self, z_BCTHW)
+        z_BCTHW = z_BCTHW.float()
+        bits = (z_BCTHW > 0).to(torch.int32)
+        weights = _per_channel([1 << bit for bit in range(self.latent_channels)], bits, torch.int32)
+        return Encoded(
+            latents=(2.0 * bits - 1.0) + (z_BCTHW - z_BCTHW.detach()),
+            tokens=(bits * weights).sum(dim=1, dtype=torch.int32),
+            pre_quantized=z_BCTHW.detach(),
+        )
+
+    def tokens_to_latents(self, tokens: Tensor) -> Tensor:
+        assert self.codebook_size is not None
+        _check_tokens(tokens, self.codebook_size)
+        expanded = tokens.to(torch.int64).unsqueeze(1)
+        shifts = _per_channel(range(self.latent_channels), expanded)
+        return 2.0 * ((expanded >> shifts) & 1).float() - 1.0
+
+    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+        """``token_entropy``, ``codebook_entropy`` and ``commitment``; formulas as for FSQ, with codes of -1 and 1."""
+        values = [[-1.0, 1.0]] * self.latent_channels
+        return _entropies(z_BCTHW, values) | {"commitment": _commitment(z_BCTHW, encoded)}
+
+
+class VQ(nn.Module):
+    """Vector quantization: the nearest entry of a learned codebook.
+
+    van den Oord et al., "Neural Discrete Representation Learning", 2017, sections 3.1 and 3.2, with a codebook that
+    learns by its own loss term, not by averages. Our own few lines and not `vector-quantize-pytorch`: that keeps
+    flags, counts and uninitialised averages in its state dict beside the codebook, which neither a weight file nor
+    a digest over weights should hold, and brings five more packages.
+    """
+
+    BLOCK_VALUES = 1 << 24
+    """Distances computed at a time, 64 MiB of them."""
+
+    def __init__(self, codebook_size: int, latent_channels: int) -> None:
+        super().__init__()
+        if not 2 <= codebook_size <= 2**31 - 1 or latent_channels < 1:
+            raise ValueError(
+                f"VQ needs 2 ... {2**31 - 1} tokens and at least one latent channel, "
+                f"got {codebook_size} and {latent_channels}"
+            )
+        self.encoder_channels = self.latent_channels = latent_channels
+        self.codebook_size: int | None = codebook_size
+        self.codebook = nn.Parameter(torch.empty(codebook_size, latent_channels))
+        nn.init.uniform_(self.codebook, -1.0, 1.0)
+
+    def __repr__(self) -> str:
+        return f"VQ(codebook_size={self.codebook_size}, latent_channels={self.latent_channels})"
+
+    def quantize(self, z_BCTHW: Tensor) -> Encoded:
+        """Take the nearest entries; gradients pass unchanged, and none reaches the codebook.
+
+        Raises:
+            ValueError: if the channels are not those of the entries.
+        """
+        _check_channels(self, z_BCTHW)
+        z_BCTHW = z_BCTHW.float()
+        tokens = self._nearest(z_BCTHW.detach().movedim(1, -1).reshape(-1, self.latent_channels))
+        tokens = tokens.view(z_BCTHW.shape[0], *z_BCTHW.shape[2:])
+        latents = self._entries(tokens).detach() + (z_BCTHW - z_BCTHW.detach())
+        return Encoded(latents=latents, tokens=tokens, pre_quantized=z_BCTHW.detach())
+
+    def _nearest(self, z_NC: Tensor) -> Tensor:
+        """Number of the nearest entry, the first of equally near ones: int32 (N,)."""
+        codebook = self.codebook.detach().float()
+        half_squares = codebook.square().sum(dim=1) / 2
+        rows = max(1, self.BLOCK_VALUES // codebook.shape[0])
+        nearest = []
+        for start in range(0, z_NC.shape[0], rows):
+            block = z_NC[start : start + rows]
+            # Always as many rows, lest the order of summation, and a near tie, depend on who is encoded together.
+            filled = F.pad(block, (0, 0, 0, rows - block.shape[0]))
+            nearest.append((half_squares - filled @ codebook.T).argmin(dim=1)[: block.shape[0]])
+        return torch.cat(nearest).to(torch.int32)
+
+    def _entries(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.codebook.float()).movedim(-1, 1)
+
+    def tokens_to_latents(self, tokens: Tensor) -> Tensor:
+        assert self.codebook_size is not None
+        _check_tokens(tokens, self.codebook_size)
+        return self._entries(tokens.to(torch.int64))
+
+    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+        """``commitment`` draws the encoder to the entries, ``codebook`` the entries to the encoder."""
+        assert encoded.tokens is not None
+        codebook = (self._entries(encoded.tokens) - z_BCTHW.detach().float()).square().mean()
+        return {"commitment": _commitment(z_BCTHW, encoded), "codebook": codebook}
 
 
 class KL:
@@ -165,13 +293,100 @@ class KL:
         Raises:
             ValueError: if the channels are not twice `latent_channels`.
         """
-        if z_BCTHW.shape[1] != self.encoder_channels:
-            raise ValueError(f"{self} takes {self.encoder_channels} channels, got shape {tuple(z_BCTHW.shape)}")
+        _check_channels(self, z_BCTHW)
         mean, logvar = z_BCTHW.float().chunk(2, dim=1)
         return Encoded(latents=mean, logvar=logvar.clamp(-30.0, 20.0))
 
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
         raise ValueError(f"a KL tokenizer has no tokens: decode takes its float latents, got {tokens.dtype}")
+
+    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+        """``kl``: the divergence from N(0, 1), in nats for each clip."""
+        assert encoded.logvar is not None
+        mean, logvar = encoded.latents, encoded.logvar
+        return {"kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / z_BCTHW.shape[0]}
+
+
+INVERSE_TEMPERATURE = 100.0
+"""Of the softmax over codes whose entropies training weighs."""
+
+
+def _entropies(z_BCTHW: Tensor, values: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+    """Entropies in nats of each position's choice of a code, and of the choice that all make together.
+
+    Affinity to a code is twice the dot product with it, and the softmax over the codes runs at `INVERSE_TEMPERATURE`,
+    as VidTok trains. The codebook is a product of the channels' values, so that softmax is a product of softmaxes,
+    one a channel: entropies of positions add up over channels, and the mean over positions of the joint probability is
+    a matrix product of two halves of the channels. Nothing of the size positions x codes is made. For 5120 positions
+    and 262,144 codes, value and gradient take 0.6 s and 60 MiB on two cores; one such array alone has 5.4 GB. VidTok
+    cuts probabilities below 1e-5 within the logarithm and we do not: its codebook entropy cannot pass 11.5 nats, where
+    262,144 codes have 12.5.
+
+    Args:
+        values: what a code can be in each channel.
+    """
+    z_NC = z_BCTHW.float().movedim(1, -1).reshape(-1, len(values))
+    # An outer sum of logarithms would do as well, but products of probabilities need half the memory for gradients.
+    by_channel: list[Tensor] = []
+    token_entropy = z_NC.new_zeros(())
+    for channel, codes in enumerate(values):
+        affinity = 2 * z_NC[:, channel, None] * z_NC.new_tensor(codes)
+        log_p = torch.log_softmax(INVERSE_TEMPERATURE * affinity, dim=1)
+        by_channel.append(log_p.exp())
+        token_entropy = token_entropy - (by_channel[-1] * log_p).sum(dim=1).mean()
+    sizes = [len(codes) for codes in values]
+    cut = min(range(1, len(sizes) + 1), key=lambda cut: max(math.prod(sizes[:cut]), math.prod(sizes[cut:])))
+    first_NA, second_NB = (_joint(group, z_NC) for group in (by_channel[:cut], by_channel[cut:]))
+    block = max(1, ENTROPY_BLOCK // second_NB.shape[1])
+    codebook_entropy = z_NC.new_zeros(())
+    for start in range(0, first_NA.shape[1], block):
+        part_NA = first_NA[:, start : start + block]
+        codebook_entropy = codebook_entropy + (
+            _entropy_of_mean(part_NA, second_NB)
+            if first_NA.shape[1] <= block
+            else checkpoint(_entropy_of_mean, part_NA, second_NB, use_reentrant=False)
+        )
+    return {"token_entropy": token_entropy, "codebook_entropy": codebook_entropy}
+
+
+ENTROPY_BLOCK = 1 << 22
+"""Codes whose mean probabilities exist at a time; where there are more, gradients compute them again."""
+
+
+def _joint(by_channel: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Probabilities of all combinations of some channels' values: (N, product of their numbers)."""
+    joint = like.new_ones(like.shape[0], 1)
+    for p in by_channel:
+        joint = (p[:, :, None] * joint[:, None, :]).flatten(1)
+    return joint
+
+
+def _entropy_of_mean(first_NA: Tensor, second_NB: Tensor) -> Tensor:
+    mean_AB = first_NA.T @ second_NB / first_NA.shape[0]
+    # Codes whose probability underflows add nothing, and an infinite slope would spoil all gradients.
+    return -(mean_AB * mean_AB.clamp_min(torch.finfo(mean_AB.dtype).tiny).log()).sum()
+
+
+def _commitment(z_BCTHW: Tensor, encoded: Encoded) -> Tensor:
+    """Mean squared distance of the encoder's output from the codes, which have no gradient."""
+    return (z_BCTHW.float() - encoded.latents.detach()).square().mean()
+
+
+def _check_channels(head: Head, z_BCTHW: Tensor) -> None:
+    if z_BCTHW.shape[1] != head.encoder_channels:
+        raise ValueError(f"{head} takes {head.encoder_channels} channels, got shape {tuple(z_BCTHW.shape)}")
+
+
+def _check_tokens(tokens: Tensor, codebook_size: int) -> None:
+    if tokens.dtype.is_floating_point or tokens.dtype is torch.bool:
+        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+    if tokens.numel():
+        low, high = (int(end) for end in torch.aminmax(tokens))
+        if low < 0 or high >= codebook_size:
+            raise ValueError(
+                f"tokens must lie in 0 ... {codebook_size - 1}, got {low} ... {high}: "
+                "were they made by another tokenizer?"
+            )
 
 
 def _per_channel(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

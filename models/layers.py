@@ -164,8 +164,8 @@ class SpatialUnit(nn.Module):
 class TimeUnit(nn.Module):
     """Residual unit through time: twice norm, SiLU, convolution; the width stays.
 
-    With ``kernel`` (3,) it sees one position, with (3, 3, 3) its neighbours too. ``starts_as_identity`` sets the
-    second convolution to zero, so that a fresh model treats frames one by one.
+    With ``kernel`` (3,) it sees one position, with (3, 3, 3) its neighbours too; only then may ``out_channels`` differ.
+    ``starts_as_identity`` sets the second convolution to zero, so that a fresh model treats frames one by one.
     """
 
     def __init__(
@@ -174,14 +174,18 @@ class TimeUnit(nn.Module):
         kernel: tuple[int] | tuple[int, int, int],
         rule: TimeRule,
         *,
+        out_channels: int | None = None,
         starts_as_identity: bool = False,
     ) -> None:
         super().__init__()
         self.sees_neighbours = len(kernel) > 1
+        out_channels = out_channels or channels
+        assert self.sees_neighbours or out_channels == channels
         self.norm1 = ChannelNorm(channels)
-        self.conv1 = TimeConv(channels, channels, kernel, rule)
-        self.norm2 = ChannelNorm(channels)
-        self.conv2 = TimeConv(channels, channels, kernel, rule)
+        self.conv1 = TimeConv(channels, out_channels, kernel, rule)
+        self.norm2 = ChannelNorm(out_channels)
+        self.conv2 = TimeConv(out_channels, out_channels, kernel, rule)
+        self.nin_shortcut = PointConv(channels, out_channels) if out_channels != channels else None
         if starts_as_identity:
             for parameter in self.conv2.parameters():
                 nn.init.zeros_(parameter)
@@ -208,6 +212,8 @@ class TimeUnit(nn.Module):
     def _through_time(self, x_BTHWC: Tensor, past: LayerPast, out: Tensor | None = None) -> tuple[Tensor, LayerPast]:
         h, past1 = self.conv1(self.norm1(x_BTHWC, silu=True), past[:1])
         h, past2 = self.conv2(self.norm2(h, silu=True), past[1:])
+        if self.nin_shortcut is not None:
+            x_BTHWC = self.nin_shortcut(x_BTHWC)
         return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out), (*past1, *past2)
 
 
@@ -272,13 +278,14 @@ class TimeBlend(nn.Module):
     """What resampling in time has in common: a 3x3x3 convolution blended with a path that has no weights.
 
     Both paths are linear, so they are one convolution: ``(1 - s)`` times the weights, plus ``s`` times what the
-    other path does with each channel, ``s = sigmoid(mix_factor)``.
+    other path does with each channel, ``s = sigmoid(mix_factor)``. Without the blend, ``blend=False``, what is left is
+    a convolution of each position over three frames.
     """
 
-    def __init__(self, channels: int, rule: TimeRule) -> None:
+    def __init__(self, channels: int, rule: TimeRule, *, blend: bool = True) -> None:
         super().__init__()
-        self.conv = TimeConv(channels, channels, (3, 3, 3), rule)
-        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = TimeConv(channels, channels, (3, 3, 3) if blend else (3,), rule)
+        self.mix_factor = nn.Parameter(torch.tensor([2.0])) if blend else None
         self.rule = rule
 
 
@@ -361,8 +368,8 @@ class LinearTimeUp(TimeUp):
     gives it first. Nothing is computed twice and the cut leaves no trace.
     """
 
-    def __init__(self, channels: int, rule: TimeRule, first_frames: int) -> None:
-        super().__init__(channels, rule)
+    def __init__(self, channels: int, rule: TimeRule, first_frames: int, *, blend: bool = True) -> None:
+        super().__init__(channels, rule, blend=blend)
         self.first_frames = first_frames
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, last: bool = True) -> tuple[Tensor, LayerPast]:
@@ -390,11 +397,11 @@ class LinearTimeUp(TimeUp):
         return self.convolved(frames, doubled), (before_BTHWC, waiting_BTHWC)
 
 
-def time_up(channels: int, rule: TimeRule, first_frames: int) -> RepeatedTimeUp | LinearTimeUp:
+def time_up(channels: int, rule: TimeRule, first_frames: int, *, blend: bool = True) -> RepeatedTimeUp | LinearTimeUp:
     """The upsampler of a rule; ``first_frames`` is how many frames stand there for the first latent."""
     if rule.upsampling == "linear":
-        return LinearTimeUp(channels, rule, first_frames)
-    return RepeatedTimeUp(channels, rule)
+        return LinearTimeUp(channels, rule, first_frames, blend=blend)
+    return RepeatedTimeUp(channels, rule, blend=blend)
 
 
 def single_frames(x_BTHWC: Tensor) -> list[Tensor]:
@@ -524,10 +531,17 @@ def stack_taps(x_BTHWC: Tensor, taps: int, time_stride: int = 1) -> Tensor:
     return torch.cat([x_BTHWC[:, tap : tap + last : time_stride] for tap in range(taps)], dim=-1)
 
 
-def blended(conv: nn.Module, mix_factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution's share of a blend, in float32: ``(1 - s)`` times weight and bias, and ``s``."""
-    assert isinstance(conv, nn.Conv3d)
+def blended(conv: nn.Module, mix_factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's share of a blend, in float32: ``(1 - s)`` times weight and bias, and ``s``.
+
+    Without a mix factor s is 0, and the kernel over time stands amid zeros: one way through the resampling for both,
+    at the price of multiplying by the zeros in models that serve comparisons.
+    """
+    assert isinstance(conv, nn.Conv1d | nn.Conv3d)
     assert conv.bias is not None
+    if mix_factor is None:
+        weight = F.pad(conv.weight.float()[..., None, None], (1, 1, 1, 1))
+        return weight, conv.bias.float(), weight.new_zeros(1)
     mix = torch.sigmoid(mix_factor.float())
     return (1 - mix) * conv.weight.float(), (1 - mix) * conv.bias.float(), mix
 

@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from models.autoencoder import Decoder, Encoder, Past
-from models.heads import FSQ, KL, Encoded, Head
+from models.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
+from models.heads import FSQ, KL, LFQ, VQ, Encoded, Head
 from models.layers import TIME_RULES
 from models.tiling import Tiling, map_tiles
 
@@ -45,11 +45,16 @@ class TokenizerConfig(BaseModel):
     variant: Literal["causal-v1.0", "causal-v1.1", "non-causal"] = "causal-v1.0"
     """How time is padded and resampled, see `TIME_RULES`. Weights do not tell the causal ones apart: they share names
     and shapes."""
-    head: Literal["fsq", "kl"]
+    architecture: Literal["released", "fully-3d", "no-blend", "no-3d"] = "released"
+    """Where convolutions see space and time at once, see `ARCHITECTURES`: as released, or an ablation of the paper."""
+    head: Literal["fsq", "kl", "lfq", "vq"]
+    """What makes tokens, or for KL latents, of what the encoder gives."""
     latent_channels: int = Field(ge=1)
     """Channels that the decoder takes."""
     fsq_levels: tuple[int, ...] = ()
-    """Levels of each latent channel; empty for KL."""
+    """FSQ: levels of each latent channel; empty for others."""
+    vq_codebook_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
+    """VQ: entries of the codebook; None for others. LFQ has 2**latent_channels tokens."""
     base_width: int = Field(default=128, ge=1)
     """Channels of level 0."""
     width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -70,6 +75,11 @@ class TokenizerConfig(BaseModel):
     def _check(self) -> Self:
         if self.head == "fsq":
             FSQ(self.fsq_levels)
+        if self.head == "lfq":
+            LFQ(self.latent_channels)
+        if (self.head == "vq") != (self.vq_codebook_size is not None):
+            expected = "takes a vq_codebook_size" if self.head == "vq" else "takes no vq_codebook_size"
+            raise ValueError(f"{self.name}: a {self.head} head {expected}, got {self.vq_codebook_size}")
         expected_levels = self.latent_channels if self.head == "fsq" else 0
         if len(self.fsq_levels) != expected_levels:
             raise ValueError(
@@ -115,7 +125,13 @@ class TokenizerConfig(BaseModel):
     @property
     def codebook_size(self) -> int | None:
         """Number of different tokens; None where latents are continuous."""
-        return math.prod(self.fsq_levels) if self.head == "fsq" else None
+        by_head = {"fsq": math.prod(self.fsq_levels), "lfq": 2**self.latent_channels, "vq": self.vq_codebook_size}
+        return by_head.get(self.head)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether clips become tokens; otherwise continuous latents."""
+        return self.codebook_size is not None
 
     @property
     def token_bits(self) -> float | None:
@@ -129,6 +145,7 @@ class TokenizerConfig(BaseModel):
         Encoding that starts at a multiple of time_stride at least this many frames early gives the whole video's
         latents, once those of the early frames are dropped.
         """
+        # The same in every architecture: two convolutions over time in a pair or 3D unit, one in the resampling.
         # A causal convolution of three frames looks back two frames of its own rate; at stride 2, one before its own.
         conv, down = (2, 1) if self.is_causal else (1, 0)
         return self._reach(conv, down) + self.time_stride - 1
@@ -219,7 +236,7 @@ class TokenizerConfig(BaseModel):
             ValueError: for a length or size that the strides do not divide.
         """
         grid = (self.latent_frames(num_frames), self._latent_size("height", height), self._latent_size("width", width))
-        return grid if self.head == "fsq" else (self.latent_channels, *grid)
+        return grid if self.has_tokens else (self.latent_channels, *grid)
 
     def _latent_size(self, axis: str, size: int) -> int:
         stride = self.space_stride
@@ -260,6 +277,10 @@ _888: Row = {"encoder_time_levels": (0, 1, 2), "decoder_time_levels": (1, 2, 3)}
 _V1_0: Row = {"variant": "causal-v1.0"}
 _V1_1: Row = {"variant": "causal-v1.1"}
 _NON_CAUSAL: Row = {"variant": "non-causal"}
+
+_FULLY_3D: Row = {"architecture": "fully-3d"}
+_NO_BLEND: Row = {"architecture": "no-blend"}
+_NO_3D: Row = {"architecture": "no-3d"}
 _TINY: Row = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
 
 
@@ -270,6 +291,16 @@ def _fsq(name: str, topology: Row, dims: int, variant: Row, **small: object) -> 
 
 def _kl(name: str, topology: Row, channels: int, variant: Row, **small: object) -> TokenizerConfig:
     head = {"head": "kl", "latent_channels": channels}
+    return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
+
+
+def _lfq(name: str, topology: Row, bits: int, variant: Row, **small: object) -> TokenizerConfig:
+    head = {"head": "lfq", "latent_channels": bits}
+    return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
+
+
+def _vq(name: str, topology: Row, size: int, channels: int, variant: Row, **small: object) -> TokenizerConfig:
+    head = {"head": "vq", "latent_channels": channels, "vq_codebook_size": size}
     return TokenizerConfig.model_validate({"name": name, **head, **topology, **variant, **small})
 
 
@@ -303,6 +334,13 @@ PRESETS: dict[str, TokenizerConfig] = {
         _kl("kl_noncausal_488_16chn", _488, 16, _NON_CAUSAL),
         _kl("kl_noncausal_41616_4chn", _41616, 4, _NON_CAUSAL),
         _kl("kl_noncausal_41616_16chn", _41616, 16, _NON_CAUSAL),
+        # The ablations of the paper's Table 2: no weights were released.
+        _kl("kl_causal_488_4chn_fully_3d", _488, 4, _V1_0, **_FULLY_3D),
+        _kl("kl_causal_488_4chn_no_blend", _488, 4, _V1_0, **_NO_BLEND),
+        _kl("kl_causal_488_4chn_no_3d", _488, 4, _V1_0, **_NO_3D),
+        # For its comparison of quantizers, Table 3: no weights were released. VQ has the channels of FSQ.
+        _lfq("lfq_causal_488_262144", _488, 18, _V1_0),
+        _vq("vq_causal_488_262144", _488, 262144, 6, _V1_0),
     )
 }
 
@@ -318,7 +356,7 @@ class VideoTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.head: Head = FSQ(config.fsq_levels) if config.head == "fsq" else KL(config.latent_channels)
+        self.head: Head = head_of(config)
         widths = [config.base_width * multiplier for multiplier in config.width_multipliers]
         self.encoder = Encoder(
             widths=widths,
@@ -327,6 +365,7 @@ class VideoTokenizer(nn.Module):
             time_levels=config.encoder_time_levels,
             out_channels=self.head.encoder_channels,
             rule=TIME_RULES[config.variant],
+            architecture=ARCHITECTURES[config.architecture],
         )
         self.decoder = Decoder(
             widths=widths,
@@ -335,6 +374,7 @@ class VideoTokenizer(nn.Module):
             time_levels=config.decoder_time_levels,
             in_channels=self.head.latent_channels,
             rule=TIME_RULES[config.variant],
+            architecture=ARCHITECTURES[config.architecture],
         )
 
     @property
@@ -499,6 +539,18 @@ class VideoTokenizer(nn.Module):
                 f"{self.config.name}: latents must be (B, {self.config.latent_channels}, T', H', W'), got shape {shape}"
             )
         return tokens_or_latents
+
+
+def head_of(config: TokenizerConfig) -> Head:
+    """The head that a config describes."""
+    if config.head == "fsq":
+        return FSQ(config.fsq_levels)
+    if config.head == "lfq":
+        return LFQ(config.latent_channels)
+    if config.head == "vq":
+        assert config.vq_codebook_size is not None
+        return VQ(config.vq_codebook_size, config.latent_channels)
+    return KL(config.latent_channels)
 
 
 def frames_to_input(frames_BTHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -127,7 +127,10 @@ def load_tokenizer(
         raise ValueError(f"give either a weights file or a seed, got weights={weights!r}, seed={seed}")
     tokenizer = _empty(config)
     tokenizer.load_state_dict(state, strict=True, assign=True)
-    return tokenizer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    # Not the head: a codebook in reduced precision would be another codebook.
+    tokenizer.encoder.to(dtype)
+    tokenizer.decoder.to(dtype)
+    return tokenizer.to(device).eval().requires_grad_(False)
 
 
 def load_weights(

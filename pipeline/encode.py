@@ -151,7 +151,7 @@ def encode_clips(
         FloatingPointError: a latent is not a finite float16.
     """
     device = next(tokenizer.parameters()).device
-    dtype = next(tokenizer.parameters()).dtype
+    dtype = tokenizer.dtype
     values = {name: np.empty((len(clips), payload.num_values), payload.dtype) for name in payload.columns}
     if not clips:
         return values

@@ -99,6 +99,18 @@ def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
                     yield StoredClip(values=values, payload=array)
 
 
+def read_payloads(path: str) -> Iterator[np.ndarray]:
+    """The payload of a shard, a row group at a time: (rows, *payload.shape); no other column is read.
+
+    Raises:
+        ShardError: as :func:`read_clips`.
+    """
+    with open_shard(path) as (parquet, provenance):
+        for group in range(parquet.metadata.num_row_groups):
+            table = parquet.read_row_group(group, columns=[provenance.payload.columns[0]])
+            yield payload_arrays(table, provenance.payload, name=path)
+
+
 def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> np.ndarray:
     """Tokens, or mean latents, of a table's rows: (rows, *payload.shape), checked against the codebook.
 

@@ -456,6 +456,11 @@ def test_inspect_shows_and_verifies(output: Path) -> None:
     for words in ("10 clips of 5 videos", "shape [2, 4, 4]", "truncated"):
         assert words in shown.output
     assert "verified 1 of 1 shards, 10 clips" in verified.output
+    tokens = np.concatenate([np.ravel(row["tokens"]) for row in rows_of(output)])
+    share = np.unique(tokens, return_counts=True)[1] / tokens.size
+    entropy = -(share * np.log2(share)).sum()
+    expected = f"{share.size} of 32,768 tokens used ({share.size / 32768:.1%}), entropy {entropy:.2f} bits"
+    assert f"codebook: {expected}" in shown.output
 
 
 def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_space_up_is_a_convolution_of_repeated_pixels() -> None:
 @pytest.mark.parametrize("mix_factor", [-1.0, 2.0])
 def test_time_down_blends_an_average_with_a_convolution(mix_factor: float, rule: TimeRule) -> None:
     layer = TimeDown(CHANNELS, rule)
+    assert layer.mix_factor is not None
     nn.init.constant_(layer.mix_factor, mix_factor)
     x = before_and_after(as_BCTHW(clip(6)), rule, before=1 if rule.causal else 0, after=1)
     average = F.avg_pool3d(x, (3, 1, 1), stride=(2, 1, 1))
@@ -167,6 +168,7 @@ def test_time_down_blends_an_average_with_a_convolution(mix_factor: float, rule:
 @pytest.mark.parametrize("mix_factor", [-1.0, 2.0])
 def test_time_up_blends_repeated_frames_with_their_convolution(mix_factor: float, rule: TimeRule) -> None:
     layer = RepeatedTimeUp(CHANNELS, rule)
+    assert layer.mix_factor is not None
     nn.init.constant_(layer.mix_factor, mix_factor)
     repeated = as_BCTHW(clip(3)).repeat_interleave(2, dim=2)
     x = F.pad(before_and_after(repeated, rule, before=2 if rule.causal else 1, after=1), (1, 1, 1, 1))
@@ -183,6 +185,7 @@ def test_linear_time_up_stretches_the_first_latent_and_the_others_apart(first_fr
     between = torch.cat(stretched, dim=2)
     padded = F.pad(before_and_after(between, V1_1, before=2, after=0), (1, 1, 1, 1))
     convolved = F.conv3d(padded, layer.conv.conv.weight, layer.conv.conv.bias)
+    assert layer.mix_factor is not None
     expected = torch.lerp(convolved, between, torch.sigmoid(layer.mix_factor))
     torch.testing.assert_close(as_BCTHW(layer(clip(7))[0]), expected)
 

@@ -277,7 +277,7 @@ def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(nam
     for num_frames in range(1, 41):
         padding = list(Padding)[num_frames % 2]
         payload = Payload(
-            kind="tokens" if config.head == "fsq" else "latents",
+            kind="tokens" if config.has_tokens else "latents",
             shape=config.latent_shape(config.valid_frames(num_frames), height, width),
             codebook_size=config.codebook_size,
         )
@@ -295,6 +295,9 @@ def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(nam
         ("fsq_noncausal_488_262144", 16, "refuse", 16),
         ("kl_noncausal_41616_4chn", 3, "repeat-first", 4),
         ("fsq_causal_488_32768_v1_1", 18, "refuse", 18),
+        ("lfq_causal_488_262144", 5, "refuse", 5),
+        ("vq_causal_488_262144", 5, "refuse", 5),
+        ("kl_causal_488_4chn_no_3d", 5, "refuse", 5),
     ],
 )
 def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from jobs.cli import vidshard
 from jobs.settings import SettingsError, resolve_settings
+from jobs.tokenize_videos import resolve
 from schemas.runs import TokenizeRun
 
 REQUIRED = {"inputs": ("clips",), "out": "tokens", "tokenizer": "tiny"}
@@ -120,3 +121,9 @@ def test_averaged_weights_need_a_file(given: dict[str, str]) -> None:
 def test_weights_and_random_weights_exclude_each_other() -> None:
     with pytest.raises(SettingsError, match="not both"):
         resolve_settings(TokenizeRun, {**REQUIRED, "weights": "a", "random_weights": "1"}, None)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_kl"])
+def test_an_output_made_before_there_were_ablations_and_vq_can_be_continued(name: str, tmp_path: Path) -> None:
+    run = TokenizeRun(inputs=["-"], out=str(tmp_path / "out"), tokenizer=name)
+    assert {*resolve(run).identity["tokenizer"]}.isdisjoint({"architecture", "vq_codebook_size"})

@@ -29,6 +29,14 @@ NAME_TABLES = Path(__file__).parents[2] / "shared" / "reference" / "state_dict"
 TINY = get_preset("tiny")
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
 
+TINY_LFQ = TINY.model_copy(update={"name": "tiny_lfq", "head": "lfq", "latent_channels": 10, "fsq_levels": ()})
+TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 500})
+RELEASED = [
+    name
+    for name, config in PRESETS.items()
+    if not name.startswith("tiny") and config.architecture == "released" and config.head in ("fsq", "kl")
+]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -69,6 +77,11 @@ def test_an_unknown_preset_is_answered_with_the_nearest_and_with_all() -> None:
         {"surprise": 1},
         {"fsq_levels": (8, 8)},
         {"head": "kl"},
+        {"head": "lfq"},
+        {"head": "vq", "fsq_levels": ()},
+        {"head": "lfq", "fsq_levels": (), "latent_channels": 31},
+        {"head": "vq", "fsq_levels": (), "vq_codebook_size": 1},
+        {"vq_codebook_size": 64},
         {"encoder_time_levels": (3,)},
         {"encoder_space_levels": (0, 0, 1)},
         {"decoder_space_levels": (0, 1, 2)},
@@ -93,6 +106,8 @@ def test_a_config_written_before_there_were_variants_is_one_of_v1_0() -> None:
         ("fsq_causal_488_262144", 4, 8, 262144, 6),
         ("fsq_causal_488_4096", 4, 8, 4096, 4),
         ("fsq_causal_41616_262144", 4, 16, 262144, 6),
+        ("lfq_causal_488_262144", 4, 8, 262144, 18),
+        ("vq_causal_488_262144", 4, 8, 262144, 6),
         ("kl_causal_488_16chn", 4, 8, None, 16),
         ("kl_causal_444_4chn", 4, 4, None, 4),
         ("kl_causal_288_8chn", 2, 8, None, 8),
@@ -129,7 +144,7 @@ def test_models_have_the_published_number_of_weights(name: str, entries: int, mi
 
 @pytest.mark.shared
 @pytest.mark.skipif(not NAME_TABLES.is_dir(), reason=f"tables of released names are not at {NAME_TABLES}")
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
+@pytest.mark.parametrize("name", RELEASED)
 def test_names_and_shapes_are_those_of_the_released_checkpoints(name: str) -> None:
     table = json.loads((NAME_TABLES / f"vidtok_{name}.json").read_text())
     config = get_preset(name)

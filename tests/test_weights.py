@@ -24,7 +24,15 @@ from models.weights import (
 
 TINY = get_preset("tiny")
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
+TINY_LFQ = TINY.model_copy(update={"name": "tiny_lfq", "head": "lfq", "latent_channels": 10, "fsq_levels": ()})
+TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 500})
 NON_CAUSAL = TINY.model_copy(update={"name": "tiny_non_causal", "variant": "non-causal"})
+
+
+def video(batch: int, num_frames: int) -> Tensor:
+    return torch.rand(batch, 3, num_frames, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
 CLIP = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -281,3 +289,42 @@ def test_seeded_weights_never_change() -> None:
     weights = seeded_weights(get_preset("tiny"), 0)
     # Copied from the run that made them.
     assert weights_digest(weights) == "bd98ed518a5b5edab816324cc8d71402a7df3eed293dcadfb8979c668098137c"
+
+
+@pytest.mark.parametrize("config", [TINY_LFQ, TINY_VQ], ids=["lfq", "vq"])
+def test_tokenizers_with_other_heads_are_tokenizers_too(config: TokenizerConfig, tmp_path: Path) -> None:
+    assert TokenizerConfig.model_validate_json(config.model_dump_json()) == config
+    model = load_tokenizer(config, None, seed=0)
+    x_BCTHW = video(2, 9)
+    encoded = model.encode(x_BCTHW)
+    assert encoded.tokens is not None
+    assert encoded.tokens.shape[1:] == config.latent_shape(9, 32, 32)
+    assert len({*encoded.tokens.flatten().tolist()}) > 30
+    decoded = model.decode(encoded.tokens)
+    assert decoded.shape == x_BCTHW.shape
+    assert torch.equal(decoded, model.decode(encoded.latents))
+    alone = model.encode(x_BCTHW[1:]).tokens
+    assert alone is not None
+    assert torch.equal(alone, encoded.tokens[1:])
+    save_tokenizer(tmp_path / "weights.safetensors", model)
+    stored_config, stored = load_weights(tmp_path / "weights.safetensors")
+    assert stored_config == config
+    assert ("head.codebook" in stored) == (config.head == "vq")
+    assert weights_digest(stored) == weights_digest(model.state_dict())
+    again = load_tokenizer(config, tmp_path / "weights.safetensors").encode(x_BCTHW).tokens
+    assert again is not None
+    assert torch.equal(again, encoded.tokens)
+
+
+def test_a_learned_codebook_stays_in_float32_and_counts_in_the_digest(tmp_path: Path) -> None:
+    model = load_tokenizer(TINY_VQ, None, seed=0, dtype=torch.bfloat16)
+    assert model.dtype is torch.bfloat16
+    before = weights_digest(seeded_weights(TINY_VQ, 0))
+    changed = seeded_weights(TINY_VQ, 0)
+    assert torch.equal(model.state_dict()["head.codebook"], changed["head.codebook"])
+    assert model.encode(video(1, 5)).latents.dtype is torch.float32
+    changed["head.codebook"][7, 0] += 1
+    assert weights_digest(changed) != before
+    del changed["head.codebook"]
+    with pytest.raises(ValueError, match=r"missing: head\.codebook"):
+        load_weights(written(tmp_path / "weights.pt", changed), TINY_VQ)
