@@ -1,0 +1,275 @@
+"""A video file as FFmpeg is allowed to see it, and what its header says.
+
+FFmpeg is given a file object and a list of containers that hold their own pictures. Playlists and scripts (HLS,
+DASH, concat, SDP) are never opened, and no protocol is allowed, so a file can reach nothing but its own bytes.
+
+Only FFmpeg's and the storage's own exceptions become a VideoError; any other is a bug and propagates.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO, Literal, cast
+
+import av
+from av.container import InputContainer
+from av.container.core import Flags
+from av.stream import Discard, Disposition
+from av.video.stream import VideoStream
+
+from pipeline.storage import StorageError, public_uri, storage_errors
+from schemas.video import Reason, VideoError
+
+ThreadType = Literal["NONE", "SLICE", "FRAME", "AUTO"]
+
+ALLOWED_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,mxf,nut,ivf,rm,dv,gxf,wtv,"
+    "yuv4mpegpipe,h264,hevc,vvc,av1,obu,m4v,mpegvideo,mjpeg,vc1,"
+    "mp3,flac,wav,aac"
+)
+"""FFmpeg's names of containers that hold their own pictures, and the common ones that hold only sound, so that
+those are refused for what they are."""
+
+# Formats without timestamps or length of their own: FFmpeg guesses a duration from the bit rate, often wildly.
+_RAW_FORMATS = frozenset({"h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo", "mjpeg", "vc1"})
+
+_READ_BYTES = 1 << 16
+
+
+@dataclass(slots=True)
+class WatchedFile:
+    """A file as FFmpeg reads it, which remembers the storage's errors: FFmpeg takes some for the end of the file."""
+
+    file: BinaryIO
+    error: BaseException | None = None
+    num_bytes: int = 0
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        """At most this many bytes."""
+        try:
+            return self.file.read(num_bytes)
+        except storage_errors() as error:
+            self.error = self.error or error
+            raise
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """The new position."""
+        try:
+            return self.file.seek(offset, whence)
+        except storage_errors() as error:
+            self.error = self.error or error
+            raise
+
+    def tell(self) -> int:
+        """The position."""
+        return self.file.tell()
+
+
+@contextmanager
+def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
+    if not isinstance(source, str):
+        yield source
+        return
+    try:
+        file = open(source, "rb")  # noqa: SIM115  closed below; only the opening is watched here
+    except OSError as error:
+        raise VideoError(Reason.UNREADABLE, one_line(error)) from error
+    with file:
+        yield file
+
+
+@contextmanager
+def storage_failures_named(file: BinaryIO) -> Iterator[WatchedFile]:
+    """Whatever goes wrong while the storage fails is the storage's fault, not the video's."""
+    watched = WatchedFile(file)
+    try:
+        watched.num_bytes = watched.seek(0, os.SEEK_END)
+        yield watched
+    except _reading_errors() as error:
+        if watched.error is None:
+            raise
+        raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from error
+    if watched.error is not None:
+        raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from watched.error
+
+
+def opening_errors() -> tuple[type[BaseException], ...]:
+    return (StorageError, *storage_errors())
+
+
+def _reading_errors() -> tuple[type[BaseException], ...]:
+    return (VideoError, *storage_errors())
+
+
+@contextmanager
+def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
+    try:
+        yield
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise VideoError(reason, f"{what}: {error.strerror}") from error
+
+
+@contextmanager
+def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its largest stream of moving pictures; the other streams are not read."""
+    watched.seek(0)
+    head = watched.read(1024)
+    if not head:
+        raise VideoError(Reason.EMPTY_FILE, "the file has no bytes")
+    watched.seek(0)
+    try:
+        container = av.open(
+            watched,
+            "r",
+            container_options={"format_whitelist": ALLOWED_FORMATS, "protocol_whitelist": "none"},
+            metadata_errors="replace",
+            buffer_size=_READ_BYTES,
+        )
+    except av.FFmpegError as error:  # out of memory too: here it is an index that claims absurd sizes
+        raise _refusal(watched, head, error) from error
+    with container:
+        # PyAV asks FFmpeg to invent missing times, and in AVI with B-frames it invents wrong ones
+        container.flags &= ~cast(int, Flags.gen_pts.value)
+        videos = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
+        ]
+        if not videos:
+            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
+            cover = " (a cover picture)" if container.streams.video else ""
+            raise VideoError(Reason.NO_VIDEO_STREAM, f"{container.format.name} with streams: {kinds}{cover}")
+        decodable = [stream for stream in videos if _has_decoder(stream)]
+        if not decodable:
+            raise VideoError(Reason.UNSUPPORTED, f"no decoder for its video stream in {container.format.name}")
+        video = max(decodable, key=lambda s: (s.width * s.height, bool(s.disposition & Disposition.default), -s.index))
+        for stream in container.streams:
+            if stream.index != video.index:
+                stream.discard = Discard.all
+        context = video.codec_context
+        if {"avi", "mpeg"} & set(container.format.name.split(",")):
+            thread_type = "NONE"  # frame threads would shift the times that stand in for missing ones
+        context.thread_type = thread_type
+        context.thread_count = 1 if thread_type == "NONE" else 0
+        yield container, video
+
+
+def _has_decoder(stream: VideoStream) -> bool:
+    # PyAV's stubs promise a codec context; a stream without a decoder has None
+    return getattr(stream, "codec_context", None) is not None
+
+
+_SCRIPTS = (
+    (b"#EXTM3U", "an HLS playlist"),
+    (b"ffconcat", "an ffconcat script"),
+    (b"<MPD", "a DASH manifest"),
+    (b"<SmoothStreamingMedia", "a Smooth Streaming manifest"),
+    (b"v=0", "a session description (SDP)"),
+    (b"[playlist]", "a playlist"),
+    (b"<asx", "a playlist"),
+)
+
+
+def _refusal(watched: WatchedFile, head: bytes, error: av.FFmpegError) -> VideoError:
+    """Why FFmpeg would not open it, as far as its first bytes tell."""
+    words = error.strerror
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for mark, name in _SCRIPTS:
+        if text.startswith(mark) or (mark.startswith(b"<") and text.startswith(b"<?xml") and mark in text):
+            return VideoError(Reason.NOT_A_VIDEO, f"{name}: it names other files, and those are never opened")
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        if _has_mp4_index(watched):
+            return VideoError(Reason.DECODE_ERROR, f"the mp4 index (moov) is damaged: {words}")
+        return VideoError(Reason.TRUNCATED, f"an mp4 without its index (moov): {words}")
+    if isinstance(error, av.error.EOFError):
+        return VideoError(Reason.TRUNCATED, "the file ends inside its header, or right after it")
+    if head.startswith(b"\x1a\x45\xdf\xa3") or (head.startswith(b"RIFF") and head[8:12] == b"AVI "):
+        return VideoError(Reason.DECODE_ERROR, f"the container's header is damaged: {words}")
+    return VideoError(Reason.NOT_A_VIDEO, f"not in a container format that is allowed here: {words}")
+
+
+def _has_mp4_index(watched: WatchedFile) -> bool:
+    """Whether the top-level boxes include a whole moov."""
+    offset = 0
+    while offset + 8 <= watched.num_bytes:
+        watched.seek(offset)
+        header = read_exactly(watched, 16)
+        num_bytes = int.from_bytes(header[:4], "big")
+        if num_bytes == 1 and len(header) == 16:
+            num_bytes = int.from_bytes(header[8:16], "big")
+        if header[4:8] == b"moov":
+            return offset + num_bytes <= watched.num_bytes
+        if num_bytes < 8:  # 0 is "to the end of the file"
+            return False
+        offset += num_bytes
+    return False
+
+
+# What the header says.
+
+
+def codec_name(stream: VideoStream) -> str:
+    return stream.codec_context.codec.canonical_name
+
+
+def time_base_of(stream: VideoStream) -> Fraction:
+    return stream.time_base or Fraction(1, 1_000_000)
+
+
+def usual_ticks(stream: VideoStream) -> int:
+    """How long a frame stays that does not say so itself: by the average rate, at least one tick."""
+    rate = stream.average_rate or stream.guessed_rate
+    return max(1, round(1 / (rate * time_base_of(stream)))) if rate else 1
+
+
+def stream_seconds(stream: VideoStream) -> Fraction | None:
+    """Length that the header gives to the video stream itself, not to the container or guessed from a bit rate."""
+    formats = stream.container.format.name.split(",")
+    if stream.duration and ("mov" in formats or "avi" in formats):
+        return stream.duration * time_base_of(stream)
+    if "matroska" in formats:
+        for key, value in stream.metadata.items():
+            if key.upper().startswith("DURATION") and (match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", value)):
+                hours, minutes, seconds = match.groups()
+                return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)
+    return None
+
+
+def seconds_from_header(stream: VideoStream, first_seconds: Fraction) -> Fraction | None:
+    """From the first frame to the end, as claimed; None where nothing usable is."""
+    container = stream.container
+    assert isinstance(container, InputContainer)
+    formats = set(container.format.name.split(","))
+    if formats & _RAW_FORMATS:
+        return None
+    seconds = stream_seconds(stream)
+    if seconds is None and container.duration:
+        seconds = Fraction(container.duration, av.time_base)
+    if seconds is not None and "matroska" in formats:
+        seconds -= max(first_seconds, Fraction(0))  # there, counted from zero rather than from the first frame
+    return seconds if seconds is not None and seconds > 0 else None
+
+
+# Words for people.
+
+
+def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:
+    """So many bytes, fewer only at the end of the file."""
+    parts = []
+    while num_bytes > 0 and (part := file.read(num_bytes)):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
+
+
+def one_line(error: BaseException) -> str:
+    """What the storage says, without user names, passwords or signatures of its addresses."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda match: public_uri(match[0]), words, flags=re.IGNORECASE)

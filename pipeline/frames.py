@@ -1,0 +1,209 @@
+"""Frames of a video in presentation order, from a time on: seeking, decoding, and the refusal of damage."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from pipeline.container import (
+    ThreadType,
+    WatchedFile,
+    codec_name,
+    ffmpeg_failures_as,
+    open_video,
+    stream_seconds,
+    time_base_of,
+    usual_ticks,
+)
+from schemas.video import Reason, VideoError
+
+# How far before the wanted time to try, in seconds, when the container's index led past it; then the start.
+_SEEK_BACK_SECONDS = (0, 2, 10, 60)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """A decoded frame, and the ticks from which to which (exclusive) it is on screen if no other one follows."""
+
+    frame: VideoFrame
+    pts: int
+    end_pts: int
+    stream: VideoStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Where decoding begins."""
+
+    seek_pts: int | None = None
+    """At the keyframe before this tick; None for the start of the file."""
+    await_keyframe: bool = True
+    """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
+
+
+class _NoKeyframeError(Exception):
+    """Not one packet was marked as a keyframe."""
+
+
+def frames_covering(
+    watched: WatchedFile, needed_pts: int | None, time_base: Fraction, thread_type: ThreadType
+) -> Generator[Shown, None, None]:
+    """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None."""
+    if needed_pts is not None:
+        for seconds in _SEEK_BACK_SECONDS:
+            start = Start(seek_pts=needed_pts - int(seconds / time_base))
+            with closing(decode_from(watched, start, thread_type)) as frames:
+                try:
+                    first = next(frames, None)
+                except VideoError:  # landed where decoding cannot begin: the start has the last word
+                    continue
+                if first is not None and first.pts <= needed_pts:
+                    yield first
+                    yield from frames
+                    return
+    yield from decode_from(watched, Start(), thread_type)
+
+
+def decode_from(
+    watched: WatchedFile, start: Start, thread_type: ThreadType = "NONE", *, keep_going: bool = False
+) -> Generator[Shown, None, None]:
+    """Frames from a starting point to the end, where a truncated stream is refused.
+
+    Args:
+        watched: the file.
+        start: where to begin.
+        thread_type: how the decoder uses threads.
+        keep_going: skip what fails to decode, and fail only when nothing is left.
+    """
+    try:
+        yield from _decode_once(watched, start, thread_type, keep_going)
+    except _NoKeyframeError:
+        if start.seek_pts is None:
+            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going)
+
+
+def _decode_once(
+    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool
+) -> Generator[Shown, None, None]:
+    with open_video(watched, thread_type) as (container, stream):
+        if start.seek_pts is not None:
+            with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
+                container.seek(start.seek_pts, stream=stream)
+        time_base = time_base_of(stream)
+        frame_ticks = usual_ticks(stream)
+        first_pts: int | None = None  # of the keyframe that a seek led to
+        previous: Shown | None = None
+        failure = "no packets"
+        for packet in _packets(container, stream, start.await_keyframe):
+            if packet is not None and first_pts is None and start.seek_pts is not None:
+                first_pts = packet.pts
+                if first_pts is None and stream.codec_context.reorder_depth == 0:
+                    first_pts = packet.dts
+                if first_pts is None:
+                    return  # no telling where this is: only counting from the start says
+            try:
+                frames = _decode_packet(watched, stream, packet)
+            except VideoError as error:
+                if not keep_going:
+                    raise
+                failure = error.detail
+                continue
+            for frame in frames:
+                pts = frame.pts if frame.pts is not None else frame.dts
+                if pts is None:
+                    pts = previous.end_pts if previous is not None else 0
+                if first_pts is not None and pts < first_pts:
+                    continue  # leans on pictures before the keyframe, which were not decoded
+                at = f"at {float(pts * time_base):.2f} s"
+                if frame.is_corrupt and not keep_going:
+                    raise VideoError(Reason.DECODE_ERROR, f"{at}: the decoder had to conceal a damaged picture")
+                if previous is not None and pts < previous.pts:
+                    before = f"{float(previous.pts * time_base):.2f} s"
+                    raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
+                previous = Shown(frame=frame, pts=pts, end_pts=pts + (frame.duration or frame_ticks), stream=stream)
+                yield previous
+        if previous is not None:
+            _refuse_truncated(stream, previous.end_pts * time_base)
+        elif start.seek_pts is None:
+            raise VideoError(
+                Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
+            )
+
+
+def _packets(
+    container: InputContainer, stream: VideoStream, await_keyframe: bool
+) -> Iterator[Packet[VideoStream] | None]:
+    """Packets from the first keyframe on, then None to drain the decoder."""
+    waiting = await_keyframe
+    num_packets = 0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
+            raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
+        if packet is None:
+            break
+        if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
+            continue
+        num_packets += 1
+        waiting = waiting and not packet.is_keyframe
+        if not waiting:
+            yield packet
+    if waiting and num_packets:
+        raise _NoKeyframeError
+    yield None
+
+
+def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    if packet is None:
+        with ffmpeg_failures_as(Reason.DECODE_ERROR, "at the end"):
+            return stream.codec_context.decode(None)
+    pts = packet.pts if packet.pts is not None else packet.dts
+    at = f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
+    if packet.is_corrupt:
+        if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
+            raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
+    with ffmpeg_failures_as(Reason.DECODE_ERROR, at):
+        return stream.codec_context.decode(packet)
+
+
+def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
+    """From the first frame to the end, by reading every packet but decoding none."""
+    with open_video(watched) as (container, stream):
+        frame_ticks = usual_ticks(stream)
+        num_packets, end_pts = 0, first_pts
+        for packet in _packets(container, stream, await_keyframe=False):
+            if packet is not None:
+                num_packets += 1
+                if packet.pts is not None:
+                    end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
+        return max(end_pts - first_pts, num_packets * frame_ticks if end_pts == first_pts else 0) * time_base_of(stream)
+
+
+def _refuse_truncated(stream: VideoStream, end_seconds: Fraction) -> None:
+    """Refuse a stream whose frames end well before its header says they do.
+
+    Only what the header says of the video stream itself counts: a container may be longer for its sound. Where
+    the clock starts differs between writers, so the reading that misses less is taken. Honest writers are exact to
+    a frame or two; a second, or a hundredth of the length, leaves room for the others.
+    """
+    claimed = stream_seconds(stream)
+    if claimed is None:
+        return
+    start = (stream.start_time or 0) * time_base_of(stream)
+    reached = max(end_seconds, end_seconds - start)
+    if claimed - reached > max(Fraction(1), claimed / 100):
+        raise VideoError(
+            Reason.TRUNCATED,
+            f"the header promises {float(claimed):.2f} s of video, the frames end at {float(reached):.2f} s",
+        )
