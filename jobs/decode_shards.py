@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,12 +22,13 @@ from models.tiling import Tiling
 from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, output_to_frames
 from models.weights import NoAveragesError
 from pipeline import storage
-from pipeline.encode import EncoderSpec, clip_spec_of, make_reproducible, open_tokenizer
+from pipeline.encode import EncoderSpec, clip_specs_of, make_reproducible, open_tokenizer
 from pipeline.read import ShardError, StoredClip, find_clips, open_shard, output_shards, read_clips
+from pipeline.rows import row_part
 from pipeline.stages import decode_again
 from schemas.runs import TokenizeRun
 from schemas.tokens import Provenance
-from schemas.video import VideoError
+from schemas.video import ClipSpec, VideoError
 
 
 def decode_output(
@@ -106,10 +108,12 @@ def _whole_video(paths: list[str], prefix: str, run: TokenizeRun) -> list[tuple[
     """
     if not run.continuous:
         raise UserError("--video takes an output of --continuous; these clips stand apart: --clip ID, or --all DIR")
-    videos = sorted({clip_id.split("-")[0] for _, clip_id in find_clips(paths, prefix)})
+    videos = sorted({clip_id.rsplit("-", 1)[0] for _, clip_id in find_clips(paths, prefix)})
     if len(videos) != 1:
         some = (
-            f"{len(videos)} videos begin so: {', '.join(videos[:3])} ..." if videos else "vidshard inspect shows some"
+            f"{len(videos)} videos, or parts of one, begin so: {', '.join(videos[:3])} ..."
+            if videos
+            else "vidshard inspect shows some"
         )
         raise UserError(f"no single video whose id begins with '{prefix}'; {some}")
     rows = _rows_of_video(paths, videos[0])
@@ -161,7 +165,7 @@ def tokenizer_of(provenance: Provenance, weights: str | None) -> VideoTokenizer:
         random_seed=seed,
         weights_sha256=provenance.weights_sha256,
         precision="float32",
-        clip_shape=(0, 0, 0, 3),
+        num_frames=0,
         payload=provenance.payload,
         batch_size=1,
         num_threads=torch.get_num_threads(),
@@ -229,7 +233,7 @@ def reconstruct_row(clip: StoredClip, paths: list[str], tokenizer: VideoTokenize
     """
     config = tokenizer.config
     index = int(clip.values["clip_index"])
-    rows = dict(_rows_of_video(paths, clip.values["video_id"]))
+    rows = dict(_rows_of_video(paths, clip.clip_id.rsplit("-", 1)[0]))
     num_latents = clip.payload.shape[-3]
     first = index
     while first - 1 in rows and (index - first) * num_latents < config.history_latents:
@@ -262,9 +266,13 @@ def reconstruct_video(rows: Sequence[tuple[str, str]], tokenizer: VideoTokenizer
         wanted -= len(frames)
 
 
-def _rows_of_video(paths: list[str], video_id: str) -> list[tuple[int, tuple[str, str]]]:
-    """(clip index, (path, clip id)) of every row of a video, in order."""
-    rows = find_clips(paths, f"{video_id}-")
+def _rows_of_video(paths: list[str], sequence: str) -> list[tuple[int, tuple[str, str]]]:
+    """(clip index, (path, clip id)) of every row of a video, or of a part of one, in order.
+
+    Args:
+        sequence: what the rows' ids have in common: all but the index.
+    """
+    rows = find_clips(paths, f"{sequence}-")
     return sorted((int(clip_id.rsplit("-", 1)[1]), (path, clip_id)) for path, clip_id in rows)
 
 
@@ -288,12 +296,18 @@ def _source_frames(clip: StoredClip, run: TokenizeRun, config: TokenizerConfig, 
     """The clip decoded again from its source; None, with a word, where that can no longer be read."""
     values = clip.values
     try:
-        spec = replace(clip_spec_of(run, config), halo_clips=0)
-        source = decode_again(values["uri"], values["video_id"], values["clip_index"], spec)[-1]
+        spec = replace(stored_spec(run, config, values), halo_clips=0)
+        source = decode_again(values["uri"], values["video_id"], values["clip_index"], spec, row_part(values))[-1]
     except VideoError as error:
         console.print(f"{values['uri']} cannot be shown beside: {error}", highlight=False, markup=False)
         return None
     return source.frames[source.lead_frames :]
+
+
+def stored_spec(run: TokenizeRun, config: TokenizerConfig, values: Mapping[str, Any]) -> ClipSpec:
+    """How a stored row's clip was made."""
+    specs = {spec.bucket: spec for spec in clip_specs_of(run, config)}
+    return specs[values["bucket"]] if "bucket" in values else next(iter(specs.values()))
 
 
 def write_video(target: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:

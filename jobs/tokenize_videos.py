@@ -40,7 +40,7 @@ from models.tokenizer import TokenizerConfig, get_preset
 from models.weights import weights_digest
 from pipeline import storage
 from pipeline.discover import Discovery, InputError, discover
-from pipeline.encode import EncoderSpec, clip_spec_of, open_tokenizer
+from pipeline.encode import EncoderSpec, clip_specs_of, open_tokenizer
 from pipeline.flow import Placement, build_flow
 from pipeline.plan import Plan, clips_per_span, make_plan
 from pipeline.rows import manifest_fields
@@ -109,7 +109,8 @@ class Request:
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a token means; an output holds one set of them."""
         run = self.run.model_dump(mode="json")
-        kept = ["precision", "fps", "frames", "size", "tail", "resize", "keep_logvar"]
+        kept = ["precision", "fps", "frames", "tail", "resize", "keep_logvar"]
+        kept.append("size" if self.run.buckets is None else "buckets")
         # these only where they decide something: without them the tokens are those of an output that lacks the setting
         if self.padding is not None:
             kept.append("pad_frames")
@@ -117,6 +118,11 @@ class Request:
             kept += ["tile_size", "tile_overlap"]
         if self.run.continuous:
             kept.append("continuous")
+        kept += [name for name in ("start", "end", "stride_seconds", "clips_per_video") if run[name] is not None]
+        if self.run.clips_per_video is not None:
+            kept += ["clip_placement", "clip_seed"]
+        if self.run.min_seconds:
+            kept.append("min_seconds")
         tokenizer = self.tokenizer.model_dump(mode="json")
         for name in ("architecture", "vq_codebook_size"):
             if tokenizer[name] == TokenizerConfig.model_fields[name].default:
@@ -125,14 +131,24 @@ class Request:
             "tokenizer": tokenizer,
             "weights_sha256": self.weights_sha256,
             # units of work are what a resumed run compares: others would lose clips, or write them twice
-            "clips_per_span": clips_per_span(self.clip_spec, self.run.clips_per_span),
+            "clips_per_span": clips_per_span(self.largest, self.run.clips_per_span),
             **{name: run[name] for name in kept},
         }
 
     @property
-    def clip_spec(self) -> ClipSpec:
-        """How videos become clips of this tokenizer."""
-        return clip_spec_of(self.run, self.tokenizer)
+    def clip_specs(self) -> list[ClipSpec]:
+        """How videos become clips of this tokenizer, one for each frame size."""
+        return clip_specs_of(self.run, self.tokenizer)
+
+    @property
+    def largest(self) -> ClipSpec:
+        """That of the clips which take most memory."""
+        return max(self.clip_specs, key=lambda spec: spec.clip_bytes)
+
+    def payload_of(self, spec: ClipSpec) -> Payload:
+        """What a clip of one frame size becomes."""
+        num_frames = encoded_frames(self.run, self.tokenizer)
+        return replace(self.payload, shape=self.tokenizer.latent_shape(num_frames, spec.height, spec.width))
 
     @property
     def padding(self) -> Padding | None:
@@ -144,7 +160,7 @@ class Request:
     def tiling(self) -> Tiling | None:
         """The tiles in which frames are encoded; None where a frame is no larger than one."""
         tiling = tiling_of(self.run, self.tokenizer)
-        return None if tiling is None or tiling.fits(*self.run.size) else tiling
+        return None if tiling is None or all(tiling.fits(*size) for size in self.run.sizes) else tiling
 
     @property
     def provenance(self) -> Provenance:
@@ -245,9 +261,9 @@ def resolve(run: TokenizeRun) -> Request:
     """
     try:
         tokenizer = _tokenizer_of(run)
-        shape = tokenizer.latent_shape(encoded_frames(run, tokenizer), *run.size)
+        shape, *_ = [tokenizer.latent_shape(encoded_frames(run, tokenizer), *size) for size in run.sizes]
         tiling_of(run, tokenizer)
-        clip_spec_of(run, tokenizer)
+        clip_specs_of(run, tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from error
     if run.keep_logvar and tokenizer.head != "kl":
@@ -329,8 +345,8 @@ def encoder_spec(request: Request, *, batch_size: int, num_threads: int) -> Enco
         random_seed=run.random_weights,
         weights_sha256=request.weights_sha256,
         precision=run.precision,
-        clip_shape=(request.clip_spec.num_frames, *run.size, 3),
-        continuous=request.clip_spec if run.continuous else None,
+        num_frames=request.largest.num_frames,
+        continuous=request.largest if run.continuous else None,
         payload=request.payload,
         batch_size=batch_size,
         num_threads=num_threads,
@@ -378,11 +394,11 @@ def announce(request: Request, found: Discovery, console: Console) -> None:
     console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
     config, payload = request.tokenizer, request.payload
     what = f"tokens below {payload.codebook_size}" if payload.kind == "tokens" else "float16 latents"
-    console.print(
-        f"{config.name}: {request.run.frames}x{record['size']} frames become {list(payload.shape)} {what}; "
-        f"weights SHA-256 {request.weights_sha256[:16]}",
-        highlight=False,
-    )
+    for spec in request.clip_specs:
+        shape = list(request.payload_of(spec).shape)
+        text = f"{config.name}: {request.run.frames}x{spec.bucket} frames become {shape} {what}"
+        console.print(text, highlight=False)
+    console.print(f"weights SHA-256 {request.weights_sha256[:16]}", highlight=False)
     if request.padding is not None:
         num_frames = config.valid_frames(request.run.frames)
         console.print(f"each clip is encoded as {num_frames} frames: {request.padding}", highlight=False)
@@ -393,7 +409,8 @@ def announce(request: Request, found: Discovery, console: Console) -> None:
     if found.num_passed_over:
         kinds = ", ".join(f"{count} {extension}" for extension, count in found.passed_over_extensions[:5])
         console.print(f"passed over {found.num_passed_over} files without a video's extension: {kinds}", markup=False)
-    console.print(f"{found.videos.num_rows} videos", highlight=False)
+    rows, videos = found.videos.num_rows, pc.count_distinct(found.videos["uri"]).as_py()
+    console.print(f"{videos} videos" + (f", {rows} parts of them" if rows != videos else ""), highlight=False)
 
 
 def public_record(run: TokenizeRun) -> dict[str, Any]:
@@ -410,7 +427,6 @@ def warn(console: Console, text: str) -> None:
 
 def probe_videos(request: Request, found: Discovery, cluster: Cluster, console: Console) -> Plan:
     """Open every video and plan its spans."""
-    spec = request.clip_spec
     total = found.videos.num_rows
     opened = 0
     with RunDisplay(console, "opening videos", total) as display:
@@ -422,8 +438,9 @@ def probe_videos(request: Request, found: Discovery, cluster: Cluster, console: 
 
         return make_plan(
             found.videos,
-            spec,
-            span_clips=clips_per_span(spec, request.run.clips_per_span),
+            request.clip_specs,
+            part=request.run.part,
+            span_clips=clips_per_span(request.largest, request.run.clips_per_span),
             num_tasks=4 * cluster.num_cpus,
             on_progress=on_progress,
         )
@@ -459,17 +476,20 @@ def tokenize_spans(
 ) -> None:
     """Run the flow into the sink, and hold what came out against the plan."""
     run = request.run
-    spec = request.clip_spec
     placement, encoder = place(request, todo.num_rows, summary.expected_clips / summary.planned_spans, cluster)
-    span_clips = clips_per_span(spec, run.clips_per_span)
-    decoder = SpanDecoder(spec=spec, max_clips=4 * span_clips + 16, timeout_seconds=run.decode_timeout)
+    span_clips = clips_per_span(request.largest, run.clips_per_span)
+    decoder = SpanDecoder(
+        spec=request.largest,
+        max_clips=4 * span_clips + 16,
+        clips_per_pass=span_clips,
+        timeout_seconds=run.decode_timeout,
+    )
     stored = storage.join(run.out, PLAN if todo.num_rows == summary.planned_spans else TODO)
     secret = any(uri != storage.public_uri(uri) for uri in todo["uri"].unique().to_pylist())
     flow = build_flow(todo if secret else stored, decoder=decoder, encoder=encoder, placement=placement)
     sink = TokenShardSink(
         run.out,
-        spec=spec,
-        payload=request.payload,
+        buckets=[(spec, request.payload_of(spec)) for spec in request.clip_specs],
         provenance=request.provenance,
         manifest_fields=manifest_fields(todo.schema),
         shard_bytes=run.shard_size,
@@ -584,8 +604,8 @@ def place(request: Request, num_spans: int, clips_per_row: float, cluster: Clust
         workers = run.encode_workers or max(1, cluster.num_cpus // 4)
         threads = run.encode_threads or max(1, cluster.num_cpus // cluster.num_nodes // workers)
     batch_size = run.batch_size or (8 if on_gpu else 1)
-    span_clips = clips_per_span(request.clip_spec, run.clips_per_span)
-    span_bytes = (span_clips + request.clip_spec.halo_clips) * request.clip_spec.clip_bytes
+    span_clips = clips_per_span(request.largest, run.clips_per_span)
+    span_bytes = (span_clips + request.largest.halo_clips) * request.largest.clip_bytes
     # a call of four batches leaves at most one of them not full; 1 GiB if by chance all its spans are long ones
     rows_per_batch = max(1, min(math.ceil(4 * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
     if run.continuous:  # each span is a stream, and a batch takes as many of them
@@ -597,7 +617,10 @@ def place(request: Request, num_spans: int, clips_per_row: float, cluster: Clust
         gpus_per_worker=run.gpus_per_worker if on_gpu else 0.0,
         cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
         decode_workers=run.decode_workers,
-        rows_per_task=max(1, min(8, math.ceil(num_spans / (8 * cluster.num_cpus)))),
+        # eight units of work at most, by their clips: rows of parts may hold a clip or two each
+        rows_per_task=max(
+            1, min(math.ceil(8 * span_clips / max(1.0, clips_per_row)), math.ceil(num_spans / (8 * cluster.num_cpus)))
+        ),
         rows_per_batch=rows_per_batch if batch_size > 1 else 1,
     )
     return placement, encoder_spec(request, batch_size=batch_size, num_threads=threads)

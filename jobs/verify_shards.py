@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,15 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from jobs.decode_shards import padding_of, tiling_for, tokenizer_of
+from jobs.decode_shards import padding_of, stored_spec, tiling_for, tokenizer_of
 from jobs.display import RunDisplay
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
 from models.lengths import pad
 from models.tokenizer import Encoded, Past, VideoTokenizer, frames_to_input
 from pipeline import storage
-from pipeline.encode import DTYPES, clip_spec_of
+from pipeline.encode import DTYPES
 from pipeline.read import ShardError, check_shard, find_clips, open_shard, output_shards, read_clips
+from pipeline.rows import row_part
 from pipeline.stages import decode_again
 from schemas.runs import TokenizeRun
 from schemas.video import Clip, VideoError
@@ -110,9 +112,7 @@ def _encode_again(paths: list[str], console: Console, *, share: float, seed: int
             stored = next(read_clips(path, clip_id))
             values = stored.values
             try:
-                again = encode_by_another_cut(
-                    tokenizer, run, values["uri"], values["video_id"], int(values["clip_index"])
-                )
+                again = encode_by_another_cut(tokenizer, run, values)
             except VideoError as error:
                 result.gone.append(f"{clip_id} of {values['uri']}: {error}")
             else:
@@ -123,17 +123,16 @@ def _encode_again(paths: list[str], console: Console, *, share: float, seed: int
     return EXIT_FAILED if must_be_equal and result.num_different > result.num_ties else 0
 
 
-def encode_by_another_cut(
-    tokenizer: VideoTokenizer, run: TokenizeRun, uri: str, video_id: str, clip_index: int
-) -> Encoded:
-    """One clip from its source, computed otherwise than the run did.
+def encode_by_another_cut(tokenizer: VideoTokenizer, run: TokenizeRun, values: Mapping[str, Any]) -> Encoded:
+    """The clip of a stored row from its source, computed otherwise than the run did.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
     config = tokenizer.config
-    spec = clip_spec_of(run, config)
-    clips = decode_again(uri, video_id, clip_index, replace(spec, halo_clips=spec.halo_clips + int(spec.continuous)))
+    spec = stored_spec(run, config, values)
+    wider = replace(spec, halo_clips=spec.halo_clips + int(spec.continuous))
+    clips = decode_again(values["uri"], values["video_id"], values["clip_index"], wider, row_part(values))
     if spec.continuous:
         num_latents = spec.num_frames // config.time_stride
         whole = _in_pieces(tokenizer, _to_input(tokenizer, clips)[:, :, spec.lead_frames :])

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -36,8 +36,19 @@ from pipeline.container import (
 from pipeline.frames import Shown, Start, decode_from, frames_covering, seconds_from_packets
 from pipeline.geometry import display_size, place
 from pipeline.picture import orientation_of, render
-from pipeline.sampling import Grid
-from schemas.video import Clip, ClipSpec, Geometry, Reason, Span, VideoError, VideoProbe, VideoRef, VideoSource
+from pipeline.sampling import Grid, Layout
+from schemas.video import (
+    Clip,
+    ClipSpec,
+    Geometry,
+    Reason,
+    Span,
+    SpanClips,
+    VideoError,
+    VideoProbe,
+    VideoRef,
+    VideoSource,
+)
 
 _CHUNK_BYTES = 1 << 16
 
@@ -109,130 +120,264 @@ def fingerprint(file: BinaryIO | WatchedFile) -> str:
 def decode_span(
     span: Span, spec: ClipSpec, source: str | BinaryIO, *, max_clips: int, thread_type: ThreadType = "NONE"
 ) -> list[Clip]:
-    """Decode one span of a video.
+    """Decode one span of a video; see :func:`decode_spans`.
+
+    Raises:
+        VideoError: the span was refused.
+    """
+    [result] = decode_spans([span], spec, source, max_clips=max_clips, thread_type=thread_type)
+    if result.error is not None:
+        raise result.error
+    return result.clips
+
+
+def decode_spans(
+    spans: Sequence[Span],
+    spec: ClipSpec,
+    source: str | BinaryIO,
+    *,
+    max_clips: int,
+    thread_type: ThreadType = "NONE",
+) -> list[SpanClips]:
+    """Decode spans of one video, in one pass where they lie close together.
+
+    Each has the same clips as decoded by itself: where one fails, those that are not finished are decoded alone.
 
     Args:
-        span: which clips; from ``plan_spans``.
-        spec: the grid and the geometry; the same that the span was planned with.
+        spans: which clips; from ``plan_spans``, all of one video.
+        spec: the grid and the geometry; the same that the spans were planned with.
         source: a local path, or a seekable binary file that stays open.
-        max_clips: the open-ended last span may hold this many clips, not more: the limit on memory, as
+        max_clips: an open-ended last span may hold this many clips, not more: the limit on memory, as
             ``max_clips * spec.clip_bytes`` bytes of frames are held at once.
         thread_type: how the decoder uses threads; one thread unless asked, as many tasks run side by side.
 
     Returns:
-        The span's clips in order. Fewer than planned, or none, where the video ended before the header said so; a
-        span after the first may be empty.
+        For each span its clips in order. Fewer than planned, or none, where the video ended before the header said
+        so; a span after the first of its part may be empty. Or why it was refused: DECODE_ERROR, TRUNCATED,
+        LONGER_THAN_HEADER, TOO_SHORT, NO_FRAMES, UNSUPPORTED, UNREADABLE, and whatever ``probe_video`` refuses, should
+        the file have changed since.
 
     Raises:
-        VideoError: DECODE_ERROR, TRUNCATED, LONGER_THAN_HEADER, TOO_SHORT, NO_FRAMES, UNSUPPORTED, UNREADABLE, and
-            whatever ``probe_video`` refuses, should the file have changed since.
+        VideoError: UNREADABLE: the file cannot be opened.
     """
-    grid = Grid.of(span, spec)
-    clips = _ClipsInTheMaking(span=span, spec=spec, grid=grid, max_clips=max_clips)
-    with opened(source) as file, storage_failures_named(file) as watched:
-        needed_pts = grid.pts_at(clips.position - spec.lead_frames) if clips.position else None
-        with closing(frames_covering(watched, needed_pts, span.time_base, thread_type)) as frames:
-            shown: Shown | None = None
-            for following in frames:
-                if shown is not None:
-                    clips.show(shown, until=grid.first_index_at(following.pts) + spec.lead_frames)
-                if clips.full:
-                    return clips.finished()
-                shown = following
-        assert shown is not None, "a video without frames is refused where it is decoded"
-        clips.show(shown, until=grid.first_index_at(shown.end_pts) + spec.lead_frames)
-        return clips.finished()
+    makers = [_ClipsInTheMaking(span=span, spec=spec, max_clips=max_clips) for span in spans]
+    with opened(source) as file:
+        if len(makers) > 1:
+            with suppress(VideoError):  # then nobody knows yet whose error it is
+                _fill(file, makers, thread_type)
+        for number, maker in enumerate(makers):
+            if not maker.is_done:
+                makers[number] = maker = _ClipsInTheMaking(span=maker.span, spec=spec, max_clips=max_clips)
+                try:
+                    _fill(file, [maker], thread_type)
+                except VideoError as error:
+                    maker.error = error
+    return [maker.result() for maker in makers]
+
+
+# How long a stretch of video must be, in seconds, to be leapt over by seeking: a new start costs some milliseconds.
+_LEAP_SECONDS = 10
+
+
+def _fill(file: BinaryIO, makers: Sequence[_ClipsInTheMaking], thread_type: ThreadType) -> None:
+    """Show frames to the makers until all have theirs, in as few passes as it takes."""
+    waiting = list(makers)
+    while waiting:
+        with storage_failures_named(file) as watched:
+            _one_pass(watched, waiting, thread_type)
+        waiting = [maker for maker in waiting if not maker.is_done]
+
+
+def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread_type: ThreadType) -> None:
+    """Show frames from where the first maker wants some, until all are done or the next want lies far ahead."""
+    begins = [maker.wanted_pts for maker in waiting]
+    start = None if None in begins else min(pts for pts in begins if pts is not None)
+    time_base = waiting[0].span.time_base
+    leap = int(_LEAP_SECONDS / time_base)
+
+    with closing(frames_covering(watched, start, time_base, thread_type)) as frames:
+        shown: Shown | None = None
+        for following in frames:
+            if shown is not None:
+                for maker in waiting:
+                    maker.show(shown, until_pts=following.pts)
+                waiting = [maker for maker in waiting if not maker.is_done]
+                wants = [maker.wanted_pts for maker in waiting]
+                if not wants:
+                    return
+                if start is not None and None not in wants:
+                    nearest = min(pts for pts in wants if pts is not None)
+                    if nearest > start and nearest - following.pts > leap:
+                        return
+            shown = following
+    assert shown is not None, "a video without frames is refused where it is decoded"
+    for maker in waiting:
+        maker.show(shown, until_pts=shown.end_pts)
+        maker.end(shown.end_pts)
 
 
 # Clips out of frames.
 
 
 @dataclass(kw_only=True, slots=True)
+class _ClipInTheMaking:
+    index: int
+    grid: Grid
+    num_frames: int
+    """How many it gets if the video lasts."""
+    frames: npt.NDArray[np.uint8]
+    """uint8 (T, H, W, 3)."""
+    geometry: Geometry
+    """That of its first frame."""
+    pts: list[int] = field(default_factory=list)
+    """Ticks of the frames so far."""
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.pts) == self.num_frames
+
+
+@dataclass(kw_only=True, slots=True)
 class _ClipsInTheMaking:
-    """The clips of one span, filled grid time by grid time."""
+    """The clips of one span, filled grid time by grid time as frames are shown in order."""
 
     span: Span
     spec: ClipSpec
-    grid: Grid
     max_clips: int
-    first_clip: int = field(init=False)
-    """Index of the first clip that is made; those before the span's own are its halo."""
-    position: int = field(init=False)
-    """The next frame to fill, counted from the first one of clip 0."""
-    frames: list[npt.NDArray[np.uint8]] = field(default_factory=list)
-    """Per clip, uint8 (T, H, W, 3)."""
-    pts: list[list[int]] = field(default_factory=list)
-    """Per clip, the ticks of the frames so far."""
-    geometries: list[Geometry] = field(default_factory=list)
-    """Per clip, that of its first frame."""
+    layout: Layout = field(init=False)
+    next_clip: int = field(init=False)
+    """The first clip not begun yet; at first, that of the halo."""
+    begun: list[_ClipInTheMaking] = field(default_factory=list)
+    """In order, the full ones too."""
+    open_clips: list[_ClipInTheMaking] = field(default_factory=list)
+    """Those of them that are not full."""
+    end_pts: int | None = None
+    """Where the video ended, once that is known."""
+    error: VideoError | None = None
+    num_errors: int = 0
     reformatter: VideoReformatter = field(default_factory=VideoReformatter)
 
     def __post_init__(self) -> None:
-        self.first_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
-        self.position = self.first_clip * self.spec.num_frames
+        self.layout = Layout.of(self.span, self.span.part, self.spec)
+        self.next_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
 
     @property
-    def full(self) -> bool:
-        """Whether every grid time of the span has its frame; never true of an open-ended one."""
-        return self.span.end_clip is not None and self.position >= self.span.end_clip * self.spec.num_frames
+    def is_done(self) -> bool:
+        """Whether no further frame is wanted; of an open-ended span not before the end of the part or video."""
+        if self.error is not None or self.end_pts is not None:
+            return True
+        return not self.open_clips and not self._has_more
 
-    def show(self, shown: Shown, *, until: int) -> None:
-        """Fill the frames before ``until`` with this one, as far as the span goes."""
-        if self.span.end_clip is not None:
-            until = min(until, self.span.end_clip * self.spec.num_frames)
-        if until <= self.position:
+    @property
+    def _has_more(self) -> bool:
+        past_end = self.span.end_clip is not None and self.next_clip >= self.span.end_clip
+        return not past_end and not self.layout.is_beyond(self.next_clip)
+
+    @property
+    def wanted_pts(self) -> int | None:
+        """The tick at which the next frame must be on screen; None for the video's very first frame."""
+        wants = [clip.grid.pts_at(len(clip.pts)) for clip in self.open_clips[:1]]
+        if self._has_more:
+            wants.append(self.layout.grid(self.next_clip).pts_at(0))
+        earliest = min(wants)
+        return earliest if earliest > self.span.grid_start_pts else None
+
+    def needs(self, pts: int, until_pts: int) -> bool:
+        """Whether a frame on screen between these ticks, the second exclusive, is in one of the span's clips."""
+        clips = self.layout.around(pts, until_pts)
+        first = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        end = clips.stop if self.span.end_clip is None else min(clips.stop, self.span.end_clip)
+        for index in range(max(first, clips.start), end):
+            grid = self.layout.grid(index)
+            if grid.first_index_at(pts) < min(grid.first_index_at(until_pts), self.layout.num_frames(index)):
+                return True
+        return False
+
+    def show(self, shown: Shown, *, until_pts: int) -> None:
+        """Fill the frames that this one is on screen for, as far as the span goes."""
+        if self.error is not None:
             return
-        rgb, geometry = render(shown, self.spec, self.reformatter)
-        for index in range(self.position, until):
-            slot = index % self.spec.num_frames
-            if slot == 0:
-                self._begin_clip(geometry)
-            place(rgb, geometry, self.frames[-1][slot])
-            self.pts[-1].append(shown.pts)
-        self.position = until
+        try:
+            self._fill_with(shown, until_pts)
+        except VideoError as error:
+            self.error = error
+
+    def _fill_with(self, shown: Shown, until_pts: int) -> None:
+        rendered: tuple[npt.NDArray[np.uint8], Geometry] | None = None
+        while self._has_more and self.layout.grid(self.next_clip).first_index_at(until_pts) > 0:
+            rendered = rendered or render(shown, self.spec, self.reformatter)
+            self._begin_clip(rendered[1])
+        for clip in self.open_clips:
+            until = min(clip.grid.first_index_at(until_pts), clip.num_frames)
+            if until > len(clip.pts):
+                rendered = rendered or render(shown, self.spec, self.reformatter)
+                for slot in range(len(clip.pts), until):
+                    place(*rendered, clip.frames[slot])
+                    clip.pts.append(shown.pts)
+        self.open_clips = [clip for clip in self.open_clips if not clip.is_full]
 
     def _begin_clip(self, geometry: Geometry) -> None:
-        if self.span.end_clip is None and len(self.frames) >= self.max_clips + self.spec.halo_clips:
+        if self.span.end_clip is None and len(self.begun) >= self.max_clips + self.spec.halo_clips:
             claimed = self.span.duration_seconds_from_header
             raise VideoError(
                 Reason.LONGER_THAN_HEADER,
                 f"more than {self.max_clips} clips after clip {self.span.first_clip}; the header says {claimed:.2f} s",
             )
-        self.frames.append(np.empty((self.spec.num_frames, self.spec.height, self.spec.width, 3), np.uint8))
-        self.pts.append([])
-        self.geometries.append(geometry)
+        clip = _ClipInTheMaking(
+            index=self.next_clip,
+            grid=self.layout.grid(self.next_clip),
+            num_frames=self.layout.num_frames(self.next_clip),
+            frames=np.empty((self.spec.num_frames, self.spec.height, self.spec.width, 3), np.uint8),
+            geometry=geometry,
+        )
+        self.next_clip += 1
+        if clip.num_frames:
+            self.begun.append(clip)
+            self.open_clips.append(clip)
 
-    def finished(self) -> list[Clip]:
-        """The clips, the tail policy applied.
+    def end(self, end_pts: int) -> None:
+        """Take note that the video ends here."""
+        self.end_pts = end_pts
 
-        Raises:
-            VideoError: TOO_SHORT: under ``drop``, a video without one whole clip.
-        """
-        num_frames = self.spec.num_frames
-        if self.spec.tail == "drop" and self.pts and len(self.pts[-1]) < num_frames:
-            if len(self.pts) == 1 and self.first_clip == 0:
-                num_times, needed = (n - self.spec.lead_frames for n in (len(self.pts[0]), num_frames))
-                raise VideoError(Reason.TOO_SHORT, f"{num_times} of the {needed} frames of one clip")
-            del self.frames[-1], self.pts[-1], self.geometries[-1]
-        clips = []
-        for number, (frames, pts, geometry) in enumerate(zip(self.frames, self.pts, self.geometries, strict=True)):
-            clip_index = self.first_clip + number
-            lead = 0 if clip_index else self.spec.lead_frames
-            num_valid = len(pts)
-            frames[num_valid:] = frames[num_valid - 1]
-            ticks = pts + pts[-1:] * (num_frames - num_valid)
-            clips.append(
-                Clip(
-                    video_id=self.span.video_id,
-                    clip_index=clip_index,
-                    frames=frames,
-                    start_seconds=float(self.grid.seconds_at(self.spec.first_frame(clip_index) + lead)),
-                    frame_pts_seconds=np.array(
-                        [float(tick * self.span.time_base) for tick in ticks[lead:]], np.float64
-                    ),
-                    num_valid_frames=num_valid - lead,
-                    lead_frames=lead,
-                    geometry=geometry,
-                )
-            )
-        return clips
+    def result(self) -> SpanClips:
+        """The clips, the tail policy applied; or the error, TOO_SHORT where the part has no clip at all."""
+        if self.error is not None:
+            return SpanClips(clips=[], error=self.error)
+        begun = self.begun
+        if self.end_pts is not None:
+            end_seconds = (self.end_pts - self.span.grid_start_pts) * self.span.time_base
+            begun = [clip for clip in begun if clip.index < self.layout.num_clips(end_seconds)]
+        clips = [clip for clip in begun if len(clip.pts) >= self._fewest_frames(clip.index)]
+        if not clips and self.span.first_clip == 0:
+            return SpanClips(clips=[], error=VideoError(Reason.TOO_SHORT, self._what_is_short(begun)))
+        return SpanClips(clips=[self._finished(clip) for clip in clips])
+
+    def _lead(self, index: int) -> int:
+        return 0 if index else self.spec.lead_frames
+
+    def _fewest_frames(self, index: int) -> int:
+        return min(self.spec.num_frames, self.spec.min_valid_frames + self._lead(index))
+
+    def _what_is_short(self, begun: Sequence[_ClipInTheMaking]) -> str:
+        if not begun:
+            return f"no frame of the video lies in {self.span.part}"
+        lead = self._lead(begun[0].index)
+        needed = self._fewest_frames(begun[0].index) - lead
+        return f"{len(begun[0].pts) - lead} of the {needed} frames that a clip must have"
+
+    def _finished(self, clip: _ClipInTheMaking) -> Clip:
+        num_valid = len(clip.pts)
+        clip.frames[num_valid:] = clip.frames[num_valid - 1]
+        ticks = clip.pts + clip.pts[-1:] * (self.spec.num_frames - num_valid)
+        lead = self._lead(clip.index)
+        start = self.layout.start_seconds(clip.index) + lead / self.spec.fps
+        return Clip(
+            video_id=self.span.video_id,
+            clip_index=clip.index,
+            frames=clip.frames,
+            start_seconds=float(self.span.grid_start_pts * self.span.time_base + start),
+            frame_pts_seconds=np.array([float(tick * self.span.time_base) for tick in ticks[lead:]], np.float64),
+            num_valid_frames=num_valid - lead,
+            lead_frames=lead,
+            geometry=clip.geometry,
+        )

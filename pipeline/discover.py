@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.rows import INTERNAL_COLUMNS
+from schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
     [
@@ -56,6 +57,11 @@ MANIFEST_EXTENSIONS = frozenset({"parquet", "csv", "jsonl"})
 REF_SCHEMA = pa.schema(
     [pa.field("uri", pa.string(), nullable=False), pa.field("num_bytes", pa.int64(), nullable=False)]
 )
+
+
+PART_COLUMNS = {"start_seconds": "part_start_seconds", "end_seconds": "part_end_seconds"}
+"""Columns of a manifest that say which part of a video a row is about, in seconds after its first frame, and what they
+are called from then on."""
 
 
 class InputError(Exception):
@@ -224,13 +230,16 @@ def _read_manifest(path: str) -> tuple[pa.Table, dict[str, str]]:
         if not isinstance(uri, str) or not uri.strip():
             raise InputError(f"manifest {shown}, row {number}: 'uri' is {uri!r}, not a path or URL")
     folder = path.rsplit("/", 1)[0]
-    extras = table.drop_columns(["uri"])
+    parts = [name for name in PART_COLUMNS if name in table.column_names]
+    extras = table.drop_columns(["uri", *parts])
     renamed = {name: f"manifest_{name}" for name in extras.column_names if name in INTERNAL_COLUMNS}
     taken = [name for name in renamed.values() if name in extras.column_names]
     if taken:
         raise InputError(f"manifest {shown} has a column '{taken[0]}', which another one would be stored as: rename it")
     extras = extras.rename_columns([renamed.get(name, name) for name in extras.column_names])
     refs = pa.table([[_resolve(u.strip(), folder) for u in uris], [-1] * len(uris)], schema=REF_SCHEMA)
+    for name, column in zip(PART_COLUMNS.values(), _parts(table, shown), strict=True):
+        refs = refs.append_column(name, column)
     for name in extras.column_names:
         refs = refs.append_column(extras.schema.field(name).with_nullable(True).remove_metadata(), extras[name])
     try:
@@ -238,6 +247,27 @@ def _read_manifest(path: str) -> tuple[pa.Table, dict[str, str]]:
     except pa.ArrowException as error:
         raise InputError(f"manifest {shown} has a column that Parquet cannot store: {error}") from error
     return refs, renamed
+
+
+def _parts(table: pa.Table, shown: str) -> list[pa.Array]:
+    """Where the part of each row starts and ends, float64, null where that is the video's own start or end.
+
+    Raises:
+        InputError: a time is no number, or a part ends before it starts.
+    """
+    columns = []
+    for name in PART_COLUMNS:
+        column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
+        try:
+            columns.append(column.cast(pa.float64()))
+        except pa.ArrowException as error:
+            raise InputError(f"manifest {shown}: '{name}' must hold numbers of seconds: {error}") from error
+    for number, (start, end) in enumerate(zip(*(c.to_pylist() for c in columns), strict=True), start=1):
+        try:
+            Part.of(start, end)
+        except ValueError as error:
+            raise InputError(f"manifest {shown}, row {number}: {error}") from error
+    return columns
 
 
 def _resolve(uri: str, folder: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from models.tiling import Tiling
 from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, frames_to_input
 from models.weights import load_tokenizer, weights_digest
 from pipeline import storage
-from pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames
+from pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes
 from schemas.runs import TokenizeRun
 from schemas.tokens import Payload
 from schemas.video import ClipSpec
@@ -41,9 +42,10 @@ class EncoderSpec:
     weights_sha256: str
     """What the weights must be: an encoder refuses to start with others. Empty before the first look."""
     precision: str
-    clip_shape: tuple[int, int, int, int]
-    """(T, H, W, 3) of every clip."""
+    num_frames: int
+    """Of every clip."""
     payload: Payload
+    """What a clip becomes; the shape is that of one frame size."""
     batch_size: int
     """Clips per forward pass."""
     num_threads: int
@@ -56,17 +58,20 @@ class EncoderSpec:
     """How the clips of a span are one stream; None where each is encoded by itself."""
 
 
-def clip_spec_of(run: TokenizeRun, config: TokenizerConfig) -> ClipSpec:
-    """How a run makes clips for its tokenizer.
+def clip_specs_of(run: TokenizeRun, config: TokenizerConfig) -> list[ClipSpec]:
+    """How a run makes clips for its tokenizer, one for each frame size.
 
     Raises:
         ValueError: a continuous sequence that the tokenizer or another setting does not allow.
     """
+    specs = run.clip_specs
     if not run.continuous:
-        return run.clip_spec
+        return specs
     if run.tile_size is not None:
         raise ValueError("--continuous cannot go with --tile-size: a stream takes whole frames")
-    return continuous_spec(run.clip_spec, config)
+    if run.stride_seconds is not None or run.clips_per_video is not None:
+        raise ValueError("--continuous is one sequence without gaps: leave --stride-seconds and --clips-per-video out")
+    return [continuous_spec(spec, config) for spec in specs]
 
 
 def continuous_spec(spec: ClipSpec, config: TokenizerConfig) -> ClipSpec:
@@ -152,9 +157,9 @@ def encode_clips(
     """
     device = next(tokenizer.parameters()).device
     dtype = tokenizer.dtype
-    values = {name: np.empty((len(clips), payload.num_values), payload.dtype) for name in payload.columns}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in payload.columns}
     if not clips:
-        return values
+        return {name: np.empty((0, payload.num_values), payload.dtype) for name in payload.columns}
     staging = torch.empty((batch_size, *clips[0].shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
     batch = staging.numpy()
     for start in range(0, len(clips), batch_size):
@@ -170,7 +175,8 @@ def encode_clips(
         for name, result in zip(payload.columns, results, strict=False):
             assert result is not None
             array = result[:count].flatten(1).to(torch.float32 if payload.kind == "latents" else None).cpu().numpy()
-            values[name][start : start + count] = array
+            parts[name].append(array.astype(payload.dtype))
+    values = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     if payload.kind == "latents" and not all(np.isfinite(v).all() for v in values.values()):
         raise FloatingPointError("the encoder gave latents that are not finite float16 numbers: check the weights")
     return values
@@ -197,7 +203,7 @@ def encode_spans(
         As `encode_clips`, for the spans' own clips.
     """
     device, dtype = next(tokenizer.parameters()).device, tokenizer.dtype
-    values = {name: np.empty((sum(counts), payload.num_values), payload.dtype) for name in payload.columns}
+    rows: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * sum(counts) for name in payload.columns}
     ends = np.cumsum(counts)
     numbers = [number for number, count in enumerate(counts) if count]
     for start in range(0, len(numbers), batch_size):
@@ -215,7 +221,9 @@ def encode_spans(
                 if step < len(spans[number]) and row >= ends[number] - counts[number]:
                     for name, result in zip(payload.columns, results, strict=False):
                         assert result is not None
-                        values[name][row] = result[slot].flatten().cpu().numpy()
+                        rows[name][row] = result[slot].flatten().cpu().numpy().astype(payload.dtype)
+    none = np.empty((0, payload.num_values), payload.dtype)
+    values = {name: np.stack(arrays) if arrays else none for name, arrays in rows.items()}
     if payload.kind == "latents" and not all(np.isfinite(v).all() for v in values.values()):
         raise FloatingPointError("the encoder gave latents that are not finite float16 numbers: check the weights")
     return values
@@ -239,30 +247,36 @@ class ClipEncoder:
         started = time.monotonic()
         waited = started - self._idle_since if self._idle_since is not None else 0.0
         spec = self._spec
-        spans = clip_frames(rows, spec.clip_shape)
-        clips = [clip for span in spans for clip in span]
-        if spec.continuous is not None:
-            values = encode_spans(
-                self._tokenizer,
-                spans,
-                clip_counts(rows),
-                spec.payload,
-                spec.continuous,
-                batch_size=spec.batch_size,
-            )
-        else:
-            values = encode_clips(
-                self._tokenizer,
-                clips,
-                spec.payload,
-                batch_size=spec.batch_size,
-                padding=spec.padding,
-                tiling=spec.tiling,
-            )
+        spans = clip_frames(rows, spec.num_frames)
+        counts = clip_counts(rows)
+        sizes = frame_sizes(rows)
+        values: dict[str, list[np.ndarray]] = {name: [] for name in spec.payload.columns}
+        num_slots = 0
+        # rows of one frame size are neighbours: the plan is sorted by it
+        for _, group in groupby(range(rows.num_rows), key=lambda row: sizes[row]):
+            numbers = list(group)
+            if any(counts[number] for number in numbers):
+                encoded = self._encode([spans[n] for n in numbers], [counts[n] for n in numbers])
+                for name, arrays in encoded.items():
+                    values[name] += list(arrays)
+            num_slots += -(-sum(len(spans[n]) for n in numbers) // spec.batch_size) * spec.batch_size
         self._idle_since = time.monotonic()
-        stats = EncodeStats(
-            seconds=self._idle_since - started,
-            wait_seconds=waited,
-            num_slots=-(-len(clips) // spec.batch_size) * spec.batch_size,
-        )
+        stats = EncodeStats(seconds=self._idle_since - started, wait_seconds=waited, num_slots=num_slots)
         return add_payload(rows, values, spec.payload, stats)
+
+    def _encode(self, spans: Sequence[Sequence[np.ndarray]], counts: Sequence[int]) -> dict[str, np.ndarray]:
+        """The clips of spans of one frame size."""
+        spec = self._spec
+        if spec.continuous is not None:
+            return encode_spans(
+                self._tokenizer, spans, counts, spec.payload, spec.continuous, batch_size=spec.batch_size
+            )
+        clips = [clip for span in spans for clip in span]
+        return encode_clips(
+            self._tokenizer,
+            clips,
+            spec.payload,
+            batch_size=spec.batch_size,
+            padding=spec.padding,
+            tiling=spec.tiling,
+        )

@@ -6,7 +6,9 @@ machine cuts the same pixels.
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -71,6 +73,19 @@ def display_size(width: int, height: int, pixel_aspect: Fraction | None, orienta
     if pixel_aspect is not None and pixel_aspect > 0:
         width = max(1, round(width * pixel_aspect))
     return orientation.size(width, height)
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) of those whose aspect ratio is nearest to a displayed size's, as a factor.
+
+    Of several with the same ratio the one whose area is nearest, likewise; of equal ones the first.
+    """
+
+    def distance(bucket: tuple[int, int]) -> tuple[float, float]:
+        aspect = abs(math.log(bucket[1] * height / (bucket[0] * width)))
+        return round(aspect, 9), abs(math.log(bucket[0] * bucket[1] / (width * height)))
+
+    return min(buckets, key=distance)
 
 
 def plan_geometry(width: int, height: int, spec: ClipSpec) -> Geometry:

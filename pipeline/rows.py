@@ -15,8 +15,8 @@ encode      ``frames`` gives way to the payload (``tokens`` or ``latents`` …),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -24,8 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.sampling import expected_clips
 from schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
-from schemas.video import REMEDIES, Clip, Reason, Rejection, Span, Stage, VideoError, VideoSource
+from schemas.video import REMEDIES, Clip, ClipSpec, Part, Reason, Rejection, Span, SpanClips, Stage, VideoSource
 
 PLAN_FIELDS = (
     pa.field("span_id", pa.string(), nullable=False),
@@ -42,6 +43,11 @@ PLAN_FIELDS = (
     pa.field("source_codec", pa.string(), nullable=False),
     pa.field("source_fps", pa.float64(), nullable=False),
     pa.field("source_rotation", pa.int32(), nullable=False),
+    pa.field("part_start_seconds", pa.float64()),
+    pa.field("part_end_seconds", pa.float64()),
+    pa.field("frame_height", pa.int32(), nullable=False),
+    pa.field("frame_width", pa.int32(), nullable=False),
+    pa.field("expected_clips", pa.int32(), nullable=False),
 )
 PLAN_SCHEMA = pa.schema(PLAN_FIELDS)
 
@@ -80,7 +86,7 @@ INTERNAL_COLUMNS = (
     RESERVED_COLUMNS
     | set(PLAN_SCHEMA.names)
     | set(_STATS_COLUMNS.values())
-    | {"frames", "clips", "rejection", "decode_seconds", "num_bytes", "input_row", "expected_clips"}
+    | {"frames", "clips", "rejection", "decode_seconds", "num_bytes", "input_row"}
 )
 """Names that a manifest's own columns must not have on the way."""
 
@@ -90,8 +96,13 @@ def manifest_fields(schema: pa.Schema) -> list[pa.Field]:
     return [field for field in schema if field.name not in INTERNAL_COLUMNS]
 
 
-def span_row(span: Span) -> dict[str, Any]:
-    """A span as a row of the plan."""
+def span_row(span: Span, spec: ClipSpec) -> dict[str, Any]:
+    """A span as a row of the plan.
+
+    Args:
+        spec: how its clips are made, frame size included.
+    """
+    part = span.part
     return {
         "span_id": span.span_id,
         "video_id": span.video_id,
@@ -107,6 +118,11 @@ def span_row(span: Span) -> dict[str, Any]:
         "source_codec": span.source.codec,
         "source_fps": span.source.fps,
         "source_rotation": span.source.rotation_degrees,
+        "part_start_seconds": None if part.is_whole else float(part.start_seconds),
+        "part_end_seconds": None if part.end_seconds is None else float(part.end_seconds),
+        "frame_height": spec.height,
+        "frame_width": spec.width,
+        "expected_clips": expected_clips(span, spec),
     }
 
 
@@ -127,7 +143,18 @@ def row_span(row: dict[str, Any]) -> Span:
             fps=row["source_fps"],
             rotation_degrees=row["source_rotation"],
         ),
+        part=row_part(row),
     )
+
+
+def row_part(row: Mapping[str, Any]) -> Part:
+    """The part of the video that a row of a plan or a shard is about; older shards know only whole videos."""
+    return Part.of(row.get("part_start_seconds"), row.get("part_end_seconds"))
+
+
+def row_spec(row: Mapping[str, Any], spec: ClipSpec) -> ClipSpec:
+    """How the clips of a row of the plan are made: a run's settings, in the row's own frame size."""
+    return replace(spec, height=row["frame_height"], width=row["frame_width"])
 
 
 def rejection_row(rejection: Rejection) -> dict[str, Any]:
@@ -157,7 +184,7 @@ def rejections_table(rejections: Sequence[Rejection]) -> pa.Table:
 
 def add_clips(
     plan: pa.Table,
-    outcome: Sequence[Clip] | VideoError,
+    outcome: SpanClips,
     *,
     uri: str,
     start_seconds: float,
@@ -168,7 +195,7 @@ def add_clips(
 
     Args:
         plan: one row.
-        outcome: the span's clips after those of its halo, of which the row gets the frames alone.
+        outcome: the span's clips after those of its halo, of which the row gets the frames alone; or its error.
         uri: how rejections name the video.
         start_seconds: where the span begins, in seconds after the first frame.
         seconds: what decoding took.
@@ -177,7 +204,7 @@ def add_clips(
     row = plan.to_pylist()[0]
     clips: list[dict[str, Any]] = []
     frames, rejection = b"", None
-    if isinstance(outcome, VideoError):
+    if outcome.error is not None:
         rejection = rejection_row(
             Rejection(
                 uri=uri,
@@ -185,16 +212,17 @@ def add_clips(
                 span_id=row["span_id"],
                 start_seconds=start_seconds,
                 stage=Stage.DECODE,
-                reason=outcome.reason,
-                detail=outcome.detail,
+                reason=outcome.error.reason,
+                detail=outcome.error.detail,
             )
         )
         buffer = pa.py_buffer(frames)
     else:
-        own = [clip for clip in outcome if clip.clip_index >= row["first_clip"]]
+        own = [clip for clip in outcome.clips if clip.clip_index >= row["first_clip"]]
         clips = [_clip_row(clip, continues=continuous and clip.clip_index > 0) for clip in own]
         # the only copy between the decoder's process and the object store
-        buffer = pa.py_buffer(np.concatenate([c.frames.reshape(-1) for c in outcome]) if outcome else frames)
+        flat = [clip.frames.reshape(-1) for clip in outcome.clips]
+        buffer = pa.py_buffer(np.concatenate(flat) if flat else frames)
     offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
     return (
         plan.append_column(FRAMES, pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, buffer]))
@@ -222,15 +250,22 @@ def _clip_row(clip: Clip, *, continues: bool) -> dict[str, Any]:
     }
 
 
-def clip_frames(rows: pa.Table, shape: tuple[int, int, int, int]) -> list[list[np.ndarray]]:
+def clip_frames(rows: pa.Table, num_frames: int) -> list[list[np.ndarray]]:
     """Row by row every clip in order, those of its halo first: uint8 (T, H, W, 3), views of the rows' own memory.
 
     Args:
-        shape: (T, H, W, 3) of one clip.
+        num_frames: of each clip; its height and width stand in its row.
     """
-    size = int(np.prod(shape))
     flats = [np.frombuffer(scalar.as_buffer(), np.uint8) for scalar in rows["frames"]]
-    return [[flat[at : at + size].reshape(shape) for at in range(0, len(flat), size)] for flat in flats]
+    return [
+        list(flat.reshape(-1, num_frames, height, width, 3))
+        for flat, (height, width) in zip(flats, frame_sizes(rows), strict=True)
+    ]
+
+
+def frame_sizes(rows: pa.Table) -> list[tuple[int, int]]:
+    """Row by row the (height, width) of its clips."""
+    return list(zip(rows["frame_height"].to_pylist(), rows["frame_width"].to_pylist(), strict=True))
 
 
 def clip_counts(rows: pa.Table) -> list[int]:
@@ -239,27 +274,34 @@ def clip_counts(rows: pa.Table) -> list[int]:
     return counts
 
 
-def add_payload(rows: pa.Table, values: dict[str, np.ndarray], payload: Payload, stats: EncodeStats) -> pa.Table:
+def add_payload(
+    rows: pa.Table, values: Mapping[str, Sequence[np.ndarray]], payload: Payload, stats: EncodeStats
+) -> pa.Table:
     """The rows with their frames replaced by what the encoder made of them.
 
     Args:
-        values: for each payload column an array (clips of all rows, values per clip) of the payload's dtype.
+        values: for each payload column and each clip of all rows an array (values,) of the payload's dtype. Frames
+            of another size give another number of values, so these are lists of any length until they are stored.
     """
     counts = np.diff(rows["clips"].combine_chunks().offsets.to_numpy())
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     rows = rows.drop_columns(["frames"])
     for name in payload.columns:
-        flat = pa.array(np.ascontiguousarray(values[name]).reshape(-1), payload.arrow_type.value_type)
-        clips = pa.FixedSizeListArray.from_arrays(flat, type=payload.arrow_type)
-        rows = rows.append_column(name, pa.ListArray.from_arrays(offsets, clips))
+        clips = values[name]
+        flat = pa.array(np.concatenate(clips) if clips else [], payload.arrow_type.value_type)
+        lists = pa.ListArray.from_arrays(_offsets([len(clip) for clip in clips]), flat)
+        rows = rows.append_column(name, pa.ListArray.from_arrays(_offsets(counts), lists))
     for name, column in _STATS_COLUMNS.items():
         first = getattr(stats, name)
         rows = rows.append_column(column, pa.array([first] + [type(first)(0)] * (rows.num_rows - 1)))
     return rows
 
 
+def _offsets(lengths: Sequence[int] | np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
 def explode(rows: pa.Table, schema: pa.Schema, payload: Payload, *, clip_ids: Sequence[str], fps: float) -> pa.Table:
-    """Encoded rows (one a span) as shard rows (one a clip).
+    """Encoded rows (one a span, all of one frame size) as shard rows (one a clip).
 
     Args:
         schema: of the shard; manifest columns are taken from the rows by name, null where a row has none.
@@ -274,7 +316,13 @@ def explode(rows: pa.Table, schema: pa.Schema, payload: Payload, *, clip_ids: Se
         "clip_id": pa.array(clip_ids, pa.string()),
         "fps": pa.array(np.full(len(clips), fps)),
         **dict(zip(CLIP_TYPE.names, clips.flatten(), strict=True)),
-        **{name: rows[name].combine_chunks().flatten() for name in payload.columns},
+        "bucket": pa.array([f"{height}x{width}" for height, width in frame_sizes(parents)], pa.string()),
+        **{
+            name: pa.FixedSizeListArray.from_arrays(
+                rows[name].combine_chunks().flatten().flatten(), type=payload.arrow_type
+            )
+            for name in payload.columns
+        },
     }
     columns = []
     for field in schema:

@@ -13,14 +13,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.rows import explode, rejections_table, row_rejection
+from pipeline.rows import explode, frame_sizes, rejections_table, row_part, row_rejection
 from schemas.tokens import METADATA_PREFIX, Payload, Provenance, shard_schema
 from schemas.video import ClipSpec, Rejection
 
@@ -62,10 +62,22 @@ class Written:
         self.rejected_uris |= other.rejected_uris
 
 
+@dataclass(kw_only=True, slots=True)
+class _Bucket:
+    """What a shard of one frame size is like, and the rows that wait for theirs."""
+
+    spec: ClipSpec
+    payload: Payload
+    schema: pa.Schema
+    clips_per_shard: int
+    rows: list[pa.Table] = field(default_factory=list)
+    num_clips: int = 0
+
+
 class TokenShardSink:
     """Gathers encoded rows and commits them as shards, rejections as rejects.
 
-    A shard is committed when it is full, when its oldest row has waited for ``commit_seconds``, and at
+    A shard is committed when it is full; all are when the oldest row has waited for ``commit_seconds``, and at
     :meth:`close`. Compressing and uploading happen on a thread of their own, at most two shards behind.
     """
 
@@ -73,22 +85,31 @@ class TokenShardSink:
         self,
         out: str,
         *,
-        spec: ClipSpec,
-        payload: Payload,
+        buckets: Sequence[tuple[ClipSpec, Payload]],
         provenance: Provenance,
         manifest_fields: Sequence[pa.Field],
         shard_bytes: int,
         commit_seconds: float,
     ) -> None:
+        """Make an empty one; nothing is written yet.
+
+        Args:
+            buckets: for each frame size how clips are made, and what one becomes. A shard holds one size.
+            provenance: of all shards, but for the payload.
+            commit_seconds: how long a finished clip may wait.
+        """
         self._out = out
-        self._spec = spec
-        self._payload = payload
-        self._schema = shard_schema(payload, manifest_fields, provenance)
-        self._clips_per_shard = max(1, shard_bytes // payload.clip_bytes)
+        self._buckets = {
+            (spec.height, spec.width): _Bucket(
+                spec=spec,
+                payload=payload,
+                schema=shard_schema(payload, manifest_fields, replace(provenance, payload=payload)),
+                clips_per_shard=max(1, shard_bytes // payload.clip_bytes),
+            )
+            for spec, payload in buckets
+        }
         self._commit_seconds = commit_seconds
-        self._rows: list[pa.Table] = []
         self._rejections: list[Rejection] = []
-        self._held_clips = 0
         self._oldest: float | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._pending: deque[Future[Written]] = deque()
@@ -106,21 +127,35 @@ class TokenShardSink:
         self._rejections += [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
         good = rows.filter(rows["rejection"].is_null())
         self._oldest = time.monotonic() if self._oldest is None else self._oldest
-        for at in range(good.num_rows):
+        for at, size in enumerate(frame_sizes(good)):
             row = good.slice(at, 1)
             clips = row["clips"].combine_chunks().value_lengths()[0].as_py()
-            if self._held_clips and self._held_clips + clips > self._clips_per_shard:
-                self.commit()
-            self._rows.append(row)
-            self._held_clips += clips
+            bucket = self._buckets[size]
+            if bucket.num_clips and bucket.num_clips + clips > bucket.clips_per_shard:
+                self._submit(bucket)
+            bucket.rows.append(row)
+            bucket.num_clips += clips
         if self._oldest is not None and time.monotonic() - self._oldest > self._commit_seconds:
             self.commit()
 
     def commit(self) -> None:
-        """Hand what is held to the writer."""
-        rows, rejections = self._rows, self._rejections
-        self._rows, self._rejections, self._held_clips, self._oldest = [], [], 0, None
-        self._pending.append(self._writer.submit(self._write, rows, rejections))
+        """Hand all that is held to the writer."""
+        for bucket in self._buckets.values():
+            if bucket.rows:
+                self._submit(bucket)
+        if self._rejections:
+            self._submit(None)
+        self._oldest = None
+
+    def _submit(self, bucket: _Bucket | None) -> None:
+        """Hand the rows of one frame size to the writer, and all rejections."""
+        rejections, self._rejections = self._rejections, []
+        rows: list[pa.Table] = []
+        if bucket is not None:
+            rows, bucket.rows, bucket.num_clips = bucket.rows, [], 0
+        if not any(bucket.rows for bucket in self._buckets.values()):
+            self._oldest = None
+        self._pending.append(self._writer.submit(self._write, bucket, rows, rejections))
         while self._pending and (len(self._pending) > 2 or self._pending[0].done()):
             self.committed.add(self._pending.popleft().result())
 
@@ -137,7 +172,7 @@ class TokenShardSink:
         finally:
             self._writer.shutdown()
 
-    def _write(self, rows: list[pa.Table], rejections: list[Rejection]) -> Written:
+    def _write(self, bucket: _Bucket | None, rows: list[pa.Table], rejections: list[Rejection]) -> Written:
         started = time.monotonic()
         written = Written()
         if rejections:
@@ -145,32 +180,36 @@ class TokenShardSink:
             written.num_rejected_spans = len(rejections)
             written.reasons.update(str(r.reason) for r in rejections)
             written.rejected_uris.update(r.uri for r in rejections)
-        if rows:
-            self._write_shard(pa.concat_tables(rows), written)
+        if bucket is not None:
+            self._write_shard(bucket, pa.concat_tables(rows), written)
         written.seconds = time.monotonic() - started
         return written
 
-    def _write_shard(self, rows: pa.Table, written: Written) -> None:
-        lists = zip(rows["video_id"].to_pylist(), rows["clips"].to_pylist(), strict=True)
-        clip_ids = [self._spec.clip_id(video, clip["clip_index"]) for video, clips in lists for clip in clips]
+    def _write_shard(self, bucket: _Bucket, rows: pa.Table, written: Written) -> None:
+        spec, payload = bucket.spec, bucket.payload
+        clip_ids = [
+            spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
+            for row in rows.select(["video_id", "part_start_seconds", "part_end_seconds", "clips"]).to_pylist()
+            for clip in row["clips"]
+        ]
         spans = sorted(rows["span_id"].to_pylist())
         rows = rows.set_column(
             rows.schema.get_field_index("uri"),
             "uri",
             pa.array([storage.public_uri(u) for u in rows["uri"].to_pylist()], pa.string()),
         )
-        schema = self._schema.with_metadata({**self._schema.metadata, SPANS_KEY: json.dumps(spans)})
-        table = explode(rows, schema, self._payload, clip_ids=clip_ids, fps=float(self._spec.fps))
+        schema = bucket.schema.with_metadata({**bucket.schema.metadata, SPANS_KEY: json.dumps(spans)})
+        table = explode(rows, schema, payload, clip_ids=clip_ids, fps=float(spec.fps))
         table = table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
-        data = parquet_bytes(table, self._payload)
+        data = parquet_bytes(table, payload)
         name = hashlib.sha256("\n".join(spans).encode()).hexdigest()[:16]
         storage.write_atomic(storage.join(self._out, SHARDS, f"{name}.parquet"), data)
         self.last_clip_id = table["clip_id"][-1].as_py() if table.num_rows else self.last_clip_id
         written.num_shards += 1
         written.num_spans += rows.num_rows
         written.num_clips += table.num_rows
-        written.num_values += table.num_rows * self._payload.num_values * len(self._payload.columns)
-        written.payload_bytes += compressed_bytes(data, self._payload.columns)
+        written.num_values += table.num_rows * payload.num_values * len(payload.columns)
+        written.payload_bytes += compressed_bytes(data, payload.columns)
         written.file_bytes += data.size
 
 

@@ -8,17 +8,18 @@ row and no worker.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.decode import decode_span, probe_video
-from pipeline.rows import add_clips, row_span
+from pipeline.decode import decode_spans, probe_video
+from pipeline.rows import add_clips, row_span, row_spec
+from pipeline.sampling import Layout, plan_spans
 from pipeline.sandbox import DecodeSandbox
-from schemas.video import Clip, ClipSpec, Reason, Span, VideoError, VideoProbe, VideoRef
+from schemas.video import Clip, ClipSpec, Part, Reason, Span, SpanClips, VideoError, VideoProbe, VideoRef
 
 PROBE_TIMEOUT_SECONDS = 120.0
 """Opening a file and decoding its first frame; slow object stores included."""
@@ -41,15 +42,16 @@ def probe(ref: VideoRef) -> VideoProbe | VideoError:
         return error
 
 
-def _decode_in_child(span: Span, spec: ClipSpec, max_clips: int) -> list[Clip]:
-    if storage.is_local(span.uri):
-        return decode_span(span, spec, span.uri, max_clips=max_clips)
+def _decode_in_child(spans: Sequence[Span], spec: ClipSpec, max_clips: int) -> list[SpanClips]:
+    uri = spans[0].uri
+    if storage.is_local(uri):
+        return decode_spans(spans, spec, uri, max_clips=max_clips)
     try:
-        file = storage.open_binary(span.uri)
+        file = storage.open_binary(uri)
     except storage.StorageError as error:
         raise VideoError(Reason.UNREADABLE, str(error)) from error
     with file:
-        return decode_span(span, spec, file, max_clips=max_clips)
+        return decode_spans(spans, spec, file, max_clips=max_clips)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,34 +59,61 @@ class SpanDecoder:
     """The decoding stage: a row of the plan in, the row with its frames, or with its rejection, out."""
 
     spec: ClipSpec
+    """How clips are made; their size is that of each row."""
     max_clips: int
     """Clips that one row may hold; an open-ended last span beyond it is rejected."""
+    clips_per_pass: int
+    """Clips that rows of one video may hold together to be decoded in one pass."""
     timeout_seconds: float
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Decode each row's span, one row at a time so that memory holds one span's frames."""
-        for number in range(rows.num_rows):
-            row = rows.slice(number, 1)
-            span = row_span(row.to_pylist()[0])
+        """Decode the rows' spans: those of one video together, as many as memory shall hold."""
+        plan = rows.to_pylist()
+        number = 0
+        while number < len(plan):
+            end = number + 1
+            clips = plan[number]["expected_clips"]
+            while end < len(plan) and plan[end]["uri"] == plan[number]["uri"]:
+                clips += plan[end]["expected_clips"]
+                if clips > self.clips_per_pass:
+                    break
+                end += 1
             started = time.monotonic()
-            try:
-                outcome: list[Clip] | VideoError = _sandbox().run(
-                    _decode_in_child, span, self.spec, self.max_clips, timeout_seconds=self.timeout_seconds
+            spec = row_spec(plan[number], self.spec)
+            outcomes = self._decode([row_span(row) for row in plan[number:end]], spec)
+            seconds = (time.monotonic() - started) / len(outcomes)
+            for row, outcome in enumerate(outcomes, start=number):
+                yield add_clips(
+                    rows.slice(row, 1),
+                    outcome,
+                    uri=storage.public_uri(plan[row]["uri"]),
+                    start_seconds=_start_seconds(row_span(plan[row]), spec),
+                    seconds=seconds,
+                    continuous=spec.continuous,
                 )
-            except VideoError as error:
-                outcome = error
-            yield add_clips(
-                row,
-                outcome,
-                uri=storage.public_uri(span.uri),
-                start_seconds=float(max(0, self.spec.first_frame(span.first_clip)) / self.spec.fps),
-                seconds=time.monotonic() - started,
-                continuous=self.spec.continuous,
-            )
+            number = end
+
+    def _decode(self, spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
+        timeout = self.timeout_seconds * len(spans)
+        try:
+            return _sandbox().run(_decode_in_child, spans, spec, self.max_clips, timeout_seconds=timeout)
+        except VideoError as error:
+            if len(spans) > 1 and error.reason is not Reason.UNREADABLE:  # which of them it was, nobody knows
+                return [result for span in spans for result in self._decode([span], spec)]
+            return [SpanClips(clips=[], error=error)] * len(spans)
 
 
-def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec) -> list[Clip]:
+def _start_seconds(span: Span, spec: ClipSpec) -> float:
+    layout = Layout.of(span, span.part, spec)
+    inside = not layout.is_beyond(span.first_clip)
+    return float(max(span.part.start_seconds, layout.start_seconds(span.first_clip) if inside else 0))
+
+
+def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec, part: Part | None = None) -> list[Clip]:
     """One clip of a video that was tokenized before, after those of its halo, straight from its source.
+
+    Args:
+        part: which part of the video its index counts in; None for the whole.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
@@ -94,17 +123,11 @@ def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec) -> li
         raise header
     if header.video_id != video_id:
         raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
-    span = Span(
-        video_id=video_id,
-        uri=uri,
-        time_base=header.time_base,
-        grid_start_pts=header.grid_start_pts,
-        first_clip=clip_index,
-        end_clip=clip_index + 1,
-        duration_seconds_from_header=header.duration_seconds_from_header,
-        source=header.source,
-    )
-    clips: list[Clip] = _sandbox().run(_decode_in_child, span, spec, 1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
-    if not clips or clips[-1].clip_index != clip_index:
+    [first, *_] = plan_spans(header, spec, 1, part)
+    span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
+    [result] = _sandbox().run(_decode_in_child, [span], spec, 1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    if result.error is not None:
+        raise result.error
+    if not result.clips or result.clips[-1].clip_index != clip_index:
         raise VideoError(Reason.TRUNCATED, f"the video has no clip {clip_index} any more")
-    return clips
+    return result.clips

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from schemas.video import ClipSpec, ResizePolicy, TailPolicy, parse_rate
+from schemas.video import ClipSpec, Part, Placement, ResizePolicy, TailPolicy, parse_rate
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -43,6 +43,38 @@ def parse_size(value: object) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_sizes(value: object) -> list[tuple[int, int]]:
+    """Several sizes, from ``256x256,256x448`` or a list of them.
+
+    Raises:
+        ValueError: one is no size, or stands there twice.
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ValueError(f"give sizes such as 256x256,256x448, got {value!r}")
+    sizes = [parse_size(part) for part in parts]
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"the same size stands twice in {value!r}")
+    return sizes
+
+
+def parse_seconds(value: object) -> Fraction:
+    """An exact time from ``90``, ``12.5``, ``1:30`` or ``1:02:03.5``, not negative.
+
+    Raises:
+        ValueError: none of these.
+    """
+    match = re.fullmatch(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?|\d+/\d+)\s*", str(value))
+    if not match:
+        raise ValueError(f"a time is a number of seconds, or one such as 1:30 or 1:02:03.5, got {value!r}")
+    hours, minutes, seconds = match.groups()
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
+
+
+def _sizes_text(sizes: list[tuple[int, int]]) -> str:
+    return ",".join(_size_text(size) for size in sizes)
+
+
 def _rate_text(rate: Fraction) -> str:
     return str(rate)
 
@@ -53,6 +85,8 @@ def _size_text(size: tuple[int, int]) -> str:
 
 Rate = Annotated[Fraction, BeforeValidator(lambda v: parse_rate(v)), PlainSerializer(_rate_text)]
 FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]
+FrameSizes = Annotated[list[tuple[int, int]], BeforeValidator(parse_sizes), PlainSerializer(_sizes_text)]
+Seconds = Annotated[Fraction, BeforeValidator(parse_seconds), PlainSerializer(_rate_text)]
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 
 
@@ -193,6 +227,42 @@ class TokenizeRun(BaseModel):
         help="Encode each video as one sequence: every row carries on from the one before, as its column "
         "continues_previous says, and holds as many latents as a clip of --frames by itself. For causal tokenizers.",
     )
+    start: Seconds | None = setting(
+        None,
+        section="Parts",
+        metavar="TIME",
+        help="Begin so long after each video's first frame: 90, 12.5 or 1:30. A manifest's columns start_seconds and "
+        "end_seconds say it for each row, and several rows may name parts of one video.",
+    )
+    end: Seconds | None = setting(
+        None, section="Parts", metavar="TIME", help="End so long after each video's first frame."
+    )
+    stride_seconds: Seconds | None = setting(
+        None,
+        section="Parts",
+        metavar="SECONDS",
+        help="From the start of one clip to that of the next: less than a clip's length for clips that overlap, more "
+        "for gaps. Default: clips follow one another.",
+    )
+    clips_per_video: int | None = setting(
+        None,
+        section="Parts",
+        ge=1,
+        metavar="N",
+        help="At most so many clips of each video, or of each part that a manifest names. Default: all.",
+    )
+    clip_placement: Placement = setting(
+        "even",
+        section="Parts",
+        help="Where --clips-per-video lie: the middle of each of N equal stretches, or a random place in each.",
+    )
+    clip_seed: int = setting(0, section="Parts", ge=0, metavar="SEED", help="Which random places.")
+    min_seconds: Seconds = setting(
+        Fraction(0),
+        section="Parts",
+        metavar="SECONDS",
+        help="Leave out clips that hold less video than this; a video with no other is rejected as too short.",
+    )
     tail: TailPolicy = setting(
         "pad",
         section="Sampling",
@@ -204,6 +274,14 @@ class TokenizeRun(BaseModel):
         section="Sampling",
         metavar="SIZE",
         help="Frame size: 256 for a square, 256x448 for height x width; divisible by the tokenizer's spatial stride.",
+    )
+    buckets: FrameSizes | None = setting(
+        None,
+        section="Sampling",
+        metavar="SIZES",
+        help="Several frame sizes instead of --size, such as 256x256,256x448,448x256 (height x width): each video gets "
+        "the one whose aspect ratio is nearest to its own. Batches and shards hold one size each; the column 'bucket' "
+        "says which.",
     )
     resize: ResizePolicy = setting(
         "crop",
@@ -284,14 +362,37 @@ class TokenizeRun(BaseModel):
             raise ValueError("ema takes averaged weights from a file: give weights too, or leave ema out")
         return self
 
+    @model_validator(mode="after")
+    def _parts_that_can_be(self) -> TokenizeRun:
+        _ = self.part, self.clip_specs  # they refuse what cannot be
+        return self
+
     @property
-    def clip_spec(self) -> ClipSpec:
-        """How videos become clips."""
-        return ClipSpec(
-            fps=self.fps,
-            num_frames=self.frames,
-            height=self.size[0],
-            width=self.size[1],
-            tail=self.tail,
-            resize=self.resize,
-        )
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) of every frame size there is."""
+        return self.buckets or [self.size]
+
+    @property
+    def part(self) -> Part:
+        """Which part of a video is meant where no manifest says so."""
+        return Part.of(float(self.start or 0), None if self.end is None else float(self.end))
+
+    @property
+    def clip_specs(self) -> list[ClipSpec]:
+        """How videos become clips, one for each frame size."""
+        return [
+            ClipSpec(
+                fps=self.fps,
+                num_frames=self.frames,
+                height=height,
+                width=width,
+                tail=self.tail,
+                resize=self.resize,
+                stride_seconds=self.stride_seconds,
+                min_seconds=self.min_seconds,
+                clips_per_video=self.clips_per_video,
+                placement=self.clip_placement,
+                placement_seed=self.clip_seed,
+            )
+            for height, width in self.sizes
+        ]

@@ -35,6 +35,8 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
     pa.field("video_id", pa.string(), nullable=False),
     pa.field("uri", pa.string(), nullable=False),
     pa.field("clip_index", pa.int32(), nullable=False),
+    pa.field("part_start_seconds", pa.float64()),
+    pa.field("part_end_seconds", pa.float64()),
     pa.field("start_seconds", pa.float64(), nullable=False),
     pa.field("fps", pa.float64(), nullable=False),
     pa.field("frame_pts_seconds", pa.list_(pa.float64()), nullable=False),
@@ -46,11 +48,13 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
     pa.field("source_fps", pa.float64(), nullable=False),
     pa.field("source_rotation", pa.int32(), nullable=False),
     pa.field("geometry", GEOMETRY_TYPE, nullable=False),
+    pa.field("bucket", pa.string(), nullable=False),
 )
 """Columns of every shard, before the payload and the manifest's own columns."""
 
-LATER_COLUMNS = frozenset({"continues_previous"})
-"""Those that older shards of this format version lack: where ``continues_previous`` is missing, it is false."""
+LATER_COLUMNS = frozenset({"continues_previous", "part_start_seconds", "part_end_seconds", "bucket"})
+"""Those that older shards of this format version lack. Where ``continues_previous`` is missing, it is false; where
+the times of a part are, it is the whole video; where ``bucket`` is, the run's only frame size."""
 
 RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | {"tokens", "latents", "latents_logvar"}
 

@@ -7,6 +7,7 @@ time base stand in the records, seconds are derived.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,7 @@ import numpy as np
 
 TailPolicy = Literal["pad", "drop"]
 ResizePolicy = Literal["crop", "stretch", "pad"]
+Placement = Literal["even", "random"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,15 @@ class ClipSpec:
     """Copies of the video's first frame that stand before it, so that its first clip is as long as the others."""
     halo_clips: int = 0
     """Clips before a span that are decoded with it, as far as there are any."""
+    stride_seconds: Fraction | None = None
+    """From the start of one clip to that of the next; None for clips that follow one another without a gap."""
+    min_seconds: Fraction = Fraction(0)
+    """A clip with less video than this is left out; the copies of a padded tail do not count."""
+    clips_per_video: int | None = None
+    """So many clips of each video, or of each part; None for all that there are."""
+    placement: Placement = "even"
+    """Where those lie: spread evenly, or one at random in each of as many equal stretches."""
+    placement_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
@@ -89,41 +100,105 @@ class ClipSpec:
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stride_seconds is not None and self.stride_seconds <= 0:
+            raise ValueError(f"stride_seconds must be positive, got {self.stride_seconds}")
+        if self.min_seconds > self.clip_seconds:
+            raise ValueError(f"min_seconds {self.min_seconds} is more than the {self.clip_seconds} s of a whole clip")
+        if self.clips_per_video is not None and self.clips_per_video < 1:
+            raise ValueError(f"clips_per_video must be at least 1, got {self.clips_per_video}")
 
     @property
     def clip_seconds(self) -> Fraction:
-        """Time from one clip's start to the next one's."""
+        """Time that one clip covers: each frame stands for 1 / fps."""
         return self.num_frames / self.fps
+
+    @property
+    def stride(self) -> Fraction:
+        """Seconds from one clip's start to the next one's, where they are not placed one by one."""
+        return self.clip_seconds if self.stride_seconds is None else self.stride_seconds
+
+    @property
+    def min_valid_frames(self) -> int:
+        """A clip with fewer frames of its own is left out."""
+        return self.num_frames if self.tail == "drop" else max(1, math.ceil(self.min_seconds * self.fps))
+
+    @property
+    def bucket(self) -> str:
+        """Name of the frame size: height x width."""
+        return f"{self.height}x{self.width}"
 
     @property
     def clip_bytes(self) -> int:
         """Size of one clip's frames as uint8 RGB."""
         return self.num_frames * self.height * self.width * 3
 
-    def first_frame(self, clip_index: int) -> int:
-        """Grid index of a clip's first frame; negative for the copies before the video's own first frame."""
-        return clip_index * self.num_frames - self.lead_frames
-
     def halo_of(self, first_clip: int) -> int:
         """Clips that are decoded before a span that begins with this clip."""
         return min(self.halo_clips, first_clip)
 
-    @property
-    def digest(self) -> str:
-        """Eight hex digits that change with every setting, the middle part of a clip id."""
+    def digest(self, part: Part | None = None) -> str:
+        """Eight hex digits that change with every setting and with the part, the middle of a clip id."""
         text = f"{self.fps}|{self.num_frames}|{self.height}x{self.width}|{self.tail}|{self.resize}"
         if self.continuous:
             text += f"|continuous|{self.lead_frames}"
+        if self.stride_seconds is not None:
+            text += f"|every {self.stride_seconds}"
+        if self.min_seconds:
+            text += f"|at least {self.min_seconds}"
+        if self.clips_per_video is not None:
+            text += f"|{self.clips_per_video} {self.placement} {self.placement_seed}"
+        if part is not None and not part.is_whole:
+            text += f"|{part}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def clip_id(self, video_id: str, clip_index: int) -> str:
-        """Id of one clip: the same on every machine and in every run with these settings."""
-        return f"{video_id}-{self.digest}-{clip_index:06d}"
+    def clip_id(self, video_id: str, clip_index: int, part: Part | None = None) -> str:
+        """Id of one clip, None for the whole video: the same on every machine and in every run with these settings."""
+        return f"{video_id}-{self.digest(part)}-{clip_index:06d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Which part of a video is meant, in seconds after its first frame: from ``start`` to ``end``, exclusive."""
+
+    start_seconds: Fraction = Fraction(0)
+    end_seconds: Fraction | None = None
+    """None for the end of the video."""
+
+    def __post_init__(self) -> None:
+        if self.start_seconds < 0:
+            raise ValueError(f"a part cannot start before the video, got {float(self.start_seconds):g} s")
+        if self.end_seconds is not None and self.end_seconds <= self.start_seconds:
+            end, start = float(self.end_seconds), float(self.start_seconds)
+            raise ValueError(f"a part must end after it starts, got {start:g} s to {end:g} s")
+
+    @classmethod
+    def of(cls, start_seconds: float | None, end_seconds: float | None) -> Part:
+        """The part between two times as people and files write them: 2.3 is 23/10, not the nearest double."""
+        return cls(
+            start_seconds=_as_written(start_seconds or 0.0),
+            end_seconds=None if end_seconds is None else _as_written(end_seconds),
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole video is meant."""
+        return self.start_seconds == 0 and self.end_seconds is None
+
+    def __str__(self) -> str:
+        end = "end" if self.end_seconds is None else repr(float(self.end_seconds))
+        return f"{float(self.start_seconds)!r}..{end} s"
+
+
+def _as_written(seconds: float) -> Fraction:
+    if not math.isfinite(seconds):
+        raise ValueError(f"a time must be a finite number of seconds, got {seconds}")
+    return Fraction(str(seconds))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """A stretch of one video that one task decodes: clips ``first_clip`` up to ``end_clip``, exclusive."""
+    """A stretch of one video, or of a part of it, that is one unit of work: clips ``first_clip`` up to
+    ``end_clip``, exclusive."""
 
     video_id: str
     uri: str
@@ -131,15 +206,18 @@ class Span:
     grid_start_pts: int
     first_clip: int
     end_clip: int | None
-    """None for the last span of a video: it runs to the end, wherever that turns out to be."""
+    """None for the last span of a video or part: it runs to the end, wherever that turns out to be."""
     duration_seconds_from_header: float
+    """0.0 where it says nothing, or nothing that can be."""
     source: VideoSource
+    part: Part = Part()
 
     @property
     def span_id(self) -> str:
-        """Unique and stable over reruns: the video, its first clip and its end."""
+        """Unique and stable over reruns: the video, the part of it, the first clip and the end."""
         end = "end" if self.end_clip is None else f"{self.end_clip:06d}"
-        return f"{self.video_id}-{self.first_clip:06d}-{end}"
+        part = "" if self.part.is_whole else hashlib.sha256(str(self.part).encode()).hexdigest()[:8] + "-"
+        return f"{self.video_id}-{part}{self.first_clip:06d}-{end}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +298,7 @@ class Reason(StrEnum):
     LONGER_THAN_HEADER = "longer_than_header"
     """Far more frames than the header says, more than one task may hold."""
     TOO_SHORT = "too_short"
-    """Under ``tail: drop``, shorter than one clip."""
+    """Shorter than one clip may be (``tail: drop``, ``min_seconds``), or a part that begins after the video's end."""
     DUPLICATE = "duplicate"
     """The same content as another input, which was tokenized."""
     DECODER_CRASHED = "decoder_crashed"
@@ -240,7 +318,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.DECODE_ERROR: "copy the file again, or re-encode it (ffmpeg -err_detect ignore_err) to keep what is whole",
     Reason.TRUNCATED: "copy the file again: its end is missing",
     Reason.LONGER_THAN_HEADER: "remux it (ffmpeg -i in.mp4 -c copy out.mp4) so that the header states its length",
-    Reason.TOO_SHORT: "use --tail pad, fewer --frames or a higher --fps",
+    Reason.TOO_SHORT: "use --tail pad, fewer --frames, a higher --fps or a smaller --min-seconds; check a part's times",
     Reason.DUPLICATE: "nothing to do: the other copy was tokenized",
     Reason.DECODER_CRASHED: "re-encode it; the file may be hostile",
     Reason.DECODE_TIMEOUT: "raise --decode-timeout, or re-encode the file",
@@ -279,6 +357,18 @@ class VideoError(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanClips:
+    """What came of one span."""
+
+    clips: list[Clip]
+    """In order, those of its halo first; none where it was refused."""
+    error: VideoError | None = None
+    """Why it was refused, or what is missing beside the clips where those were kept."""
+    num_errors: int = 0
+    """Damaged places that decoding it met."""
 
 
 def parse_rate(text: str | int | float | Fraction) -> Fraction:

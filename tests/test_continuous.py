@@ -22,11 +22,11 @@ from models.weights import load_tokenizer, save_tokenizer
 from pipeline.decode import decode_span, probe_video
 from pipeline.encode import continuous_spec, encode_spans
 from pipeline.read import read_clips
-from pipeline.sampling import plan_spans
+from pipeline.sampling import Layout, plan_spans
 from pipeline.shards import shard_paths
 from pipeline.storage import open_binary
 from schemas.tokens import Payload
-from schemas.video import ClipSpec, VideoRef
+from schemas.video import ClipSpec, Part, VideoRef
 from tests.test_lengths import small
 from tests.videos import Recipe, write_video
 
@@ -225,10 +225,11 @@ def test_rows_tile_the_grid(stride: int, num_latents: int, num_rows: int) -> Non
     config = get_preset(name)
     plain = ClipSpec(fps=Fraction(8), num_frames=1 + (num_latents - 1) * stride, height=SIZE, width=SIZE)
     spec = continuous_spec(plain, config)
-    assert max(0, spec.first_frame(0)) == 0
-    assert spec.first_frame(1) == plain.num_frames
-    firsts = [spec.first_frame(index) for index in range(1, num_rows)]
+    layout = Layout(spec=spec, part=Part(), start_pts=0, time_base=Fraction(1, 90000), placed=None)
+    assert layout.start_seconds(0) <= 0
+    firsts = [int(layout.start_seconds(index) * spec.fps) for index in range(1, num_rows)]
+    assert firsts[0] == plain.num_frames
     assert set(np.diff(firsts)) <= {num_latents * stride}
     assert all(config.latent_frames(first) % num_latents == 0 for first in firsts)
     assert spec.halo_clips * num_latents * stride >= config.history_frames
-    assert spec.digest != plain.digest
+    assert spec.digest() != plain.digest()

@@ -324,7 +324,8 @@ def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
     assert [clip.values["num_valid_frames"] for clip in clips] == [num_frames, num_frames - 1]
     for clip in clips:
         assert len(clip.values["frame_pts_seconds"]) == num_frames
-        source = decode_again(str(video), clip.values["video_id"], clip.values["clip_index"], stored_run.clip_spec)[0]
+        [spec] = stored_run.clip_specs
+        source = decode_again(str(video), clip.values["video_id"], clip.values["clip_index"], spec)[0]
         x_BCTHW = frames_to_input(torch.from_numpy(source.frames)[None])
         copies = encoded_frames - num_frames
         first, last = (copies, 0) if policy == "repeat-first" else (0, copies)

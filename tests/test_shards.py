@@ -18,7 +18,7 @@ from pipeline.read import read_clips, read_payloads
 from pipeline.rows import PLAN_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from pipeline.shards import TokenShardSink, shard_paths
 from schemas.tokens import Payload, Provenance
-from schemas.video import Clip, ClipSpec, Geometry, Span, VideoSource
+from schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
 SPEC = ClipSpec(fps=Fraction(8), num_frames=1, height=8, width=8)
 SOURCE = VideoSource(width=8, height=8, codec="h264", fps=8.0, rotation_degrees=0)
@@ -48,8 +48,8 @@ def span_rows(num_clips: int) -> pa.Table:
         )
         for index in range(num_clips)
     ]
-    plan = pa.Table.from_pylist([span_row(span)], schema=PLAN_SCHEMA)
-    return add_clips(plan, clips, uri="v.mp4", start_seconds=0.0, seconds=0.1)
+    plan = pa.Table.from_pylist([span_row(span, SPEC)], schema=PLAN_SCHEMA)
+    return add_clips(plan, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.1)
 
 
 def written_and_read(values: np.ndarray[Any, Any], payload: Payload) -> np.ndarray[Any, Any]:
@@ -66,15 +66,14 @@ def written_and_read(values: np.ndarray[Any, Any], payload: Payload) -> np.ndarr
     with tempfile.TemporaryDirectory() as out:
         sink = TokenShardSink(
             out,
-            spec=SPEC,
-            payload=payload,
+            buckets=[(SPEC, payload)],
             provenance=provenance,
             manifest_fields=[],
             shard_bytes=1 << 20,
             commit_seconds=60.0,
         )
         stats = EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=len(values))
-        flat = values.reshape(len(values), -1)
+        flat = list(values.reshape(len(values), -1))
         sink.add(add_payload(span_rows(len(values)), {payload.columns[0]: flat}, payload, stats))
         sink.close()
         (path,) = shard_paths(out)
