@@ -75,6 +75,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
         video_id = fingerprint(watched)
         with closing(decode_from(watched, Start(), keep_going=True)) as frames:
             first = next(frames)  # or it raises NO_FRAMES
+            assert first.frame is not None, "only frames that nobody needs are left out"
             stream = first.stream
             orientation = orientation_of(first.frame)
             width, height = display_size(first.frame.width, first.frame.height, stream.sample_aspect_ratio, orientation)
@@ -195,7 +196,10 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
     time_base = waiting[0].span.time_base
     leap = int(_LEAP_SECONDS / time_base)
 
-    with closing(frames_covering(watched, start, time_base, thread_type)) as frames:
+    def needed(pts: int, until_pts: int) -> bool:
+        return any(maker.needs(pts, until_pts) for maker in waiting)
+
+    with closing(frames_covering(watched, start, time_base, thread_type, needed)) as frames:
         shown: Shown | None = None
         for following in frames:
             if shown is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 
 import av
 from av.container import InputContainer
@@ -23,6 +24,7 @@ from pipeline.container import (
     time_base_of,
     usual_ticks,
 )
+from pipeline.packets import SKIPPABLE_CODECS, Action, CannotSkipError, Needed, Step, steps
 from schemas.video import Reason, VideoError
 
 # How far before the wanted time to try, in seconds, when the container's index led past it; then the start.
@@ -33,7 +35,8 @@ _SEEK_BACK_SECONDS = (0, 2, 10, 60)
 class Shown:
     """A decoded frame, and the ticks from which to which (exclusive) it is on screen if no other one follows."""
 
-    frame: VideoFrame
+    frame: VideoFrame | None
+    """None where frames that nobody needs were left out."""
     pts: int
     end_pts: int
     stream: VideoStream
@@ -54,13 +57,26 @@ class _NoKeyframeError(Exception):
 
 
 def frames_covering(
-    watched: WatchedFile, needed_pts: int | None, time_base: Fraction, thread_type: ThreadType
+    watched: WatchedFile,
+    needed_pts: int | None,
+    time_base: Fraction,
+    thread_type: ThreadType = "NONE",
+    needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
-    """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None."""
+    """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None.
+
+    Args:
+        watched: the file.
+        needed_pts: the first tick at which a frame is needed.
+        time_base: seconds per tick.
+        thread_type: how the decoder uses threads.
+        needed: which frames are; others may be left out. Where several in a row are, an entry without a frame says
+            from when on. It can happen that frames are given again from an earlier time on. None for all frames.
+    """
     if needed_pts is not None:
         for seconds in _SEEK_BACK_SECONDS:
             start = Start(seek_pts=needed_pts - int(seconds / time_base))
-            with closing(decode_from(watched, start, thread_type)) as frames:
+            with closing(decode_from(watched, start, thread_type, needed)) as frames:
                 try:
                     first = next(frames, None)
                 except VideoError:  # landed where decoding cannot begin: the start has the last word
@@ -69,11 +85,16 @@ def frames_covering(
                     yield first
                     yield from frames
                     return
-    yield from decode_from(watched, Start(), thread_type)
+    yield from decode_from(watched, Start(), thread_type, needed)
 
 
 def decode_from(
-    watched: WatchedFile, start: Start, thread_type: ThreadType = "NONE", *, keep_going: bool = False
+    watched: WatchedFile,
+    start: Start,
+    thread_type: ThreadType = "NONE",
+    needed: Needed | None = None,
+    *,
+    keep_going: bool = False,
 ) -> Generator[Shown, None, None]:
     """Frames from a starting point to the end, where a truncated stream is refused.
 
@@ -81,17 +102,20 @@ def decode_from(
         watched: the file.
         start: where to begin.
         thread_type: how the decoder uses threads.
+        needed: as in :func:`frames_covering`.
         keep_going: skip what fails to decode, and fail only when nothing is left.
     """
     try:
-        yield from _decode_once(watched, start, thread_type, keep_going)
+        yield from _decode_once(watched, start, thread_type, needed, keep_going)
+    except CannotSkipError:
+        yield from decode_from(watched, start, thread_type, keep_going=keep_going)
     except _NoKeyframeError:
         if start.seek_pts is None:
-            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going)
+            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, None, keep_going)
 
 
 def _decode_once(
-    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool
+    watched: WatchedFile, start: Start, thread_type: ThreadType, needed: Needed | None, keep_going: bool
 ) -> Generator[Shown, None, None]:
     with open_video(watched, thread_type) as (container, stream):
         if start.seek_pts is not None:
@@ -100,28 +124,42 @@ def _decode_once(
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
         first_pts: int | None = None  # of the keyframe that a seek led to
+        expected_pts: int | None = None  # of the keyframe with which decoding went on after packets were left out
         previous: Shown | None = None
         failure = "no packets"
-        for packet in _packets(container, stream, start.await_keyframe):
+        end = _End()
+        packets = end.watch(_packets(container, stream, start.await_keyframe), frame_ticks)
+        plan: Iterator[Step]
+        if needed is None or not start.await_keyframe or codec_name(stream) not in SKIPPABLE_CODECS:
+            plan = (Step(Action.DECODE, packet, packet.pts or 0) for packet in packets)
+        else:
+            plan = steps(packets, needed, codec=codec_name(stream), frame_ticks=frame_ticks)
+        for step in chain(plan, [Step(Action.DECODE, None, 0)]):
+            packet = step.packet
             if packet is not None and first_pts is None and start.seek_pts is not None:
                 first_pts = packet.pts
                 if first_pts is None and stream.codec_context.reorder_depth == 0:
                     first_pts = packet.dts
                 if first_pts is None:
                     return  # no telling where this is: only counting from the start says
+            if step.action is Action.RESTART:
+                expected_pts = step.pts
             try:
-                frames = _decode_packet(watched, stream, packet)
+                frames = _take_step(watched, stream, step)
             except VideoError as error:
                 if not keep_going:
                     raise
                 failure = error.detail
                 continue
             for frame in frames:
-                pts = frame.pts if frame.pts is not None else frame.dts
+                pts: int | None = frame.pts if frame.pts is not None else frame.dts
                 if pts is None:
                     pts = previous.end_pts if previous is not None else 0
                 if first_pts is not None and pts < first_pts:
                     continue  # leans on pictures before the keyframe, which were not decoded
+                if expected_pts is not None and (pts != expected_pts or not frame.key_frame):
+                    raise CannotSkipError
+                expected_pts = None
                 at = f"at {float(pts * time_base):.2f} s"
                 if frame.is_corrupt and not keep_going:
                     raise VideoError(Reason.DECODE_ERROR, f"{at}: the decoder had to conceal a damaged picture")
@@ -130,6 +168,15 @@ def _decode_once(
                     raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
                 previous = Shown(frame=frame, pts=pts, end_pts=pts + (frame.duration or frame_ticks), stream=stream)
                 yield previous
+            if step.action is Action.SKIP:
+                stream.codec_context.flush_buffers()
+                at_pts = step.pts if previous is None else max(step.pts, previous.pts)
+                previous = Shown(frame=None, pts=at_pts, end_pts=at_pts + frame_ticks, stream=stream)
+                yield previous
+        if previous is not None and previous.frame is None and end.packet is not None:
+            _refuse_damaged(watched, end.packet, "at the end")
+            previous = replace(previous, end_pts=max(previous.end_pts, end.pts))
+            yield previous
         if previous is not None:
             _refuse_truncated(stream, previous.end_pts * time_base)
         elif start.seek_pts is None:
@@ -138,10 +185,25 @@ def _decode_once(
             )
 
 
-def _packets(
-    container: InputContainer, stream: VideoStream, await_keyframe: bool
-) -> Iterator[Packet[VideoStream] | None]:
-    """Packets from the first keyframe on, then None to drain the decoder."""
+@dataclass(slots=True)
+class _End:
+    """Where the packets read so far end."""
+
+    packet: Packet[VideoStream] | None = None
+    """The last one."""
+    pts: int = 0
+    """When the frame that is shown last leaves the screen."""
+
+    def watch(self, packets: Iterator[Packet[VideoStream]], frame_ticks: int) -> Iterator[Packet[VideoStream]]:
+        for packet in packets:
+            self.packet = packet
+            if packet.pts is not None:
+                self.pts = max(self.pts, packet.pts + (packet.duration or frame_ticks))
+            yield packet
+
+
+def _packets(container: InputContainer, stream: VideoStream, await_keyframe: bool) -> Iterator[Packet[VideoStream]]:
+    """Packets from the first keyframe on."""
     waiting = await_keyframe
     num_packets = 0
     packets = container.demux(stream)
@@ -160,7 +222,13 @@ def _packets(
             yield packet
     if waiting and num_packets:
         raise _NoKeyframeError
-    yield None
+
+
+def _take_step(watched: WatchedFile, stream: VideoStream, step: Step) -> list[VideoFrame]:
+    """The frames that come out of the decoder."""
+    unwanted = step.action is Action.DECODE_IF_REFERENCED
+    stream.codec_context.skip_frame = "NONREF" if unwanted else "DEFAULT"
+    return _decode_packet(watched, stream, step.packet)
 
 
 def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
@@ -169,12 +237,16 @@ def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vid
             return stream.codec_context.decode(None)
     pts = packet.pts if packet.pts is not None else packet.dts
     at = f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
+    _refuse_damaged(watched, packet, at)
+    with ffmpeg_failures_as(Reason.DECODE_ERROR, at):
+        return stream.codec_context.decode(packet)
+
+
+def _refuse_damaged(watched: WatchedFile, packet: Packet[VideoStream], at: str) -> None:
     if packet.is_corrupt:
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
-    with ffmpeg_failures_as(Reason.DECODE_ERROR, at):
-        return stream.codec_context.decode(packet)
 
 
 def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
@@ -183,10 +255,9 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
         frame_ticks = usual_ticks(stream)
         num_packets, end_pts = 0, first_pts
         for packet in _packets(container, stream, await_keyframe=False):
-            if packet is not None:
-                num_packets += 1
-                if packet.pts is not None:
-                    end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
+            num_packets += 1
+            if packet.pts is not None:
+                end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
         return max(end_pts - first_pts, num_packets * frame_ticks if end_pts == first_pts else 0) * time_base_of(stream)
 
 

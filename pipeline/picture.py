@@ -36,6 +36,7 @@ def render(shown: Shown, spec: ClipSpec, reformatter: VideoReformatter) -> tuple
     ``to_ndarray(format="rgb24")``.
     """
     frame = shown.frame
+    assert frame is not None, "a frame that is needed is never left out"
     orientation = orientation_of(frame)
     try:
         width, height = display_size(frame.width, frame.height, shown.stream.sample_aspect_ratio, orientation)

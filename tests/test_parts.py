@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.decode
 from jobs.cli import vidshard
 from pipeline.decode import decode_spans, probe_video
+from pipeline.frames import frames_covering
 from pipeline.geometry import nearest_bucket
 from pipeline.read import open_shard, read_clips
 from pipeline.sampling import CUT_TOLERANCE_SECONDS, Layout, expected_clips, plan_spans
@@ -189,13 +189,12 @@ def test_neighbouring_parts_are_decoded_in_one_pass_and_distant_ones_are_sought(
     video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int | None] = []
-    original = pipeline.decode.frames_covering
 
     def counted(watched: Any, needed_pts: int | None, *rest: Any) -> Any:
         passes.append(needed_pts)
-        return original(watched, needed_pts, *rest)
+        return frames_covering(watched, needed_pts, *rest)
 
-    monkeypatch.setattr(pipeline.decode, "frames_covering", counted)
+    monkeypatch.setattr("pipeline.decode.frames_covering", counted)
 
     def number_of_passes(starts: Sequence[float]) -> int:
         passes.clear()
