@@ -123,6 +123,8 @@ class Request:
             kept += ["clip_placement", "clip_seed"]
         if self.run.min_seconds:
             kept.append("min_seconds")
+        if self.run.damaged != "reject":
+            kept.append("damaged")
         tokenizer = self.tokenizer.model_dump(mode="json")
         for name in ("architecture", "vq_codebook_size"):
             if tokenizer[name] == TokenizerConfig.model_fields[name].default:
@@ -483,6 +485,7 @@ def tokenize_spans(
         max_clips=4 * span_clips + 16,
         clips_per_pass=span_clips,
         timeout_seconds=run.decode_timeout,
+        keep_undamaged=run.damaged == "keep",
     )
     stored = storage.join(run.out, PLAN if todo.num_rows == summary.planned_spans else TODO)
     secret = any(uri != storage.public_uri(uri) for uri in todo["uri"].unique().to_pylist())
@@ -650,7 +653,8 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     line("videos", f"{summary.num_videos} found, {summary.num_rejected_videos} rejected in whole or in part")
     line("clips", f"{written.num_clips} written in {written.num_shards} shards")
     reused = f" + {summary.reused_spans} reused, finished by an earlier run" if summary.reused_spans else ""
-    came_out = f"{written.num_spans} as tokens + {written.num_rejected_spans} rejected{reused}"
+    gaps = f" ({written.num_damaged_spans} of them with clips missing)" if written.num_damaged_spans else ""
+    came_out = f"{written.num_spans} as tokens{gaps} + {written.num_rejected_spans} rejected{reused}"
     line("plan", f"{summary.planned_spans} spans of video = {came_out}")
     if written.num_values:
         line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")

@@ -33,7 +33,7 @@ from pipeline.container import (
     storage_failures_named,
     time_base_of,
 )
-from pipeline.frames import Shown, Start, decode_from, frames_covering, seconds_from_packets
+from pipeline.frames import Shown, Start, decode_from, frames_after, frames_covering, seconds_from_packets
 from pipeline.geometry import display_size, place
 from pipeline.picture import orientation_of, render
 from pipeline.sampling import Grid, Layout
@@ -138,6 +138,7 @@ def decode_spans(
     source: str | BinaryIO,
     *,
     max_clips: int,
+    keep_undamaged: bool = False,
     thread_type: ThreadType = "NONE",
 ) -> list[SpanClips]:
     """Decode spans of one video, in one pass where they lie close together.
@@ -150,6 +151,8 @@ def decode_spans(
         source: a local path, or a seekable binary file that stays open.
         max_clips: an open-ended last span may hold this many clips, not more: the limit on memory, as
             ``max_clips * spec.clip_bytes`` bytes of frames are held at once.
+        keep_undamaged: of a damaged span give the clips that lie before, between and after the damage, each as if
+            there were none; its error says what is missing. Otherwise damage refuses the whole span.
         thread_type: how the decoder uses threads; one thread unless asked, as many tasks run side by side.
 
     Returns:
@@ -170,7 +173,7 @@ def decode_spans(
             if not maker.is_done:
                 makers[number] = maker = _ClipsInTheMaking(span=maker.span, spec=spec, max_clips=max_clips)
                 try:
-                    _fill(file, [maker], thread_type)
+                    _fill(file, [maker], thread_type, keep_undamaged=keep_undamaged)
                 except VideoError as error:
                     maker.error = error
     return [maker.result() for maker in makers]
@@ -180,13 +183,31 @@ def decode_spans(
 _LEAP_SECONDS = 10
 
 
-def _fill(file: BinaryIO, makers: Sequence[_ClipsInTheMaking], thread_type: ThreadType) -> None:
-    """Show frames to the makers until all have theirs, in as few passes as it takes."""
+def _fill(
+    file: BinaryIO, makers: Sequence[_ClipsInTheMaking], thread_type: ThreadType, *, keep_undamaged: bool = False
+) -> None:
+    """Show frames to the makers until all have theirs, in as few passes as it takes.
+
+    Args:
+        keep_undamaged: a single maker goes on after damage.
+    """
     waiting = list(makers)
     while waiting:
-        with storage_failures_named(file) as watched:
-            _one_pass(watched, waiting, thread_type)
+        try:
+            with storage_failures_named(file) as watched:
+                _one_pass(watched, waiting, thread_type)
+        except VideoError as error:
+            if not keep_undamaged or error.reason not in _DAMAGE:
+                raise
+            for maker in waiting:
+                maker.note_damage(error)
         waiting = [maker for maker in waiting if not maker.is_done]
+
+
+_DAMAGE = frozenset({Reason.DECODE_ERROR, Reason.TRUNCATED})
+
+_MAX_DAMAGED_PLACES = 100
+"""After so many a span is taken to end: a file that is noise from some point on costs a pass for each keyframe."""
 
 
 def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread_type: ThreadType) -> None:
@@ -199,25 +220,32 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
     def needed(pts: int, until_pts: int) -> bool:
         return any(maker.needs(pts, until_pts) for maker in waiting)
 
-    with closing(frames_covering(watched, start, time_base, thread_type, needed)) as frames:
+    damaged_pts = waiting[0].damaged_pts
+    if damaged_pts is None:
+        source = frames_covering(watched, start, time_base, thread_type, needed)
+    else:
+        source = frames_after(watched, damaged_pts, thread_type, needed)
+    with closing(source) as frames:
         shown: Shown | None = None
         for following in frames:
+            for maker in waiting:
+                maker.see(following.pts)
             if shown is not None:
                 for maker in waiting:
                     maker.show(shown, until_pts=following.pts)
                 waiting = [maker for maker in waiting if not maker.is_done]
-                wants = [maker.wanted_pts for maker in waiting]
-                if not wants:
+                if not waiting:
                     return
-                if start is not None and None not in wants:
-                    nearest = min(pts for pts in wants if pts is not None)
-                    if nearest > start and nearest - following.pts > leap:
+                if not any(maker.open_clips for maker in waiting):
+                    wants = [maker.wanted_pts for maker in waiting]
+                    nearest = min((pts for pts in wants if pts is not None), default=following.pts)
+                    if None not in wants and nearest > (start or 0) and nearest - following.pts > leap:
                         return
             shown = following
-    assert shown is not None, "a video without frames is refused where it is decoded"
     for maker in waiting:
-        maker.show(shown, until_pts=shown.end_pts)
-        maker.end(shown.end_pts)
+        if shown is not None:  # else there is no keyframe after the damage
+            maker.show(shown, until_pts=shown.end_pts)
+        maker.end(maker.seen_pts if shown is None else shown.end_pts)
 
 
 # Clips out of frames.
@@ -258,12 +286,20 @@ class _ClipsInTheMaking:
     end_pts: int | None = None
     """Where the video ended, once that is known."""
     error: VideoError | None = None
-    num_errors: int = 0
+    damage: list[VideoError] = field(default_factory=list)
+    """What was met so far, where undamaged clips are kept."""
+    damaged_pts: int | None = None
+    """Where the last of it was met."""
+    seen_pts: int = field(init=False)
+    """When the last frame began that was decoded."""
     reformatter: VideoReformatter = field(default_factory=VideoReformatter)
+    times: dict[int, tuple[Grid, int]] = field(default_factory=dict)
+    """Of each clip asked for so far, its grid and how many frames it gets if the video lasts."""
 
     def __post_init__(self) -> None:
         self.layout = Layout.of(self.span, self.span.part, self.spec)
         self.next_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        self.seen_pts = self.span.grid_start_pts
 
     @property
     def is_done(self) -> bool:
@@ -282,7 +318,7 @@ class _ClipsInTheMaking:
         """The tick at which the next frame must be on screen; None for the video's very first frame."""
         wants = [clip.grid.pts_at(len(clip.pts)) for clip in self.open_clips[:1]]
         if self._has_more:
-            wants.append(self.layout.grid(self.next_clip).pts_at(0))
+            wants.append(self._times_of(self.next_clip)[0].pts_at(0))
         earliest = min(wants)
         return earliest if earliest > self.span.grid_start_pts else None
 
@@ -292,10 +328,15 @@ class _ClipsInTheMaking:
         first = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
         end = clips.stop if self.span.end_clip is None else min(clips.stop, self.span.end_clip)
         for index in range(max(first, clips.start), end):
-            grid = self.layout.grid(index)
-            if grid.first_index_at(pts) < min(grid.first_index_at(until_pts), self.layout.num_frames(index)):
+            grid, num_frames = self._times_of(index)
+            if grid.first_index_at(pts) < min(grid.first_index_at(until_pts), num_frames):
                 return True
         return False
+
+    def _times_of(self, index: int) -> tuple[Grid, int]:
+        if index not in self.times:
+            self.times[index] = self.layout.grid(index), self.layout.num_frames(index)
+        return self.times[index]
 
     def show(self, shown: Shown, *, until_pts: int) -> None:
         """Fill the frames that this one is on screen for, as far as the span goes."""
@@ -308,7 +349,7 @@ class _ClipsInTheMaking:
 
     def _fill_with(self, shown: Shown, until_pts: int) -> None:
         rendered: tuple[npt.NDArray[np.uint8], Geometry] | None = None
-        while self._has_more and self.layout.grid(self.next_clip).first_index_at(until_pts) > 0:
+        while self._has_more and self._times_of(self.next_clip)[0].first_index_at(until_pts) > 0:
             rendered = rendered or render(shown, self.spec, self.reformatter)
             self._begin_clip(rendered[1])
         for clip in self.open_clips:
@@ -327,10 +368,11 @@ class _ClipsInTheMaking:
                 Reason.LONGER_THAN_HEADER,
                 f"more than {self.max_clips} clips after clip {self.span.first_clip}; the header says {claimed:.2f} s",
             )
+        grid, num_frames = self._times_of(self.next_clip)
         clip = _ClipInTheMaking(
             index=self.next_clip,
-            grid=self.layout.grid(self.next_clip),
-            num_frames=self.layout.num_frames(self.next_clip),
+            grid=grid,
+            num_frames=num_frames,
             frames=np.empty((self.spec.num_frames, self.spec.height, self.spec.width, 3), np.uint8),
             geometry=geometry,
         )
@@ -338,6 +380,23 @@ class _ClipsInTheMaking:
         if clip.num_frames:
             self.begun.append(clip)
             self.open_clips.append(clip)
+
+    def see(self, pts: int) -> None:
+        """Take note that a frame begins here; the first one after damage says where whole clips can begin again."""
+        if self.damaged_pts is not None and self.seen_pts <= self.damaged_pts < pts:
+            while self._has_more and self._times_of(self.next_clip)[0].pts_at(0) < pts:
+                self.next_clip += 1
+        self.seen_pts = max(self.seen_pts, pts)
+
+    def note_damage(self, error: VideoError) -> None:
+        """Give up the clips that are not full, to go on after the damage; at the end if there is nothing after it."""
+        self.damage.append(error)
+        self.begun = [clip for clip in self.begun if clip.is_full]
+        self.open_clips = []
+        stuck = self.damaged_pts is not None and self.seen_pts <= self.damaged_pts
+        if stuck or error.reason is Reason.TRUNCATED or len(self.damage) >= _MAX_DAMAGED_PLACES:
+            self.end(self.seen_pts)
+        self.damaged_pts = self.seen_pts
 
     def end(self, end_pts: int) -> None:
         """Take note that the video ends here."""
@@ -352,9 +411,22 @@ class _ClipsInTheMaking:
             end_seconds = (self.end_pts - self.span.grid_start_pts) * self.span.time_base
             begun = [clip for clip in begun if clip.index < self.layout.num_clips(end_seconds)]
         clips = [clip for clip in begun if len(clip.pts) >= self._fewest_frames(clip.index)]
+        if self.damage:
+            return SpanClips(
+                clips=[self._finished(clip) for clip in clips],
+                error=VideoError(self.damage[0].reason, self._what_is_damaged(len(clips))),
+                num_errors=len(self.damage),
+            )
         if not clips and self.span.first_clip == 0:
             return SpanClips(clips=[], error=VideoError(Reason.TOO_SHORT, self._what_is_short(begun)))
         return SpanClips(clips=[self._finished(clip) for clip in clips])
+
+    def _what_is_damaged(self, num_clips: int) -> str:
+        first = self.damage[0].detail
+        if not num_clips:
+            return first
+        places = "one damaged place" if len(self.damage) == 1 else f"{len(self.damage)} damaged places, the first"
+        return f"{num_clips} clips beside {places}: {first}"
 
     def _lead(self, index: int) -> int:
         return 0 if index else self.spec.lead_frames

@@ -71,6 +71,8 @@ def clip_specs_of(run: TokenizeRun, config: TokenizerConfig) -> list[ClipSpec]:
         raise ValueError("--continuous cannot go with --tile-size: a stream takes whole frames")
     if run.stride_seconds is not None or run.clips_per_video is not None:
         raise ValueError("--continuous is one sequence without gaps: leave --stride-seconds and --clips-per-video out")
+    if run.damaged == "keep":
+        raise ValueError("--continuous is one sequence without gaps: it cannot go with --damaged keep")
     return [continuous_spec(spec, config) for spec in specs]
 
 

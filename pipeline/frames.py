@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 
 import av
+import av.logging
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
@@ -48,6 +49,8 @@ class Start:
 
     seek_pts: int | None = None
     """At the keyframe before this tick; None for the start of the file."""
+    forward: bool = False
+    """At the first keyframe not before that tick; an entry without a frame says first where it is."""
     await_keyframe: bool = True
     """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
 
@@ -88,6 +91,20 @@ def frames_covering(
     yield from decode_from(watched, Start(), thread_type, needed)
 
 
+def frames_after(
+    watched: WatchedFile, pts: int, thread_type: ThreadType = "NONE", needed: Needed | None = None
+) -> Generator[Shown, None, None]:
+    """Frames from the first keyframe after a tick on, which an entry without a frame names; none where there is none.
+
+    Args:
+        watched: the file.
+        pts: where damage was met.
+        thread_type: how the decoder uses threads.
+        needed: as in :func:`frames_covering`.
+    """
+    yield from decode_from(watched, Start(seek_pts=pts + 1, forward=True), thread_type, needed)
+
+
 def decode_from(
     watched: WatchedFile,
     start: Start,
@@ -120,7 +137,7 @@ def _decode_once(
     with open_video(watched, thread_type) as (container, stream):
         if start.seek_pts is not None:
             with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
-                container.seek(start.seek_pts, stream=stream)
+                container.seek(start.seek_pts, backward=not start.forward, stream=stream)
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
         first_pts: int | None = None  # of the keyframe that a seek led to
@@ -128,7 +145,7 @@ def _decode_once(
         previous: Shown | None = None
         failure = "no packets"
         end = _End()
-        packets = end.watch(_packets(container, stream, start.await_keyframe), frame_ticks)
+        packets = end.watch(_packets(container, stream, start), frame_ticks)
         plan: Iterator[Step]
         if needed is None or not start.await_keyframe or codec_name(stream) not in SKIPPABLE_CODECS:
             plan = (Step(Action.DECODE, packet, packet.pts or 0) for packet in packets)
@@ -142,6 +159,8 @@ def _decode_once(
                     first_pts = packet.dts
                 if first_pts is None:
                     return  # no telling where this is: only counting from the start says
+                if start.forward:
+                    yield Shown(frame=None, pts=first_pts, end_pts=first_pts + frame_ticks, stream=stream)
             if step.action is Action.RESTART:
                 expected_pts = step.pts
             try:
@@ -160,12 +179,12 @@ def _decode_once(
                 if expected_pts is not None and (pts != expected_pts or not frame.key_frame):
                     raise CannotSkipError
                 expected_pts = None
-                at = f"at {float(pts * time_base):.2f} s"
                 if frame.is_corrupt and not keep_going:
-                    raise VideoError(Reason.DECODE_ERROR, f"{at}: the decoder had to conceal a damaged picture")
+                    words = "the decoder had to conceal a damaged picture"
+                    raise VideoError(Reason.DECODE_ERROR, f"at {float(pts * time_base):.2f} s: {words}")
                 if previous is not None and pts < previous.pts:
-                    before = f"{float(previous.pts * time_base):.2f} s"
-                    raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
+                    words = f"presentation times run backwards, after {float(previous.pts * time_base):.2f} s"
+                    raise VideoError(Reason.DECODE_ERROR, f"at {float(pts * time_base):.2f} s: {words}")
                 previous = Shown(frame=frame, pts=pts, end_pts=pts + (frame.duration or frame_ticks), stream=stream)
                 yield previous
             if step.action is Action.SKIP:
@@ -202,14 +221,16 @@ class _End:
             yield packet
 
 
-def _packets(container: InputContainer, stream: VideoStream, await_keyframe: bool) -> Iterator[Packet[VideoStream]]:
-    """Packets from the first keyframe on."""
-    waiting = await_keyframe
+def _packets(container: InputContainer, stream: VideoStream, start: Start) -> Iterator[Packet[VideoStream]]:
+    """Packets from the first keyframe on that is no earlier than wanted."""
+    waiting = start.await_keyframe
+    earliest = start.seek_pts if start.forward else None
     num_packets = 0
     packets = container.demux(stream)
     while True:
         try:
-            packet = next(packets, None)
+            with _demuxer_heard(container, num_packets):
+                packet = next(packets, None)
         except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
             raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
         if packet is None:
@@ -217,11 +238,33 @@ def _packets(container: InputContainer, stream: VideoStream, await_keyframe: boo
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
             continue
         num_packets += 1
-        waiting = waiting and not packet.is_keyframe
+        if waiting and packet.is_keyframe:
+            waiting = earliest is not None and (packet.pts is None or packet.pts < earliest)
         if not waiting:
             yield packet
     if waiting and num_packets:
         raise _NoKeyframeError
+
+
+@contextmanager
+def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None]:
+    """Take what FFmpeg's demuxer only writes into its log, that it lost its place, for the damage it is.
+
+    It goes on at the next place it understands, and the pictures in between are missing without a mark: those after
+    them would be wrong. Costs a microsecond.
+    """
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
+    try:
+        with av.logging.Capture() as messages:
+            yield
+    finally:
+        av.logging.set_level(None)
+    for _, name, text in messages:
+        if name == container.format.name:
+            cut_off = "prematurely" in text or "partial file" in text
+            reason = Reason.TRUNCATED if cut_off else Reason.DECODE_ERROR
+            raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
 
 
 def _take_step(watched: WatchedFile, stream: VideoStream, step: Step) -> list[VideoFrame]:
@@ -235,11 +278,19 @@ def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vid
     if packet is None:
         with ffmpeg_failures_as(Reason.DECODE_ERROR, "at the end"):
             return stream.codec_context.decode(None)
-    pts = packet.pts if packet.pts is not None else packet.dts
-    at = f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
-    _refuse_damaged(watched, packet, at)
-    with ffmpeg_failures_as(Reason.DECODE_ERROR, at):
+    if packet.is_corrupt:
+        _refuse_damaged(watched, packet, _whereabouts(packet, stream))
+    try:
         return stream.codec_context.decode(packet)
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise VideoError(Reason.DECODE_ERROR, f"{_whereabouts(packet, stream)}: {error.strerror}") from error
+
+
+def _whereabouts(packet: Packet[VideoStream], stream: VideoStream) -> str:
+    pts = packet.pts if packet.pts is not None else packet.dts
+    return f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
 
 
 def _refuse_damaged(watched: WatchedFile, packet: Packet[VideoStream], at: str) -> None:
@@ -254,7 +305,7 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
     with open_video(watched) as (container, stream):
         frame_ticks = usual_ticks(stream)
         num_packets, end_pts = 0, first_pts
-        for packet in _packets(container, stream, await_keyframe=False):
+        for packet in _packets(container, stream, Start(await_keyframe=False)):
             num_packets += 1
             if packet.pts is not None:
                 end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))

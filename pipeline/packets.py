@@ -23,6 +23,8 @@ from itertools import chain
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from schemas.video import VideoError
+
 Needed = Callable[[int, int], bool]
 """Whether a frame that is on screen from one tick to another, exclusive, is wanted."""
 
@@ -90,7 +92,8 @@ def steps(packets: Iterator[Packet[VideoStream]], needed: Needed, *, codec: str,
     """
     unwanted = Action.DECODE_IF_REFERENCED if codec in _KNOWS_UNREFERENCED else Action.DECODE
     left_out = False  # whether packets before this block were
-    blocks = chain(_blocks(packets), [None])
+    reading = _Reading(packets)
+    blocks = chain(_blocks(iter(reading)), [None])
     block = next(blocks)
     while block is not None:
         following = next(blocks)
@@ -109,6 +112,22 @@ def steps(packets: Iterator[Packet[VideoStream]], needed: Needed, *, codec: str,
             left_out = True
             yield Step(Action.SKIP, None, max((end for end in ends if end is not None), default=first_pts))
         block = following
+    if reading.error is not None:
+        raise reading.error
+
+
+class _Reading:
+    """Packets up to the first that cannot be read, whose error has to wait until those before it are decoded."""
+
+    def __init__(self, packets: Iterator[Packet[VideoStream]]) -> None:
+        self._packets = packets
+        self.error: VideoError | None = None
+
+    def __iter__(self) -> Iterator[Packet[VideoStream]]:
+        try:
+            yield from self._packets
+        except VideoError as error:
+            self.error = error
 
 
 def _pts(packet: Packet[VideoStream]) -> int:

@@ -58,6 +58,7 @@ CLIP_TYPE = pa.struct(
         ("frame_pts_seconds", pa.list_(pa.float64())),
         ("num_valid_frames", pa.int32()),
         ("continues_previous", pa.bool_()),
+        ("decode_errors", pa.int32()),
         ("geometry", GEOMETRY_TYPE),
     ]
 )
@@ -195,15 +196,15 @@ def add_clips(
 
     Args:
         plan: one row.
-        outcome: the span's clips after those of its halo, of which the row gets the frames alone; or its error.
+        outcome: the span's clips after those of its halo, of which the row gets the frames alone; its error, which
+            may say what is missing beside them.
         uri: how rejections name the video.
         start_seconds: where the span begins, in seconds after the first frame.
         seconds: what decoding took.
         continuous: whether clips carry on from one another.
     """
     row = plan.to_pylist()[0]
-    clips: list[dict[str, Any]] = []
-    frames, rejection = b"", None
+    rejection = None
     if outcome.error is not None:
         rejection = rejection_row(
             Rejection(
@@ -216,13 +217,11 @@ def add_clips(
                 detail=outcome.error.detail,
             )
         )
-        buffer = pa.py_buffer(frames)
-    else:
-        own = [clip for clip in outcome.clips if clip.clip_index >= row["first_clip"]]
-        clips = [_clip_row(clip, continues=continuous and clip.clip_index > 0) for clip in own]
-        # the only copy between the decoder's process and the object store
-        flat = [clip.frames.reshape(-1) for clip in outcome.clips]
-        buffer = pa.py_buffer(np.concatenate(flat) if flat else frames)
+    own = [clip for clip in outcome.clips if clip.clip_index >= row["first_clip"]]
+    clips = [_clip_row(clip, continuous and clip.clip_index > 0, outcome.num_errors) for clip in own]
+    # the only copy between the decoder's process and the object store
+    flat = [clip.frames.reshape(-1) for clip in outcome.clips]
+    buffer = pa.py_buffer(np.concatenate(flat) if flat else b"")
     offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
     return (
         plan.append_column(FRAMES, pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, buffer]))
@@ -232,7 +231,7 @@ def add_clips(
     )
 
 
-def _clip_row(clip: Clip, *, continues: bool) -> dict[str, Any]:
+def _clip_row(clip: Clip, continues: bool, decode_errors: int) -> dict[str, Any]:
     geometry = clip.geometry
     return {
         "clip_index": clip.clip_index,
@@ -240,6 +239,7 @@ def _clip_row(clip: Clip, *, continues: bool) -> dict[str, Any]:
         "frame_pts_seconds": clip.frame_pts_seconds,
         "num_valid_frames": clip.num_valid_frames,
         "continues_previous": continues,
+        "decode_errors": decode_errors,
         "geometry": {
             "policy": geometry.policy,
             "scaled_width": geometry.scaled_width,

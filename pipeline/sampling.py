@@ -12,6 +12,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -144,9 +145,17 @@ class Layout:
         if self.placed is not None:
             return range(len(self.placed))
         zero = self.part.start_seconds - self.spec.lead_frames / self.spec.fps
-        first = ((pts - self.start_pts) * self.time_base - zero - self.spec.clip_seconds) / self.spec.stride
-        last = ((until_pts - self.start_pts) * self.time_base - zero) / self.spec.stride
-        return range(max(0, math.floor(first)), max(0, math.floor(last) + 1))
+        tick, begin, clip, stride = _in_whole_units(self.time_base, zero, self.spec.clip_seconds, self.spec.stride)
+        first = ((pts - self.start_pts) * tick - begin - clip) // stride
+        last = ((until_pts - self.start_pts) * tick - begin) // stride
+        return range(max(0, first), max(0, last + 1))
+
+
+@lru_cache(maxsize=256)
+def _in_whole_units(*seconds: Fraction) -> tuple[int, ...]:
+    """Times as multiples of the longest unit that divides them all: fractions of big numbers are slow."""
+    denominator = math.lcm(*(value.denominator for value in seconds))
+    return tuple(value.numerator * (denominator // value.denominator) for value in seconds)
 
 
 def _places(video_id: str, part: Part, spec: ClipSpec, seconds: Fraction) -> tuple[Fraction, ...]:

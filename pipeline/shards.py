@@ -13,10 +13,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -42,6 +43,9 @@ class Written:
     num_spans: int = 0
     """Spans that came out as tokens."""
     num_rejected_spans: int = 0
+    """And those that did not."""
+    num_damaged_spans: int = 0
+    """Of the first, those with clips missing."""
     num_clips: int = 0
     num_values: int = 0
     """Tokens, or latent values."""
@@ -54,12 +58,11 @@ class Written:
 
     def add(self, other: Written) -> None:
         """Add another task's figures to these."""
-        for name in ("num_shards", "num_spans", "num_rejected_spans", "num_clips", "num_values", "payload_bytes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.file_bytes += other.file_bytes
-        self.seconds += other.seconds
-        self.reasons += other.reasons
-        self.rejected_uris |= other.rejected_uris
+        for counts in fields(self):
+            if counts.name == "rejected_uris":
+                self.rejected_uris |= other.rejected_uris
+            else:
+                setattr(self, counts.name, getattr(self, counts.name) + getattr(other, counts.name))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,8 +127,9 @@ class TokenShardSink:
         Raises:
             storage.StorageError: an earlier shard could not be written.
         """
-        self._rejections += [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
-        good = rows.filter(rows["rejection"].is_null())
+        refused = pc.and_(rows["rejection"].is_valid(), pc.equal(pc.list_value_length(rows["clips"]), 0))
+        self._rejections += _rejections_of(rows.filter(refused))
+        good = rows.filter(pc.invert(refused))
         self._oldest = time.monotonic() if self._oldest is None else self._oldest
         for at, size in enumerate(frame_sizes(good)):
             row = good.slice(at, 1)
@@ -175,13 +179,18 @@ class TokenShardSink:
     def _write(self, bucket: _Bucket | None, rows: list[pa.Table], rejections: list[Rejection]) -> Written:
         started = time.monotonic()
         written = Written()
+        written.num_rejected_spans = len(rejections)
+        if bucket is not None:
+            table = pa.concat_tables(rows)
+            # before what is missing in them is said, which counts as done when it stands alone
+            self._write_shard(bucket, table, written)
+            partly = _rejections_of(table)
+            written.num_damaged_spans = len(partly)
+            rejections = rejections + partly
         if rejections:
             write_rejects(self._out, rejections)
-            written.num_rejected_spans = len(rejections)
             written.reasons.update(str(r.reason) for r in rejections)
             written.rejected_uris.update(r.uri for r in rejections)
-        if bucket is not None:
-            self._write_shard(bucket, pa.concat_tables(rows), written)
         written.seconds = time.monotonic() - started
         return written
 
@@ -211,6 +220,10 @@ class TokenShardSink:
         written.num_values += table.num_rows * payload.num_values * len(payload.columns)
         written.payload_bytes += compressed_bytes(data, payload.columns)
         written.file_bytes += data.size
+
+
+def _rejections_of(rows: pa.Table) -> list[Rejection]:
+    return [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
 
 
 def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:

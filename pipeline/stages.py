@@ -42,16 +42,16 @@ def probe(ref: VideoRef) -> VideoProbe | VideoError:
         return error
 
 
-def _decode_in_child(spans: Sequence[Span], spec: ClipSpec, max_clips: int) -> list[SpanClips]:
+def _decode_in_child(spans: Sequence[Span], spec: ClipSpec, max_clips: int, keep_undamaged: bool) -> list[SpanClips]:
     uri = spans[0].uri
     if storage.is_local(uri):
-        return decode_spans(spans, spec, uri, max_clips=max_clips)
+        return decode_spans(spans, spec, uri, max_clips=max_clips, keep_undamaged=keep_undamaged)
     try:
         file = storage.open_binary(uri)
     except storage.StorageError as error:
         raise VideoError(Reason.UNREADABLE, str(error)) from error
     with file:
-        return decode_spans(spans, spec, file, max_clips=max_clips)
+        return decode_spans(spans, spec, file, max_clips=max_clips, keep_undamaged=keep_undamaged)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +65,8 @@ class SpanDecoder:
     clips_per_pass: int
     """Clips that rows of one video may hold together to be decoded in one pass."""
     timeout_seconds: float
+    keep_undamaged: bool = False
+    """Of damaged stretches of video, give the clips that are whole."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Decode the rows' spans: those of one video together, as many as memory shall hold."""
@@ -96,7 +98,9 @@ class SpanDecoder:
     def _decode(self, spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
         timeout = self.timeout_seconds * len(spans)
         try:
-            return _sandbox().run(_decode_in_child, spans, spec, self.max_clips, timeout_seconds=timeout)
+            return _sandbox().run(
+                _decode_in_child, spans, spec, self.max_clips, self.keep_undamaged, timeout_seconds=timeout
+            )
         except VideoError as error:
             if len(spans) > 1 and error.reason is not Reason.UNREADABLE:  # which of them it was, nobody knows
                 return [result for span in spans for result in self._decode([span], spec)]
@@ -125,7 +129,7 @@ def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec, part:
         raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
     [first, *_] = plan_spans(header, spec, 1, part)
     span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
-    [result] = _sandbox().run(_decode_in_child, [span], spec, 1, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    [result] = _sandbox().run(_decode_in_child, [span], spec, 1, False, timeout_seconds=PROBE_TIMEOUT_SECONDS)
     if result.error is not None:
         raise result.error
     if not result.clips or result.clips[-1].clip_index != clip_index:

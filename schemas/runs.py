@@ -275,6 +275,13 @@ class TokenizeRun(BaseModel):
         metavar="SIZE",
         help="Frame size: 256 for a square, 256x448 for height x width; divisible by the tokenizer's spatial stride.",
     )
+    damaged: Literal["reject", "keep"] = setting(
+        "reject",
+        section="Sampling",
+        help="A stretch of video with damage in it: 'reject' it whole, or 'keep' those of its clips that lie before or "
+        "beside the damage, each of them whole; rejects/ says what is missing, the column decode_errors how many "
+        "damaged places there were.",
+    )
     buckets: FrameSizes | None = setting(
         None,
         section="Sampling",

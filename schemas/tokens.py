@@ -42,6 +42,7 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
     pa.field("frame_pts_seconds", pa.list_(pa.float64()), nullable=False),
     pa.field("num_valid_frames", pa.int32(), nullable=False),
     pa.field("continues_previous", pa.bool_(), nullable=False),
+    pa.field("decode_errors", pa.int32(), nullable=False),
     pa.field("source_width", pa.int32(), nullable=False),
     pa.field("source_height", pa.int32(), nullable=False),
     pa.field("source_codec", pa.string(), nullable=False),
@@ -52,8 +53,9 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
 )
 """Columns of every shard, before the payload and the manifest's own columns."""
 
-LATER_COLUMNS = frozenset({"continues_previous", "part_start_seconds", "part_end_seconds", "bucket"})
+LATER_COLUMNS = frozenset({"continues_previous", "decode_errors", "part_start_seconds", "part_end_seconds", "bucket"})
 """Those that older shards of this format version lack. Where ``continues_previous`` is missing, it is false; where
+``decode_errors`` is, 0: the clip is whole, but so many damaged places were met in the stretch decoded with it; where
 the times of a part are, it is the whole video; where ``bucket`` is, the run's only frame size."""
 
 RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | {"tokens", "latents", "latents_logvar"}

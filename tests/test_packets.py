@@ -175,7 +175,7 @@ def test_a_stream_that_lies_about_its_keyframes_is_decoded_whole(folder: Path) -
 
 
 def test_a_packet_without_a_time_asks_for_decoding_everything() -> None:
-    packet = av.Packet(b"x")
+    packet: Any = av.Packet(b"x")
     packet.is_keyframe = True
     with pytest.raises(CannotSkipError):
         list(steps(iter([packet]), lambda _start, _end: True, codec="h264", frame_ticks=1))
