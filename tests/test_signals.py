@@ -23,9 +23,9 @@ def signal_at(seconds: np.ndarray) -> Signal:
     return Signal(seconds=seconds, values=np.arange(len(seconds), dtype=np.float32)[:, None])
 
 
-def refusal(path: Path, **settings: int) -> VideoError:
+def refusal(path: Path, max_bytes: int = 1 << 30) -> VideoError:
     with pytest.raises(VideoError) as caught:
-        read_signal(str(path), **settings)
+        read_signal(str(path), max_bytes=max_bytes)
     assert path.name in caught.value.detail
     assert "\n" not in caught.value.detail
     return caught.value
@@ -38,6 +38,8 @@ def test_windows_of_consecutive_clips_share_out_the_samples(samples: np.ndarray,
     seen: list[float] = []
     for clip, end in zip(clips, ends, strict=True):
         aligned = align(signal, clip, "window", end)
+        assert aligned.seconds is not None
+        assert aligned.offsets is not None
         for t, start in enumerate(clip):
             inside = aligned.seconds[aligned.offsets[t] : aligned.offsets[t + 1]]
             assert ((inside >= start) & (inside < (clip[t + 1] if t + 1 < len(clip) else end))).all()
