@@ -307,6 +307,8 @@ class Reason(StrEnum):
     """Decoding took longer than allowed."""
     UNSUPPORTED = "unsupported"
     """A codec, pixel format or size that this build cannot handle."""
+    BAD_SIGNAL = "bad_signal"
+    """The file of samples beside the video does not hold a timestamped signal."""
 
 
 REMEDIES: dict[Reason, str] = {
@@ -323,6 +325,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.DECODER_CRASHED: "re-encode it; the file may be hostile",
     Reason.DECODE_TIMEOUT: "raise --decode-timeout, or re-encode the file",
     Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
+    Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
 }
 """What a person can do about each reason."""
 
