@@ -43,7 +43,7 @@ from pipeline.discover import Discovery, InputError, discover
 from pipeline.encode import EncoderSpec, clip_specs_of, open_tokenizer
 from pipeline.flow import Placement, build_flow
 from pipeline.plan import Plan, clips_per_span, make_plan
-from pipeline.rows import manifest_fields
+from pipeline.rows import INTERNAL_COLUMNS, manifest_fields, signal_source
 from pipeline.shards import (
     PLAN,
     RUN,
@@ -55,6 +55,7 @@ from pipeline.shards import (
     write_plan,
     write_rejects,
 )
+from pipeline.signals import signal_fields
 from pipeline.stages import SpanDecoder
 from schemas.runs import TokenizeRun
 from schemas.tokens import Payload, Provenance
@@ -118,7 +119,8 @@ class Request:
             kept += ["tile_size", "tile_overlap"]
         if self.run.continuous:
             kept.append("continuous")
-        kept += [name for name in ("start", "end", "stride_seconds", "clips_per_video") if run[name] is not None]
+        others = ("start", "end", "stride_seconds", "clips_per_video", "signals")
+        kept += [name for name in others if run[name] is not None]
         if self.run.clips_per_video is not None:
             kept += ["clip_placement", "clip_seed"]
         if self.run.min_seconds:
@@ -199,7 +201,7 @@ def main(request: Request, console: Console) -> Summary:
     started = time.monotonic()
     run = request.run
     check_output(request)
-    found = discover(run.inputs, limit=run.limit)
+    found = discover(run.inputs, signals=[name for name, _ in run.signals or []], limit=run.limit)
     announce(request, found, console)
     with ray_cluster(address=run.ray_address, object_store_bytes=run.object_store, verbose=run.verbose) as cluster:
         console.print(f"running on {cluster}", highlight=False)
@@ -270,6 +272,9 @@ def resolve(run: TokenizeRun) -> Request:
         raise UserError(str(error)) from error
     if run.keep_logvar and tokenizer.head != "kl":
         raise UserError(f"--keep-logvar is for KL tokenizers; {tokenizer.name} gives tokens")
+    taken = sorted({name for name, _ in run.signals or []} & INTERNAL_COLUMNS)
+    if taken:
+        raise UserError(f"--signals: a column of the shards is named '{taken[0]}' already: rename the manifest's")
     notice = None
     if run.weights is None and run.random_weights is None:
         if not tokenizer.name.startswith("tiny"):
@@ -463,14 +468,20 @@ def save_start(request: Request, plan: Plan, todo: pa.Table) -> None:
     provenance = request.provenance
     record = {**asdict(provenance), "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     storage.write_atomic(storage.join(out, RUN), json.dumps(record, indent=2, default=str).encode())
-    write_plan(storage.join(out, PLAN), plan.spans)
+    uris = uri_columns(request.run)
+    write_plan(storage.join(out, PLAN), plan.spans, uris)
     if todo.num_rows < plan.spans.num_rows:
-        write_plan(storage.join(out, TODO), todo)
+        write_plan(storage.join(out, TODO), todo, uris)
     rejects = read_rejects(out)
     known = set(zip(rejects["uri"].to_pylist(), rejects["reason"].to_pylist(), strict=True))
     new = [r for r in plan.rejections if (r.uri, str(r.reason)) not in known]
     if new:
         write_rejects(out, new)
+
+
+def uri_columns(run: TokenizeRun) -> list[str]:
+    """Columns of the plan that hold paths or URLs, perhaps with credentials."""
+    return ["uri", *(signal_source(name) for name, _ in run.signals or [])]
 
 
 def tokenize_spans(
@@ -486,15 +497,20 @@ def tokenize_spans(
         clips_per_pass=span_clips,
         timeout_seconds=run.decode_timeout,
         keep_undamaged=run.damaged == "keep",
+        signals=tuple(run.signals or ()),
     )
     stored = storage.join(run.out, PLAN if todo.num_rows == summary.planned_spans else TODO)
-    secret = any(uri != storage.public_uri(uri) for uri in todo["uri"].unique().to_pylist())
+    uris = uri_columns(run)
+    secret = any(
+        uri is not None and uri != storage.public_uri(uri) for name in uris for uri in todo[name].unique().to_pylist()
+    )
     flow = build_flow(todo if secret else stored, decoder=decoder, encoder=encoder, placement=placement)
     sink = TokenShardSink(
         run.out,
         buckets=[(spec, request.payload_of(spec)) for spec in request.clip_specs],
         provenance=request.provenance,
-        manifest_fields=manifest_fields(todo.schema),
+        manifest_fields=[field for field in manifest_fields(todo.schema) if field.name not in uris],
+        signal_fields=[field for name, rule in run.signals or [] for field in signal_fields(name, rule)],
         shard_bytes=run.shard_size,
         commit_seconds=60 * run.commit_minutes,
     )

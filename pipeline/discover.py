@@ -20,7 +20,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.rows import INTERNAL_COLUMNS
+from pipeline.rows import INTERNAL_COLUMNS, signal_source
 from schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
@@ -83,11 +83,12 @@ class Discovery:
     """Their extensions and counts, the most frequent first."""
 
 
-def discover(inputs: Sequence[str], *, limit: int | None = None) -> Discovery:
+def discover(inputs: Sequence[str], *, signals: Sequence[str] = (), limit: int | None = None) -> Discovery:
     """List the videos that the inputs name.
 
     Args:
         inputs: files, folders, globs and manifests, local or on any file system that fsspec knows.
+        signals: columns of manifests that hold paths of signal files; they come back as ``NAME_source``.
         limit: keep the first so many.
 
     Raises:
@@ -101,7 +102,7 @@ def discover(inputs: Sequence[str], *, limit: int | None = None) -> Discovery:
     for text in inputs:
         path = storage.absolute(text)
         if _extension(path) in MANIFEST_EXTENSIONS and not _is_glob(path):
-            table, names = _read_manifest(path)
+            table, names = _read_manifest(path, signals)
             manifests.append(table)
             renamed |= names
         else:
@@ -109,6 +110,9 @@ def discover(inputs: Sequence[str], *, limit: int | None = None) -> Discovery:
             if not found:
                 raise InputError(_nothing_found(path, passed_over))
             files |= found
+    for name in signals:
+        if not any(signal_source(name) in table.column_names for table in manifests):
+            raise InputError(f"no manifest among the inputs has a column '{name}' with the paths of that signal")
     listed = {uri for table in manifests for uri in table["uri"].to_pylist()}
     loose = sorted((uri, size) for uri, size in files.items() if uri not in listed)
     loose_table = pa.table([[u for u, _ in loose], [s for _, s in loose]], schema=REF_SCHEMA)
@@ -203,7 +207,7 @@ def _nothing_found(path: str, passed_over: Counter[str]) -> str:
     return f"no video in {shown}: there is no such file, or the folder is empty"
 
 
-def _read_manifest(path: str) -> tuple[pa.Table, dict[str, str]]:
+def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[str, str]]:
     """A manifest as ``REF_SCHEMA`` and its further columns, and which of those were renamed."""
     shown = storage.public_uri(path)
     try:
@@ -231,6 +235,14 @@ def _read_manifest(path: str) -> tuple[pa.Table, dict[str, str]]:
             raise InputError(f"manifest {shown}, row {number}: 'uri' is {uri!r}, not a path or URL")
     folder = path.rsplit("/", 1)[0]
     parts = [name for name in PART_COLUMNS if name in table.column_names]
+    for name in set(signals) & set(table.column_names):
+        try:
+            paths = table[name].cast(pa.string()).to_pylist()
+        except pa.ArrowException as error:
+            raise InputError(f"manifest {shown}: '{name}' must hold paths of signal files: {error}") from error
+        resolved = [None if not text or not text.strip() else _resolve(text.strip(), folder) for text in paths]
+        at = table.column_names.index(name)
+        table = table.set_column(at, signal_source(name), pa.array(resolved, pa.string()))
     extras = table.drop_columns(["uri", *parts])
     renamed = {name: f"manifest_{name}" for name in extras.column_names if name in INTERNAL_COLUMNS}
     taken = [name for name in renamed.values() if name in extras.column_names]

@@ -231,6 +231,18 @@ def add_clips(
     )
 
 
+def signal_source(name: str) -> str:
+    """The column in which the path of a signal's file travels, as its values take the signal's own name."""
+    return f"{name}_source"
+
+
+def add_signals(row: pa.Table, columns: Sequence[tuple[pa.Field, pa.Array]]) -> pa.Table:
+    """One row of the plan with the values of its clips, as lists, under the signals' names."""
+    for field, values in columns:
+        row = row.append_column(field.name, pa.ListArray.from_arrays(_offsets([len(values)]), values))
+    return row
+
+
 def _clip_row(clip: Clip, continues: bool, decode_errors: int) -> dict[str, Any]:
     geometry = clip.geometry
     return {
@@ -300,13 +312,22 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
-def explode(rows: pa.Table, schema: pa.Schema, payload: Payload, *, clip_ids: Sequence[str], fps: float) -> pa.Table:
+def explode(
+    rows: pa.Table,
+    schema: pa.Schema,
+    payload: Payload,
+    *,
+    clip_ids: Sequence[str],
+    fps: float,
+    signals: Sequence[str] = (),
+) -> pa.Table:
     """Encoded rows (one a span, all of one frame size) as shard rows (one a clip).
 
     Args:
         schema: of the shard; manifest columns are taken from the rows by name, null where a row has none.
         clip_ids: one for each clip, in order.
         fps: rate of the grid.
+        signals: columns with a value for each clip.
     """
     rows = rows.combine_chunks()
     lists = rows["clips"].combine_chunks()
@@ -323,6 +344,7 @@ def explode(rows: pa.Table, schema: pa.Schema, payload: Payload, *, clip_ids: Se
             )
             for name in payload.columns
         },
+        **{name: rows[name].combine_chunks().flatten() for name in signals},
     }
     columns = []
     for field in schema:

@@ -91,6 +91,7 @@ class TokenShardSink:
         buckets: Sequence[tuple[ClipSpec, Payload]],
         provenance: Provenance,
         manifest_fields: Sequence[pa.Field],
+        signal_fields: Sequence[pa.Field] = (),
         shard_bytes: int,
         commit_seconds: float,
     ) -> None:
@@ -99,6 +100,9 @@ class TokenShardSink:
         Args:
             buckets: for each frame size how clips are made, and what one becomes. A shard holds one size.
             provenance: of all shards, but for the payload.
+            manifest_fields: the user's own columns.
+            signal_fields: columns of signals.
+            shard_bytes: payload of a full shard, before compression.
             commit_seconds: how long a finished clip may wait.
         """
         self._out = out
@@ -106,11 +110,12 @@ class TokenShardSink:
             (spec.height, spec.width): _Bucket(
                 spec=spec,
                 payload=payload,
-                schema=shard_schema(payload, manifest_fields, replace(provenance, payload=payload)),
+                schema=shard_schema(payload, [*manifest_fields, *signal_fields], replace(provenance, payload=payload)),
                 clips_per_shard=max(1, shard_bytes // payload.clip_bytes),
             )
             for spec, payload in buckets
         }
+        self._signals = [field.name for field in signal_fields]
         self._commit_seconds = commit_seconds
         self._rejections: list[Rejection] = []
         self._oldest: float | None = None
@@ -208,7 +213,7 @@ class TokenShardSink:
             pa.array([storage.public_uri(u) for u in rows["uri"].to_pylist()], pa.string()),
         )
         schema = bucket.schema.with_metadata({**bucket.schema.metadata, SPANS_KEY: json.dumps(spans)})
-        table = explode(rows, schema, payload, clip_ids=clip_ids, fps=float(spec.fps))
+        table = explode(rows, schema, payload, clip_ids=clip_ids, fps=float(spec.fps), signals=self._signals)
         table = table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
         data = parquet_bytes(table, payload)
         name = hashlib.sha256("\n".join(spans).encode()).hexdigest()[:16]
@@ -269,10 +274,12 @@ def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
     storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())
 
 
-def write_plan(path: str, spans: pa.Table) -> None:
+def write_plan(path: str, spans: pa.Table, uri_columns: Sequence[str] = ("uri",)) -> None:
     """Write rows of a plan, URIs without credentials, for people and for the workers to read."""
-    uris = pa.array([storage.public_uri(uri) for uri in spans["uri"].to_pylist()], pa.string())
-    spans = spans.set_column(spans.schema.get_field_index("uri"), spans.schema.field("uri"), uris)
+    for name in uri_columns:
+        uris = [None if uri is None else storage.public_uri(uri) for uri in spans[name].to_pylist()]
+        at = spans.schema.get_field_index(name)
+        spans = spans.set_column(at, spans.schema.field(name), pa.array(uris, pa.string()))
     sink = pa.BufferOutputStream()
     pq.write_table(spans, sink, compression="zstd")
     storage.write_atomic(path, sink.getvalue())

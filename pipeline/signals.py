@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage import StorageError, open_binary, public_uri, storage_errors
-from schemas.video import Reason, VideoError
+from schemas.video import Clip, Reason, SignalRule, VideoError
 
-Rule = Literal["previous", "nearest", "linear", "window"]
-RULES: tuple[Rule, ...] = get_args(Rule)
+Rule = SignalRule
 
 MAX_SIGNAL_BYTES = 1 << 30
 """The largest file, and the largest content once decompressed."""
@@ -87,20 +86,6 @@ class Aligned:
     """Only for ``window``: float64 (M,)."""
     offsets: npt.NDArray[np.int64] | None = None
     """Only for ``window``: int64 (T + 1,); frame t has the samples from ``offsets[t]`` to ``offsets[t + 1]``."""
-
-
-def parse_signal_setting(text: str) -> tuple[str, Rule]:
-    """``actions=linear``: the name of the signal's column, and the rule by which it meets the frames.
-
-    Raises:
-        ValueError: not of that form.
-    """
-    name, equals, rule = (part.strip() for part in text.partition("="))
-    if not equals or not name.isidentifier():
-        raise ValueError(f"a signal is given as NAME=RULE, such as actions=linear, got {text!r}")
-    if rule not in RULES:
-        raise ValueError(f"signal {name}: the rule must be one of {', '.join(RULES)}, got {rule!r}")
-    return name, rule
 
 
 # Reading.
@@ -385,6 +370,27 @@ def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: flo
         values, slack = np.where(share > 0, mixed, signal.values[left]).astype(np.float32), (0.0, 0.0)
     covered = (times >= first - slack[0]) & (times <= last + slack[1])
     return Aligned(values=np.where(covered[:, None], values, np.float32(np.nan)))
+
+
+def align_clip(signal: Signal, clip: Clip, rule: Rule, *, first_seconds: float, fps: float) -> Aligned:
+    """What a signal says during a clip.
+
+    Samples go by the times at which the source shows the frames; windows, which must neither overlap nor leave gaps
+    from one clip to the next, by those of the grid. Copies that pad a tail have the last frame's sample, and no window.
+
+    Args:
+        signal: the samples.
+        clip: its frames' times are those of the source.
+        rule: as in :func:`align`.
+        first_seconds: time of the video's first frame.
+        fps: rate of the grid.
+    """
+    if rule != "window":
+        times = clip.frame_pts_seconds - first_seconds
+        return align(signal, times, rule, float(times[-1]))
+    steps = np.minimum(np.arange(len(clip.frame_pts_seconds) + 1), clip.num_valid_frames)
+    times = clip.start_seconds - first_seconds + steps / fps
+    return align(signal, times[:-1], rule, float(times[-1]))
 
 
 # Arrow.

@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.decode import decode_spans, probe_video
-from pipeline.rows import add_clips, row_span, row_spec
+from pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
 from pipeline.sampling import Layout, plan_spans
 from pipeline.sandbox import DecodeSandbox
-from schemas.video import Clip, ClipSpec, Part, Reason, Span, SpanClips, VideoError, VideoProbe, VideoRef
+from pipeline.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
+from schemas.video import Clip, ClipSpec, Part, Reason, SignalRule, Span, SpanClips, VideoError, VideoProbe, VideoRef
 
 PROBE_TIMEOUT_SECONDS = 120.0
 """Opening a file and decoding its first frame; slow object stores included."""
@@ -32,6 +34,12 @@ DECODER_MEMORY_BYTES = 4 << 30
 def _sandbox() -> DecodeSandbox:
     """This worker process's own, started at its first video and reused for all that follow."""
     return DecodeSandbox(memory_limit_bytes=DECODER_MEMORY_BYTES)
+
+
+@lru_cache(maxsize=2)
+def _signal(path: str) -> Signal:
+    """A signal, kept for the other rows of its video; read in the sandbox, as it comes from whoever made the video."""
+    return _sandbox().run(read_signal, path, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
 def probe(ref: VideoRef) -> VideoProbe | VideoError:
@@ -67,6 +75,8 @@ class SpanDecoder:
     timeout_seconds: float
     keep_undamaged: bool = False
     """Of damaged stretches of video, give the clips that are whole."""
+    signals: tuple[tuple[str, SignalRule], ...] = ()
+    """Names and rules of the signals that each clip receives."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Decode the rows' spans: those of one video together, as many as memory shall hold."""
@@ -85,7 +95,8 @@ class SpanDecoder:
             outcomes = self._decode([row_span(row) for row in plan[number:end]], spec)
             seconds = (time.monotonic() - started) / len(outcomes)
             for row, outcome in enumerate(outcomes, start=number):
-                yield add_clips(
+                outcome, columns = self._with_signals(plan[row], outcome, spec)
+                table = add_clips(
                     rows.slice(row, 1),
                     outcome,
                     uri=storage.public_uri(plan[row]["uri"]),
@@ -93,7 +104,35 @@ class SpanDecoder:
                     seconds=seconds,
                     continuous=spec.continuous,
                 )
+                yield add_signals(table, columns)
             number = end
+
+    def _with_signals(
+        self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec
+    ) -> tuple[SpanClips, list[tuple[pa.Field, pa.Array]]]:
+        """The outcome and, for each column of a signal, the values of the row's own clips; or that a signal is bad."""
+        span = row_span(row)
+        first_seconds = float(span.grid_start_pts * span.time_base)
+        columns: list[tuple[pa.Field, pa.Array]] = []
+        try:
+            for name, rule in self.signals:
+                clips = [clip for clip in outcome.clips if clip.clip_index >= span.first_clip]
+                source = row[signal_source(name)]
+                if source is None:
+                    arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
+                else:
+                    signal = _signal(source) if clips else None
+                    aligned = [
+                        align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
+                        for clip in clips
+                        if signal is not None
+                    ]
+                    arrays = signal_arrays(name, rule, aligned)
+                fields = signal_fields(name, rule)
+                columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
+        except VideoError as error:
+            return self._with_signals(row, SpanClips(clips=[], error=error), spec)
+        return outcome, columns
 
     def _decode(self, spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
         timeout = self.timeout_seconds * len(spans)

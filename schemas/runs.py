@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from schemas.video import ClipSpec, Part, Placement, ResizePolicy, TailPolicy, parse_rate
+from schemas.video import ClipSpec, Part, Placement, ResizePolicy, SignalRule, TailPolicy, parse_rate
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -71,6 +71,33 @@ def parse_seconds(value: object) -> Fraction:
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
 
 
+def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
+    """Names and rules of signals, from ``actions=linear,poses=window``, a list of such, or pairs.
+
+    Raises:
+        ValueError: one is not of that form, or stands there twice.
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ValueError(f"give signals as NAME=RULE, such as actions=linear, got {value!r}")
+    signals: list[tuple[str, SignalRule]] = []
+    for part in parts:
+        name, equals, rule = ("=".join(part) if isinstance(part, (list, tuple)) else str(part)).partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"a signal is given as NAME=RULE, such as actions=linear, got {part!r}")
+        known = next((known for known in get_args(SignalRule) if known == rule.strip()), None)
+        if known is None:
+            raise ValueError(f"signal {name}: the rule is one of {', '.join(get_args(SignalRule))}, got {rule!r}")
+        signals.append((name.strip(), known))
+    if len({name for name, _ in signals}) < len(signals):
+        raise ValueError(f"the same signal stands twice in {value!r}")
+    return signals
+
+
+def _signals_text(signals: list[tuple[str, str]]) -> str:
+    return ",".join(f"{name}={rule}" for name, rule in signals)
+
+
 def _sizes_text(sizes: list[tuple[int, int]]) -> str:
     return ",".join(_size_text(size) for size in sizes)
 
@@ -86,6 +113,7 @@ def _size_text(size: tuple[int, int]) -> str:
 Rate = Annotated[Fraction, BeforeValidator(lambda v: parse_rate(v)), PlainSerializer(_rate_text)]
 FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]
 FrameSizes = Annotated[list[tuple[int, int]], BeforeValidator(parse_sizes), PlainSerializer(_sizes_text)]
+Signals = Annotated[list[tuple[str, SignalRule]], BeforeValidator(parse_signals), PlainSerializer(_signals_text)]
 Seconds = Annotated[Fraction, BeforeValidator(parse_seconds), PlainSerializer(_rate_text)]
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 
@@ -115,6 +143,15 @@ class TokenizeRun(BaseModel):
         help="Videos: files, folders (searched recursively), globs, or manifests (.parquet, .csv, .jsonl with a "
         "'uri' column; every further column travels to the token rows). Local, or any URL that fsspec opens, "
         "such as s3://bucket/clips/*.mp4.",
+    )
+    signals: Signals | None = setting(
+        None,
+        section="Input",
+        metavar="NAME=RULE,...",
+        help="Timestamped signals beside the frames, such as robot actions: a manifest's column NAME holds the path of "
+        "a .parquet, .npz or .npy file for each row, and every clip row gets the values at its frames' times. RULE is "
+        "previous, nearest, linear, or window for all samples between two frames. Times are seconds after the video's "
+        "first frame.",
     )
     limit: int | None = setting(
         None, section="Input", ge=1, metavar="N", help="Take only the first N videos, in sorted order."

@@ -19,6 +19,7 @@ import numpy as np
 TailPolicy = Literal["pad", "drop"]
 ResizePolicy = Literal["crop", "stretch", "pad"]
 Placement = Literal["even", "random"]
+SignalRule = Literal["previous", "nearest", "linear", "window"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

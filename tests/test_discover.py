@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -17,7 +18,7 @@ from pipeline.discover import InputError, discover
 from tests.conftest import GOOD_VIDEOS
 
 
-def uris(*inputs: str, **options: int) -> list[str]:
+def uris(*inputs: str, **options: Any) -> list[str]:
     return [str(uri) for uri in discover(inputs, **options).videos["uri"].to_pylist()]
 
 

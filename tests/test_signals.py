@@ -8,11 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.signals import Rule, Signal, align, parse_signal_setting, read_signal, signal_arrays, signal_fields
+from jobs.cli import vidshard
+from pipeline.read import read_clips
+from pipeline.shards import read_rejects, shard_paths
+from pipeline.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
+from schemas.runs import parse_signals
 from schemas.video import Reason, VideoError
+from tests.videos import Recipe, write_video
 
 SECONDS = np.arange(6) / 8
 VALUES = np.arange(12, dtype=np.float32).reshape(6, 2)
@@ -169,7 +175,45 @@ def test_arrow_rows_hold_what_was_aligned(rule: Rule) -> None:
 
 
 def test_settings_are_name_and_rule() -> None:
-    assert parse_signal_setting("actions=linear") == ("actions", "linear")
-    for text in ("actions", "=linear", "actions=cubic", "a b=linear"):
-        with pytest.raises(ValueError, match=r"NAME=RULE|must be one of"):
-            parse_signal_setting(text)
+    assert parse_signals("actions=linear, poses=window") == [("actions", "linear"), ("poses", "window")]
+    for text in ("actions", "=linear", "actions=cubic", "a b=linear", "a=linear,a=window", ""):
+        with pytest.raises(ValueError, match=r"NAME=RULE|is one of|twice"):
+            parse_signals(text)
+
+
+# The whole job.
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_every_clip_row_receives_its_signals(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", Recipe(num_frames=60))  # 2.4 s, 40 ms a frame
+    plain = write_video(tmp_path / "plain.mp4", Recipe(num_frames=20))
+    seconds = np.arange(300) / 100
+    values = np.stack([seconds * 10, -seconds], axis=1).astype(np.float32)
+    np.savez(tmp_path / "a.npz", seconds=seconds, values=values)
+    (tmp_path / "bad.npy").write_bytes(b"nothing")
+    broken = write_video(tmp_path / "broken.mp4", Recipe(num_frames=30))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"uri,actions,poses\n{video},a.npz,a.npz\n{plain},,\n{broken},a.npz,bad.npy\n")
+    flags = ("--tokenizer", "tiny", "--fps", "5", "--frames", "5", "--size", "32", "--clips-per-span", "1")
+    arguments = ["tokenize", str(manifest), "--out", str(tmp_path / "out"), "--signals", "actions=linear,poses=window"]
+    result = CliRunner().invoke(vidshard, [*arguments, *flags], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = [clip.values for path in shard_paths(str(tmp_path / "out")) for clip in read_clips(path)]
+    mine = sorted((row for row in rows if row["uri"] == str(video)), key=lambda row: row["clip_index"])
+    assert len(mine) == 3
+    for row in mine:
+        times = np.array(row["frame_pts_seconds"])
+        np.testing.assert_allclose(np.array(row["actions"]), np.stack([times * 10, -times], axis=1), rtol=1e-5)
+        assert [len(frame) for frame in row["poses"]] == [len(times) for times in row["poses_seconds"]]
+    windows = [time for row in mine for frame in row["poses_seconds"] for time in frame]
+    assert windows == pytest.approx(list(seconds[seconds < 2.4 - 1e-9]))
+    assert mine[-1]["num_valid_frames"] == 2
+    assert mine[-1]["poses"][2:] == [[], [], []]
+    assert all(row["actions"] is None and row["poses"] is None for row in rows if row["uri"] == str(plain))
+    rejects = read_rejects(str(tmp_path / "out")).to_pylist()
+    assert {(Path(row["uri"]).name, row["reason"]) for row in rejects} == {("broken.mp4", "bad_signal")}
+    other = ["tokenize", str(manifest), "--out", str(tmp_path / "other"), "--signals", "forces=linear"]
+    missing = CliRunner().invoke(vidshard, [*other, *flags], catch_exceptions=False)
+    assert missing.exit_code == 2
+    assert "has a column 'forces'" in " ".join(missing.output.split())
