@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import VideoReformatter
 
 from pipeline.container import (
     ThreadType,
@@ -35,7 +34,7 @@ from pipeline.container import (
 )
 from pipeline.frames import Shown, Start, decode_from, frames_covering, seconds_from_packets
 from pipeline.geometry import display_size, place
-from pipeline.picture import orientation_of, render
+from pipeline.picture import Renderer, orientation_of, pixel_aspect
 from pipeline.sampling import Grid
 from schemas.video import Clip, ClipSpec, Geometry, Reason, Span, VideoError, VideoProbe, VideoRef, VideoSource
 
@@ -66,7 +65,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
             first = next(frames)  # or it raises NO_FRAMES
             stream = first.stream
             orientation = orientation_of(first.frame)
-            width, height = display_size(first.frame.width, first.frame.height, stream.sample_aspect_ratio, orientation)
+            width, height = display_size(first.frame.width, first.frame.height, pixel_aspect(stream), orientation)
             source = VideoSource(
                 width=width,
                 height=height,
@@ -165,9 +164,10 @@ class _ClipsInTheMaking:
     """Per clip, the ticks of the frames so far."""
     geometries: list[Geometry] = field(default_factory=list)
     """Per clip, that of its first frame."""
-    reformatter: VideoReformatter = field(default_factory=VideoReformatter)
+    renderer: Renderer = field(init=False)
 
     def __post_init__(self) -> None:
+        self.renderer = Renderer(self.spec)
         self.first_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
         self.position = self.first_clip * self.spec.num_frames
 
@@ -182,7 +182,7 @@ class _ClipsInTheMaking:
             until = min(until, self.span.end_clip * self.spec.num_frames)
         if until <= self.position:
             return
-        rgb, geometry = render(shown, self.spec, self.reformatter)
+        rgb, geometry = self.renderer.render(shown)
         for index in range(self.position, until):
             slot = index % self.spec.num_frames
             if slot == 0:
