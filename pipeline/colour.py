@@ -26,6 +26,10 @@ PEAK_NITS = 1000.0
 says of its own peak is left aside: it stands once in some streams, where a later span would not see it."""
 
 
+_PQ_NITS = 10000.0
+"""What PQ can say at most."""
+
+
 class Transfer(Enum):
     """How numbers become light."""
 
@@ -190,14 +194,14 @@ def _light_table(transfer: Transfer) -> Floats:
 
 def _gain_index(light: Floats) -> npt.NDArray[np.uint16]:
     """Of light relative to SDR white; the square root gives the shadows their share of the table."""
-    peak = PEAK_NITS / REFERENCE_WHITE_NITS
-    return (np.sqrt(np.minimum(light, peak) / peak) * _STEPS + 0.5).astype(np.uint16)
+    index: Floats = np.sqrt(light * np.float32(REFERENCE_WHITE_NITS / _PQ_NITS))
+    return (index * _STEPS + 0.5).astype(np.uint16)
 
 
 @cache
 def _gain_table() -> Floats:
     """What to multiply light with, by ``_gain_index``."""
-    nits = (np.arange(_STEPS + 1) / _STEPS) ** 2 * PEAK_NITS
+    nits = (np.arange(_STEPS + 1) / _STEPS) ** 2 * _PQ_NITS
     gain = np.ones(_STEPS + 1)
     gain[1:] = tone_mapped(nits[1:]) / nits[1:]
     return gain.astype(np.float32)
@@ -228,14 +232,14 @@ def pq_to_nits(signal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """SMPTE ST 2084, as in BT.2100 table 4: nits of a display from R'G'B' in [0, 1]."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
     power = signal ** (1 / m2)
-    nits: npt.NDArray[np.float64] = 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
+    nits: npt.NDArray[np.float64] = _PQ_NITS * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
     return nits
 
 
 def nits_to_pq(nits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The inverse of ``pq_to_nits``."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
-    power = (nits / 10000) ** m1
+    power = (nits / _PQ_NITS) ** m1
     signal: npt.NDArray[np.float64] = ((c1 + c2 * power) / (1 + c3 * power)) ** m2
     return signal
 
@@ -250,7 +254,7 @@ def hlg_to_scene(signal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def tone_mapped(nits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The EETF of BT.2390-10, 5.4.1, from a peak of 1000 nits to one of 203, both with a black of 0.
 
-    Unchanged up to 68 nits; reference white comes out as 138 nits, the peak as 203.
+    Unchanged up to 88 nits; reference white comes out as 159 nits (level 230), the peak as 203 (255).
     """
     signal = nits_to_pq(nits)
     peak, target = nits_to_pq(np.array([PEAK_NITS, REFERENCE_WHITE_NITS]))
