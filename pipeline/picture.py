@@ -132,9 +132,10 @@ class Renderer:
     def _first_field(self, frame: VideoFrame) -> VideoFrame:
         """An interlaced frame at the time of its first field: that field's rows, and between them their means.
 
-        Purely spatial, as the frames before and after are not at hand where a span begins. Of FFmpeg's
-        filters only estdif is that too: against the true picture, moving and still, ours is 1.5 dB worse to 2 dB
-        better, for 1 ms a 1080-line frame instead of 80 (python -m benchmarks.picture). Averaging works on any samples that fill bytes; others are widened first.
+        Purely spatial, as the frames before and after are not at hand where a span begins. Of FFmpeg's filters only
+        estdif is that too: against the true picture, moving and still, this is 1.5 dB worse to 2 dB better, for 1 ms
+        a 1080-line frame instead of 80 (python -m benchmarks.picture). Averaging works on any samples that fill
+        bytes; others are widened first.
         """
         frame, first = _as_progressive(frame)
         sample = _sample_type(frame)
