@@ -26,14 +26,13 @@ from typing import Any, cast
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Shown
 from pipeline.geometry import place
-from pipeline.picture import render
+from pipeline.picture import Renderer
 from pipeline.sampling import plan_spans
 from pipeline.storage import open_binary
 from schemas.video import ClipSpec, Span, VideoRef
@@ -178,7 +177,7 @@ def ours(span: Span, spec: ClipSpec, path: Path) -> np.ndarray:
 def plain_loop(span: Span, spec: ClipSpec, path: Path) -> np.ndarray:
     """Decode every frame, keep those on screen at a grid time."""
     frames: list[np.ndarray] = []
-    reformatter = VideoReformatter()
+    renderer = Renderer(spec)
     step = 1 / spec.fps / span.time_base
 
     def pick(frame: av.VideoFrame | None, until_pts: Fraction | int) -> None:
@@ -186,7 +185,7 @@ def plain_loop(span: Span, spec: ClipSpec, path: Path) -> np.ndarray:
             assert frame is not None
             assert frame.pts is not None
             shown = Shown(frame=frame, pts=frame.pts, end_pts=frame.pts, stream=stream)
-            rgb, geometry = render(shown, spec, reformatter)
+            rgb, geometry = renderer.render(shown)
             frames.append(np.empty((spec.height, spec.width, 3), np.uint8))
             place(rgb, geometry, frames[-1])
 

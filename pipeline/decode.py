@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import VideoReformatter
 
 from pipeline.container import (
     ThreadType,
@@ -35,7 +34,7 @@ from pipeline.container import (
 )
 from pipeline.frames import Shown, Start, decode_from, frames_after, frames_covering, seconds_from_packets
 from pipeline.geometry import display_size, place
-from pipeline.picture import orientation_of, render
+from pipeline.picture import Renderer, orientation_of, pixel_aspect
 from pipeline.sampling import Grid, Layout
 from schemas.video import (
     Clip,
@@ -78,7 +77,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
             assert first.frame is not None, "only frames that nobody needs are left out"
             stream = first.stream
             orientation = orientation_of(first.frame)
-            width, height = display_size(first.frame.width, first.frame.height, stream.sample_aspect_ratio, orientation)
+            width, height = display_size(first.frame.width, first.frame.height, pixel_aspect(stream), orientation)
             source = VideoSource(
                 width=width,
                 height=height,
@@ -292,7 +291,7 @@ class _ClipsInTheMaking:
     """Where the last of it was met."""
     seen_pts: int = field(init=False)
     """When the last frame began that was decoded."""
-    reformatter: VideoReformatter = field(default_factory=VideoReformatter)
+    renderer: Renderer = field(init=False)
     times: dict[int, tuple[Grid, int]] = field(default_factory=dict)
     """Of each clip asked for so far, its grid and how many frames it gets if the video lasts."""
 
@@ -300,6 +299,7 @@ class _ClipsInTheMaking:
         self.layout = Layout.of(self.span, self.span.part, self.spec)
         self.next_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
         self.seen_pts = self.span.grid_start_pts
+        self.renderer = Renderer(self.spec)
 
     @property
     def is_done(self) -> bool:
@@ -350,12 +350,12 @@ class _ClipsInTheMaking:
     def _fill_with(self, shown: Shown, until_pts: int) -> None:
         rendered: tuple[npt.NDArray[np.uint8], Geometry] | None = None
         while self._has_more and self._times_of(self.next_clip)[0].first_index_at(until_pts) > 0:
-            rendered = rendered or render(shown, self.spec, self.reformatter)
+            rendered = rendered or self.renderer.render(shown)
             self._begin_clip(rendered[1])
         for clip in self.open_clips:
             until = min(clip.grid.first_index_at(until_pts), clip.num_frames)
             if until > len(clip.pts):
-                rendered = rendered or render(shown, self.spec, self.reformatter)
+                rendered = rendered or self.renderer.render(shown)
                 for slot in range(len(clip.pts), until):
                     place(*rendered, clip.frames[slot])
                     clip.pts.append(shown.pts)

