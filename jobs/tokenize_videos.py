@@ -425,6 +425,7 @@ def probe_videos(request: Request, found: Discovery, cluster: Cluster, console: 
             spec,
             span_clips=clips_per_span(spec, request.run.clips_per_span),
             num_tasks=4 * cluster.num_cpus,
+            limits=request.run.limits,
             on_progress=on_progress,
         )
 
@@ -462,7 +463,7 @@ def tokenize_spans(
     spec = request.clip_spec
     placement, encoder = place(request, todo.num_rows, summary.expected_clips / summary.planned_spans, cluster)
     span_clips = clips_per_span(spec, run.clips_per_span)
-    decoder = SpanDecoder(spec=spec, max_clips=4 * span_clips + 16, timeout_seconds=run.decode_timeout)
+    decoder = SpanDecoder(spec=spec, max_clips=4 * span_clips + 16, limits=run.limits)
     stored = storage.join(run.out, PLAN if todo.num_rows == summary.planned_spans else TODO)
     secret = any(uri != storage.public_uri(uri) for uri in todo["uri"].unique().to_pylist())
     flow = build_flow(todo if secret else stored, decoder=decoder, encoder=encoder, placement=placement)

@@ -28,7 +28,8 @@ from pipeline.container import (
     one_line,
     opened,
     opening_errors,
-    read_exactly,
+    refuse_large,
+    refuse_long,
     seconds_from_header,
     storage_failures_named,
     time_base_of,
@@ -37,12 +38,12 @@ from pipeline.frames import Shown, Start, decode_from, frames_covering, seconds_
 from pipeline.geometry import display_size, place
 from pipeline.picture import orientation_of, render
 from pipeline.sampling import Grid
-from schemas.video import Clip, ClipSpec, Geometry, Reason, Span, VideoError, VideoProbe, VideoRef, VideoSource
+from schemas.video import Clip, ClipSpec, Geometry, Limits, Reason, Span, VideoError, VideoProbe, VideoRef, VideoSource
 
 _CHUNK_BYTES = 1 << 16
 
 
-def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoProbe:
+def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Limits | None = None) -> VideoProbe:
     """What the header says of a video, and the time of its first frame.
 
     Reads the header, some 300 KiB for the content's fingerprint and the first frame; the whole file only where no
@@ -51,16 +52,17 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
     Args:
         ref: the file.
         open_input: gives a seekable binary file for ``ref.uri``; it is closed here.
+        limits: what the video may cost.
 
     Raises:
-        VideoError: UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED, TRUNCATED (an mp4
+        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED, TRUNCATED (an mp4
             without its index) or DECODE_ERROR (a container whose header is damaged).
     """
     try:
         file = open_input(ref.uri)
     except opening_errors() as error:
         raise VideoError(Reason.UNREADABLE, one_line(error)) from error
-    with file, storage_failures_named(file) as watched:
+    with file, storage_failures_named(file, limits) as watched:
         video_id = fingerprint(watched)
         with closing(decode_from(watched, Start(), keep_going=True)) as frames:
             first = next(frames)  # or it raises NO_FRAMES
@@ -76,8 +78,10 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
             )
             time_base = time_base_of(stream)
             duration_seconds = seconds_from_header(stream, first.pts * time_base)
+            refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
         if duration_seconds is None:
             duration_seconds = seconds_from_packets(watched, first.pts)
+            refuse_long(watched.limits, seconds=duration_seconds, num_frames=0)
         return VideoProbe(
             video_id=video_id,
             uri=ref.uri,
@@ -89,7 +93,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
         )
 
 
-def fingerprint(file: BinaryIO | WatchedFile) -> str:
+def fingerprint(file: WatchedFile) -> str:
     """24 hex digits of a file's content: its size and five 64 KiB samples, or all of a small one.
 
     The same for copies anywhere, whatever their name. Two files of equal size that differ only between the samples
@@ -99,15 +103,20 @@ def fingerprint(file: BinaryIO | WatchedFile) -> str:
     digest = hashlib.blake2b(num_bytes.to_bytes(8, "little"), digest_size=12)
     last = num_bytes - _CHUNK_BYTES
     offsets = (0, last // 4, last // 2, last * 3 // 4, last) if num_bytes > 5 * _CHUNK_BYTES else (0,)
-    for offset in offsets:
-        file.seek(offset)
-        digest.update(read_exactly(file, _CHUNK_BYTES if len(offsets) > 1 else num_bytes))
+    for sample in file.samples(offsets, _CHUNK_BYTES if len(offsets) > 1 else num_bytes):
+        digest.update(sample)
     file.seek(0)
     return digest.hexdigest()
 
 
 def decode_span(
-    span: Span, spec: ClipSpec, source: str | BinaryIO, *, max_clips: int, thread_type: ThreadType = "NONE"
+    span: Span,
+    spec: ClipSpec,
+    source: str | BinaryIO,
+    *,
+    max_clips: int,
+    thread_type: ThreadType = "NONE",
+    limits: Limits | None = None,
 ) -> list[Clip]:
     """Decode one span of a video.
 
@@ -118,22 +127,26 @@ def decode_span(
         max_clips: the open-ended last span may hold this many clips, not more: the limit on memory, as
             ``max_clips * spec.clip_bytes`` bytes of frames are held at once.
         thread_type: how the decoder uses threads; one thread unless asked, as many tasks run side by side.
+        limits: what the video may cost.
 
     Returns:
         The span's clips in order. Fewer than planned, or none, where the video ended before the header said so; a
         span after the first may be empty.
 
     Raises:
-        VideoError: DECODE_ERROR, TRUNCATED, LONGER_THAN_HEADER, TOO_SHORT, NO_FRAMES, UNSUPPORTED, UNREADABLE, and
-            whatever ``probe_video`` refuses, should the file have changed since.
+        VideoError: OVER_LIMIT, DECODE_ERROR, TRUNCATED, LONGER_THAN_HEADER, TOO_SHORT, NO_FRAMES, UNSUPPORTED,
+            UNREADABLE, and whatever ``probe_video`` refuses, should the file have changed since.
     """
     grid = Grid.of(span, spec)
     clips = _ClipsInTheMaking(span=span, spec=spec, grid=grid, max_clips=max_clips)
-    with opened(source) as file, storage_failures_named(file) as watched:
+    with opened(source) as file, storage_failures_named(file, limits) as watched:
         needed_pts = grid.pts_at(clips.position - spec.lead_frames) if clips.position else None
         with closing(frames_covering(watched, needed_pts, span.time_base, thread_type)) as frames:
             shown: Shown | None = None
-            for following in frames:
+            for number, following in enumerate(frames):
+                seconds = (following.pts - span.grid_start_pts) * span.time_base
+                refuse_long(watched.limits, seconds=seconds, num_frames=number + 1)
+                refuse_large(watched.limits, following.frame.width, following.frame.height)
                 if shown is not None:
                     clips.show(shown, until=grid.first_index_at(following.pts) + spec.lead_frames)
                 if clips.full:

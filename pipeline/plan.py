@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.rows import PLAN_SCHEMA, REJECTION, manifest_fields, rejection_row, row_rejection, span_row
 from pipeline.sampling import plan_spans
 from pipeline.stages import probe
-from schemas.video import ClipSpec, Reason, Rejection, Stage, VideoError, VideoRef
+from schemas.video import ClipSpec, Limits, Reason, Rejection, Stage, VideoError, VideoRef
 
 SPAN_BYTES = 32 << 20
 """Frames in one unit of work, unless the user says how many clips: some units fit one of Ray's 128 MiB blocks,
@@ -58,6 +58,7 @@ def make_plan(
     *,
     span_clips: int,
     num_tasks: int,
+    limits: Limits | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Open every video on the cluster and lay out its spans.
@@ -66,13 +67,14 @@ def make_plan(
         videos: as ``pipeline.discover`` lists them.
         span_clips: clips in one unit of work.
         num_tasks: tasks that the work should at least be spread over.
+        limits: what one video may cost.
         on_progress: told, as results come in, how many more videos have been opened.
     """
     size = max(1, min(_MAX_VIDEOS_PER_TASK, -(-videos.num_rows // num_tasks)))
     numbered = videos.append_column(_INPUT_ROW, pa.array(range(videos.num_rows), pa.int64()))
     tables = [numbered.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]
     dataset = ray.data.from_arrow(tables).map_batches(
-        _Planner(spec, span_clips), batch_format="pyarrow", batch_size=None, max_retries=2
+        _Planner(spec, span_clips, limits or Limits()), batch_format="pyarrow", batch_size=None, max_retries=2
     )
     parts: list[pa.Table] = []
     for part in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
@@ -88,6 +90,7 @@ class _Planner:
 
     spec: ClipSpec
     span_clips: int
+    limits: Limits
 
     def __call__(self, videos: pa.Table) -> pa.Table:
         extras = manifest_fields(videos.schema)
@@ -97,7 +100,7 @@ class _Planner:
 
     def _rows(self, video: dict[str, Any]) -> list[dict[str, Any]]:
         ref = VideoRef(uri=video["uri"], num_bytes=video.pop("num_bytes"))
-        result = probe(ref)
+        result = probe(ref, self.limits)
         if isinstance(result, VideoError):
             rejection = Rejection(
                 uri=storage.public_uri(ref.uri),
