@@ -63,8 +63,8 @@ SCRIPTS = {
     "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
     "a=control:{target}\nm=video 5004 RTP/AVP 96\n",
     "m3u": "{target}\n",
-    "xspf": '<?xml version="1.0"?><playlist><trackList>"
-    "<track><location>{target}</location></track></trackList></playlist>',
+    "xspf": '<?xml version="1.0"?><playlist><trackList>'
+    "<track><location>{target}</location></track></trackList></playlist>",
     "asx": '<asx version="3"><entry><ref href="{target}"/></entry></asx>',
     "imf": '<?xml version="1.0"?><CompositionPlaylist><Id>{target}</Id></CompositionPlaylist>',
 }
