@@ -55,8 +55,8 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
         limits: what the video may cost.
 
     Raises:
-        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED, TRUNCATED (an mp4
-            without its index) or DECODE_ERROR (a container whose header is damaged).
+        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED,
+            TRUNCATED (an mp4 without its index) or DECODE_ERROR (a container whose header is damaged).
     """
     try:
         file = open_input(ref.uri)
