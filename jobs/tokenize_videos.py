@@ -449,6 +449,7 @@ def probe_videos(request: Request, found: Discovery, cluster: Cluster, console: 
             part=request.run.part,
             span_clips=clips_per_span(request.largest, request.run.clips_per_span),
             num_tasks=4 * cluster.num_cpus,
+            limits=request.run.limits,
             on_progress=on_progress,
         )
 
@@ -495,7 +496,7 @@ def tokenize_spans(
         spec=request.largest,
         max_clips=4 * span_clips + 16,
         clips_per_pass=span_clips,
-        timeout_seconds=run.decode_timeout,
+        limits=run.limits,
         keep_undamaged=run.damaged == "keep",
         signals=tuple(run.signals or ()),
     )

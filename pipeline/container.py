@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO, Literal, cast
 
@@ -22,8 +22,8 @@ from av.container.core import Flags
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
-from pipeline.storage import StorageError, public_uri, storage_errors
-from schemas.video import Reason, VideoError
+from pipeline.storage import RemoteVideo, StorageError, public_uri, storage_errors
+from schemas.video import Limits, Reason, VideoError
 
 ThreadType = Literal["NONE", "SLICE", "FRAME", "AUTO"]
 
@@ -40,6 +40,8 @@ _RAW_FORMATS = frozenset({"h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo
 
 _READ_BYTES = 1 << 16
 
+_MAX_STREAMS = 200
+
 
 @dataclass(slots=True)
 class WatchedFile:
@@ -48,6 +50,7 @@ class WatchedFile:
     file: BinaryIO
     error: BaseException | None = None
     num_bytes: int = 0
+    limits: Limits = field(default_factory=Limits)
 
     def read(self, num_bytes: int = -1) -> bytes:
         """At most this many bytes."""
@@ -69,6 +72,20 @@ class WatchedFile:
         """The position."""
         return self.file.tell()
 
+    def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
+        """So many bytes from each offset, fewer only at the end of the file. The position is lost."""
+        if isinstance(self.file, RemoteVideo):
+            try:
+                return self.file.samples(offsets, num_bytes)
+            except storage_errors() as error:
+                self.error = self.error or error
+                raise
+        parts = []
+        for offset in offsets:
+            self.seek(offset)
+            parts.append(read_exactly(self, num_bytes))
+        return parts
+
 
 @contextmanager
 def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
@@ -84,9 +101,9 @@ def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def storage_failures_named(file: BinaryIO) -> Iterator[WatchedFile]:
+def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iterator[WatchedFile]:
     """Whatever goes wrong while the storage fails is the storage's fault, not the video's."""
-    watched = WatchedFile(file)
+    watched = WatchedFile(file, limits=limits or Limits())
     try:
         watched.num_bytes = watched.seek(0, os.SEEK_END)
         yield watched
@@ -128,7 +145,14 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
         container = av.open(
             watched,
             "r",
-            container_options={"format_whitelist": ALLOWED_FORMATS, "protocol_whitelist": "none"},
+            # max_pixels: for the decoders that look for the streams' parameters
+            options={"max_pixels": str(_allocated_pixels(watched.limits))},
+            container_options={
+                "format_whitelist": ALLOWED_FORMATS,
+                "protocol_whitelist": "none",
+                "enable_drefs": "0",
+                "max_streams": str(_MAX_STREAMS),
+            },
             metadata_errors="replace",
             buffer_size=_READ_BYTES,
         )
@@ -158,7 +182,34 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
             thread_type = "NONE"  # frame threads would shift the times that stand in for missing ones
         context.thread_type = thread_type
         context.thread_count = 1 if thread_type == "NONE" else 0
+        refuse_large(watched.limits, context.width, context.height)
+        context.options = {**context.options, "max_pixels": str(_allocated_pixels(watched.limits))}
         yield container, video
+
+
+def _allocated_pixels(limits: Limits) -> int:
+    """What FFmpeg may allocate for a picture: it counts rows filled up to 64 pixels; the exact limit is ours."""
+    return min(limits.max_pixels + 64 * 16384, 2**31 - 1)
+
+
+def refuse_large(limits: Limits, width: int, height: int) -> None:
+    """Refuse pictures of more pixels than the limits allow."""
+    if width * height > limits.max_pixels:
+        raise VideoError(
+            Reason.OVER_LIMIT, f"pictures of {width}x{height}, more than the {limits.max_pixels:,} of --max-pixels"
+        )
+
+
+def refuse_long(limits: Limits, *, seconds: Fraction | float, num_frames: float) -> None:
+    """Refuse a video that is longer, or has more frames, than the limits allow."""
+    if seconds > limits.max_seconds:
+        raise VideoError(
+            Reason.OVER_LIMIT, f"{float(seconds):.6g} s, more than the {limits.max_seconds:g} of --max-seconds"
+        )
+    if num_frames > limits.max_frames:
+        raise VideoError(
+            Reason.OVER_LIMIT, f"{num_frames:.7g} frames, more than the {limits.max_frames:,} of --max-frames"
+        )
 
 
 def _has_decoder(stream: VideoStream) -> bool:

@@ -27,7 +27,8 @@ from pipeline.container import (
     one_line,
     opened,
     opening_errors,
-    read_exactly,
+    refuse_large,
+    refuse_long,
     seconds_from_header,
     storage_failures_named,
     time_base_of,
@@ -40,6 +41,7 @@ from schemas.video import (
     Clip,
     ClipSpec,
     Geometry,
+    Limits,
     Reason,
     Span,
     SpanClips,
@@ -52,7 +54,7 @@ from schemas.video import (
 _CHUNK_BYTES = 1 << 16
 
 
-def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoProbe:
+def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Limits | None = None) -> VideoProbe:
     """What the header says of a video, and the time of its first frame.
 
     Reads the header, some 300 KiB for the content's fingerprint and the first frame; the whole file only where no
@@ -61,16 +63,17 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
     Args:
         ref: the file.
         open_input: gives a seekable binary file for ``ref.uri``; it is closed here.
+        limits: what the video may cost.
 
     Raises:
-        VideoError: UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED, TRUNCATED (an mp4
-            without its index) or DECODE_ERROR (a container whose header is damaged).
+        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED,
+            TRUNCATED (an mp4 without its index) or DECODE_ERROR (a container whose header is damaged).
     """
     try:
         file = open_input(ref.uri)
     except opening_errors() as error:
         raise VideoError(Reason.UNREADABLE, one_line(error)) from error
-    with file, storage_failures_named(file) as watched:
+    with file, storage_failures_named(file, limits) as watched:
         video_id = fingerprint(watched)
         with closing(decode_from(watched, Start(), keep_going=True)) as frames:
             first = next(frames)  # or it raises NO_FRAMES
@@ -87,8 +90,10 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
             )
             time_base = time_base_of(stream)
             duration_seconds = seconds_from_header(stream, first.pts * time_base)
+            refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
         if duration_seconds is None:
             duration_seconds = seconds_from_packets(watched, first.pts)
+            refuse_long(watched.limits, seconds=duration_seconds, num_frames=0)
         return VideoProbe(
             video_id=video_id,
             uri=ref.uri,
@@ -100,7 +105,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO]) -> VideoPr
         )
 
 
-def fingerprint(file: BinaryIO | WatchedFile) -> str:
+def fingerprint(file: WatchedFile) -> str:
     """24 hex digits of a file's content: its size and five 64 KiB samples, or all of a small one.
 
     The same for copies anywhere, whatever their name. Two files of equal size that differ only between the samples
@@ -110,22 +115,27 @@ def fingerprint(file: BinaryIO | WatchedFile) -> str:
     digest = hashlib.blake2b(num_bytes.to_bytes(8, "little"), digest_size=12)
     last = num_bytes - _CHUNK_BYTES
     offsets = (0, last // 4, last // 2, last * 3 // 4, last) if num_bytes > 5 * _CHUNK_BYTES else (0,)
-    for offset in offsets:
-        file.seek(offset)
-        digest.update(read_exactly(file, _CHUNK_BYTES if len(offsets) > 1 else num_bytes))
+    for sample in file.samples(offsets, _CHUNK_BYTES if len(offsets) > 1 else num_bytes):
+        digest.update(sample)
     file.seek(0)
     return digest.hexdigest()
 
 
 def decode_span(
-    span: Span, spec: ClipSpec, source: str | BinaryIO, *, max_clips: int, thread_type: ThreadType = "NONE"
+    span: Span,
+    spec: ClipSpec,
+    source: str | BinaryIO,
+    *,
+    max_clips: int,
+    thread_type: ThreadType = "NONE",
+    limits: Limits | None = None,
 ) -> list[Clip]:
     """Decode one span of a video; see :func:`decode_spans`.
 
     Raises:
         VideoError: the span was refused.
     """
-    [result] = decode_spans([span], spec, source, max_clips=max_clips, thread_type=thread_type)
+    [result] = decode_spans([span], spec, source, max_clips=max_clips, thread_type=thread_type, limits=limits)
     if result.error is not None:
         raise result.error
     return result.clips
@@ -139,6 +149,7 @@ def decode_spans(
     max_clips: int,
     keep_undamaged: bool = False,
     thread_type: ThreadType = "NONE",
+    limits: Limits | None = None,
 ) -> list[SpanClips]:
     """Decode spans of one video, in one pass where they lie close together.
 
@@ -153,12 +164,13 @@ def decode_spans(
         keep_undamaged: of a damaged span give the clips that lie before, between and after the damage, each as if
             there were none; its error says what is missing. Otherwise damage refuses the whole span.
         thread_type: how the decoder uses threads; one thread unless asked, as many tasks run side by side.
+        limits: what the video may cost.
 
     Returns:
         For each span its clips in order. Fewer than planned, or none, where the video ended before the header said
-        so; a span after the first of its part may be empty. Or why it was refused: DECODE_ERROR, TRUNCATED,
-        LONGER_THAN_HEADER, TOO_SHORT, NO_FRAMES, UNSUPPORTED, UNREADABLE, and whatever ``probe_video`` refuses, should
-        the file have changed since.
+        so; a span after the first of its part may be empty. Or why it was refused: OVER_LIMIT, DECODE_ERROR,
+        TRUNCATED, LONGER_THAN_HEADER, TOO_SHORT, NO_FRAMES, UNSUPPORTED, UNREADABLE, and whatever ``probe_video``
+        refuses, should the file have changed since.
 
     Raises:
         VideoError: UNREADABLE: the file cannot be opened.
@@ -167,12 +179,12 @@ def decode_spans(
     with opened(source) as file:
         if len(makers) > 1:
             with suppress(VideoError):  # then nobody knows yet whose error it is
-                _fill(file, makers, thread_type)
+                _fill(file, makers, thread_type, limits)
         for number, maker in enumerate(makers):
             if not maker.is_done:
                 makers[number] = maker = _ClipsInTheMaking(span=maker.span, spec=spec, max_clips=max_clips)
                 try:
-                    _fill(file, [maker], thread_type, keep_undamaged=keep_undamaged)
+                    _fill(file, [maker], thread_type, limits, keep_undamaged=keep_undamaged)
                 except VideoError as error:
                     maker.error = error
     return [maker.result() for maker in makers]
@@ -183,7 +195,12 @@ _LEAP_SECONDS = 10
 
 
 def _fill(
-    file: BinaryIO, makers: Sequence[_ClipsInTheMaking], thread_type: ThreadType, *, keep_undamaged: bool = False
+    file: BinaryIO,
+    makers: Sequence[_ClipsInTheMaking],
+    thread_type: ThreadType,
+    limits: Limits | None,
+    *,
+    keep_undamaged: bool = False,
 ) -> None:
     """Show frames to the makers until all have theirs, in as few passes as it takes.
 
@@ -193,7 +210,7 @@ def _fill(
     waiting = list(makers)
     while waiting:
         try:
-            with storage_failures_named(file) as watched:
+            with storage_failures_named(file, limits) as watched:
                 _one_pass(watched, waiting, thread_type)
         except VideoError as error:
             if not keep_undamaged or error.reason not in _DAMAGE:
@@ -219,6 +236,7 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
     def needed(pts: int, until_pts: int) -> bool:
         return any(maker.needs(pts, until_pts) for maker in waiting)
 
+    last_pts = waiting[0].span.grid_start_pts + int(watched.limits.max_seconds / time_base)
     damaged_pts = waiting[0].damaged_pts
     if damaged_pts is None:
         source = frames_covering(watched, start, time_base, thread_type, needed)
@@ -226,7 +244,12 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
         source = frames_after(watched, damaged_pts, thread_type, needed)
     with closing(source) as frames:
         shown: Shown | None = None
-        for following in frames:
+        for number, following in enumerate(frames, start=1):
+            if following.pts > last_pts or number > watched.limits.max_frames:
+                passed = (following.pts - waiting[0].span.grid_start_pts) * time_base
+                refuse_long(watched.limits, seconds=passed, num_frames=number)
+            if following.frame is not None:
+                refuse_large(watched.limits, following.frame.width, following.frame.height)
             for maker in waiting:
                 maker.see(following.pts)
             if shown is not None:

@@ -27,7 +27,7 @@ from pipeline.rows import (
 )
 from pipeline.sampling import plan_spans
 from pipeline.stages import probe
-from schemas.video import ClipSpec, Part, Reason, Rejection, Stage, VideoError, VideoProbe, VideoRef
+from schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
 """Frames in one unit of work, unless the user says how many clips: some units fit one of Ray's 128 MiB blocks,
@@ -66,6 +66,7 @@ def make_plan(
     part: Part,
     span_clips: int,
     num_tasks: int,
+    limits: Limits | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Open every video on the cluster and lay out its spans.
@@ -76,13 +77,17 @@ def make_plan(
         part: which part of each video that does not say so itself.
         span_clips: clips in one unit of work.
         num_tasks: tasks that the work should at least be spread over.
+        limits: what one video may cost.
         on_progress: told, as results come in, how many more videos have been opened.
     """
     size = max(1, min(_MAX_VIDEOS_PER_TASK, -(-videos.num_rows // num_tasks)))
     numbered = videos.append_column(_INPUT_ROW, pa.array(range(videos.num_rows), pa.int64()))
     tables = [numbered.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]
     dataset = ray.data.from_arrow(tables).map_batches(
-        _Planner(tuple(specs), part, span_clips), batch_format="pyarrow", batch_size=None, max_retries=2
+        _Planner(tuple(specs), part, span_clips, limits or Limits()),
+        batch_format="pyarrow",
+        batch_size=None,
+        max_retries=2,
     )
     opened: list[pa.Table] = []
     for rows in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
@@ -98,6 +103,7 @@ class _Planner:
     specs: tuple[ClipSpec, ...]
     part: Part
     span_clips: int
+    limits: Limits
 
     def __call__(self, videos: pa.Table) -> pa.Table:
         extras = manifest_fields(videos.schema)
@@ -109,7 +115,7 @@ class _Planner:
     def _rows(self, video: dict[str, Any], probes: dict[str, VideoProbe | VideoError]) -> list[dict[str, Any]]:
         ref = VideoRef(uri=video["uri"], num_bytes=video.pop("num_bytes"))
         if ref.uri not in probes:
-            probes[ref.uri] = probe(ref)
+            probes[ref.uri] = probe(ref, self.limits)
         result = probes[ref.uri]
         if isinstance(result, VideoError):
             rejection = Rejection(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -21,45 +21,64 @@ from pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_sou
 from pipeline.sampling import Layout, plan_spans
 from pipeline.sandbox import DecodeSandbox
 from pipeline.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
-from schemas.video import Clip, ClipSpec, Part, Reason, SignalRule, Span, SpanClips, VideoError, VideoProbe, VideoRef
+from schemas.video import (
+    Clip,
+    ClipSpec,
+    Limits,
+    Part,
+    Reason,
+    SignalRule,
+    Span,
+    SpanClips,
+    VideoError,
+    VideoProbe,
+    VideoRef,
+)
 
 PROBE_TIMEOUT_SECONDS = 120.0
 """Opening a file and decoding its first frame; slow object stores included."""
 
-DECODER_MEMORY_BYTES = 4 << 30
-"""What a decoder may allocate: some twenty times what 4K video takes; a file that asks for more is rejected."""
+_crashes: dict[str, VideoError] = {}
+"""Videos at which this worker's decoder died, by id: not tried again, as a new decoder and a core dump each cost."""
 
 
 @cache
-def _sandbox() -> DecodeSandbox:
+def _sandbox(memory_bytes: int) -> DecodeSandbox:
     """This worker process's own, started at its first video and reused for all that follow."""
-    return DecodeSandbox(memory_limit_bytes=DECODER_MEMORY_BYTES)
+    return DecodeSandbox(memory_limit_bytes=memory_bytes)
 
 
 @lru_cache(maxsize=2)
 def _signal(path: str) -> Signal:
     """A signal, kept for the other rows of its video; read in the sandbox, as it comes from whoever made the video."""
-    return _sandbox().run(read_signal, path, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    memory_bytes = Limits().memory_bytes
+    return _sandbox(memory_bytes).run(read_signal, path, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
-def probe(ref: VideoRef) -> VideoProbe | VideoError:
+def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
     """Open a video and read what its header says, in the sandbox."""
+    limits = limits or Limits()
     try:
-        return _sandbox().run(probe_video, ref, storage.open_binary, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+        return _sandbox(limits.memory_bytes).run(
+            probe_video, ref, storage.open_video, limits, timeout_seconds=PROBE_TIMEOUT_SECONDS
+        )
     except VideoError as error:
         return error
 
 
-def _decode_in_child(spans: Sequence[Span], spec: ClipSpec, max_clips: int, keep_undamaged: bool) -> list[SpanClips]:
+def _decode_in_child(
+    spans: Sequence[Span], spec: ClipSpec, max_clips: int, limits: Limits, keep_undamaged: bool
+) -> list[SpanClips]:
+    decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     uri = spans[0].uri
     if storage.is_local(uri):
-        return decode_spans(spans, spec, uri, max_clips=max_clips, keep_undamaged=keep_undamaged)
+        return decode(uri)
     try:
-        file = storage.open_binary(uri)
+        file = storage.open_video(uri)
     except storage.StorageError as error:
         raise VideoError(Reason.UNREADABLE, str(error)) from error
     with file:
-        return decode_spans(spans, spec, file, max_clips=max_clips, keep_undamaged=keep_undamaged)
+        return decode(file)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +91,7 @@ class SpanDecoder:
     """Clips that one row may hold; an open-ended last span beyond it is rejected."""
     clips_per_pass: int
     """Clips that rows of one video may hold together to be decoded in one pass."""
-    timeout_seconds: float
+    limits: Limits = field(default_factory=Limits)
     keep_undamaged: bool = False
     """Of damaged stretches of video, give the clips that are whole."""
     signals: tuple[tuple[str, SignalRule], ...] = ()
@@ -135,14 +154,26 @@ class SpanDecoder:
         return outcome, columns
 
     def _decode(self, spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
-        timeout = self.timeout_seconds * len(spans)
+        video_id = spans[0].video_id
+        if video_id in _crashes:
+            return [SpanClips(clips=[], error=_crashes[video_id])] * len(spans)
+        num_clips = sum(self.max_clips if s.end_clip is None else s.end_clip - s.first_clip for s in spans)
+        seconds = float((num_clips + len(spans) * spec.halo_clips) * max(spec.clip_seconds, spec.stride))
         try:
-            return _sandbox().run(
-                _decode_in_child, spans, spec, self.max_clips, self.keep_undamaged, timeout_seconds=timeout
+            return _sandbox(self.limits.memory_bytes).run(
+                _decode_in_child,
+                spans,
+                spec,
+                self.max_clips,
+                self.limits,
+                self.keep_undamaged,
+                timeout_seconds=self.limits.seconds_for(seconds),
             )
         except VideoError as error:
             if len(spans) > 1 and error.reason is not Reason.UNREADABLE:  # which of them it was, nobody knows
                 return [result for span in spans for result in self._decode([span], spec)]
+            if error.reason is Reason.DECODER_CRASHED:
+                _crashes[video_id] = error
             return [SpanClips(clips=[], error=error)] * len(spans)
 
 
@@ -161,14 +192,17 @@ def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec, part:
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
-    header = probe(VideoRef(uri=uri, num_bytes=-1))
+    limits = Limits()
+    header = probe(VideoRef(uri=uri, num_bytes=-1), limits)
     if isinstance(header, VideoError):
         raise header
     if header.video_id != video_id:
         raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
     [first, *_] = plan_spans(header, spec, 1, part)
     span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
-    [result] = _sandbox().run(_decode_in_child, [span], spec, 1, False, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    [result] = _sandbox(limits.memory_bytes).run(
+        _decode_in_child, [span], spec, 1, limits, False, timeout_seconds=PROBE_TIMEOUT_SECONDS
+    )
     if result.error is not None:
         raise result.error
     if not result.clips or result.clips[-1].clip_index != clip_index:

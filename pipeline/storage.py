@@ -7,11 +7,12 @@ profiles, variables, instance roles), never from settings, so that no run record
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -98,6 +99,72 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
             return local.open("rb")
         fs, inner = filesystem(path)
         return cast(BinaryIO, fs.open(inner, "rb", block_size=block_bytes, cache_type="readahead"))
+    except storage_errors() as error:
+        raise StorageError(f"cannot read {public_uri(path)}: {describe(error)}") from error
+
+
+WHOLE_BYTES = 16 << 20
+"""Remote videos up to this size are fetched at once."""
+
+_BLOCK_BYTES = 4 << 20
+_MAX_BLOCKS = 8
+
+
+class RemoteVideo(io.RawIOBase):
+    """A large remote file, read in blocks of 4 MiB of which it keeps eight, the next one fetched meanwhile.
+
+    A decoder reads an index, often at the end, then the rest in order: that fetches no byte twice, as long as the
+    stretches it goes back and forth between lie in fewer than eight blocks.
+    """
+
+    def __init__(self, fs: Any, path: str, num_bytes: int) -> None:
+        """The file of ``num_bytes`` bytes at the file system's own path."""
+        super().__init__()
+        self._fs, self._path, self._num_bytes = fs, path, num_bytes
+        options = {"maxblocks": _MAX_BLOCKS}
+        self._file = fs.open(
+            path, "rb", block_size=_BLOCK_BYTES, cache_type="background", cache_options=options, size=num_bytes
+        )
+
+    def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
+        """So many bytes from each offset, fetched side by side and not as blocks."""
+        ends = [min(offset + num_bytes, self._num_bytes) for offset in offsets]
+        return list(self._fs.cat_ranges([self._path] * len(ends), list(offsets), ends, on_error="raise"))
+
+    def read(self, num_bytes: int = -1, /) -> bytes:
+        """At most this many bytes."""
+        return cast(bytes, self._file.read(num_bytes))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """The new position."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """The position."""
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        """Let go of the blocks."""
+        self._file.close()
+        super().close()
+
+
+def open_video(path: str) -> BinaryIO:
+    """Open a video for decoding: a small remote one is fetched whole, a larger one is a ``RemoteVideo``.
+
+    Raises:
+        StorageError: it is missing or not readable.
+    """
+    if is_local(path):
+        return open_binary(path)
+    try:
+        fs, inner = filesystem(path)
+        num_bytes = fs.info(inner)["size"]
+        if num_bytes is None:
+            raise OSError("its length is unknown, and a video is read in parts")
+        if num_bytes <= WHOLE_BYTES:
+            return io.BytesIO(fs.cat_file(inner))
+        return cast(BinaryIO, RemoteVideo(fs, inner, num_bytes))
     except storage_errors() as error:
         raise StorageError(f"cannot read {public_uri(path)}: {describe(error)}") from error
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from schemas.video import ClipSpec, Part, Placement, ResizePolicy, SignalRule, TailPolicy, parse_rate
+from schemas.video import ClipSpec, Limits, Part, Placement, ResizePolicy, SignalRule, TailPolicy, parse_rate
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -374,7 +374,36 @@ class TokenizeRun(BaseModel):
         section="Execution",
         gt=0,
         metavar="SECONDS",
-        help="Give up on a stretch of video that takes longer than this to decode, and reject it.",
+        help="Give up on a stretch of video that takes longer than this to decode, and reject it; a long stretch has "
+        "the time that --decode-seconds-per-second gives it, if that is more.",
+    )
+    decode_seconds_per_second: float = setting(
+        30.0,
+        section="Execution",
+        gt=0,
+        metavar="SECONDS",
+        help="Time to decode one second of a long stretch of video.",
+    )
+    decode_memory: ByteSize = setting(
+        4 << 30,
+        section="Execution",
+        metavar="BYTES",
+        help="Memory of one decoding process, such as 4GiB, about 100 MB of it the interpreter's; a video that "
+        "needs more is rejected.",
+    )
+    max_pixels: int = setting(
+        8192 * 8192,
+        section="Execution",
+        ge=1,
+        le=2**31 - 1,
+        metavar="N",
+        help="Reject videos with larger pictures than this.",
+    )
+    max_seconds: float = setting(
+        48 * 3600.0, section="Execution", gt=0, metavar="SECONDS", help="Reject videos that are longer."
+    )
+    max_frames: int = setting(
+        20_000_000, section="Execution", ge=1, metavar="N", help="Reject videos that have more frames."
     )
     clips_per_span: int | None = setting(
         None,
@@ -410,6 +439,18 @@ class TokenizeRun(BaseModel):
     def _parts_that_can_be(self) -> TokenizeRun:
         _ = self.part, self.clip_specs  # they refuse what cannot be
         return self
+
+    @property
+    def limits(self) -> Limits:
+        """What one video may cost."""
+        return Limits(
+            max_pixels=self.max_pixels,
+            max_seconds=self.max_seconds,
+            max_frames=self.max_frames,
+            timeout_seconds=self.decode_timeout,
+            seconds_per_second=self.decode_seconds_per_second,
+            memory_bytes=self.decode_memory,
+        )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -270,6 +270,28 @@ class Clip:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one video may cost before it is refused. No part of a run's identity: tokens do not depend on them."""
+
+    max_pixels: int = 8192 * 8192
+    """Of one coded picture; the decoder allocates no larger one."""
+    max_seconds: float = 48 * 3600.0
+    """Of one video."""
+    max_frames: int = 20_000_000
+    """Of one video: 48 hours at 115 frames per second."""
+    timeout_seconds: float = 600.0
+    """For one stretch of video, however short."""
+    seconds_per_second: float = 30.0
+    """For one second of a stretch that is so long that this allows more than ``timeout_seconds``."""
+    memory_bytes: int = 4 << 30
+    """What one decoding process may allocate: some twenty times what 4K video takes."""
+
+    def seconds_for(self, video_seconds: float) -> float:
+        """How long decoding this much video may take."""
+        return max(self.timeout_seconds, self.seconds_per_second * video_seconds)
+
+
 class Stage(StrEnum):
     """Where a rejection arose."""
 
@@ -306,6 +328,8 @@ class Reason(StrEnum):
     """The decoding process died on it (signal or out of memory)."""
     DECODE_TIMEOUT = "decode_timeout"
     """Decoding took longer than allowed."""
+    OVER_LIMIT = "over_limit"
+    """Larger, longer or of more frames than the run's limits allow."""
     UNSUPPORTED = "unsupported"
     """A codec, pixel format or size that this build cannot handle."""
     BAD_SIGNAL = "bad_signal"
@@ -323,8 +347,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.LONGER_THAN_HEADER: "remux it (ffmpeg -i in.mp4 -c copy out.mp4) so that the header states its length",
     Reason.TOO_SHORT: "use --tail pad, fewer --frames, a higher --fps or a smaller --min-seconds; check a part's times",
     Reason.DUPLICATE: "nothing to do: the other copy was tokenized",
-    Reason.DECODER_CRASHED: "re-encode it; the file may be hostile",
-    Reason.DECODE_TIMEOUT: "raise --decode-timeout, or re-encode the file",
+    Reason.DECODER_CRASHED: "re-encode it; the file may be hostile. Out of memory: raise --decode-memory",
+    Reason.DECODE_TIMEOUT: "raise --decode-timeout or --decode-seconds-per-second, or re-encode the file",
+    Reason.OVER_LIMIT: "raise the limit that the detail names, if the file is not hostile",
     Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
 }

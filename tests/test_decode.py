@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 
+from pipeline.container import WatchedFile
 from pipeline.decode import decode_span, fingerprint, probe_video
 from pipeline.geometry import Orientation, display_size, plan_geometry
 from pipeline.sampling import plan_spans
@@ -469,11 +470,11 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
         lambda data: data.__setitem__(-1, data[-1] ^ 1),
         lambda data: data.__setitem__(len(data) // 2, data[len(data) // 2] ^ 1),
     ]
-    ids = {fingerprint(io.BytesIO(content))}
+    ids = {fingerprint(WatchedFile(io.BytesIO(content)))}
     for change in changed:
         data = bytearray(content)
         change(data)
-        ids.add(fingerprint(io.BytesIO(data)))
+        ids.add(fingerprint(WatchedFile(io.BytesIO(data))))
     assert len(ids) == 5
     assert all(len(video_id) == 24 for video_id in ids)
 

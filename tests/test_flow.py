@@ -559,7 +559,7 @@ def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> 
     run = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
     cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
     placement, encoder = place(resolve(run), 10, 1.0, cluster)
-    decoder = SpanDecoder(spec=run.clip_specs[0], max_clips=10, clips_per_pass=1, timeout_seconds=60)
+    decoder = SpanDecoder(spec=run.clip_specs[0], max_clips=10, clips_per_pass=1)
     flow = build_flow(plan, decoder=decoder, encoder=encoder, placement=placement).materialize()
     assert flow.count() == 10
     tasks = re.search(r"MapBatches\(SpanDecoder\)[^\n]*: (\d+) tasks executed", flow.stats())
