@@ -158,7 +158,7 @@ def test_a_large_remote_video_is_fetched_once_in_blocks_and_its_id_takes_only_sa
 
     fetched: list[tuple[int, int]] = []
 
-    class Counted(MemoryFileSystem):
+    class Counted(MemoryFileSystem):  # type: ignore[misc]
         protocol = "counted"
 
         @classmethod
@@ -173,7 +173,7 @@ def test_a_large_remote_video_is_fetched_once_in_blocks_and_its_id_takes_only_sa
             fetched.append((start or 0, len(data) if end is None else end))
             return data[start:end]
 
-    class CountedFile(AbstractBufferedFile):
+    class CountedFile(AbstractBufferedFile):  # type: ignore[misc]
         def _fetch_range(self, start: int, end: int) -> bytes:
             return bytes(self.fs.cat_file(self.path, start, end))
 
