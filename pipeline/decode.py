@@ -131,7 +131,8 @@ def decode_span(
     clips = _ClipsInTheMaking(span=span, spec=spec, grid=grid, max_clips=max_clips)
     with opened(source) as file, storage_failures_named(file) as watched:
         needed_pts = grid.pts_at(clips.position - spec.lead_frames) if clips.position else None
-        with closing(frames_covering(watched, needed_pts, span.time_base, thread_type)) as frames:
+        needed = clips.needed
+        with closing(frames_covering(watched, needed_pts, span.time_base, thread_type, needed)) as frames:
             shown: Shown | None = None
             for following in frames:
                 if shown is not None:
@@ -170,6 +171,18 @@ class _ClipsInTheMaking:
     def __post_init__(self) -> None:
         self.first_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
         self.position = self.first_clip * self.spec.num_frames
+
+    @property
+    def needed(self) -> Callable[[int, int], bool]:
+        """Whether a frame that is on screen from one tick to another, exclusive, is one of the span's."""
+        first = max(0, self.position - self.spec.lead_frames)
+        end = None if self.span.end_clip is None else self.spec.first_frame(self.span.end_clip)
+
+        def is_needed(pts: int, next_pts: int) -> bool:
+            begin = max(first, self.grid.first_index_at(pts))
+            return begin < self.grid.first_index_at(next_pts) and (end is None or begin < end)
+
+        return is_needed
 
     @property
     def full(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 
 import av
 from av.container import InputContainer
@@ -23,6 +25,7 @@ from pipeline.container import (
     time_base_of,
     usual_ticks,
 )
+from pipeline.packets import FOREVER, Needed, Schedule, Step
 from schemas.video import Reason, VideoError
 
 # How far before the wanted time to try, in seconds, when the container's index led past it; then the start.
@@ -36,6 +39,7 @@ class Shown:
     frame: VideoFrame
     pts: int
     end_pts: int
+    """The next one's time, where only wanted frames are decoded."""
     stream: VideoStream
 
 
@@ -53,14 +57,25 @@ class _NoKeyframeError(Exception):
     """Not one packet was marked as a keyframe."""
 
 
+class _MissingFrameError(Exception):
+    """A wanted frame did not come out of its packet."""
+
+
 def frames_covering(
-    watched: WatchedFile, needed_pts: int | None, time_base: Fraction, thread_type: ThreadType
+    watched: WatchedFile,
+    needed_pts: int | None,
+    time_base: Fraction,
+    thread_type: ThreadType,
+    needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
-    """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None."""
+    """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None.
+
+    With ``needed``, others than those that are wanted may be missing.
+    """
     if needed_pts is not None:
         for seconds in _SEEK_BACK_SECONDS:
             start = Start(seek_pts=needed_pts - int(seconds / time_base))
-            with closing(decode_from(watched, start, thread_type)) as frames:
+            with closing(decode_from(watched, start, thread_type, needed=needed)) as frames:
                 try:
                     first = next(frames, None)
                 except VideoError:  # landed where decoding cannot begin: the start has the last word
@@ -69,11 +84,16 @@ def frames_covering(
                     yield first
                     yield from frames
                     return
-    yield from decode_from(watched, Start(), thread_type)
+    yield from decode_from(watched, Start(), thread_type, needed=needed)
 
 
 def decode_from(
-    watched: WatchedFile, start: Start, thread_type: ThreadType = "NONE", *, keep_going: bool = False
+    watched: WatchedFile,
+    start: Start,
+    thread_type: ThreadType = "NONE",
+    *,
+    keep_going: bool = False,
+    needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
     """Frames from a starting point to the end, where a truncated stream is refused.
 
@@ -82,16 +102,39 @@ def decode_from(
         start: where to begin.
         thread_type: how the decoder uses threads.
         keep_going: skip what fails to decode, and fail only when nothing is left.
+        needed: decode the frames for which it holds, with the same pixels and times; others where that is no extra
+            work. It ends with the last of them. None decodes all.
     """
     try:
-        yield from _decode_once(watched, start, thread_type, keep_going)
+        yield from _decode_needed(watched, start, thread_type, keep_going, needed)
     except _NoKeyframeError:
         if start.seek_pts is None:
-            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going)
+            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going, None)
+
+
+def _decode_needed(
+    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool, needed: Needed | None
+) -> Generator[Shown, None, None]:
+    """As ``_decode_once``; where leaving packets out went wrong, decoding everything has the last word."""
+    last_pts: int | None = None
+    if needed is not None:
+        try:
+            for shown in _decode_once(watched, start, thread_type, keep_going, needed):
+                last_pts = shown.pts
+                yield shown
+            return
+        except _MissingFrameError:
+            pass
+        except VideoError as error:
+            if error.reason not in (Reason.DECODE_ERROR, Reason.NO_FRAMES) or watched.error is not None:
+                raise
+    for shown in _decode_once(watched, start, thread_type, keep_going, None):
+        if last_pts is None or shown.pts > last_pts:
+            yield shown
 
 
 def _decode_once(
-    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool
+    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool, needed: Needed | None
 ) -> Generator[Shown, None, None]:
     with open_video(watched, thread_type) as (container, stream):
         if start.seek_pts is not None:
@@ -99,23 +142,31 @@ def _decode_once(
                 container.seek(start.seek_pts, stream=stream)
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
+        packets = _packets(container, stream, start.await_keyframe)
         first_pts: int | None = None  # of the keyframe that a seek led to
-        previous: Shown | None = None
-        failure = "no packets"
-        for packet in _packets(container, stream, start.await_keyframe):
-            if packet is not None and first_pts is None and start.seek_pts is not None:
-                first_pts = packet.pts
+        if start.seek_pts is not None:
+            first = next(packets)
+            if first is not None:
+                first_pts = first.pts
                 if first_pts is None and stream.codec_context.reorder_depth == 0:
-                    first_pts = packet.dts
+                    first_pts = first.dts
                 if first_pts is None:
                     return  # no telling where this is: only counting from the start says
+            packets = chain([first], packets)
+        previous: Shown | None = None
+        failure = "no packets"
+        awaited = _Awaited()
+        schedule = Schedule(packets, stream, needed, first_pts) if needed is not None else None
+        for step in schedule or _every(packets):
             try:
-                frames = _decode_packet(watched, stream, packet)
+                frames = _decode_step(watched, stream, step)
             except VideoError as error:
                 if not keep_going:
                     raise
                 failure = error.detail
                 continue
+            if step is not None:
+                awaited.sent(step)
             for frame in frames:
                 pts = frame.pts if frame.pts is not None else frame.dts
                 if pts is None:
@@ -128,14 +179,47 @@ def _decode_once(
                 if previous is not None and pts < previous.pts:
                     before = f"{float(previous.pts * time_base):.2f} s"
                     raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
-                previous = Shown(frame=frame, pts=pts, end_pts=pts + (frame.duration or frame_ticks), stream=stream)
+                end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
+                previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
                 yield previous
+        awaited.came(FOREVER)
+        if schedule is not None and schedule.stopped:
+            return
         if previous is not None:
             _refuse_truncated(stream, previous.end_pts * time_base)
         elif start.seek_pts is None:
             raise VideoError(
                 Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
             )
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """The wanted frames that have not come out of the decoder yet."""
+
+    expected: list[tuple[int, int | None]] = field(default_factory=list)
+    """A heap of their times, and of those of the frames after them."""
+
+    def sent(self, step: Step) -> None:
+        if step.expected_pts is not None:
+            heapq.heappush(self.expected, (step.expected_pts, step.next_pts))
+
+    def came(self, pts: int) -> int | None:
+        """A frame came out: when the next one follows, where that is known.
+
+        Raises:
+            _MissingFrameError: one that was wanted before it did not.
+        """
+        if not self.expected or pts < self.expected[0][0]:
+            return None
+        expected_pts, next_pts = heapq.heappop(self.expected)
+        if expected_pts != pts:
+            raise _MissingFrameError
+        return next_pts
+
+
+def _every(packets: Iterator[Packet[VideoStream] | None]) -> Iterator[Step | None]:
+    return (None if packet is None else Step(packet=packet) for packet in packets)
 
 
 def _packets(
@@ -163,10 +247,21 @@ def _packets(
     yield None
 
 
-def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-    if packet is None:
+def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[VideoFrame]:
+    context = stream.codec_context
+    frames: list[VideoFrame] = []
+    if step is None or step.restart:
         with ffmpeg_failures_as(Reason.DECODE_ERROR, "at the end"):
-            return stream.codec_context.decode(None)
+            frames = context.decode(None)
+    if step is None:
+        return frames
+    if step.restart:
+        context.flush_buffers()
+    context.skip_frame = "NONREF" if step.skip else "DEFAULT"
+    return frames + _decode_packet(watched, stream, step.packet)
+
+
+def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream]) -> list[VideoFrame]:
     pts = packet.pts if packet.pts is not None else packet.dts
     at = f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
     if packet.is_corrupt:
