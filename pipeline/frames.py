@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
@@ -58,7 +58,7 @@ class _NoKeyframeError(Exception):
 
 
 class _MissingFrameError(Exception):
-    """A wanted frame did not come out of its packet."""
+    """A wanted frame did not come out of its packet, or something failed after packets were left out."""
 
 
 def frames_covering(
@@ -125,9 +125,6 @@ def _decode_needed(
             return
         except _MissingFrameError:
             pass
-        except VideoError as error:
-            if error.reason not in (Reason.DECODE_ERROR, Reason.NO_FRAMES) or watched.error is not None:
-                raise
     for shown in _decode_once(watched, start, thread_type, keep_going, None):
         if last_pts is None or shown.pts > last_pts:
             yield shown
@@ -157,40 +154,53 @@ def _decode_once(
         failure = "no packets"
         awaited = _Awaited()
         schedule = Schedule(packets, stream, needed, first_pts) if needed is not None else None
-        for step in schedule or _every(packets):
-            try:
-                frames = _decode_step(watched, stream, step)
-            except VideoError as error:
-                if not keep_going:
-                    raise
-                failure = error.detail
-                continue
-            if step is not None:
-                awaited.sent(step)
-            for frame in frames:
-                pts = frame.pts if frame.pts is not None else frame.dts
-                if pts is None:
-                    pts = previous.end_pts if previous is not None else 0
-                if first_pts is not None and pts < first_pts:
-                    continue  # leans on pictures before the keyframe, which were not decoded
-                at = f"at {float(pts * time_base):.2f} s"
-                if frame.is_corrupt and not keep_going:
-                    raise VideoError(Reason.DECODE_ERROR, f"{at}: the decoder had to conceal a damaged picture")
-                if previous is not None and pts < previous.pts:
-                    before = f"{float(previous.pts * time_base):.2f} s"
-                    raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
-                end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
-                yield previous
-        awaited.came(FOREVER)
-        if schedule is not None and schedule.stopped:
-            return
-        if previous is not None:
-            _refuse_truncated(stream, previous.end_pts * time_base)
-        elif start.seek_pts is None:
-            raise VideoError(
-                Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
-            )
+        with _in_doubt(watched, schedule):
+            for step in schedule or _every(packets):
+                try:
+                    frames = _decode_step(watched, stream, step)
+                except VideoError as error:
+                    if not keep_going:
+                        raise
+                    failure = error.detail
+                    continue
+                if step is not None:
+                    awaited.sent(step)
+                for frame in frames:
+                    pts = frame.pts if frame.pts is not None else frame.dts
+                    if pts is None:
+                        pts = previous.end_pts if previous is not None else 0
+                    if first_pts is not None and pts < first_pts:
+                        continue  # leans on pictures before the keyframe, which were not decoded
+                    at = f"at {float(pts * time_base):.2f} s"
+                    if frame.is_corrupt and not keep_going:
+                        raise VideoError(Reason.DECODE_ERROR, f"{at}: the decoder had to conceal a damaged picture")
+                    if previous is not None and pts < previous.pts:
+                        before = f"{float(previous.pts * time_base):.2f} s"
+                        raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
+                    end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
+                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
+                    yield previous
+            awaited.came(FOREVER)
+            if schedule is not None and schedule.stopped:
+                return
+            if previous is not None:
+                _refuse_truncated(stream, previous.end_pts * time_base)
+            elif start.seek_pts is None:
+                raise VideoError(
+                    Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
+                )
+
+
+@contextmanager
+def _in_doubt(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]:
+    """A failure after packets were left out may come of that."""
+    try:
+        yield
+    except VideoError as error:
+        of_the_pictures = error.reason in (Reason.DECODE_ERROR, Reason.NO_FRAMES) and watched.error is None
+        if schedule is not None and schedule.left_out and of_the_pictures:
+            raise _MissingFrameError from error
+        raise
 
 
 @dataclass(slots=True)

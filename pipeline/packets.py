@@ -78,6 +78,8 @@ class Schedule:
         """
         self.stopped = False
         """Whether it ended before the packets did, as no later frame is wanted."""
+        self.left_out = False
+        """Whether a packet was not sent, or may be skipped."""
         self._packets = packets
         self._inspect = inspector_of(stream)
         self._needed = needed
@@ -107,6 +109,7 @@ class Schedule:
                 yield None
                 return
             step = self._next_step()
+            self.left_out = self.left_out or step is None or step.skip
             if step is not None:
                 yield step
 
