@@ -11,7 +11,8 @@ takes, with our scaler's settings; its frames must be ours, bit for bit. The oth
 are milliseconds for each second of video, medians over the repeats, which go round all readers in turn. Ray's
 reader sets its own number of threads, and is timed on four copies of the video, its start left out.
 
-What is not installed is left out: ``pip install decord torchcodec imageio-ffmpeg``.
+"cannot" stands where a reader fails on a video. Others than ours are not among our dependencies:
+``pip install decord torchcodec imageio-ffmpeg``.
 """
 
 from __future__ import annotations
@@ -173,14 +174,22 @@ def figures(task: Task, readers: dict[str, Callable[[Task], float] | None], repe
     """Milliseconds for each second of video, one column a reader, and ours beside the plain loop."""
     assert np.array_equal(decode_ours(task), decode_plainly(task)), f"{task.path}: frames differ from the plain loop's"
     times: dict[str, list[float]] = defaultdict(list)
+    missing = {name: "not installed" for name, reader in readers.items() if reader is None}
     for repeat in range(repeats + 1):
         for name, reader in readers.items():
-            if reader is not None:
+            if reader is None or name in missing:
+                continue
+            try:
                 seconds = reader(task)
-                if repeat:  # the first round warms the caches
-                    times[name].append(seconds)
+            except Exception:  # what others raise has no common base
+                if name in ("ours", "plain loop"):
+                    raise
+                missing[name] = "cannot"
+                continue
+            if repeat:  # the first round warms the caches
+                times[name].append(seconds)
     medians = {name: 1000 * statistics.median(values) / task.seconds for name, values in times.items()}
-    row: Row = {name: round(medians[name], 1) if name in medians else "not installed" for name in readers}
+    row: Row = {name: missing.get(name) or round(medians[name], 1) for name in readers}
     row["plain : ours"] = round(medians["plain loop"] / medians["ours"], 2)
     others = [value for name, value in medians.items() if name != "ours"]
     row["best other : ours"] = round(min(others) / medians["ours"], 2)

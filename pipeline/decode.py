@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
@@ -177,10 +178,11 @@ class _ClipsInTheMaking:
         """Whether a frame that is on screen from one tick to another, exclusive, is one of the span's."""
         first = max(0, self.position - self.spec.lead_frames)
         end = None if self.span.end_clip is None else self.spec.first_frame(self.span.end_clip)
+        first_index_at = lru_cache(maxsize=64)(self.grid.first_index_at)  # the same few ticks are asked for again
 
         def is_needed(pts: int, next_pts: int) -> bool:
-            begin = max(first, self.grid.first_index_at(pts))
-            return begin < self.grid.first_index_at(next_pts) and (end is None or begin < end)
+            begin = max(first, first_index_at(pts))
+            return begin < first_index_at(next_pts) and (end is None or begin < end)
 
         return is_needed
 

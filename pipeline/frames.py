@@ -171,12 +171,13 @@ def _decode_once(
                         pts = previous.end_pts if previous is not None else 0
                     if first_pts is not None and pts < first_pts:
                         continue  # leans on pictures before the keyframe, which were not decoded
-                    at = f"at {float(pts * time_base):.2f} s"
                     if frame.is_corrupt and not keep_going:
-                        raise VideoError(Reason.DECODE_ERROR, f"{at}: the decoder had to conceal a damaged picture")
+                        detail = f"{_at(pts, time_base)}: the decoder had to conceal a damaged picture"
+                        raise VideoError(Reason.DECODE_ERROR, detail)
                     if previous is not None and pts < previous.pts:
                         before = f"{float(previous.pts * time_base):.2f} s"
-                        raise VideoError(Reason.DECODE_ERROR, f"{at}: presentation times run backwards, after {before}")
+                        detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
+                        raise VideoError(Reason.DECODE_ERROR, detail)
                     end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
                     previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
                     yield previous
@@ -272,14 +273,26 @@ def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -
 
 
 def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream]) -> list[VideoFrame]:
-    pts = packet.pts if packet.pts is not None else packet.dts
-    at = f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
     if packet.is_corrupt:
+        at = _place_of(packet, stream)
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
-    with ffmpeg_failures_as(Reason.DECODE_ERROR, at):
+    try:
         return stream.codec_context.decode(packet)
+    except av.error.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise VideoError(Reason.DECODE_ERROR, f"{_place_of(packet, stream)}: {error.strerror}") from error
+
+
+def _place_of(packet: Packet[VideoStream], stream: VideoStream) -> str:
+    pts = packet.pts if packet.pts is not None else packet.dts
+    return _at(pts, time_base_of(stream)) if pts is not None else f"at byte {packet.pos}"
+
+
+def _at(pts: int, time_base: Fraction) -> str:
+    return f"at {float(pts * time_base):.2f} s"
 
 
 def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
