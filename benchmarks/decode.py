@@ -9,7 +9,7 @@ two seconds, and kept in the temporary folder for the next run. Each video is re
 and cut to 256x256, on one thread. The plain loop decodes every frame, and converts and scales only those it
 takes, with our scaler's settings; its frames must be ours, bit for bit. The others scale by their own rules. Figures
 are milliseconds for each second of video, medians over the repeats, which go round all readers in turn. Ray's
-reader sets its own number of threads, and is timed on four copies of the video, its start left out.
+reader sets its own number of threads, and is timed on two copies of the video, its start left out.
 
 "cannot" stands where a reader fails on a video. Others than ours are not among our dependencies:
 ``pip install decord torchcodec imageio-ffmpeg``.
@@ -50,7 +50,7 @@ Pixels = npt.NDArray[np.uint8]
 
 SIDE = 256
 RATES = (3, 8)
-RAY_COPIES = 4
+RAY_COPIES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

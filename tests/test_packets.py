@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.packet import Packet
+from av.video.stream import VideoStream
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pipeline.decode
+import pipeline.frames
+from pipeline.container import WatchedFile
+from pipeline.decode import decode_span, probe_video
+from pipeline.frames import Start, decode_from, frames_covering
+from pipeline.packets import FOREVER, Schedule, Step
+from pipeline.sampling import plan_spans
+from pipeline.storage import open_binary
+from schemas.video import Clip, ClipSpec, Reason, VideoError, VideoRef
+from tests.videos import Recipe, write_damaged, write_truncated, write_video
+
+SPEC = ClipSpec(fps=Fraction(3), num_frames=4, height=48, width=48)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What was asked of decoders: packets sent, and of those skippable ones, restarts, and passes over everything."""
+    counts: Counter[str] = Counter()
+    decode_step, decode_once = pipeline.frames._decode_step, pipeline.frames._decode_once
+
+    def counting_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[av.VideoFrame]:
+        if step is not None:
+            counts.update(sent=1, skipped=step.skip, restarts=step.restart)
+        return decode_step(watched, stream, step)
+
+    def counting_once(*arguments: Any) -> Generator[Any, None, None]:
+        counts.update(whole_passes=arguments[-1] is None)
+        yield from decode_once(*arguments)
+
+    monkeypatch.setattr(pipeline.frames, "_decode_step", counting_step)
+    monkeypatch.setattr(pipeline.frames, "_decode_once", counting_once)
+    return counts
+
+
+def decoded(path: Path, spec: ClipSpec, clips_per_span: int, *, everything: bool) -> list[Clip | tuple[Reason, str]]:
+    """Clips, or in their place why a span was refused; of all frames decoded, or only of those needed."""
+    probe = probe_video(VideoRef(uri=str(path), num_bytes=-1), open_binary)
+    outcome: list[Clip | tuple[Reason, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if everything:
+            patch.setattr(pipeline.decode, "frames_covering", lambda *arguments: frames_covering(*arguments[:4]))
+        for span in plan_spans(probe, spec, clips_per_span):
+            try:
+                outcome += decode_span(span, spec, str(path), max_clips=1000)
+            except VideoError as error:
+                outcome.append((error.reason, error.detail))
+    return outcome
+
+
+def assert_nothing_is_lost(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000) -> None:
+    every, needed = (decoded(path, spec, clips_per_span, everything=everything) for everything in (True, False))
+    assert len(every) == len(needed)
+    for one, other in zip(every, needed, strict=True):
+        if isinstance(one, Clip):
+            assert isinstance(other, Clip)
+            assert np.array_equal(one.frames, other.frames), one
+            assert np.array_equal(one.frame_pts_seconds, other.frame_pts_seconds), one
+            assert (one.num_valid_frames, one.geometry) == (other.num_valid_frames, other.geometry)
+        else:
+            assert one == other
+
+
+CONTAINERS = {
+    "libx264": ["mp4", "mkv", "ts", "flv", "avi", "h264"],
+    "libx265": ["mp4", "mkv", "ts"],
+    "mpeg4": ["mp4", "avi", "mkv"],
+    "mpeg2video": ["ts", "mpg"],
+    "libvpx-vp9": ["webm", "mp4"],
+    "libvpx": ["webm"],
+    "libsvtav1": ["mp4"],
+    "mjpeg": ["avi", "mov"],
+    "prores_ks": ["mov"],
+    "ffv1": ["mkv"],
+}
+PIXEL_FORMATS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> tuple[str, Recipe]:
+    """Structures of references as encoders make them: pyramids, open groups, temporal layers, moving refreshes."""
+    codec = draw(st.sampled_from(sorted(CONTAINERS) + ["libx264", "libx265"] * 3))
+    gop, b_frames = draw(st.sampled_from([1, 2, 5, 12, 30, 250])), draw(st.sampled_from([0, 1, 2, 3, 5]))
+    either = st.integers(0, 1)
+    options: tuple[tuple[str, str], ...] = ()
+    if codec == "libx264":
+        pyramid = draw(st.sampled_from(["none", "strict", "normal"]))
+        params = f"keyint={gop}:min-keyint=1:bframes={b_frames}:b-pyramid={pyramid}:open-gop={draw(either)}:scenecut=0"
+        params += f":ref={draw(st.sampled_from([1, 4]))}" + draw(
+            st.sampled_from(["", "", ":intra-refresh=1", ":tff=1"])
+        )
+        options = (("preset", "medium"), ("x264-params", params))
+    elif codec == "libx265":
+        layers = draw(st.sampled_from([0, 0, 3])) if b_frames else 0
+        params = f"log-level=none:keyint={gop}:min-keyint=1:bframes={b_frames}:b-pyramid={draw(either)}:scenecut=0"
+        options = (("x265-params", f"{params}:open-gop={draw(either)}:temporal-layers={layers}"),)
+    elif codec.startswith("libvpx"):
+        options = (("auto-alt-ref", str(draw(either))), ("lag-in-frames", "12"), ("b", "200k"))
+    elif codec in ("mpeg4", "mpeg2video"):
+        options = (("bf", str(b_frames)), ("g", str(gop)), ("qscale", "3"))
+    suffix = draw(st.sampled_from(CONTAINERS[codec]))
+    times = None
+    num_frames = draw(st.integers(20, 60))
+    if suffix in ("mp4", "mkv", "mov") and draw(st.booleans()):
+        gaps = draw(st.lists(st.sampled_from([20, 33, 40, 41, 200]), min_size=num_frames, max_size=num_frames))
+        times = [Fraction(sum(gaps[:n]), 1000) for n in range(num_frames)]
+    return suffix, Recipe(
+        codec=codec,
+        num_frames=num_frames,
+        rate=Fraction(draw(st.sampled_from(["24", "25", "30000/1001", "50"]))),
+        times=times,
+        gop=gop,
+        b_frames=b_frames if codec.startswith(("libx26", "mpeg")) else 0,
+        options=options,
+        pixel_format=PIXEL_FORMATS.get(codec, "yuv420p"),
+    )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    made=recipes(),
+    fps=st.sampled_from(["1/2", "1", "3", "8", "24", "60"]),
+    num_frames=st.integers(1, 7),
+    clips_per_span=st.sampled_from([1, 2, 1000]),
+)
+def test_needed_frames_are_those_of_decoding_everything(
+    tmp_path_factory: pytest.TempPathFactory, made: tuple[str, Recipe], fps: str, num_frames: int, clips_per_span: int
+) -> None:
+    suffix, recipe = made
+    path = tmp_path_factory.mktemp("made") / f"v.{suffix}"
+    try:
+        write_video(path, recipe)
+    except (av.FFmpegError, ValueError):  # settings that an encoder refuses
+        return
+    assert_nothing_is_lost(path, replace(SPEC, fps=Fraction(fps), num_frames=num_frames), clips_per_span)
+
+
+# How much is left out.
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options"),
+    [
+        ("libx264", "mp4", (("x264-params", "bframes=3:keyint=250:b-adapt=0:scenecut=0"),)),
+        ("libx264", "ts", (("x264-params", "bframes=3:keyint=250:b-adapt=0:scenecut=0"),)),
+        ("libx265", "mkv", (("x265-params", "bframes=3:keyint=250:b-adapt=0:scenecut=0:log-level=none"),)),
+        ("mpeg4", "mp4", (("bf", "3"), ("g", "250"))),
+        ("mpeg2video", "ts", (("bf", "3"), ("g", "250"))),
+    ],
+)
+def test_pictures_that_no_other_leans_on_are_skipped(
+    tmp_path: Path, counted: Counter[str], codec: str, suffix: str, options: tuple[tuple[str, str], ...]
+) -> None:
+    path = write_video(tmp_path / f"v.{suffix}", Recipe(codec=codec, num_frames=100, options=options))
+    with path.open("rb") as file:
+        every = len(list(decode_from(WatchedFile(file), Start(), needed=lambda pts, next_pts: True)))
+        some = list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(1, 3))))
+    assert every == 100
+    assert len(some) < 60
+    assert counted["skipped"] > 60
+    assert not counted["whole_passes"]
+
+
+def every_nth_second(path: Path, step: Fraction) -> Any:
+    """Wanted: whatever is on screen at multiples of ``step``."""
+    with av.open(str(path)) as container:
+        time_base = container.streams.video[0].time_base
+        start = container.streams.video[0].start_time or 0
+    assert time_base is not None
+    return lambda pts, next_pts: -(-(pts - start) * time_base // step) < -(-(next_pts - start) * time_base // step)
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "most"),
+    [("mjpeg", "mov", 20), ("prores_ks", "mov", 20), ("libsvtav1", "mp4", 75), ("libx264", "mp4", 80)],
+)
+def test_packets_that_lead_to_nothing_wanted_are_not_sent(
+    tmp_path: Path, counted: Counter[str], codec: str, suffix: str, most: int
+) -> None:
+    recipe = Recipe(codec=codec, num_frames=100, gop=12, pixel_format=PIXEL_FORMATS.get(codec, "yuv420p"))
+    path = write_video(tmp_path / f"v.{suffix}", recipe)
+    with path.open("rb") as file:
+        list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(1, 3))))
+    assert counted["sent"] <= most
+    assert not counted["whole_passes"]
+
+
+def test_whole_groups_of_pictures_are_passed_over_open_ones_after_a_restart(
+    tmp_path: Path, counted: Counter[str]
+) -> None:
+    for number, open_groups in enumerate((0, 1)):
+        params = f"keyint=10:min-keyint=10:bframes=3:scenecut=0:open-gop={open_groups}:log-level=none"
+        recipe = Recipe(codec="libx265", num_frames=150, options=(("x265-params", params),))
+        path = write_video(tmp_path / f"{number}.mp4", recipe)
+        counted.clear()
+        with path.open("rb") as file:
+            list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(2))))
+        assert counted["sent"] < 60
+        assert bool(counted["restarts"]) == bool(open_groups)
+        assert not counted["whole_passes"]
+        assert_nothing_is_lost(path, replace(SPEC, fps=Fraction(1, 2)))
+
+
+def test_reading_ends_with_the_last_wanted_frame(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", Recipe(num_frames=200, b_frames=2))
+    with path.open("rb") as file, av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        ticks = 1 / (stream.time_base or 1)
+        read: list[int] = []
+
+        def packets() -> Iterator[Packet[VideoStream]]:
+            for packet in container.demux(stream):
+                read.append(packet.pts or 0)
+                yield packet
+
+        def in_first_second(pts: int, next_pts: int) -> bool:
+            return pts < ticks
+
+        schedule = Schedule(packets(), stream, in_first_second, None)
+        sent = [step.expected_pts for step in schedule if step is not None]
+        frames = list(decode_from(WatchedFile(file), Start(), needed=in_first_second))
+    assert schedule.stopped
+    assert len(sent) <= 30
+    assert len(read) <= 40
+    assert max(frame.pts for frame in frames) >= 24 * ticks // 25
+
+
+# Where it cannot be known.
+
+
+def test_missing_or_disordered_times_decode_everything(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", Recipe(num_frames=60, b_frames=3))
+    spoilers: list[Any] = [
+        lambda packet: setattr(packet, "pts", None),
+        lambda packet: setattr(packet, "dts", (packet.dts or 0) - 10**6),
+        lambda packet: setattr(packet, "pts", (packet.dts or 0) - 1),
+    ]
+
+    def only_the_first(pts: int, next_pts: int) -> bool:
+        return pts <= 0 or next_pts == FOREVER  # and there is no telling that it is
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        assert len(list(Schedule(iter(packets), stream, only_the_first, None))) < 20
+    for spoil in spoilers:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            for packet in packets[20:]:
+                spoil(packet)
+            steps = [step for step in Schedule(iter(packets), stream, only_the_first, None) if step]
+        assert [step.packet.pos for step in steps[-40:]] == [packet.pos for packet in packets[20:]]
+        assert not any(step.skip for step in steps[-40:])
+
+
+def test_interlaced_h264_is_decoded_whole(tmp_path: Path, counted: Counter[str]) -> None:
+    params = "interlaced=1:bframes=3:keyint=20"
+    path = write_video(tmp_path / "v.mp4", Recipe(num_frames=60, options=(("x264-params", params),)))
+    assert_nothing_is_lost(path)
+    assert not counted["skipped"]
+
+
+def test_a_wanted_frame_that_does_not_come_out_is_found_by_decoding_everything(
+    tmp_path: Path, counted: Counter[str]
+) -> None:
+    params = "intra-refresh=1:keyint=20"  # a keyframe's mark here is where a refresh begins, which takes a while
+    path = write_video(tmp_path / "v.mkv", Recipe(num_frames=120, options=(("x264-params", params),)))
+    assert_nothing_is_lost(path, clips_per_span=1)
+    passes_over_everything = counted["whole_passes"]
+    counted.clear()
+    decoded(path, SPEC, 1, everything=True)
+    assert passes_over_everything > counted["whole_passes"]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_damage_beside_wanted_frames_is_refused_as_ever(tmp_path: Path, suffix: str) -> None:
+    recipe = Recipe(num_frames=100, b_frames=2, width=320, height=240)
+    whole = write_video(tmp_path / f"whole.{suffix}", recipe)
+    spec = replace(SPEC, fps=Fraction(25))
+    assert_nothing_is_lost(write_damaged(tmp_path / f"damaged.{suffix}", whole), spec)
+    if suffix == "mkv":
+        assert_nothing_is_lost(write_truncated(tmp_path / f"short.{suffix}", whole, 0.6))
