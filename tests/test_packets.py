@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import pipeline.decode
 import pipeline.frames
+from pipeline.bitstream import _H264, UNKNOWN, PacketFacts, _Hevc
 from pipeline.container import WatchedFile
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Start, decode_from, frames_covering
@@ -242,6 +243,32 @@ def test_reading_ends_with_the_last_wanted_frame(tmp_path: Path) -> None:
 
 
 # Where it cannot be known.
+
+
+def test_only_the_highest_temporal_layer_of_hevc_is_skippable() -> None:
+    def unit(kind: int, layer: int, payload: bytes) -> bytes:
+        return b"\0\0\1" + bytes([kind << 1, layer + 1]) + payload
+
+    inspect = _Hevc(unit(33, 0, b"\x03"))  # two layers
+    assert inspect(unit(0, 0, b"\x80")) == UNKNOWN  # TRAIL_N of the lower one: the upper one may lean on it
+    assert inspect(unit(2, 1, b"\x80")) == PacketFacts(skippable=True)
+    assert inspect(unit(19, 0, b"\x80")) == PacketFacts(begins=True)
+    assert inspect(unit(21, 0, b"\x80")) == PacketFacts(begins=True, flush=True)
+    assert inspect(unit(39, 0, b"\x80")) is None  # no picture
+    assert _Hevc(b"")(unit(0, 0, b"\x80")) == UNKNOWN  # how many layers is not known
+
+
+def test_only_whole_frames_of_h264_are_skippable_and_only_idr_pictures_begin() -> None:
+    def parameters(frames_only: bool) -> bytes:  # baseline, order by number, one macroblock
+        return b"\0\0\1\x67" + bytes([66, 0, 30]) + ((0b1_1_011_010_0_1_1 << 1 | frames_only) << 4).to_bytes(2, "big")
+
+    for frames_only in (True, False):
+        inspect = _H264(parameters(frames_only) + b"\x80")
+        facts = [inspect(b"\0\0\1" + bytes([kind, 0x80])) for kind in (0x65, 0x41, 0x01)]
+        expected = [PacketFacts(begins=True), PacketFacts(skippable=True), PacketFacts(skippable=True)]
+        assert facts == (expected if frames_only else [None] * 3)
+    changed = _H264(parameters(True) + b"\x80")
+    assert changed(parameters(False) + b"\x80\0\0\1\x65\x80") is None
 
 
 def test_missing_or_disordered_times_decode_everything(tmp_path: Path) -> None:
