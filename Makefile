@@ -45,6 +45,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.storage
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.tiling

@@ -1,23 +1,29 @@
-"""From a file to sampled, resized frames: ours beside the ways others take, one thread each, in one process.
+"""Our decoder beside a plain PyAV loop, Ray Data's reader, decord, torchcodec and the ffmpeg command.
 
-A generated corpus of moving textures, sampled to 3 and to 8 frames per second at 256x256. The plain loop opens the
-file with PyAV, decodes everything, and converts the frames it picks just as we do, so its pixels must equal ours, and
-do. The others resize as they can: ``ffmpeg`` with its fps filter and the same scaler settings, decord frame by frame
-as ``ray.data.read_videos(fps=..., resize=...)`` drives it (which rounds the rate to a whole step), torchcodec by time.
-They take part where they are installed: pip install decord imageio-ffmpeg torchcodec.
+    python -m benchmarks.decode                        the whole corpus, sampled at 3 and at 8 frames per second
+    python -m benchmarks.decode --quick                two seconds of each video, one repeat
+    python -m benchmarks.decode --repeats 5 --json decode.json
 
-Run: python -m benchmarks.decode [--quick] [--repeats N] [--json PATH]
+The corpus is made here: moving texture in h264 with and without B-frames, hevc, vp9, av1 and mpeg4, a keyframe every
+two seconds, and kept in the temporary folder for the next run. Each video is read from its file, sampled, and scaled
+and cut to 256x256, on one thread. The plain loop decodes every frame, and converts and scales only those it
+takes, with our scaler's settings; its frames must be ours, bit for bit. The others scale by their own rules. Figures
+are milliseconds for each second of video, medians over the repeats, which go round all readers in turn. Ray's
+reader sets its own number of threads, and is timed on two copies of the video, its start left out.
+
+"cannot" stands where a reader fails on a video. Others than ours are not among our dependencies:
+``pip install decord torchcodec imageio-ffmpeg``.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+import importlib
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +31,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import av
+import click
 import numpy as np
+import numpy.typing as npt
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
@@ -33,223 +41,277 @@ from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Shown
 from pipeline.geometry import place
 from pipeline.picture import Renderer
-from pipeline.sampling import plan_spans
+from pipeline.sampling import Grid, plan_spans
 from pipeline.storage import open_binary
 from schemas.video import ClipSpec, Span, VideoRef
 
-SIZE = 256
-X264 = (("preset", "fast"), ("crf", "23"))
+Pixels = npt.NDArray[np.uint8]
+
+SIDE = 256
+RATES = (3, 8)
+RAY_COPIES = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A video of the corpus."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """One file of the corpus."""
 
     name: str
     codec: str
-    width: int
     height: int
     fps: int
-    options: tuple[tuple[str, str], ...]
+    b_frames: int
     suffix: str = "mp4"
+    seconds: int = 8
+
+    @property
+    def width(self) -> int:
+        return {480: 640, 720: 1280, 1080: 1920}[self.height]
 
 
 CORPUS = (
-    Source(name="h264 480p30", codec="libx264", width=854, height=480, fps=30, options=(*X264, ("bf", "0"))),
-    Source(name="h264 480p30 B", codec="libx264", width=854, height=480, fps=30, options=(*X264, ("bf", "3"))),
-    Source(name="h264 720p60 B", codec="libx264", width=1280, height=720, fps=60, options=(*X264, ("bf", "3"))),
-    Source(name="h264 1080p24", codec="libx264", width=1920, height=1080, fps=24, options=(*X264, ("bf", "0"))),
-    Source(name="h264 1080p30 B", codec="libx264", width=1920, height=1080, fps=30, options=(*X264, ("bf", "3"))),
-    Source(
-        name="hevc 720p30 B",
-        codec="libx265",
-        width=1280,
-        height=720,
-        fps=30,
-        options=(("preset", "veryfast"), ("x265-params", "bframes=4:log-level=none")),
-    ),
-    Source(
-        name="vp9 480p24",
-        codec="libvpx-vp9",
-        width=854,
-        height=480,
-        fps=24,
-        options=(("deadline", "realtime"), ("cpu-used", "8"), ("crf", "32")),
-        suffix="webm",
-    ),
-    Source(name="av1 720p30", codec="libsvtav1", width=1280, height=720, fps=30, options=(("preset", "10"),)),
-    Source(name="mpeg4 480p25 B", codec="mpeg4", width=854, height=480, fps=25, options=(("bf", "2"), ("q", "5"))),
+    Video(name="h264, no B-frames", codec="libx264", height=480, fps=24, b_frames=0),
+    Video(name="h264, B-frames", codec="libx264", height=480, fps=30, b_frames=3),
+    Video(name="h264, no B-frames", codec="libx264", height=720, fps=30, b_frames=0),
+    Video(name="h264, B-frames", codec="libx264", height=720, fps=30, b_frames=3),
+    Video(name="h264, B-frames", codec="libx264", height=1080, fps=60, b_frames=3, seconds=4),
+    Video(name="hevc, B-frames", codec="libx265", height=720, fps=30, b_frames=4),
+    Video(name="vp9", codec="libvpx-vp9", height=720, fps=30, b_frames=0, suffix="webm"),
+    Video(name="av1", codec="libsvtav1", height=720, fps=30, b_frames=0),
+    Video(name="mpeg4, B-frames", codec="mpeg4", height=480, fps=25, b_frames=2),
 )
 
+_OPTIONS = {
+    "libx264": {"preset": "veryfast", "crf": "23"},
+    "libx265": {"preset": "superfast", "crf": "26", "x265-params": "log-level=none"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "7", "crf": "34", "b": "0"},
+    "libsvtav1": {"preset": "10", "crf": "35"},
+    "mpeg4": {"qscale": "4"},
+}
 
-def main() -> None:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A file to sample at a rate."""
+
+    path: str
+    span: Span
+    spec: ClipSpec
+    seconds: float
+
+
+@click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--quick", is_flag=True, help="Two seconds of each video, one repeat.")
+@click.option("--no-ray", is_flag=True, help="Leave Ray Data's reader out.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the table there too.")
+def main(repeats: int, quick: bool, no_ray: bool, json_path: str | None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=6, help="length of each video")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts")
-    parser.add_argument("--quick", action="store_true", help="two short videos, two repeats")
-    parser.add_argument("--folder", metavar="PATH", help="keep the corpus here, and use what is there")
-    parser.add_argument("--json", metavar="PATH", help="also write the figures here")
-    arguments = parser.parse_args()
-    corpus = CORPUS[:2] if arguments.quick else CORPUS
-    seconds, repeats = (2, 2) if arguments.quick else (arguments.seconds, arguments.repeats)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="vidshard-bench-") as temporary:
-        folder = Path(arguments.folder or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for source in corpus:
-            path = write_source(folder, source, seconds)
-            for fps in (3, 8):
-                rows.append(compare(source, path, fps, seconds, repeats))
-                print(rows[-1], flush=True)
-    report("decode: milliseconds for a second of video", rows, arguments.json)
+    folder = Path(tempfile.gettempdir()) / "vidshard-bench-decode"
+    folder.mkdir(exist_ok=True)
+    readers = installed_readers(no_ray)
+    rows = []
+    for video in CORPUS:
+        seconds = 2 if quick else video.seconds
+        path = make_video(folder, video, seconds)
+        for fps in RATES:
+            task = make_task(path, fps, seconds)
+            rows.append(describe(video, fps) | figures(task, readers, 1 if quick else repeats))
+    report("decode, ms for each second of video", rows, json_path)
 
 
-def write_source(folder: Path, source: Source, seconds: int) -> Path:
-    """Encode one video, unless it is there."""
-    path = folder / f"{source.name.replace(' ', '-')}-{seconds}s.{source.suffix}"
+def describe(video: Video, fps: int) -> Row:
+    """The first columns of a row."""
+    return {"video": video.name, "lines": video.height, "fps": video.fps, "at": fps}
+
+
+def make_video(folder: Path, video: Video, seconds: int) -> Path:
+    """The file, encoded unless it is there."""
+    path = folder / f"{video.codec}-{video.height}-{video.fps}-{video.b_frames}-{seconds}s.{video.suffix}"
     if path.exists():
         return path
-    random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (source.height // 8, source.width // 4, 3), np.uint8)
-    texture = np.kron(coarse, np.ones((12, 12, 1), np.uint8))
-    texture = texture // 2 + random.integers(0, 128, texture.shape, np.uint8)
-    unfinished = path.with_name(f".{path.name}")
-    with av.open(str(unfinished), "w", format="webm" if source.suffix == "webm" else "mp4") as container:
-        stream = cast(VideoStream, container.add_stream(source.codec, rate=source.fps))
-        stream.width, stream.height, stream.pix_fmt = source.width, source.height, "yuv420p"
-        stream.codec_context.gop_size = 4 * source.fps
-        stream.codec_context.options = dict(source.options)
-        for number in range(seconds * source.fps):
-            y, x = number * 60 // source.fps % 200, number * 90 // source.fps % 300
-            picture = np.ascontiguousarray(texture[y : y + source.height, x : x + source.width])
-            left = number * 7 % (source.width - 100)
-            picture[100:200, left : left + 100] = texture[:100, :100]  # something moves against the rest
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    rng = np.random.default_rng(0)
+    texture = np.kron(rng.integers(40, 200, (80, 140)), np.ones((24, 24))).astype(np.int16)
+    texture += rng.integers(-12, 13, texture.shape, dtype=np.int16)
+    with av.open(str(unfinished), "w") as container:
+        stream = cast(VideoStream, container.add_stream(video.codec, rate=video.fps))
+        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
+        stream.gop_size, stream.max_b_frames = 2 * video.fps, video.b_frames
+        stream.codec_context.options = _OPTIONS[video.codec]
+        for number in range(seconds * video.fps):
+            picture = moving_picture(texture, video, number / video.fps, rng)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
         container.mux(stream.encode(None))
-    unfinished.rename(path)
+    unfinished.replace(path)
     return path
 
 
-def compare(source: Source, path: Path, fps: int, seconds: int, repeats: int) -> Row:
-    """One row: each contender's median time, interleaved runs."""
-    spec = ClipSpec(fps=Fraction(fps), num_frames=8, height=SIZE, width=SIZE)
-    ref = VideoRef(uri=str(path), num_bytes=path.stat().st_size)
-    [span] = plan_spans(probe_video(ref, open_binary), spec, 1000)
-    contenders: dict[str, Callable[[], Any] | None] = {
-        "vidshard": lambda: ours(span, spec, path),
-        "plain loop": lambda: plain_loop(span, spec, path),
-        "ffmpeg": (lambda: command_line(path, fps)) if ffmpeg() else None,
-        "decord": (lambda: by_decord(path, fps)) if importlib.util.find_spec("decord") else None,
-        "torchcodec": (lambda: by_torchcodec(path, fps, seconds)) if has_torchcodec() else None,
-    }
-    same = np.array_equal(ours(span, spec, path), plain_loop(span, spec, path))
-    assert same, "pixels differ from those of decoding everything"
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    said = {name: "not installed" for name, run in contenders.items() if run is None}
-    for _ in range(repeats):
-        for name, run in contenders.items():
-            if run is None or name in said:
+def moving_picture(texture: npt.NDArray[np.int16], video: Video, seconds: float, rng: np.random.Generator) -> Pixels:
+    """Planes of yuv420p: a texture that pans, another that crosses it, and a little of a sensor's noise."""
+    height, width = video.height, video.width
+    luma = np.roll(texture, (-int(37 * seconds), -int(90 * seconds)), (0, 1))[:height, :width].copy()
+    left = int(seconds * 160) % (width - height // 2)
+    luma[height // 4 : height * 3 // 4, left : left + height // 2] = texture[: height // 2, -(height // 2) :]
+    luma += rng.integers(-2, 3, luma.shape, dtype=np.int16)
+    planes = np.empty((height * 3 // 2, width), np.uint8)
+    planes[:height] = luma
+    chroma = luma[::2, ::2] // 2 + 64
+    planes[height:] = np.concatenate([chroma.ravel(), (255 - chroma).ravel()]).reshape(height // 2, width)
+    return planes
+
+
+def make_task(path: Path, fps: int, seconds: int) -> Task:
+    """The whole file as one span, its header read beforehand."""
+    spec = ClipSpec(fps=Fraction(fps), num_frames=17, height=SIDE, width=SIDE)
+    probe = probe_video(VideoRef(uri=str(path), num_bytes=-1), open_binary)
+    [span] = plan_spans(probe, spec, 1000)
+    return Task(path=str(path), span=span, spec=spec, seconds=seconds)
+
+
+def figures(task: Task, readers: dict[str, Callable[[Task], float] | None], repeats: int) -> Row:
+    """Milliseconds for each second of video, one column a reader, and ours beside the plain loop."""
+    assert np.array_equal(decode_ours(task), decode_plainly(task)), f"{task.path}: frames differ from the plain loop's"
+    times: dict[str, list[float]] = defaultdict(list)
+    missing = {name: "not installed" for name, reader in readers.items() if reader is None}
+    for repeat in range(repeats + 1):
+        for name, reader in readers.items():
+            if reader is None or name in missing:
                 continue
-            start = time.perf_counter()
             try:
-                run()
-            except Exception as error:  # noqa: BLE001  whatever a competitor raises, it cannot
-                said[name] = f"cannot: {type(error).__name__}"
-            times[name].append((time.perf_counter() - start) * 1000 / seconds)
-    for name in said:
-        times[name].clear()
-    row: Row = {"video": source.name, "fps": fps}
-    for name, values in times.items():
-        row[name] = round(statistics.median(values), 1) if values else said[name]
-    row["of the loop"] = round(statistics.median(times["plain loop"]) / statistics.median(times["vidshard"]), 2)
-    others = [statistics.median(values) for name, values in times.items() if values and name != "vidshard"]
-    row["of the next best"] = round(min(others) / statistics.median(times["vidshard"]), 2)
+                seconds = reader(task)
+            except Exception:  # what others raise has no common base
+                if name in ("ours", "plain loop"):
+                    raise
+                missing[name] = "cannot"
+                continue
+            if repeat:  # the first round warms the caches
+                times[name].append(seconds)
+    medians = {name: 1000 * statistics.median(values) / task.seconds for name, values in times.items()}
+    row: Row = {name: missing.get(name) or round(medians[name], 1) for name in readers}
+    row["plain : ours"] = round(medians["plain loop"] / medians["ours"], 2)
+    others = [value for name, value in medians.items() if name != "ours"]
+    row["best other : ours"] = round(min(others) / medians["ours"], 2)
     return row
 
 
-def ours(span: Span, spec: ClipSpec, path: Path) -> np.ndarray:
-    """All frames that count, uint8 (N, H, W, 3)."""
-    clips = decode_span(span, spec, str(path), max_clips=1000)
+def installed_readers(no_ray: bool) -> dict[str, Callable[[Task], float] | None]:
+    """By column; None for what is not installed."""
+    decord, torchcodec = (_module(name) for name in ("decord", "torchcodec.decoders"))
+    program = shutil.which("ffmpeg")
+    if program is None and (imageio := _module("imageio_ffmpeg")) is not None:
+        program = imageio.get_ffmpeg_exe()
+    return {
+        "ours": _timed(decode_ours),
+        "plain loop": _timed(decode_plainly),
+        "ffmpeg": _timed(lambda task: decode_by_command(task, program)) if program else None,
+        "torchcodec": _timed(lambda task: decode_by_torchcodec(task, torchcodec)) if torchcodec else None,
+        "decord": _timed(lambda task: decode_by_decord(task, decord)) if decord else None,
+        "ray": read_by_ray if decord and not no_ray else None,
+    }
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError):  # the last two: installed without what it links to
+        return None
+
+
+def _timed(read: Callable[[Task], Pixels]) -> Callable[[Task], float]:
+    def timed(task: Task) -> float:
+        started = time.perf_counter()
+        frames = read(task)
+        seconds = time.perf_counter() - started
+        expected = task.seconds * float(task.spec.fps)
+        assert abs(len(frames) - expected) <= 2, f"{task.path}: {len(frames)} frames instead of {expected}"
+        return seconds
+
+    return timed
+
+
+# The readers: each gives uint8 (N, 256, 256, 3), or as many bytes.
+
+
+def decode_ours(task: Task) -> Pixels:
+    """As the pipeline does."""
+    clips = decode_span(task.span, task.spec, task.path, max_clips=1000)
     return np.concatenate([clip.frames[: clip.num_valid_frames] for clip in clips])
 
 
-def plain_loop(span: Span, spec: ClipSpec, path: Path) -> np.ndarray:
-    """Decode every frame, keep those on screen at a grid time."""
-    frames: list[np.ndarray] = []
-    renderer = Renderer(spec)
-    step = 1 / spec.fps / span.time_base
-
-    def pick(frame: av.VideoFrame | None, until_pts: Fraction | int) -> None:
-        while span.grid_start_pts + len(frames) * step < until_pts:
-            assert frame is not None
-            assert frame.pts is not None
-            shown = Shown(frame=frame, pts=frame.pts, end_pts=frame.pts, stream=stream)
-            rgb, geometry = renderer.render(shown)
-            frames.append(np.empty((spec.height, spec.width, 3), np.uint8))
-            place(rgb, geometry, frames[-1])
-
-    with av.open(str(path)) as container:
+def decode_plainly(task: Task) -> Pixels:
+    """The loop that one would write: every frame decoded, the one on screen at each grid time converted."""
+    span = task.span
+    grid = Grid(start_pts=span.grid_start_pts, time_base=span.time_base, fps=task.spec.fps)
+    renderer = Renderer(task.spec)
+    taken: list[Pixels] = []
+    with av.open(task.path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"
         stream.codec_context.thread_count = 1
-        previous: av.VideoFrame | None = None
+        previous: Shown | None = None
         for frame in container.decode(stream):
             assert frame.pts is not None
-            pick(previous, frame.pts)
-            previous = frame
+            if previous is not None:
+                _take(previous, grid.first_index_at(frame.pts), task.spec, renderer, taken)
+            previous = Shown(frame=frame, pts=frame.pts, end_pts=frame.pts + frame.duration, stream=stream)
         assert previous is not None
-        assert previous.pts is not None
-        pick(previous, previous.pts + (previous.duration or 1))
-    return np.stack(frames)
+        _take(previous, grid.first_index_at(previous.end_pts), task.spec, renderer, taken)
+    return np.stack(taken)
 
 
-def ffmpeg() -> str | None:
-    """The command, on the path or in the package imageio-ffmpeg."""
-    if importlib.util.find_spec("imageio_ffmpeg"):
-        import imageio_ffmpeg
-
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
-    return shutil.which("ffmpeg")
-
-
-def command_line(path: Path, fps: int) -> int:
-    """Bytes of raw frames that come through a pipe."""
-    scale = f"scale={SIZE}:{SIZE}:force_original_aspect_ratio=increase:flags=bilinear+accurate_rnd+full_chroma_int"
-    filters = f"fps={fps}:round=up,{scale},crop={SIZE}:{SIZE}"
-    arguments = ["-v", "error", "-threads", "1", "-i", str(path), "-vf", filters]
-    output = [*arguments, "-filter_threads", "1", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
-    return len(subprocess.run([cast(str, ffmpeg()), *output], capture_output=True, check=True).stdout)
+def _take(shown: Shown, until: int, spec: ClipSpec, renderer: Renderer, taken: list[Pixels]) -> None:
+    if until > len(taken):
+        rgb, geometry = renderer.render(shown)
+        cut = np.empty((spec.height, spec.width, 3), np.uint8)
+        place(rgb, geometry, cut)
+        taken += [cut] * (until - len(taken))
 
 
-def by_decord(path: Path, fps: int) -> int:
-    """Frames as ``ray.data.read_videos`` takes them."""
-    from decord import VideoReader
-
-    with path.open("rb") as file:
-        reader = VideoReader(file, height=SIZE, width=SIZE, num_threads=1)
-        stride = max(1, round(reader.get_avg_fps() / fps))
-        return len([frame.asnumpy() for number, frame in enumerate(reader) if number % stride == 0])
-
-
-def has_torchcodec() -> bool:
-    """Whether it is installed and finds its libraries."""
-    try:
-        import torchcodec.decoders  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
+def decode_by_command(task: Task, program: str) -> Pixels:
+    """The ffmpeg program, frames through a pipe."""
+    scale = f"fps={task.spec.fps},scale={SIDE}:{SIDE}:force_original_aspect_ratio=increase:flags=bilinear"
+    command = [program, "-v", "error", "-threads", "1", "-filter_threads", "1", "-i", task.path]
+    command += ["-vf", f"{scale},crop={SIDE}:{SIDE}", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    output = subprocess.run(command, check=True, capture_output=True).stdout
+    return np.frombuffer(output, np.uint8).reshape(-1, SIDE, SIDE, 3)
 
 
-def by_torchcodec(path: Path, fps: int, seconds: int) -> int:
-    """Frames at the grid's times, resized."""
-    import torch
-    from torchcodec.decoders import VideoDecoder
+def decode_by_torchcodec(task: Task, decoders: Any) -> Pixels:
+    """Its frames by time, scaled by itself."""
+    transforms = importlib.import_module("torchcodec.transforms")
+    source = task.span.source
+    short = SIDE / min(source.width, source.height)
+    size = (round(source.height * short), round(source.width * short))
+    decoder = decoders.VideoDecoder(
+        task.path, num_ffmpeg_threads=1, seek_mode="approximate", transforms=[transforms.Resize(size)]
+    )
+    times = [n / float(task.spec.fps) for n in range(round(task.seconds * float(task.spec.fps)))]
+    frames: Pixels = decoder.get_frames_played_at(times).data.numpy()
+    left = (size[1] - SIDE) // 2
+    return frames[..., left : left + SIDE]
 
-    decoder = VideoDecoder(str(path), num_ffmpeg_threads=1)
-    frames = decoder.get_frames_played_at([n / fps for n in range(seconds * fps)]).data
-    resized = torch.nn.functional.interpolate(frames.float(), (SIZE, SIZE), mode="bilinear", antialias=True)
-    return len(resized.round().to(torch.uint8))
+
+def decode_by_decord(task: Task, decord: Any) -> Pixels:
+    """Its frames by number; it scales without keeping the shape."""
+    reader = decord.VideoReader(task.path, width=SIDE, height=SIDE, num_threads=1)
+    step = reader.get_avg_fps() / float(task.spec.fps)
+    numbers = [int(n * step) for n in range(int(len(reader) / step))]
+    frames: Pixels = reader.get_batch(numbers).asnumpy()
+    return frames
+
+
+def read_by_ray(task: Task) -> float:
+    """Seconds a video of Ray Data's reader, on copies of it, rows counted."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    paths = [task.path] * RAY_COPIES
+    started = time.perf_counter()
+    ray.data.read_videos(paths, fps=int(task.spec.fps), resize=(SIDE, SIDE), override_num_blocks=1).materialize()
+    return (time.perf_counter() - started) / RAY_COPIES
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def refuse_large(limits: Limits, width: int, height: int) -> None:
         )
 
 
-def refuse_long(limits: Limits, *, seconds: Fraction | float, num_frames: float) -> None:
+def refuse_long(limits: Limits, *, seconds: Fraction | float = 0, num_frames: float = 0) -> None:
     """Refuse a video that is longer, or has more frames, than the limits allow."""
     if seconds > limits.max_seconds:
         raise VideoError(

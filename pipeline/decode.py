@@ -93,7 +93,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
         if duration_seconds is None:
             duration_seconds = seconds_from_packets(watched, first.pts)
-            refuse_long(watched.limits, seconds=duration_seconds, num_frames=0)
+            refuse_long(watched.limits, seconds=duration_seconds)
         return VideoProbe(
             video_id=video_id,
             uri=ref.uri,
@@ -227,47 +227,53 @@ _MAX_DAMAGED_PLACES = 100
 
 
 def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread_type: ThreadType) -> None:
-    """Show frames from where the first maker wants some, until all are done or the next want lies far ahead."""
-    begins = [maker.wanted_pts for maker in waiting]
-    start = None if None in begins else min(pts for pts in begins if pts is not None)
-    time_base = waiting[0].span.time_base
-    leap = int(_LEAP_SECONDS / time_base)
+    """Show frames for the next stretch of video that somebody wants, up to a leap or to the end."""
+    span = waiting[0].span
+    start, end = _next_stretch(waiting)
+    limit_pts = span.grid_start_pts + int(watched.limits.max_seconds / span.time_base)
 
     def needed(pts: int, until_pts: int) -> bool:
-        return any(maker.needs(pts, until_pts) for maker in waiting)
+        return (end is None or pts < end) and any(maker.needs(pts, until_pts) for maker in waiting)
 
-    last_pts = waiting[0].span.grid_start_pts + int(watched.limits.max_seconds / time_base)
     damaged_pts = waiting[0].damaged_pts
     if damaged_pts is None:
-        source = frames_covering(watched, start, time_base, thread_type, needed)
+        first_pts = start if start > span.grid_start_pts else None
+        source = frames_covering(watched, first_pts, span.time_base, thread_type, needed)
     else:
         source = frames_after(watched, damaged_pts, thread_type, needed)
     with closing(source) as frames:
         shown: Shown | None = None
-        for number, following in enumerate(frames, start=1):
-            if following.pts > last_pts or number > watched.limits.max_frames:
-                passed = (following.pts - waiting[0].span.grid_start_pts) * time_base
-                refuse_long(watched.limits, seconds=passed, num_frames=number)
-            if following.frame is not None:
-                refuse_large(watched.limits, following.frame.width, following.frame.height)
+        for following in frames:
+            if following.pts > limit_pts:
+                refuse_long(watched.limits, seconds=(following.pts - span.grid_start_pts) * span.time_base)
+            refuse_large(watched.limits, following.frame.width, following.frame.height)
             for maker in waiting:
                 maker.see(following.pts)
-            if shown is not None:
-                for maker in waiting:
+                if shown is not None:
                     maker.show(shown, until_pts=following.pts)
-                waiting = [maker for maker in waiting if not maker.is_done]
-                if not waiting:
-                    return
-                if not any(maker.open_clips for maker in waiting):
-                    wants = [maker.wanted_pts for maker in waiting]
-                    nearest = min((pts for pts in wants if pts is not None), default=following.pts)
-                    if None not in wants and nearest > (start or 0) and nearest - following.pts > leap:
-                        return
+            waiting = [maker for maker in waiting if not maker.is_done]
+            if not waiting or (end is not None and following.pts >= end):
+                return
             shown = following
-    for maker in waiting:
-        if shown is not None:  # else there is no keyframe after the damage
+    if shown is not None:  # else there is no keyframe after the damage
+        for maker in waiting:
             maker.show(shown, until_pts=shown.end_pts)
+        if end is not None and shown.end_pts >= end:
+            return
+    for maker in waiting:
         maker.end(maker.seen_pts if shown is None else shown.end_pts)
+
+
+def _next_stretch(makers: Sequence[_ClipsInTheMaking]) -> tuple[int, int | None]:
+    """From which tick to which (exclusive; None for the end of the video) frames are wanted without a long gap."""
+    leap = int(_LEAP_SECONDS / makers[0].span.time_base)
+    stretches = sorted((maker.next_stretch(_LEAP_SECONDS) for maker in makers), key=lambda stretch: stretch[0])
+    start, end = stretches[0]
+    for begin, stop in stretches[1:]:
+        if end is None or begin > end + leap:
+            break
+        end = None if stop is None else max(end, stop)
+    return start, end
 
 
 # Clips out of frames.
@@ -336,20 +342,39 @@ class _ClipsInTheMaking:
         past_end = self.span.end_clip is not None and self.next_clip >= self.span.end_clip
         return not past_end and not self.layout.is_beyond(self.next_clip)
 
-    @property
-    def wanted_pts(self) -> int | None:
-        """The tick at which the next frame must be on screen; None for the video's very first frame."""
-        wants = [clip.grid.pts_at(len(clip.pts)) for clip in self.open_clips[:1]]
-        if self._has_more:
-            wants.append(self._times_of(self.next_clip)[0].pts_at(0))
-        earliest = min(wants)
-        return earliest if earliest > self.span.grid_start_pts else None
+    def next_stretch(self, leap_seconds: float) -> tuple[int, int | None]:
+        """From which tick to which (exclusive; None for the end of the video) clips follow one another closely."""
+        first = self.open_clips[0].index if self.open_clips else self.next_clip
+        last = self._last_before_leap(first, leap_seconds)
+        wanted = len(self.open_clips[0].pts) if self.open_clips else 0
+        start = self._times_of(first)[0].pts_at(wanted)
+        if last is None:
+            return start, None
+        grid, num_frames = self._times_of(last)
+        return start, max(start, grid.pts_at(max(0, num_frames - 1))) + 1
+
+    def _last_before_leap(self, first: int, leap_seconds: float) -> int | None:
+        """The last clip that follows without a long gap; None where only the end of the video ends them."""
+        if self.layout.placed is None:
+            if self.spec.stride - self.spec.clip_seconds > leap_seconds:
+                return first
+            return self.layout.last_clip if self.span.end_clip is None else self.span.end_clip - 1
+        num_clips = len(self.layout.placed) if self.span.end_clip is None else self.span.end_clip
+        last = first
+        while last + 1 < min(num_clips, len(self.layout.placed)):
+            gap = self.layout.start_seconds(last + 1) - self.layout.start_seconds(last) - self.spec.clip_seconds
+            if gap > leap_seconds:
+                break
+            last += 1
+        return last
 
     def needs(self, pts: int, until_pts: int) -> bool:
         """Whether a frame on screen between these ticks, the second exclusive, is in one of the span's clips."""
         clips = self.layout.around(pts, until_pts)
         first = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
         end = clips.stop if self.span.end_clip is None else min(clips.stop, self.span.end_clip)
+        if self.layout.last_clip is not None:
+            end = min(end, self.layout.last_clip + 1)
         for index in range(max(first, clips.start), end):
             grid, num_frames = self._times_of(index)
             if grid.first_index_at(pts) < min(grid.first_index_at(until_pts), num_frames):
@@ -416,10 +441,12 @@ class _ClipsInTheMaking:
         self.damage.append(error)
         self.begun = [clip for clip in self.begun if clip.is_full]
         self.open_clips = []
-        stuck = self.damaged_pts is not None and self.seen_pts <= self.damaged_pts
-        if stuck or error.reason is Reason.TRUNCATED or len(self.damage) >= _MAX_DAMAGED_PLACES:
+        if error.reason is Reason.TRUNCATED or len(self.damage) >= _MAX_DAMAGED_PLACES:
             self.end(self.seen_pts)
-        self.damaged_pts = self.seen_pts
+        elif self.damaged_pts is None:
+            self.damaged_pts = self.seen_pts
+        else:  # nothing was seen since: the next keyframe is damaged too
+            self.damaged_pts = max(self.seen_pts, self.damaged_pts + int(1 / self.span.time_base))
 
     def end(self, end_pts: int) -> None:
         """Take note that the video ends here."""
@@ -434,7 +461,7 @@ class _ClipsInTheMaking:
             end_seconds = (self.end_pts - self.span.grid_start_pts) * self.span.time_base
             begun = [clip for clip in begun if clip.index < self.layout.num_clips(end_seconds)]
         clips = [clip for clip in begun if len(clip.pts) >= self._fewest_frames(clip.index)]
-        if self.damage:
+        if self.damage and not self._is_whole(clips):
             return SpanClips(
                 clips=[self._finished(clip) for clip in clips],
                 error=VideoError(self.damage[0].reason, self._what_is_damaged(len(clips))),
@@ -442,7 +469,13 @@ class _ClipsInTheMaking:
             )
         if not clips and self.span.first_clip == 0:
             return SpanClips(clips=[], error=VideoError(Reason.TOO_SHORT, self._what_is_short(begun)))
-        return SpanClips(clips=[self._finished(clip) for clip in clips])
+        return SpanClips(clips=[self._finished(clip) for clip in clips], num_errors=len(self.damage))
+
+    def _is_whole(self, clips: Sequence[_ClipInTheMaking]) -> bool:
+        """Whether damage was met on the way to clips of which none is missing."""
+        if self.span.end_clip is None:
+            return False
+        return sum(clip.index >= self.span.first_clip for clip in clips) == self.span.end_clip - self.span.first_clip
 
     def _what_is_damaged(self, num_clips: int) -> str:
         first = self.damage[0].detail

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 
@@ -21,12 +22,13 @@ from pipeline.container import (
     codec_name,
     ffmpeg_failures_as,
     open_video,
+    refuse_long,
     stream_seconds,
     time_base_of,
     usual_ticks,
 )
-from pipeline.packets import SKIPPABLE_CODECS, Action, CannotSkipError, Needed, Step, steps
-from schemas.video import Reason, VideoError
+from pipeline.packets import FOREVER, Needed, Schedule, Step
+from schemas.video import Limits, Reason, VideoError
 
 # How far before the wanted time to try, in seconds, when the container's index led past it; then the start.
 _SEEK_BACK_SECONDS = (0, 2, 10, 60)
@@ -36,10 +38,10 @@ _SEEK_BACK_SECONDS = (0, 2, 10, 60)
 class Shown:
     """A decoded frame, and the ticks from which to which (exclusive) it is on screen if no other one follows."""
 
-    frame: VideoFrame | None
-    """None where frames that nobody needs were left out."""
+    frame: VideoFrame
     pts: int
     end_pts: int
+    """The next one's time, where only wanted frames are decoded."""
     stream: VideoStream
 
 
@@ -50,7 +52,7 @@ class Start:
     seek_pts: int | None = None
     """At the keyframe before this tick; None for the start of the file."""
     forward: bool = False
-    """At the first keyframe not before that tick; an entry without a frame says first where it is."""
+    """At the first keyframe not before that tick."""
     await_keyframe: bool = True
     """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
 
@@ -59,27 +61,25 @@ class _NoKeyframeError(Exception):
     """Not one packet was marked as a keyframe."""
 
 
+class _MissingFrameError(Exception):
+    """A wanted frame did not come out of its packet, or something failed after packets were left out."""
+
+
 def frames_covering(
     watched: WatchedFile,
     needed_pts: int | None,
     time_base: Fraction,
-    thread_type: ThreadType = "NONE",
+    thread_type: ThreadType,
     needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
     """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None.
 
-    Args:
-        watched: the file.
-        needed_pts: the first tick at which a frame is needed.
-        time_base: seconds per tick.
-        thread_type: how the decoder uses threads.
-        needed: which frames are; others may be left out. Where several in a row are, an entry without a frame says
-            from when on. It can happen that frames are given again from an earlier time on. None for all frames.
+    With ``needed``, others than those that are wanted may be missing.
     """
     if needed_pts is not None:
         for seconds in _SEEK_BACK_SECONDS:
             start = Start(seek_pts=needed_pts - int(seconds / time_base))
-            with closing(decode_from(watched, start, thread_type, needed)) as frames:
+            with closing(decode_from(watched, start, thread_type, needed=needed)) as frames:
                 try:
                     first = next(frames, None)
                 except VideoError:  # landed where decoding cannot begin: the start has the last word
@@ -88,30 +88,37 @@ def frames_covering(
                     yield first
                     yield from frames
                     return
-    yield from decode_from(watched, Start(), thread_type, needed)
+    yield from decode_from(watched, Start(), thread_type, needed=needed)
 
 
 def frames_after(
-    watched: WatchedFile, pts: int, thread_type: ThreadType = "NONE", needed: Needed | None = None
+    watched: WatchedFile, pts: int, thread_type: ThreadType, needed: Needed
 ) -> Generator[Shown, None, None]:
-    """Frames from the first keyframe after a tick on, which an entry without a frame names; none where there is none.
+    """The first keyframe after a tick, and from it on the frames that are wanted; none where there is no such one.
 
     Args:
         watched: the file.
         pts: where damage was met.
         thread_type: how the decoder uses threads.
-        needed: as in :func:`frames_covering`.
+        needed: as in :func:`decode_from`.
     """
-    yield from decode_from(watched, Start(seek_pts=pts + 1, forward=True), thread_type, needed)
+    key_pts: int | None = None
+
+    def needed_too(begin: int, end: int) -> bool:
+        nonlocal key_pts
+        key_pts = begin if key_pts is None else key_pts
+        return begin == key_pts or needed(begin, end)
+
+    yield from decode_from(watched, Start(seek_pts=pts + 1, forward=True), thread_type, needed=needed_too)
 
 
 def decode_from(
     watched: WatchedFile,
     start: Start,
     thread_type: ThreadType = "NONE",
-    needed: Needed | None = None,
     *,
     keep_going: bool = False,
+    needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
     """Frames from a starting point to the end, where a truncated stream is refused.
 
@@ -119,20 +126,37 @@ def decode_from(
         watched: the file.
         start: where to begin.
         thread_type: how the decoder uses threads.
-        needed: as in :func:`frames_covering`.
         keep_going: skip what fails to decode, and fail only when nothing is left.
+        needed: decode the frames for which it holds, with the same pixels and times; others where that is no extra
+            work. It ends with the last of them. None decodes all.
     """
     try:
-        yield from _decode_once(watched, start, thread_type, needed, keep_going)
-    except CannotSkipError:
-        yield from decode_from(watched, start, thread_type, keep_going=keep_going)
+        yield from _decode_needed(watched, start, thread_type, keep_going, needed)
     except _NoKeyframeError:
         if start.seek_pts is None:
-            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, None, keep_going)
+            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going, None)
+
+
+def _decode_needed(
+    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool, needed: Needed | None
+) -> Generator[Shown, None, None]:
+    """As ``_decode_once``; where leaving packets out went wrong, decoding everything has the last word."""
+    last_pts: int | None = None
+    if needed is not None:
+        try:
+            for shown in _decode_once(watched, start, thread_type, keep_going, needed):
+                last_pts = shown.pts
+                yield shown
+            return
+        except _MissingFrameError:
+            pass
+    for shown in _decode_once(watched, start, thread_type, keep_going, None):
+        if last_pts is None or shown.pts > last_pts:
+            yield shown
 
 
 def _decode_once(
-    watched: WatchedFile, start: Start, thread_type: ThreadType, needed: Needed | None, keep_going: bool
+    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool, needed: Needed | None
 ) -> Generator[Shown, None, None]:
     with open_video(watched, thread_type) as (container, stream):
         if start.seek_pts is not None:
@@ -140,89 +164,106 @@ def _decode_once(
                 container.seek(start.seek_pts, backward=not start.forward, stream=stream)
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
+        packets = _packets(container, stream, start, watched.limits)
         first_pts: int | None = None  # of the keyframe that a seek led to
-        expected_pts: int | None = None  # of the keyframe with which decoding went on after packets were left out
-        previous: Shown | None = None
-        failure = "no packets"
-        end = _End()
-        packets = end.watch(_packets(container, stream, start), frame_ticks)
-        plan: Iterator[Step]
-        if needed is None or not start.await_keyframe or codec_name(stream) not in SKIPPABLE_CODECS:
-            plan = (Step(Action.DECODE, packet, packet.pts or 0) for packet in packets)
-        else:
-            plan = steps(packets, needed, codec=codec_name(stream), frame_ticks=frame_ticks)
-        for step in chain(plan, [Step(Action.DECODE, None, 0)]):
-            packet = step.packet
-            if packet is not None and first_pts is None and start.seek_pts is not None:
-                first_pts = packet.pts
+        if start.seek_pts is not None:
+            first = next(packets)
+            if first is None and start.forward:
+                return  # no keyframe comes any more
+            if first is not None:
+                first_pts = first.pts
                 if first_pts is None and stream.codec_context.reorder_depth == 0:
-                    first_pts = packet.dts
+                    first_pts = first.dts
                 if first_pts is None:
                     return  # no telling where this is: only counting from the start says
-                if start.forward:
-                    yield Shown(frame=None, pts=first_pts, end_pts=first_pts + frame_ticks, stream=stream)
-            if step.action is Action.RESTART:
-                expected_pts = step.pts
-            try:
-                frames = _take_step(watched, stream, step)
-            except VideoError as error:
-                if not keep_going:
-                    raise
-                failure = error.detail
-                continue
-            for frame in frames:
-                pts: int | None = frame.pts if frame.pts is not None else frame.dts
-                if pts is None:
-                    pts = previous.end_pts if previous is not None else 0
-                if first_pts is not None and pts < first_pts:
-                    continue  # leans on pictures before the keyframe, which were not decoded
-                if expected_pts is not None and (pts != expected_pts or not frame.key_frame):
-                    raise CannotSkipError
-                expected_pts = None
-                if frame.is_corrupt and not keep_going:
-                    words = "the decoder had to conceal a damaged picture"
-                    raise VideoError(Reason.DECODE_ERROR, f"at {float(pts * time_base):.2f} s: {words}")
-                if previous is not None and pts < previous.pts:
-                    words = f"presentation times run backwards, after {float(previous.pts * time_base):.2f} s"
-                    raise VideoError(Reason.DECODE_ERROR, f"at {float(pts * time_base):.2f} s: {words}")
-                previous = Shown(frame=frame, pts=pts, end_pts=pts + (frame.duration or frame_ticks), stream=stream)
-                yield previous
-            if step.action is Action.SKIP:
-                stream.codec_context.flush_buffers()
-                at_pts = step.pts if previous is None else max(step.pts, previous.pts)
-                previous = Shown(frame=None, pts=at_pts, end_pts=at_pts + frame_ticks, stream=stream)
-                yield previous
-        if previous is not None and previous.frame is None and end.packet is not None:
-            _refuse_damaged(watched, end.packet, "at the end")
-            previous = replace(previous, end_pts=max(previous.end_pts, end.pts))
-            yield previous
-        if previous is not None:
-            _refuse_truncated(stream, previous.end_pts * time_base)
-        elif start.seek_pts is None:
-            raise VideoError(
-                Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
-            )
+            packets = chain([first], packets)
+        previous: Shown | None = None
+        failure = "no packets"
+        awaited = _Awaited()
+        schedule = Schedule(packets, stream, needed, first_pts) if needed is not None else None
+        with _in_doubt(watched, schedule):
+            for step in schedule or _every(packets):
+                try:
+                    frames = _decode_step(watched, stream, step)
+                except VideoError as error:
+                    if not keep_going:
+                        raise
+                    failure = error.detail
+                    continue
+                if step is not None:
+                    awaited.sent(step)
+                for frame in frames:
+                    pts = frame.pts if frame.pts is not None else frame.dts
+                    if pts is None:
+                        pts = previous.end_pts if previous is not None else 0
+                    if first_pts is not None and pts < first_pts:
+                        continue  # leans on pictures before the keyframe, which were not decoded
+                    if frame.is_corrupt and not keep_going:
+                        detail = f"{_at(pts, time_base)}: the decoder had to conceal a damaged picture"
+                        raise VideoError(Reason.DECODE_ERROR, detail)
+                    if previous is not None and pts < previous.pts:
+                        before = f"{float(previous.pts * time_base):.2f} s"
+                        detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
+                        raise VideoError(Reason.DECODE_ERROR, detail)
+                    end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
+                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
+                    yield previous
+            awaited.came(FOREVER)
+            if schedule is not None and schedule.stopped:
+                return
+            if previous is not None:
+                _refuse_truncated(stream, previous.end_pts * time_base)
+            elif start.seek_pts is None:
+                raise VideoError(
+                    Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
+                )
+
+
+@contextmanager
+def _in_doubt(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]:
+    """A failure after packets were left out may come of that."""
+    try:
+        yield
+    except VideoError as error:
+        of_the_pictures = error.reason in (Reason.DECODE_ERROR, Reason.NO_FRAMES) and watched.error is None
+        if schedule is not None and schedule.left_out and of_the_pictures:
+            raise _MissingFrameError from error
+        raise
 
 
 @dataclass(slots=True)
-class _End:
-    """Where the packets read so far end."""
+class _Awaited:
+    """The wanted frames that have not come out of the decoder yet."""
 
-    packet: Packet[VideoStream] | None = None
-    """The last one."""
-    pts: int = 0
-    """When the frame that is shown last leaves the screen."""
+    expected: list[tuple[int, int | None]] = field(default_factory=list)
+    """A heap of their times, and of those of the frames after them."""
 
-    def watch(self, packets: Iterator[Packet[VideoStream]], frame_ticks: int) -> Iterator[Packet[VideoStream]]:
-        for packet in packets:
-            self.packet = packet
-            if packet.pts is not None:
-                self.pts = max(self.pts, packet.pts + (packet.duration or frame_ticks))
-            yield packet
+    def sent(self, step: Step) -> None:
+        if step.expected_pts is not None:
+            heapq.heappush(self.expected, (step.expected_pts, step.next_pts))
+
+    def came(self, pts: int) -> int | None:
+        """A frame came out: when the next one follows, where that is known.
+
+        Raises:
+            _MissingFrameError: one that was wanted before it did not.
+        """
+        if not self.expected or pts < self.expected[0][0]:
+            return None
+        expected_pts, next_pts = heapq.heappop(self.expected)
+        if expected_pts != pts:
+            raise _MissingFrameError
+        return next_pts
 
 
-def _packets(container: InputContainer, stream: VideoStream, start: Start) -> Iterator[Packet[VideoStream]]:
-    """Packets from the first keyframe on that is no earlier than wanted."""
+def _every(packets: Iterator[Packet[VideoStream] | None]) -> Iterator[Step | None]:
+    return (None if packet is None else Step(packet=packet) for packet in packets)
+
+
+def _packets(
+    container: InputContainer, stream: VideoStream, start: Start, limits: Limits
+) -> Iterator[Packet[VideoStream] | None]:
+    """Packets from the first keyframe on that is no earlier than wanted, then None to drain the decoder."""
     waiting = start.await_keyframe
     earliest = start.seek_pts if start.forward else None
     num_packets = 0
@@ -238,12 +279,15 @@ def _packets(container: InputContainer, stream: VideoStream, start: Start) -> It
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
             continue
         num_packets += 1
+        if num_packets > limits.max_frames:
+            refuse_long(limits, num_frames=num_packets)
         if waiting and packet.is_keyframe:
             waiting = earliest is not None and (packet.pts is None or packet.pts < earliest)
         if not waiting:
             yield packet
     if waiting and num_packets:
         raise _NoKeyframeError
+    yield None
 
 
 @contextmanager
@@ -267,37 +311,41 @@ def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None
             raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
 
 
-def _take_step(watched: WatchedFile, stream: VideoStream, step: Step) -> list[VideoFrame]:
-    """The frames that come out of the decoder."""
-    unwanted = step.action is Action.DECODE_IF_REFERENCED
-    stream.codec_context.skip_frame = "NONREF" if unwanted else "DEFAULT"
-    return _decode_packet(watched, stream, step.packet)
-
-
-def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-    if packet is None:
+def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[VideoFrame]:
+    context = stream.codec_context
+    frames: list[VideoFrame] = []
+    if step is None or step.restart:
         with ffmpeg_failures_as(Reason.DECODE_ERROR, "at the end"):
-            return stream.codec_context.decode(None)
+            frames = context.decode(None)
+    if step is None:
+        return frames
+    if step.restart:
+        context.flush_buffers()
+    context.skip_frame = "NONREF" if step.skip else "DEFAULT"
+    return frames + _decode_packet(watched, stream, step.packet)
+
+
+def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream]) -> list[VideoFrame]:
     if packet.is_corrupt:
-        _refuse_damaged(watched, packet, _whereabouts(packet, stream))
+        at = _place_of(packet, stream)
+        if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
+            raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
     try:
         return stream.codec_context.decode(packet)
     except av.error.MemoryError:
         raise
     except av.FFmpegError as error:
-        raise VideoError(Reason.DECODE_ERROR, f"{_whereabouts(packet, stream)}: {error.strerror}") from error
+        raise VideoError(Reason.DECODE_ERROR, f"{_place_of(packet, stream)}: {error.strerror}") from error
 
 
-def _whereabouts(packet: Packet[VideoStream], stream: VideoStream) -> str:
+def _place_of(packet: Packet[VideoStream], stream: VideoStream) -> str:
     pts = packet.pts if packet.pts is not None else packet.dts
-    return f"at {float(pts * time_base_of(stream)):.2f} s" if pts is not None else f"at byte {packet.pos}"
+    return _at(pts, time_base_of(stream)) if pts is not None else f"at byte {packet.pos}"
 
 
-def _refuse_damaged(watched: WatchedFile, packet: Packet[VideoStream], at: str) -> None:
-    if packet.is_corrupt:
-        if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
-            raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
-        raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
+def _at(pts: int, time_base: Fraction) -> str:
+    return f"at {float(pts * time_base):.2f} s"
 
 
 def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
@@ -305,10 +353,11 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
     with open_video(watched) as (container, stream):
         frame_ticks = usual_ticks(stream)
         num_packets, end_pts = 0, first_pts
-        for packet in _packets(container, stream, Start(await_keyframe=False)):
-            num_packets += 1
-            if packet.pts is not None:
-                end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
+        for packet in _packets(container, stream, Start(await_keyframe=False), watched.limits):
+            if packet is not None:
+                num_packets += 1
+                if packet.pts is not None:
+                    end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
         return max(end_pts - first_pts, num_packets * frame_ticks if end_pts == first_pts else 0) * time_base_of(stream)
 
 

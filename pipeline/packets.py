@@ -1,184 +1,245 @@
-"""Which packets the decoder must be given, so that the frames somebody wants to see come out as if it were given all.
+"""Which packets of a video the decoder has to see for the frames that are wanted.
 
-Times of packets are known before they are decoded. A frame is wanted when somebody looks at it between its own time
-and that of the next one. Packets whose frame nobody wants are left out in two ways:
+Two kinds of work are left out. A picture that nobody wants and that no other one refers to is skipped: by the decoder
+itself where that is exact (``skip_frame``), or by not sending its packet. And from the last wanted picture on nothing
+is sent until the next one at which decoding can begin. The pixels and times of wanted frames stay those of decoding
+everything. Where a packet does not show that this is so, it is decoded; ``frames`` checks that every wanted
+frame came out, and decodes everything if one did not.
 
-- One that no other frame refers to is skipped by the decoder itself, which knows (``skip_frame``).
-- From the last wanted frame of a group of pictures to the next keyframe, and groups without any, nothing is decoded.
-  The decoder is emptied and starts anew at the keyframe, as after seeking.
-
-An interval that is taken too long only costs a frame decoded in vain, so packets not read yet do no harm. Where times
-are missing, or the first frame after a new start is not its keyframe, :class:`CannotSkipError` asks for decoding
-everything instead: pixels and times never depend on what is left out.
+A picture stays on screen until the next time among the packets read so far. One that is read later can only make that
+shorter, so a picture found unwanted stays so, whatever the packets' order.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
-from itertools import chain
 
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from schemas.video import VideoError
+from pipeline.bitstream import UNKNOWN, PacketFacts, inspector_of
 
 Needed = Callable[[int, int], bool]
-"""Whether a frame that is on screen from one tick to another, exclusive, is wanted."""
+"""Whether a frame on screen from one tick to another (exclusive) is wanted."""
 
-SKIPPABLE_CODECS = frozenset(
-    {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "vp8", "vp9", "av1", "mjpeg", "prores", "dnxhd"}
-)
-"""Those whose keyframes begin anew and whose packets hold one picture each. Others are decoded whole."""
+FOREVER = 1 << 62
+"""A tick after all others: what is not wanted from some tick until here ends the reading."""
 
-_KNOWS_UNREFERENCED = frozenset({"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"})
-# of the others vp8 too, but its packets that show nothing have times, which end the frame before them too early
+# How far ahead to look for the next wanted picture; what lies further counts as wanted.
+_MOST_PACKETS = 600
+_MOST_BYTES = 32 << 20
 
-_MAX_BLOCK_PACKETS = 600
-_MAX_BLOCK_BYTES = 32 << 20
-
-
-class CannotSkipError(Exception):
-    """This stream must be decoded whole."""
+# Every codec here holds back 16 pictures at most.
+_MOST_REORDERED = 32
 
 
-class Action(Enum):
-    """What to do with a packet."""
-
-    DECODE = auto()
-    DECODE_IF_REFERENCED = auto()
-    """Nobody wants its frame: decode it only if others refer to it."""
-    SKIP = auto()
-    """Empty the decoder: packets are left out from here on."""
-    RESTART = auto()
-    """Decode this keyframe, the first packet after some were left out; its frame must come out first."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One thing to do."""
+    """A packet for the decoder."""
 
-    action: Action
-    packet: Packet[VideoStream] | None
-    """None for SKIP."""
-    pts: int
-    """Of the packet, or from where on something is on screen that nobody wants."""
-
-
-@dataclass(slots=True)
-class _Block:
-    """Packets in the order of decoding: a group of pictures, or a piece of a very long one."""
-
-    packets: list[Packet[VideoStream]]
-    begins: bool
-    """With a keyframe."""
-    times: list[int]
-    """Presentation times of those that are shown, sorted."""
+    packet: Packet[VideoStream]
+    skip: bool = False
+    """The picture is not wanted: the decoder may skip it if no other one refers to it."""
+    expected_pts: int | None = None
+    """The time of the frame that has to come of it; None where none is wanted."""
+    next_pts: int | None = None
+    """When the next frame follows; None where that is not known."""
+    restart: bool = False
+    """Packets before this one are missing, and the decoder has to forget what it knows."""
 
 
-def steps(packets: Iterator[Packet[VideoStream]], needed: Needed, *, codec: str, frame_ticks: int) -> Iterator[Step]:
-    """What to do with the packets of a stream, in order.
-
-    Args:
-        packets: in the order of decoding.
-        needed: which frames are wanted.
-        codec: FFmpeg's name of it, one of ``SKIPPABLE_CODECS``.
-        frame_ticks: how long the last frame stays if it does not say so.
-
-    Raises:
-        CannotSkipError: a packet without a time.
-    """
-    unwanted = Action.DECODE_IF_REFERENCED if codec in _KNOWS_UNREFERENCED else Action.DECODE
-    left_out = False  # whether packets before this block were
-    reading = _Reading(packets)
-    blocks = chain(_blocks(iter(reading)), [None])
-    block = next(blocks)
-    while block is not None:
-        following = next(blocks)
-        ends = _wanted_until(block, following, needed, frame_ticks)
-        num_decoded = _num_to_decode(block, following, ends, needed, frame_ticks)
-        first_pts = _pts(block.packets[0])
-        for number, (packet, end) in enumerate(zip(block.packets[:num_decoded], ends, strict=False)):
-            if left_out and _pts(packet) < first_pts:
-                continue  # leans on pictures that were left out; were it wanted, they would have been decoded
-            if number == 0:
-                yield Step(Action.RESTART if left_out else Action.DECODE, packet, first_pts)
-            else:
-                yield Step(unwanted if end is None else Action.DECODE, packet, _pts(packet))
-        left_out = left_out and not num_decoded
-        if num_decoded < len(block.packets):
-            left_out = True
-            yield Step(Action.SKIP, None, max((end for end in ends if end is not None), default=first_pts))
-        block = following
-    if reading.error is not None:
-        raise reading.error
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Waiting:
+    packet: Packet[VideoStream]
+    serial: int
+    pts: int | None
+    facts: PacketFacts
+    next_pts: int | None = None
+    wanted: bool | None = None
+    """None while a packet yet to be read may decide."""
 
 
-class _Reading:
-    """Packets up to the first that cannot be read, whose error has to wait until those before it are decoded."""
+class Schedule:
+    """The packets to decode, in order."""
 
-    def __init__(self, packets: Iterator[Packet[VideoStream]]) -> None:
+    def __init__(
+        self, packets: Iterator[Packet[VideoStream] | None], stream: VideoStream, needed: Needed, first_pts: int | None
+    ) -> None:
+        """Plan over packets in decoding order, which begin with a keyframe.
+
+        Args:
+            packets: up to None, or to their end.
+            stream: theirs.
+            needed: which frames are wanted.
+            first_pts: frames before it are never wanted.
+        """
+        self.stopped = False
+        """Whether it ended before the packets did, as no later frame is wanted."""
+        self.left_out = False
+        """Whether a packet was not sent, or may be skipped."""
         self._packets = packets
-        self.error: VideoError | None = None
+        self._inspect = inspector_of(stream)
+        self._needed = needed
+        self._first_pts = first_pts
+        self._window: deque[_Waiting] = deque()
+        self._num_bytes = 0
+        self._undecided: list[_Waiting] = []
+        self._times: list[int] = []  # of the packets read, the last ones, in order
+        self._last_dts: int | None = None
+        self._num_read = 0
+        self._all_wanted = False
+        self._at_end = False
+        self._error: Exception | None = None
+        self._alive_before = 0  # packets with a lower serial lead to a wanted one
+        self._dead_before = 0  # and these to none: the next place to begin is here
+        self._gap = False  # whether the packets before the next place to begin were left out
+        self._leading_until: int | None = None  # after a gap: pictures before this time lean on what was left out
 
-    def __iter__(self) -> Iterator[Packet[VideoStream]]:
+    def __iter__(self) -> Iterator[Step | None]:
+        """Each packet to decode, then None to drain the decoder."""
+        while True:
+            while not self._window and self._read():
+                pass
+            if not self._window:
+                if self._error is not None:
+                    raise self._error
+                yield None
+                return
+            step = self._next_step()
+            self.left_out = self.left_out or step is None or step.skip
+            if step is not None:
+                yield step
+
+    def _next_step(self) -> Step | None:
+        """What becomes of the first packet of the window; None for nothing."""
+        head = self._window[0]
+        wanted = self._is_wanted(head)
+        sent = head.serial >= self._dead_before and (wanted or self._leads_somewhere(head))
+        self._window.popleft()
+        self._num_bytes -= head.packet.size
+        if self._leading_until is not None:
+            if head.pts is not None and head.pts < self._leading_until:
+                return None
+            self._leading_until = None
+        if not sent:
+            self._gap = True
+            return None
+        if not wanted and head.facts.droppable:
+            return None
+        restart = False
+        if self._gap and head.facts.begins:
+            self._gap, restart = False, head.facts.flush
+            self._leading_until = head.pts
+        return Step(
+            packet=head.packet,
+            skip=not wanted and head.facts.skippable,
+            expected_pts=head.pts if wanted and not self._all_wanted else None,
+            next_pts=head.next_pts,
+            restart=restart,
+        )
+
+    def _is_wanted(self, waiting: _Waiting) -> bool:
+        while waiting.wanted is None and self._has_room():
+            if not self._read():
+                break
+        return waiting.wanted is not False
+
+    def _leads_somewhere(self, head: _Waiting) -> bool:
+        """Whether a wanted picture comes before the next place to begin, or leans on pictures before that place."""
+        if head.serial < self._alive_before:
+            return True
+        at, begun = 1, None
+        while True:
+            if at >= len(self._window):
+                if self._has_room() and self._read():
+                    continue
+                if self._at_end and self._error is None:
+                    self._dead_before = begun.serial if begun is not None else self._num_read
+                    return False
+                self._alive_before = self._num_read
+                return True
+            found = self._window[at]
+            if begun is None:
+                if found.facts.begins:
+                    begun = found
+            elif found.pts is None or begun.pts is None or found.pts > begun.pts:
+                self._dead_before = begun.serial
+                return False
+            if found is not begun and self._is_wanted(found):
+                self._alive_before = found.serial
+                return True
+            at += 1
+
+    def _has_room(self) -> bool:
+        return len(self._window) < _MOST_PACKETS and self._num_bytes < _MOST_BYTES
+
+    def _read(self) -> bool:
+        """Take one more packet into the window; whether there was one."""
+        if self._at_end:
+            return False
         try:
-            yield from self._packets
-        except VideoError as error:
-            self.error = error
+            packet = next(self._packets, None)
+        except Exception as error:  # noqa: BLE001  raised when its turn comes, as the caller may stop before
+            self._error, packet = error, None
+        if packet is None:
+            self._end()
+            return False
+        waiting = _Waiting(packet=packet, serial=self._num_read, pts=packet.pts, facts=UNKNOWN)
+        self._num_read += 1
+        self._num_bytes += packet.size
+        self._window.append(waiting)
+        self._judge(waiting)
+        return True
 
+    def _judge(self, waiting: _Waiting) -> None:
+        pts, dts = waiting.packet.pts, waiting.packet.dts
+        if not self._all_wanted:
+            facts = self._facts_of(waiting.packet)
+            if facts is not None and pts is not None and self._in_order(pts, dts):
+                waiting.facts = facts
+                if dts is not None:
+                    self._last_dts = dts
+                insort(self._times, pts)
+                del self._times[: -2 * _MOST_PACKETS]
+                self._undecided.append(waiting)
+                self._undecided = [other for other in self._undecided if not self._decide(other)]
+                if not self._undecided and dts is not None and not self._needed(dts, FOREVER):
+                    self.stopped = True
+                    self._end()
+                return
+            self._all_wanted = True
+            for other in self._window:
+                other.wanted = True
+        waiting.wanted = True
 
-def _pts(packet: Packet[VideoStream]) -> int:
-    assert packet.pts is not None
-    return packet.pts
+    def _facts_of(self, packet: Packet[VideoStream]) -> PacketFacts | None:
+        if packet.is_corrupt or packet.has_sidedata("new_extradata"):
+            return None
+        return self._inspect(bytes(packet))
 
+    def _in_order(self, pts: int, dts: int | None) -> bool:
+        return dts is None or (dts <= pts and (self._last_dts is None or self._last_dts < dts))
 
-def _blocks(packets: Iterator[Packet[VideoStream]]) -> Iterator[_Block]:
-    held: list[Packet[VideoStream]] = []
-    num_bytes = 0
-    begins = True
-    for packet in packets:
-        if packet.pts is None:
-            raise CannotSkipError
-        too_long = len(held) >= _MAX_BLOCK_PACKETS or num_bytes >= _MAX_BLOCK_BYTES
-        if held and (packet.is_keyframe or too_long):
-            yield _block(held, begins)
-            held, num_bytes, begins = [], 0, packet.is_keyframe
-        held.append(packet)
-        num_bytes += packet.size
-    if held:
-        yield _block(held, begins)
+    def _decide(self, waiting: _Waiting) -> bool:
+        """Whether what is known by now decides if a picture is wanted."""
+        pts = waiting.pts
+        assert pts is not None
+        at = bisect_right(self._times, pts)
+        next_pts = self._times[at] if at < len(self._times) else None
+        waiting.next_pts = next_pts
+        before = self._first_pts is not None and pts < self._first_pts
+        if before or not self._needed(pts, FOREVER if next_pts is None else next_pts):
+            waiting.wanted = False
+        elif self._num_read - waiting.serial > _MOST_REORDERED or (
+            next_pts is not None and self._last_dts is not None and next_pts <= self._last_dts + 1
+        ):
+            waiting.wanted = True  # whatever is read from here on is shown after the one that follows it
+        return waiting.wanted is not None
 
-
-def _block(packets: list[Packet[VideoStream]], begins: bool) -> _Block:
-    return _Block(packets, begins, sorted(_pts(packet) for packet in packets if not packet.is_discard))
-
-
-def _wanted_until(block: _Block, following: _Block | None, needed: Needed, frame_ticks: int) -> list[int | None]:
-    """Of each packet until when its frame is on screen, as far as these two blocks tell; None if nobody wants it."""
-    times = block.times if following is None else sorted(block.times + following.times)
-    ends: list[int | None] = []
-    for packet in block.packets:
-        pts = _pts(packet)
-        at = bisect_right(times, pts)
-        end = times[at] if at < len(times) else pts + max(packet.duration or 0, frame_ticks)
-        ends.append(end if not packet.is_discard and needed(pts, end) else None)
-    return ends
-
-
-def _num_to_decode(
-    block: _Block, following: _Block | None, ends: list[int | None], needed: Needed, frame_ticks: int
-) -> int:
-    """How many of a block's packets, from the first on, wanted frames may refer to."""
-    if following is not None:
-        if not following.begins:
-            return len(block.packets)
-        # pictures that come after a keyframe but are shown before it lean on those before it
-        key_pts = _pts(following.packets[0])
-        if any(_pts(packet) < key_pts for packet in following.packets):
-            later = zip(following.packets, _wanted_until(following, None, needed, frame_ticks), strict=True)
-            if any(end is not None and _pts(packet) < key_pts for packet, end in later):
-                return len(block.packets)
-    return max((number for number, end in enumerate(ends, start=1) if end is not None), default=0)
+    def _end(self) -> None:
+        self._at_end = True
+        for other in self._undecided:  # the last one on screen, or one whose successor might still have come
+            other.wanted = True

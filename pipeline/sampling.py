@@ -133,12 +133,17 @@ class Layout:
         overlap = max(Fraction(0), self.spec.clip_seconds - self.spec.stride)
         return max(Fraction(1) if overlap else Fraction(0), (seconds - overlap) / self.spec.stride)
 
+    @property
+    def last_clip(self) -> int | None:
+        """The last clip that there can be, -1 for none; None where only the video's end says so."""
+        if self.placed is not None:
+            return len(self.placed) - 1
+        end = self.part.end_seconds
+        return None if end is None else self.num_clips(end) - 1
+
     def is_beyond(self, clip_index: int) -> bool:
         """Whether a clip can be ruled out without knowing where the video ends."""
-        if self.placed is not None:
-            return clip_index >= len(self.placed)
-        end = self.part.end_seconds
-        return end is not None and clip_index >= self.num_clips(end)
+        return self.last_clip is not None and clip_index > self.last_clip
 
     def around(self, pts: int, until_pts: int) -> range:
         """Indices of all clips that may have a grid time from ``pts`` to ``until_pts``, exclusive."""

@@ -1,9 +1,7 @@
-"""What is not decoded is not missed: the same pixels and times as when everything is, for less work."""
-
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,170 +10,317 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.packet import Packet
+from av.video.stream import VideoStream
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import pipeline.decode
 import pipeline.frames
-from pipeline.decode import decode_spans, probe_video
-from pipeline.packets import Action, CannotSkipError, Step, steps
+from pipeline.bitstream import _H264, UNKNOWN, PacketFacts, _Hevc
+from pipeline.container import WatchedFile
+from pipeline.decode import decode_span, probe_video
+from pipeline.frames import Start, decode_from, frames_covering
+from pipeline.packets import FOREVER, Schedule, Step
 from pipeline.sampling import plan_spans
 from pipeline.storage import open_binary
-from schemas.video import Clip, ClipSpec, Part, VideoRef
-from tests.videos import Recipe, read_frame_number, write_video
+from schemas.video import Clip, ClipSpec, Reason, VideoError, VideoRef
+from tests.videos import Recipe, write_damaged, write_truncated, write_video
 
 SPEC = ClipSpec(fps=Fraction(3), num_frames=4, height=48, width=48)
 
 
-def clips_of(path: Path, spec: ClipSpec, part: Part | None = None, clips_per_span: int = 1000) -> list[Clip]:
-    clips: list[Clip] = []
-    for span in plan_spans(probe_video(VideoRef(uri=str(path), num_bytes=-1), open_binary), spec, clips_per_span, part):
-        [result] = decode_spans([span], spec, str(path), max_clips=1000)
-        assert result.error is None, result.error
-        clips += result.clips
-    return clips
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What was asked of decoders: packets sent, and of those skippable ones, restarts, and passes over everything."""
+    counts: Counter[str] = Counter()
+    decode_step, decode_once = pipeline.frames._decode_step, pipeline.frames._decode_once
+
+    def counting_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[av.VideoFrame]:
+        if step is not None:
+            counts.update(sent=1, skipped=step.skip, restarts=step.restart)
+        return decode_step(watched, stream, step)
+
+    def counting_once(*arguments: Any) -> Generator[Any, None, None]:
+        counts.update(whole_passes=arguments[-1] is None)
+        yield from decode_once(*arguments)
+
+    monkeypatch.setattr(pipeline.frames, "_decode_step", counting_step)
+    monkeypatch.setattr(pipeline.frames, "_decode_once", counting_once)
+    return counts
 
 
-@contextmanager
-def decoding_everything() -> Iterator[None]:
+def decoded(path: Path, spec: ClipSpec, clips_per_span: int, *, everything: bool) -> list[Clip | tuple[Reason, str]]:
+    """Clips, or in their place why a span was refused; of all frames decoded, or only of those needed."""
+    probe = probe_video(VideoRef(uri=str(path), num_bytes=-1), open_binary)
+    outcome: list[Clip | tuple[Reason, str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.frames.SKIPPABLE_CODECS", frozenset())
-        yield
+        if everything:
+            patch.setattr(pipeline.decode, "frames_covering", lambda *arguments: frames_covering(*arguments[:4]))
+        for span in plan_spans(probe, spec, clips_per_span):
+            try:
+                outcome += decode_span(span, spec, str(path), max_clips=1000)
+            except VideoError as error:
+                outcome.append((error.reason, error.detail))
+    return outcome
 
 
-@contextmanager
-def counting() -> Iterator[list[Action]]:
-    """What was done with the packets."""
-    actions: list[Action] = []
-    original = pipeline.frames._take_step
-
-    def counted(watched: Any, stream: Any, step: Step) -> Any:
-        actions.append(step.action)
-        return original(watched, stream, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.frames._take_step", counted)
-        yield actions
+def assert_nothing_is_lost(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000) -> None:
+    every, needed = (decoded(path, spec, clips_per_span, everything=everything) for everything in (True, False))
+    assert len(every) == len(needed)
+    for one, other in zip(every, needed, strict=True):
+        if isinstance(one, Clip):
+            assert isinstance(other, Clip)
+            assert np.array_equal(one.frames, other.frames), one
+            assert np.array_equal(one.frame_pts_seconds, other.frame_pts_seconds), one
+            assert (one.num_valid_frames, one.geometry) == (other.num_valid_frames, other.geometry)
+        else:
+            assert one == other
 
 
-def assert_same(some: list[Clip], others: list[Clip]) -> None:
-    assert [clip.clip_index for clip in some] == [clip.clip_index for clip in others]
-    for one, other in zip(some, others, strict=True):
-        assert np.array_equal(one.frames, other.frames), one
-        assert np.array_equal(one.frame_pts_seconds, other.frame_pts_seconds), one
-        assert one.num_valid_frames == other.num_valid_frames
-
-
-def x264(**params: object) -> Recipe:
-    text = ":".join(f"{name.replace('_', '-')}={value}" for name, value in params.items())
-    return Recipe(options=(("preset", "medium"), ("x264-params", text)))
-
-
-def x265(**params: object) -> Recipe:
-    text = ":".join(f"{name.replace('_', '-')}={value}" for name, value in params.items())
-    return Recipe(codec="libx265", width=128, height=96, options=(("x265-params", text + ":log-level=none"),))
-
-
-STRUCTURES = {
-    "no b frames": x264(keyint=30, bframes=0, scenecut=0),
-    "b frames": x264(keyint=40, bframes=3, b_pyramid="none", scenecut=0),
-    "b pyramid": x264(keyint=25, bframes=7, b_pyramid="normal", b_adapt=0, scenecut=0),
-    "open gop": x264(keyint=20, min_keyint=20, bframes=4, open_gop=1, scenecut=0, b_pyramid="normal"),
-    "one long gop": x264(keyint="infinite", bframes=2, scenecut=0),
-    "intra refresh": x264(keyint=25, intra_refresh=1, bframes=0),
-    "fields": x264(keyint=24, bframes=2, tff=1),
-    "many references": x264(keyint=50, bframes=5, ref=8, b_adapt=2, weightp=2),
-    "hevc": x265(keyint=30, bframes=4),
-    "hevc, open gop": x265(keyint=16, min_keyint=16, bframes=4, open_gop=1, b_adapt=0),
-    "hevc, temporal layers": x265(keyint=32, bframes=7, b_adapt=0, b_pyramid=1, temporal_layers=3),
-    "mpeg4": Recipe(codec="mpeg4", b_frames=2, gop=15),
-    "mpeg2": Recipe(codec="mpeg2video", b_frames=2, gop=15),
-    "vp8": Recipe(
-        codec="libvpx", gop=30, options=(("auto-alt-ref", "1"), ("lag-in-frames", "16"), ("deadline", "good"))
-    ),
-    "vp9": Recipe(codec="libvpx-vp9", gop=30, options=(("auto-alt-ref", "1"), ("lag-in-frames", "16"))),
-    "av1": Recipe(codec="libsvtav1", gop=32),
-    "mjpeg": Recipe(codec="mjpeg", pixel_format="yuvj420p"),
-    "prores": Recipe(codec="prores_ks", pixel_format="yuv422p10le"),
+CONTAINERS = {
+    "libx264": ["mp4", "mkv", "ts", "flv", "avi", "h264"],
+    "libx265": ["mp4", "mkv", "ts"],
+    "mpeg4": ["mp4", "avi", "mkv"],
+    "mpeg2video": ["ts", "mpg"],
+    "libvpx-vp9": ["webm", "mp4"],
+    "libvpx": ["webm"],
+    "libsvtav1": ["mp4"],
+    "mjpeg": ["avi", "mov"],
+    "prores_ks": ["mov"],
+    "ffv1": ["mkv"],
 }
-SUFFIXES = {
-    "vp8": ("webm",),
-    "vp9": ("webm", "mp4"),
-    "mjpeg": ("mov", "mkv"),
-    "prores": ("mov",),
-    "mpeg2": ("ts", "mp4"),
-    "mpeg4": ("mp4",),
-    "av1": ("mp4", "mkv"),
-}
+PIXEL_FORMATS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("structures")
+@st.composite
+def recipes(draw: st.DrawFn) -> tuple[str, Recipe]:
+    """Structures of references as encoders make them: pyramids, open groups, temporal layers, moving refreshes."""
+    codec = draw(st.sampled_from(sorted(CONTAINERS) + ["libx264", "libx265"] * 3))
+    gop, b_frames = draw(st.sampled_from([1, 2, 5, 12, 30, 250])), draw(st.sampled_from([0, 1, 2, 3, 5]))
+    either = st.integers(0, 1)
+    options: tuple[tuple[str, str], ...] = ()
+    if codec == "libx264":
+        pyramid = draw(st.sampled_from(["none", "strict", "normal"]))
+        params = f"keyint={gop}:min-keyint=1:bframes={b_frames}:b-pyramid={pyramid}:open-gop={draw(either)}:scenecut=0"
+        params += f":ref={draw(st.sampled_from([1, 4]))}" + draw(
+            st.sampled_from(["", "", ":intra-refresh=1", ":tff=1"])
+        )
+        options = (("preset", "medium"), ("x264-params", params))
+    elif codec == "libx265":
+        layers = draw(st.sampled_from([0, 0, 3])) if b_frames else 0
+        params = f"log-level=none:keyint={gop}:min-keyint=1:bframes={b_frames}:b-pyramid={draw(either)}:scenecut=0"
+        options = (("x265-params", f"{params}:open-gop={draw(either)}:temporal-layers={layers}"),)
+    elif codec.startswith("libvpx"):
+        options = (("auto-alt-ref", str(draw(either))), ("lag-in-frames", "12"), ("b", "200k"))
+    elif codec in ("mpeg4", "mpeg2video"):
+        options = (("bf", str(b_frames)), ("g", str(gop)), ("qscale", "3"))
+    suffix = draw(st.sampled_from(CONTAINERS[codec]))
+    times = None
+    num_frames = draw(st.integers(20, 60))
+    if suffix in ("mp4", "mkv", "mov") and draw(st.booleans()):
+        gaps = draw(st.lists(st.sampled_from([20, 33, 40, 41, 200]), min_size=num_frames, max_size=num_frames))
+        times = [Fraction(sum(gaps[:n]), 1000) for n in range(num_frames)]
+    return suffix, Recipe(
+        codec=codec,
+        num_frames=num_frames,
+        rate=Fraction(draw(st.sampled_from(["24", "25", "30000/1001", "50"]))),
+        times=times,
+        gop=gop,
+        b_frames=b_frames if codec.startswith(("libx26", "mpeg")) else 0,
+        options=options,
+        pixel_format=PIXEL_FORMATS.get(codec, "yuv420p"),
+    )
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_pixels_and_times_are_those_of_decoding_everything(folder: Path, structure: str) -> None:
-    random = np.random.default_rng(len(structure))
-    gaps = random.integers(1, 12, 240)
-    times = [Fraction(int(gaps[:n].sum()), 200) for n in range(240)]
-    for suffix in SUFFIXES.get(structure, ("mp4", "mkv", "ts")):
-        recipe = replace(STRUCTURES[structure], num_frames=240)
-        if suffix == "mkv":
-            recipe = replace(recipe, times=times)
-        path = write_video(folder / f"{structure}.{suffix}", recipe)
-        for _ in range(6):
-            fps = Fraction(int(random.integers(1, 60)), int(random.integers(1, 9)))
-            stride = [None, Fraction(int(random.integers(1, 30)), 7)][int(random.integers(2))]
-            start = float(random.integers(0, 40)) / 10
-            part = [None, Part.of(start, start + float(random.integers(2, 60)) / 10)][int(random.integers(2))]
-            spec = replace(SPEC, fps=fps, stride_seconds=stride)
-            clips_per_span = int(random.integers(1, 5))
-            with decoding_everything():
-                expected = clips_of(path, spec, part)
-            assert_same(clips_of(path, spec, part), expected)
-            assert_same(clips_of(path, spec, part, clips_per_span), expected)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    made=recipes(),
+    fps=st.sampled_from(["1/2", "1", "3", "8", "24", "60"]),
+    num_frames=st.integers(1, 7),
+    clips_per_span=st.sampled_from([1, 2, 1000]),
+)
+def test_needed_frames_are_those_of_decoding_everything(
+    tmp_path_factory: pytest.TempPathFactory, made: tuple[str, Recipe], fps: str, num_frames: int, clips_per_span: int
+) -> None:
+    suffix, recipe = made
+    path = tmp_path_factory.mktemp("made") / f"v.{suffix}"
+    try:
+        write_video(path, recipe)
+    except (av.FFmpegError, ValueError):  # settings that an encoder refuses
+        return
+    assert_nothing_is_lost(path, replace(SPEC, fps=Fraction(fps), num_frames=num_frames), clips_per_span)
+
+
+# How much is left out.
 
 
 @pytest.mark.parametrize(
-    ("structure", "most"),
-    [("b frames", 0.6), ("b pyramid", 0.7), ("hevc", 0.75), ("mpeg4", 0.6), ("mjpeg", 0.15), ("prores", 0.15)],
+    ("codec", "suffix", "options"),
+    [
+        ("libx264", "mp4", (("x264-params", "bframes=3:keyint=250:b-adapt=0:scenecut=0"),)),
+        ("libx264", "ts", (("x264-params", "bframes=3:keyint=250:b-adapt=0:scenecut=0"),)),
+        ("libx265", "mkv", (("x265-params", "bframes=3:keyint=250:b-adapt=0:scenecut=0:log-level=none"),)),
+        ("mpeg4", "mp4", (("bf", "3"), ("g", "250"))),
+        ("mpeg2video", "ts", (("bf", "3"), ("g", "250"))),
+    ],
 )
-def test_frames_that_nobody_needs_are_not_decoded(folder: Path, structure: str, most: float) -> None:
-    path = write_video(folder / f"count {structure}.mov", replace(STRUCTURES[structure], num_frames=240))
-    with counting() as actions:
-        clips_of(path, SPEC)
-    decoded = sum(action in (Action.DECODE, Action.RESTART) for action in actions) - 1  # the end of it
-    assert decoded / 240 <= most
-    with decoding_everything(), counting() as actions:
-        clips_of(path, SPEC)
-    assert len(actions) - 1 >= 240
+def test_pictures_that_no_other_leans_on_are_skipped(
+    tmp_path: Path, counted: Counter[str], codec: str, suffix: str, options: tuple[tuple[str, str], ...]
+) -> None:
+    path = write_video(tmp_path / f"v.{suffix}", Recipe(codec=codec, num_frames=100, options=options))
+    with path.open("rb") as file:
+        every = len(list(decode_from(WatchedFile(file), Start(), needed=lambda pts, next_pts: True)))
+        some = list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(1, 3))))
+    assert every == 100
+    assert len(some) < 60
+    assert counted["skipped"] > 60
+    assert not counted["whole_passes"]
 
 
-def test_groups_of_pictures_between_distant_clips_are_left_out(folder: Path) -> None:
-    path = write_video(folder / "distant.mp4", Recipe(num_frames=500, gop=10))
-    with counting() as actions:
-        clips = clips_of(path, replace(SPEC, fps=Fraction(25), stride_seconds=Fraction(4)))
-    assert [read_frame_number(clip.frames[0]) for clip in clips] == [0, 100, 200, 300, 400]
-    assert sum(action in (Action.DECODE, Action.RESTART) for action in actions) < 40
+def every_nth_second(path: Path, step: Fraction) -> Any:
+    """Wanted: whatever is on screen at multiples of ``step``."""
+    with av.open(str(path)) as container:
+        time_base = container.streams.video[0].time_base
+        start = container.streams.video[0].start_time or 0
+    assert time_base is not None
+    return lambda pts, next_pts: -(-(pts - start) * time_base // step) < -(-(next_pts - start) * time_base // step)
 
 
-def test_a_stream_that_lies_about_its_keyframes_is_decoded_whole(folder: Path) -> None:
-    """Matroska marks keyframes in each block: here all of them, though most lean on others."""
-    path = write_video(folder / "honest.mkv", replace(x264(keyint=40, bframes=0, scenecut=0), num_frames=240))
-    lying = folder / "lying.mkv"
-    with av.open(str(path)) as source, av.open(str(lying), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.is_keyframe = True
-                packet.stream = stream
-                target.mux(packet)
-    for spec in (SPEC, replace(SPEC, stride_seconds=Fraction(3))):
-        with decoding_everything():
-            expected = clips_of(path, spec)
-        assert_same(clips_of(lying, spec), expected)
+@pytest.mark.parametrize(
+    ("codec", "suffix", "most"),
+    [("mjpeg", "mov", 20), ("prores_ks", "mov", 20), ("libsvtav1", "mp4", 75), ("libx264", "mp4", 80)],
+)
+def test_packets_that_lead_to_nothing_wanted_are_not_sent(
+    tmp_path: Path, counted: Counter[str], codec: str, suffix: str, most: int
+) -> None:
+    recipe = Recipe(codec=codec, num_frames=100, gop=12, pixel_format=PIXEL_FORMATS.get(codec, "yuv420p"))
+    path = write_video(tmp_path / f"v.{suffix}", recipe)
+    with path.open("rb") as file:
+        list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(1, 3))))
+    assert counted["sent"] <= most
+    assert not counted["whole_passes"]
 
 
-def test_a_packet_without_a_time_asks_for_decoding_everything() -> None:
-    packet: Any = av.Packet(b"x")
-    packet.is_keyframe = True
-    with pytest.raises(CannotSkipError):
-        list(steps(iter([packet]), lambda _start, _end: True, codec="h264", frame_ticks=1))
+def test_whole_groups_of_pictures_are_passed_over_open_ones_after_a_restart(
+    tmp_path: Path, counted: Counter[str]
+) -> None:
+    for number, open_groups in enumerate((0, 1)):
+        params = f"keyint=10:min-keyint=10:bframes=3:scenecut=0:open-gop={open_groups}:log-level=none"
+        recipe = Recipe(codec="libx265", num_frames=150, options=(("x265-params", params),))
+        path = write_video(tmp_path / f"{number}.mp4", recipe)
+        counted.clear()
+        with path.open("rb") as file:
+            list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(2))))
+        assert counted["sent"] < 60
+        assert bool(counted["restarts"]) == bool(open_groups)
+        assert not counted["whole_passes"]
+        assert_nothing_is_lost(path, replace(SPEC, fps=Fraction(1, 2)))
+
+
+def test_reading_ends_with_the_last_wanted_frame(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", Recipe(num_frames=200, b_frames=2))
+    with path.open("rb") as file, av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        ticks = 1 / (stream.time_base or 1)
+        read: list[int] = []
+
+        def packets() -> Iterator[Packet[VideoStream]]:
+            for packet in container.demux(stream):
+                read.append(packet.pts or 0)
+                yield packet
+
+        def in_first_second(pts: int, next_pts: int) -> bool:
+            return pts < ticks
+
+        schedule = Schedule(packets(), stream, in_first_second, None)
+        sent = [step.expected_pts for step in schedule if step is not None]
+        frames = list(decode_from(WatchedFile(file), Start(), needed=in_first_second))
+    assert schedule.stopped
+    assert len(sent) <= 30
+    assert len(read) <= 40
+    assert max(frame.pts for frame in frames) >= 24 * ticks // 25
+
+
+# Where it cannot be known.
+
+
+def test_only_the_highest_temporal_layer_of_hevc_is_skippable() -> None:
+    def unit(kind: int, layer: int, payload: bytes) -> bytes:
+        return b"\0\0\1" + bytes([kind << 1, layer + 1]) + payload
+
+    inspect = _Hevc(unit(33, 0, b"\x03"))  # two layers
+    assert inspect(unit(0, 0, b"\x80")) == UNKNOWN  # TRAIL_N of the lower one: the upper one may lean on it
+    assert inspect(unit(2, 1, b"\x80")) == PacketFacts(skippable=True)
+    assert inspect(unit(19, 0, b"\x80")) == PacketFacts(begins=True)
+    assert inspect(unit(21, 0, b"\x80")) == PacketFacts(begins=True, flush=True)
+    assert inspect(unit(39, 0, b"\x80")) is None  # no picture
+    assert _Hevc(b"")(unit(0, 0, b"\x80")) == UNKNOWN  # how many layers is not known
+
+
+def test_only_whole_frames_of_h264_are_skippable_and_only_idr_pictures_begin() -> None:
+    def parameters(frames_only: bool) -> bytes:  # baseline, order by number, one macroblock
+        return b"\0\0\1\x67" + bytes([66, 0, 30]) + ((0b1_1_011_010_0_1_1 << 1 | frames_only) << 4).to_bytes(2, "big")
+
+    for frames_only in (True, False):
+        inspect = _H264(parameters(frames_only) + b"\x80")
+        facts = [inspect(b"\0\0\1" + bytes([kind, 0x80])) for kind in (0x65, 0x41, 0x01)]
+        expected = [PacketFacts(begins=True), PacketFacts(skippable=True), PacketFacts(skippable=True)]
+        assert facts == (expected if frames_only else [None] * 3)
+    changed = _H264(parameters(True) + b"\x80")
+    assert changed(parameters(False) + b"\x80\0\0\1\x65\x80") is None
+
+
+def test_missing_or_disordered_times_decode_everything(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", Recipe(num_frames=60, b_frames=3))
+    spoilers: list[Any] = [
+        lambda packet: setattr(packet, "pts", None),
+        lambda packet: setattr(packet, "dts", (packet.dts or 0) - 10**6),
+        lambda packet: setattr(packet, "pts", (packet.dts or 0) - 1),
+    ]
+
+    def only_the_first(pts: int, next_pts: int) -> bool:
+        return pts <= 0 or next_pts == FOREVER  # and there is no telling that it is
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        assert len(list(Schedule(iter(packets), stream, only_the_first, None))) < 20
+    for spoil in spoilers:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            for packet in packets[20:]:
+                spoil(packet)
+            steps = [step for step in Schedule(iter(packets), stream, only_the_first, None) if step]
+        assert [step.packet.pos for step in steps[-40:]] == [packet.pos for packet in packets[20:]]
+        assert not any(step.skip for step in steps[-40:])
+
+
+def test_interlaced_h264_is_decoded_whole(tmp_path: Path, counted: Counter[str]) -> None:
+    params = "interlaced=1:bframes=3:keyint=20"
+    path = write_video(tmp_path / "v.mp4", Recipe(num_frames=60, options=(("x264-params", params),)))
+    assert_nothing_is_lost(path)
+    assert not counted["skipped"]
+
+
+def test_a_wanted_frame_that_does_not_come_out_is_found_by_decoding_everything(
+    tmp_path: Path, counted: Counter[str]
+) -> None:
+    params = "intra-refresh=1:keyint=20"  # a keyframe's mark here is where a refresh begins, which takes a while
+    path = write_video(tmp_path / "v.mkv", Recipe(num_frames=120, options=(("x264-params", params),)))
+    assert_nothing_is_lost(path, clips_per_span=1)
+    passes_over_everything = counted["whole_passes"]
+    counted.clear()
+    decoded(path, SPEC, 1, everything=True)
+    assert passes_over_everything > counted["whole_passes"]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_damage_beside_wanted_frames_is_refused_as_ever(tmp_path: Path, suffix: str) -> None:
+    recipe = Recipe(num_frames=100, b_frames=2, width=320, height=240)
+    whole = write_video(tmp_path / f"whole.{suffix}", recipe)
+    spec = replace(SPEC, fps=Fraction(25))
+    assert_nothing_is_lost(write_damaged(tmp_path / f"damaged.{suffix}", whole), spec)
+    if suffix == "mkv":
+        assert_nothing_is_lost(write_truncated(tmp_path / f"short.{suffix}", whole, 0.6))

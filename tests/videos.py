@@ -116,7 +116,10 @@ def write_video(path: Path, recipe: Recipe | None = None) -> Path:
         if recipe.codec.startswith("libx26"):
             name = recipe.codec.removeprefix("lib")
             params = f"keyint={recipe.gop}:min-keyint={recipe.gop}:scenecut=0:bframes={recipe.b_frames}"
-            options |= {f"{name}-params": params + (":log-level=none" if name == "x265" else "")}
+            own = options.get(f"{name}-params")  # behind ours: the last word counts
+            options |= {
+                f"{name}-params": params + (":log-level=none" if name == "x265" else "") + f":{own}" * bool(own)
+            }
         stream.codec_context.options = options
         if recipe.pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = recipe.pixel_aspect

@@ -1,0 +1,367 @@
+"""What a packet says of itself: whether decoding can begin with it, and whether other pictures may lean on it.
+
+Containers mark keyframes, and some marks are wrong or mean less than a clean beginning. So the headers of a packet's
+own pictures are read. Whatever is not understood counts as a picture that others lean on.
+
+Sections are those of ITU-T H.264, H.265, H.262, ISO 14496-2 and the VP8, VP9 and AV1 bitstream specifications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from av.video.stream import VideoStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PacketFacts:
+    """What the decoding of other packets asks of this one."""
+
+    begins: bool = False
+    """This and all later pictures, but those shown before it, need nothing earlier."""
+    flush: bool = False
+    """It begins only for a decoder that has forgotten what came before."""
+    droppable: bool = False
+    """No other packet needs it: it need not be sent."""
+    skippable: bool = False
+    """If no other picture refers to it, the decoder finds that out, and skips it when asked to."""
+
+
+Inspector = Callable[[bytes], PacketFacts | None]
+"""The facts of a packet of at least one byte; None where it is not one whole picture, and all have to be decoded."""
+
+UNKNOWN = PacketFacts()
+_BEGINS = PacketFacts(begins=True)
+_SKIPPABLE = PacketFacts(skippable=True)
+_DROPPABLE = PacketFacts(droppable=True)
+_BEGINS_AFTER_FLUSH = PacketFacts(begins=True, flush=True)
+
+# Each picture stands alone, tables included.
+_INTRA_ONLY = frozenset({"prores", "dnxhd", "png", "utvideo", "v210"})
+
+
+def inspector_of(stream: VideoStream) -> Inspector:
+    """How to read the packets of a stream."""
+    codec = stream.codec_context.codec.canonical_name
+    extradata = bytes(stream.codec_context.extradata or b"")
+    if codec == "h264":
+        return _H264(extradata)
+    if codec == "hevc":
+        return _Hevc(extradata)
+    if codec == "av1":
+        return _Av1()
+    if codec in _INTRA_ONLY:
+        return lambda _: _BEGINS
+    return {"mjpeg": _mjpeg, "mpeg4": _mpeg4, "mpeg2video": _mpeg2, "vp8": _vp8, "vp9": _vp9}.get(
+        codec, lambda _: UNKNOWN
+    )
+
+
+class _Bits:
+    """Bits of a header, the most significant first.
+
+    Raises:
+        EOFError: there are no more.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._value = int.from_bytes(data, "big")
+        self._left = 8 * len(data)
+
+    def take(self, num_bits: int) -> int:
+        if num_bits > self._left:
+            raise EOFError
+        self._left -= num_bits
+        return self._value >> self._left & (1 << num_bits) - 1
+
+    def take_unsigned(self) -> int:
+        """Exp-Golomb, 9.1 of H.264."""
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+        return (1 << zeros) - 1 + self.take(zeros)
+
+    def take_signed(self) -> int:
+        value = self.take_unsigned()
+        return (value + 1) // 2 if value % 2 else -(value // 2)
+
+
+# H.264 and H.265: units behind their length (mp4, matroska) or behind start codes.
+
+
+def _units(data: bytes, length_bytes: int) -> Iterator[int]:
+    """Where each unit begins; 0 length bytes mean start codes."""
+    if length_bytes:
+        at = 0
+        while at + length_bytes < len(data):
+            yield at + length_bytes
+            at += length_bytes + int.from_bytes(data[at : at + length_bytes], "big")
+        return
+    at = data.find(b"\0\0\1")
+    while 0 <= at < len(data) - 3:
+        yield at + 3
+        at = data.find(b"\0\0\1", at + 3)
+
+
+def _payload(data: bytes, at: int, num_bytes: int = 512) -> _Bits:
+    """The beginning of a unit without the bytes that keep start codes out of it, 7.4.1."""
+    return _Bits(data[at : at + num_bytes].replace(b"\0\0\3", b"\0\0"))
+
+
+class _H264:
+    def __init__(self, extradata: bytes) -> None:
+        self._length_bytes = 0
+        self._frames_only: bool | None = None
+        """Whether no picture is a field: two of those make a frame, and they may come in two packets."""
+        if extradata[:1] == b"\1" and len(extradata) > 8:  # 5.3.3.1 of ISO 14496-15
+            self._length_bytes = (extradata[4] & 3) + 1
+            if extradata[5] & 31:
+                self._read_parameters(extradata, 8)
+        else:
+            for at in _units(extradata, 0):
+                if extradata[at] & 31 == 7:
+                    self._read_parameters(extradata, at)
+
+    def __call__(self, data: bytes) -> PacketFacts | None:
+        for at in _units(data, self._length_bytes):
+            kind = data[at] & 31
+            if kind == 7:
+                self._read_parameters(data, at)
+            elif kind in (1, 5):
+                if not self._frames_only:
+                    return None
+                return _BEGINS if kind == 5 else _SKIPPABLE
+        return None
+
+    def _read_parameters(self, data: bytes, at: int) -> None:
+        frames_only = False
+        with suppress(EOFError):
+            frames_only = _h264_frames_only(_payload(data, at + 1))
+        self._frames_only = frames_only and self._frames_only is not False
+
+
+def _h264_frames_only(bits: _Bits) -> bool:
+    """frame_mbs_only_flag of a sequence parameter set, 7.3.2.1.1."""
+    profile = bits.take(8)
+    bits.take(16)
+    bits.take_unsigned()
+    if profile in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+        chroma_format = bits.take_unsigned()
+        if chroma_format == 3:
+            bits.take(1)
+        bits.take_unsigned()
+        bits.take_unsigned()
+        bits.take(1)
+        if bits.take(1):
+            for number in range(8 if chroma_format != 3 else 12):
+                if bits.take(1):
+                    _skip_scaling_list(bits, 16 if number < 6 else 64)
+    bits.take_unsigned()
+    order_type = bits.take_unsigned()
+    if order_type == 0:
+        bits.take_unsigned()
+    elif order_type == 1:
+        bits.take(1)
+        bits.take_signed()
+        bits.take_signed()
+        for _ in range(bits.take_unsigned()):
+            bits.take_signed()
+    bits.take_unsigned()
+    bits.take(1)
+    bits.take_unsigned()
+    bits.take_unsigned()
+    return bool(bits.take(1))
+
+
+def _skip_scaling_list(bits: _Bits, size: int) -> None:
+    last = following = 8
+    for _ in range(size):
+        if following:
+            following = (last + bits.take_signed()) % 256
+        last = following or last
+
+
+class _Hevc:
+    def __init__(self, extradata: bytes) -> None:
+        self._length_bytes = 0
+        self._top_layer: int | None = None
+        """Pictures of the highest temporal layer alone are known to be referred to by none when they say so."""
+        if extradata[:1] == b"\1" and len(extradata) > 22:  # 8.3.3.1 of ISO 14496-15
+            self._length_bytes = (extradata[21] & 3) + 1
+            at = 23
+            for _ in range(extradata[22]):
+                if at + 3 > len(extradata):
+                    break
+                num_units = int.from_bytes(extradata[at + 1 : at + 3], "big")
+                at += 3
+                for _ in range(num_units):
+                    self._read_parameters(extradata, at + 2)
+                    at += 2 + int.from_bytes(extradata[at : at + 2], "big")
+        else:
+            for at in _units(extradata, 0):
+                self._read_parameters(extradata, at)
+
+    def _read_parameters(self, data: bytes, at: int) -> None:
+        if at + 3 <= len(data) and data[at] >> 1 & 63 == 33:  # sps_max_sub_layers_minus1, 7.3.2.2
+            self._top_layer = max(self._top_layer or 0, data[at + 2] >> 1 & 7)
+
+    def __call__(self, data: bytes) -> PacketFacts | None:
+        for at in _units(data, self._length_bytes):
+            kind = data[at] >> 1 & 63
+            if kind == 33:
+                self._read_parameters(data, at)
+            elif kind < 32 and at + 2 < len(data):
+                if kind in (19, 20):
+                    return _BEGINS
+                if kind == 21:  # an open group of pictures: its order count goes on, unless decoding begins here
+                    return _BEGINS_AFTER_FLUSH
+                if self._top_layer is None:
+                    return UNKNOWN
+                return _SKIPPABLE if (data[at + 1] & 7) - 1 >= self._top_layer else UNKNOWN
+        return None
+
+
+# The others.
+
+
+def _mpeg4(data: bytes) -> PacketFacts | None:
+    at = data.find(b"\0\0\1\xb6")
+    if at < 0 or at + 4 >= len(data) or data.find(b"\0\0\1\xb6", at + 4) >= 0:  # none, or several packed into one
+        return None
+    return _BEGINS if data[at + 4] >> 6 == 0 else _SKIPPABLE
+
+
+def _mpeg2(data: bytes) -> PacketFacts | None:
+    at = data.find(b"\0\0\1\0")
+    extension = data.find(b"\0\0\1\xb5", at + 4)
+    while 0 <= extension < len(data) - 8 and data[extension + 4] >> 4 != 8:
+        extension = data.find(b"\0\0\1\xb5", extension + 4)
+    if at < 0 or not 0 <= extension < len(data) - 8 or data[extension + 6] & 3 != 3:  # a field, 6.3.10
+        return None
+    if data[at + 5] >> 3 & 7 == 1:
+        return _BEGINS if data.find(b"\0\0\1\xb3", 0, at) >= 0 else UNKNOWN
+    return _SKIPPABLE
+
+
+def _mjpeg(data: bytes) -> PacketFacts | None:
+    head = data[:4096]
+    scan = head.find(b"\xff\xda")
+    # all tables of its own; one that lacks some takes those of a picture before it
+    whole = 0 <= head.find(b"\xff\xdb") < scan and 0 <= head.find(b"\xff\xc4") < scan
+    return _BEGINS if whole else UNKNOWN
+
+
+def _vp8(data: bytes) -> PacketFacts | None:
+    first = data[0]
+    if not first & 0x10:  # not shown
+        return None
+    return _BEGINS if not first & 1 else UNKNOWN
+
+
+def _vp9(data: bytes) -> PacketFacts | None:
+    if data[0] & 0x30 == 0x30:  # profile 3 has a bit more here
+        return UNKNOWN
+    shown = data[0] & 0x0A
+    if not shown and data[-1] & 0xE0 != 0xC0:  # not shown, and no others beside it
+        return None
+    return _BEGINS if data[0] & 0xCE == 0x82 else UNKNOWN
+
+
+class _Av1:
+    """A frame that refreshes no reference slot leaves nothing behind, 7.20; its other states live in those slots."""
+
+    def __init__(self) -> None:
+        self._sequence: _Av1Sequence | None = None
+
+    def __call__(self, data: bytes) -> PacketFacts | None:
+        headers = []
+        at = 0
+        while at < len(data):
+            kind, has_extension, has_size = data[at] >> 3 & 15, data[at] & 4, data[at] & 2
+            at += 2 if has_extension else 1
+            num_bytes = len(data) - at
+            if has_size:
+                num_bytes = shift = 0
+                while at < len(data):
+                    num_bytes |= (data[at] & 127) << shift
+                    at, shift = at + 1, shift + 7
+                    if not data[at - 1] & 128:
+                        break
+            if kind == 1:
+                self._sequence = _Av1Sequence.read(data[at : at + num_bytes])
+            elif kind in (3, 6):
+                headers.append(data[at : at + 16])
+            at += num_bytes
+        if not headers or not headers[0]:
+            return UNKNOWN
+        if headers[0][0] >> 4 == 1:  # a keyframe, shown
+            return _BEGINS
+        if len(headers) == 1 and self._sequence is not None and self._sequence.refreshes(headers[0]) == 0:
+            return _DROPPABLE
+        return UNKNOWN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Av1Sequence:
+    """What a sequence header says of the beginning of its frame headers."""
+
+    screen_content: int
+    integer_mv: int
+    order_bits: int
+
+    @classmethod
+    def read(cls, data: bytes) -> _Av1Sequence | None:
+        """5.5; None where frame headers begin in a way that is not read here: still pictures, models of decoders."""
+        bits = _Bits(data)
+        try:
+            bits.take(3)
+            if bits.take(2) or bits.take(1):
+                return None
+            with_delay = bits.take(1)
+            for _ in range(bits.take(5) + 1):
+                bits.take(12)
+                if bits.take(5) > 7:
+                    bits.take(1)
+                if with_delay and bits.take(1):
+                    bits.take(4)
+            width_bits, height_bits = bits.take(4) + 1, bits.take(4) + 1
+            bits.take(width_bits + height_bits)
+            if bits.take(1):  # frames are numbered
+                return None
+            bits.take(7)
+            with_order = bits.take(1)
+            if with_order:
+                bits.take(2)
+            screen_content = 2 if bits.take(1) else bits.take(1)
+            integer_mv = 2
+            if screen_content:
+                integer_mv = 2 if bits.take(1) else bits.take(1)
+            return cls(
+                screen_content=screen_content,
+                integer_mv=integer_mv,
+                order_bits=bits.take(3) + 1 if with_order else 0,
+            )
+        except EOFError:
+            return None
+
+    def refreshes(self, header: bytes) -> int | None:
+        """refresh_frame_flags of a shown inter frame, 5.9.2; None for all others."""
+        bits = _Bits(header)
+        try:
+            show_existing, frame_type, shown = bits.take(1), bits.take(2), bits.take(1)
+            if show_existing or frame_type != 1 or not shown:
+                return None
+            error_resilient = bits.take(1)
+            bits.take(1)
+            screen_content = bits.take(1) if self.screen_content == 2 else self.screen_content
+            if screen_content and self.integer_mv == 2:
+                bits.take(1)
+            bits.take(1)
+            bits.take(self.order_bits)
+            if not error_resilient:
+                bits.take(3)
+            return bits.take(8)
+        except EOFError:
+            return None
