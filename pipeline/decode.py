@@ -190,8 +190,8 @@ def decode_spans(
     return [maker.result() for maker in makers]
 
 
-# How long a stretch of video must be, in seconds, to be leapt over by seeking: a new start costs some milliseconds.
-_LEAP_SECONDS = 10
+LEAP_SECONDS = 10
+"""How long a stretch of video must be to be leapt over by seeking: a new start costs some milliseconds."""
 
 
 def _fill(
@@ -266,8 +266,8 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
 
 def _next_stretch(makers: Sequence[_ClipsInTheMaking]) -> tuple[int, int | None]:
     """From which tick to which (exclusive; None for the end of the video) frames are wanted without a long gap."""
-    leap = int(_LEAP_SECONDS / makers[0].span.time_base)
-    stretches = sorted((maker.next_stretch(_LEAP_SECONDS) for maker in makers), key=lambda stretch: stretch[0])
+    leap = int(LEAP_SECONDS / makers[0].span.time_base)
+    stretches = sorted((maker.next_stretch(LEAP_SECONDS) for maker in makers), key=lambda stretch: stretch[0])
     start, end = stretches[0]
     for begin, stop in stretches[1:]:
         if end is None or begin > end + leap:

@@ -217,7 +217,8 @@ class TokenShardSink:
         table = table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
         data = parquet_bytes(table, payload)
         name = hashlib.sha256("\n".join(spans).encode()).hexdigest()[:16]
-        storage.write_atomic(storage.join(self._out, SHARDS, f"{name}.parquet"), data)
+        prefix = f"{spec.bucket}-" if len(self._buckets) > 1 else ""  # so that a pattern picks those of one shape
+        storage.write_atomic(storage.join(self._out, SHARDS, f"{prefix}{name}.parquet"), data)
         self.last_clip_id = table["clip_id"][-1].as_py() if table.num_rows else self.last_clip_id
         written.num_shards += 1
         written.num_spans += rows.num_rows

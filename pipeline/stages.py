@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.decode import decode_spans, probe_video
+from pipeline.decode import LEAP_SECONDS, decode_spans, probe_video
 from pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
 from pipeline.sampling import Layout, plan_spans
 from pipeline.sandbox import DecodeSandbox
@@ -158,7 +158,8 @@ class SpanDecoder:
         if video_id in _crashes:
             return [SpanClips(clips=[], error=_crashes[video_id])] * len(spans)
         num_clips = sum(self.max_clips if s.end_clip is None else s.end_clip - s.first_clip for s in spans)
-        seconds = float((num_clips + len(spans) * spec.halo_clips) * max(spec.clip_seconds, spec.stride))
+        clip_seconds = min(max(spec.clip_seconds, spec.stride), spec.clip_seconds + LEAP_SECONDS)
+        seconds = float((num_clips + len(spans) * spec.halo_clips) * clip_seconds)
         try:
             return _sandbox(self.limits.memory_bytes).run(
                 _decode_in_child,
