@@ -441,12 +441,14 @@ class _ClipsInTheMaking:
         self.damage.append(error)
         self.begun = [clip for clip in self.begun if clip.is_full]
         self.open_clips = []
-        if error.reason is Reason.TRUNCATED or len(self.damage) >= _MAX_DAMAGED_PLACES:
-            self.end(self.seen_pts)
-        elif self.damaged_pts is None:
+        if self.damaged_pts is None:
             self.damaged_pts = self.seen_pts
-        else:  # nothing was seen since: the next keyframe is damaged too
+        else:  # where nothing was seen since, the next keyframe is damaged too
             self.damaged_pts = max(self.seen_pts, self.damaged_pts + int(1 / self.span.time_base))
+        passed = (self.damaged_pts - self.span.grid_start_pts) * self.span.time_base
+        past_end = 0 < self.span.duration_seconds_from_header < passed
+        if past_end or error.reason is Reason.TRUNCATED or len(self.damage) >= _MAX_DAMAGED_PLACES:
+            self.end(self.seen_pts)
 
     def end(self, end_pts: int) -> None:
         """Take note that the video ends here."""
