@@ -16,6 +16,8 @@ import pytest
 
 from pipeline.container import storage_failures_named
 from pipeline.decode import decode_span, probe_video
+from pipeline.frames import Start, decode_from
+from pipeline.picture import Renderer
 from pipeline.sampling import plan_spans
 from pipeline.sandbox import DecodeSandbox
 from pipeline.storage import open_video
@@ -203,15 +205,19 @@ def test_an_impossible_place_is_no_failure_of_the_storage(tmp_path: Path, kind: 
         assert watched.read(2) == b"23"
 
 
-@pytest.mark.parametrize("aspect", [Fraction(1), Fraction(4, 3)])
-def test_the_last_frame_needs_nothing_of_the_closed_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aspect: Fraction
-) -> None:
-    path = write_video(tmp_path / "video.mp4", Recipe(pixel_aspect=aspect, num_frames=7))
-    monkeypatch.setenv("MALLOC_PERTURB_", "165")  # freed memory is overwritten
+def rendered_after_the_end(path: Path) -> int:
+    """Width of the last frame, when its container is closed and its memory was used for other things."""
+    with path.open("rb") as file, storage_failures_named(file) as watched:
+        [*_, last] = decode_from(watched, Start())
+    other = [b"\xc8" * size for size in range(100, 3000)]
+    _, geometry = Renderer(SPEC).render(last)
+    return geometry.scaled_width * bool(other)
+
+
+def test_the_last_frame_needs_nothing_of_the_closed_container(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "video.mp4", Recipe(pixel_aspect=Fraction(4, 3)))
     with DecodeSandbox() as sandbox:
-        clips = sandbox.run(decode, path, timeout_seconds=60)
-    assert {(clip.num_valid_frames, clip.geometry.scaled_width) for clip in clips} == {(2, round(48 * aspect))}
+        assert sandbox.run(rendered_after_the_end, path, timeout_seconds=60) == 64
 
 
 def test_a_large_remote_video_is_fetched_once_in_blocks_and_its_id_takes_only_samples(
