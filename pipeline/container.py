@@ -8,6 +8,7 @@ Only FFmpeg's and the storage's own exceptions become a VideoError; any other is
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -61,12 +62,19 @@ class WatchedFile:
             raise
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """The new position."""
+        """The new position; negative, as FFmpeg wants it, where a damaged file points to no position at all."""
         try:
             return self.file.seek(offset, whence)
-        except storage_errors() as error:
-            self.error = self.error or error
+        except _seeking_errors() as error:
+            if self._is_outside(offset, whence):
+                return -errno.EINVAL
+            if not isinstance(error, ValueError):
+                self.error = self.error or error
             raise
+
+    def _is_outside(self, offset: int, whence: int) -> bool:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.num_bytes}[whence]
+        return not 0 <= base + offset <= self.num_bytes
 
     def tell(self) -> int:
         """The position."""
@@ -117,6 +125,10 @@ def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iter
 
 def opening_errors() -> tuple[type[BaseException], ...]:
     return (StorageError, *storage_errors())
+
+
+def _seeking_errors() -> tuple[type[BaseException], ...]:
+    return (ValueError, *storage_errors())  # files in memory refuse negative positions with a ValueError
 
 
 def _reading_errors() -> tuple[type[BaseException], ...]:
@@ -272,6 +284,20 @@ def codec_name(stream: VideoStream) -> str:
 
 def time_base_of(stream: VideoStream) -> Fraction:
     return stream.time_base or Fraction(1, 1_000_000)
+
+
+# Containers in which only the pictures themselves state a pixel shape, which may change on the way.
+_WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
+
+
+def pixel_aspect(stream: VideoStream) -> Fraction | None:
+    """Shape of a pixel: what the container says, as in players, otherwise what the decoder found last.
+
+    The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
+    """
+    if _WITHOUT_ASPECT & set(stream.container.format.name.split(",")):
+        return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
+    return stream.sample_aspect_ratio
 
 
 def usual_ticks(stream: VideoStream) -> int:

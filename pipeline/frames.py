@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from pipeline.container import (
     codec_name,
     ffmpeg_failures_as,
     open_video,
+    pixel_aspect,
+    refuse_large,
     refuse_long,
     stream_seconds,
     time_base_of,
@@ -42,7 +45,9 @@ class Shown:
     pts: int
     end_pts: int
     """The next one's time, where only wanted frames are decoded."""
+    pixel_aspect: Fraction | None = None
     stream: VideoStream
+    """Only until the next frame is asked for: at the end it is gone, and reading from it is a segmentation fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +211,8 @@ def _decode_once(
                         detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
                         raise VideoError(Reason.DECODE_ERROR, detail)
                     end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
+                    aspect = pixel_aspect(stream)
+                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, pixel_aspect=aspect, stream=stream)
                     yield previous
             awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
@@ -295,15 +301,10 @@ def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None
     """Take what FFmpeg's demuxer only writes into its log, that it lost its place, for the damage it is.
 
     It goes on at the next place it understands, and the pictures in between are missing without a mark: those after
-    them would be wrong. Costs a microsecond.
+    them would be wrong.
     """
-    av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
-    try:
-        with av.logging.Capture() as messages:
-            yield
-    finally:
-        av.logging.set_level(None)
+    with _errors_logged() as messages:
+        yield
     for _, name, text in messages:
         if name == container.format.name:
             cut_off = "prematurely" in text or "partial file" in text
@@ -311,12 +312,23 @@ def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None
             raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
 
 
+@contextmanager
+def _errors_logged() -> Iterator[list[tuple[int, str, str]]]:
+    """What FFmpeg writes into its log meanwhile: level, part of FFmpeg, words. Costs a microsecond."""
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
+    try:
+        with av.logging.Capture() as messages:
+            yield messages
+    finally:
+        av.logging.set_level(None)
+
+
 def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[VideoFrame]:
     context = stream.codec_context
     frames: list[VideoFrame] = []
     if step is None or step.restart:
-        with ffmpeg_failures_as(Reason.DECODE_ERROR, "at the end"):
-            frames = context.decode(None)
+        frames = _decode(watched, stream, None)
     if step is None:
         return frames
     if step.restart:
@@ -331,12 +343,22 @@ def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vid
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
+    return _decode(watched, stream, packet)
+
+
+def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    """The frames that come of a packet, or of draining the decoder."""
     try:
-        return stream.codec_context.decode(packet)
-    except av.error.MemoryError:
-        raise
+        with _errors_logged() as messages:
+            return stream.codec_context.decode(packet)
     except av.FFmpegError as error:
-        raise VideoError(Reason.DECODE_ERROR, f"{_place_of(packet, stream)}: {error.strerror}") from error
+        for _, _, text in messages:  # each codec has another error for it, "out of memory" among them
+            if size := re.search(r"size (\d+)x(\d+) exceeds", text):
+                refuse_large(watched.limits, int(size[1]), int(size[2]))
+        if isinstance(error, av.error.MemoryError):
+            raise
+        at = "at the end" if packet is None else _place_of(packet, stream)
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
 
 
 def _place_of(packet: Packet[VideoStream], stream: VideoStream) -> str:

@@ -16,7 +16,6 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 
 from pipeline.colour import Colour, Transfer, colour_of, rgb_from_ycbcr, to_bt709
 from pipeline.container import ffmpeg_failures_as
@@ -67,7 +66,7 @@ class Renderer:
         assert frame is not None, "a frame that is needed is never left out"
         try:
             orientation = orientation_of(frame)
-            width, height = display_size(frame.width, frame.height, pixel_aspect(shown.stream), orientation)
+            width, height = display_size(frame.width, frame.height, shown.pixel_aspect, orientation)
             geometry = plan_geometry(width, height, self.spec)
             colour = colour_of(frame)
         except ValueError as error:
@@ -163,20 +162,6 @@ def orientation_of(frame: VideoFrame) -> Orientation:
     side_data = cast(SideDataContainer, frame.side_data)  # the stubs call it a dictionary of strings
     matrix = next((data for data in side_data if data.type is SideDataType.DISPLAYMATRIX), None)
     return Orientation.from_display_matrix(bytes(matrix)) if matrix is not None else Orientation()
-
-
-# Containers in which only the pictures themselves state a pixel shape, which may change on the way.
-_WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
-
-
-def pixel_aspect(stream: VideoStream) -> Fraction | None:
-    """Shape of a pixel: what the container says, as in players, otherwise what the decoder found last.
-
-    The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
-    """
-    if _WITHOUT_ASPECT & set(stream.container.format.name.split(",")):
-        return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
-    return stream.sample_aspect_ratio
 
 
 def _is_gray(pixel_format: VideoFormat) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.container import storage_failures_named
 from pipeline.decode import decode_span, probe_video
+from pipeline.frames import Start, decode_from
+from pipeline.picture import Renderer
 from pipeline.sampling import plan_spans
 from pipeline.sandbox import DecodeSandbox
 from pipeline.storage import open_video
@@ -147,6 +151,73 @@ def test_a_picture_that_grows_beyond_the_limit_in_mid_stream_is_not_decoded(tmp_
     with pytest.raises(VideoError) as caught:
         decode(path, Limits(max_pixels=96 * 64))
     assert caught.value.reason is Reason.OVER_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [
+        ("libx264", "h264"),
+        ("libx265", "hevc"),
+        ("libvpx-vp9", "ivf"),
+        ("libsvtav1", "obu"),
+        ("mpeg2video", "mpg"),
+        ("mjpeg", "mjpeg"),
+    ],
+)
+def test_a_picture_that_grows_so_far_that_ffmpeg_refuses_it_is_over_the_limit_too(
+    tmp_path: Path, codec: str, suffix: str
+) -> None:
+    recipe = Recipe(codec=codec, num_frames=10, pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    small = write_video(tmp_path / f"small.{suffix}", recipe).read_bytes()
+    large = write_video(tmp_path / f"large.{suffix}", replace(recipe, width=1600, height=1200)).read_bytes()
+    path = tmp_path / f"grows.{suffix}"
+    path.write_bytes(small + large[32 if suffix == "ivf" else 0 :])  # without a second file header
+    with pytest.raises(VideoError) as caught:
+        decode(path, Limits(max_pixels=96 * 64))
+    assert (caught.value.reason, "1600x1200" in caught.value.detail) == (Reason.OVER_LIMIT, True)
+    assert "--max-pixels" in caught.value.detail
+
+
+@pytest.mark.parametrize("from_end", [-18, -19])
+def test_an_index_that_points_to_no_place_is_the_videos_fault_and_does_no_harm_where_it_is_not_needed(
+    tmp_path: Path, from_end: int
+) -> None:
+    whole = write_video(tmp_path / "whole.nut", Recipe(codec="mpeg4", num_frames=20))
+    data = bytearray(whole.read_bytes())
+    data[from_end : from_end + 8] = b"\xff" * 8
+    path = tmp_path / "damaged.nut"
+    path.write_bytes(data)
+    [clip] = decode(path)
+    assert clip.frames.tobytes() == decode(whole)[0].frames.tobytes()
+
+
+@pytest.mark.parametrize("kind", [io.BytesIO, "path"])
+@pytest.mark.parametrize("offset", [-1, 1 << 62])
+def test_an_impossible_place_is_no_failure_of_the_storage(tmp_path: Path, kind: object, offset: int) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    with (
+        io.BytesIO(b"12345") if kind is io.BytesIO else (tmp_path / "file").open("rb") as file,
+        storage_failures_named(file) as watched,
+    ):
+        at = watched.seek(offset)
+        assert at < 0 or watched.read(1) == b""
+        assert watched.seek(1) == 1
+        assert watched.read(2) == b"23"
+
+
+def rendered_after_the_end(path: Path) -> int:
+    """Width of the last frame, when its container is closed and its memory was used for other things."""
+    with path.open("rb") as file, storage_failures_named(file) as watched:
+        [*_, last] = decode_from(watched, Start())
+    other = [b"\xc8" * size for size in range(100, 3000)]
+    _, geometry = Renderer(SPEC).render(last)
+    return geometry.scaled_width * bool(other)
+
+
+def test_the_last_frame_needs_nothing_of_the_closed_container(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "video.mp4", Recipe(pixel_aspect=Fraction(4, 3)))
+    with DecodeSandbox() as sandbox:
+        assert sandbox.run(rendered_after_the_end, path, timeout_seconds=60) == 64
 
 
 def test_a_large_remote_video_is_fetched_once_in_blocks_and_its_id_takes_only_samples(
