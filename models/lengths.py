@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from models.tokenizer import TokenizerConfig
+from models.config import TokenizerConfig
 
 
 class Padding(StrEnum):

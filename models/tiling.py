@@ -17,13 +17,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from models.tokenizer import TokenizerConfig
+from models.config import TokenizerConfig
 
 DEFAULT_OVERLAP = 64
 """Pixels; a multiple of every preset's space stride. What it costs and gains: docs/performance.md."""
