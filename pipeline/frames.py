@@ -373,14 +373,18 @@ def _at(pts: int, time_base: Fraction) -> str:
 def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
     """From the first frame to the end, by reading every packet but decoding none."""
     with open_video(watched) as (container, stream):
-        frame_ticks = usual_ticks(stream)
-        num_packets, end_pts = 0, first_pts
+        frame_ticks, time_base = usual_ticks(stream), time_base_of(stream)
+        longest = watched.limits.max_seconds / time_base
+        num_packets, ticks, end_pts = 0, 0, first_pts
         for packet in _packets(container, stream, Start(await_keyframe=False), watched.limits):
             if packet is not None:
                 num_packets += 1
                 if packet.pts is not None:
                     end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
-        return max(end_pts - first_pts, num_packets * frame_ticks if end_pts == first_pts else 0) * time_base_of(stream)
+                ticks = end_pts - first_pts or num_packets * frame_ticks
+                if ticks > longest:  # now, as there may be no end
+                    refuse_long(watched.limits, seconds=ticks * time_base)
+        return ticks * time_base
 
 
 def _refuse_truncated(stream: VideoStream, end_seconds: Fraction) -> None:

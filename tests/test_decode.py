@@ -5,22 +5,26 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from pipeline.container import WatchedFile
 from pipeline.decode import decode_span, fingerprint, probe_video
 from pipeline.geometry import Orientation, display_size, plan_geometry
 from pipeline.sampling import plan_spans
+from pipeline.storage import WHOLE_BYTES, open_video
 from schemas.video import Clip, ClipSpec, Reason, ResizePolicy, VideoError, VideoProbe, VideoRef
 from tests.videos import (
     BLUE,
     RED,
     Recipe,
+    numbered_frame,
     read_frame_number,
     write_audio_only,
     write_damaged,
@@ -338,6 +342,32 @@ def test_an_absurd_aspect_ratio_is_refused_before_it_takes_memory() -> None:
         plan_geometry(16384, 2, replace(SPEC, height=256, width=256))
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_the_largest_video_stream_is_taken_and_no_cover_picture(tmp_path: Path, suffix: str) -> None:
+    sizes = [(48, 32), (96, 64), (64, 48)]
+    with av.open(str(tmp_path / f"v.{suffix}"), "w") as container:
+        streams = [container.add_stream("libx264", rate=25, options={"preset": "ultrafast"}) for _ in sizes]
+        for stream, (width, height) in zip(streams, sizes, strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if suffix == "mp4":
+            cover = container.add_stream("png", rate=25)
+            cover.width, cover.height, cover.pix_fmt = 640, 480, "rgb24"
+            cover.disposition = Disposition.attached_pic
+            picture = numbered_frame(4000, 640, 480)
+            packets = [*cover.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *cover.encode(None)]
+            container.mux(packets)
+        for number in range(50):
+            for place, (stream, (width, height)) in enumerate(zip(streams, sizes, strict=True)):
+                picture = numbered_frame(number + 1000 * place, width, height)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    clips = decode(tmp_path / f"v.{suffix}")
+    times = [Fraction(n, 25) for n in range(50)]
+    assert numbers(clips) == [1000 + n for n in expected(times, Fraction(2), SPEC.fps)]
+    assert_same(decode(tmp_path / f"v.{suffix}", clips_per_span=1), clips)
+
+
 # Bad input.
 
 
@@ -448,6 +478,39 @@ def test_a_storage_that_fails_is_not_taken_for_a_damaged_video(tmp_path: Path, s
         assert caught.value.reason is Reason.UNREADABLE
         assert "secret" not in caught.value.detail
         assert "\n" not in caught.value.detail
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_a_large_video_in_s3_gives_the_same_clips_and_is_fetched_in_parts(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    import boto3
+    import s3fs
+
+    path = write_video(tmp_path / f"v.{suffix}", Recipe(codec="rawvideo", width=640, height=480))
+    uri, num_bytes = f"s3://videos/large/v.{suffix}", path.stat().st_size
+    assert num_bytes > WHOLE_BYTES
+    boto3.client("s3").upload_file(str(path), "videos", f"large/v.{suffix}")
+    fetched: list[tuple[int, int]] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self: object, method: str, *args: object, **kwargs: object) -> object:
+        if method == "get_object":
+            first, last = str(kwargs["Range"]).removeprefix("bytes=").split("-")
+            fetched.append((int(first), min(int(last) + 1, num_bytes)))
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    found = probe_video(VideoRef(uri=uri, num_bytes=-1), open_video)
+    assert replace(found, uri=str(path)) == probe(path)
+    assert sum(end - start for start, end in fetched) < num_bytes * 3 // 4
+    fetched.clear()
+    [span] = plan_spans(found, SPEC, 1000)
+    with open_video(uri) as file:
+        clips = decode_span(span, SPEC, file, max_clips=1000)
+    assert_same(clips, decode(path))
+    assert max(end - start for start, end in fetched) <= 4 << 20
+    assert all(before[1] <= after[0] for before, after in pairwise(sorted(fetched))), "a byte twice"
 
 
 def test_a_bug_in_the_opener_is_no_rejection() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import shutil
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +14,9 @@ from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO, cast
 
+import av
 import pytest
 
 from pipeline.container import storage_failures_named
@@ -94,28 +99,115 @@ def _box(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body) + 8) + name + body
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_an_mp4_whose_pictures_lie_in_another_file_gives_none_of_them(
-    tmp_path: Path, canary: tuple[Path, str, list[str]], remote: bool
-) -> None:
-    _, address, requests = canary
-    whole = write_video(tmp_path / "whole.mov", Recipe(num_frames=25))
+def referring(folder: Path, reference: bytes) -> tuple[Path, Path]:
+    """A mov, and a copy without pictures whose index says that they lie in another file."""
+    whole = write_video(folder / "whole.mov", Recipe(num_frames=25))
     data = bytearray(whole.read_bytes())
-    target = address if remote else str(whole)
     dref = data.index(b"dref") - 4
     size = int.from_bytes(data[dref : dref + 4], "big")
-    reference = _box(b"url ", struct.pack(">I", 0) + target.encode() + b"\0")
     longer = _box(b"dref", struct.pack(">II", 0, 1) + reference)
     data[dref : dref + size] = longer
     for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
         at = data.rindex(name, 0, dref + 8) - 4
         data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + len(longer) - size).to_bytes(4, "big")
     mdat = data.index(b"mdat") + 4
-    data[mdat : data.index(b"moov") - 4] = bytes(data.index(b"moov") - 4 - mdat)  # its own pictures are gone
-    path = tmp_path / "reference.mov"
+    data[mdat : data.index(b"moov") - 4] = bytes(data.index(b"moov") - 4 - mdat)
+    path = folder / "reference.mov"
     path.write_bytes(data)
+    return whole, path
+
+
+def _alias(path: Path) -> bytes:
+    """A Macintosh alias record with an absolute path, as FFmpeg reads it."""
+    name = str(path).encode()
+    name += bytes(len(name) % 2)
+    record = bytes(10) + bytes(28) + bytes(12) + bytes(64) + bytes(16) + struct.pack(">HH", 0, 0) + bytes(16)
+    record += struct.pack(">HH", 2, len(name)) + name + struct.pack(">HH", 0xFFFF, 0)
+    return _box(b"alis", struct.pack(">I", 0) + record)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_mp4_whose_pictures_lie_in_another_file_gives_none_of_them(
+    tmp_path: Path, canary: tuple[Path, str, list[str]], remote: bool
+) -> None:
+    _, address, requests = canary
+    target = address if remote else str(tmp_path / "whole.mov")
+    _, path = referring(tmp_path, _box(b"url ", struct.pack(">I", 0) + target.encode() + b"\0"))
     with pytest.raises(VideoError):
         decode(path)
+    assert not requests
+
+
+def test_a_reference_that_ffmpeg_would_follow_is_not_followed(tmp_path: Path) -> None:
+    whole, path = referring(tmp_path, _alias(tmp_path / "whole.mov"))
+    with av.open(str(path), container_options={"enable_drefs": "1", "use_absolute_path": "1"}) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 25, "the trap does not work"
+    assert decode(whole)
+    with pytest.raises(VideoError) as caught:
+        decode(path)
+    assert caught.value.reason is Reason.NO_FRAMES
+
+
+@pytest.mark.parametrize("content", [b"%03d.png", b"\x89PNG\r\n\x1a\n", None])
+@pytest.mark.parametrize("name", ["%03d.png", "%d.jpg", "*.png", "video.mp4"])
+def test_a_name_or_text_that_is_a_pattern_of_pictures_opens_none_of_them(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    for number in range(5):
+        write_video(tmp_path / f"{number:03}.png", Recipe(codec="png", pixel_format="rgb24", num_frames=1))
+    path = tmp_path / name
+    path.write_bytes((tmp_path / "000.png").read_bytes() if content is None else content)
+    with pytest.raises(VideoError) as caught:
+        decode(path)
+    assert caught.value.reason is Reason.NOT_A_VIDEO
+
+
+def test_matroska_that_links_to_another_file_or_has_one_attached_shows_only_itself(tmp_path: Path) -> None:
+    plain = write_video(tmp_path / "plain.mkv", Recipe(num_frames=25))
+    write_video(tmp_path / "canary.mkv", Recipe(num_frames=75))
+    data = plain.read_bytes()
+    at = data.index(b"\x4d\x80")  # who wrote it
+    size = data[at + 2] & 0x7F
+    name = b"canary.mkv".ljust(size - 1, b"\0")  # the identifier below is longer by one
+    linked = tmp_path / "linked.mkv"
+    linked.write_bytes(data[:at] + b"\x3e\x83\xbb" + bytes([0x80 | len(name)]) + name + data[at + 3 + size :])
+    attached = tmp_path / "attached.mkv"
+    with av.open(str(plain)) as source, av.open(str(attached), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        container.add_attachment("canary.mkv", "video/x-matroska", (tmp_path / "canary.mkv").read_bytes())
+        container.add_attachment("cover.png", "image/png", write_picture(tmp_path / "cover.png").read_bytes())
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    frames = [clip.frames.tobytes() for clip in decode(plain)]
+    for path in (linked, attached):
+        assert [clip.frames.tobytes() for clip in decode(path)] == frames
+
+
+def write_picture(path: Path) -> Path:
+    return write_video(path, Recipe(codec="png", pixel_format="rgb24", num_frames=1, width=640, height=480))
+
+
+@pytest.mark.parametrize("suffix", ["ogv", "mkv"])
+def test_a_cover_picture_that_is_an_address_is_not_fetched(
+    tmp_path: Path, canary: tuple[Path, str, list[str]], suffix: str
+) -> None:
+    _, address, requests = canary
+    link = b"-->"
+    picture = struct.pack(">II", 3, len(link)) + link + bytes(4) + struct.pack(">4I", 9, 9, 24, 0)
+    picture += struct.pack(">I", len(address)) + address.encode()
+    plain = write_video(tmp_path / "plain.mkv", Recipe(codec="libvpx", num_frames=25))
+    path = tmp_path / f"video.{suffix}"
+    with av.open(str(plain)) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        stream.metadata["METADATA_BLOCK_PICTURE"] = base64.b64encode(picture).decode()
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    assert b"METADATA_BLOCK_PICTURE" in path.read_bytes().upper()
+    assert len(decode(path)) == 1
     assert not requests
 
 
@@ -274,6 +366,81 @@ def test_a_large_remote_video_is_fetched_once_in_blocks_and_its_id_takes_only_sa
         ranges = sorted(fetched)
         assert all(before[1] <= after[0] for before, after in pairwise(ranges)), ranges
         assert sum(end - start for start, end in ranges) <= 16 << 20
+
+
+class Endless(io.RawIOBase):
+    """A file that repeats its content for ever, or keeps silent for ever after it."""
+
+    def __init__(self, content: bytes, *, silent: bool = False) -> None:
+        super().__init__()
+        self.content, self.silent, self.position = content, silent, 0
+
+    def read(self, num_bytes: int = -1, /) -> bytes:
+        at = self.position % len(self.content)
+        data = self.content[at : at + num_bytes]
+        if self.silent and self.position >= len(self.content):
+            threading.Event().wait()
+        self.position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self.position = offset + {0: 0, 1: self.position, 2: 1 << 50}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+
+def decode_endless(content: bytes, limits: Limits, *, silent: bool = False, probed: bool = False) -> int:
+    """Number of clips; runs in the child too."""
+    whole = Path(tempfile.mkdtemp()) / "whole"
+    whole.write_bytes(content)
+    uri = str(whole)
+
+    def open_input(_: str) -> BinaryIO:
+        return cast(BinaryIO, Endless(content, silent=silent)) if probed else whole.open("rb")
+
+    [span, *_] = plan_spans(probe_video(VideoRef(uri=uri, num_bytes=-1), open_input, limits), SPEC, 1000)
+    shutil.rmtree(whole.parent)
+    file = cast(BinaryIO, Endless(content, silent=silent))
+    return len(decode_span(span, SPEC, file, max_clips=10**6, limits=limits))
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [(replace(LARGE, max_seconds=20), "--max-seconds"), (replace(LARGE, max_frames=500), "--max-frames")],
+)
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("suffix", ["h264", "mjpeg"])
+def test_a_video_without_an_end_is_over_a_limit(
+    tmp_path: Path, suffix: str, probed: bool, limits: Limits, named: str
+) -> None:
+    recipe = Recipe(num_frames=10)
+    if suffix == "mjpeg":
+        recipe = replace(recipe, codec="mjpeg", pixel_format="yuvj420p")
+    content = write_video(tmp_path / f"v.{suffix}", recipe).read_bytes()
+    with pytest.raises(VideoError) as caught:
+        decode_endless(content, limits, probed=probed)
+    assert (caught.value.reason, named in caught.value.detail) == (Reason.OVER_LIMIT, True)
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "flv", "mkv"])
+def test_a_video_that_begins_again_and_again_is_refused(tmp_path: Path, suffix: str) -> None:
+    content = write_video(tmp_path / f"v.{suffix}", Recipe(codec="mpeg2video" if suffix == "mpg" else "libx264"))
+    with pytest.raises(VideoError) as caught:
+        decode_endless(content.read_bytes(), replace(LARGE, max_seconds=20, max_frames=500))
+    print(caught.value)
+    assert caught.value.reason in (Reason.DECODE_ERROR, Reason.OVER_LIMIT)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_decoder_that_never_ends_or_waits_for_ever_is_ended(tmp_path: Path, silent: bool) -> None:
+    content = write_video(tmp_path / "v.h264", Recipe(num_frames=20)).read_bytes()
+    with DecodeSandbox() as sandbox:
+        with pytest.raises(VideoError) as caught:
+            sandbox.run(decode_endless, content, LARGE, silent=silent, timeout_seconds=1.5)
+        assert caught.value.reason is Reason.DECODE_TIMEOUT
+        assert sandbox.run(len, content, timeout_seconds=60) == len(content), "the next video has a decoder again"
 
 
 def test_long_stretches_have_more_time() -> None:

@@ -10,7 +10,10 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+from av.packet import Packet
+from av.video.stream import VideoStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +32,10 @@ def shown_by_ffmpeg(path: Path) -> Shown:
     """All frames in presentation order, as a plain loop over the whole file finds them."""
     with av.open(str(path)) as container:
         return [
-            (frame.pts * frame.time_base, read_frame_number(frame.to_ndarray(format="rgb24")))
+            (
+                frame.pts * frame.time_base,
+                read_frame_number(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)),
+            )
             for frame in container.decode(video=0)
             if frame.pts is not None and frame.time_base is not None
         ]
@@ -55,7 +61,7 @@ def steady(num_frames: int = 50, start: Fraction = Fraction(0), first: int = 0) 
     return shown, start + Fraction(num_frames, 25)
 
 
-def remux(path: Path, source: Path, change: Callable[[list[av.Packet]], object], **options: str) -> Path:
+def remux(path: Path, source: Path, change: Callable[[list[Packet[VideoStream]]], object], **options: str) -> Path:
     """The packets of a file's video, changed, in another container."""
     with av.open(str(source)) as old, av.open(str(path), "w", container_options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
@@ -184,7 +190,7 @@ def test_of_frames_with_the_same_time_the_last_one_is_shown(tmp_path: Path, suff
     assert {number % 2 for number in numbers(clips)} == {1}
 
 
-def repeat_packets(packets: list[av.Packet]) -> None:
+def repeat_packets(packets: list[Packet[VideoStream]]) -> None:
     for packet, following in pairwise(packets):
         if packet.pts is not None and following.pts is not None and following.pts - packet.pts <= 1:
             following.pts = following.dts = packet.pts
