@@ -132,7 +132,7 @@ def encode_by_another_cut(tokenizer: VideoTokenizer, run: TokenizeRun, values: M
     config = tokenizer.config
     spec = stored_spec(run, config, values)
     wider = replace(spec, halo_clips=spec.halo_clips + int(spec.continuous))
-    clips = decode_again(values["uri"], values["video_id"], values["clip_index"], wider, row_part(values))
+    clips = decode_again(values["uri"], values["video_id"], values["clip_index"], wider, row_part(values), run.limits)
     if spec.continuous:
         num_latents = spec.num_frames // config.time_stride
         whole = _in_pieces(tokenizer, _to_input(tokenizer, clips)[:, :, spec.lead_frames :])

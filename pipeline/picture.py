@@ -10,6 +10,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.filter import Graph
+from av.filter.context import FilterContext
 from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.format import VideoFormat
@@ -18,6 +19,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from pipeline.archive import ImageArchive
 from pipeline.colour import Colour, Transfer, colour_of, rgb_from_ycbcr, to_bt709
 from pipeline.container import ffmpeg_failures_as
 from pipeline.frames import Shown
@@ -160,20 +162,51 @@ class Renderer:
 
 
 def orientation_of(frame: VideoFrame) -> Orientation:
-    side_data = cast(SideDataContainer, frame.side_data)  # the stubs call it a dictionary of strings
+    try:
+        side_data = cast(SideDataContainer, frame.side_data)  # the stubs call it a dictionary of strings
+    except ValueError:
+        side_data = cast(SideDataContainer, _with_known_side_data(frame).side_data)
     matrix = next((data for data in side_data if data.type is SideDataType.DISPLAYMATRIX), None)
     return Orientation.from_display_matrix(bytes(matrix)) if matrix is not None else Orientation()
+
+
+def _with_known_side_data(frame: VideoFrame) -> VideoFrame:
+    """The same picture without the kinds of side data that PyAV does not know, and fails at: EXIF, above all.
+
+    FFmpeg's decoders have read the orientation out of it by then.
+    """
+    graph = Graph()
+    graph.threads = 1
+    at: FilterContext = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    for kind in _UNKNOWN_SIDE_DATA:
+        following = graph.add("sidedata", f"mode=delete:type={kind}")
+        at.link_to(following)
+        at = following
+    sink = graph.add("buffersink")
+    at.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return cast(VideoFrame, sink.pull())
+
+
+# LCEVC, view ids, reference displays and EXIF, by their numbers in FFmpeg 8 (libavutil/frame.h).
+_UNKNOWN_SIDE_DATA = (28, 29, 30, 31)
 
 
 # Containers in which only the pictures themselves state a pixel shape, which may change on the way.
 _WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
 
 
-def pixel_aspect(stream: VideoStream) -> Fraction | None:
+def pixel_aspect(stream: VideoStream | ImageArchive) -> Fraction | None:
     """Shape of a pixel: what the container says, as in players, otherwise what the decoder found last.
 
-    The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
+    The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them. Images of an
+    archive have square pixels: cameras write densities there that nobody looks at.
     """
+    if isinstance(stream, ImageArchive):
+        return None
     if _WITHOUT_ASPECT & set(stream.container.format.name.split(",")):
         return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
     return stream.sample_aspect_ratio

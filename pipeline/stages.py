@@ -183,16 +183,24 @@ def _start_seconds(span: Span, spec: ClipSpec) -> float:
     return float(max(span.part.start_seconds, layout.start_seconds(span.first_clip) if inside else 0))
 
 
-def decode_again(uri: str, video_id: str, clip_index: int, spec: ClipSpec, part: Part | None = None) -> list[Clip]:
+def decode_again(
+    uri: str,
+    video_id: str,
+    clip_index: int,
+    spec: ClipSpec,
+    part: Part | None = None,
+    limits: Limits | None = None,
+) -> list[Clip]:
     """One clip of a video that was tokenized before, after those of its halo, straight from its source.
 
     Args:
         part: which part of the video its index counts in; None for the whole.
+        limits: those of its run, which hold the rate of images in an archive.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
-    limits = Limits()
+    limits = limits or Limits()
     header = probe(VideoRef(uri=uri, num_bytes=-1), limits)
     if isinstance(header, VideoError):
         raise header
