@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 import av
 import av.logging
@@ -48,6 +48,9 @@ _MAGIC = (
 
 # Else FFmpeg conceals what is missing. Its tiff decoder would refuse tags that it does not know.
 _STRICTNESS = {"png": "crccheck+explode", "mjpeg": "explode"}
+
+# None, CCITT (three of them), LZW, deflate (two) and PackBits; FFmpeg shows black for others, without a word.
+_TIFF_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 8, 32946, 32773})
 
 _MAX_MEMBERS = 1_000_000
 """Images or not: 11 hours at 24 per second."""
@@ -248,6 +251,8 @@ def _decode(data: bytes, limits: Limits) -> tuple[VideoFrame, str]:
         codec = "webp"
     if not codec:
         raise VideoError(Reason.DECODE_ERROR, "not an image of a kind that is known here, whatever its name says")
+    if codec == "tiff" and (compression := _tiff_compression(data)) not in _TIFF_COMPRESSIONS:
+        raise VideoError(Reason.UNSUPPORTED, f"a tiff compressed by method {compression}; save it with LZW or deflate")
     context = cast(VideoCodecContext, av.CodecContext.create(codec, "r"))
     context.thread_type, context.thread_count = "NONE", 1
     context.options = {"max_pixels": str(allocated_pixels(limits)), "err_detect": _STRICTNESS.get(codec, "crccheck")}
@@ -272,6 +277,16 @@ def _decode(data: bytes, limits: Limits) -> tuple[VideoFrame, str]:
         raise VideoError(Reason.DECODE_ERROR, said[-1] if said else words)
     refuse_large(limits, frames[0].width, frames[0].height)
     return frames[0], codec
+
+
+def _tiff_compression(data: bytes) -> int:
+    """The first picture's; 1, which is none, where it is not stated."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+    at = int.from_bytes(data[4:8], order)
+    for entry in range(at + 2, at + 2 + 12 * int.from_bytes(data[at : at + 2], order), 12):
+        if int.from_bytes(data[entry : entry + 2], order) == 259:
+            return int.from_bytes(data[entry + 8 : entry + 10], order)
+    return 1
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from pipeline.container import (
 )
 from pipeline.frames import Shown, Start, decode_from, frames_after, frames_covering, seconds_from_packets
 from pipeline.geometry import display_size, place
-from pipeline.picture import Renderer, orientation_of, pixel_aspect
+from pipeline.picture import Renderer, orientation_of
 from pipeline.sampling import Grid, Layout
 from schemas.video import (
     Clip,
@@ -81,7 +81,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             first = next(frames)  # or it raises NO_FRAMES
             stream = first.stream
             orientation = orientation_of(first.frame)
-            width, height = display_size(first.frame.width, first.frame.height, pixel_aspect(stream), orientation)
+            width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
             duration_seconds: Fraction | None
             if isinstance(stream, ImageArchive):
                 codec, fps, time_base = stream.codec, stream.rate, 1 / stream.rate

@@ -44,6 +44,8 @@ class Shown:
     end_pts: int
     """The next one's time, where only wanted frames are decoded."""
     stream: VideoStream | ImageArchive
+    pixel_aspect: Fraction | None = None
+    """Shape of a pixel; None for squares. The stream cannot tell later: the last frame outlives its container."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,7 +242,9 @@ def _decode_once(
                         detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
                         raise VideoError(Reason.DECODE_ERROR, detail)
                     end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream)
+                    previous = Shown(
+                        frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=_pixel_aspect(stream)
+                    )
                     yield previous
             awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
@@ -251,6 +255,20 @@ def _decode_once(
                 raise VideoError(
                     Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
                 )
+
+
+# Containers in which only the pictures themselves state a pixel shape, which may change on the way.
+_WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
+
+
+def _pixel_aspect(stream: VideoStream) -> Fraction | None:
+    """Shape of a pixel: what the container says, as in players, otherwise what the decoder found last.
+
+    The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
+    """
+    if _WITHOUT_ASPECT & set(stream.container.format.name.split(",")):
+        return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
+    return stream.sample_aspect_ratio
 
 
 @contextmanager

@@ -141,8 +141,8 @@ class TokenizeRun(BaseModel):
         section="Input",
         min_length=1,
         help="Videos, or images in .tar or .zip: files, folders (searched recursively), globs, or manifests (.parquet, "
-        ".csv, .jsonl with a 'uri' column; every further column travels to the token rows). Local, or any URL that fsspec opens, "
-        "such as s3://bucket/clips/*.mp4.",
+        ".csv, .jsonl with a 'uri' column; every further column travels to the token rows). Local, or any URL that "
+        "fsspec opens, such as s3://bucket/clips/*.mp4.",
     )
     signals: Signals | None = setting(
         None,

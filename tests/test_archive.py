@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
 import tarfile
@@ -11,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
 import pytest
 from av.video.codeccontext import VideoCodecContext
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageCms
 
 from jobs.cli import vidshard
 from pipeline.decode import decode_span, decode_spans, probe_video
 from pipeline.read import read_clips
 from pipeline.sampling import plan_spans
 from pipeline.shards import read_rejects, shard_paths
-from pipeline.storage import open_binary
+from pipeline.storage import open_binary, open_video, write_atomic
 from schemas.video import Clip, ClipSpec, Limits, Reason, Span, VideoError, VideoProbe, VideoRef
 from tests.videos import Pixels, numbered_frame, read_frame_number
 
@@ -179,11 +180,9 @@ def test_only_needed_images_are_decoded(archive: Path, monkeypatch: pytest.Monke
 
 def test_images_of_other_sizes_and_depths_follow_one_another(tmp_path: Path) -> None:
     path = tmp_path / "v.zip"
-    gray = io.BytesIO()
-    Image.fromarray(numbered_frame(1, 64, 64)).convert("L").save(gray, "png")
-    palette = io.BytesIO()
-    Image.fromarray(numbered_frame(2, 128, 96)).convert("P").save(palette, "png")
-    write_archive(path, [("0.png", image(0)), ("1.png", gray.getvalue()), ("2.png", palette.getvalue())])
+    gray = saved(Image.fromarray(numbered_frame(1, 64, 64)).convert("L"), "png")
+    palette = saved(Image.fromarray(numbered_frame(2, 128, 96)).convert("P"), "png")
+    write_archive(path, [("0.png", image(0)), ("1.png", gray), ("2.png", palette)])
     assert numbers(clips_of(path)) == [0, 1, 2]
 
 
@@ -203,15 +202,103 @@ def test_a_camera_held_otherwise_gives_upright_pictures(tmp_path: Path, suffix: 
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(turned)).save(data, suffix, exif=exif)
-    path = write_archive(tmp_path / "v.zip", [(f"a.{suffix}", data.getvalue())])
+    data = saved(Image.fromarray(np.ascontiguousarray(turned)), suffix, exif=exif)
+    path = write_archive(tmp_path / "v.zip", [(f"a.{suffix}", data)])
     header = probe(path)
     assert (header.source.width, header.source.height) == (WIDTH, HEIGHT)
     assert numbers(clips_of(path)) == [5]
 
 
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, kind, **options)
+    return data.getvalue()
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("png", "RGB", {"icc_profile": PROFILE}),
+        ("png", "LA", {}),
+        ("png", "P", {}),
+        ("jpeg", "RGB", {"icc_profile": PROFILE, "progressive": True, "dpi": (72, 144)}),
+        ("jpeg", "L", {}),
+        ("jpeg", "CMYK", {}),
+        ("webp", "RGBA", {"lossless": True}),
+        ("webp", "RGB", {"icc_profile": PROFILE}),
+        ("bmp", "P", {}),
+        ("tiff", "RGB", {"compression": "tiff_lzw"}),
+        ("tiff", "RGB", {"compression": "tiff_adobe_deflate"}),
+        ("tiff", "CMYK", {"compression": "packbits"}),
+        ("tiff", "1", {"compression": "group4"}),
+    ],
+)
+def test_images_as_other_programs_write_them(tmp_path: Path, kind: str, mode: str, options: dict[str, Any]) -> None:
+    pictures = [Image.fromarray(numbered_frame(number, WIDTH, HEIGHT)).convert(mode) for number in range(3)]
+    members = [(f"{number}.{kind}", saved(picture, kind, **options)) for number, picture in enumerate(pictures)]
+    path = write_archive(tmp_path / "v.zip", members)
+    clips = clips_of(path)
+    gc.collect()  # PyAV frees a png's profile twice, and dies of it here
+    assert numbers(clips) == [0, 1, 2]
+    assert (probe(path).source.width, probe(path).source.height) == (WIDTH, HEIGHT)
+
+
+def test_a_tiff_that_ffmpeg_shows_black_is_refused(tmp_path: Path) -> None:
+    data = saved(Image.fromarray(numbered_frame(1, WIDTH, HEIGHT)), "tiff", compression="jpeg")
+    path = write_archive(tmp_path / "v.zip", [("0.tif", image(0, "tif")), ("1.tif", data)])
+    error = refusal(path)
+    assert error.reason is Reason.UNSUPPORTED
+    assert "1.tif: a tiff compressed by method 7" in error.detail
+
+
+def test_a_video_of_camera_pictures_is_upright_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "v.mjpeg"
+    turned = [np.ascontiguousarray(np.rot90(numbered_frame(number, WIDTH, HEIGHT))) for number in range(5)]
+    path.write_bytes(b"".join(saved(Image.fromarray(picture), "jpeg", exif=exif) for picture in turned))
+    assert numbers(clips_of(path, replace(SPEC, fps=Fraction(25)))) == [0, 1, 2, 3, 4]
+
+
+def test_an_archive_is_read_from_any_file_system(archive: Path) -> None:
+    uri = f"memory://{archive.name}"
+    write_atomic(uri, archive.read_bytes())
+    header = probe_video(VideoRef(uri=uri, num_bytes=-1), open_video)
+    [span] = plan_spans(header, SPEC, 1000)
+    with open_video(uri) as file:
+        assert numbers(decode_span(span, SPEC, file, max_clips=99)) == list(range(50))
+
+
 # Damage and hostility.
+
+
+class _Lost(io.BytesIO):
+    """A file whose storage fails after so many reads."""
+
+    num_left = 1 << 30
+
+    def read(self, num_bytes: int | None = -1, /) -> bytes:
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise OSError("connection lost")
+        return super().read(num_bytes)
+
+
+def test_a_lost_connection_is_the_storages_fault(archive: Path) -> None:
+    [span] = spans_of(archive)
+    reads = []
+    for num_reads in (1, 2, 4, 9, 60, 100):
+        file = _Lost(archive.read_bytes())
+        file.num_left = num_reads
+        try:
+            decode_span(span, SPEC, file, max_clips=99)
+        except VideoError as error:
+            reads.append((error.reason, error.detail))
+    assert len(reads) > 4
+    assert set(reads) == {(Reason.UNREADABLE, "connection lost")}
 
 
 def test_an_archive_without_images_is_no_video(tmp_path: Path) -> None:
@@ -387,6 +474,15 @@ def test_animated_pictures_have_their_own_times(tmp_path: Path, suffix: str) -> 
     for one, other in zip(apart, whole, strict=True):
         assert np.array_equal(one.frames, other.frames)
         assert np.array_equal(one.frame_pts_seconds, other.frame_pts_seconds)
+
+
+def test_an_animation_with_a_colour_profile_is_decoded(tmp_path: Path) -> None:
+    first, *rest = [Image.fromarray(numbered_frame(number, WIDTH, HEIGHT)) for number in range(3)]
+    path = tmp_path / "v.png"
+    first.save(path, save_all=True, append_images=rest, duration=100, icc_profile=PROFILE)
+    clips = clips_of(path, replace(SPEC, fps=Fraction(10)))
+    gc.collect()
+    assert numbers(clips) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
