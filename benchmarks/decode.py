@@ -254,7 +254,8 @@ def decode_plainly(task: Task) -> Pixels:
             assert frame.pts is not None
             if previous is not None:
                 _take(previous, grid.first_index_at(frame.pts), task.spec, renderer, taken)
-            previous = Shown(frame=frame, pts=frame.pts, end_pts=frame.pts + frame.duration, stream=stream)
+            end_pts, aspect = frame.pts + frame.duration, stream.sample_aspect_ratio
+            previous = Shown(frame=frame, pts=frame.pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
         assert previous is not None
         _take(previous, grid.first_index_at(previous.end_pts), task.spec, renderer, taken)
     return np.stack(taken)

@@ -297,8 +297,8 @@ def _source_frames(clip: StoredClip, run: TokenizeRun, config: TokenizerConfig, 
     values = clip.values
     try:
         spec = replace(stored_spec(run, config, values), halo_clips=0)
-        clip_index = values["clip_index"]
-        source = decode_again(values["uri"], values["video_id"], clip_index, spec, row_part(values), run.limits)[-1]
+        uri, video_id, part = values["uri"], values["video_id"], row_part(values)
+        source = decode_again(uri, video_id, values["clip_index"], spec, part, run.limits)[-1]
     except VideoError as error:
         console.print(f"{values['uri']} cannot be shown beside: {error}", highlight=False, markup=False)
         return None

@@ -125,6 +125,8 @@ class Request:
             kept += ["clip_placement", "clip_seed"]
         if self.run.min_seconds:
             kept.append("min_seconds")
+        if self.run.image_fps != TokenizeRun.model_fields["image_fps"].default:
+            kept.append("image_fps")
         if self.run.damaged != "reject":
             kept.append("damaged")
         tokenizer = self.tokenizer.model_dump(mode="json")

@@ -158,7 +158,7 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
             watched,
             "r",
             # max_pixels: for the decoders that look for the streams' parameters
-            options={"max_pixels": str(_allocated_pixels(watched.limits))},
+            options={"max_pixels": str(allocated_pixels(watched.limits))},
             container_options={
                 "format_whitelist": ALLOWED_FORMATS,
                 "protocol_whitelist": "none",
@@ -195,11 +195,11 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
         context.thread_type = thread_type
         context.thread_count = 1 if thread_type == "NONE" else 0
         refuse_large(watched.limits, context.width, context.height)
-        context.options = {**context.options, "max_pixels": str(_allocated_pixels(watched.limits))}
+        context.options = {**context.options, "max_pixels": str(allocated_pixels(watched.limits))}
         yield container, video
 
 
-def _allocated_pixels(limits: Limits) -> int:
+def allocated_pixels(limits: Limits) -> int:
     """What FFmpeg may allocate for a picture: it counts rows filled up to 64 pixels; the exact limit is ours."""
     return min(limits.max_pixels + 64 * 16384, 2**31 - 1)
 
@@ -239,6 +239,15 @@ _SCRIPTS = (
     (b"<asx", "a playlist"),
 )
 
+_OTHERS = (
+    (b"\x1f\x8b", "compressed with gzip: decompress it, as images are read only out of a plain .tar or a .zip"),
+    (b"BZh", "compressed with bzip2: decompress it, as images are read only out of a plain .tar or a .zip"),
+    (b"\xfd7zXZ\0", "compressed with xz: decompress it, as images are read only out of a plain .tar or a .zip"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: decompress it, as images are read only out of a plain .tar or a .zip"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: images are read out of a plain .tar or a .zip"),
+    (b"Rar!\x1a\x07", "a RAR archive: images are read out of a plain .tar or a .zip"),
+)
+
 
 def _refusal(watched: WatchedFile, head: bytes, error: av.FFmpegError) -> VideoError:
     """Why FFmpeg would not open it, as far as its first bytes tell."""
@@ -247,6 +256,12 @@ def _refusal(watched: WatchedFile, head: bytes, error: av.FFmpegError) -> VideoE
     for mark, name in _SCRIPTS:
         if text.startswith(mark) or (mark.startswith(b"<") and text.startswith(b"<?xml") and mark in text):
             return VideoError(Reason.NOT_A_VIDEO, f"{name}: it names other files, and those are never opened")
+    for mark, name in _OTHERS:
+        if head.startswith(mark):
+            return VideoError(Reason.NOT_A_VIDEO, name)
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        advice = "put single images into a .tar or .zip, convert an animated one to .png (APNG), .gif or .mp4"
+        return VideoError(Reason.NOT_A_VIDEO, f"a WebP picture: {advice}")
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         if _has_mp4_index(watched):
             return VideoError(Reason.DECODE_ERROR, f"the mp4 index (moov) is damaged: {words}")

@@ -15,11 +15,13 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.archive import ImageArchive
 from pipeline.container import (
     ThreadType,
     WatchedFile,
@@ -77,20 +79,26 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
         video_id = fingerprint(watched)
         with closing(decode_from(watched, Start(), keep_going=True)) as frames:
             first = next(frames)  # or it raises NO_FRAMES
-            assert first.frame is not None, "only frames that nobody needs are left out"
             stream = first.stream
             orientation = orientation_of(first.frame)
             width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
+            duration_seconds: Fraction | None
+            if isinstance(stream, ImageArchive):
+                codec, fps, time_base = stream.codec, stream.rate, 1 / stream.rate
+                duration_seconds = (len(stream) - first.pts) / stream.rate
+                # their times are the run's: at another rate they are another video
+                video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
+            else:
+                codec, fps, time_base = codec_name(stream), stream.average_rate or Fraction(0), time_base_of(stream)
+                duration_seconds = seconds_from_header(stream, first.pts * time_base)
+                refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
             source = VideoSource(
                 width=width,
                 height=height,
-                codec=codec_name(stream),
-                fps=float(stream.average_rate or 0),
+                codec=codec,
+                fps=float(fps),
                 rotation_degrees=orientation.rotation_degrees,
             )
-            time_base = time_base_of(stream)
-            duration_seconds = seconds_from_header(stream, first.pts * time_base)
-            refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
         if duration_seconds is None:
             duration_seconds = seconds_from_packets(watched, first.pts)
             refuse_long(watched.limits, seconds=duration_seconds)

@@ -45,11 +45,13 @@ VIDEO_EXTENSIONS = frozenset(
         "mts",
         "mxf",
         "ogv",
+        "tar",
         "ts",
         "vob",
         "webm",
         "wmv",
         "y4m",
+        "zip",
     ]
 )
 MANIFEST_EXTENSIONS = frozenset({"parquet", "csv", "jsonl"})

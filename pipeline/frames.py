@@ -17,6 +17,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from pipeline.archive import ImageArchive, image_archive
 from pipeline.container import (
     ThreadType,
     WatchedFile,
@@ -45,9 +46,9 @@ class Shown:
     pts: int
     end_pts: int
     """The next one's time, where only wanted frames are decoded."""
+    stream: VideoStream | ImageArchive
     pixel_aspect: Fraction | None = None
-    stream: VideoStream
-    """Only until the next frame is asked for: at the end it is gone, and reading from it is a segmentation fault."""
+    """Shape of a pixel; None for squares. The stream cannot tell later: the last frame outlives its container."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,11 +136,44 @@ def decode_from(
         needed: decode the frames for which it holds, with the same pixels and times; others where that is no extra
             work. It ends with the last of them. None decodes all.
     """
+    archive = image_archive(watched)
+    if archive is not None:
+        yield from _images_from(archive, start, keep_going, needed)
+        return
     try:
         yield from _decode_needed(watched, start, thread_type, keep_going, needed)
     except _NoKeyframeError:
         if start.seek_pts is None:
             yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going, None)
+
+
+def _images_from(
+    archive: ImageArchive, start: Start, keep_going: bool, needed: Needed | None
+) -> Generator[Shown, None, None]:
+    """Images of an archive: the one sought, those that are needed, and the last one, after which is the end."""
+    last = len(archive) - 1
+    first = 0
+    if start.seek_pts is not None:
+        first = max(0, start.seek_pts if start.forward else min(start.seek_pts, last))
+    awaited = start.seek_pts is not None  # the one sought; forward, the first that is whole
+    failure: VideoError | None = None
+    for pts in range(first, len(archive)):
+        if needed is not None and not awaited:
+            if not needed(pts, FOREVER):
+                return
+            if pts < last and not needed(pts, pts + 1):
+                continue
+        try:
+            frame = archive.frame(pts)
+        except VideoError as error:
+            if not keep_going and not (awaited and start.forward):
+                raise
+            failure = error
+            continue
+        yield Shown(frame=frame, pts=pts, end_pts=pts + 1, stream=archive)
+        awaited = keep_going = False
+    if keep_going and failure is not None:
+        raise VideoError(Reason.NO_FRAMES, f"not one image of the archive could be decoded: {failure.detail}")
 
 
 def _decode_needed(
@@ -211,8 +245,9 @@ def _decode_once(
                         detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
                         raise VideoError(Reason.DECODE_ERROR, detail)
                     end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                    aspect = pixel_aspect(stream)
-                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, pixel_aspect=aspect, stream=stream)
+                    previous = Shown(
+                        frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=pixel_aspect(stream)
+                    )
                     yield previous
             awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
@@ -223,6 +258,10 @@ def _decode_once(
                 raise VideoError(
                     Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
                 )
+
+
+# Containers in which only the pictures themselves state a pixel shape, which may change on the way.
+_WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
 
 
 @contextmanager
@@ -372,6 +411,9 @@ def _at(pts: int, time_base: Fraction) -> str:
 
 def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
     """From the first frame to the end, by reading every packet but decoding none."""
+    archive = image_archive(watched)
+    if archive is not None:
+        return (len(archive) - first_pts) / archive.rate
     with open_video(watched) as (container, stream):
         frame_ticks, time_base = usual_ticks(stream), time_base_of(stream)
         longest = watched.limits.max_seconds / time_base

@@ -196,7 +196,7 @@ def decode_again(
 
     Args:
         part: which part of the video its index counts in; None for the whole.
-        limits: what the video may cost.
+        limits: those of its run, which hold the rate of images in an archive.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.

@@ -140,9 +140,9 @@ class TokenizeRun(BaseModel):
     inputs: list[str] = setting(
         section="Input",
         min_length=1,
-        help="Videos: files, folders (searched recursively), globs, or manifests (.parquet, .csv, .jsonl with a "
-        "'uri' column; every further column travels to the token rows). Local, or any URL that fsspec opens, "
-        "such as s3://bucket/clips/*.mp4.",
+        help="Videos, or images in .tar or .zip: files, folders (searched recursively), globs, or manifests (.parquet, "
+        ".csv, .jsonl with a 'uri' column; every further column travels to the token rows). Local, or any URL that "
+        "fsspec opens, such as s3://bucket/clips/*.mp4.",
     )
     signals: Signals | None = setting(
         None,
@@ -152,6 +152,12 @@ class TokenizeRun(BaseModel):
         "a .parquet, .npz or .npy file for each row, and every clip row gets the values at its frames' times. RULE is "
         "previous, nearest, linear, or window for all samples between two frames. Times are seconds after the video's "
         "first frame.",
+    )
+    image_fps: Rate = setting(
+        Fraction(24),
+        section="Input",
+        metavar="RATE",
+        help="A .tar or .zip of images is one video: its images in natural order of their names, so many a second.",
     )
     limit: int | None = setting(
         None, section="Input", ge=1, metavar="N", help="Take only the first N videos, in sorted order."
@@ -450,6 +456,7 @@ class TokenizeRun(BaseModel):
             timeout_seconds=self.decode_timeout,
             seconds_per_second=self.decode_seconds_per_second,
             memory_bytes=self.decode_memory,
+            image_fps=self.image_fps,
         )
 
     @property

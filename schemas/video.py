@@ -272,7 +272,10 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one video may cost before it is refused. No part of a run's identity: tokens do not depend on them."""
+    """What one video may cost before it is refused, and how it is read.
+
+    No part of a run's identity, as tokens do not depend on them; only ``image_fps`` is, if it is not the default.
+    """
 
     max_pixels: int = 8192 * 8192
     """Of one coded picture; the decoder allocates no larger one."""
@@ -286,6 +289,8 @@ class Limits:
     """For one second of a stretch that is so long that this allows more than ``timeout_seconds``."""
     memory_bytes: int = 4 << 30
     """What one decoding process may allocate: some twenty times what 4K video takes."""
+    image_fps: Fraction = Fraction(24)
+    """Images of an archive are shown at this rate."""
 
     def seconds_for(self, video_seconds: float) -> float:
         """How long decoding this much video may take."""
