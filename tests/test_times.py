@@ -267,6 +267,16 @@ def test_where_headers_lie_clips_follow_the_frames_or_the_video_is_refused(tmp_p
         assert_follows(path, shown, end + LAST_FRAME_STAYS.get(lie, 0))
 
 
+def test_the_rate_of_an_avi_is_its_clock(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.avi", Recipe(codec="mpeg4"))
+    path = patched(tmp_path / "v.avi", whole, lambda data: [put(b"strh", at, "<I", n)(data) for at, n in CLOCK])
+    assert_follows(path, [(Fraction(n, 10), n) for n in range(50)], Fraction(5))
+
+
+CLOCK = ((28, 1), (32, 10))
+"""dwScale and dwRate."""
+
+
 # A property, and exactness.
 
 
