@@ -152,7 +152,7 @@ class ImageArchive:
         entries = self._zip.infolist()
         _refuse_many(len(entries))
         for entry in entries:
-            if not entry.is_dir() and _is_image(entry.filename):
+            if _is_image(entry.filename):  # no folder is: its name ends in a slash
                 yield _Image(name=entry.filename, num_bytes=entry.file_size, at=entry)
 
     def _of_tar(self) -> Iterator[_Image]:

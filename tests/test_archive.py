@@ -442,6 +442,15 @@ def test_noise_in_an_archive_is_a_refusal_or_clips(archive: Path, tmp_path: Path
     assert refused.reason is not Reason.UNREADABLE
 
 
+def test_a_member_without_a_name_is_passed_over(tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "v.zip", [*sequence(3), ("a", b"text")])
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 28 : entry + 32] = struct.pack("<HH", 0, 1)  # its name becomes an extra field
+    path.write_bytes(data)
+    assert numbers(clips_of(path)) == [0, 1, 2]
+
+
 def test_names_that_cannot_be_printed_are_refused_readably(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "v.tar", [("0.png", image(0)), ("a\nb\udcff\x1b[31m.png", b"no image")])
     error = refusal(path)
