@@ -12,7 +12,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +32,7 @@ as its first one, and the last moment before its end as no longer its own: else 
 frame of the neighbouring shot."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """The regular times at which a video is sampled: ``start_pts`` ticks, ``offset_seconds``, ``index / fps``."""
 
@@ -55,9 +55,13 @@ class Grid:
         A frame shown from ``a`` to ``b`` ticks, exclusive, covers the indices ``first_index_at(a)`` to
         ``first_index_at(b)``, exclusive; a video that ends at ``b`` has ``first_index_at(b)`` grid times.
         """
-        base, offset, fps = self.time_base, self.offset_seconds, self.fps
-        seconds = (pts - self.start_pts) * base.numerator * offset.denominator - offset.numerator * base.denominator
-        return max(0, -(-seconds * fps.numerator // (base.denominator * offset.denominator * fps.denominator)))
+        per_tick, offset, unit = self._whole_steps
+        return max(0, -((offset - (pts - self.start_pts) * per_tick) // unit))
+
+    @cached_property
+    def _whole_steps(self) -> tuple[int, ...]:
+        """Grid times in a tick, in the offset, and one, in whole units: it is asked for each packet."""
+        return _in_whole_units(self.time_base * self.fps, self.offset_seconds * self.fps, Fraction(1))
 
     def pts_at(self, index: int) -> int:
         """The last tick not after the grid time."""
@@ -68,7 +72,7 @@ class Grid:
         return self.start_pts * self.time_base + self.offset_seconds + index / self.fps
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where the clips of one video, or of one part of it, lie in time. Every span of it has the same."""
 
@@ -133,7 +137,7 @@ class Layout:
         overlap = max(Fraction(0), self.spec.clip_seconds - self.spec.stride)
         return max(Fraction(1) if overlap else Fraction(0), (seconds - overlap) / self.spec.stride)
 
-    @property
+    @cached_property
     def last_clip(self) -> int | None:
         """The last clip that there can be, -1 for none; None where only the video's end says so."""
         if self.placed is not None:
@@ -149,14 +153,18 @@ class Layout:
         """Indices of all clips that may have a grid time from ``pts`` to ``until_pts``, exclusive."""
         if self.placed is not None:
             return range(len(self.placed))
-        zero = self.part.start_seconds - self.spec.lead_frames / self.spec.fps
-        tick, begin, clip, stride = _in_whole_units(self.time_base, zero, self.spec.clip_seconds, self.spec.stride)
+        tick, begin, clip, stride = self._whole_times
         first = ((pts - self.start_pts) * tick - begin - clip) // stride
         last = ((until_pts - self.start_pts) * tick - begin) // stride
         return range(max(0, first), max(0, last + 1))
 
+    @cached_property
+    def _whole_times(self) -> tuple[int, ...]:
+        """A tick, the start of clip 0 after the video's first frame, a clip and a stride, in one unit."""
+        zero = self.part.start_seconds - self.spec.lead_frames / self.spec.fps
+        return _in_whole_units(self.time_base, zero, self.spec.clip_seconds, self.spec.stride)
 
-@lru_cache(maxsize=256)
+
 def _in_whole_units(*seconds: Fraction) -> tuple[int, ...]:
     """Times as multiples of the longest unit that divides them all: fractions of big numbers are slow."""
     denominator = math.lcm(*(value.denominator for value in seconds))
