@@ -274,9 +274,10 @@ def resolve(run: TokenizeRun) -> Request:
         raise UserError(str(error)) from error
     if run.keep_logvar and tokenizer.head != "kl":
         raise UserError(f"--keep-logvar is for KL tokenizers; {tokenizer.name} gives tokens")
-    taken = sorted({name for name, _ in run.signals or []} & INTERNAL_COLUMNS)
+    columns = [field.name for name, rule in run.signals or [] for field in signal_fields(name, rule)]
+    taken = [name for name in columns if name in INTERNAL_COLUMNS or columns.count(name) > 1]
     if taken:
-        raise UserError(f"--signals: a column of the shards is named '{taken[0]}' already: rename the manifest's")
+        raise UserError(f"--signals: the shards have another column '{taken[0]}': rename the manifest's")
     notice = None
     if run.weights is None and run.random_weights is None:
         if not tokenizer.name.startswith("tiny"):

@@ -238,6 +238,9 @@ def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[st
     folder = path.rsplit("/", 1)[0]
     parts = [name for name in PART_COLUMNS if name in table.column_names]
     for name in set(signals) & set(table.column_names):
+        for other in (signal_source(name), f"{name}_seconds"):
+            if other in table.column_names:
+                raise InputError(f"manifest {shown}: column '{other}' is where signal '{name}' goes: rename it")
         try:
             paths = table[name].cast(pa.string()).to_pylist()
         except pa.ArrowException as error:

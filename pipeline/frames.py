@@ -260,10 +260,6 @@ def _decode_once(
                 )
 
 
-# Containers in which only the pictures themselves state a pixel shape, which may change on the way.
-_WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
-
-
 @contextmanager
 def _in_doubt(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]:
     """A failure after packets were left out may come of that."""

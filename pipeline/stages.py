@@ -49,9 +49,8 @@ def _sandbox(memory_bytes: int) -> DecodeSandbox:
 
 
 @lru_cache(maxsize=2)
-def _signal(path: str) -> Signal:
+def _signal(path: str, memory_bytes: int) -> Signal:
     """A signal, kept for the other rows of its video; read in the sandbox, as it comes from whoever made the video."""
-    memory_bytes = Limits().memory_bytes
     return _sandbox(memory_bytes).run(read_signal, path, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
@@ -140,7 +139,7 @@ class SpanDecoder:
                 if source is None:
                     arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
                 else:
-                    signal = _signal(source) if clips else None
+                    signal = _signal(source, self.limits.memory_bytes) if clips else None
                     aligned = [
                         align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
                         for clip in clips

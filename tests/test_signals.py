@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.cli import vidshard
+from pipeline.discover import InputError, discover
 from pipeline.read import read_clips
 from pipeline.shards import read_rejects, shard_paths
 from pipeline.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
@@ -217,3 +218,19 @@ def test_every_clip_row_receives_its_signals(tmp_path: Path) -> None:
     missing = CliRunner().invoke(vidshard, [*other, *flags], catch_exceptions=False)
     assert missing.exit_code == 2
     assert "has a column 'forces'" in " ".join(missing.output.split())
+
+
+@pytest.mark.parametrize("signals", ["start=window", "geometry=linear", "a=window,a_seconds=linear"])
+def test_a_signal_that_would_take_another_columns_place_is_refused(tmp_path: Path, signals: str) -> None:
+    (tmp_path / "m.csv").write_text("uri,start,geometry,a,a_seconds\nv.mp4,s.npy,s.npy,s.npy,s.npy\n")
+    arguments = ["tokenize", str(tmp_path / "m.csv"), "--out", str(tmp_path / "out"), "--tokenizer", "tiny"]
+    result = CliRunner().invoke(vidshard, [*arguments, "--signals", signals], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert "the shards have another column" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("column", ["a_source", "a_seconds"])
+def test_a_manifest_whose_own_column_stands_where_a_signal_goes_is_refused(tmp_path: Path, column: str) -> None:
+    (tmp_path / "m.csv").write_text(f"uri,a,{column}\nv.mp4,s.npy,1\n")
+    with pytest.raises(InputError, match=f"'{column}' is where signal 'a' goes"):
+        discover([str(tmp_path / "m.csv")], signals=["a"])
