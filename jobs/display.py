@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -72,3 +73,8 @@ def _duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning that stands out with or without colours."""
+    console.print(Text(f"!! {text}", style="bold yellow"))

@@ -16,8 +16,9 @@ from models.metrics import MAX_CODEBOOK, CodebookUse
 from models.tokenizer import PRESETS
 from models.weights import count_parameters
 from pipeline import storage
+from pipeline.ledger import read_rejects
 from pipeline.read import ShardError, open_shard, output_shards, read_clips, read_payloads
-from pipeline.shards import RUN, read_rejects, shard_paths
+from pipeline.shards import RUN, shard_paths
 from schemas.tokens import Payload, Provenance
 
 

@@ -79,6 +79,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
     if field.annotation is bool:
         short = (str(extra["short"]),) if extra.get("short") else ()
         return click.option(f"{flag}/--no-{name.replace('_', '-')}", name, *short, help=text, **shared)
+    if extra.get("without_value") is not None:
+        shared |= {"is_flag": False, "flag_value": str(extra["without_value"])}
     if get_origin(field.annotation) is Literal:
         metavar = "|".join(get_args(field.annotation))
     else:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.rows import INTERNAL_COLUMNS, signal_source
@@ -57,9 +62,17 @@ VIDEO_EXTENSIONS = frozenset(
 MANIFEST_EXTENSIONS = frozenset({"parquet", "csv", "jsonl"})
 
 REF_SCHEMA = pa.schema(
-    [pa.field("uri", pa.string(), nullable=False), pa.field("num_bytes", pa.int64(), nullable=False)]
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("fingerprint", pa.string()),
+    ]
 )
+"""Where a video is, its size (-1 where nobody said), and its size and time stamp, or tag, as the storage states them:
+null where it was not asked."""
 
+_STAT_THREADS = 16
+_FILES_PER_BATCH = 1 << 16
 
 PART_COLUMNS = {"start_seconds": "part_start_seconds", "end_seconds": "part_end_seconds"}
 """Columns of a manifest that say which part of a video a row is about, in seconds after its first frame, and what they
@@ -85,20 +98,25 @@ class Discovery:
     """Their extensions and counts, the most frequent first."""
 
 
-def discover(inputs: Sequence[str], *, signals: Sequence[str] = (), limit: int | None = None) -> Discovery:
+def discover(
+    inputs: Sequence[str], *, signals: Sequence[str] = (), limit: int | None = None, ask_remote: bool = False
+) -> Discovery:
     """List the videos that the inputs name.
+
+    What is listed has its fingerprint from the listing, what a manifest names on this machine from the file system.
 
     Args:
         inputs: files, folders, globs and manifests, local or on any file system that fsspec knows.
         signals: columns of manifests that hold paths of signal files; they come back as ``NAME_source``.
         limit: keep the first so many.
+        ask_remote: also ask object stores for the fingerprint of each file that a manifest names.
 
     Raises:
         InputError: an input does not exist, matches nothing or is no usable manifest.
         storage.StorageError: a file system cannot be reached.
     """
     manifests: list[pa.Table] = []
-    files: dict[str, int] = {}
+    files: list[pa.Table] = []
     passed_over: Counter[str] = Counter()
     renamed: dict[str, str] = {}
     for text in inputs:
@@ -108,28 +126,59 @@ def discover(inputs: Sequence[str], *, signals: Sequence[str] = (), limit: int |
             manifests.append(table)
             renamed |= names
         else:
-            found = dict(_list(path, passed_over))
-            if not found:
+            found = _table(_list(path, passed_over))
+            if not found.num_rows:
                 raise InputError(_nothing_found(path, passed_over))
-            files |= found
+            files.append(found)
     for name in signals:
         if not any(signal_source(name) in table.column_names for table in manifests):
             raise InputError(f"no manifest among the inputs has a column '{name}' with the paths of that signal")
-    listed = {uri for table in manifests for uri in table["uri"].to_pylist()}
-    loose = sorted((uri, size) for uri, size in files.items() if uri not in listed)
-    loose_table = pa.table([[u for u, _ in loose], [s for _, s in loose]], schema=REF_SCHEMA)
+    loose = pa.concat_tables([REF_SCHEMA.empty_table(), *files])
+    if manifests:
+        listed = pa.chunked_array([chunk for table in manifests for chunk in table["uri"].chunks], pa.string())
+        loose = loose.filter(pc.invert(pc.is_in(loose["uri"], listed.combine_chunks())))
+    if len(files) > 1:
+        numbered = loose.append_column("number", pa.array(range(loose.num_rows), pa.int64()))
+        loose = loose.take(numbered.group_by("uri").aggregate([("number", "min")])["number_min"])
     try:
-        videos = pa.concat_tables([*manifests, loose_table], promote_options="default")
+        videos = pa.concat_tables([*manifests, loose.sort_by("uri")], promote_options="default")
     except pa.ArrowException as error:
         raise InputError(f"the manifests do not agree on their columns' types: {error}") from error
     if videos.num_rows == 0:
         raise InputError(f"no video in {', '.join(storage.public_uri(i) for i in inputs)}: the manifest has no rows")
     return Discovery(
-        videos=videos.slice(0, limit),
+        videos=_with_fingerprints(videos.slice(0, limit), ask_remote),
         renamed_columns=renamed,
         num_passed_over=passed_over.total(),
         passed_over_extensions=tuple(passed_over.most_common()),
     )
+
+
+def _table(files: Iterator[tuple[str, int, str | None]]) -> pa.Table:
+    """``REF_SCHEMA``, without a Python object for each of what may be a million files."""
+    batches = []
+    while rows := list(islice(files, _FILES_PER_BATCH)):
+        batches.append(pa.table([list(column) for column in zip(*rows, strict=True)], schema=REF_SCHEMA))
+    return pa.concat_tables([REF_SCHEMA.empty_table(), *batches])
+
+
+def _with_fingerprints(videos: pa.Table, ask_remote: bool) -> pa.Table:
+    """The fingerprint of those that have none yet, as far as it costs little or is asked for."""
+    at = videos.schema.get_field_index("fingerprint")
+    if videos["fingerprint"].null_count == 0:
+        return videos
+    pairs = zip(videos["uri"].to_pylist(), videos["fingerprint"].to_pylist(), strict=True)
+
+    def ask(some: list[tuple[str, str | None]]) -> list[str | None]:
+        return [
+            storage.fingerprint(uri) if known is None and (ask_remote or storage.is_local(uri)) else known
+            for uri, known in some
+        ]
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        parts = list(pool.map(ask, iter(lambda: list(islice(pairs, 1024)), [])))
+    column = pa.chunked_array([pa.array(part, pa.string()) for part in parts], pa.string())
+    return videos.set_column(at, REF_SCHEMA.field("fingerprint"), column)
 
 
 def _extension(path: str) -> str:
@@ -142,8 +191,8 @@ def _is_glob(path: str) -> bool:
     return glob.has_magic(path) and not path.startswith(("http://", "https://"))
 
 
-def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(uri, size) of the files that a path, folder or glob names."""
+def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str | None]]:
+    """(uri, size, fingerprint) of the files that a path, folder or glob names."""
     fs, inner = storage.filesystem(path)
     try:
         fs.invalidate_cache()
@@ -155,11 +204,12 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int]]:
                 if info["type"] == "directory":
                     yield from _walk(fs, name, passed_over)
                 elif _is_video(name, passed_over):
-                    yield _uri(fs, name), _size(info)
+                    yield _uri(fs, name), _size(info), _fingerprint(fs, name, info)
         elif fs.isdir(inner):
             yield from _walk(fs, inner, passed_over)
         elif fs.exists(inner):
-            yield path, _size(fs.info(inner))
+            info = fs.info(inner)
+            yield path, _size(info), _fingerprint(fs, inner, info)
     except FileNotFoundError:
         return  # an object store's way of saying "no such bucket or folder"
     except storage.storage_errors() as error:
@@ -169,11 +219,36 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int]]:
         ) from error
 
 
-def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[tuple[str, int]]:
+def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str | None]]:
+    if isinstance(fs, LocalFileSystem):
+        yield from _walk_local(folder, passed_over, set())
+        return
     for name, info in fs.find(folder, detail=True).items():
         below = name.removeprefix(folder).strip("/").split("/")
         if info["type"] == "file" and not any(part.startswith(".") for part in below) and _is_video(name, passed_over):
-            yield _uri(fs, name), _size(info)
+            yield _uri(fs, name), _size(info), storage.fingerprint_of(info)
+
+
+def _walk_local(
+    folder: str, passed_over: Counter[str], above: set[tuple[int, int]]
+) -> Iterator[tuple[str, int, str | None]]:
+    """As ``_walk``, a folder at a time: a listing of a million files takes a gigabyte otherwise.
+
+    Args:
+        above: device and inode of the folders on the way here, to which a link may lead back.
+    """
+    here = os.stat(folder)
+    if (here.st_dev, here.st_ino) in above:
+        return
+    above = above | {(here.st_dev, here.st_ino)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk_local(entry.path, passed_over, above)
+            elif entry.is_file() and _is_video(entry.path, passed_over):
+                yield entry.path, entry.stat().st_size, storage.fingerprint(entry.path)
 
 
 def _is_video(name: str, passed_over: Counter[str]) -> bool:
@@ -189,6 +264,11 @@ def _is_video(name: str, passed_over: Counter[str]) -> bool:
 
 def _uri(fs: Any, name: str) -> str:
     return name if "file" in fs.protocol else str(fs.unstrip_protocol(name))
+
+
+def _fingerprint(fs: Any, name: str, info: dict[str, object]) -> str | None:
+    """From the listing; but a local one has its times as floats, which lose digits."""
+    return storage.fingerprint(name) if isinstance(fs, LocalFileSystem) else storage.fingerprint_of(info)
 
 
 def _size(info: dict[str, object]) -> int:
@@ -254,7 +334,8 @@ def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[st
     if taken:
         raise InputError(f"manifest {shown} has a column '{taken[0]}', which another one would be stored as: rename it")
     extras = extras.rename_columns([renamed.get(name, name) for name in extras.column_names])
-    refs = pa.table([[_resolve(u.strip(), folder) for u in uris], [-1] * len(uris)], schema=REF_SCHEMA)
+    resolved_uris = [_resolve(uri.strip(), folder) for uri in uris]
+    refs = pa.table([resolved_uris, [-1] * len(uris), [None] * len(uris)], schema=REF_SCHEMA)
     for name, column in zip(PART_COLUMNS.values(), _parts(table, shown), strict=True):
         refs = refs.append_column(name, column)
     for name in extras.column_names:

@@ -48,6 +48,7 @@ PLAN_FIELDS = (
     pa.field("frame_height", pa.int32(), nullable=False),
     pa.field("frame_width", pa.int32(), nullable=False),
     pa.field("expected_clips", pa.int32(), nullable=False),
+    pa.field("fingerprint", pa.string()),
 )
 PLAN_SCHEMA = pa.schema(PLAN_FIELDS)
 
@@ -87,7 +88,7 @@ INTERNAL_COLUMNS = (
     RESERVED_COLUMNS
     | set(PLAN_SCHEMA.names)
     | set(_STATS_COLUMNS.values())
-    | {"frames", "clips", "rejection", "decode_seconds", "num_bytes", "input_row"}
+    | {"frames", "clips", "rejection", "decode_seconds", "num_bytes", "input_row", "entry", "seen_entry"}
 )
 """Names that a manifest's own columns must not have on the way."""
 
@@ -97,11 +98,12 @@ def manifest_fields(schema: pa.Schema) -> list[pa.Field]:
     return [field for field in schema if field.name not in INTERNAL_COLUMNS]
 
 
-def span_row(span: Span, spec: ClipSpec) -> dict[str, Any]:
+def span_row(span: Span, spec: ClipSpec, fingerprint: str | None) -> dict[str, Any]:
     """A span as a row of the plan.
 
     Args:
         spec: how its clips are made, frame size included.
+        fingerprint: of the file's state on its storage, None where that says nothing.
     """
     part = span.part
     return {
@@ -124,6 +126,7 @@ def span_row(span: Span, spec: ClipSpec) -> dict[str, Any]:
         "frame_height": spec.height,
         "frame_width": spec.width,
         "expected_clips": expected_clips(span, spec),
+        "fingerprint": fingerprint,
     }
 
 
@@ -169,12 +172,13 @@ def rejection_row(rejection: Rejection) -> dict[str, Any]:
         "reason": str(rejection.reason),
         "detail": rejection.detail,
         "remedy": REMEDIES[rejection.reason],
+        "kept_clips": rejection.kept_clips,
     }
 
 
 def row_rejection(row: dict[str, Any]) -> Rejection:
     """Inverse of :func:`rejection_row`."""
-    values = {name: row[name] for name in ("uri", "video_id", "span_id", "start_seconds", "detail")}
+    values = {name: row[name] for name in ("uri", "video_id", "span_id", "start_seconds", "detail", "kept_clips")}
     return Rejection(**values, stage=Stage(row["stage"]), reason=Reason(row["reason"]))
 
 

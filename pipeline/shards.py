@@ -1,8 +1,7 @@
 """Token shards on storage: written whole, named after what is in them, and listed again.
 
-An output folder holds ``shards/*.parquet``, ``rejects/*.parquet``, ``plan.parquet`` and ``run.json``. A shard's
-name is a digest of the spans it completes, and its metadata lists them, so that what is finished can be read from
-the files alone.
+A shard's name is a digest of the spans it completes, and its metadata lists them, so that what is finished can be
+read from the files alone (``pipeline.ledger`` does).
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,10 +24,14 @@ from schemas.tokens import METADATA_PREFIX, Payload, Provenance, shard_schema
 from schemas.video import ClipSpec, Rejection
 
 SHARDS, REJECTS, RUN = "shards", "rejects", "run.json"
-PLAN, TODO = "plan.parquet", "todo.parquet"
-"""All spans of the run, and those that a resumed run still had to do."""
+TODO = "todo.parquet"
+"""The spans that the latest run had to do."""
 
 SPANS_KEY = f"{METADATA_PREFIX}spans"
+SPAN_CLIPS_KEY = f"{METADATA_PREFIX}span_clips"
+SPAN_SECONDS_KEY = f"{METADATA_PREFIX}span_seconds"
+"""Metadata of a shard: the spans that are whole in it, of each the number of its clips, and the seconds of video that
+these hold (copies of a last frame not counted)."""
 
 ROW_GROUP_BYTES = 1 << 20
 """Payload in one row group: what a reader of one clip has to fetch and decompress."""
@@ -94,6 +96,7 @@ class TokenShardSink:
         signal_fields: Sequence[pa.Field] = (),
         shard_bytes: int,
         commit_seconds: float,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """Make an empty one; nothing is written yet.
 
@@ -104,6 +107,7 @@ class TokenShardSink:
             signal_fields: columns of signals.
             shard_bytes: payload of a full shard, before compression.
             commit_seconds: how long a finished clip may wait.
+            before_commit: called before each file is written, on the writer's thread; what it raises ends the writing.
         """
         self._out = out
         self._buckets = {
@@ -117,6 +121,7 @@ class TokenShardSink:
         }
         self._signals = [field.name for field in signal_fields]
         self._commit_seconds = commit_seconds
+        self._before_commit = before_commit
         self._rejections: list[Rejection] = []
         self._oldest: float | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
@@ -144,6 +149,16 @@ class TokenShardSink:
                 self._submit(bucket)
             bucket.rows.append(row)
             bucket.num_clips += clips
+        self.commit_if_due()
+
+    def commit_if_due(self) -> None:
+        """Commit all when the oldest row has waited for long enough.
+
+        Raises:
+            storage.StorageError: as :meth:`add`.
+        """
+        while self._pending and self._pending[0].done():
+            self.committed.add(self._pending.popleft().result())
         if self._oldest is not None and time.monotonic() - self._oldest > self._commit_seconds:
             self.commit()
 
@@ -185,34 +200,50 @@ class TokenShardSink:
         started = time.monotonic()
         written = Written()
         written.num_rejected_spans = len(rejections)
-        if bucket is not None:
-            table = pa.concat_tables(rows)
-            # before what is missing in them is said, which counts as done when it stands alone
-            self._write_shard(bucket, table, written)
-            partly = _rejections_of(table)
+        table = pa.concat_tables(rows) if rows else None
+        if table is not None:
+            partly = [
+                replace(rejection, kept_clips=clips)
+                for rejection, clips in zip(
+                    table["rejection"].to_pylist(), pc.list_value_length(table["clips"]).to_pylist(), strict=True
+                )
+                for rejection in ([] if rejection is None else [row_rejection(rejection)])
+            ]
             written.num_damaged_spans = len(partly)
             rejections = rejections + partly
         if rejections:
+            # before the clips beside which something is missing: what is said of them alone counts for nothing
+            self._before_commit()
             write_rejects(self._out, rejections)
             written.reasons.update(str(r.reason) for r in rejections)
             written.rejected_uris.update(r.uri for r in rejections)
+        if bucket is not None and table is not None:
+            self._before_commit()
+            self._write_shard(bucket, table, written)
         written.seconds = time.monotonic() - started
         return written
 
     def _write_shard(self, bucket: _Bucket, rows: pa.Table, written: Written) -> None:
         spec, payload = bucket.spec, bucket.payload
+        rows = rows.take(pc.sort_indices(rows["span_id"]))
         clip_ids = [
             spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
             for row in rows.select(["video_id", "part_start_seconds", "part_end_seconds", "clips"]).to_pylist()
             for clip in row["clips"]
         ]
-        spans = sorted(rows["span_id"].to_pylist())
+        spans = rows["span_id"].to_pylist()
         rows = rows.set_column(
             rows.schema.get_field_index("uri"),
             "uri",
             pa.array([storage.public_uri(u) for u in rows["uri"].to_pylist()], pa.string()),
         )
-        schema = bucket.schema.with_metadata({**bucket.schema.metadata, SPANS_KEY: json.dumps(spans)})
+        valid = [sum(clip["num_valid_frames"] for clip in clips) for clips in rows["clips"].to_pylist()]
+        listed = {
+            SPANS_KEY: json.dumps(spans),
+            SPAN_CLIPS_KEY: json.dumps(pc.list_value_length(rows["clips"]).to_pylist()),
+            SPAN_SECONDS_KEY: json.dumps([round(frames / float(spec.fps), 6) for frames in valid]),
+        }
+        schema = bucket.schema.with_metadata({**bucket.schema.metadata, **listed})
         table = explode(rows, schema, payload, clip_ids=clip_ids, fps=float(spec.fps), signals=self._signals)
         table = table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
         data = parquet_bytes(table, payload)
@@ -275,8 +306,8 @@ def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
     storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())
 
 
-def write_plan(path: str, spans: pa.Table, uri_columns: Sequence[str] = ("uri",)) -> None:
-    """Write rows of a plan, URIs without credentials, for people and for the workers to read."""
+def write_todo(path: str, spans: pa.Table, uri_columns: Sequence[str] = ("uri",)) -> None:
+    """Write what a run is to do, URIs without credentials, for people and for the workers to read."""
     for name in uri_columns:
         uris = [None if uri is None else storage.public_uri(uri) for uri in spans[name].to_pylist()]
         at = spans.schema.get_field_index(name)
@@ -289,20 +320,3 @@ def write_plan(path: str, spans: pa.Table, uri_columns: Sequence[str] = ("uri",)
 def shard_paths(out: str) -> list[str]:
     """Paths of an output's shards, sorted."""
     return storage.list_files(storage.join(out, SHARDS), ".parquet")
-
-
-def read_rejects(out: str) -> pa.Table:
-    """All rejections of an output, ``REJECT_SCHEMA``."""
-    paths = storage.list_files(storage.join(out, REJECTS), ".parquet")
-    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(path))) for path in paths]
-    return pa.concat_tables([rejections_table([]), *tables])
-
-
-def finished_spans(out: str) -> set[str]:
-    """Ids of the spans that an output's shards hold, read from the files' metadata alone."""
-    done: set[str] = set()
-    for path in shard_paths(out):
-        with storage.open_binary(path) as file:
-            metadata: dict[bytes, Any] = pq.read_metadata(file).metadata or {}
-        done.update(json.loads(metadata.get(SPANS_KEY.encode(), b"[]")))
-    return done

@@ -21,6 +21,7 @@ from pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_sou
 from pipeline.sampling import Layout, plan_spans
 from pipeline.sandbox import DecodeSandbox
 from pipeline.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
+from pipeline.stopping import StopSign
 from schemas.video import (
     Clip,
     ClipSpec,
@@ -66,10 +67,25 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
 
 
 def _decode_in_child(
-    spans: Sequence[Span], spec: ClipSpec, max_clips: int, limits: Limits, keep_undamaged: bool
+    spans: Sequence[Span],
+    spec: ClipSpec,
+    max_clips: int,
+    limits: Limits,
+    keep_undamaged: bool,
+    fingerprint: str | None = None,
 ) -> list[SpanClips]:
+    """Decode spans of one video, whose file must still be in the state that it was planned in."""
     decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     uri = spans[0].uri
+    if fingerprint is not None:
+        try:
+            now = storage.fingerprint(uri)
+        except storage.StorageError as error:
+            raise VideoError(Reason.UNREADABLE, str(error)) from error
+        if now is not None and now != fingerprint:
+            raise VideoError(
+                Reason.CHANGED, f"its size and time stamp are {now} now; when it was opened they were {fingerprint}"
+            )
     if storage.is_local(uri):
         return decode(uri)
     try:
@@ -95,6 +111,8 @@ class SpanDecoder:
     """Of damaged stretches of video, give the clips that are whole."""
     signals: tuple[tuple[str, SignalRule], ...] = ()
     """Names and rules of the signals that each clip receives."""
+    stop: StopSign | None = None
+    """Rows met after it is raised give nothing: their run is ending, and the next one does them."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Decode the rows' spans: those of one video together, as many as memory shall hold."""
@@ -108,9 +126,12 @@ class SpanDecoder:
                 if clips > self.clips_per_pass:
                     break
                 end += 1
+            if self.stop is not None and self.stop.is_raised():
+                return
             started = time.monotonic()
             spec = row_spec(plan[number], self.spec)
-            outcomes = self._decode([row_span(row) for row in plan[number:end]], spec)
+            fingerprint = plan[number].get("fingerprint")
+            outcomes = self._decode([row_span(row) for row in plan[number:end]], spec, fingerprint)
             seconds = (time.monotonic() - started) / len(outcomes)
             for row, outcome in enumerate(outcomes, start=number):
                 outcome, columns = self._with_signals(plan[row], outcome, spec)
@@ -152,7 +173,7 @@ class SpanDecoder:
             return self._with_signals(row, SpanClips(clips=[], error=error), spec)
         return outcome, columns
 
-    def _decode(self, spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
+    def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
         video_id = spans[0].video_id
         if video_id in _crashes:
             return [SpanClips(clips=[], error=_crashes[video_id])] * len(spans)
@@ -167,11 +188,13 @@ class SpanDecoder:
                 self.max_clips,
                 self.limits,
                 self.keep_undamaged,
+                fingerprint,
                 timeout_seconds=self.limits.seconds_for(seconds),
             )
         except VideoError as error:
-            if len(spans) > 1 and error.reason is not Reason.UNREADABLE:  # which of them it was, nobody knows
-                return [result for span in spans for result in self._decode([span], spec)]
+            of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
+            if len(spans) > 1 and not of_the_file:  # which of them it was, nobody knows
+                return [result for span in spans for result in self._decode([span], spec, fingerprint)]
             if error.reason is Reason.DECODER_CRASHED:
                 _crashes[video_id] = error
             return [SpanClips(clips=[], error=error)] * len(spans)

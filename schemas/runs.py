@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from schemas.video import ClipSpec, Limits, Part, Placement, ResizePolicy, SignalRule, TailPolicy, parse_rate
+from schemas.video import ClipSpec, Limits, Part, Placement, Reason, ResizePolicy, SignalRule, TailPolicy, parse_rate
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -94,6 +94,28 @@ def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
     return signals
 
 
+def parse_reasons(value: object) -> list[Reason]:
+    """Reasons of rejections, from ``decode_timeout,unreadable`` or a list; none for ``all``.
+
+    Raises:
+        ValueError: one is no reason.
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(f"give reasons such as decode_timeout,unreadable, or none for all of them, got {value!r}")
+    names = [str(part).strip() for part in parts]
+    if names == ["all"]:
+        return []
+    for name in names:
+        if name not in list(Reason):
+            raise ValueError(f"{name!r} is no reason of a rejection; these are: {', '.join(Reason)}")
+    return [Reason(name) for name in names]
+
+
+def _reasons_text(reasons: list[Reason]) -> str:
+    return ",".join(reasons) or "all"
+
+
 def _signals_text(signals: list[tuple[str, str]]) -> str:
     return ",".join(f"{name}={rule}" for name, rule in signals)
 
@@ -114,6 +136,7 @@ Rate = Annotated[Fraction, BeforeValidator(lambda v: parse_rate(v)), PlainSerial
 FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]
 FrameSizes = Annotated[list[tuple[int, int]], BeforeValidator(parse_sizes), PlainSerializer(_sizes_text)]
 Signals = Annotated[list[tuple[str, SignalRule]], BeforeValidator(parse_signals), PlainSerializer(_signals_text)]
+Reasons = Annotated[list[Reason], BeforeValidator(parse_reasons), PlainSerializer(_reasons_text)]
 Seconds = Annotated[Fraction, BeforeValidator(parse_seconds), PlainSerializer(_rate_text)]
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 
@@ -125,10 +148,12 @@ def setting(
     help: str,
     metavar: str | None = None,
     short: str | None = None,
+    without_value: str | None = None,
     **limits: Any,
 ) -> Any:
-    """A documented field: its help text, the section of ``--help`` it stands in, its short flag, and its limits."""
-    extra: dict[str, Any] = {"section": section, "metavar": metavar, "short": short}
+    """A documented field: its help text, the section of ``--help`` it stands in, its short flag, what the flag means
+    without a value, and its limits."""
+    extra: dict[str, Any] = {"section": section, "metavar": metavar, "short": short, "without_value": without_value}
     return Field(default, description=help, json_schema_extra=extra, **limits)
 
 
@@ -166,7 +191,7 @@ class TokenizeRun(BaseModel):
     out: str = setting(
         section="Output",
         metavar="FOLDER",
-        help="Folder for the result, local or remote: shards/*.parquet, rejects/*.parquet, plan.parquet, run.json.",
+        help="Folder for the result, local or remote: shards/*.parquet, rejects/*.parquet, plan/*.parquet, run.json.",
     )
     shard_size: ByteSize = setting(
         128 << 20,
@@ -338,6 +363,37 @@ class TokenizeRun(BaseModel):
         section="Sampling",
         help="'crop' scales until the frame is covered and cuts the centre, 'stretch' ignores the aspect ratio, "
         "'pad' scales until it fits and adds black bars.",
+    )
+
+    retry_rejected: Reasons | None = setting(
+        None,
+        section="Going on",
+        metavar="[REASON,...]",
+        without_value="all",
+        help="Try again what an earlier run of this output rejected for these reasons (see rejects/), or, without a "
+        "reason, all of it but copies of other videos; and do nothing else.",
+    )
+    recheck: bool = setting(
+        False,
+        section="Going on",
+        help="Ask remote storage about each file that a manifest names whether it was replaced, a request for each. "
+        "Local files and listed ones are always looked at.",
+    )
+    grace_seconds: float = setting(
+        20.0,
+        section="Going on",
+        ge=0,
+        metavar="SECONDS",
+        help="After Ctrl-C or SIGTERM finish what is begun for at most so long, commit it and end; a second one ends "
+        "at once.",
+    )
+    lease_seconds: float = setting(
+        60.0,
+        section="Going on",
+        ge=1,
+        metavar="SECONDS",
+        help="Two runs at once on one output are refused; a run on another machine that gave no sign of life for so "
+        "long is taken for dead, and its place taken.",
     )
 
     batch_size: int | None = setting(

@@ -185,6 +185,11 @@ class Part:
         """Whether the whole video is meant."""
         return self.start_seconds == 0 and self.end_seconds is None
 
+    @property
+    def suffix(self) -> str:
+        """What the ids of its spans have after the video's: nothing, or a digest of the part."""
+        return "" if self.is_whole else "-" + hashlib.sha256(str(self).encode()).hexdigest()[:8]
+
     def __str__(self) -> str:
         end = "end" if self.end_seconds is None else repr(float(self.end_seconds))
         return f"{float(self.start_seconds)!r}..{end} s"
@@ -217,8 +222,7 @@ class Span:
     def span_id(self) -> str:
         """Unique and stable over reruns: the video, the part of it, the first clip and the end."""
         end = "end" if self.end_clip is None else f"{self.end_clip:06d}"
-        part = "" if self.part.is_whole else hashlib.sha256(str(self.part).encode()).hexdigest()[:8] + "-"
-        return f"{self.video_id}-{part}{self.first_clip:06d}-{end}"
+        return f"{self.video_id}{self.part.suffix}-{self.first_clip:06d}-{end}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,6 +341,8 @@ class Reason(StrEnum):
     """Larger, longer or of more frames than the run's limits allow."""
     UNSUPPORTED = "unsupported"
     """A codec, pixel format or size that this build cannot handle."""
+    CHANGED = "changed"
+    """The file is another one than when the run opened it."""
     BAD_SIGNAL = "bad_signal"
     """The file of samples beside the video does not hold a timestamped signal."""
 
@@ -356,6 +362,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.DECODE_TIMEOUT: "raise --decode-timeout or --decode-seconds-per-second, or re-encode the file",
     Reason.OVER_LIMIT: "raise the limit that the detail names, if the file is not hostile",
     Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
+    Reason.CHANGED: "run the same command again: the file is opened anew",
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
 }
 """What a person can do about each reason."""
@@ -376,6 +383,8 @@ class Rejection:
     reason: Reason
     detail: str
     """One line for a person; without credentials."""
+    kept_clips: int | None = 0
+    """Clips of the span that were kept beside what is missing. None in outputs of before this was written down."""
 
 
 class VideoError(Exception):

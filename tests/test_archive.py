@@ -23,9 +23,10 @@ from PIL import Image, ImageCms
 
 from jobs.cli import vidshard
 from pipeline.decode import decode_span, decode_spans, probe_video
+from pipeline.ledger import read_rejects
 from pipeline.read import read_clips
 from pipeline.sampling import plan_spans
-from pipeline.shards import read_rejects, shard_paths
+from pipeline.shards import shard_paths
 from pipeline.storage import open_binary, open_video, write_atomic
 from schemas.video import Clip, ClipSpec, Limits, Reason, Span, VideoError, VideoProbe, VideoRef
 from tests.videos import Pixels, numbered_frame, read_frame_number

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 
 from jobs.cli import vidshard
 from pipeline.decode import decode_spans, probe_video
+from pipeline.ledger import read_rejects
 from pipeline.read import read_clips
 from pipeline.sampling import plan_spans
-from pipeline.shards import read_rejects, shard_paths
+from pipeline.shards import shard_paths
 from pipeline.storage import open_binary
 from schemas.video import Clip, ClipSpec, Reason, SpanClips, VideoRef
 from tests.videos import Recipe, write_damaged, write_truncated, write_video

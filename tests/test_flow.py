@@ -23,14 +23,16 @@ from click.testing import CliRunner, Result
 
 from jobs.cli import vidshard
 from jobs.cluster import Cluster
-from jobs.tokenize_videos import place, resolve
+from jobs.request import resolve
+from jobs.tokenize_videos import place
 from models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
 from models.weights import load_tokenizer, seeded_weights, weights_digest
 from pipeline.decode import decode_span, probe_video
 from pipeline.flow import build_flow
+from pipeline.ledger import read_rejects
 from pipeline.read import read_clips
 from pipeline.sampling import plan_spans
-from pipeline.shards import read_rejects, shard_paths
+from pipeline.shards import shard_paths
 from pipeline.stages import SpanDecoder
 from pipeline.storage import open_binary
 from schemas.runs import TokenizeRun
@@ -278,7 +280,7 @@ def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path)
     assert len(rows_of(out)) == 1
     stored = [path for path in out.rglob("*") if path.is_file()]
     assert not [path for path in stored if b"SECRET" in path.read_bytes()]
-    assert "SECRET" not in pq.read_table(out / "plan.parquet")["uri"][0].as_py()
+    assert "SECRET" not in pq.read_table(out / "plan")["uri"][0].as_py()
     assert "SECRET" not in result.stdout  # the server here logs to stderr
 
 
@@ -338,10 +340,10 @@ def test_shards_say_how_they_were_made(output: Path) -> None:
     record = json.loads((output / "run.json").read_text())
     assert record["run"]["frames"] == 5
     assert pq.read_schema(path).field("tokens").metadata[b"shape"] == b"[2, 4, 4]"
-    plan = pq.read_table(output / "plan.parquet")
+    plan = pq.read_table(output / "plan")
     assert json.loads(metadata["vidshard.spans"])  # the account: every planned span is in a shard or a reject
     rejected = {s for s in read_rejects(str(output))["span_id"].to_pylist() if s}
-    assert set(plan["span_id"].to_pylist()) == set(json.loads(metadata["vidshard.spans"])) | rejected
+    assert set(plan["span_id"].drop_null().to_pylist()) == set(json.loads(metadata["vidshard.spans"])) | rejected
 
 
 def test_the_readers_of_the_readme_read_the_shards(output: Path) -> None:
@@ -486,7 +488,7 @@ def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path)
     assert tokenize(video, "--out", tmp_path / "whole", *SMALL).exit_code == 0
     result = tokenize(video, "--out", tmp_path / "cut", *SMALL, "--clips-per-span", "2")
     assert result.exit_code == 0, result.output
-    assert pq.read_metadata(tmp_path / "cut" / "plan.parquet").num_rows > 4
+    assert pq.read_table(tmp_path / "cut" / "plan").num_rows > 4
     assert tokens_by_clip(tmp_path / "cut") == tokens_by_clip(tmp_path / "whole")
     assert len(tokens_by_clip(tmp_path / "cut")) == 16
 
@@ -555,7 +557,7 @@ def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> 
     result = tokenize(folder, "--out", tmp_path / "tokens", *SMALL, "--batch-size", "5")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "tokens" / "summary.json").read_text())["batch_fill"] == 1.0  # 10 clips in 2 batches
-    plan = str(tmp_path / "tokens" / "plan.parquet")
+    plan = str(tmp_path / "tokens" / "todo.parquet")
     run = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
     cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
     placement, encoder = place(resolve(run), 10, 1.0, cluster)

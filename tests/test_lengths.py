@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jobs.cli import vidshard
 from jobs.decode_shards import padding_of, reconstruct
-from jobs.tokenize_videos import resolve
+from jobs.request import resolve
 from models.heads import Encoded
 from models.lengths import PaddedClips, Padding, pad
 from models.tokenizer import (

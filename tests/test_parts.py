@@ -24,9 +24,10 @@ from jobs.cli import vidshard
 from pipeline.decode import decode_spans, probe_video
 from pipeline.frames import frames_covering
 from pipeline.geometry import nearest_bucket
+from pipeline.ledger import read_rejects
 from pipeline.read import open_shard, read_clips
 from pipeline.sampling import CUT_TOLERANCE_SECONDS, Layout, expected_clips, plan_spans
-from pipeline.shards import read_rejects, shard_paths
+from pipeline.shards import shard_paths
 from pipeline.storage import open_binary
 from schemas.video import Clip, ClipSpec, Part, Reason, Span, SpanClips, VideoError, VideoProbe, VideoRef, VideoSource
 from tests.videos import Recipe, read_frame_number, write_damaged, write_video

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import vidshard
+from jobs.request import resolve
 from jobs.settings import SettingsError, resolve_settings
-from jobs.tokenize_videos import resolve
 from schemas.runs import TokenizeRun
 
 REQUIRED = {"inputs": ("clips",), "out": "tokens", "tokenizer": "tiny"}

@@ -48,7 +48,7 @@ def span_rows(num_clips: int) -> pa.Table:
         )
         for index in range(num_clips)
     ]
-    plan = pa.Table.from_pylist([span_row(span, SPEC)], schema=PLAN_SCHEMA)
+    plan = pa.Table.from_pylist([span_row(span, SPEC, None)], schema=PLAN_SCHEMA)
     return add_clips(plan, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.1)
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from jobs.cli import vidshard
 from pipeline.discover import InputError, discover
+from pipeline.ledger import read_rejects
 from pipeline.read import read_clips
-from pipeline.shards import read_rejects, shard_paths
+from pipeline.shards import shard_paths
 from pipeline.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
 from schemas.runs import parse_signals
 from schemas.video import Reason, VideoError
