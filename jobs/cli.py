@@ -90,20 +90,47 @@ def inspect(out: str, rows: int) -> None:
     metavar="FILE",
     help="Weights, where they are no longer where the shard says: a path, a URL, or hf://OWNER/REPO/PATH.",
 )
-def verify(out: str, exact: float | None, seed: int, weights: str | None) -> None:
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Take out what is broken: damaged shards, clips that stand in two, those of videos that were replaced. The "
+    "same `vidshard tokenize` then fills it in again. Refused while a run is going on.",
+)
+@click.option(
+    "--account",
+    "account_file",
+    metavar="FILE",
+    help="Write what became of each video, seconds, reasons and remedies: FILE.parquet or FILE.csv.",
+)
+def verify(
+    out: str, exact: float | None, seed: int, weights: str | None, repair: bool, account_file: str | None
+) -> None:
     """Check that an output is what it says it is.
 
-    Reads every shard whole: checksums, schema, values, ids that stand there twice. With --exact, clips are decoded and
+    Reads every shard whole: checksums, schema, values, ids that stand there twice, other settings than run.json's; and
+    holds them against the plan: what was tokenized, rejected, or is left to do, in videos and in seconds. Exit code 1
+    if anything is broken; what is merely left to do is not. With --exact, clips are decoded and
     encoded again, cut otherwise than the run cut them: in float32 on a CPU every token must be the same, but for those
     whose value lies at a tie of rounding. On a GPU, or in bfloat16, the share that differs is printed.
 
     \b
     vidshard verify tokens/
     vidshard verify tokens/ --exact 0.01
+    vidshard verify tokens/ --repair
     """
     from jobs.verify_shards import verify_output
 
-    sys.exit(verify_output(out, _console(), exact=exact, seed=seed, weights=weights))
+    sys.exit(
+        verify_output(
+            out,
+            _console(),
+            exact=exact,
+            seed=seed,
+            weights=weights,
+            repair=repair,
+            account_file=account_file,
+        )
+    )
 
 
 @vidshard.command()

@@ -31,7 +31,7 @@ from pipeline import storage
 from pipeline.discover import Discovery, InputError, discover
 from pipeline.encode import EncoderSpec
 from pipeline.flow import Placement, build_flow
-from pipeline.lease import Lease, LeaseHeld, LeaseLost
+from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from pipeline.ledger import (
     CATALOGUE_SCHEMA,
     PLANNED,
@@ -66,7 +66,8 @@ def main(request: Request, console: Console) -> Summary:
     """Tokenize videos.
 
     Raises:
-        UserError, InputError, StorageError, LeaseHeld, ShardError: the request cannot be carried out; nothing was done.
+        UserError, InputError, StorageError, LeaseHeldError, ShardError: the request cannot be carried out as it stands;
+            no video was tokenized.
         KeyboardInterrupt: interrupted before anything was tokenized; what was planned is kept.
     """
     started = time.monotonic()
@@ -109,7 +110,7 @@ def main(request: Request, console: Console) -> Summary:
         try:
             lease.check()
             save_summary(summary)
-        except (storage.StorageError, LeaseLost) as error:
+        except (storage.StorageError, LeaseLostError) as error:
             summary.problems += [str(error)] if str(error) not in summary.problems else []
     return summary
 
@@ -119,10 +120,10 @@ def run_and_report(run: TokenizeRun, console: Console) -> int:
     try:
         request = resolve(run)
         summary = main(request, console)
-    except (UserError, InputError, storage.StorageError, LeaseHeld, ShardError) as error:
+    except (UserError, InputError, storage.StorageError, LeaseHeldError, ShardError) as error:
         print_error(error)
         return EXIT_REFUSED
-    except LeaseLost as error:
+    except LeaseLostError as error:
         print_error(error)
         return EXIT_FAILED
     except KeyboardInterrupt as interrupt:
@@ -283,7 +284,7 @@ def tokenize_spans(
         with Interrupts() as interrupts, RunDisplay(console, "tokenizing", todo.num_rows) as display:
             for rows in until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console):
                 if rows is None:
-                    lease.check()
+                    lease.check(now=False)
                     sink.commit_if_due()
                     continue
                 rows, rejections = account.take(rows)
@@ -306,14 +307,14 @@ def tokenize_spans(
         summary.problems.append(_what_broke(error))
     except storage.StorageError as error:
         summary.problems.append(f"{error}; what is committed before it is valid")
-    except LeaseLost as error:
+    except LeaseLostError as error:
         summary.problems.append(str(error))
     finally:
         try:
             sink.close()
         except storage.StorageError as error:
             summary.problems.append(f"{error}; the clips of that shard are not saved: run the same command again")
-        except LeaseLost as error:
+        except LeaseLostError as error:
             summary.problems += [str(error)] if str(error) not in summary.problems else []
         summary.written = sink.committed
         summary.seconds |= {

@@ -1,61 +1,75 @@
-"""Is an output what it says it is? Every shard read whole; and a share of its clips encoded again from their sources.
-
-Encoding again takes another cut than the run did: streams piece by piece where clips were encoded at once, another halo
-and other pieces where they were streams. In float32 on a CPU the tokens are the same, but for values that lie at a tie
-of rounding; on a GPU, or in bfloat16, the share that differs is what is reported.
+"""Is an output what it says it is? Every shard read whole, and laid against the plan; with ``--repair`` what is broken
+is taken out, so that the same ``vidshard tokenize`` fills it in again.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
 
-from jobs.decode_shards import padding_of, stored_spec, tiling_for, tokenizer_of
 from jobs.display import RunDisplay
+from jobs.encode_again import encode_again
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
-from models.lengths import pad
-from models.tokenizer import Encoded, Past, VideoTokenizer, frames_to_input
+from models.tokenizer import TokenizerConfig
 from pipeline import storage
-from pipeline.encode import DTYPES
-from pipeline.read import ShardError, check_shard, find_clips, open_shard, output_shards, read_clips
-from pipeline.rows import row_part
-from pipeline.stages import decode_again
+from pipeline.account import Account, make_account
+from pipeline.encode import clip_specs_of
+from pipeline.lease import Lease, LeaseHeldError
+from pipeline.ledger import (
+    PLANNED,
+    ShardSpans,
+    damaged_files,
+    drop_repeated_spans,
+    drop_spans,
+    shard_spans,
+    spans_of_rows,
+)
+from pipeline.read import ShardError, check_shard, open_shard, output_shards
+from pipeline.shards import REJECTS, RUN, SHARDS
 from schemas.runs import TokenizeRun
-from schemas.video import Clip, VideoError
-
-TIE = 1e-4
-"""A value so near to the middle between two levels, in units of one, may round to either: sums of float32 in another
-order differ by some 1e-5."""
 
 
 @dataclass(kw_only=True)
-class Comparison:
-    """Stored clips beside what encoding them again gives."""
+class _Findings:
+    """What is wrong, and what is done about it."""
 
-    num_clips: int = 0
-    num_values: int = 0
-    num_different: int = 0
-    """Tokens that differ; latents that differ by more than a unit in the last place of float16."""
-    num_ties: int = 0
-    """Of these, tokens that lie at a tie of rounding."""
-    largest_difference: float = 0.0
-    """Of latents."""
-    different_clips: list[str] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
-    """Clips whose source cannot be read any more, and why."""
+    repair: bool
+    console: Console
+    num_wrong: int = 0
+    num_repaired: int = 0
+    wrong_paths: set[str] = field(default_factory=set)
+
+    def wrong(self, text: str, mend: Callable[[], object] | None = None, done: str = "") -> None:
+        """Say what is wrong; with ``--repair`` mend it."""
+        self.num_wrong += 1
+        self.console.print(Text(f"broken: {text}", style="bold red"))
+        if self.repair and mend is not None:
+            mend()
+            self.num_repaired += 1
+            self.console.print(f"  repaired: {done}", highlight=False, markup=False)
 
 
 def verify_output(
-    out: str, console: Console, *, exact: float | None = None, seed: int = 0, weights: str | None = None
+    out: str,
+    console: Console,
+    *,
+    exact: float | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+    repair: bool = False,
+    account_file: str | None = None,
 ) -> int:
     """Check an output folder, or a single shard; gives the exit code.
 
@@ -63,14 +77,34 @@ def verify_output(
         exact: also encode this share of the clips again, in (0, 1].
         seed: which ones.
         weights: where the weights are now, when not where the shard says.
+        repair: take out what is broken.
+        account_file: write what became of each video there, as ``.parquet`` or ``.csv``.
     """
+    folder = storage.absolute(out)
+    findings = _Findings(repair=repair, console=console)
     try:
-        paths = output_shards(out)
-        broken = _check_shards(paths, console)
-        if exact is None or broken:
-            return EXIT_FAILED if broken else 0
-        return _encode_again(paths, console, share=exact, seed=seed, weights=weights)
-    except (UserError, ShardError, storage.StorageError) as error:
+        is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
+        if (repair or account_file) and not is_output:
+            raise UserError(f"{out} is no output of vidshard with a {RUN}: there is no plan to hold it against")
+        with Lease.acquire(folder) if repair else nullcontext():
+            paths = _paths(folder, findings) if is_output else output_shards(out)
+            facts = _check_shards(paths, folder if is_output else None, findings)
+            if is_output:
+                account = _check_account(folder, facts, findings)
+                if account is not None:
+                    print_account(account, console)
+                    if account_file:
+                        _write_account(account, account_file, console)
+        if findings.num_repaired:
+            console.print(
+                f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
+                "is missing now",
+                style="bold",
+            )
+        if findings.num_wrong:
+            return EXIT_FAILED
+        return 0 if exact is None else encode_again(paths, console, share=exact, seed=seed, weights=weights)
+    except (UserError, ShardError, storage.StorageError, LeaseHeldError) as error:
         print_error(error)
         return EXIT_REFUSED
     except KeyboardInterrupt as interrupt:
@@ -78,136 +112,174 @@ def verify_output(
         return exit_code_of(interrupt)
 
 
-def _check_shards(paths: Sequence[str], console: Console) -> int:
-    """Read every shard; the number of broken ones."""
-    broken = 0
+def _paths(folder: str, findings: _Findings) -> list[str]:
+    """Shards of an output; damaged files of its plan and rejections, and what a killed writer left, are found here."""
+    for path, why in damaged_files(folder):
+        findings.wrong(why, partial(storage.remove, path), f"{path} is taken out")
+    left = (
+        sum(storage.remove_leftovers(storage.join(folder, part)) for part in (SHARDS, REJECTS, PLANNED))
+        if (findings.repair)
+        else 0
+    )
+    if left:
+        findings.console.print(f"{left} files that a killed run had begun are removed", highlight=False)
+    return storage.list_files(storage.join(folder, SHARDS), ".parquet")
+
+
+def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings) -> list[ShardSpans]:
+    """Read every shard; gives what those that are whole say of their spans."""
+    identity = None if folder is None else _record(folder)["identity"]
     clips = 0
     seen: set[str] = set()
-    for path in paths:
-        try:
-            clips += check_shard(path)
+    facts: list[ShardSpans] = []
+    with RunDisplay(findings.console, "verifying", len(paths)) as display:
+        for number, path in enumerate(paths, start=1):
+            try:
+                num_clips, found = _check_shard(path, identity)
+            except ShardError as error:
+                findings.wrong(str(error), partial(storage.remove, path), f"{path} is taken out")
+                continue
             with open_shard(path) as (parquet, _):
                 ids = parquet.read(columns=["clip_id"])["clip_id"].to_pylist()
             twice = seen.intersection(ids)
-            seen.update(ids)
             if twice:
-                raise ShardError(f"{path} holds {len(twice)} clips that stand in another shard too: {min(twice)} ...")
-        except ShardError as error:
-            broken += 1
-            console.print(Text(f"broken: {error}", style="bold red"))
-    console.print(f"verified {len(paths) - broken} of {len(paths)} shards, {clips} clips", highlight=False)
-    return broken
+                findings.wrong(
+                    f"{path} holds {len(twice)} clips that stand in another shard too: {min(twice)} ...",
+                    None if folder is None else partial(drop_repeated_spans, [*(shard.path for shard in facts), path]),
+                    "they stay in the first shard alone",
+                )
+                if findings.repair and folder is not None:
+                    found = shard_spans(path) if storage.exists(path) else ShardSpans(path, [], [], [])
+            seen.update(ids)
+            clips += num_clips
+            facts.append(found)
+            display.update(number, f"{number} of {len(paths)} shards · {clips} clips")
+    text = f"verified {len(facts)} of {len(paths)} shards, {clips} clips"
+    findings.console.print(text, highlight=False)
+    return facts
 
 
-def _encode_again(paths: list[str], console: Console, *, share: float, seed: int, weights: str | None) -> int:
-    with open_shard(paths[0]) as (_, provenance):
-        pass
-    run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
-    tokenizer = tokenizer_of(provenance, weights).to(DTYPES[run.precision])
-    everything = find_clips(paths, "")
-    chosen = sorted(random.Random(seed).sample(everything, math.ceil(share * len(everything))))  # noqa: S311
-    result = Comparison()
-    with RunDisplay(console, "encoding again", len(chosen)) as display:
-        for done, (path, clip_id) in enumerate(chosen, start=1):
-            stored = next(read_clips(path, clip_id))
-            values = stored.values
-            try:
-                again = encode_by_another_cut(tokenizer, run, values)
-            except VideoError as error:
-                result.gone.append(f"{clip_id} of {values['uri']}: {error}")
-            else:
-                compare(stored.payload, again, result, clip_id)
-            display.update(done, f"{done} of {len(chosen)} clips · {done / display.seconds:.2f} clips/s")
-    _report(result, share, seed, console)
-    must_be_equal = run.precision == "float32" and next(tokenizer.parameters()).device.type == "cpu"
-    return EXIT_FAILED if must_be_equal and result.num_different > result.num_ties else 0
-
-
-def encode_by_another_cut(tokenizer: VideoTokenizer, run: TokenizeRun, values: Mapping[str, Any]) -> Encoded:
-    """The clip of a stored row from its source, computed otherwise than the run did.
+def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, ShardSpans]:
+    """Read a shard whole; the number of its clips, and of what spans they are.
 
     Raises:
-        VideoError: the source is gone, was replaced, or no longer decodes.
+        ShardError: damaged, or not what its metadata or the run says.
     """
-    config = tokenizer.config
-    spec = stored_spec(run, config, values)
-    wider = replace(spec, halo_clips=spec.halo_clips + int(spec.continuous))
-    clips = decode_again(values["uri"], values["video_id"], values["clip_index"], wider, row_part(values), run.limits)
-    if spec.continuous:
-        num_latents = spec.num_frames // config.time_stride
-        whole = _in_pieces(tokenizer, _to_input(tokenizer, clips)[:, :, spec.lead_frames :])
-        return _each_field([whole], lambda values: values[0][..., -num_latents:, :, :])
-    x_BCTHW = pad(_to_input(tokenizer, clips), config, padding_of(run)).frames
-    tiling = tiling_for(config, run.tile_size, None, run.tile_overlap)
-    if config.is_causal and tiling is None:
-        return _in_pieces(tokenizer, x_BCTHW)
-    with torch.inference_mode():
-        twice = tokenizer.encode(x_BCTHW.expand(2, -1, -1, -1, -1), tiling=tiling)
-    return _each_field([twice], lambda values: values[0][1:])
+    num_clips = check_shard(path)
+    with open_shard(path) as (parquet, provenance):
+        names = ("video_id", "clip_index", "part_start_seconds", "part_end_seconds", "num_valid_frames", "fps")
+        rows = parquet.read(columns=[name for name in names if name in parquet.schema_arrow.names])
+    if identity is not None and dict(provenance.identity) != identity:
+        raise ShardError(f"{path} was made with other settings than {RUN} says: move it away, or start a new output")
+    facts = shard_spans(path)
+    if facts.spans:
+        owners = spans_of_rows(rows, facts.spans)
+        counts = Counter(owners)
+        if None in counts:
+            raise ShardError(f"{path} holds {counts[None]} clips of no span that it lists")
+        seconds: Counter[str] = Counter()
+        for owner, valid, fps in zip(
+            owners, rows["num_valid_frames"].to_pylist(), rows["fps"].to_pylist(), strict=True
+        ):
+            seconds[str(owner)] += valid / fps
+        for span, number, length in zip(facts.spans, facts.num_clips, facts.seconds, strict=True):
+            if number is not None and number != counts[span]:
+                raise ShardError(f"{path} holds {counts[span]} clips of span {span}, and says that they are {number}")
+            if length is not None and abs(length - seconds[span]) > 1e-3:
+                raise ShardError(f"{path} holds {seconds[span]:.3f} s of span {span}, and says that they are {length}")
+    return num_clips, facts
 
 
-def _to_input(tokenizer: VideoTokenizer, clips: Sequence[Clip]) -> Tensor:
-    frames = torch.from_numpy(np.concatenate([clip.frames for clip in clips]))[None]
-    return frames_to_input(frames.to(next(tokenizer.parameters()).device), tokenizer.dtype)
+def _record(folder: str) -> dict[str, Any]:
+    """``run.json``.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = storage.join(folder, RUN)
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(path))
+        record["identity"], record["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}): the shards say the same of themselves; write it anew from "
+            "there, or run the same `vidshard tokenize` on another --out"
+        ) from error
+    return record
 
 
-def _in_pieces(tokenizer: VideoTokenizer, x_BCTHW: Tensor) -> Encoded:
-    """Encode a clip as a stream of single latents."""
-    stride = tokenizer.config.time_stride
-    past: Past = ()
-    parts: list[Encoded] = []
-    cuts = range((x_BCTHW.shape[2] - 1) % stride + 1, x_BCTHW.shape[2], stride)
-    for piece in torch.tensor_split(x_BCTHW, list(cuts), dim=2):
-        with torch.inference_mode():
-            encoded, past = tokenizer.encode_stream(piece, past)
-        parts.append(encoded)
-    return _each_field(parts, lambda values: torch.cat(values, dim=-3))
+def _check_account(folder: str, facts: Sequence[ShardSpans], findings: _Findings) -> Account | None:
+    """Hold what the shards say against the plan."""
+    record = _record(folder)
+    try:
+        run = TokenizeRun.model_validate({**record["run"], "inputs": ["-"]})
+        specs = clip_specs_of(run, TokenizerConfig.model_validate(record["tokenizer"]))
+    except (ValidationError, ValueError, KeyError) as error:
+        findings.console.print(f"no account: {RUN} is of another vidshard ({error})", highlight=False, markup=False)
+        return None
+    if not storage.list_files(storage.join(folder, PLANNED), ".parquet"):
+        findings.console.print(f"no account: the output has no {PLANNED}/ (a run that goes on writes it)")
+        return None
+    try:
+        account = make_account(folder, facts, {(spec.height, spec.width): spec for spec in specs})
+    except ShardError as error:
+        if not findings.num_wrong:
+            findings.wrong(str(error))
+        return None
+
+    def drop(spans: list[str]) -> Callable[[], None]:
+        def mend() -> None:
+            for shard in facts:
+                if not set(shard.spans).isdisjoint(spans):
+                    drop_spans(shard.path, spans)
+
+        return mend
+
+    if account.unplanned:
+        findings.wrong(
+            f"{len(account.unplanned)} spans of the shards are in no plan: {account.unplanned[0]} ... ; the same "
+            "`vidshard tokenize` plans what its inputs hold"
+        )
+    if account.superseded:
+        findings.wrong(
+            f"{len(account.superseded)} spans are of videos that were replaced since: {account.superseded[0]} ...",
+            drop(account.superseded),
+            "their clips are taken out",
+        )
+    if account.short:
+        findings.wrong(
+            f"{len(account.short)} spans hold fewer clips than were planned, though their video goes on: "
+            f"{account.short[0]} ...",
+            drop(account.short),
+            "their other clips are taken out",
+        )
+    return account
 
 
-def _each_field(parts: Sequence[Encoded], change: Callable[[list[Tensor]], Tensor]) -> Encoded:
-    def changed(values: list[Tensor | None]) -> Tensor | None:
-        there = [value for value in values if value is not None]
-        return change(there) if there else None
-
-    return Encoded(
-        latents=change([part.latents for part in parts]),
-        tokens=changed([part.tokens for part in parts]),
-        pre_quantized=changed([part.pre_quantized for part in parts]),
+def print_account(account: Account, console: Console) -> None:
+    """Print what became of videos and of their time."""
+    statuses = account.statuses
+    order = ("tokenized", "partly", "rejected", "copy", "pending")
+    named = {"copy": "copies of others", "partly": "tokenized in part"}
+    parts = [f"{statuses[name]} {named.get(name, name)}" for name in order if statuses[name]]
+    console.print(f"{account.videos.num_rows} videos = {' + '.join(parts) or '0'}", highlight=False)
+    planned, tokenized, rejected, pending, tail = (
+        account.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail")
     )
-
-
-def compare(stored: np.ndarray, again: Encoded, result: Comparison, clip_id: str) -> None:
-    """Count where a clip's stored tokens or latents are not those of encoding it again."""
-    result.num_clips += 1
-    result.num_values += stored.size
-    if again.tokens is not None:
-        different = again.tokens[0].cpu().numpy() != stored
-        if again.pre_quantized is not None:
-            from_tie = (again.pre_quantized - again.pre_quantized.floor() - 0.5).abs()
-            result.num_ties += int((different & (from_tie < TIE).any(dim=1)[0].cpu().numpy()).sum())
-    else:
-        latents = again.latents[0].cpu().numpy()
-        difference = np.abs(latents - stored.astype(np.float32))
-        result.largest_difference = max(result.largest_difference, float(difference.max()))
-        # near zero, where a unit of float16 is smaller than the noise of float32, the noise counts
-        different = difference > np.maximum(np.abs(np.spacing(stored)).astype(np.float32), 1e-4)
-    result.num_different += int(different.sum())
-    if different.any():
-        result.different_clips.append(clip_id)
-
-
-def _report(result: Comparison, share: float, seed: int, console: Console) -> None:
     console.print(
-        f"encoded {result.num_clips} clips again by another cut ({share:.2%} of all, seed {seed}): "
-        f"{result.num_different} of {result.num_values:,} values differ"
-        + (f" ({result.num_different / result.num_values:.4%})" if result.num_values else "")
-        + (f", {result.num_ties} of them at ties of rounding" if result.num_ties else "")
-        + (f"; latents by at most {result.largest_difference:.2g}" if result.largest_difference else ""),
+        f"{planned:.3f} s of video planned = {tokenized:.3f} s in clips + {rejected:.3f} s rejected + {pending:.3f} s "
+        f"pending {'+' if tail >= 0 else '-'} {abs(tail):.3f} s that the ends differ from their headers",
         highlight=False,
     )
-    for clip_id in result.different_clips[:10]:
-        console.print(f"  differs: {clip_id}", highlight=False, markup=False)
-    for line in result.gone[:10]:
-        console.print(f"  not compared: {line}", highlight=False, markup=False)
-    if len(result.gone) > 10:
-        console.print(f"  ... and {len(result.gone) - 10} more whose source cannot be read", highlight=False)
+    if account.num_pending:
+        console.print(f"{account.num_pending} of {account.num_spans} planned spans are left to do", highlight=False)
+
+
+def _write_account(account: Account, path: str, console: Console) -> None:
+    sink = pa.BufferOutputStream()
+    if path.endswith(".csv"):
+        pyarrow.csv.write_csv(account.videos, sink)
+    else:
+        pq.write_table(account.videos, sink)
+    storage.write_atomic(storage.absolute(path), sink.getvalue())
+    console.print(f"what became of each video: {path}", highlight=False, markup=False)

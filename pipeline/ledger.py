@@ -171,7 +171,7 @@ class _readable:  # noqa: N801
 # What is finished.
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ShardSpans:
     """What the metadata of a shard says of the spans in it."""
 
@@ -341,6 +341,19 @@ class Retried:
     spans: frozenset[str]
     uris: frozenset[str]
     """Of whole videos that could not be opened."""
+
+
+def damaged_files(out: str) -> list[tuple[str, str]]:
+    """(path, what is wrong) of the files of the plan and of the rejections that cannot be read."""
+    damaged = []
+    for folder, names in ((PLANNED, CATALOGUE_SCHEMA.names), (REJECTS, [])):
+        for path in storage.list_files(storage.join(out, folder), ".parquet"):
+            try:
+                with _readable(path):
+                    pq.read_table(pa.BufferReader(storage.read_bytes(path))).select(names)
+            except ShardError as error:
+                damaged.append((path, str(error)))
+    return damaged
 
 
 # What is left to do.

@@ -1,25 +1,39 @@
 """One way to list, open and atomically write a path, local or remote.
 
 Everything goes through fsspec. A write is whole or absent: locally a temporary file is renamed into place, on
-object stores one upload becomes visible when it is complete. Credentials come from the environment (AWS
-profiles, variables, instance roles), never from settings, so that no run record can leak them.
+object stores one upload becomes visible when it is complete. What fails for a while (throttling, a broken
+connection) is tried again, with growing pauses, for two minutes; all operations here may be repeated without harm.
+Credentials come from the environment (AWS profiles, variables, instance roles), never from settings, so that no run
+record can leak them.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+RETRY_SECONDS = float(os.environ.get("VIDSHARD_STORAGE_RETRY_SECONDS", "120"))
+"""How long an operation on remote storage is tried again before it counts as failed."""
 
 
 class StorageError(Exception):
@@ -85,22 +99,108 @@ def storage_errors() -> tuple[type[BaseException], ...]:
     return tuple(errors)
 
 
+_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_TRANSIENT_ERRNO = frozenset(
+    [errno.EBUSY, errno.EAGAIN, errno.EIO, errno.EPIPE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH]
+)
+_TRANSIENT_CODES = frozenset(
+    [
+        "BandwidthLimitExceeded",
+        "InternalError",
+        "PriorRequestNotComplete",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+    ]
+)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an operation on remote storage that failed so may succeed when it is repeated."""
+    if isinstance(error, _PERMANENT):
+        return False
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return True
+    response = getattr(error, "response", None)  # botocore's errors that came from the server
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status in (408, 429) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+    status = getattr(error, "status", None)  # aiohttp's
+    if isinstance(status, int) and status:
+        return status >= 500 or status in (408, 429)
+    if isinstance(error, OSError):
+        cause = error.__cause__
+        return error.errno in _TRANSIENT_ERRNO or (cause is not None and is_transient(cause))
+    module, name = type(error).__module__.split(".")[0], type(error).__name__
+    return (
+        module in ("botocore", "aiohttp")
+        and re.search("Connect|Timeout|HTTPClient|Incomplete|Payload|Stream|Server", name) is not None
+    )
+
+
+def with_retries(path: str, operation: Callable[[], Result], retry_seconds: float | None = None) -> Result:
+    """The operation's result; on remote storage it is repeated while it fails in a way that may pass.
+
+    Raises:
+        BaseException: what it raised the last time, with a note of how often it was tried.
+    """
+    if is_local(path):
+        return operation()
+    limit = RETRY_SECONDS if retry_seconds is None else retry_seconds
+
+    def warn(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        pause = state.next_action.sleep if state.next_action else 0.0
+        text = describe(error) if error is not None else ""
+        _log.warning("%s: %s; again in %.1f s", public_uri(path), text, pause)
+
+    started = time.monotonic()
+    retrying = Retrying(
+        stop=stop_after_delay(limit),
+        wait=wait_random_exponential(multiplier=0.2, max=min(20.0, max(0.1, limit / 4))),
+        retry=retry_if_exception(is_transient),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        return retrying(operation)
+    except storage_errors() as error:
+        tries = retrying.statistics.get("attempt_number", 1)
+        if tries > 1:
+            error.add_note(f"tried {tries} times in {time.monotonic() - started:.0f} s")
+        raise
+
+
+@contextmanager
+def _named(what: str, path: str) -> Iterator[None]:
+    """Turn what a file system raises into a StorageError that says what could not be done with what."""
+    try:
+        yield
+    except storage_errors() as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        raise StorageError(f"cannot {what} {public_uri(path)}: {describe(error)}{notes}") from error
+
+
 def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
     """Open for reading, seekable; remote files with read-ahead.
 
     Raises:
         StorageError: it is missing or not readable.
     """
-    try:
+    with _named("read", path):
         if is_local(path):
             local = Path(absolute(path))
             if local.exists() and not local.is_file():
                 raise OSError("it is not a regular file")  # opening a pipe would wait for ever
             return local.open("rb")
         fs, inner = filesystem(path)
-        return cast(BinaryIO, fs.open(inner, "rb", block_size=block_bytes, cache_type="readahead"))
-    except storage_errors() as error:
-        raise StorageError(f"cannot read {public_uri(path)}: {describe(error)}") from error
+        options = {"block_size": block_bytes, "cache_type": "readahead"}
+        return cast(BinaryIO, with_retries(path, lambda: fs.open(inner, "rb", **options)))
 
 
 WHOLE_BYTES = 16 << 20
@@ -117,23 +217,41 @@ class RemoteVideo(io.RawIOBase):
     stretches it goes back and forth between lie in fewer than eight blocks.
     """
 
-    def __init__(self, fs: Any, path: str, num_bytes: int) -> None:
-        """The file of ``num_bytes`` bytes at the file system's own path."""
+    def __init__(self, url: str, fs: Any, path: str, num_bytes: int) -> None:
+        """The file of ``num_bytes`` bytes at a URL, which is ``path`` in the file system's own terms."""
         super().__init__()
-        self._fs, self._path, self._num_bytes = fs, path, num_bytes
+        self._url, self._fs, self._path, self._num_bytes = url, fs, path, num_bytes
+        self._file = self._open()
+
+    def _open(self) -> Any:
         options = {"maxblocks": _MAX_BLOCKS}
-        self._file = fs.open(
-            path, "rb", block_size=_BLOCK_BYTES, cache_type="background", cache_options=options, size=num_bytes
+        return self._fs.open(
+            self._path,
+            "rb",
+            block_size=_BLOCK_BYTES,
+            cache_type="background",
+            cache_options=options,
+            size=self._num_bytes,
         )
 
     def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
         """So many bytes from each offset, fetched side by side and not as blocks."""
         ends = [min(offset + num_bytes, self._num_bytes) for offset in offsets]
-        return list(self._fs.cat_ranges([self._path] * len(ends), list(offsets), ends, on_error="raise"))
+        paths = [self._path] * len(ends)
+        return with_retries(self._url, lambda: list(self._fs.cat_ranges(paths, list(offsets), ends, on_error="raise")))
 
     def read(self, num_bytes: int = -1, /) -> bytes:
         """At most this many bytes."""
-        return cast(bytes, self._file.read(num_bytes))
+        at = self._file.tell()
+
+        def read() -> bytes:
+            if self._file.tell() != at:  # a read that failed on the way: what its cache holds is not known
+                self._file.close()
+                self._file = self._open()
+                self._file.seek(at)
+            return cast(bytes, self._file.read(num_bytes))
+
+        return with_retries(self._url, read)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """The new position."""
@@ -157,16 +275,21 @@ def open_video(path: str) -> BinaryIO:
     """
     if is_local(path):
         return open_binary(path)
-    try:
-        fs, inner = filesystem(path)
+    fs, inner = filesystem(path)
+
+    def opened() -> BinaryIO:
         num_bytes = fs.info(inner)["size"]
         if num_bytes is None:
             raise OSError("its length is unknown, and a video is read in parts")
-        if num_bytes <= WHOLE_BYTES:
-            return io.BytesIO(fs.cat_file(inner))
-        return cast(BinaryIO, RemoteVideo(fs, inner, num_bytes))
-    except storage_errors() as error:
-        raise StorageError(f"cannot read {public_uri(path)}: {describe(error)}") from error
+        if num_bytes > WHOLE_BYTES:
+            return cast(BinaryIO, RemoteVideo(path, fs, inner, num_bytes))
+        data = fs.cat_file(inner)
+        if len(data) != num_bytes:
+            raise ConnectionError(f"{len(data)} of its {num_bytes} bytes came")
+        return io.BytesIO(data)
+
+    with _named("read", path):
+        return with_retries(path, opened)
 
 
 def read_bytes(path: str) -> bytes:
@@ -175,8 +298,12 @@ def read_bytes(path: str) -> bytes:
     Raises:
         StorageError: it is missing or not readable.
     """
-    with open_binary(path) as file:
-        return file.read()
+    if is_local(path):
+        with open_binary(path) as file:
+            return file.read()
+    fs, inner = filesystem(path)
+    with _named("read", path):
+        return cast(bytes, with_retries(path, lambda: fs.cat_file(inner)))
 
 
 @contextmanager
@@ -232,10 +359,8 @@ def exists(path: str) -> bool:
         StorageError: the file system could not be asked.
     """
     fs, inner = filesystem(path)
-    try:
-        return bool(fs.exists(inner))
-    except storage_errors() as error:
-        raise StorageError(f"cannot reach {public_uri(path)}: {describe(error)}") from error
+    with _named("reach", path):
+        return bool(with_retries(path, lambda: fs.exists(inner)))
 
 
 def list_files(folder: str, suffix: str) -> list[str]:
@@ -245,13 +370,16 @@ def list_files(folder: str, suffix: str) -> list[str]:
         StorageError: the folder is there but cannot be listed.
     """
     fs, inner = filesystem(folder)
-    try:
+
+    def entries_now() -> list[dict[str, Any]]:
         fs.invalidate_cache(inner)
-        entries = fs.ls(inner, detail=True)
-    except FileNotFoundError:
-        return []
-    except storage_errors() as error:
-        raise StorageError(f"cannot list {public_uri(folder)}: {describe(error)}") from error
+        return list(fs.ls(inner, detail=True))
+
+    with _named("list", folder):
+        try:
+            entries = with_retries(folder, entries_now)
+        except FileNotFoundError:
+            return []
     names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
     return [join(folder, n) for n in sorted(names) if n.endswith(suffix) and not n.startswith(".")]
 
@@ -263,23 +391,138 @@ def write_atomic(path: str, data: bytes | memoryview) -> None:
         StorageError: it could not be written; nothing is left at ``path``.
     """
     fs, inner = filesystem(path)
-    try:
+    with _named("write", path):
         if isinstance(fs, LocalFileSystem):
-            target = Path(inner)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with _temporary(Path(inner), data) as temporary:
+                temporary.replace(inner)
         else:
-            fs.pipe_file(inner, bytes(data))
-    except storage_errors() as error:
-        raise StorageError(f"cannot write {public_uri(path)}: {describe(error)}") from error
+            content = bytes(data)
+            with_retries(path, lambda: fs.pipe_file(inner, content))
+
+
+@contextmanager
+def _temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """A file beside the target with the content, on the disk; gone at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str) -> int:
+    """Remove temporary files that a killed :func:`write_atomic` left in a local folder; gives how many.
+
+    Only while nobody else writes there.
+    """
+    if not is_local(folder):
+        return 0
+    left = [
+        path for path in Path(absolute(folder)).glob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)
+    ]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+def create_exclusive(path: str, data: bytes) -> bool:
+    """Put the content at ``path`` unless something is there: of several that try only one succeeds.
+
+    Locally by a hard link, on S3 (and file systems whose fsspec class knows the mode ``create``) by a conditional put.
+    Elsewhere by looking first and reading back what is there after: two at the very same time may both succeed.
+
+    Args:
+        path: of a file that is not there.
+        data: unlike what anybody else would put there, so that an attempt whose answer was lost is known again.
+
+    Returns:
+        Whether it is this content that is there now.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    fs, inner = filesystem(path)
+    with _named("write", path):
+        if isinstance(fs, LocalFileSystem):
+            with _temporary(Path(inner), data) as temporary:
+                try:
+                    os.link(temporary, inner)
+                except FileExistsError:
+                    return False
+                except OSError:  # a file system without links
+                    try:
+                        with open(inner, "xb") as file:
+                            file.write(data)
+                    except FileExistsError:
+                        return False
+                return True
+        try:
+            with_retries(path, lambda: _create(fs, inner, data))
+        except FileExistsError:
+            return read_bytes(path) == data
+        return True
+
+
+def _create(fs: Any, inner: str, data: bytes) -> None:
+    try:
+        fs.pipe_file(inner, data, mode="create")
+    except (NotImplementedError, TypeError):
+        fs.invalidate_cache()
+        if fs.exists(inner):
+            raise FileExistsError(inner) from None
+        fs.pipe_file(inner, data)
+    except OSError as error:
+        # what S3 answers to a conditional put of something that is there, or is being put by somebody else
+        if "PreconditionFailed" in repr(error) + repr(error.__cause__) or "ConditionalRequestConflict" in repr(
+            error.__cause__
+        ):
+            raise FileExistsError(inner) from error
+        raise
+
+
+def remove(path: str) -> None:
+    """Remove a file; that it is not there is no error.
+
+    Raises:
+        StorageError: it could not be removed.
+    """
+    fs, inner = filesystem(path)
+    with _named("remove", path), suppress(FileNotFoundError):
+        with_retries(path, lambda: fs.rm_file(inner))
+
+
+def fingerprint(path: str) -> str | None:
+    """Size and time stamp of a file as its storage states them, or size and tag; None if it cannot be asked.
+
+    Another one when the file was replaced. The same whether it comes from here or, for remote files, from a listing
+    (:func:`fingerprint_of`).
+    """
+    with suppress(StorageError, *storage_errors()):
+        if is_local(path):
+            stat = os.stat(absolute(path))
+            return f"{stat.st_size}-{stat.st_mtime_ns}"
+        fs, inner = filesystem(path)
+
+        def info_now() -> Mapping[str, Any]:
+            fs.invalidate_cache(inner)
+            return cast(Mapping[str, Any], fs.info(inner))
+
+        return fingerprint_of(with_retries(path, info_now))
+    return None
+
+
+_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "updated", "mtime", "Last-Modified")
+
+
+def fingerprint_of(info: Mapping[str, Any]) -> str | None:
+    """The same from what a remote file system says of a file; None where that tells no two states apart."""
+    tag = next((str(info[name]).strip('"') for name in _TAGS if info.get(name)), None)
+    return None if tag is None else f"{info.get('size')}-{tag}"
 
 
 def check_writable(folder: str) -> None:
@@ -290,11 +533,7 @@ def check_writable(folder: str) -> None:
     """
     path = join(folder, f".write-test-{uuid.uuid4().hex[:8]}")
     write_atomic(path, b"vidshard")
-    fs, inner = filesystem(path)
-    try:
-        fs.rm_file(inner)
-    except storage_errors() as error:
-        raise StorageError(f"cannot remove {public_uri(path)}: {describe(error)}") from error
+    remove(path)
 
 
 def describe(error: BaseException) -> str:
@@ -303,4 +542,6 @@ def describe(error: BaseException) -> str:
         return "no such file or bucket"
     if isinstance(error, PermissionError):
         return f"permission denied ({error})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: make space, then run the same command again"
     return " ".join(str(error).split()) or type(error).__name__
