@@ -339,6 +339,8 @@ class Reason(StrEnum):
     """A codec, pixel format or size that this build cannot handle."""
     BAD_SIGNAL = "bad_signal"
     """The file of samples beside the video does not hold a timestamped signal."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The encoder has too little memory for one clip of it."""
 
 
 REMEDIES: dict[Reason, str] = {
@@ -357,6 +359,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.OVER_LIMIT: "raise the limit that the detail names, if the file is not hostile",
     Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
+    Reason.OUT_OF_MEMORY: (
+        "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
+    ),
 }
 """What a person can do about each reason."""
 
