@@ -3,13 +3,20 @@
 The forward pass always has the same shape: a short last batch is filled up and the surplus dropped. A clip's
 result then depends on the clip alone and not on which clips happened to travel with it, which is what makes two
 runs equal, and fixed shapes are what compilers and graph capture want.
+
+A batch that memory cannot hold is tried again at half its size, down to one clip. That is another shape: on the CPUs
+and in the tests at hand it gives the same bytes, but kernels may sum in another order, and a value at a tie of
+rounding may then fall to the other side, as with another --batch-size.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -21,10 +28,12 @@ from models.tiling import Tiling
 from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, frames_to_input
 from models.weights import load_tokenizer, weights_digest
 from pipeline import storage
-from pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes
+from pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
 from schemas.runs import TokenizeRun
 from schemas.tokens import Payload
-from schemas.video import ClipSpec
+from schemas.video import ClipSpec, Reason, Stage, VideoError
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -231,54 +240,177 @@ def encode_spans(
     return values
 
 
+MEMORY_MESSAGES = (
+    "can't allocate memory",  # PyTorch's CPU allocator on Linux and macOS
+    "not enough memory",  # and on Windows
+    "std::bad_alloc",
+    "out of memory",  # the CUDA runtime itself: pinned memory, a library's workspace
+    "_ALLOC_FAILED",  # cuBLAS, cuDNN
+)
+"""What a RuntimeError says that is about memory; PyTorch has a class of its own only for its CUDA allocator."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory, so that a smaller one may succeed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES)
+
+
+def free_caches() -> None:
+    """Give back what no tensor uses: after a failure, cached blocks may be of no use to the next, smaller batch."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """What goes into a batch as a whole: a clip, or a span whose clips are one stream."""
+
+    row: int
+    clips: Sequence[np.ndarray]
+    num_own: int
+    """Without those of its halo."""
+
+
 class ClipEncoder:
     """The actor of the encoding stage: rows of decoded spans in, rows with tokens out.
 
-    Rejections pass untouched. Called by Ray Data, one batch of rows at a time.
+    Called by Ray Data, one batch of rows at a time. Rejections pass untouched. A row with a clip for which there is
+    no memory, not even by itself, becomes a rejection; any other exception is a bug and ends the run.
+
+    The first call loads the model, not the constructor: a death while loading then counts as an attempt of that
+    task, of which there are few, and not as a restart of the actor, of which there are many (`pipeline.flow`).
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
         self._spec = spec
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        make_reproducible(device, spec.num_threads)
-        self._tokenizer = open_tokenizer(spec, device)
+        self._model: VideoTokenizer | None = None
+        self._batch_sizes: dict[tuple[int, int], int] = {}
+        """For each frame size that did not fit at the spec's batch size, what did."""
         self._idle_since: float | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Encode the clips of all rows together."""
+        tokenizer = self._tokenizer()
         started = time.monotonic()
         waited = started - self._idle_since if self._idle_since is not None else 0.0
         spec = self._spec
         spans = clip_frames(rows, spec.num_frames)
         counts = clip_counts(rows)
         sizes = frame_sizes(rows)
-        values: dict[str, list[np.ndarray]] = {name: [] for name in spec.payload.columns}
+        encoded: list[dict[str, list[np.ndarray]]] = [{name: [] for name in spec.payload.columns} for _ in sizes]
+        errors: dict[int, VideoError] = {}
         num_slots = 0
         # rows of one frame size are neighbours: the plan is sorted by it
-        for _, group in groupby(range(rows.num_rows), key=lambda row: sizes[row]):
-            numbers = list(group)
-            if any(counts[number] for number in numbers):
-                encoded = self._encode([spans[n] for n in numbers], [counts[n] for n in numbers])
-                for name, arrays in encoded.items():
-                    values[name] += list(arrays)
-            num_slots += -(-sum(len(spans[n]) for n in numbers) // spec.batch_size) * spec.batch_size
+        for size, group in groupby(range(rows.num_rows), key=lambda row: sizes[row]):
+            units: list[_Unit] = []
+            for row in group:
+                if spec.continuous is None:
+                    units += [_Unit(row=row, clips=[clip], num_own=1) for clip in spans[row]]
+                elif counts[row]:
+                    units.append(_Unit(row=row, clips=spans[row], num_own=counts[row]))
+            num_slots += self._encode(tokenizer, units, size, encoded, errors)
+        for row in errors:
+            encoded[row] = {name: [] for name in spec.payload.columns}
+        values = {name: [clip for row in encoded for clip in row[name]] for name in spec.payload.columns}
         self._idle_since = time.monotonic()
         stats = EncodeStats(seconds=self._idle_since - started, wait_seconds=waited, num_slots=num_slots)
-        return add_payload(rows, values, spec.payload, stats)
+        return add_payload(refuse(rows, errors, Stage.ENCODE), values, spec.payload, stats)
 
-    def _encode(self, spans: Sequence[Sequence[np.ndarray]], counts: Sequence[int]) -> dict[str, np.ndarray]:
-        """The clips of spans of one frame size."""
+    def _tokenizer(self) -> VideoTokenizer:
+        if self._model is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            make_reproducible(device, self._spec.num_threads)
+            self._model = open_tokenizer(self._spec, device)
+        return self._model
+
+    def _encode(
+        self,
+        tokenizer: VideoTokenizer,
+        units: Sequence[_Unit],
+        size: tuple[int, int],
+        encoded: Sequence[Mapping[str, list[np.ndarray]]],
+        errors: dict[int, VideoError],
+    ) -> int:
+        """Encode units of one frame size, in batches that memory holds.
+
+        Args:
+            encoded: of each row and for each payload column the clips; those of the units are appended.
+            errors: of rows with a unit that does not fit; their further units are left out.
+
+        Returns:
+            Clips that the forward passes had room for.
+        """
+        batch_size = self._batch_sizes.get(size, self._spec.batch_size)
+        num_slots = start = 0
+        has_freed = False
+        while start < len(units):
+            if units[start].row in errors:
+                start += 1
+                continue
+            batch = units[start : start + batch_size]
+            values, shortage = _unless_out_of_memory(partial(self._encode_batch, tokenizer, batch, batch_size))
+            if values is not None:
+                _share_out(values, batch, encoded)
+                num_slots += max(len(unit.clips) for unit in batch) * batch_size
+                start += len(batch)
+                has_freed = False
+                continue
+            free_caches()
+            what = f"{self._spec.num_frames}x{size[0]}x{size[1]} frames"
+            if batch_size > 1:
+                self._batch_sizes[size] = batch_size = batch_size // 2
+                log.warning("out of memory (%s): from now on %d clips of %s at once", shortage, batch_size, what)
+            elif not has_freed:
+                has_freed = True  # caches of other shapes may have been what was in the way
+            else:
+                streams = " as a stream" if self._spec.continuous is not None else ""
+                errors[units[start].row] = VideoError(
+                    Reason.OUT_OF_MEMORY,
+                    f"one clip of {what}{streams} does not fit by itself in {self._spec.precision}: {shortage}",
+                )
+                log.warning("out of memory (%s): not even one clip of %s fits", shortage, what)
+                has_freed = False
+        return num_slots
+
+    def _encode_batch(
+        self, tokenizer: VideoTokenizer, units: Sequence[_Unit], batch_size: int
+    ) -> dict[str, np.ndarray]:
+        """The units' own clips, in order."""
         spec = self._spec
         if spec.continuous is not None:
-            return encode_spans(
-                self._tokenizer, spans, counts, spec.payload, spec.continuous, batch_size=spec.batch_size
-            )
-        clips = [clip for span in spans for clip in span]
+            spans, counts = [unit.clips for unit in units], [unit.num_own for unit in units]
+            return encode_spans(tokenizer, spans, counts, spec.payload, spec.continuous, batch_size=batch_size)
+        clips = [clip for unit in units for clip in unit.clips]
         return encode_clips(
-            self._tokenizer,
-            clips,
-            spec.payload,
-            batch_size=spec.batch_size,
-            padding=spec.padding,
-            tiling=spec.tiling,
+            tokenizer, clips, spec.payload, batch_size=batch_size, padding=spec.padding, tiling=spec.tiling
         )
+
+
+def _unless_out_of_memory(
+    encode: Callable[[], dict[str, np.ndarray]],
+) -> tuple[dict[str, np.ndarray] | None, str]:
+    """What a function gives; None and the allocator's words, a line, where there was not enough memory.
+
+    A function of its own, as an exception's traceback keeps every tensor of the failed pass alive: it must be gone
+    before caches are freed and the next attempt begins.
+    """
+    try:
+        return encode(), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _share_out(
+    values: Mapping[str, np.ndarray], units: Sequence[_Unit], encoded: Sequence[Mapping[str, list[np.ndarray]]]
+) -> None:
+    """Append each unit's clips to those of its row."""
+    for name, clips in values.items():
+        start = 0
+        for unit in units:
+            encoded[unit.row][name].extend(clips[start : start + unit.num_own])
+            start += unit.num_own

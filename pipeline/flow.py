@@ -1,6 +1,6 @@
 """The whole Ray Data graph of a tokenization run, and nothing else.
 
-    plan.parquet ──▶ SpanDecoder ──▶ ClipEncoder ──▶ rows for the driver's TokenShardSink
+    plan.parquet ──▶ SpanDecoder ──▶ EncoderActor ──▶ rows for the driver's TokenShardSink
      one row a span   CPU tasks        actor pool      shards/, rejects/
 
 Every stage gives one row for each it takes. Frames cross the object store as uint8. Token rows are small (10 kB a
@@ -10,18 +10,37 @@ time to commit, and what to save when the user interrupts.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
 import ray
+from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.encode import ClipEncoder, EncoderSpec
 from pipeline.stages import SpanDecoder
 
-MAX_RETRIES = 2
-"""Times that a task whose process died is tried again; Ray's own default is for ever."""
+MAX_ATTEMPTS = 6
+"""Times that a task is begun whose process or node dies under it. The last of these deaths ends the run.
+
+Ray's own default is for ever, so that a row which kills every process that touches it keeps a run from ending. On
+preemptible nodes that live an hour, with tasks of a minute, a task is hit once in 60 times, and six times in a row once
+in 60^6 = 5e10: 1000 such nodes begin 1e7 tasks in a week. With three attempts it were some 50 of these.
+"""
+
+# How Ray counts (2.60) decides who does. A decoding task has one budget, `max_retries`, for deaths of its process, of
+# its node, and for output that was lost with a node before its use; only nodes that were drained before they went are
+# spared, as some autoscalers do for announced preemptions (ray-project/ray#54182). That is what MAX_ATTEMPTS is for.
+#
+# An encoder's `max_task_retries` cannot be limited: while a node is gone and nobody has noticed, which takes 15 s and
+# more, each call of its actors is sent, fails and is sent again, and every time counts. One lost node used up five
+# retries of tasks that had not begun. So Ray retries these without limit, and `_Attempts` counts what was begun. Nor
+# can `max_restarts`, which every preemption of a week takes from; hence the constructor that does nothing and the model
+# that is loaded by the first task. A process that does not come up even that far, on all nodes, ends the run too: Ray
+# Data gives up after half an hour without progress (`execution_no_progress_timeout_s`).
 
 ENCODER_ENVIRONMENT = {
     # glibc hands large blocks back to the system at once and faults every page in again at the next clip. Kept, a
@@ -36,6 +55,50 @@ ENCODER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
 }
 """What an encoder's process starts with."""
+
+
+@ray.remote(num_cpus=0)
+class _Attempts:
+    """How often each batch was begun and not ended; lives on the driver's node, as long as the driver."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, batch: str) -> int:
+        """Count another attempt; gives its number, from 1."""
+        self._begun[batch] += 1
+        return self._begun[batch]
+
+    def end(self, batch: str) -> None:
+        """Forget a batch that came to its end."""
+        del self._begun[batch]
+
+
+class EncoderActor:
+    """`ClipEncoder` in a pool of actors, where a batch that ends its process is not tried for ever."""
+
+    def __init__(self, spec: EncoderSpec, attempts: ActorHandle) -> None:
+        self._encode = ClipEncoder(spec)
+        self._attempts = attempts
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """As `ClipEncoder`.
+
+        Raises:
+            RuntimeError: the process or its node died in all earlier attempts at these rows.
+        """
+        spans = rows["span_id"].to_pylist()
+        attempt = ray.get(self._attempts.begin.remote(spans[0]))
+        if attempt > MAX_ATTEMPTS:
+            others = f" and {len(spans) - 1} more" if len(spans) > 1 else ""
+            raise RuntimeError(
+                f"the encoder's process died {MAX_ATTEMPTS} times at span {spans[0]}{others}, of video "
+                f"{storage.public_uri(rows['uri'][0].as_py())}: look for the kernel's out-of-memory killer, or faults "
+                "of a GPU or its driver, in the node's log"
+            )
+        encoded = self._encode(rows)
+        self._attempts.end.remote(spans[0])
+        return encoded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +124,8 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
     Args:
         plan: its Parquet file; or its rows, where URIs carry credentials that no file may hold.
     """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    attempts = _Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     return (
         _rows_of(plan)
         # a small plan is one block to Ray, and one block is one task
@@ -72,11 +137,11 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
             zero_copy_batch=True,
             num_cpus=1,
             compute=TaskPoolStrategy(placement.decode_workers),
-            max_retries=MAX_RETRIES,
+            max_retries=MAX_ATTEMPTS - 1,
         )
         .map_batches(
-            ClipEncoder,
-            fn_constructor_args=(encoder,),
+            EncoderActor,
+            fn_constructor_args=(encoder, attempts),
             batch_format="pyarrow",
             batch_size=placement.rows_per_batch,
             zero_copy_batch=True,
@@ -84,8 +149,8 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
             num_cpus=placement.cpus_per_worker or None,
             compute=ActorPoolStrategy(size=placement.encode_workers),
             runtime_env={"env_vars": ENCODER_ENVIRONMENT},
-            max_restarts=MAX_RETRIES,
-            max_task_retries=MAX_RETRIES,
+            max_restarts=-1,
+            max_task_retries=-1,
         )
     )
 

@@ -25,8 +25,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.sampling import expected_clips
+from pipeline.storage import public_uri
 from schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
-from schemas.video import REMEDIES, Clip, ClipSpec, Part, Reason, Rejection, Span, SpanClips, Stage, VideoSource
+from schemas.video import (
+    REMEDIES,
+    Clip,
+    ClipSpec,
+    Part,
+    Reason,
+    Rejection,
+    Span,
+    SpanClips,
+    Stage,
+    VideoError,
+    VideoSource,
+)
 
 PLAN_FIELDS = (
     pa.field("span_id", pa.string(), nullable=False),
@@ -309,6 +322,43 @@ def add_payload(
     for name, column in _STATS_COLUMNS.items():
         first = getattr(stats, name)
         rows = rows.append_column(column, pa.array([first] + [type(first)(0)] * (rows.num_rows - 1)))
+    return rows
+
+
+def refuse(rows: pa.Table, errors: Mapping[int, VideoError], stage: Stage) -> pa.Table:
+    """Decoded rows, of which some turned out to be of no use: a rejection of the whole span in place of the clips.
+
+    What decoding said of such a row, clips missing among those that it gave, is covered by that and replaced.
+
+    Args:
+        errors: by row number, of rows with clips.
+        stage: where they arose.
+    """
+    if not errors:
+        return rows
+    lists, rejections = rows["clips"].to_pylist(), rows["rejection"].to_pylist()
+    for number, error in errors.items():
+        row = rows.select(PLAN_SCHEMA.names).slice(number, 1).to_pylist()[0]
+        first_seconds = row["grid_start_pts"] * row["time_base_numerator"] / row["time_base_denominator"]
+        before = rejections[number]
+        rejections[number] = rejection_row(
+            Rejection(
+                uri=public_uri(row["uri"]),
+                video_id=row["video_id"],
+                span_id=row["span_id"],
+                start_seconds=(
+                    max(0.0, lists[number][0]["start_seconds"] - first_seconds)
+                    if before is None
+                    else before["start_seconds"]
+                ),
+                stage=stage,
+                reason=error.reason,
+                detail=error.detail,
+            )
+        )
+        lists[number] = []
+    for field, values in ((CLIPS, lists), (REJECTION, rejections)):
+        rows = rows.set_column(rows.schema.get_field_index(field.name), field.name, pa.array(values, field.type))
     return rows
 
 

@@ -345,6 +345,8 @@ class Reason(StrEnum):
     """The file is another one than when the run opened it."""
     BAD_SIGNAL = "bad_signal"
     """The file of samples beside the video does not hold a timestamped signal."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The encoder has too little memory for one clip of it."""
 
 
 REMEDIES: dict[Reason, str] = {
@@ -364,6 +366,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
     Reason.CHANGED: "run the same command again: the file is opened anew",
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
+    Reason.OUT_OF_MEMORY: (
+        "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
+    ),
 }
 """What a person can do about each reason."""
 

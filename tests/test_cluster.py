@@ -1,0 +1,216 @@
+"""What dies while a run goes on, in a real Ray: nodes, encoders, decoders; and what never lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+from ray.exceptions import RayTaskError
+
+from pipeline.flow import MAX_ATTEMPTS, EncoderActor, Placement, _Attempts, build_flow
+from pipeline.read import check_shard
+from pipeline.rows import PLAN_SCHEMA
+from pipeline.shards import finished_spans, read_rejects, shard_paths
+from pipeline.stages import SpanDecoder
+from tests.test_encode_memory import clip_spec, decoded_row, encoder_spec
+from tests.test_process import started
+from tests.videos import Recipe, write_video
+
+NUM_CLIPS = 3 * 24
+RUN = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
+COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``NUM_CLIPS`` clips in as many spans."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(3):
+        write_video(folder / f"{number}.mp4", Recipe(num_frames=400 + number, rate=Fraction(25), codec="mpeg4"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "tokens"
+    with started(videos, "--out", out, *RUN) as process:
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    tokens = tokens_by_clip(out)
+    assert len(tokens) == NUM_CLIPS
+    return tokens
+
+
+def tokens_by_clip(out: Path) -> dict[str, bytes]:
+    """Of every row; fails where a clip stands twice."""
+    tokens: dict[str, bytes] = {}
+    for path in shard_paths(str(out)):
+        check_shard(path)
+        for row in pq.read_table(path, columns=["clip_id", "tokens"]).to_pylist():
+            assert row["clip_id"] not in tokens
+            tokens[row["clip_id"]] = repr(row["tokens"]).encode()
+    return tokens
+
+
+def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Return as soon as something is the case; fail if the process ends before."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def is_under_way(out: Path) -> bool:
+    """Whether the first shard is committed."""
+    return bool(shard_paths(str(out)))
+
+
+def processes_below(pid: int) -> dict[int, str]:
+    """Command line of every descendant, as Ray titles it after what it does."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            except OSError:
+                continue  # gone meanwhile
+
+    def is_below(number: int) -> bool:
+        while number in parents and number != pid:
+            number = parents[number]
+        return number == pid
+
+    return {number: title for number, title in titles.items() if number != pid and is_below(number)}
+
+
+def busy_with(pid: int, work: str) -> list[int]:
+    """Workers of a Ray below a process that are doing something at the moment."""
+    return [number for number, title in processes_below(pid).items() if title.startswith(f"ray::{work}")]
+
+
+ENCODING, DECODING = "MapWorker(MapBatches(EncoderActor)).submit", "MapBatches(SpanDecoder)"
+
+
+def kill_one(process: subprocess.Popen[str], work: str) -> None:
+    """Kill a worker in the middle of a task."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found.extend(busy_with(process.pid, work))
+        return bool(found)
+
+    until(process, look)
+    os.kill(found[0], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [ENCODING, DECODING])
+def test_a_killed_worker_costs_no_clip(videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, work: str) -> None:
+    out = tmp_path / "tokens"
+    with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+        until(process, lambda: is_under_way(out))
+        kill_one(process, work)
+        assert len(finished_spans(str(out))) < NUM_CLIPS
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert tokens_by_clip(out) == undisturbed
+    assert not read_rejects(str(out)).num_rows
+
+
+@pytest.fixture
+def cluster() -> Iterator[RayCluster]:
+    """A head without CPUs for the driver; Ray's own settings, so that a lost node is noticed as late as anywhere."""
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_no_clip(
+    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, cluster: RayCluster
+) -> None:
+    out = tmp_path / "tokens"
+    node = cluster.add_node(num_cpus=2)  # all decoders, the encoder and all blocks are there
+    arguments = (videos, "--out", out, *RUN, *COMMITTED_AT_ONCE, "--ray-address", cluster.address)
+    with started(*arguments) as process:
+        until(process, lambda: is_under_way(out))
+        cluster.remove_node(node, allow_graceful=False)
+        assert len(finished_spans(str(out))) < NUM_CLIPS
+        cluster.add_node(num_cpus=2)
+        printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert tokens_by_clip(out) == undisturbed
+    assert not read_rejects(str(out)).num_rows
+
+
+@pytest.mark.slow
+def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_later(
+    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    arguments = (videos, "--out", out, *RUN, *COMMITTED_AT_ONCE)
+    with started(*arguments) as process:
+        until(process, lambda: is_under_way(out))
+        killed: set[int] = set()
+        while process.poll() is None:
+            for number in set(busy_with(process.pid, ENCODING)) - killed:
+                os.kill(number, signal.SIGKILL)
+                killed.add(number)
+        printed, _ = process.communicate()
+    assert process.returncode == 1, printed
+    assert f"the encoder's process died {MAX_ATTEMPTS} times at span" in printed
+    assert "what is committed is valid" in printed
+    assert "Traceback" not in printed
+    assert len(killed) >= MAX_ATTEMPTS
+    before = tokens_by_clip(out)
+    assert 0 < len(before) < NUM_CLIPS
+    with started(*arguments) as process:
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert tokens_by_clip(out) == undisturbed
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_attempts_that_came_to_their_end_do_not_count() -> None:
+    rows = decoded_row(0, clip_spec(32), 1)
+    attempts = _Attempts.remote()  # type: ignore[attr-defined]
+    encode = EncoderActor(encoder_spec(1), attempts)
+    for _ in range(MAX_ATTEMPTS + 1):
+        encode(rows)
+    span = rows["span_id"][0].as_py()
+    for _ in range(MAX_ATTEMPTS - 1):
+        ray.get(attempts.begin.remote(span))
+    encode(rows)
+    for _ in range(MAX_ATTEMPTS):
+        ray.get(attempts.begin.remote(span))
+    with pytest.raises(RuntimeError, match=rf"{MAX_ATTEMPTS} times at span {span}, of video https://host/0\.mp4: "):
+        encode(rows)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -> None:
+    spec = clip_spec(32)
+    plan = decoded_row(0, spec, 1).select(PLAN_SCHEMA.names)
+    placement = Placement(
+        encode_workers=1, gpus_per_worker=0, cpus_per_worker=1, decode_workers=1, rows_per_task=1, rows_per_batch=1
+    )
+    encoder = replace(encoder_spec(1), weights_sha256="0" * 64)
+    decoder = SpanDecoder(spec=spec, max_clips=4, clips_per_pass=4)
+    flow = build_flow(plan, decoder=decoder, encoder=encoder, placement=placement)
+    with pytest.raises(RayTaskError) as caught:
+        list(flow.iter_batches(batch_format="pyarrow", batch_size=None))
+    cause: BaseException = caught.value
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    assert "are not those expected" in str(cause)
