@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -596,6 +597,25 @@ def _noise(state: TrainState, x_BCTHW: Tensor, piece: int) -> Tensor | None:
 
 def _autocast(state: TrainState) -> torch.autocast:
     return torch.autocast(state.device.type, torch.bfloat16, enabled=state.config.precision == "bfloat16")
+
+
+def shard_generator(network: nn.Module, **settings: Any) -> nn.Module:
+    """Wrap a state's networks for FSDP2: each layer of the tokenizer by itself; the small discriminator by DDP.
+
+    Args:
+        settings: of `fully_shard`, such as a mesh.
+    """
+    if not isinstance(network, Generator):
+        return DistributedDataParallel(network)
+    # Where gradients are wanted no layer writes into what another gave it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    tokenizer = network.tokenizer
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        for layer in part.layers():
+            assert isinstance(layer, nn.Module)
+            fully_shard(layer, **settings)
+    fully_shard(network, **settings)
+    return network
 
 
 @contextlib.contextmanager
