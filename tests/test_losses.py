@@ -271,8 +271,9 @@ def perceptual(vgg_file: Path) -> Perceptual:
 
 
 def test_lpips_is_the_formula_on_the_given_trunk(perceptual: Perceptual, vgg_file: Path) -> None:
-    lpips = pytest.importorskip("lpips")
     weights = torch.load(vgg_file, weights_only=True)
+    import lpips  # only now: load_perceptual declared what torchvision asks for
+
     heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
     real, fake = (torch.tanh(random(3, 3, 32, 32, seed=seed)) for seed in (0, 1))
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])

@@ -115,16 +115,16 @@ def assert_equal(ours: Any, theirs: Any, at: str = "") -> None:
 
 
 def test_a_tiny_tokenizer_learns() -> None:
-    config = small(learning_rate=3e-3, gan_weight=0, entropy_weight=0.01, warmup_steps=5, clips_per_step=4)
+    config = small(learning_rate=3e-3, gan_weight=0, entropy_weight=0.01, warmup_steps=5)
     state = state_of(config)
-    batch, held_out = clips(4), clips(2, seed=9)
+    held_out = clips(2, seed=9)
     before = evaluate_batch(state, held_out).metrics()
-    losses = [train_step(state, batch) for _ in range(50)]
+    losses = [train_step(state, clips(2)) for _ in range(50)]
     with state.averaged():
         after = evaluate_batch(state, held_out).metrics()
     assert losses[-1]["nll"] < 0.5 * losses[0]["nll"]
-    assert losses[-1]["l1"] < 0.7 * losses[0]["l1"]
-    assert after["psnr"] > before["psnr"] + 3
+    assert losses[-1]["l1"] < 0.5 * losses[0]["l1"]
+    assert after["psnr"] > before["psnr"] + 1.5
     assert after["ssim"] > before["ssim"]
     assert 0 < after["codebook_utilisation"] <= 1
 
@@ -595,7 +595,7 @@ def both_wrappings(rank: int, folder: str) -> None:
         whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items() if g is not None}
         # and on through a checkpoint, with an adversary and in pieces
         state = state_of(WITH_ADVERSARY, wrap=wrap)
-        batches = [clips(4, seed=step)[2 * rank : 2 * rank + 2] for step in range(3)]
+        batches = [clips(4, seed=step)[2 * rank : 2 * rank + 2] for step in range(2)]
         curve = [train_step(state, batches[0])]
         kept = state.state_dict()
         curve += [train_step(state, batch) for batch in batches[1:]]
@@ -629,8 +629,6 @@ class Spoilt(nn.Module):
 def test_two_workers_are_one_with_all_clips(tmp_path: Path) -> None:
     alone = state_of(TWO_WORKERS)
     expected = train_step(alone, clips(2))
-    adversarial_start = state_of(WITH_ADVERSARY)
-    train_step(adversarial_start, clips(4))
     in_two_processes(both_wrappings, tmp_path)
     for wrapping in WRAPS:
         results = [torch.load(tmp_path / f"{wrapping}{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -641,7 +639,7 @@ def test_two_workers_are_one_with_all_clips(tmp_path: Path) -> None:
             for resumed, step in zip(result["resumed"], result["curve"][1:], strict=True):
                 assert resumed == pytest.approx(step, rel=1e-4)
             assert "adaptive_weight" in result["curve"][1]
-            assert result["weights"].keys() == adversarial_start.bare_generator.state_dict().keys()
+            assert result["weights"].keys() == alone.bare_generator.state_dict().keys()
             assert "perceptual is nan" in result["told"]
         assert results[0]["curve"] == results[1]["curve"]
         assert_equal(results[0]["weights"], results[1]["weights"])
