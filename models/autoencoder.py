@@ -8,10 +8,12 @@ resolution; the decoder runs from the last level to level 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.layers import (
     ChannelNorm,
@@ -153,13 +155,18 @@ class Encoder(nn.Module):
             yield from level_layers(spatial, temporal)
         yield from self.mid.layers()
 
-    def forward(self, x_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False) -> tuple[Tensor, Past]:
+    def forward(
+        self, x_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False, recompute: bool = False
+    ) -> tuple[Tensor, Past]:
         """Encode a chunk whose number of frames the time stride divides.
+
+        Args:
+            recompute: compute layers again for gradients rather than keep them, see `run_to_features`.
 
         Returns:
             (B, T', H', W', out_channels), and the next chunk's past, empty unless `keep_past`.
         """
-        return run_layers(self, x_BTHWC, past, keep_past=keep_past, last=True)
+        return run_layers(self, x_BTHWC, past, keep_past=keep_past, last=True, recompute=recompute)
 
 
 class Decoder(nn.Module):
@@ -228,6 +235,10 @@ class Decoder(nn.Module):
         """
         return run_layers(self, z_BTHWC, past, keep_past=keep_past, last=last)
 
+    def features(self, z_BTHWC: Tensor, *, recompute: bool = False) -> Tensor:
+        """What the output convolution takes of a whole clip: (B, time_stride * T', H, W, widths[0])."""
+        return run_to_features(self, z_BTHWC, (), keep_past=False, last=True, recompute=recompute)[0]
+
 
 def level_units(
     in_channels: int, channels: int, count: int, rule: TimeRule, architecture: Architecture
@@ -260,22 +271,51 @@ def level_layers(spatial: nn.Module, temporal: nn.Module) -> Iterator[Layer]:
 
 
 def run_layers(
-    network: Encoder | Decoder, x_BTHWC: Tensor, past: Past, *, keep_past: bool, last: bool
+    network: Encoder | Decoder,
+    x_BTHWC: Tensor,
+    past: Past,
+    *,
+    keep_past: bool,
+    last: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Past]:
     """Run a network over a chunk and collect what each layer needs for the next one."""
+    features_BTHWC, next_past = run_to_features(
+        network, x_BTHWC, past, keep_past=keep_past, last=last, recompute=recompute
+    )
+    x_BTHWC, kept = network.conv_out(features_BTHWC, past[-1] if past else ())
+    return x_BTHWC, (*next_past, kept) if keep_past else ()
+
+
+def run_to_features(
+    network: Encoder | Decoder,
+    x_BTHWC: Tensor,
+    past: Past,
+    *,
+    keep_past: bool,
+    last: bool,
+    recompute: bool = False,
+) -> tuple[Tensor, Past]:
+    """Run a network up to what its output convolution takes.
+
+    Args:
+        recompute: keep of each layer its input alone, and compute it again for gradients. Training then holds one
+            layer's maps at a time, for a third more work.
+    """
     next_past: list[LayerPast] = []
     for index, layer in enumerate(network.layers()):
         layer_past = past[index] if past else ()
+        # Every map but the first, which is the caller's, was made here for the next layer alone. A large map stays
+        # where it is: 17 x 256 x 256 takes 1.9 GB to encode in place of 3.9.
+        run: Callable[[Tensor, LayerPast], tuple[Tensor, LayerPast]] = layer
         if isinstance(layer, LinearTimeUp):
-            x_BTHWC, kept = layer(x_BTHWC, layer_past, last=last)
+            run = partial(layer, last=last)
         elif isinstance(layer, (SpatialUnit, TimeUnit)):
-            # Every map but the first, which is the caller's, was made here for the next layer alone. A large map stays
-            # where it is: 17 x 256 x 256 takes 1.9 GB to encode in place of 3.9.
-            x_BTHWC, kept = layer(x_BTHWC, layer_past, overwrite=index > 0)
+            run = partial(layer, overwrite=index > 0)
+        if recompute:
+            x_BTHWC, kept = checkpoint(run, x_BTHWC, layer_past, use_reentrant=False)
         else:
-            x_BTHWC, kept = layer(x_BTHWC, layer_past)
+            x_BTHWC, kept = run(x_BTHWC, layer_past)
         # Dropped at once where nobody asks: at 17 x 256 x 256 all layers' pasts together are some 0.45 GB.
         next_past.append(kept if keep_past else ())
-    x_BTHWC = network.norm_out(x_BTHWC, silu=True)
-    x_BTHWC, kept = network.conv_out(x_BTHWC, past[-1] if past else ())
-    return x_BTHWC, (*next_past, kept) if keep_past else ()
+    return network.norm_out(x_BTHWC, silu=True), tuple(next_past)

@@ -10,7 +10,7 @@ without one is not to add it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +40,15 @@ class Encoded:
         return f"Encoded(latents={tuple(self.latents.shape)}, tokens={tokens})"
 
 
+MeanOverWorkers = Callable[[Tensor], Tensor]
+"""The mean of a tensor without gradient over all workers; every worker calls it equally often."""
+
+
+def alone(value: Tensor) -> Tensor:
+    """The mean over workers where there is one."""
+    return value
+
+
 class Head(Protocol):
     """The border between an encoder and what is stored."""
 
@@ -62,12 +71,16 @@ class Head(Protocol):
         """
         ...
 
-    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    def regularization(
+        self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
+    ) -> dict[str, Tensor]:
         """The terms of a training loss by which the head holds its encoder, by name.
 
         Args:
             z_BCTHW: what the encoder gave.
             encoded: what `quantize` made of it.
+            mean_over_workers: how workers with a part of the batch each find the mean of a tensor over all of them.
+                Only ``codebook_entropy`` needs it: the others are means, which workers take of the terms themselves.
 
         Returns:
             float32 scalars with gradients, unweighted. ``codebook_entropy`` is to be large, the others small.
@@ -145,10 +158,12 @@ class FSQ:
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
         return self.indices_to_codes(tokens)
 
-    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    def regularization(
+        self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
+    ) -> dict[str, Tensor]:
         """``token_entropy``, ``codebook_entropy`` and ``commitment`` of the unbounded encoder output, as in VidTok."""
         values = [[(digit - level // 2) / (level // 2) for digit in range(level)] for level in self.levels]
-        return _entropies(z_BCTHW, values) | {"commitment": _commitment(z_BCTHW, encoded)}
+        return _entropies(z_BCTHW, values, mean_over_workers) | {"commitment": _commitment(z_BCTHW, encoded)}
 
     def _half_widths(self, like: Tensor) -> Tensor:
         return _per_channel([level // 2 for level in self.levels], like, torch.float32)
@@ -199,10 +214,12 @@ class LFQ:
         shifts = _per_channel(range(self.latent_channels), expanded)
         return 2.0 * ((expanded >> shifts) & 1).float() - 1.0
 
-    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    def regularization(
+        self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
+    ) -> dict[str, Tensor]:
         """``token_entropy``, ``codebook_entropy`` and ``commitment``; formulas as for FSQ, with codes of -1 and 1."""
         values = [[-1.0, 1.0]] * self.latent_channels
-        return _entropies(z_BCTHW, values) | {"commitment": _commitment(z_BCTHW, encoded)}
+        return _entropies(z_BCTHW, values, mean_over_workers) | {"commitment": _commitment(z_BCTHW, encoded)}
 
 
 class VQ(nn.Module):
@@ -266,7 +283,13 @@ class VQ(nn.Module):
         _check_tokens(tokens, self.codebook_size)
         return self._entries(tokens.to(torch.int64))
 
-    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    def regularization(
+        self,
+        z_BCTHW: Tensor,
+        encoded: Encoded,
+        *,
+        mean_over_workers: MeanOverWorkers = alone,  # noqa: ARG002 - only entropies need it
+    ) -> dict[str, Tensor]:
         """``commitment`` draws the encoder to the entries, ``codebook`` the entries to the encoder."""
         assert encoded.tokens is not None
         codebook = (self._entries(encoded.tokens) - z_BCTHW.detach().float()).square().mean()
@@ -300,7 +323,13 @@ class KL:
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
         raise ValueError(f"a KL tokenizer has no tokens: decode takes its float latents, got {tokens.dtype}")
 
-    def regularization(self, z_BCTHW: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    def regularization(
+        self,
+        z_BCTHW: Tensor,
+        encoded: Encoded,
+        *,
+        mean_over_workers: MeanOverWorkers = alone,  # noqa: ARG002 - only entropies need it
+    ) -> dict[str, Tensor]:
         """``kl``: the divergence from N(0, 1), in nats for each clip."""
         assert encoded.logvar is not None
         mean, logvar = encoded.latents, encoded.logvar
@@ -311,7 +340,9 @@ INVERSE_TEMPERATURE = 100.0
 """Of the softmax over codes whose entropies training weighs."""
 
 
-def _entropies(z_BCTHW: Tensor, values: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+def _entropies(
+    z_BCTHW: Tensor, values: Sequence[Sequence[float]], mean_over_workers: MeanOverWorkers
+) -> dict[str, Tensor]:
     """Entropies in nats of each position's choice of a code, and of the choice that all make together.
 
     Affinity to a code is twice the dot product with it, and the softmax over the codes runs at `INVERSE_TEMPERATURE`,
@@ -324,6 +355,8 @@ def _entropies(z_BCTHW: Tensor, values: Sequence[Sequence[float]]) -> dict[str, 
 
     Args:
         values: what a code can be in each channel.
+        mean_over_workers: makes the choice that all make together that of all workers' positions. The gradient is
+            that of the whole batch where gradients are averaged over workers, which VidTok's is not.
     """
     z_NC = z_BCTHW.float().movedim(1, -1).reshape(-1, len(values))
     # An outer sum of logarithms would do as well, but products of probabilities need half the memory for gradients.
@@ -342,9 +375,9 @@ def _entropies(z_BCTHW: Tensor, values: Sequence[Sequence[float]]) -> dict[str, 
     for start in range(0, first_NA.shape[1], block):
         part_NA = first_NA[:, start : start + block]
         codebook_entropy = codebook_entropy + (
-            _entropy_of_mean(part_NA, second_NB)
+            _entropy_of_mean(part_NA, second_NB, mean_over_workers)
             if first_NA.shape[1] <= block
-            else checkpoint(_entropy_of_mean, part_NA, second_NB, use_reentrant=False)
+            else checkpoint(_entropy_of_mean, part_NA, second_NB, mean_over_workers, use_reentrant=False)
         )
     return {"token_entropy": token_entropy, "codebook_entropy": codebook_entropy}
 
@@ -361,8 +394,10 @@ def _joint(by_channel: Sequence[Tensor], like: Tensor) -> Tensor:
     return joint
 
 
-def _entropy_of_mean(first_NA: Tensor, second_NB: Tensor) -> Tensor:
+def _entropy_of_mean(first_NA: Tensor, second_NB: Tensor, mean_over_workers: MeanOverWorkers) -> Tensor:
     mean_AB = first_NA.T @ second_NB / first_NA.shape[0]
+    # The value of all workers, the gradient of our own part in it.
+    mean_AB = mean_AB + (mean_over_workers(mean_AB.detach()) - mean_AB.detach())
     # Codes whose probability underflows add nothing, and an infinite slope would spoil all gradients.
     return -(mean_AB * mean_AB.clamp_min(torch.finfo(mean_AB.dtype).tiny).log()).sum()
 

@@ -81,7 +81,7 @@ class VideoTokenizer(nn.Module):
         if tiling is not None:
             tiling.check(self.config)
         z_BCTHW = map_tiles(
-            lambda tile_BCTHW: self._encode(tile_BCTHW, (), keep_past=False)[0],
+            self.encoder_output,
             x_BCTHW,
             tiling,
             cell_in=self.config.space_stride,
@@ -116,14 +116,22 @@ class VideoTokenizer(nn.Module):
         z_BCTHW, next_past = self._encode(x_BCTHW, past, keep_past=True)
         return self.head.quantize(z_BCTHW), next_past
 
-    def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool) -> tuple[Tensor, Past]:
+    def encoder_output(self, x_BCTHW: Tensor, *, recompute: bool = False) -> Tensor:
+        """What the head takes of whole clips: (B, encoder_channels, T', H', W').
+
+        Args:
+            recompute: compute layers again for gradients rather than keep them, see `run_to_features`.
+        """
+        return self._encode(x_BCTHW, (), keep_past=False, recompute=recompute)[0]
+
+    def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool, recompute: bool = False) -> tuple[Tensor, Past]:
         """What the head takes."""
         x_BTHWC = x_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
         if not past:
             # A first latent that stands for fewer frames than the others is filled with copies of the first frame.
             first_BTHWC = x_BTHWC[:, :1].expand(-1, -x_BTHWC.shape[1] % self.config.time_stride, -1, -1, -1)
             x_BTHWC = torch.cat([first_BTHWC, x_BTHWC], dim=1)
-        z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past)
+        z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past, recompute=recompute)
         return z_BTHWC.permute(0, 4, 1, 2, 3), next_past
 
     def decode(

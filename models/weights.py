@@ -305,14 +305,14 @@ def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Te
 
 
 def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
-    if differing := _differences(stated, config):
+    if differing := differences(stated, config):
         raise ValueError(f"{path} holds {stated.name}, not {config.name} ({differing})")
 
 
 def _check_name(path: Path, config: TokenizerConfig) -> None:
     """Refuse what only the file's name can tell: v1.0 and v1.1 weights fit each other's network and spoil the video."""
     named = PRESETS.get(preset_in_name(path) or "", config)
-    differing = _differences(named, config)
+    differing = differences(named, config)
     if differing and _checkpoint_shapes(named) == _checkpoint_shapes(config):
         raise ValueError(
             f"{path} is called after {named.name}, not {config.name}: these networks take each other's weights and "
@@ -321,7 +321,7 @@ def _check_name(path: Path, config: TokenizerConfig) -> None:
         )
 
 
-def _differences(there: TokenizerConfig, here: TokenizerConfig) -> str:
+def differences(there: TokenizerConfig, here: TokenizerConfig) -> str:
     """How two networks differ, whatever they are called; empty where they do not."""
     theirs, ours = (json.loads(config.model_dump_json(exclude={"name"})) for config in (there, here))
     return "; ".join(f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
