@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 
 from pipeline import storage
-from pipeline.flow import MAX_RETRIES
+from pipeline.flow import MAX_ATTEMPTS
 from pipeline.geometry import nearest_bucket
 from pipeline.ledger import CATALOGUE_SCHEMA, entry_ids
 from pipeline.rows import REJECTION, rejection_row, row_part, span_row
@@ -67,7 +67,7 @@ def open_videos(
         _Planner(tuple(specs), part, span_clips, limits or Limits()),
         batch_format="pyarrow",
         batch_size=None,
-        max_retries=MAX_RETRIES,
+        max_retries=MAX_ATTEMPTS - 1,
     )
     yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
 

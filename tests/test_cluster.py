@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.cluster_utils import Cluster as RayCluster
 from ray.exceptions import RayTaskError
 
 from pipeline.flow import MAX_ATTEMPTS, EncoderActor, Placement, _Attempts, build_flow
-from pipeline.read import check_shard
+from pipeline.ledger import committed_spans, read_rejects
 from pipeline.rows import PLAN_SCHEMA
-from pipeline.shards import finished_spans, read_rejects, shard_paths
 from pipeline.stages import SpanDecoder
+from tests.processes import DECODING, ENCODING, busy_with, is_under_way, kill_one, started, tokens_by_clip, until
 from tests.test_encode_memory import clip_spec, decoded_row, encoder_spec
-from tests.test_process import started
 from tests.videos import Recipe, write_video
 
 NUM_CLIPS = 3 * 24
@@ -51,69 +47,6 @@ def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return tokens
 
 
-def tokens_by_clip(out: Path) -> dict[str, bytes]:
-    """Of every row; fails where a clip stands twice."""
-    tokens: dict[str, bytes] = {}
-    for path in shard_paths(str(out)):
-        check_shard(path)
-        for row in pq.read_table(path, columns=["clip_id", "tokens"]).to_pylist():
-            assert row["clip_id"] not in tokens
-            tokens[row["clip_id"]] = repr(row["tokens"]).encode()
-    return tokens
-
-
-def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Return as soon as something is the case; fail if the process ends before."""
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
-
-
-def is_under_way(out: Path) -> bool:
-    """Whether the first shard is committed."""
-    return bool(shard_paths(str(out)))
-
-
-def processes_below(pid: int) -> dict[int, str]:
-    """Command line of every descendant, as Ray titles it after what it does."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            except OSError:
-                continue  # gone meanwhile
-
-    def is_below(number: int) -> bool:
-        while number in parents and number != pid:
-            number = parents[number]
-        return number == pid
-
-    return {number: title for number, title in titles.items() if number != pid and is_below(number)}
-
-
-def busy_with(pid: int, work: str) -> list[int]:
-    """Workers of a Ray below a process that are doing something at the moment."""
-    return [number for number, title in processes_below(pid).items() if title.startswith(f"ray::{work}")]
-
-
-ENCODING, DECODING = "MapWorker(MapBatches(EncoderActor)).submit", "MapBatches(SpanDecoder)"
-
-
-def kill_one(process: subprocess.Popen[str], work: str) -> None:
-    """Kill a worker in the middle of a task."""
-    found: list[int] = []
-
-    def look() -> bool:
-        found.extend(busy_with(process.pid, work))
-        return bool(found)
-
-    until(process, look)
-    os.kill(found[0], signal.SIGKILL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [ENCODING, DECODING])
 def test_a_killed_worker_costs_no_clip(videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, work: str) -> None:
@@ -121,7 +54,7 @@ def test_a_killed_worker_costs_no_clip(videos: Path, undisturbed: dict[str, byte
     with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
         until(process, lambda: is_under_way(out))
         kill_one(process, work)
-        assert len(finished_spans(str(out))) < NUM_CLIPS
+        assert len(committed_spans(str(out))) < NUM_CLIPS
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert tokens_by_clip(out) == undisturbed
@@ -146,7 +79,7 @@ def test_a_lost_node_costs_no_clip(
     with started(*arguments) as process:
         until(process, lambda: is_under_way(out))
         cluster.remove_node(node, allow_graceful=False)
-        assert len(finished_spans(str(out))) < NUM_CLIPS
+        assert len(committed_spans(str(out))) < NUM_CLIPS
         cluster.add_node(num_cpus=2)
         printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed

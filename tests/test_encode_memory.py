@@ -58,7 +58,7 @@ def decoded_row(number: int, spec: ClipSpec, num_clips: int, error: VideoError |
         for index in range(2 - spec.halo_of(2) if num_clips else 2, 2 + num_clips)
     ]
     outcome = SpanClips(clips=clips, error=error)
-    plan = pa.Table.from_pylist([span_row(span, spec)], schema=PLAN_SCHEMA)
+    plan = pa.Table.from_pylist([span_row(span, spec, None)], schema=PLAN_SCHEMA)
     start_seconds = float(2 * spec.clip_seconds)
     return add_clips(plan, outcome, uri="public", start_seconds=start_seconds, seconds=0.0, continuous=spec.continuous)
 

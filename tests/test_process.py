@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,41 +14,10 @@ import pytest
 from pipeline.ledger import committed_spans
 from pipeline.read import check_shard
 from pipeline.shards import shard_paths
+from tests.processes import read_until, started
 from tests.videos import Recipe, write_video
 
-VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 SMALL = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
-
-
-@contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process group of its own, as a shell starts it; nothing of it is left at the end."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    process = subprocess.Popen(
-        [VIDSHARD, "tokenize", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def read_until(process: subprocess.Popen[str], words: str) -> str:
-    """What the process prints up to the first line with the words."""
-    assert process.stdout is not None
-    text = ""
-    for line in process.stdout:
-        text += line
-        if words in line:
-            return text
-    raise AssertionError(f"the process ended without a line with {words!r}:\n{text}")
 
 
 @pytest.fixture(scope="module")
