@@ -170,8 +170,8 @@ def with_retries(path: str, operation: Callable[[], Result], retry_seconds: floa
     try:
         return retrying(operation)
     except storage_errors() as error:
-        tries = retrying.statistics.get("attempt_number", 1)
-        if tries > 1:
+        if is_transient(error):
+            tries = retrying.statistics.get("attempt_number", 1)
             error.add_note(f"tried {tries} times in {time.monotonic() - started:.0f} s")
         raise
 
