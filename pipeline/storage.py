@@ -78,8 +78,10 @@ def filesystem(path: str) -> tuple[Any, str]:
     Raises:
         StorageError: an unknown protocol, or one whose package is not installed.
     """
+    # no listings kept from before: others write there too, and a file may be asked for that a kept listing lacks
+    options = {} if is_local(path) else {"use_listings_cache": False}
     try:
-        fs, inner = url_to_fs(path)
+        fs, inner = url_to_fs(path, **options)
     except (ImportError, ValueError) as error:
         raise StorageError(f"cannot open {public_uri(path)}: {error}") from error
     return fs, inner
@@ -371,13 +373,9 @@ def list_files(folder: str, suffix: str) -> list[str]:
     """
     fs, inner = filesystem(folder)
 
-    def entries_now() -> list[dict[str, Any]]:
-        fs.invalidate_cache(inner)
-        return list(fs.ls(inner, detail=True))
-
     with _named("list", folder):
         try:
-            entries = with_retries(folder, entries_now)
+            entries = with_retries(folder, lambda: fs.ls(inner, detail=True))
         except FileNotFoundError:
             return []
     names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
@@ -472,7 +470,6 @@ def _create(fs: Any, inner: str, data: bytes) -> None:
     try:
         fs.pipe_file(inner, data, mode="create")
     except (NotImplementedError, TypeError):
-        fs.invalidate_cache()
         if fs.exists(inner):
             raise FileExistsError(inner) from None
         fs.pipe_file(inner, data)
@@ -508,11 +505,7 @@ def fingerprint(path: str) -> str | None:
             return f"{stat.st_size}-{stat.st_mtime_ns}"
         fs, inner = filesystem(path)
 
-        def info_now() -> Mapping[str, Any]:
-            fs.invalidate_cache(inner)
-            return cast(Mapping[str, Any], fs.info(inner))
-
-        return fingerprint_of(with_retries(path, info_now))
+        return fingerprint_of(with_retries(path, lambda: fs.info(inner)))
     return None
 
 

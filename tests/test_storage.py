@@ -26,7 +26,7 @@ def proxy(s3: str) -> Iterator[tuple[str, FaultyS3]]:
 
 @pytest.fixture
 def faulty(proxy: tuple[str, FaultyS3], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """All S3 of this process goes through the proxy; a request is given up after a second."""
+    """All S3 of this process goes through the proxy, where s3fs gives a request up after a second, and repeats none."""
     import fsspec.config
     from s3fs import S3FileSystem
 
@@ -34,6 +34,7 @@ def faulty(proxy: tuple[str, FaultyS3], monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     options = {"config_kwargs": {"read_timeout": 1, "retries": {"max_attempts": 1}}, "skip_instance_cache": False}
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
     S3FileSystem.clear_instance_cache()
     control.misbehave(0)
     yield control
