@@ -26,7 +26,7 @@ import ray
 import torch
 import yaml
 from ray.data.exceptions import UserCodeException
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
@@ -591,7 +591,7 @@ class _Account:
 
 def _what_broke(error: BaseException) -> str:
     """The cause of a Ray failure in a line: the innermost exception, not the layers around it."""
-    cause = error
+    cause = error.cause if isinstance(error, RayTaskError) else error  # without the worker's traceback
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = " ".join(str(cause).split()) or type(cause).__name__

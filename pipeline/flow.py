@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
@@ -124,6 +124,8 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
     Args:
         plan: its Parquet file; or its rows, where URIs carry credentials that no file may hold.
     """
+    # otherwise an error of a stage comes without its own message: Ray Data's wrapper loses its cause on the way
+    DataContext.get_current().raise_original_map_exception = True
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     attempts = _Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     return (
