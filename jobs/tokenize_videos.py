@@ -594,7 +594,7 @@ def _what_broke(error: BaseException) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error  # without the worker's traceback
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = " ".join(str(cause).split()) or type(cause).__name__
+    text = " ".join(str(cause).split("\nFailed to apply UDF")[0].split()) or type(cause).__name__  # Ray Data's advice
     return (
         f"the run stopped: {type(cause).__name__}: {text[-600:]}; what is committed is valid. Run the same command "
         "again, with -v or --verbose for Ray's log"
