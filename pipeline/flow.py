@@ -57,7 +57,7 @@ ENCODER_ENVIRONMENT = {
 """What an encoder's process starts with."""
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # killed, it begins to count again
 class _Attempts:
     """How often each batch was begun and not ended; lives on the driver's node, as long as the driver."""
 
@@ -71,7 +71,7 @@ class _Attempts:
 
     def end(self, batch: str) -> None:
         """Forget a batch that came to its end."""
-        del self._begun[batch]
+        self._begun.pop(batch, None)
 
 
 class EncoderActor:
