@@ -142,6 +142,67 @@ class _H264:
         self._frames_only = frames_only and self._frames_only is not False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class H264Header:
+    """What the one sequence parameter set of an mp4's header says beside the size."""
+
+    square: bool
+    """Whether it states no other shape of its pixels."""
+    states_reordering: bool
+    """Whether it limits by how many pictures the order shown differs from that of decoding."""
+
+
+def h264_header(extradata: bytes) -> H264Header | None:
+    """Of an mp4's configuration record, 5.3.3.1 of ISO 14496-15; None where it is none, or has several sets."""
+    if extradata[:1] != b"\1" or len(extradata) <= 8 or extradata[5] & 31 != 1:
+        return None
+    bits = _payload(extradata, 9)
+    try:
+        if not _h264_frames_only(bits):
+            bits.take(1)
+        bits.take(1)
+        if bits.take(1):
+            for _ in range(4):
+                bits.take_unsigned()
+        return _h264_usability(bits) if bits.take(1) else H264Header(square=True, states_reordering=False)
+    except EOFError:
+        return None
+
+
+def _h264_usability(bits: _Bits) -> H264Header:
+    """Annex E.1.1."""
+    square = True
+    if bits.take(1):
+        square = bits.take(8) in (0, 1)
+    if bits.take(1):
+        bits.take(1)
+    if bits.take(1):
+        bits.take(4)
+        if bits.take(1):
+            bits.take(24)
+    if bits.take(1):
+        bits.take_unsigned()
+        bits.take_unsigned()
+    if bits.take(1):
+        bits.take(65)
+    with_buffers = [bits.take(1) and _skip_buffer_model(bits), bits.take(1) and _skip_buffer_model(bits)]
+    if any(with_buffers):
+        bits.take(1)
+    bits.take(1)
+    return H264Header(square=square, states_reordering=bool(bits.take(1)))
+
+
+def _skip_buffer_model(bits: _Bits) -> bool:
+    count = bits.take_unsigned() + 1
+    bits.take(8)
+    for _ in range(count):
+        bits.take_unsigned()
+        bits.take_unsigned()
+        bits.take(1)
+    bits.take(20)
+    return True
+
+
 def _h264_frames_only(bits: _Bits) -> bool:
     """frame_mbs_only_flag of a sequence parameter set, 7.3.2.1.1."""
     profile = bits.take(8)

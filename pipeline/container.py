@@ -12,7 +12,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO, Literal, cast
@@ -23,6 +23,7 @@ from av.container.core import Flags
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
+from pipeline.bitstream import h264_header
 from pipeline.storage import RemoteVideo, StorageError, public_uri, storage_errors
 from schemas.video import Limits, Reason, VideoError
 
@@ -149,28 +150,10 @@ def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
 def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its largest stream of moving pictures; the other streams are not read."""
     watched.seek(0)
-    head = watched.read(1024)
+    head = watched.read(4096)
     if not head:
         raise VideoError(Reason.EMPTY_FILE, "the file has no bytes")
-    watched.seek(0)
-    try:
-        container = av.open(
-            watched,
-            "r",
-            # max_pixels: for the decoders that look for the streams' parameters
-            options={"max_pixels": str(allocated_pixels(watched.limits))},
-            container_options={
-                "format_whitelist": ALLOWED_FORMATS,
-                "protocol_whitelist": "none",
-                "enable_drefs": "0",
-                "max_streams": str(_MAX_STREAMS),
-            },
-            metadata_errors="replace",
-            buffer_size=_READ_BYTES,
-        )
-    except av.FFmpegError as error:  # out of memory too: here it is an index that claims absurd sizes
-        raise _refusal(watched, head, error) from error
-    with container:
+    with _container(watched, head) as container:
         # PyAV asks FFmpeg to invent missing times, and in AVI with B-frames it invents wrong ones
         container.flags &= ~cast(int, Flags.gen_pts.value)
         videos = [
@@ -197,6 +180,72 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
         refuse_large(watched.limits, context.width, context.height)
         context.options = {**context.options, "max_pixels": str(allocated_pixels(watched.limits))}
         yield container, video
+
+
+def _container(watched: WatchedFile, head: bytes) -> InputContainer:
+    """The file opened, without decoding a picture where the header alone tells what decoding would."""
+    quickly = _how_to_open_quickly(head)
+    if quickly is not None:
+        with suppress(av.FFmpegError):
+            container = _av_open(watched, {"skip_frame": "all"}, quickly)
+            if all(_is_told(stream) for stream in container.streams.video):
+                return container
+            container.close()
+    try:
+        return _av_open(watched, {}, {})
+    except av.FFmpegError as error:  # out of memory too: here it is an index that claims absurd sizes
+        raise _refusal(watched, head, error) from error
+
+
+def _av_open(watched: WatchedFile, options: dict[str, str], container_options: dict[str, str]) -> InputContainer:
+    watched.seek(0)
+    return av.open(
+        watched,
+        "r",
+        # max_pixels: for the decoders that look for the streams' parameters
+        options={"max_pixels": str(allocated_pixels(watched.limits)), **options},
+        container_options={
+            "format_whitelist": ALLOWED_FORMATS,
+            "protocol_whitelist": "none",
+            "enable_drefs": "0",
+            "max_streams": str(_MAX_STREAMS),
+            **container_options,
+        },
+        metadata_errors="replace",
+        buffer_size=_READ_BYTES,
+    )
+
+
+# Those that learn from the header all that they would from a picture, or, without one, its picture's format at most.
+_QUICK_DECODERS = "h264,hevc,av1,libdav1d,mpeg4"
+_QUICK_CODECS = frozenset({*_QUICK_DECODERS.split(","), "vp8", "vp9"})
+
+
+def _how_to_open_quickly(head: bytes) -> dict[str, str] | None:
+    """Options with which FFmpeg looks at no picture; None for containers whose headers say too little.
+
+    Otherwise FFmpeg decodes up to seven pictures of h264, and one of vp9, to learn their format and how far they are
+    reordered: 6 to 32 ms for each span.
+    """
+    if head[4:8] == b"ftyp":
+        return {"codec_whitelist": _QUICK_DECODERS, "probesize": "32"}  # one packet
+    # without times for decoding, those of reordered codecs depend on what was looked at
+    if head.startswith(b"\x1a\x45\xdf\xa3") and b"V_VP" in head and b"V_MPEG" not in head:
+        return {"codec_whitelist": _QUICK_DECODERS}
+    return None
+
+
+def _is_told(stream: VideoStream) -> bool:
+    """Whether the header says all that decoding a few pictures would: size, rate, reordering and pixel shape."""
+    if not _has_decoder(stream):
+        return True
+    context = stream.codec_context
+    if codec_name(stream) not in _QUICK_CODECS or not (context.width and context.height and stream.average_rate):
+        return False
+    if codec_name(stream) != "h264":
+        return True
+    said = h264_header(bytes(context.extradata or b""))
+    return said is not None and said.states_reordering and (said.square or bool(stream.sample_aspect_ratio))
 
 
 def allocated_pixels(limits: Limits) -> int:
