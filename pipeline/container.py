@@ -354,12 +354,17 @@ def time_base_of(stream: VideoStream) -> Fraction:
 _WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
 
 
+def may_change_aspect(stream: VideoStream) -> bool:
+    """Whether the shape of a pixel may be another one later."""
+    return bool(_WITHOUT_ASPECT & set(stream.container.format.name.split(",")))
+
+
 def pixel_aspect(stream: VideoStream) -> Fraction | None:
     """Shape of a pixel: what the container says, as in players, otherwise what the decoder found last.
 
     The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
     """
-    if _WITHOUT_ASPECT & set(stream.container.format.name.split(",")):
+    if may_change_aspect(stream):
         return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
     return stream.sample_aspect_ratio
 

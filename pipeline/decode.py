@@ -37,6 +37,7 @@ from pipeline.container import (
 )
 from pipeline.frames import Shown, Start, decode_from, frames_after, frames_covering, seconds_from_packets
 from pipeline.geometry import display_size, place
+from pipeline.packets import FOREVER
 from pipeline.picture import Renderer, orientation_of
 from pipeline.sampling import Grid, Layout
 from schemas.video import (
@@ -241,7 +242,12 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
     limit_pts = span.grid_start_pts + int(watched.limits.max_seconds / span.time_base)
 
     def needed(pts: int, until_pts: int) -> bool:
-        return (end is None or pts < end) and any(maker.needs(pts, until_pts) for maker in waiting)
+        if end is not None and pts >= end:
+            return False
+        for maker in waiting:  # no any(): it is asked for each packet, more than once
+            if maker.needs(pts, until_pts):
+                return True
+        return False
 
     damaged_pts = waiting[0].damaged_pts
     if damaged_pts is None:
@@ -329,12 +335,18 @@ class _ClipsInTheMaking:
     seen_pts: int = field(init=False)
     """When the last frame began that was decoded."""
     renderer: Renderer = field(init=False)
+    _first_clip: int = field(init=False)
+    """That of the halo."""
+    _stop_clip: int = field(init=False)
+    """The one after the last that there can be."""
     times: dict[int, tuple[Grid, int]] = field(default_factory=dict)
     """Of each clip asked for so far, its grid and how many frames it gets if the video lasts."""
 
     def __post_init__(self) -> None:
         self.layout = Layout.of(self.span, self.span.part, self.spec)
-        self.next_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        self.next_clip = self._first_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        ends = (self.span.end_clip, None if self.layout.last_clip is None else self.layout.last_clip + 1)
+        self._stop_clip = min((end for end in ends if end is not None), default=FOREVER)
         self.seen_pts = self.span.grid_start_pts
         self.renderer = Renderer(self.spec)
 
@@ -379,20 +391,18 @@ class _ClipsInTheMaking:
     def needs(self, pts: int, until_pts: int) -> bool:
         """Whether a frame on screen between these ticks, the second exclusive, is in one of the span's clips."""
         clips = self.layout.around(pts, until_pts)
-        first = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
-        end = clips.stop if self.span.end_clip is None else min(clips.stop, self.span.end_clip)
-        if self.layout.last_clip is not None:
-            end = min(end, self.layout.last_clip + 1)
-        for index in range(max(first, clips.start), end):
+        for index in range(max(self._first_clip, clips.start), min(clips.stop, self._stop_clip)):
             grid, num_frames = self._times_of(index)
-            if grid.first_index_at(pts) < min(grid.first_index_at(until_pts), num_frames):
+            at = grid.first_index_at(pts)
+            if at < num_frames and at < grid.first_index_at(until_pts):
                 return True
         return False
 
     def _times_of(self, index: int) -> tuple[Grid, int]:
-        if index not in self.times:
-            self.times[index] = self.layout.grid(index), self.layout.num_frames(index)
-        return self.times[index]
+        found = self.times.get(index)
+        if found is None:
+            found = self.times[index] = self.layout.grid(index), self.layout.num_frames(index)
+        return found
 
     def show(self, shown: Shown, *, until_pts: int) -> None:
         """Fill the frames that this one is on screen for, as far as the span goes."""

@@ -23,6 +23,7 @@ from pipeline.container import (
     WatchedFile,
     codec_name,
     ffmpeg_failures_as,
+    may_change_aspect,
     open_video,
     pixel_aspect,
     refuse_large,
@@ -203,6 +204,7 @@ def _decode_once(
                 container.seek(start.seek_pts, backward=not start.forward, stream=stream)
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
+        aspect, aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)
         packets = _packets(container, stream, start, watched.limits)
         first_pts: int | None = None  # of the keyframe that a seek led to
         if start.seek_pts is not None:
@@ -245,9 +247,8 @@ def _decode_once(
                         detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
                         raise VideoError(Reason.DECODE_ERROR, detail)
                     end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                    previous = Shown(
-                        frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=pixel_aspect(stream)
-                    )
+                    aspect = pixel_aspect(stream) if aspect_may_change else aspect
+                    previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
                     yield previous
             awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
@@ -311,10 +312,12 @@ def _packets(
     packets = container.demux(stream)
     while True:
         try:
-            with _demuxer_heard(container, num_packets):
+            with _ErrorsLogged() as messages:
                 packet = next(packets, None)
         except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
             raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
+        if messages:
+            _refuse_lost_place(container, messages, num_packets)
         if packet is None:
             break
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
@@ -331,15 +334,12 @@ def _packets(
     yield None
 
 
-@contextmanager
-def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None]:
+def _refuse_lost_place(container: InputContainer, messages: list[tuple[int, str, str]], num_packets: int) -> None:
     """Take what FFmpeg's demuxer only writes into its log, that it lost its place, for the damage it is.
 
     It goes on at the next place it understands, and the pictures in between are missing without a mark: those after
     them would be wrong.
     """
-    with _errors_logged() as messages:
-        yield
     for _, name, text in messages:
         if name == container.format.name:
             cut_off = "prematurely" in text or "partial file" in text
@@ -347,15 +347,19 @@ def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None
             raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
 
 
-@contextmanager
-def _errors_logged() -> Iterator[list[tuple[int, str, str]]]:
-    """What FFmpeg writes into its log meanwhile: level, part of FFmpeg, words. Costs two microseconds."""
-    av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
-    try:
-        with av.logging.Capture() as messages:
-            yield messages
-    finally:
+class _ErrorsLogged:
+    """What FFmpeg writes into its log meanwhile: level, part of FFmpeg, words. Costs a microsecond."""
+
+    __slots__ = ("_capture",)
+
+    def __enter__(self) -> list[tuple[int, str, str]]:
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
+        self._capture = av.logging.Capture()
+        return self._capture.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._capture.__exit__(None, None, None)
         av.logging.set_level(None)
 
 
@@ -384,7 +388,7 @@ def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vid
 def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
     """The frames that come of a packet, or of draining the decoder."""
     try:
-        with _errors_logged() as messages:
+        with _ErrorsLogged() as messages:
             return stream.codec_context.decode(packet)
     except av.FFmpegError as error:
         for _, _, text in messages:  # each codec has another error for it, "out of memory" among them

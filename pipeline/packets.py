@@ -32,6 +32,9 @@ FOREVER = 1 << 62
 _MOST_PACKETS = 600
 _MOST_BYTES = 32 << 20
 
+# How often to ask whether anything later is wanted.
+_PACKETS_PER_LOOK = 8
+
 # Every codec here holds back 16 pictures at most.
 _MOST_REORDERED = 32
 
@@ -203,10 +206,12 @@ class Schedule:
                 if dts is not None:
                     self._last_dts = dts
                 insort(self._times, pts)
-                del self._times[: -2 * _MOST_PACKETS]
+                if len(self._times) > 4 * _MOST_PACKETS:
+                    del self._times[: -2 * _MOST_PACKETS]
                 self._undecided.append(waiting)
                 self._undecided = [other for other in self._undecided if not self._decide(other)]
-                if not self._undecided and dts is not None and not self._needed(dts, FOREVER):
+                at_times = waiting.serial % _PACKETS_PER_LOOK == 0
+                if at_times and not self._undecided and dts is not None and not self._needed(dts, FOREVER):
                     self.stopped = True
                     self._end()
                 return
