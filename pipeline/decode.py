@@ -244,7 +244,7 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
     def needed(pts: int, until_pts: int) -> bool:
         if end is not None and pts >= end:
             return False
-        for maker in waiting:  # no any(): it is asked for each packet, more than once
+        for maker in waiting:  # noqa: SIM110  asked for each packet, more than once
             if maker.needs(pts, until_pts):
                 return True
         return False

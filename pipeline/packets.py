@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from pipeline.bitstream import UNKNOWN, PacketFacts, inspector_of
+from pipeline.bitstream import ALL_SLOTS, UNKNOWN, PacketFacts, inspector_of
 
 Needed = Callable[[int, int], bool]
 """Whether a frame on screen from one tick to another (exclusive) is wanted."""
@@ -63,6 +63,8 @@ class _Waiting:
     next_pts: int | None = None
     wanted: bool | None = None
     """None while a packet yet to be read may decide."""
+    leant_on: bool = True
+    """Whether a wanted picture may look at it, as far as the packets that were read by then told."""
 
 
 class Schedule:
@@ -98,6 +100,7 @@ class Schedule:
         self._error: Exception | None = None
         self._alive_before = 0  # packets with a lower serial lead to a wanted one
         self._dead_before = 0  # and these to none: the next place to begin is here
+        self._judged_before = 0  # of packets with a lower serial it is known whether others lean on them
         self._gap = False  # whether the packets before the next place to begin were left out
         self._leading_until: int | None = None  # after a gap: pictures before this time lean on what was left out
 
@@ -121,6 +124,8 @@ class Schedule:
         head = self._window[0]
         wanted = self._is_wanted(head)
         sent = head.serial >= self._dead_before and (wanted or self._leads_somewhere(head))
+        if sent and not wanted and head.facts.writes is not None and head.serial >= self._judged_before:
+            self._find_leant_on()
         self._window.popleft()
         self._num_bytes -= head.packet.size
         if self._leading_until is not None:
@@ -130,7 +135,7 @@ class Schedule:
         if not sent:
             self._gap = True
             return None
-        if not wanted and head.facts.droppable:
+        if not wanted and head.serial < self._judged_before and not head.leant_on:
             return None
         restart = False
         if self._gap and head.facts.begins:
@@ -176,6 +181,29 @@ class Schedule:
                 return True
             at += 1
 
+    def _find_leant_on(self) -> None:
+        """Which packets of the window hold a picture that a wanted one looks at, or another one that is leant on.
+
+        From the last one back: a packet that is sent needs what is in the slots that it reads, and what was in those
+        that it writes is not needed before it.
+        """
+        while not self._window[-1].facts.begins and self._has_room() and self._read():
+            pass
+        group = list(self._window)
+        for waiting in group:
+            self._is_wanted(waiting)
+        ended = self._at_end and self._error is None and group[-1] is self._window[-1]
+        live = 0 if ended else ALL_SLOTS
+        for waiting in reversed(group):
+            facts = waiting.facts
+            if facts.begins:
+                live = 0
+                continue
+            waiting.leant_on = facts.writes is None or bool(facts.writes & live)
+            if waiting.leant_on or waiting.wanted is not False:
+                live = live & ~(facts.writes or 0) | facts.reads
+        self._judged_before = group[-1].serial
+
     def _has_room(self) -> bool:
         return len(self._window) < _MOST_PACKETS and self._num_bytes < _MOST_BYTES
 
@@ -217,7 +245,8 @@ class Schedule:
                 return
             self._all_wanted = True
             for other in self._window:
-                other.wanted = True
+                if other.serial >= self._judged_before:  # others were left out since these were not wanted
+                    other.wanted = True
         waiting.wanted = True
 
     def _facts_of(self, packet: Packet[VideoStream]) -> PacketFacts | None:
