@@ -37,6 +37,7 @@ import numpy.typing as npt
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
+from pipeline.container import Clock
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Shown
 from pipeline.geometry import place
@@ -249,13 +250,14 @@ def decode_plainly(task: Task) -> Pixels:
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"
         stream.codec_context.thread_count = 1
+        read = Clock(time_base=span.time_base, start_pts=span.grid_start_pts).reading(stream)
         previous: Shown | None = None
         for frame in container.decode(stream):
             assert frame.pts is not None
+            pts, end_pts, aspect = read(frame.pts), read(frame.pts + frame.duration), stream.sample_aspect_ratio
             if previous is not None:
-                _take(previous, grid.first_index_at(frame.pts), task.spec, renderer, taken)
-            end_pts, aspect = frame.pts + frame.duration, stream.sample_aspect_ratio
-            previous = Shown(frame=frame, pts=frame.pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
+                _take(previous, grid.first_index_at(pts), task.spec, renderer, taken)
+            previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
         assert previous is not None
         _take(previous, grid.first_index_at(previous.end_pts), task.spec, renderer, taken)
     return np.stack(taken)

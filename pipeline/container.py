@@ -350,6 +350,87 @@ def time_base_of(stream: VideoStream) -> Fraction:
     return stream.time_base or Fraction(1, 1_000_000)
 
 
+_RATES_AGREE = Fraction(1, 5000)
+"""24 and 23.976 differ by five times as much; FLV's average over a few seconds is off by a fifth of it."""
+
+_FEWEST_TICKS = 8
+_FINEST = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clock:
+    """The ticks in which a video's times are counted: the container's, or finer ones.
+
+    A container rounds times to its ticks, Matroska to milliseconds. Where the stream states its rate, its frames lie a
+    whole number of intervals after the first one; a time that is one tick at most from such a place is that place
+    rounded (half a tick, and half a tick for the first frame's own), and counts as the place itself. Ticks are divided
+    so that each place falls on one. Times elsewhere stay as they are, and so does their order.
+    """
+
+    time_base: Fraction
+    """Seconds for each tick."""
+    start_pts: int
+    """That of the first frame."""
+
+    @classmethod
+    def of(cls, stream: VideoStream, first_pts: int) -> Clock:
+        """That of a video whose first frame has this time by the container's clock."""
+        time_base = time_base_of(stream)
+        interval = _interval(stream, time_base)
+        if interval is None or interval < _FEWEST_TICKS or interval.denominator > _FINEST:
+            return cls(time_base=time_base, start_pts=first_pts)
+        parts = interval.denominator if abs(first_pts) * interval.denominator < 1 << 62 else 1
+        return cls(time_base=time_base / parts, start_pts=first_pts * parts)
+
+    def reading(self, stream: VideoStream) -> Reading:
+        """How to read a container's times.
+
+        Raises:
+            VideoError: DECODE_ERROR: it is not the file whose clock this is.
+        """
+        parts = time_base_of(stream) / self.time_base
+        if parts.denominator != 1:
+            raise VideoError(Reason.DECODE_ERROR, "its clock is not the one that it had when it was probed")
+        interval = _interval(stream, self.time_base)
+        whole = interval.numerator if parts > 1 and interval is not None and interval.denominator == 1 else 0
+        return Reading(parts=parts.numerator, interval=whole, start_pts=self.start_pts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """From the container's ticks to those of a clock."""
+
+    parts: int = 1
+    """Ticks of the clock in one of the container's."""
+    interval: int = 0
+    """From one frame to the next; 0 takes all times as they are."""
+    start_pts: int = 0
+
+    def __call__(self, ticks: int) -> int:
+        """The time by the clock; never a later one for an earlier one."""
+        if not self.interval:
+            return ticks * self.parts
+        offset = ticks * self.parts - self.start_pts
+        place = (2 * offset + self.interval) // (2 * self.interval) * self.interval
+        return self.start_pts + (place if abs(offset - place) <= self.parts else offset)
+
+    def back(self, pts: int) -> int:
+        """The last of the container's ticks that may read so."""
+        return pts if self.parts == 1 else pts // self.parts + 1
+
+
+def _interval(stream: VideoStream, time_base: Fraction) -> Fraction | None:
+    """Ticks from one frame to the next where the stream says so; None where it does not, or contradicts itself."""
+    lowest = stream.base_rate
+    average = stream.average_rate or lowest
+    if not average or not lowest or abs(average - lowest) > lowest * _RATES_AGREE:
+        return None
+    # Matroska's nanoseconds come back as 19001/317 for 60000/1001, a millisecond in six hours
+    ntsc = Fraction(round(lowest * 1001 / 1000) * 1000, 1001)
+    rate = ntsc if abs(ntsc - lowest) * 1_000_000 < lowest else lowest
+    return 1 / (rate * time_base)
+
+
 # Containers in which only the pictures themselves state a pixel shape, which may change on the way.
 _WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
 

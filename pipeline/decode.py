@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from pipeline.archive import ImageArchive
 from pipeline.container import (
+    Clock,
     ThreadType,
     WatchedFile,
     codec_name,
@@ -85,13 +86,13 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
             duration_seconds: Fraction | None
             if isinstance(stream, ImageArchive):
-                codec, fps, time_base = stream.codec, stream.rate, 1 / stream.rate
+                codec, fps, clock = stream.codec, stream.rate, Clock(time_base=1 / stream.rate, start_pts=first.pts)
                 duration_seconds = (len(stream) - first.pts) / stream.rate
                 # their times are the run's: at another rate they are another video
                 video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
             else:
-                codec, fps, time_base = codec_name(stream), stream.average_rate or Fraction(0), time_base_of(stream)
-                duration_seconds = seconds_from_header(stream, first.pts * time_base)
+                codec, fps, clock = codec_name(stream), stream.average_rate or Fraction(0), Clock.of(stream, first.pts)
+                duration_seconds = seconds_from_header(stream, first.pts * time_base_of(stream))
                 refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
             source = VideoSource(
                 width=width,
@@ -107,8 +108,8 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             video_id=video_id,
             uri=ref.uri,
             num_bytes=watched.num_bytes,
-            time_base=time_base,
-            grid_start_pts=first.pts,
+            time_base=clock.time_base,
+            grid_start_pts=clock.start_pts,
             duration_seconds_from_header=float(duration_seconds),
             source=source,
         )
@@ -249,12 +250,13 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
                 return True
         return False
 
+    clock = Clock(time_base=span.time_base, start_pts=span.grid_start_pts)
     damaged_pts = waiting[0].damaged_pts
     if damaged_pts is None:
         first_pts = start if start > span.grid_start_pts else None
-        source = frames_covering(watched, first_pts, span.time_base, thread_type, needed)
+        source = frames_covering(watched, first_pts, clock, thread_type, needed)
     else:
-        source = frames_after(watched, damaged_pts, thread_type, needed)
+        source = frames_after(watched, damaged_pts, clock, thread_type, needed)
     with closing(source) as frames:
         shown: Shown | None = None
         for following in frames:
