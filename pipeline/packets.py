@@ -216,6 +216,7 @@ class Schedule:
         except Exception as error:  # noqa: BLE001  raised when its turn comes, as the caller may stop before
             self._error, packet = error, None
         if packet is None:
+            self._stop_if_done()
             self._end()
             return False
         waiting = _Waiting(packet=packet, serial=self._num_read, pts=packet.pts, facts=UNKNOWN)
@@ -238,16 +239,22 @@ class Schedule:
                     del self._times[: -2 * _MOST_PACKETS]
                 self._undecided.append(waiting)
                 self._undecided = [other for other in self._undecided if not self._decide(other)]
-                at_times = waiting.serial % _PACKETS_PER_LOOK == 0
-                if at_times and not self._undecided and dts is not None and not self._needed(dts, FOREVER):
-                    self.stopped = True
-                    self._end()
+                if waiting.serial % _PACKETS_PER_LOOK == 0:
+                    self._stop_if_done()
                 return
             self._all_wanted = True
             for other in self._window:
                 if other.serial >= self._judged_before:  # others were left out since these were not wanted
                     other.wanted = True
         waiting.wanted = True
+
+    def _stop_if_done(self) -> None:
+        """End here if no later picture is wanted."""
+        if self._error is not None or self._all_wanted or self._undecided or self._last_dts is None:
+            return
+        if not self._needed(self._last_dts, FOREVER):
+            self.stopped = True
+            self._end()
 
     def _facts_of(self, packet: Packet[VideoStream]) -> PacketFacts | None:
         if packet.is_corrupt or packet.has_sidedata("new_extradata"):
