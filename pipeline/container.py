@@ -423,12 +423,23 @@ def _interval(stream: VideoStream, time_base: Fraction) -> Fraction | None:
     """Ticks from one frame to the next where the stream says so; None where it does not, or contradicts itself."""
     lowest = stream.base_rate
     average = stream.average_rate or lowest
-    if not average or not lowest or abs(average - lowest) > lowest * _RATES_AGREE:
+    if not average or not lowest:
         return None
-    # Matroska's nanoseconds come back as 19001/317 for 60000/1001, a millisecond in six hours
-    ntsc = Fraction(round(lowest * 1001 / 1000) * 1000, 1001)
-    rate = ntsc if abs(ntsc - lowest) * 1_000_000 < lowest else lowest
-    return 1 / (rate * time_base)
+    if "mov" in stream.container.format.name.split(","):  # its average is that of the index, over all frames
+        rate = _usual_rate(average, _RATES_AGREE)
+    elif abs(average - lowest) > lowest * _RATES_AGREE:
+        rate = None
+    else:  # Matroska's nanoseconds come back as 19001/317 for 60000/1001, a millisecond in six hours
+        rate = _usual_rate(lowest, Fraction(1, 1_000_000)) or lowest
+    return 1 / (rate * time_base) if rate else None
+
+
+def _usual_rate(rate: Fraction, tolerance: Fraction) -> Fraction | None:
+    """The whole number that it is about, or that by 1.001; None where there is none."""
+    for usual in (Fraction(round(rate)), Fraction(round(rate * 1001 / 1000) * 1000, 1001)):
+        if abs(usual - rate) <= rate * tolerance:
+            return usual
+    return None
 
 
 # Containers in which only the pictures themselves state a pixel shape, which may change on the way.
