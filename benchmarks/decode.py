@@ -40,7 +40,6 @@ from benchmarks.report import Row, report
 from pipeline.container import Clock
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Shown
-from pipeline.geometry import place
 from pipeline.picture import Renderer
 from pipeline.sampling import Grid, plan_spans
 from pipeline.storage import open_binary
@@ -256,19 +255,16 @@ def decode_plainly(task: Task) -> Pixels:
             assert frame.pts is not None
             pts, end_pts, aspect = read(frame.pts), read(frame.pts + frame.duration), stream.sample_aspect_ratio
             if previous is not None:
-                _take(previous, grid.first_index_at(pts), task.spec, renderer, taken)
+                _take(previous, grid.first_index_at(pts), renderer, taken)
             previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
         assert previous is not None
-        _take(previous, grid.first_index_at(previous.end_pts), task.spec, renderer, taken)
+        _take(previous, grid.first_index_at(previous.end_pts), renderer, taken)
     return np.stack(taken)
 
 
-def _take(shown: Shown, until: int, spec: ClipSpec, renderer: Renderer, taken: list[Pixels]) -> None:
+def _take(shown: Shown, until: int, renderer: Renderer, taken: list[Pixels]) -> None:
     if until > len(taken):
-        rgb, geometry = renderer.render(shown)
-        cut = np.empty((spec.height, spec.width, 3), np.uint8)
-        place(rgb, geometry, cut)
-        taken += [cut] * (until - len(taken))
+        taken += [renderer.cut(shown)[0].copy()] * (until - len(taken))
 
 
 def decode_by_command(task: Task, program: str) -> Pixels:

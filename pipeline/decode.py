@@ -37,7 +37,7 @@ from pipeline.container import (
     time_base_of,
 )
 from pipeline.frames import Shown, Start, decode_from, frames_after, frames_covering, seconds_from_packets
-from pipeline.geometry import display_size, place
+from pipeline.geometry import display_size
 from pipeline.packets import FOREVER
 from pipeline.picture import Renderer, orientation_of
 from pipeline.sampling import Grid, Layout
@@ -418,14 +418,14 @@ class _ClipsInTheMaking:
     def _fill_with(self, shown: Shown, until_pts: int) -> None:
         rendered: tuple[npt.NDArray[np.uint8], Geometry] | None = None
         while self._has_more and self._times_of(self.next_clip)[0].first_index_at(until_pts) > 0:
-            rendered = rendered or self.renderer.render(shown)
+            rendered = rendered or self.renderer.cut(shown)
             self._begin_clip(rendered[1])
         for clip in self.open_clips:
             until = min(clip.grid.first_index_at(until_pts), clip.num_frames)
             if until > len(clip.pts):
-                rendered = rendered or self.renderer.render(shown)
+                rendered = rendered or self.renderer.cut(shown)
                 for slot in range(len(clip.pts), until):
-                    place(*rendered, clip.frames[slot])
+                    clip.frames[slot] = rendered[0]
                     clip.pts.append(shown.pts)
         self.open_clips = [clip for clip in self.open_clips if not clip.is_full]
 
