@@ -1,8 +1,8 @@
 """Which packets of a video the decoder has to see for the frames that are wanted.
 
 Two kinds of work are left out. A picture that nobody wants and that no wanted one depends on is skipped: by the decoder
-itself where that is exact (``skip_frame``, for pictures that none refers to), or by not sending its packet. And from the last wanted picture on nothing
-is sent until the next one at which decoding can begin. The pixels and times of wanted frames stay those of decoding
+itself where that is exact (``skip_frame``, for pictures that none refers to), or by not sending its packet. And from
+the last wanted picture on nothing is sent until the next one at which decoding can begin. The pixels and times of wanted frames stay those of decoding
 everything. Where a packet does not show that this is so, it is decoded; ``frames`` checks that every wanted
 frame came out, and decodes everything if one did not.
 
@@ -182,10 +182,10 @@ class Schedule:
             at += 1
 
     def _find_leant_on(self) -> None:
-        """Which packets up to the next place to begin, or as far as there is room, hold a picture that a wanted one looks at, or another one that is leant on.
+        """Which packets up to the next place to begin hold a picture that a wanted one may look at.
 
-        From the last one back: a packet that is sent needs what is in the slots that it reads, and what was in those
-        that it writes is not needed before it.
+        Or that one may look at which is leant on itself. From the last one back: a packet that is sent needs what is
+        in the slots that it reads, and what was in those that it writes is not needed before it.
         """
         while not self._window[-1].facts.begins and self._has_room() and self._read():
             pass
