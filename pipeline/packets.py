@@ -2,9 +2,9 @@
 
 Two kinds of work are left out. A picture that nobody wants and that no wanted one depends on is skipped: by the decoder
 itself where that is exact (``skip_frame``, for pictures that none refers to), or by not sending its packet. And from
-the last wanted picture on nothing is sent until the next one at which decoding can begin. The pixels and times of wanted frames stay those of decoding
-everything. Where a packet does not show that this is so, it is decoded; ``frames`` checks that every wanted
-frame came out, and decodes everything if one did not.
+the last wanted picture on nothing is sent until the next one at which decoding can begin. The pixels and times of
+wanted frames stay those of decoding everything. Where a packet does not show that this is so, it is decoded; ``frames``
+checks that every wanted frame came out, and decodes everything if one did not.
 
 A picture stays on screen until the next time among the packets read so far. One that is read later can only make that
 shorter, so a picture found unwanted stays so, whatever the packets' order.
