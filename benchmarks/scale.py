@@ -16,7 +16,6 @@ rows, as their ends are all that is read of them.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,22 +32,18 @@ import pyarrow.parquet as pq
 
 import jobs.tokenize_videos as driver
 from benchmarks.report import Row, report
-from pipeline import storage
 from pipeline.discover import discover
 from pipeline.ledger import (
     CATALOGUE_SCHEMA,
     committed_spans,
-    lay_out,
     read_rejects,
     rejected_spans,
-    settle_rejects,
     shard_spans,
-    videos_to_open,
-    with_entries,
     write_planned,
 )
 from pipeline.rows import EncodeStats, add_clips, add_payload, span_row
-from pipeline.shards import SHARDS, SPANS_KEY, TokenShardSink, shard_paths, write_todo
+from pipeline.shards import SHARDS, SPANS_KEY, TokenShardSink, shard_paths
+from pipeline.todo import lay_out, settle_rejects, videos_to_open, with_entries, write_todo
 from schemas.tokens import Payload, Provenance
 from schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
 
@@ -78,7 +73,7 @@ PROVENANCE = Provenance(
 def main(sizes: str, json_path: str | None, step: str | None, folder: str | None) -> None:
     """Print the tables."""
     if step is not None and folder is not None:
-        print(json.dumps(STEPS[step](Path(folder), int(sizes))))
+        print(json.dumps(STEPS[step](Path(folder))))
         return
     rows: list[Row] = []
     for size in map(int, sizes.split(",")):
@@ -132,7 +127,7 @@ def make_shards(folder: Path, size: int, share: float) -> None:
         pq.write_table(empty.replace_schema_metadata(metadata), folder / "out" / SHARDS / f"{at:09d}.parquet")
 
 
-def plan(folder: Path, size: int) -> Row:
+def plan(folder: Path) -> Row:
     """A new corpus."""
     template = pa.Table.from_pylist(
         [span_row(span_of(0), SPEC, '1234567-"d41d8cd98f00b204e9800998ecf8427e"')],
@@ -166,7 +161,7 @@ def plan(folder: Path, size: int) -> Row:
     return _laid_out(out, videos, started + made)
 
 
-def resume(folder: Path, size: int) -> Row:
+def resume(folder: Path) -> Row:
     """The same command again."""
     out = str(folder / "out")
     started = time.monotonic()
@@ -181,13 +176,11 @@ def _laid_out(out: str, videos: pa.Table, started: float) -> Row:
     committed = committed_spans(out)
     laid = lay_out(out, videos, committed, rejected_spans(read_rejects(out)))
     settle_rejects(out, videos, committed, laid, [])
-    awaited = set(laid.todo["span_id"].to_pylist())
-    if laid.todo.num_rows:
-        write_todo(storage.join(out, "todo.parquet"), laid.todo)
-    return _cost(started) | {"left to do": len(awaited), "shards": len(shard_paths(out))}
+    todo = write_todo(out, videos, laid)
+    return _cost(started) | {"left to do": todo.num_spans, "shards": len(shard_paths(out))}
 
 
-def account(folder: Path, size: int) -> Row:
+def account(folder: Path) -> Row:
     """What became of everything, as `vidshard verify` adds it up after reading the shards."""
     from pipeline.account import make_account
 
@@ -199,12 +192,17 @@ def account(folder: Path, size: int) -> Row:
 
 def _cost(started: float) -> Row:
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": round(seconds, 2), "peak MiB": round(peak), "of it imports": IMPORTED_MIB}
+    return {"seconds": round(seconds, 2), "peak MiB": _peak_mib(), "of it imports": IMPORTED_MIB}
 
 
-IMPORTED_MIB = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-STEPS: dict[str, Callable[[Path, int], Row]] = {
+def _peak_mib() -> int:
+    """Of this process alone: what getrusage says includes that of the one it was started by."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) >> 10
+
+
+IMPORTED_MIB = _peak_mib()
+STEPS: dict[str, Callable[[Path], Row]] = {
     "plan": plan,
     "resume 99 %": resume,
     "resume, all done": resume,

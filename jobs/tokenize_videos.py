@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data.exceptions import UserCodeException
@@ -35,26 +37,30 @@ from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from pipeline.ledger import (
     CATALOGUE_SCHEMA,
     PLANNED,
-    Plan,
     committed_spans,
     drop_rejects,
-    lay_out,
     read_rejects,
     rejected_spans,
     retry_rejected,
-    settle_rejects,
-    take_out_superseded,
-    videos_to_open,
-    with_entries,
     write_planned,
 )
 from pipeline.plan import clips_per_span, open_videos
 from pipeline.read import ShardError
-from pipeline.rows import manifest_fields, row_rejection, signal_source
-from pipeline.shards import REJECTS, SHARDS, TODO, TokenShardSink, Written, write_rejects, write_todo
+from pipeline.rows import TODO_NUMBER, manifest_fields, row_rejection, signal_source
+from pipeline.shards import REJECTS, SHARDS, TokenShardSink, Written, write_rejects
 from pipeline.signals import signal_fields
 from pipeline.stages import SpanDecoder
 from pipeline.stopping import StopSign
+from pipeline.todo import (
+    Plan,
+    Todo,
+    lay_out,
+    settle_rejects,
+    take_out_superseded,
+    videos_to_open,
+    with_entries,
+    write_todo,
+)
 from schemas.runs import TokenizeRun
 from schemas.video import Reason, Rejection, Stage
 
@@ -86,7 +92,7 @@ def main(request: Request, console: Console) -> Summary:
         console.print(f"running on {cluster}", highlight=False)
         ready = time.monotonic()
         record_run(request, runs_before)
-        plan, refused = make_plan(request, found, cluster, lease, console)
+        plan, todo, refused = make_plan(request, found, cluster, lease, console)
         summary = Summary(
             out=run.out,
             num_videos=pc.count_distinct(found.videos["uri"]).as_py(),
@@ -104,8 +110,8 @@ def main(request: Request, console: Console) -> Summary:
         )
         rejected = rejected_videos(run.out, found)
         check_reject_share(summary, rejected, run)
-        if plan.todo.num_rows and not summary.problems:
-            tokenize_spans(request, plan.todo, cluster, lease, summary, rejected, console)
+        if todo.num_spans and not summary.problems:
+            tokenize_spans(request, todo, cluster, lease, summary, rejected, console)
         summary.seconds["total"] = time.monotonic() - started
         try:
             lease.check()
@@ -139,11 +145,12 @@ def run_and_report(run: TokenizeRun, console: Console) -> int:
 
 def make_plan(
     request: Request, found: Discovery, cluster: Cluster, lease: Lease, console: Console
-) -> tuple[Plan, list[Rejection]]:
+) -> tuple[Plan, Todo, list[Rejection]]:
     """Open the videos that the output does not know, and find out what is left to do.
 
     Returns:
-        The plan, and the rejections of videos that were opened, or found to be copies, this time.
+        The plan, what of it is to be done now, and the rejections of videos that were opened, or found to be copies,
+        this time.
     """
     run, out = request.run, request.run.out
     for folder in (SHARDS, REJECTS, PLANNED):
@@ -153,25 +160,24 @@ def make_plan(
     unknown = videos_to_open(out, videos, retried)
     refused = open_unknown(request, unknown, cluster, lease, console) if unknown.num_rows else []
     committed = committed_spans(out)
-    plan = lay_out(
-        out, videos, committed, rejected_spans(read_rejects(out)), retried, unknown["entry"].combine_chunks()
-    )
+    plan = lay_out(out, videos, committed, rejected_spans(read_rejects(out)), retried, unknown)
     copies = [*plan.copies, *(_repeated(uri) for uri in repeated)]
     lease.check()
     taken_out = take_out_superseded(out, plan.superseded)
     refused += settle_rejects(out, videos, committed, plan, copies)
+    todo = write_todo(out, videos, plan, uri_columns(run))
     if videos.num_rows > unknown.num_rows:
         console.print(
             f"{videos.num_rows - unknown.num_rows} of {videos.num_rows} videos are known from an earlier run; of "
             f"{plan.num_spans} planned spans {plan.num_committed} are finished, {plan.num_rejected} were rejected, "
-            f"{plan.todo.num_rows} are to be done now",
+            f"{plan.num_left} are to be done now",
             highlight=False,
         )
     if taken_out:
         console.print(f"{len(plan.superseded)} videos were replaced since: {taken_out} spans of theirs are taken out")
     if retried is not None:
         console.print(f"trying again {len(retried.spans)} rejected spans and {len(retried.uris)} rejected videos")
-    return plan, refused
+    return plan, todo, refused
 
 
 def _repeated(uri: str) -> Rejection:
@@ -257,7 +263,7 @@ def uri_columns(run: TokenizeRun) -> list[str]:
 
 def tokenize_spans(
     request: Request,
-    todo: pa.Table,
+    todo: Todo,
     cluster: Cluster,
     lease: Lease,
     summary: Summary,
@@ -278,10 +284,10 @@ def tokenize_spans(
         commit_seconds=60 * run.commit_minutes,
         before_commit=lease.check,
     )
-    account = _Account(awaited=set(todo["span_id"].to_pylist()))
+    account = _Account(is_awaited=np.ones(todo.num_spans, np.bool_))
     started = time.monotonic()
     try:
-        with Interrupts() as interrupts, RunDisplay(console, "tokenizing", todo.num_rows) as display:
+        with Interrupts() as interrupts, RunDisplay(console, "tokenizing", todo.num_spans) as display:
             for rows in until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console):
                 if rows is None:
                     lease.check(now=False)
@@ -293,7 +299,7 @@ def tokenize_spans(
                 rejected |= {r["uri"] for r in rejections}
                 speed = account.clips / display.seconds
                 display.update(
-                    todo.num_rows - len(account.awaited),
+                    todo.num_spans - account.num_awaited,
                     f"{account.videos} videos · {account.clips} clips · {speed:.2f} clips/s · "
                     f"{summary.reasons.total()} rejects",
                 )
@@ -326,19 +332,18 @@ def tokenize_spans(
         }
         summary.batch_fill = account.clips / account.slots if account.slots else 1.0
         summary.example_clip_id = sink.last_clip_id
-    if account.awaited and not summary.problems and summary.interruption is None:
+    if account.num_awaited and not summary.problems and summary.interruption is None:
         summary.problems.append(
-            f"{len(account.awaited)} of {todo.num_rows} planned spans came out neither as tokens nor as rejections "
-            f"(the first: {min(account.awaited)}); run the same command again, and report this with the log of -v"
+            f"{account.num_awaited} of {todo.num_spans} planned spans came out neither as tokens nor as rejections "
+            f"(the first: row {int(np.argmax(account.is_awaited))} of todo.parquet); run the same command again, and "
+            "report this with the log of -v"
         )
 
 
-def run_flow(
-    request: Request, todo: pa.Table, cluster: Cluster, stop: StopSign, summary: Summary
-) -> Iterator[pa.Table]:
+def run_flow(request: Request, todo: Todo, cluster: Cluster, stop: StopSign, summary: Summary) -> Iterator[pa.Table]:
     """Encoded rows as they come out of the cluster, which starts at the first one."""
     run = request.run
-    placement, encoder = place(request, todo.num_rows, summary.expected_clips / summary.planned_spans, cluster)
+    placement, encoder = place(request, todo.num_spans, summary.expected_clips / summary.planned_spans, cluster)
     span_clips = clips_per_span(request.largest, run.clips_per_span)
     decoder = SpanDecoder(
         spec=request.largest,
@@ -349,13 +354,7 @@ def run_flow(
         signals=tuple(run.signals or ()),
         stop=stop,
     )
-    uris = uri_columns(run)
-    stored = storage.join(run.out, TODO)
-    write_todo(stored, todo, uris)
-    secret = any(
-        uri is not None and uri != storage.public_uri(uri) for name in uris for uri in todo[name].unique().to_pylist()
-    )
-    flow = build_flow(todo if secret else stored, decoder=decoder, encoder=encoder, placement=placement)
+    flow = build_flow(todo.source, decoder=decoder, encoder=encoder, placement=placement)
     rows: Iterator[pa.Table] = flow.iter_batches(batch_format="pyarrow", batch_size=None)
     return rows
 
@@ -387,13 +386,16 @@ def until_interrupted(
 class _Account:
     """What has come out of the flow, held against what was planned."""
 
-    awaited: set[str]
-    """Spans of the plan that have not come out yet."""
+    is_awaited: npt.NDArray[np.bool_]
+    """For each row of the plan that is to be done whether it has not come out yet."""
     clips: int = 0
     videos: int = 0
     """Videos whose last span came out."""
     slots: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.num_awaited = int(self.is_awaited.sum())
 
     def take(self, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
         """Count rows of the encoder; gives those that are awaited, each once, and the rejections among them.
@@ -404,9 +406,10 @@ class _Account:
             self.seconds[name] += pc.sum(rows[name]).as_py() or 0
         self.slots += pc.sum(rows["encode_slots"]).as_py() or 0
         new = []
-        for span in rows["span_id"].to_pylist():
-            new.append(span in self.awaited)
-            self.awaited.discard(span)
+        for number in rows[TODO_NUMBER.name].to_pylist():
+            new.append(bool(self.is_awaited[number]))
+            self.is_awaited[number] = False
+        self.num_awaited -= sum(new)
         rows = rows.filter(pa.array(new, pa.bool_()))
         self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
         self.videos += rows["end_clip"].null_count

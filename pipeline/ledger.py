@@ -7,16 +7,11 @@
 These files are all the state there is. What is left to do is what was planned, less what is finished or rejected;
 whoever is killed between two of the writes below leaves a folder from which the next run reads the same. Nothing is
 renamed or locked here: every write puts one whole object, and ``pipeline.lease`` sees to it that one process writes.
-
-A video is known again by its *entry*: a digest of where it is, of its size and time stamp as the storage states
-them, and of the part that is asked for. One that was replaced has another entry and is opened again; if its content
-is another one, the rows of the former are superseded and taken out. Memory is some 250 bytes for each planned span,
-and a row for each that is left to do.
+``pipeline.todo`` lays the inputs against it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.read import ShardError, open_shard
-from pipeline.rows import PLAN_FIELDS, PLAN_SCHEMA, manifest_fields, rejections_table, row_part
+from pipeline.rows import PLAN_FIELDS, rejections_table, row_part
 from pipeline.shards import (
     REJECTS,
     SPAN_CLIPS_KEY,
@@ -38,9 +33,8 @@ from pipeline.shards import (
     SPANS_KEY,
     parquet_bytes,
     shard_paths,
-    write_rejects,
 )
-from schemas.video import Part, Reason, Rejection, Stage
+from schemas.video import Reason
 
 PLANNED = "plan"
 """The folder of what was planned."""
@@ -58,54 +52,6 @@ the input says of the file, ``seen_entry`` of what whoever opened it found."""
 
 _READERS = 16
 """Files whose ends are read at once: on an object store each is a request or two."""
-
-
-def entry_ids(
-    uris: Sequence[str],
-    fingerprints: Sequence[str | None],
-    starts: Sequence[float | None],
-    ends: Sequence[float | None],
-    default: Part,
-) -> pa.Array:
-    """``ENTRY_TYPE``, one for each video or part of one: the same when nothing about it has changed.
-
-    Args:
-        uris: where they are. Of a URL with credentials or a query only a digest goes into the entry.
-        fingerprints: what the storage says of their state; None where it was not asked.
-        starts: seconds after the first frame at which the part starts.
-        ends: and at which it ends.
-        default: the part of those that name none.
-    """
-    whole = _part_text(
-        float(default.start_seconds), None if default.end_seconds is None else float(default.end_seconds)
-    )
-    digests = bytearray()
-    for uri, fingerprint, start, end in zip(uris, fingerprints, starts, ends, strict=True):
-        part = whole if not start and end is None else _part_text(start or 0.0, end)
-        digests += hashlib.blake2b(f"{uri}\n{fingerprint}\n{part}".encode(), digest_size=16).digest()
-    return pa.FixedSizeBinaryArray.from_buffers(ENTRY_TYPE, len(uris), [None, pa.py_buffer(bytes(digests))])
-
-
-def _part_text(start: float, end: float | None) -> str:
-    return f"{float(start)!r}..{None if end is None else float(end)!r}"
-
-
-def with_entries(videos: pa.Table, default: Part) -> tuple[pa.Table, list[str]]:
-    """The videos of ``pipeline.discover`` with a column ``entry``, and the URIs of rows that repeat an earlier one."""
-    names = ("uri", "fingerprint", "part_start_seconds", "part_end_seconds")
-    parts = []
-    for batch in videos.select([n for n in names if n in videos.column_names]).to_batches(max_chunksize=1 << 16):
-        none = pa.nulls(batch.num_rows)
-        there = batch.schema.names
-        uris, fingerprints, starts, ends = ((batch[n] if n in there else none).to_pylist() for n in names)
-        parts.append(entry_ids(uris, fingerprints, starts, ends, default))
-    videos = videos.append_column(CATALOGUE_SCHEMA.field("entry"), pa.chunked_array(parts, ENTRY_TYPE))
-    numbered = pa.table({"entry": videos["entry"], "number": _numbers(videos)})
-    first = numbered.group_by("entry").aggregate([("number", "min")])["number_min"]
-    if len(first) == videos.num_rows:
-        return videos, []
-    is_first = pc.is_in(_numbers(videos), first.combine_chunks())
-    return videos.filter(is_first), videos["uri"].filter(pc.invert(is_first)).to_pylist()
 
 
 # What was planned.
@@ -132,14 +78,18 @@ def read_planned(out: str, columns: Sequence[str] = CATALOGUE_SCHEMA.names) -> p
         ShardError: a file of it is damaged.
     """
     schema = pa.schema([CATALOGUE_SCHEMA.field(name) for name in columns])
-    tables = [batch for _, batch in _planned_groups(out, columns)]
+    tables = [batch for _, batch in planned_groups(out, columns)]
     return pa.concat_tables([schema.empty_table(), *tables])
 
 
-def _planned_groups(
+def planned_groups(
     out: str, columns: Sequence[str], wanted: Callable[[int, int], bool] = lambda _first, _end: True
 ) -> Iterator[tuple[int, pa.Table]]:
-    """(number of the first row, rows) of the plan's row groups, those whose range of rows is wanted."""
+    """(number of the first row, rows) of the plan's row groups, oldest first, those whose range of rows is wanted.
+
+    Raises:
+        ShardError: a file of the plan is damaged.
+    """
     first = 0
     for path in storage.list_files(storage.join(out, PLANNED), ".parquet"):
         with _readable(path), storage.open_binary(path) as file:
@@ -217,6 +167,7 @@ def committed_spans(out: str) -> pa.Array:
     unique = spans.unique()
     if len(unique) < len(spans):
         drop_repeated_spans(paths)
+    pa.default_memory_pool().release_unused()
     return unique
 
 
@@ -354,262 +305,6 @@ def damaged_files(out: str) -> list[tuple[str, str]]:
             except ShardError as error:
                 damaged.append((path, str(error)))
     return damaged
-
-
-# What is left to do.
-
-
-def videos_to_open(out: str, videos: pa.Table, retried: Retried | None = None) -> pa.Table:
-    """Those of the videos that the plan does not know as they are now.
-
-    Args:
-        out: the output.
-        videos: with their entries.
-        retried: open only those of them that are to be tried again.
-    """
-    planned = _with_input_rows(read_planned(out, ["entry", "seen_entry", "video_id"]), videos)
-    known = pc.is_in(_numbers(videos), planned.filter(pc.is_valid(planned["video_id"]))["input_row"].combine_chunks())
-    refused = {row["uri"] for row in read_rejects(out).to_pylist() if row["span_id"] is None}
-    if refused:
-        without = pc.is_in(
-            _numbers(videos), planned.filter(pc.is_null(planned["video_id"]))["input_row"].combine_chunks()
-        )
-        known = pc.or_(known, pc.and_(without, _has_uri(videos, refused)))
-    unknown = videos.filter(pc.invert(known))
-    if retried is not None:
-        unknown = unknown.filter(_has_uri(unknown, retried.uris))
-    return unknown
-
-
-def _numbers(table: pa.Table) -> pa.Array:
-    return pa.array(range(table.num_rows), pa.int32())
-
-
-def _has_uri(videos: pa.Table, uris: Collection[str]) -> pa.Array:
-    """Whether each video's URI, without credentials, is one of these."""
-    return pa.array([storage.public_uri(uri) in uris for uri in videos["uri"].to_pylist()], pa.bool_())
-
-
-def _with_input_rows(planned: pa.Table, videos: pa.Table) -> pa.Table:
-    """The planned rows with the number of the video that each is about, null for one that is not among them."""
-    entries = videos["entry"].combine_chunks()
-    row = pc.coalesce(pc.index_in(planned["entry"], entries), pc.index_in(planned["seen_entry"], entries))
-    return planned.append_column("input_row", row)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What there is to do for the videos of the inputs, and how much of it is done."""
-
-    todo: pa.Table
-    """``PLAN_SCHEMA`` and the manifests' columns, one row a span that is neither finished nor rejected: those of one
-    frame size together, in the order of the inputs."""
-    num_spans: int
-    """In all."""
-    num_committed: int
-    num_rejected: int
-    """Of all spans, those with no clip in a shard."""
-    expected_clips: int
-    """Of all spans, if the headers tell the truth."""
-    copies: tuple[Rejection, ...]
-    """Videos that are the same as others of the inputs."""
-    superseded: frozenset[str]
-    """Ids of videos that were replaced by others since."""
-    opened: pa.Array
-    """bool, for each video of the inputs whether it could be opened; the others were rejected."""
-
-
-def lay_out(
-    out: str,
-    videos: pa.Table,
-    committed: pa.Array,
-    rejected: pa.Array,
-    retried: Retried | None = None,
-    opened: pa.Array | None = None,
-) -> Plan:
-    """Lay what was planned against what is done.
-
-    Args:
-        out: the output.
-        videos: of the inputs, with their entries; all of them are in the plan, or were rejected.
-        committed: ids of spans in shards.
-        rejected: ids of spans that gave nothing.
-        retried: to do nothing else than try these again.
-        opened: and, with it, entries of the videos that could be opened this time.
-    """
-    names = ["entry", "seen_entry", "span_id", "video_id", "first_clip", "part_start_seconds", "part_end_seconds"]
-    names.append("expected_clips")
-    planned = _with_input_rows(read_planned(out, names), videos)
-    is_span = pc.is_valid(planned["span_id"])
-    heads = planned.filter(pc.and_(is_span, pc.equal(planned["first_clip"], 0)))
-    present = heads.filter(pc.is_valid(heads["input_row"]))
-    keys = ["video_id", "part_start_seconds", "part_end_seconds"]
-    first = present.group_by(keys).aggregate([("input_row", "min")])["input_row_min"]
-    wanted = pc.and_(is_span, pc.fill_null(pc.is_in(planned["input_row"], first.combine_chunks()), False))
-    if present.num_rows > len(first):  # several entries of one video: whoever opened a file again found the same
-        numbers = planned.append_column("number", _numbers(planned)).filter(wanted)
-        wanted = pc.is_in(_numbers(planned), numbers.group_by("span_id").aggregate([("number", "min")])["number_min"])
-    counted = planned.filter(wanted)
-    is_done, is_refused = (pc.is_in(planned["span_id"], done) for done in (committed, rejected))
-    is_refused = pc.and_(is_refused, pc.invert(is_done))
-    left = pc.and_(wanted, pc.invert(pc.or_(is_done, is_refused)))
-    if retried is not None:
-        again = pc.is_in(planned["span_id"], pa.array(sorted(retried.spans), pa.string()))
-        if opened is not None:
-            again = pc.or_(again, pc.is_in(planned["entry"], opened))
-        left = pc.and_(left, again)
-    return Plan(
-        todo=_todo(out, videos, pc.fill_null(left, False), planned["input_row"]),
-        num_spans=counted.num_rows,
-        num_committed=pc.sum(pc.and_(wanted, is_done)).as_py() or 0,
-        num_rejected=pc.sum(pc.and_(wanted, is_refused)).as_py() or 0,
-        expected_clips=pc.sum(counted["expected_clips"]).as_py() or 0,
-        copies=_copies(videos, present, first),
-        superseded=_superseded(out, videos, planned, present),
-        opened=pc.is_in(_numbers(videos), present["input_row"].combine_chunks()),
-    )
-
-
-def _todo(out: str, videos: pa.Table, left: pa.ChunkedArray, input_row: pa.ChunkedArray) -> pa.Table:
-    """The rows that are left, with where each video is now and its manifest's columns."""
-    mask = pa.array(left.to_numpy()) if isinstance(left, pa.ChunkedArray) else left
-    numbers = input_row.combine_chunks()
-    names = PLAN_SCHEMA.names
-    tables = [pa.schema([CATALOGUE_SCHEMA.field(name) for name in names]).empty_table()]
-    rows = [pa.array([], pa.int32())]
-
-    def any_left(first: int, end: int) -> bool:
-        return bool(pc.any(mask[first:end]).as_py())
-
-    for first, group in _planned_groups(out, names, any_left):
-        here = mask[first : first + group.num_rows]
-        tables.append(group.filter(here))
-        rows.append(numbers[first : first + group.num_rows].filter(here))
-    spans = pa.concat_tables(tables).combine_chunks()
-    row = pa.concat_arrays(rows)
-    now = videos.take(row)
-    spans = spans.set_column(names.index("uri"), PLAN_SCHEMA.field("uri"), now["uri"])
-    for field in manifest_fields(now.schema):
-        spans = spans.append_column(field, now[field.name])
-    schema = pa.schema([*PLAN_SCHEMA, *manifest_fields(spans.schema)])
-    return _in_order(spans.append_column("input_row", row)).select(schema.names).cast(schema)
-
-
-def _in_order(spans: pa.Table) -> pa.Table:
-    """Spans of one frame size together, so that batches are full, and those of one video, so that one pass does."""
-    first = spans.group_by("video_id").aggregate([("input_row", "min")])
-    video_order = first["input_row_min"].take(pc.index_in(spans["video_id"], first["video_id"].combine_chunks()))
-    keys = pa.table(
-        {
-            "height": spans["frame_height"],
-            "width": spans["frame_width"],
-            "video": video_order,
-            "start": pc.fill_null(spans["part_start_seconds"], -1.0),
-            "end": pc.fill_null(spans["part_end_seconds"], -1.0),
-            "clip": spans["first_clip"],
-        }
-    )
-    return spans.take(pc.sort_indices(keys, sort_keys=[(key, "ascending") for key in keys.column_names]))
-
-
-def _copies(videos: pa.Table, present: pa.Table, first: pa.ChunkedArray) -> tuple[Rejection, ...]:
-    """What to say of videos that are the same as an earlier one of the inputs."""
-    copies = present.filter(pc.invert(pc.is_in(present["input_row"], first.combine_chunks()))).sort_by("input_row")
-    if not copies.num_rows:
-        return ()
-    owners = present.filter(pc.is_in(present["input_row"], first.combine_chunks()))
-    owners = owners.filter(pc.is_in(owners["video_id"], copies["video_id"].combine_chunks()))
-    uri_of = {
-        video_id: videos["uri"][row].as_py()
-        for video_id, row in zip(owners["video_id"].to_pylist(), owners["input_row"].to_pylist(), strict=True)
-    }
-    rejections: dict[int, Rejection] = {}
-    for video_id, row in zip(copies["video_id"].to_pylist(), copies["input_row"].to_pylist(), strict=True):
-        rejections[row] = Rejection(
-            uri=storage.public_uri(videos["uri"][row].as_py()),
-            video_id=video_id,
-            span_id=None,
-            start_seconds=None,
-            stage=Stage.PROBE,
-            reason=Reason.DUPLICATE,
-            detail=f"the same content as {storage.public_uri(uri_of[video_id])}",
-        )
-    return tuple(rejections.values())
-
-
-def _superseded(out: str, videos: pa.Table, planned: pa.Table, present: pa.Table) -> frozenset[str]:
-    """Ids of videos whose place is taken by others: at each place of theirs that the inputs name is another one now.
-
-    One that stands nowhere in the inputs any more was removed, not replaced, and stays.
-    """
-    gone = pc.and_(pc.is_null(planned["input_row"]), pc.is_valid(planned["video_id"]))
-    if not pc.any(gone).as_py():
-        return frozenset()
-    mask = pa.array(gone.to_numpy())
-    now: dict[str, set[str]] = defaultdict(set)
-    for video_id, row in zip(present["video_id"].to_pylist(), present["input_row"].to_pylist(), strict=True):
-        now[storage.public_uri(videos["uri"][row].as_py())].add(video_id)
-    replaced: set[str] = set()
-    elsewhere: set[str] = set(present["video_id"].to_pylist())
-    for first, group in _planned_groups(out, ["uri", "video_id"], lambda a, b: bool(pc.any(mask[a:b]).as_py())):
-        former = group.filter(mask[first : first + group.num_rows])
-        for uri, video_id in zip(former["uri"].to_pylist(), former["video_id"].to_pylist(), strict=True):
-            if video_id not in now.get(uri, set()):
-                (replaced if uri in now else elsewhere).add(video_id)
-    return frozenset(replaced - elsewhere)
-
-
-def take_out_superseded(out: str, video_ids: Collection[str]) -> int:
-    """Take the rows of videos that were replaced out of the shards and the rejections; gives the number of spans."""
-    if not video_ids:
-        return 0
-    dropped = 0
-    for path in shard_paths(out):
-        former = {span for span in shard_spans(path).spans if span.split("-", 1)[0] in video_ids}
-        if former:
-            drop_spans(path, former)
-            dropped += len(former)
-    drop_rejects(out, lambda row: row["video_id"] not in video_ids)
-    return dropped
-
-
-def settle_rejects(
-    out: str, videos: pa.Table, committed: pa.Array, plan: Plan, copies: Sequence[Rejection]
-) -> list[Rejection]:
-    """Make the rejections agree with the rest, as a run that was killed between two writes may have left them.
-
-    Taken out are those whose file changed since (which are tried again), those of spans that are in shards after all,
-    what is missing beside clips that never came to be written, and those of whole videos that could be opened since.
-    Copies of other videos are listed as they are now; gives those that were not.
-
-    Args:
-        out: the output.
-        videos: of the inputs, with their entries.
-        committed: ids of spans in shards.
-        plan: of the videos.
-        copies: all that are known, those of the plan among them.
-    """
-    rows = read_rejects(out).to_pylist()
-    whole = {row["uri"] for row in rows if row["span_id"] is None}
-    listed, opened = (
-        {uri for uri in map(storage.public_uri, uris.to_pylist()) if uri in whole} if whole else set()
-        for uris in (videos["uri"], videos["uri"].filter(plan.opened))
-    )
-    named = pa.array(sorted({row["span_id"] for row in rows if row["span_id"] is not None}), pa.string())
-    finished = set(named.filter(pc.is_in(named, committed)).to_pylist())
-    new = {(copy.uri, copy.detail): copy for copy in copies}
-
-    def is_wanted(row: dict[str, Any]) -> bool:
-        if row["reason"] == Reason.DUPLICATE:
-            return new.pop((row["uri"], row["detail"]), None) is not None or row["uri"] not in listed
-        if row["span_id"] is None:
-            return row["uri"] not in opened
-        return row["reason"] != Reason.CHANGED and is_partial(row) == (row["span_id"] in finished)
-
-    drop_rejects(out, is_wanted)
-    if new:
-        write_rejects(out, list(new.values()))
-    return list(new.values())
 
 
 def rejected_spans(rejects: pa.Table) -> pa.Array:

@@ -1,7 +1,7 @@
 """Planning: every video opened once on the cluster, its stretches as rows of a table, its failures as rejections.
 
 Ids come from content and settings, so the same videos give the same rows on any machine and in any order. What is
-made of the rows, and which of them are left to do, is ``pipeline.ledger``'s.
+made of the rows, and which of them are left to do, is ``pipeline.todo``'s.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import ray
 from pipeline import storage
 from pipeline.flow import MAX_ATTEMPTS
 from pipeline.geometry import nearest_bucket
-from pipeline.ledger import CATALOGUE_SCHEMA, entry_ids
+from pipeline.ledger import CATALOGUE_SCHEMA
 from pipeline.rows import REJECTION, rejection_row, row_part, span_row
 from pipeline.sampling import plan_spans
 from pipeline.stages import probe
+from pipeline.todo import entry_ids
 from schemas.video import ClipSpec, Limits, Part, Rejection, Stage, VideoError, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
@@ -27,6 +28,8 @@ SPAN_BYTES = 32 << 20
 and at 256x256 a unit is some 20 s of video, which keeps the share of seeking to its keyframe low."""
 
 _MAX_VIDEOS_PER_TASK = 64
+_MAX_TASKS = 4096
+"""Before tasks get more videos than that: each costs the driver an object in Ray's store."""
 
 
 def clips_per_span(spec: ClipSpec, wanted: int | None) -> int:
@@ -59,7 +62,8 @@ def open_videos(
         num_tasks: tasks that the work should at least be spread over.
         limits: what one video may cost.
     """
-    size = max(1, min(_MAX_VIDEOS_PER_TASK, -(-videos.num_rows // num_tasks)))
+    most = max(_MAX_VIDEOS_PER_TASK, videos.num_rows // _MAX_TASKS)
+    size = max(1, min(most, -(-videos.num_rows // num_tasks)))
     names = ("uri", "num_bytes", "entry", "part_start_seconds", "part_end_seconds")
     needed = videos.select([name for name in names if name in videos.column_names])
     tables = [needed.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]

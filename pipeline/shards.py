@@ -24,9 +24,6 @@ from schemas.tokens import METADATA_PREFIX, Payload, Provenance, shard_schema
 from schemas.video import ClipSpec, Rejection
 
 SHARDS, REJECTS, RUN = "shards", "rejects", "run.json"
-TODO = "todo.parquet"
-"""The spans that the latest run had to do."""
-
 SPANS_KEY = f"{METADATA_PREFIX}spans"
 SPAN_CLIPS_KEY = f"{METADATA_PREFIX}span_clips"
 SPAN_SECONDS_KEY = f"{METADATA_PREFIX}span_seconds"
@@ -200,7 +197,7 @@ class TokenShardSink:
         started = time.monotonic()
         written = Written()
         written.num_rejected_spans = len(rejections)
-        table = pa.concat_tables(rows) if rows else None
+        table = pa.concat_tables(sorted(rows, key=lambda row: str(row["span_id"][0]))) if rows else None
         if table is not None:
             partly = [
                 replace(rejection, kept_clips=clips)
@@ -225,7 +222,6 @@ class TokenShardSink:
 
     def _write_shard(self, bucket: _Bucket, rows: pa.Table, written: Written) -> None:
         spec, payload = bucket.spec, bucket.payload
-        rows = rows.take(pc.sort_indices(rows["span_id"]))
         clip_ids = [
             spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
             for row in rows.select(["video_id", "part_start_seconds", "part_end_seconds", "clips"]).to_pylist()
@@ -304,17 +300,6 @@ def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())
-
-
-def write_todo(path: str, spans: pa.Table, uri_columns: Sequence[str] = ("uri",)) -> None:
-    """Write what a run is to do, URIs without credentials, for people and for the workers to read."""
-    for name in uri_columns:
-        uris = [None if uri is None else storage.public_uri(uri) for uri in spans[name].to_pylist()]
-        at = spans.schema.get_field_index(name)
-        spans = spans.set_column(at, spans.schema.field(name), pa.array(uris, pa.string()))
-    sink = pa.BufferOutputStream()
-    pq.write_table(spans, sink, compression="zstd")
-    storage.write_atomic(path, sink.getvalue())
 
 
 def shard_paths(out: str) -> list[str]:
