@@ -42,6 +42,9 @@ RETRY_SECONDS_VARIABLE = "VIDSHARD_STORAGE_RETRY_SECONDS"
 RETRY_SECONDS = float(os.environ.get(RETRY_SECONDS_VARIABLE, "120"))
 """How long an operation on remote storage is tried again before it counts as failed."""
 
+_FIRST_PAUSE_SECONDS = 0.5
+"""The longest pause before the second attempt; the bound doubles with each."""
+
 _MIN_ATTEMPTS = 3
 """Also of an operation of which one attempt takes longer than the limit, such as a long listing."""
 
@@ -312,7 +315,9 @@ def with_retries(path: str, operation: Callable[[], Result], retry_seconds: floa
         stop=stop,
         # anything up to a bound that doubles, which spreads many workers best (Brooker, "Exponential Backoff And
         # Jitter", AWS Architecture Blog 2015, "full jitter")
-        wait=wait_random_exponential(multiplier=min(0.5, limit / 20), max=min(20.0, max(0.1, limit / 6))),
+        wait=wait_random_exponential(
+            multiplier=min(_FIRST_PAUSE_SECONDS, limit / 20), max=min(20.0, max(0.1, limit / 6))
+        ),
         retry=retry_if_exception(is_transient),
         before_sleep=warn,
         reraise=True,
