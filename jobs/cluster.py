@@ -104,5 +104,5 @@ def _quiet(verbose: bool) -> None:
     # bounding retries is only possible through arguments that Ray 2.64 will drop; until it says how else
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if not verbose:
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises as well

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data.exceptions import UserCodeException
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 from rich.text import Text
 
@@ -415,10 +415,10 @@ class _Account:
 
 def _what_broke(error: BaseException) -> str:
     """The cause of a Ray failure in a line: the innermost exception, not the layers around it."""
-    cause = error
+    cause = error.cause if isinstance(error, RayTaskError) else error  # without the worker's traceback
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = " ".join(str(cause).split()) or type(cause).__name__
+    text = " ".join(str(cause).split("\nFailed to apply UDF")[0].split()) or type(cause).__name__  # Ray Data's advice
     return (
         f"the run stopped: {type(cause).__name__}: {text[-600:]}; what is committed is valid. Run the same command "
         "again, with -v or --verbose for Ray's log"

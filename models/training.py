@@ -52,7 +52,7 @@ from models.losses import (
 )
 from models.metrics import MAX_CODEBOOK, SSIM_WINDOW, CodebookUse, psnr, ssim
 from models.tokenizer import VideoTokenizer, frames_to_input
-from models.weights import differences
+from models.weights import differences, weights_digest
 from schemas.training import StageConfig
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -250,6 +250,14 @@ class TrainState:
             raise ValueError("no averages are kept: ema_decay is 0")
         weights = self.tokenizer.state_dict() | (self.averages if averaged else {})
         return {name: tensor.clone() for name, tensor in whole(weights).items()}
+
+    def frozen_digest(self) -> str:
+        """Of the tokenizer's weights that don't learn, see `weights_digest`; the same at both ends of a stage.
+
+        Every worker must call it where weights are sharded.
+        """
+        frozen = {name: weight for name, weight in self.tokenizer.named_parameters() if not weight.requires_grad}
+        return weights_digest(whole(frozen))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

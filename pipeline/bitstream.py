@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from av.video.stream import VideoStream
 
+ALL_SLOTS = 255
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PacketFacts:
@@ -23,10 +25,12 @@ class PacketFacts:
     """This and all later pictures, but those shown before it, need nothing earlier."""
     flush: bool = False
     """It begins only for a decoder that has forgotten what came before."""
-    droppable: bool = False
-    """No other packet needs it: it need not be sent."""
     skippable: bool = False
     """If no other picture refers to it, the decoder finds that out, and skips it when asked to."""
+    reads: int = ALL_SLOTS
+    """Of the places in which decoders keep pictures for later ones, those that it may look at, as bits."""
+    writes: int | None = None
+    """Those that hold a picture of this packet afterwards; None where that is not known, and it has to be sent."""
 
 
 Inspector = Callable[[bytes], PacketFacts | None]
@@ -35,7 +39,6 @@ Inspector = Callable[[bytes], PacketFacts | None]
 UNKNOWN = PacketFacts()
 _BEGINS = PacketFacts(begins=True)
 _SKIPPABLE = PacketFacts(skippable=True)
-_DROPPABLE = PacketFacts(droppable=True)
 _BEGINS_AFTER_FLUSH = PacketFacts(begins=True, flush=True)
 
 # Each picture stands alone, tables included.
@@ -51,7 +54,7 @@ def inspector_of(stream: VideoStream) -> Inspector:
     if codec == "hevc":
         return _Hevc(extradata)
     if codec == "av1":
-        return _Av1()
+        return _Av1(extradata)
     if codec in _INTRA_ONLY:
         return lambda _: _BEGINS
     return {"mjpeg": _mjpeg, "mpeg4": _mpeg4, "mpeg2video": _mpeg2, "vp8": _vp8, "vp9": _vp9}.get(
@@ -140,6 +143,67 @@ class _H264:
         with suppress(EOFError):
             frames_only = _h264_frames_only(_payload(data, at + 1))
         self._frames_only = frames_only and self._frames_only is not False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class H264Header:
+    """What the one sequence parameter set of an mp4's header says beside the size."""
+
+    square: bool
+    """Whether it states no other shape of its pixels."""
+    states_reordering: bool
+    """Whether it limits by how many pictures the order shown differs from that of decoding."""
+
+
+def h264_header(extradata: bytes) -> H264Header | None:
+    """Of an mp4's configuration record, 5.3.3.1 of ISO 14496-15; None where it is none, or has several sets."""
+    if extradata[:1] != b"\1" or len(extradata) <= 8 or extradata[5] & 31 != 1:
+        return None
+    bits = _payload(extradata, 9)
+    try:
+        if not _h264_frames_only(bits):
+            bits.take(1)
+        bits.take(1)
+        if bits.take(1):
+            for _ in range(4):
+                bits.take_unsigned()
+        return _h264_usability(bits) if bits.take(1) else H264Header(square=True, states_reordering=False)
+    except EOFError:
+        return None
+
+
+def _h264_usability(bits: _Bits) -> H264Header:
+    """Annex E.1.1."""
+    square = True
+    if bits.take(1):
+        square = bits.take(8) in (0, 1)
+    if bits.take(1):
+        bits.take(1)
+    if bits.take(1):
+        bits.take(4)
+        if bits.take(1):
+            bits.take(24)
+    if bits.take(1):
+        bits.take_unsigned()
+        bits.take_unsigned()
+    if bits.take(1):
+        bits.take(65)
+    with_buffers = [bits.take(1) and _skip_buffer_model(bits), bits.take(1) and _skip_buffer_model(bits)]
+    if any(with_buffers):
+        bits.take(1)
+    bits.take(1)
+    return H264Header(square=square, states_reordering=bool(bits.take(1)))
+
+
+def _skip_buffer_model(bits: _Bits) -> bool:
+    count = bits.take_unsigned() + 1
+    bits.take(8)
+    for _ in range(count):
+        bits.take_unsigned()
+        bits.take_unsigned()
+        bits.take(1)
+    bits.take(20)
+    return True
 
 
 def _h264_frames_only(bits: _Bits) -> bool:
@@ -270,37 +334,72 @@ def _vp9(data: bytes) -> PacketFacts | None:
 
 
 class _Av1:
-    """A frame that refreshes no reference slot leaves nothing behind, 7.20; its other states live in those slots."""
+    """What a frame leaves behind, probabilities and motion too, lives in the slots that it refreshes, 7.20 and 7.21.
 
-    def __init__(self) -> None:
+    Which slots it may look at stands in its header.
+    """
+
+    def __init__(self, extradata: bytes) -> None:
         self._sequence: _Av1Sequence | None = None
+        self._known = 0
+        """Slots with a picture that is known to be no keyframe: showing one of those changes nothing."""
+        if extradata[:1] == b"\x81":
+            self(extradata[4:])
 
     def __call__(self, data: bytes) -> PacketFacts | None:
-        headers = []
-        at = 0
-        while at < len(data):
-            kind, has_extension, has_size = data[at] >> 3 & 15, data[at] & 4, data[at] & 2
-            at += 2 if has_extension else 1
-            num_bytes = len(data) - at
-            if has_size:
-                num_bytes = shift = 0
-                while at < len(data):
-                    num_bytes |= (data[at] & 127) << shift
-                    at, shift = at + 1, shift + 7
-                    if not data[at - 1] & 128:
-                        break
+        reads, writes, understood = 0, 0, True
+        begins: bool | None = None
+        for kind, layer, at, end in _av1_units(data):
             if kind == 1:
-                self._sequence = _Av1Sequence.read(data[at : at + num_bytes])
+                self._sequence = _Av1Sequence.read(data[at:end])
             elif kind in (3, 6):
-                headers.append(data[at : at + 16])
-            at += num_bytes
-        if not headers or not headers[0]:
-            return UNKNOWN
-        if headers[0][0] >> 4 == 1:  # a keyframe, shown
+                begins = data[at] >> 4 == 1 if begins is None else begins  # a keyframe, shown
+                header = None
+                if self._sequence is not None and not layer:
+                    header = self._sequence.header(data[at : min(end, at + 64)])
+                if header is None or (header.shows is not None and not self._known >> header.shows & 1):
+                    understood = False
+                    self._known = 0
+                    continue
+                reads |= header.reads & ~writes
+                writes |= header.writes
+                self._known = self._known & ~header.writes | (0 if header.is_key else header.writes)
+        if begins:
             return _BEGINS
-        if len(headers) == 1 and self._sequence is not None and self._sequence.refreshes(headers[0]) == 0:
-            return _DROPPABLE
-        return UNKNOWN
+        if begins is None or not understood:
+            return UNKNOWN
+        return PacketFacts(reads=reads, writes=writes)
+
+
+def _av1_units(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Type, spatial layer, beginning and end of each open bitstream unit with a byte in it, 5.3."""
+    at = 0
+    while at < len(data):
+        kind, has_extension, has_size = data[at] >> 3 & 15, data[at] & 4, data[at] & 2
+        layer = data[at + 1] >> 3 & 3 if has_extension and at + 1 < len(data) else 0
+        at += 2 if has_extension else 1
+        num_bytes = len(data) - at
+        if has_size:
+            num_bytes = shift = 0
+            while at < len(data):
+                num_bytes |= (data[at] & 127) << shift
+                at, shift = at + 1, shift + 7
+                if not data[at - 1] & 128:
+                    break
+        if num_bytes and at < len(data):
+            yield kind, layer, at, at + num_bytes
+        at += num_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Av1Header:
+    """What a frame header says of the slots."""
+
+    reads: int = 0
+    writes: int = 0
+    is_key: bool = False
+    shows: int | None = None
+    """The slot that it shows, and does nothing else unless that is a keyframe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,22 +445,38 @@ class _Av1Sequence:
         except EOFError:
             return None
 
-    def refreshes(self, header: bytes) -> int | None:
-        """refresh_frame_flags of a shown inter frame, 5.9.2; None for all others."""
-        bits = _Bits(header)
+    def header(self, data: bytes) -> _Av1Header | None:
+        """5.9.2; None where it ends too early."""
         try:
-            show_existing, frame_type, shown = bits.take(1), bits.take(2), bits.take(1)
-            if show_existing or frame_type != 1 or not shown:
-                return None
-            error_resilient = bits.take(1)
-            bits.take(1)
-            screen_content = bits.take(1) if self.screen_content == 2 else self.screen_content
-            if screen_content and self.integer_mv == 2:
-                bits.take(1)
-            bits.take(1)
-            bits.take(self.order_bits)
-            if not error_resilient:
-                bits.take(3)
-            return bits.take(8)
+            return self._header(_Bits(data))
         except EOFError:
             return None
+
+    def _header(self, bits: _Bits) -> _Av1Header:
+        if bits.take(1):
+            slot = bits.take(3)
+            return _Av1Header(reads=1 << slot, shows=slot)
+        frame_type, shown = bits.take(2), bits.take(1)
+        if not shown:
+            bits.take(1)
+        refreshes_all = frame_type == 3 or (frame_type == 0 and shown)  # a switch frame, or a keyframe
+        error_resilient = bool(refreshes_all or bits.take(1))
+        bits.take(1)
+        screen_content = bits.take(1) if self.screen_content == 2 else self.screen_content
+        if screen_content and self.integer_mv == 2:
+            bits.take(1)
+        if frame_type != 3:
+            bits.take(1)
+        bits.take(self.order_bits)
+        intra = frame_type in (0, 2)
+        if not intra and not error_resilient:
+            bits.take(3)
+        writes = ALL_SLOTS if refreshes_all else bits.take(8)
+        if intra:
+            return _Av1Header(writes=writes, is_key=frame_type == 0)
+        if error_resilient or (self.order_bits and bits.take(1)):  # the order of pictures in all slots counts
+            return _Av1Header(reads=ALL_SLOTS, writes=writes)
+        reads = 0
+        for _ in range(7):
+            reads |= 1 << bits.take(3)
+        return _Av1Header(reads=reads, writes=writes)

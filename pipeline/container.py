@@ -12,7 +12,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO, Literal, cast
@@ -23,6 +23,7 @@ from av.container.core import Flags
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
+from pipeline.bitstream import h264_header
 from pipeline.storage import RemoteVideo, StorageError, public_uri, storage_errors
 from schemas.video import Limits, Reason, VideoError
 
@@ -149,28 +150,10 @@ def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
 def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its largest stream of moving pictures; the other streams are not read."""
     watched.seek(0)
-    head = watched.read(1024)
+    head = watched.read(4096)
     if not head:
         raise VideoError(Reason.EMPTY_FILE, "the file has no bytes")
-    watched.seek(0)
-    try:
-        container = av.open(
-            watched,
-            "r",
-            # max_pixels: for the decoders that look for the streams' parameters
-            options={"max_pixels": str(allocated_pixels(watched.limits))},
-            container_options={
-                "format_whitelist": ALLOWED_FORMATS,
-                "protocol_whitelist": "none",
-                "enable_drefs": "0",
-                "max_streams": str(_MAX_STREAMS),
-            },
-            metadata_errors="replace",
-            buffer_size=_READ_BYTES,
-        )
-    except av.FFmpegError as error:  # out of memory too: here it is an index that claims absurd sizes
-        raise _refusal(watched, head, error) from error
-    with container:
+    with _container(watched, head) as container:
         # PyAV asks FFmpeg to invent missing times, and in AVI with B-frames it invents wrong ones
         container.flags &= ~cast(int, Flags.gen_pts.value)
         videos = [
@@ -197,6 +180,72 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
         refuse_large(watched.limits, context.width, context.height)
         context.options = {**context.options, "max_pixels": str(allocated_pixels(watched.limits))}
         yield container, video
+
+
+def _container(watched: WatchedFile, head: bytes) -> InputContainer:
+    """The file opened, without decoding a picture where the header alone tells what decoding would."""
+    quickly = _how_to_open_quickly(head)
+    if quickly is not None:
+        with suppress(av.FFmpegError):
+            container = _av_open(watched, {"skip_frame": "all"}, quickly)
+            if all(_is_told(stream) for stream in container.streams.video):
+                return container
+            container.close()
+    try:
+        return _av_open(watched, {}, {})
+    except av.FFmpegError as error:  # out of memory too: here it is an index that claims absurd sizes
+        raise _refusal(watched, head, error) from error
+
+
+def _av_open(watched: WatchedFile, options: dict[str, str], container_options: dict[str, str]) -> InputContainer:
+    watched.seek(0)
+    return av.open(
+        watched,
+        "r",
+        # max_pixels: for the decoders that look for the streams' parameters
+        options={"max_pixels": str(allocated_pixels(watched.limits)), **options},
+        container_options={
+            "format_whitelist": ALLOWED_FORMATS,
+            "protocol_whitelist": "none",
+            "enable_drefs": "0",
+            "max_streams": str(_MAX_STREAMS),
+            **container_options,
+        },
+        metadata_errors="replace",
+        buffer_size=_READ_BYTES,
+    )
+
+
+# Those that learn from the header all that they would from a picture, or, without one, its picture's format at most.
+_QUICK_DECODERS = "h264,hevc,av1,libdav1d,mpeg4"
+_QUICK_CODECS = frozenset({*_QUICK_DECODERS.split(","), "vp8", "vp9"})
+
+
+def _how_to_open_quickly(head: bytes) -> dict[str, str] | None:
+    """Options with which FFmpeg looks at no picture; None for containers whose headers say too little.
+
+    Otherwise FFmpeg decodes up to seven pictures of h264, and one of vp9, to learn their format and how far they are
+    reordered: 6 to 32 ms for each span.
+    """
+    if head[4:8] == b"ftyp":
+        return {"codec_whitelist": _QUICK_DECODERS, "probesize": "32"}  # one packet
+    # without times for decoding, those of reordered codecs depend on what was looked at
+    if head.startswith(b"\x1a\x45\xdf\xa3") and b"V_VP" in head and b"V_MPEG" not in head:
+        return {"codec_whitelist": _QUICK_DECODERS}
+    return None
+
+
+def _is_told(stream: VideoStream) -> bool:
+    """Whether the header says all that decoding a few pictures would: size, rate, reordering and pixel shape."""
+    if not _has_decoder(stream):
+        return True
+    context = stream.codec_context
+    if codec_name(stream) not in _QUICK_CODECS or not (context.width and context.height and stream.average_rate):
+        return False
+    if codec_name(stream) != "h264":
+        return True
+    said = h264_header(bytes(context.extradata or b""))
+    return said is not None and said.states_reordering and (said.square or bool(stream.sample_aspect_ratio))
 
 
 def allocated_pixels(limits: Limits) -> int:
@@ -301,8 +350,105 @@ def time_base_of(stream: VideoStream) -> Fraction:
     return stream.time_base or Fraction(1, 1_000_000)
 
 
+_RATES_AGREE = Fraction(1, 5000)
+"""24 and 23.976 differ by five times as much; FLV's average over a few seconds is off by a fifth of it."""
+
+_FEWEST_TICKS = 8
+_FINEST = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clock:
+    """The ticks in which a video's times are counted: the container's, or finer ones.
+
+    A container rounds times to its ticks, Matroska to milliseconds. Where the stream states its rate, its frames lie a
+    whole number of intervals after the first one; a time that is one tick at most from such a place is that place
+    rounded (half a tick, and half a tick for the first frame's own), and counts as the place itself. Ticks are divided
+    so that each place falls on one. Times elsewhere stay as they are, and so does their order.
+    """
+
+    time_base: Fraction
+    """Seconds for each tick."""
+    start_pts: int
+    """That of the first frame."""
+
+    @classmethod
+    def of(cls, stream: VideoStream, first_pts: int) -> Clock:
+        """That of a video whose first frame has this time by the container's clock."""
+        time_base = time_base_of(stream)
+        interval = _interval(stream, time_base)
+        if interval is None or interval < _FEWEST_TICKS or interval.denominator > _FINEST:
+            return cls(time_base=time_base, start_pts=first_pts)
+        parts = interval.denominator if abs(first_pts) * interval.denominator < 1 << 62 else 1
+        return cls(time_base=time_base / parts, start_pts=first_pts * parts)
+
+    def reading(self, stream: VideoStream) -> Reading:
+        """How to read a container's times.
+
+        Raises:
+            VideoError: DECODE_ERROR: it is not the file whose clock this is.
+        """
+        parts = time_base_of(stream) / self.time_base
+        if parts.denominator != 1:
+            raise VideoError(Reason.DECODE_ERROR, "its clock is not the one that it had when it was probed")
+        interval = _interval(stream, self.time_base)
+        whole = interval.numerator if parts > 1 and interval is not None and interval.denominator == 1 else 0
+        return Reading(parts=parts.numerator, interval=whole, start_pts=self.start_pts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """From the container's ticks to those of a clock."""
+
+    parts: int = 1
+    """Ticks of the clock in one of the container's."""
+    interval: int = 0
+    """From one frame to the next; 0 takes all times as they are."""
+    start_pts: int = 0
+
+    def __call__(self, ticks: int) -> int:
+        """The time by the clock; never a later one for an earlier one."""
+        if not self.interval:
+            return ticks * self.parts
+        offset = ticks * self.parts - self.start_pts
+        place = (2 * offset + self.interval) // (2 * self.interval) * self.interval
+        return self.start_pts + (place if abs(offset - place) <= self.parts else offset)
+
+    def back(self, pts: int) -> int:
+        """The last of the container's ticks that may read so."""
+        return pts if self.parts == 1 else pts // self.parts + 1
+
+
+def _interval(stream: VideoStream, time_base: Fraction) -> Fraction | None:
+    """Ticks from one frame to the next where the stream says so; None where it does not, or contradicts itself."""
+    lowest = stream.base_rate
+    average = stream.average_rate or lowest
+    if not average or not lowest:
+        return None
+    if "mov" in stream.container.format.name.split(","):  # its average is that of the index, over all frames
+        rate = _usual_rate(average, _RATES_AGREE)
+    elif abs(average - lowest) > lowest * _RATES_AGREE:
+        rate = None
+    else:  # Matroska's nanoseconds come back as 19001/317 for 60000/1001, a millisecond in six hours
+        rate = _usual_rate(lowest, Fraction(1, 1_000_000)) or lowest
+    return 1 / (rate * time_base) if rate else None
+
+
+def _usual_rate(rate: Fraction, tolerance: Fraction) -> Fraction | None:
+    """The whole number that it is about, or that by 1.001; None where there is none."""
+    for usual in (Fraction(round(rate)), Fraction(round(rate * 1001 / 1000) * 1000, 1001)):
+        if abs(usual - rate) <= rate * tolerance:
+            return usual
+    return None
+
+
 # Containers in which only the pictures themselves state a pixel shape, which may change on the way.
 _WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
+
+
+def may_change_aspect(stream: VideoStream) -> bool:
+    """Whether the shape of a pixel may be another one later."""
+    return bool(_WITHOUT_ASPECT & set(stream.container.format.name.split(",")))
 
 
 def pixel_aspect(stream: VideoStream) -> Fraction | None:
@@ -310,7 +456,7 @@ def pixel_aspect(stream: VideoStream) -> Fraction | None:
 
     The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
     """
-    if _WITHOUT_ASPECT & set(stream.container.format.name.split(",")):
+    if may_change_aspect(stream):
         return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
     return stream.sample_aspect_ratio
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from pipeline.archive import ImageArchive
 from pipeline.container import (
+    Clock,
     ThreadType,
     WatchedFile,
     codec_name,
@@ -36,7 +37,8 @@ from pipeline.container import (
     time_base_of,
 )
 from pipeline.frames import Shown, Start, decode_from, frames_after, frames_covering, seconds_from_packets
-from pipeline.geometry import display_size, place
+from pipeline.geometry import display_size
+from pipeline.packets import FOREVER
 from pipeline.picture import Renderer, orientation_of
 from pipeline.sampling import Grid, Layout
 from schemas.video import (
@@ -84,13 +86,13 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
             duration_seconds: Fraction | None
             if isinstance(stream, ImageArchive):
-                codec, fps, time_base = stream.codec, stream.rate, 1 / stream.rate
+                codec, fps, clock = stream.codec, stream.rate, Clock(time_base=1 / stream.rate, start_pts=first.pts)
                 duration_seconds = (len(stream) - first.pts) / stream.rate
                 # their times are the run's: at another rate they are another video
                 video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
             else:
-                codec, fps, time_base = codec_name(stream), stream.average_rate or Fraction(0), time_base_of(stream)
-                duration_seconds = seconds_from_header(stream, first.pts * time_base)
+                codec, fps, clock = codec_name(stream), stream.average_rate or Fraction(0), Clock.of(stream, first.pts)
+                duration_seconds = seconds_from_header(stream, first.pts * time_base_of(stream))
                 refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
             source = VideoSource(
                 width=width,
@@ -106,8 +108,8 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             video_id=video_id,
             uri=ref.uri,
             num_bytes=watched.num_bytes,
-            time_base=time_base,
-            grid_start_pts=first.pts,
+            time_base=clock.time_base,
+            grid_start_pts=clock.start_pts,
             duration_seconds_from_header=float(duration_seconds),
             source=source,
         )
@@ -241,14 +243,20 @@ def _one_pass(watched: WatchedFile, waiting: Sequence[_ClipsInTheMaking], thread
     limit_pts = span.grid_start_pts + int(watched.limits.max_seconds / span.time_base)
 
     def needed(pts: int, until_pts: int) -> bool:
-        return (end is None or pts < end) and any(maker.needs(pts, until_pts) for maker in waiting)
+        if end is not None and pts >= end:
+            return False
+        for maker in waiting:  # noqa: SIM110  asked for each packet, more than once
+            if maker.needs(pts, until_pts):
+                return True
+        return False
 
+    clock = Clock(time_base=span.time_base, start_pts=span.grid_start_pts)
     damaged_pts = waiting[0].damaged_pts
     if damaged_pts is None:
         first_pts = start if start > span.grid_start_pts else None
-        source = frames_covering(watched, first_pts, span.time_base, thread_type, needed)
+        source = frames_covering(watched, first_pts, clock, thread_type, needed)
     else:
-        source = frames_after(watched, damaged_pts, thread_type, needed)
+        source = frames_after(watched, damaged_pts, clock, thread_type, needed)
     with closing(source) as frames:
         shown: Shown | None = None
         for following in frames:
@@ -329,12 +337,18 @@ class _ClipsInTheMaking:
     seen_pts: int = field(init=False)
     """When the last frame began that was decoded."""
     renderer: Renderer = field(init=False)
+    _first_clip: int = field(init=False)
+    """That of the halo."""
+    _stop_clip: int = field(init=False)
+    """The one after the last that there can be."""
     times: dict[int, tuple[Grid, int]] = field(default_factory=dict)
     """Of each clip asked for so far, its grid and how many frames it gets if the video lasts."""
 
     def __post_init__(self) -> None:
         self.layout = Layout.of(self.span, self.span.part, self.spec)
-        self.next_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        self.next_clip = self._first_clip = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
+        ends = (self.span.end_clip, None if self.layout.last_clip is None else self.layout.last_clip + 1)
+        self._stop_clip = min((end for end in ends if end is not None), default=FOREVER)
         self.seen_pts = self.span.grid_start_pts
         self.renderer = Renderer(self.spec)
 
@@ -379,20 +393,18 @@ class _ClipsInTheMaking:
     def needs(self, pts: int, until_pts: int) -> bool:
         """Whether a frame on screen between these ticks, the second exclusive, is in one of the span's clips."""
         clips = self.layout.around(pts, until_pts)
-        first = self.span.first_clip - self.spec.halo_of(self.span.first_clip)
-        end = clips.stop if self.span.end_clip is None else min(clips.stop, self.span.end_clip)
-        if self.layout.last_clip is not None:
-            end = min(end, self.layout.last_clip + 1)
-        for index in range(max(first, clips.start), end):
+        for index in range(max(self._first_clip, clips.start), min(clips.stop, self._stop_clip)):
             grid, num_frames = self._times_of(index)
-            if grid.first_index_at(pts) < min(grid.first_index_at(until_pts), num_frames):
+            at = grid.first_index_at(pts)
+            if at < num_frames and at < grid.first_index_at(until_pts):
                 return True
         return False
 
     def _times_of(self, index: int) -> tuple[Grid, int]:
-        if index not in self.times:
-            self.times[index] = self.layout.grid(index), self.layout.num_frames(index)
-        return self.times[index]
+        found = self.times.get(index)
+        if found is None:
+            found = self.times[index] = self.layout.grid(index), self.layout.num_frames(index)
+        return found
 
     def show(self, shown: Shown, *, until_pts: int) -> None:
         """Fill the frames that this one is on screen for, as far as the span goes."""
@@ -406,14 +418,14 @@ class _ClipsInTheMaking:
     def _fill_with(self, shown: Shown, until_pts: int) -> None:
         rendered: tuple[npt.NDArray[np.uint8], Geometry] | None = None
         while self._has_more and self._times_of(self.next_clip)[0].first_index_at(until_pts) > 0:
-            rendered = rendered or self.renderer.render(shown)
+            rendered = rendered or self.renderer.cut(shown)
             self._begin_clip(rendered[1])
         for clip in self.open_clips:
             until = min(clip.grid.first_index_at(until_pts), clip.num_frames)
             if until > len(clip.pts):
-                rendered = rendered or self.renderer.render(shown)
+                rendered = rendered or self.renderer.cut(shown)
                 for slot in range(len(clip.pts), until):
-                    place(*rendered, clip.frames[slot])
+                    clip.frames[slot] = rendered[0]
                     clip.pts.append(shown.pts)
         self.open_clips = [clip for clip in self.open_clips if not clip.is_full]
 

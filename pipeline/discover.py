@@ -195,7 +195,6 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str 
     """(uri, size, fingerprint) of the files that a path, folder or glob names."""
     fs, inner = storage.filesystem(path)
     try:
-        fs.invalidate_cache()
         if _is_glob(path) and not fs.exists(inner):
             matches = fs.glob(inner, detail=True)
             for name, info in matches.items():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
@@ -57,7 +57,7 @@ ENCODER_ENVIRONMENT = {
 """What an encoder's process starts with."""
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # killed, it begins to count again
 class _Attempts:
     """How often each batch was begun and not ended; lives on the driver's node, as long as the driver."""
 
@@ -71,7 +71,7 @@ class _Attempts:
 
     def end(self, batch: str) -> None:
         """Forget a batch that came to its end."""
-        del self._begun[batch]
+        self._begun.pop(batch, None)
 
 
 class EncoderActor:
@@ -124,6 +124,8 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
     Args:
         plan: its Parquet file; or its rows, where URIs carry credentials that no file may hold.
     """
+    # otherwise an error of a stage comes without its own message: Ray Data's wrapper loses its cause on the way
+    DataContext.get_current().raise_original_map_exception = True
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     attempts = _Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     return (

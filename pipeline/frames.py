@@ -19,10 +19,13 @@ from av.video.stream import VideoStream
 
 from pipeline.archive import ImageArchive, image_archive
 from pipeline.container import (
+    Clock,
+    Reading,
     ThreadType,
     WatchedFile,
     codec_name,
     ffmpeg_failures_as,
+    may_change_aspect,
     open_video,
     pixel_aspect,
     refuse_large,
@@ -74,7 +77,7 @@ class _MissingFrameError(Exception):
 def frames_covering(
     watched: WatchedFile,
     needed_pts: int | None,
-    time_base: Fraction,
+    clock: Clock,
     thread_type: ThreadType,
     needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
@@ -84,8 +87,8 @@ def frames_covering(
     """
     if needed_pts is not None:
         for seconds in _SEEK_BACK_SECONDS:
-            start = Start(seek_pts=needed_pts - int(seconds / time_base))
-            with closing(decode_from(watched, start, thread_type, needed=needed)) as frames:
+            start = Start(seek_pts=needed_pts - int(seconds / clock.time_base))
+            with closing(decode_from(watched, start, thread_type, clock=clock, needed=needed)) as frames:
                 try:
                     first = next(frames, None)
                 except VideoError:  # landed where decoding cannot begin: the start has the last word
@@ -94,17 +97,18 @@ def frames_covering(
                     yield first
                     yield from frames
                     return
-    yield from decode_from(watched, Start(), thread_type, needed=needed)
+    yield from decode_from(watched, Start(), thread_type, clock=clock, needed=needed)
 
 
 def frames_after(
-    watched: WatchedFile, pts: int, thread_type: ThreadType, needed: Needed
+    watched: WatchedFile, pts: int, clock: Clock, thread_type: ThreadType, needed: Needed
 ) -> Generator[Shown, None, None]:
     """The first keyframe after a tick, and from it on the frames that are wanted; none where there is no such one.
 
     Args:
         watched: the file.
         pts: where damage was met.
+        clock: that of all times here.
         thread_type: how the decoder uses threads.
         needed: as in :func:`decode_from`.
     """
@@ -115,7 +119,8 @@ def frames_after(
         key_pts = begin if key_pts is None else key_pts
         return begin == key_pts or needed(begin, end)
 
-    yield from decode_from(watched, Start(seek_pts=pts + 1, forward=True), thread_type, needed=needed_too)
+    start = Start(seek_pts=pts + 1, forward=True)
+    yield from decode_from(watched, start, thread_type, clock=clock, needed=needed_too)
 
 
 def decode_from(
@@ -123,6 +128,7 @@ def decode_from(
     start: Start,
     thread_type: ThreadType = "NONE",
     *,
+    clock: Clock | None = None,
     keep_going: bool = False,
     needed: Needed | None = None,
 ) -> Generator[Shown, None, None]:
@@ -132,6 +138,7 @@ def decode_from(
         watched: the file.
         start: where to begin.
         thread_type: how the decoder uses threads.
+        clock: that of all times here; None for the container's own, as it is.
         keep_going: skip what fails to decode, and fail only when nothing is left.
         needed: decode the frames for which it holds, with the same pixels and times; others where that is no extra
             work. It ends with the last of them. None decodes all.
@@ -141,10 +148,10 @@ def decode_from(
         yield from _images_from(archive, start, keep_going, needed)
         return
     try:
-        yield from _decode_needed(watched, start, thread_type, keep_going, needed)
+        yield from _decode_needed(watched, start, thread_type, clock, keep_going, needed)
     except _NoKeyframeError:
         if start.seek_pts is None:
-            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, keep_going, None)
+            yield from _decode_once(watched, Start(await_keyframe=False), thread_type, clock, keep_going, None)
 
 
 def _images_from(
@@ -177,33 +184,45 @@ def _images_from(
 
 
 def _decode_needed(
-    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool, needed: Needed | None
+    watched: WatchedFile,
+    start: Start,
+    thread_type: ThreadType,
+    clock: Clock | None,
+    keep_going: bool,
+    needed: Needed | None,
 ) -> Generator[Shown, None, None]:
     """As ``_decode_once``; where leaving packets out went wrong, decoding everything has the last word."""
     last_pts: int | None = None
     if needed is not None:
         try:
-            for shown in _decode_once(watched, start, thread_type, keep_going, needed):
+            for shown in _decode_once(watched, start, thread_type, clock, keep_going, needed):
                 last_pts = shown.pts
                 yield shown
             return
         except _MissingFrameError:
             pass
-    for shown in _decode_once(watched, start, thread_type, keep_going, None):
+    for shown in _decode_once(watched, start, thread_type, clock, keep_going, None):
         if last_pts is None or shown.pts > last_pts:
             yield shown
 
 
 def _decode_once(
-    watched: WatchedFile, start: Start, thread_type: ThreadType, keep_going: bool, needed: Needed | None
+    watched: WatchedFile,
+    start: Start,
+    thread_type: ThreadType,
+    clock: Clock | None,
+    keep_going: bool,
+    needed: Needed | None,
 ) -> Generator[Shown, None, None]:
     with open_video(watched, thread_type) as (container, stream):
+        read = clock.reading(stream) if clock is not None else Reading()
         if start.seek_pts is not None:
             with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
-                container.seek(start.seek_pts, backward=not start.forward, stream=stream)
+                container.seek(read.back(start.seek_pts), backward=not start.forward, stream=stream)
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
-        packets = _packets(container, stream, start, watched.limits)
+        aspect, aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)
+        packets = _packets(container, stream, start, watched.limits, read)
         first_pts: int | None = None  # of the keyframe that a seek led to
         if start.seek_pts is not None:
             first = next(packets)
@@ -216,10 +235,11 @@ def _decode_once(
                 if first_pts is None:
                     return  # no telling where this is: only counting from the start says
             packets = chain([first], packets)
-        previous: Shown | None = None
+        last_pts: int | None = None  # these two by the container's ticks
+        end_pts = 0
         failure = "no packets"
         awaited = _Awaited()
-        schedule = Schedule(packets, stream, needed, first_pts) if needed is not None else None
+        schedule = Schedule(packets, stream, _by_clock(needed, read), first_pts) if needed is not None else None
         with _in_doubt(watched, schedule):
             for step in schedule or _every(packets):
                 try:
@@ -234,30 +254,36 @@ def _decode_once(
                 for frame in frames:
                     pts = frame.pts if frame.pts is not None else frame.dts
                     if pts is None:
-                        pts = previous.end_pts if previous is not None else 0
+                        pts = end_pts
                     if first_pts is not None and pts < first_pts:
                         continue  # leans on pictures before the keyframe, which were not decoded
                     if frame.is_corrupt and not keep_going:
                         detail = f"{_at(pts, time_base)}: the decoder had to conceal a damaged picture"
                         raise VideoError(Reason.DECODE_ERROR, detail)
-                    if previous is not None and pts < previous.pts:
-                        before = f"{float(previous.pts * time_base):.2f} s"
+                    if last_pts is not None and pts < last_pts:
+                        before = f"{float(last_pts * time_base):.2f} s"
                         detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
                         raise VideoError(Reason.DECODE_ERROR, detail)
                     end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                    previous = Shown(
-                        frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=pixel_aspect(stream)
-                    )
-                    yield previous
+                    aspect = pixel_aspect(stream) if aspect_may_change else aspect
+                    last_pts = pts
+                    yield Shown(frame=frame, pts=read(pts), end_pts=read(end_pts), stream=stream, pixel_aspect=aspect)
             awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
                 return
-            if previous is not None:
-                _refuse_truncated(stream, previous.end_pts * time_base)
+            if last_pts is not None:
+                _refuse_truncated(stream, end_pts * time_base)
             elif start.seek_pts is None:
                 raise VideoError(
                     Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
                 )
+
+
+def _by_clock(needed: Needed, read: Reading) -> Needed:
+    """The same question in the container's ticks."""
+    if read.parts == 1:
+        return needed
+    return lambda pts, until_pts: needed(read(pts), until_pts if until_pts == FOREVER else read(until_pts))
 
 
 @contextmanager
@@ -302,7 +328,7 @@ def _every(packets: Iterator[Packet[VideoStream] | None]) -> Iterator[Step | Non
 
 
 def _packets(
-    container: InputContainer, stream: VideoStream, start: Start, limits: Limits
+    container: InputContainer, stream: VideoStream, start: Start, limits: Limits, read: Reading | None = None
 ) -> Iterator[Packet[VideoStream] | None]:
     """Packets from the first keyframe on that is no earlier than wanted, then None to drain the decoder."""
     waiting = start.await_keyframe
@@ -311,10 +337,12 @@ def _packets(
     packets = container.demux(stream)
     while True:
         try:
-            with _demuxer_heard(container, num_packets):
+            with _ErrorsLogged() as messages:
                 packet = next(packets, None)
         except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
             raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
+        if messages:
+            _refuse_lost_place(container, messages, num_packets)
         if packet is None:
             break
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
@@ -323,7 +351,7 @@ def _packets(
         if num_packets > limits.max_frames:
             refuse_long(limits, num_frames=num_packets)
         if waiting and packet.is_keyframe:
-            waiting = earliest is not None and (packet.pts is None or packet.pts < earliest)
+            waiting = earliest is not None and (packet.pts is None or (read or int)(packet.pts) < earliest)
         if not waiting:
             yield packet
     if waiting and num_packets:
@@ -331,15 +359,12 @@ def _packets(
     yield None
 
 
-@contextmanager
-def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None]:
+def _refuse_lost_place(container: InputContainer, messages: list[tuple[int, str, str]], num_packets: int) -> None:
     """Take what FFmpeg's demuxer only writes into its log, that it lost its place, for the damage it is.
 
     It goes on at the next place it understands, and the pictures in between are missing without a mark: those after
     them would be wrong.
     """
-    with _errors_logged() as messages:
-        yield
     for _, name, text in messages:
         if name == container.format.name:
             cut_off = "prematurely" in text or "partial file" in text
@@ -347,15 +372,19 @@ def _demuxer_heard(container: InputContainer, num_packets: int) -> Iterator[None
             raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
 
 
-@contextmanager
-def _errors_logged() -> Iterator[list[tuple[int, str, str]]]:
-    """What FFmpeg writes into its log meanwhile: level, part of FFmpeg, words. Costs two microseconds."""
-    av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
-    try:
-        with av.logging.Capture() as messages:
-            yield messages
-    finally:
+class _ErrorsLogged:
+    """What FFmpeg writes into its log meanwhile: level, part of FFmpeg, words. Costs a microsecond."""
+
+    __slots__ = ("_capture",)
+
+    def __enter__(self) -> list[tuple[int, str, str]]:
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
+        self._capture = av.logging.Capture()
+        return self._capture.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._capture.__exit__(None, None, None)
         av.logging.set_level(None)
 
 
@@ -384,7 +413,7 @@ def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vid
 def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
     """The frames that come of a packet, or of draining the decoder."""
     try:
-        with _errors_logged() as messages:
+        with _ErrorsLogged() as messages:
             return stream.codec_context.decode(packet)
     except av.FFmpegError as error:
         for _, _, text in messages:  # each codec has another error for it, "out of memory" among them

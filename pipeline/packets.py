@@ -1,10 +1,10 @@
 """Which packets of a video the decoder has to see for the frames that are wanted.
 
-Two kinds of work are left out. A picture that nobody wants and that no other one refers to is skipped: by the decoder
-itself where that is exact (``skip_frame``), or by not sending its packet. And from the last wanted picture on nothing
-is sent until the next one at which decoding can begin. The pixels and times of wanted frames stay those of decoding
-everything. Where a packet does not show that this is so, it is decoded; ``frames`` checks that every wanted
-frame came out, and decodes everything if one did not.
+Two kinds of work are left out. A picture that nobody wants and that no wanted one depends on is skipped: by the decoder
+itself where that is exact (``skip_frame``, for pictures that none refers to), or by not sending its packet. And from
+the last wanted picture on nothing is sent until the next one at which decoding can begin. The pixels and times of
+wanted frames stay those of decoding everything. Where a packet does not show that this is so, it is decoded; ``frames``
+checks that every wanted frame came out, and decodes everything if one did not.
 
 A picture stays on screen until the next time among the packets read so far. One that is read later can only make that
 shorter, so a picture found unwanted stays so, whatever the packets' order.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from pipeline.bitstream import UNKNOWN, PacketFacts, inspector_of
+from pipeline.bitstream import ALL_SLOTS, UNKNOWN, PacketFacts, inspector_of
 
 Needed = Callable[[int, int], bool]
 """Whether a frame on screen from one tick to another (exclusive) is wanted."""
@@ -31,6 +31,9 @@ FOREVER = 1 << 62
 # How far ahead to look for the next wanted picture; what lies further counts as wanted.
 _MOST_PACKETS = 600
 _MOST_BYTES = 32 << 20
+
+# How often to ask whether anything later is wanted.
+_PACKETS_PER_LOOK = 8
 
 # Every codec here holds back 16 pictures at most.
 _MOST_REORDERED = 32
@@ -60,6 +63,8 @@ class _Waiting:
     next_pts: int | None = None
     wanted: bool | None = None
     """None while a packet yet to be read may decide."""
+    leant_on: bool = True
+    """Whether a wanted picture may look at it, as far as the packets that were read by then told."""
 
 
 class Schedule:
@@ -95,6 +100,7 @@ class Schedule:
         self._error: Exception | None = None
         self._alive_before = 0  # packets with a lower serial lead to a wanted one
         self._dead_before = 0  # and these to none: the next place to begin is here
+        self._judged_before = 0  # of packets with a lower serial it is known whether others lean on them
         self._gap = False  # whether the packets before the next place to begin were left out
         self._leading_until: int | None = None  # after a gap: pictures before this time lean on what was left out
 
@@ -118,6 +124,8 @@ class Schedule:
         head = self._window[0]
         wanted = self._is_wanted(head)
         sent = head.serial >= self._dead_before and (wanted or self._leads_somewhere(head))
+        if sent and not wanted and head.facts.writes is not None and head.serial >= self._judged_before:
+            self._find_leant_on()
         self._window.popleft()
         self._num_bytes -= head.packet.size
         if self._leading_until is not None:
@@ -127,7 +135,7 @@ class Schedule:
         if not sent:
             self._gap = True
             return None
-        if not wanted and head.facts.droppable:
+        if not wanted and head.serial < self._judged_before and not head.leant_on:
             return None
         restart = False
         if self._gap and head.facts.begins:
@@ -173,6 +181,29 @@ class Schedule:
                 return True
             at += 1
 
+    def _find_leant_on(self) -> None:
+        """Which packets up to the next place to begin hold a picture that a wanted one may look at.
+
+        Or that one may look at which is leant on itself. From the last one back: a packet that is sent needs what is
+        in the slots that it reads, and what was in those that it writes is not needed before it.
+        """
+        while not self._window[-1].facts.begins and self._has_room() and self._read():
+            pass
+        group = list(self._window)
+        for waiting in group:
+            self._is_wanted(waiting)
+        ended = self._at_end and self._error is None and group[-1] is self._window[-1]
+        live = 0 if ended else ALL_SLOTS
+        for waiting in reversed(group):
+            facts = waiting.facts
+            if facts.begins:
+                live = 0
+                continue
+            waiting.leant_on = facts.writes is None or bool(facts.writes & live)
+            if waiting.leant_on or waiting.wanted is not False:
+                live = live & ~(facts.writes or 0) | facts.reads
+        self._judged_before = group[-1].serial
+
     def _has_room(self) -> bool:
         return len(self._window) < _MOST_PACKETS and self._num_bytes < _MOST_BYTES
 
@@ -185,6 +216,7 @@ class Schedule:
         except Exception as error:  # noqa: BLE001  raised when its turn comes, as the caller may stop before
             self._error, packet = error, None
         if packet is None:
+            self._stop_if_done()
             self._end()
             return False
         waiting = _Waiting(packet=packet, serial=self._num_read, pts=packet.pts, facts=UNKNOWN)
@@ -203,17 +235,26 @@ class Schedule:
                 if dts is not None:
                     self._last_dts = dts
                 insort(self._times, pts)
-                del self._times[: -2 * _MOST_PACKETS]
+                if len(self._times) > 4 * _MOST_PACKETS:
+                    del self._times[: -2 * _MOST_PACKETS]
                 self._undecided.append(waiting)
                 self._undecided = [other for other in self._undecided if not self._decide(other)]
-                if not self._undecided and dts is not None and not self._needed(dts, FOREVER):
-                    self.stopped = True
-                    self._end()
+                if waiting.serial % _PACKETS_PER_LOOK == 0:
+                    self._stop_if_done()
                 return
             self._all_wanted = True
             for other in self._window:
-                other.wanted = True
+                if other.serial >= self._judged_before:  # others were left out since these were not wanted
+                    other.wanted = True
         waiting.wanted = True
+
+    def _stop_if_done(self) -> None:
+        """End here if no later picture is wanted."""
+        if self._error is not None or self._all_wanted or self._undecided or self._last_dts is None:
+            return
+        if not self._needed(self._last_dts, FOREVER):
+            self.stopped = True
+            self._end()
 
     def _facts_of(self, packet: Packet[VideoStream]) -> PacketFacts | None:
         if packet.is_corrupt or packet.has_sidedata("new_extradata"):

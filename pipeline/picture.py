@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, cast
@@ -21,7 +22,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, Interpo
 from pipeline.colour import Colour, Transfer, colour_of, rgb_from_ycbcr, to_bt709
 from pipeline.container import ffmpeg_failures_as
 from pipeline.frames import Shown
-from pipeline.geometry import Orientation, display_size, plan_geometry
+from pipeline.geometry import Orientation, display_size, place, plan_geometry
 from schemas.video import ClipSpec, Geometry, Reason, VideoError
 
 Pixels = npt.NDArray[np.uint8]
@@ -54,6 +55,16 @@ class Renderer:
     spec: ClipSpec
     _reformatters: dict[str, VideoReformatter] = field(default_factory=dict)
     """One for each kind of conversion: a context that changes its formats is built anew."""
+    _picture: Pixels | None = None
+
+    def cut(self, shown: Shown) -> tuple[Pixels, Geometry]:
+        """A frame as a clip has it: uint8 (H, W, 3), which the next call overwrites. Otherwise as :meth:`render`."""
+        channels, geometry = self._channels(shown)
+        if self._picture is None:
+            self._picture = np.empty((self.spec.height, self.spec.width, 3), np.uint8)
+        for number, channel in enumerate(channels):  # only what stays is brought together: half the time
+            place(channel[..., None], geometry, self._picture[..., number : number + 1])
+        return self._picture, geometry
 
     def render(self, shown: Shown) -> tuple[Pixels, Geometry]:
         """A frame as displayed, scaled but not yet cut: uint8 (scaled_height, scaled_width, 3), R'G'B' of BT.709.
@@ -63,6 +74,11 @@ class Renderer:
         Raises:
             VideoError: UNSUPPORTED: a colour system, pixel format or aspect ratio that cannot be shown.
         """
+        channels, geometry = self._channels(shown)
+        return np.stack(channels, axis=-1), geometry
+
+    def _channels(self, shown: Shown) -> tuple[Sequence[Pixels], Geometry]:
+        """Red, green and blue, each uint8 (scaled_height, scaled_width)."""
         frame = shown.frame
         assert frame is not None, "a frame that is needed is never left out"
         try:
@@ -78,14 +94,17 @@ class Renderer:
                 frame = self._first_field(frame)
             if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
                 frame, colour = self._on_black(frame, colour)
-            rgb = self._rgb(frame, colour, width, height)
-        return orientation.apply(rgb), geometry
+            channels = self._rgb(frame, colour, width, height)
+        return [orientation.apply(channel[..., None])[..., 0] for channel in channels], geometry
 
-    def _rgb(self, frame: VideoFrame, colour: Colour, width: int, height: int) -> Pixels:
+    def _rgb(self, frame: VideoFrame, colour: Colour, width: int, height: int) -> Sequence[Pixels]:
         if not colour.is_plain:
-            return to_bt709(self._wide_rgb(frame, colour, width, height), colour)
-        rgb = self._reformatted(frame, colour, width, height, "rgb24").to_ndarray()
-        return _gray_to_full(frame, rgb.astype(np.uint8, copy=False))
+            rgb = to_bt709(self._wide_rgb(frame, colour, width, height), colour)
+            return [rgb[..., number] for number in range(3)]
+        # in planes: swscale writes those by vector instructions, and packed RGB three times as slowly
+        planes = self._reformatted(frame, colour, width, height, "gbrp").planes
+        green, blue, red = (_gray_to_full(frame, _rows(plane, "u1")[:, :width]) for plane in planes)
+        return red, green, blue
 
     def _wide_rgb(self, frame: VideoFrame, colour: Colour, width: int, height: int) -> npt.NDArray[np.float32]:
         """R'G'B' from 0 to 1 with all its bits: swscale only scales, as its own conversion is to 8 bits."""
@@ -107,8 +126,8 @@ class Renderer:
             return frame, colour
         shades = [_gray_to_full(frame, shade) for shade in (green, blue, red)]
         if not colour.is_plain:
-            rgb = self._rgb(frame, colour, width, height)
-            shades = [rgb[..., 1], rgb[..., 2], rgb[..., 0]]
+            red, green, blue = self._rgb(frame, colour, width, height)
+            shades = [green, blue, red]
         shown = VideoFrame(width, height, "gbrp")
         for plane, shade in zip(shown.planes, shades, strict=True):
             product = np.multiply(shade, alpha, dtype=np.uint16)

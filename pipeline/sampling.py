@@ -56,7 +56,8 @@ class Grid:
         ``first_index_at(b)``, exclusive; a video that ends at ``b`` has ``first_index_at(b)`` grid times.
         """
         per_tick, offset, unit = self._whole_steps
-        return max(0, -((offset - (pts - self.start_pts) * per_tick) // unit))
+        index = -((offset - (pts - self.start_pts) * per_tick) // unit)
+        return index if index > 0 else 0
 
     @cached_property
     def _whole_steps(self) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ _SLOWEST_BYTES_PER_SECOND = 1 << 20
 """A transfer below this is taken for stuck."""
 
 _UPLOAD_PART_BYTES = 50 << 20
-"""s3fs uploads twice this and more in parts of this size."""
+"""On S3, what is twice this and more is uploaded in parts of this size."""
 
 
 class StorageError(Exception):
@@ -111,8 +111,10 @@ def filesystem(path: str) -> tuple[Any, str]:
     Raises:
         StorageError: an unknown protocol, or one whose package is not installed.
     """
+    # no listings kept from before: others write there too, and a file may be asked for that a kept listing lacks
+    options = {} if is_local(path) else {"use_listings_cache": False, **_patience(path.split("://", 1)[0])}
     try:
-        fs, inner = url_to_fs(path, **_patience(path.split("://", 1)[0]))
+        fs, inner = url_to_fs(path, **options)
     except (ImportError, ValueError) as error:
         raise StorageError(f"cannot open {public_uri(path)}: {error}") from error
     if hasattr(fs, "call_s3"):
@@ -127,8 +129,7 @@ def _patience(protocol: str) -> dict[str, Any]:
         if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
             # one request of many, such as a part of an upload, is tried again before all of them are
             config["retries"] = {"mode": "standard", "total_max_attempts": 3}
-        # and no listing is remembered: by one of before, what another process has put there since would not exist
-        return {"config_kwargs": config | _configured("config_kwargs", "s3", "s3a"), "use_listings_cache": False}
+        return {"config_kwargs": config | _configured("config_kwargs", "s3", "s3a")}
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
@@ -190,7 +191,7 @@ _TRANSIENT_CODES = frozenset(
 _TRANSIENT_ERRNOS = frozenset(
     {
         errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH,
-        errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENETRESET, errno.EAGAIN,
+        errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENETRESET, errno.EAGAIN, errno.EIO,
     }
 )  # fmt: skip
 
@@ -325,8 +326,8 @@ def with_retries(path: str, operation: Callable[[], Result], retry_seconds: floa
     try:
         return retrying(once)
     except storage_errors() as error:
-        tries = retrying.statistics.get("attempt_number", 1)
-        if tries > 1 or is_transient(error):
+        if is_transient(error):
+            tries = retrying.statistics.get("attempt_number", 1)
             error.add_note(f"tried {tries} times in {time.monotonic() - started:.0f} s")
         if is_transient(error):
             error.add_note(
@@ -364,8 +365,7 @@ def _bounded(fs: Any, name: str, *args: Any, num_bytes: int = 0, **options: Any)
 
 
 def _info(fs: Any, inner: str) -> Mapping[str, Any]:
-    """What the file system knows of a path now, rather than when it listed it."""
-    fs.invalidate_cache(inner)
+    """What the file system knows of a path."""
     return cast(Mapping[str, Any], _bounded(fs, "info", inner))
 
 
@@ -375,7 +375,7 @@ def _missing_is_fine() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if is_transient(error):
+        if is_transient(error) or _code(_chain(error)[0]) in ("401", "403"):
             raise
 
 
@@ -594,7 +594,6 @@ def list_files(folder: str, suffix: str) -> list[str]:
 
     def entries_now() -> list[dict[str, Any]]:
         with _missing_is_fine():
-            fs.invalidate_cache(inner)
             return list(fs.ls(inner, detail=True))
         return []
 
@@ -618,7 +617,8 @@ def write_atomic(path: str, data: bytes | memoryview) -> None:
         else:
             content = bytes(data)
             try:
-                with_retries(path, lambda: _bounded(fs, "pipe_file", inner, content, num_bytes=len(content)))
+                options = {"chunksize": _UPLOAD_PART_BYTES} if hasattr(fs, "call_s3") else {}
+                with_retries(path, lambda: _bounded(fs, "pipe_file", inner, content, num_bytes=len(content), **options))
             except BaseException:
                 if len(content) >= 2 * _UPLOAD_PART_BYTES:
                     _abort_uploads(fs, inner)
@@ -709,10 +709,8 @@ def _create(fs: Any, inner: str, data: bytes) -> bool:
     except FileExistsError:
         pass
     except (NotImplementedError, TypeError, ValueError):  # a file system that does not know the mode
-        fs.invalidate_cache()
         if not fs.exists(inner):
             fs.pipe_file(inner, data)
-    fs.invalidate_cache(inner)
     return bool(fs.cat_file(inner) == data)
 
 
@@ -744,11 +742,7 @@ def fingerprint(path: str) -> str | None:
             return f"{stat.st_size}-{stat.st_mtime_ns}"
         fs, inner = filesystem(path)
 
-        def info_now() -> Mapping[str, Any]:
-            fs.invalidate_cache(inner)
-            return cast(Mapping[str, Any], fs.info(inner))
-
-        return fingerprint_of(with_retries(path, info_now))
+        return fingerprint_of(with_retries(path, lambda: fs.info(inner)))
     return None
 
 

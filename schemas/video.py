@@ -41,7 +41,7 @@ class VideoProbe:
     uri: str
     num_bytes: int
     time_base: Fraction
-    """Seconds per tick of the video stream."""
+    """Seconds per tick: the container's, or a fraction of it in which the frames of a steady rate lie on ticks."""
     grid_start_pts: int
     """Presentation time of the first frame that decodes, in ticks: where the sampling grid begins."""
     duration_seconds_from_header: float

@@ -111,3 +111,11 @@ def kill_one(process: subprocess.Popen[str], work: str) -> None:
 
     until(process, look)
     os.kill(found[0], signal.SIGKILL)
+
+
+def read_rows(out: Path) -> list[str]:
+    """Ids of the clips in shards, while others are written."""
+    rows: list[str] = []
+    for path in shard_paths(str(out)):
+        rows += pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()
+    return rows

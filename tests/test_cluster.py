@@ -14,6 +14,7 @@ import ray
 from ray.cluster_utils import Cluster as RayCluster
 from ray.exceptions import RayTaskError
 
+from jobs.tokenize_videos import _what_broke
 from pipeline.flow import MAX_ATTEMPTS, EncoderActor, Placement, _Attempts, build_flow
 from pipeline.ledger import committed_spans, read_rejects
 from pipeline.rows import PLAN_SCHEMA
@@ -143,7 +144,4 @@ def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -
     flow = build_flow(plan, decoder=decoder, encoder=encoder, placement=placement)
     with pytest.raises(RayTaskError) as caught:
         list(flow.iter_batches(batch_format="pyarrow", batch_size=None))
-    cause: BaseException = caught.value
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    assert "are not those expected" in str(cause)
+    assert "the run stopped: ValueError: the weights in memory are not those expected" in _what_broke(caught.value)

@@ -15,10 +15,19 @@ from av.video.stream import VideoStream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pipeline.container
 import pipeline.decode
 import pipeline.frames
-from pipeline.bitstream import _H264, UNKNOWN, PacketFacts, _Hevc
-from pipeline.container import WatchedFile
+from pipeline.bitstream import _H264, UNKNOWN, H264Header, PacketFacts, _Hevc, h264_header
+from pipeline.container import (
+    Clock,
+    WatchedFile,
+    codec_name,
+    open_video,
+    pixel_aspect,
+    seconds_from_header,
+    storage_failures_named,
+)
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Start, decode_from, frames_covering
 from pipeline.packets import FOREVER, Schedule, Step
@@ -324,3 +333,104 @@ def test_damage_beside_wanted_frames_is_refused_as_ever(tmp_path: Path, suffix: 
     assert_nothing_is_lost(write_damaged(tmp_path / f"damaged.{suffix}", whole), spec)
     if suffix == "mkv":
         assert_nothing_is_lost(write_truncated(tmp_path / f"short.{suffix}", whole, 0.6))
+
+
+# Opening without decoding.
+
+
+def learned(path: Path) -> dict[str, object]:
+    """What opening tells of a video that anything here depends on."""
+    with path.open("rb") as file, storage_failures_named(file) as watched, open_video(watched) as (container, stream):
+        context = stream.codec_context
+        return {
+            "name": container.format.name,
+            "codec": codec_name(stream),
+            "size": (context.width, context.height),
+            "rate": stream.average_rate,
+            "clock": Clock.of(stream, 0),
+            "lengths": (stream.duration, container.duration, stream.frames, seconds_from_header(stream, Fraction(0))),
+            "starts": (stream.start_time, stream.time_base),
+            "reordering": context.reorder_depth,
+            "shape": pixel_aspect(stream) or 1,
+        }
+
+
+def without_aspect_box(path: Path) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"pasp", b"free"))
+    return path
+
+
+OPENED_QUICKLY = [("libx264", "mp4"), ("libx264", "mov"), ("libvpx-vp9", "webm"), ("libvpx-vp9", "mp4")]
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [*OPENED_QUICKLY, ("libx265", "mp4"), ("libsvtav1", "mp4")])
+@pytest.mark.parametrize("aspect", [None, Fraction(4, 3)])
+@pytest.mark.parametrize("b_frames", [0, 3])
+@pytest.mark.parametrize("with_audio", [False, True])
+def test_opening_without_decoding_teaches_the_same(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    codec: str,
+    suffix: str,
+    aspect: Fraction | None,
+    b_frames: int,
+    with_audio: bool,
+) -> None:
+    times = [Fraction(n * 40 + n % 3 * 7, 1000) for n in range(40)] if b_frames else None
+    recipe = Recipe(codec=codec, times=times, num_frames=40, b_frames=b_frames, pixel_aspect=aspect)
+    path = write_video(tmp_path / f"v.{suffix}", replace(recipe, with_audio=with_audio and suffix != "webm"))
+    for _ in range(2):
+        quickly = learned(path)
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.container._how_to_open_quickly", lambda head: None)
+            assert learned(path) == quickly
+        without_aspect_box(path)  # then only the pictures say it
+
+
+@pytest.mark.parametrize(("codec", "suffix"), OPENED_QUICKLY)
+def test_files_whose_header_tells_all_are_opened_once_and_others_by_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, suffix: str
+) -> None:
+    opened: list[bool] = []
+    av_open = pipeline.container._av_open
+
+    def noting(watched: WatchedFile, options: dict[str, str], container_options: dict[str, str]) -> Any:
+        opened.append(bool(options))
+        return av_open(watched, options, container_options)
+
+    monkeypatch.setattr("pipeline.container._av_open", noting)
+    path = write_video(tmp_path / f"v.{suffix}", Recipe(codec=codec, num_frames=20))
+    learned(path)
+    assert opened == [True]
+    if codec == "libx264":
+        opened.clear()
+        shaped = write_video(tmp_path / f"shaped.{suffix}", Recipe(num_frames=20, pixel_aspect=Fraction(4, 3)))
+        learned(without_aspect_box(shaped))
+        assert opened == [True, False]
+
+
+def test_the_reordering_and_pixel_shape_of_h264_are_read_from_its_parameters(tmp_path: Path) -> None:
+    for aspect, says, restricted in ((None, True, True), (Fraction(4, 3), False, True)):
+        path = write_video(tmp_path / "v.mp4", Recipe(num_frames=5, pixel_aspect=aspect))
+        with av.open(str(path)) as container:
+            header = h264_header(bytes(container.streams.video[0].codec_context.extradata or b""))
+        assert header == H264Header(square=says, states_reordering=restricted)
+    assert h264_header(b"\0\0\1\x67 start codes") is None
+    assert h264_header(b"\1 cut") is None
+
+
+# Slots.
+
+
+def test_packets_of_av1_that_only_unwanted_pictures_look_at_are_not_sent(tmp_path: Path, counted: Counter[str]) -> None:
+    params = "hierarchical-levels=4:pred-struct=2:keyint=-1"
+    recipe = Recipe(codec="libsvtav1", num_frames=120, options=(("preset", "10"), ("svtav1-params", params)))
+    path = write_video(tmp_path / "v.mp4", recipe)
+    with path.open("rb") as file:
+        list(decode_from(WatchedFile(file), Start(), needed=every_nth_second(path, Fraction(1))))
+    assert counted["sent"] <= 40
+    assert not counted["whole_passes"]
+    for fps in ("1/2", "1", "3"):
+        assert_nothing_is_lost(path, replace(SPEC, fps=Fraction(fps), num_frames=3))
+    assert_nothing_is_lost(path, replace(SPEC, num_frames=2), clips_per_span=1)

@@ -17,6 +17,7 @@ from av.video.stream import VideoStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.container import Reading
 from schemas.video import Clip, ClipSpec, Reason
 from tests.test_decode import assert_same, decode, expected, numbers, rejection
 from tests.videos import Recipe, read_frame_number, write_video
@@ -314,11 +315,80 @@ def test_at_its_own_rate_a_long_video_gives_each_frame_once(tmp_path: Path, rate
     assert_same(decode(path, spec, clips_per_span=20), clips)
 
 
-@pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(24000, 1001)])
-def test_times_rounded_to_milliseconds_are_taken_as_they_are(tmp_path: Path, rate: Fraction) -> None:
-    path = write_video(tmp_path / "v.mkv", replace(SMALL, codec="libx264", rate=rate, num_frames=1200))
+COARSE = [
+    ("mkv", Fraction(30000, 1001)),
+    ("mkv", Fraction(24000, 1001)),
+    ("mkv", Fraction(60000, 1001)),
+    ("mkv", Fraction(30)),
+    ("webm", Fraction(60)),
+    ("flv", Fraction(30000, 1001)),
+    ("asf", Fraction(24)),
+    ("mp4", Fraction(30000, 1001)),
+    ("ts", Fraction(60000, 1001)),
+    ("ts", Fraction(24000, 1001)),
+]
+
+
+@pytest.mark.parametrize(("suffix", "rate"), COARSE)
+def test_at_its_own_rate_each_frame_comes_once_though_the_container_rounds_its_time(
+    tmp_path: Path, suffix: str, rate: Fraction
+) -> None:
+    codec = {"webm": "libvpx", "asf": "mpeg4"}.get(suffix, "libx264")
+    b_frames = 2 if suffix in ("mkv", "ts") else 0
+    recipe = replace(SMALL, codec=codec, rate=rate, num_frames=600, b_frames=b_frames)
+    if suffix == "mp4":  # which as a rule has a finer clock
+        times = [Fraction(round(n / rate * 600), 600) for n in range(600)]
+        recipe = replace(recipe, times=times, container_options=(("video_track_timescale", "600"),))
+    path = write_video(tmp_path / f"v.{suffix}", recipe)
     shown = shown_by_ffmpeg(path)
-    assert max(abs(time - n / rate) for n, (time, _) in enumerate(shown)) <= Fraction(1, 2000)
-    clips = decode(path, replace(SPEC, fps=rate))
-    lag = {n - number for n, number in enumerate(numbers(clips))}
-    assert lag == {0, 1}, "never early, and never more than a frame late"
+    start = shown[0][0]
+    off = max(abs(time - start - n / rate) for n, (time, _) in enumerate(shown))
+    tick = {"ts": Fraction(1, 90000), "mp4": Fraction(1, 600)}.get(suffix, Fraction(1, 1000))
+    assert 0 < off <= tick, "it does round"
+    spec = replace(SPEC, fps=rate, num_frames=17)
+    clips = decode(path, spec)
+    assert numbers(clips) == list(range(600))
+    said = [time for clip in clips for time in clip.frame_pts_seconds[: clip.num_valid_frames]]
+    assert said == [float(start + n / rate) for n in range(600)]
+    assert_same(decode(path, spec, clips_per_span=7), clips)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    gaps=st.lists(st.sampled_from([0, 1, 17, 33, 34, 34, 33, 50, 67, 120]), min_size=1, max_size=20),
+    rate=st.sampled_from([Fraction(30000, 1001), Fraction(24000, 1001), Fraction(30)]),
+    fps=st.sampled_from(["30000/1001", "24000/1001", "30", "10", "7/3"]),
+)
+def test_where_a_clock_rounds_times_are_those_said_and_a_tick_at_most_from_the_containers(
+    tmp_path_factory: pytest.TempPathFactory, gaps: list[int], rate: Fraction, fps: str
+) -> None:
+    times = [Fraction(ms, 1000) for ms in accumulate(gaps, initial=40)]
+    recipe = replace(SMALL, codec="ffv1", rate=rate, times=times, gop=1)
+    path = write_video(tmp_path_factory.mktemp("coarse") / "v.mkv", recipe)
+    spec = replace(SPEC, fps=Fraction(fps))
+    clips = decode(path, spec)
+    said = [time for clip in clips for time in clip.frame_pts_seconds[: clip.num_valid_frames]]
+    grid = [times[0] + n / spec.fps for n in range(len(said))]
+    tick = Fraction(1, 1000)
+    for number, time, at in zip(numbers(clips), said, grid, strict=True):
+        assert time <= float(at), "early"
+        assert abs(time - times[number]) <= float(tick) + 1e-9
+        assert number + 1 == len(times) or times[number + 1] + tick > at, "stale"
+    assert_same(decode(path, spec, clips_per_span=1), clips)
+
+
+@given(
+    raw=st.lists(st.integers(-(10**6), 10**6), min_size=2),
+    parts=st.integers(1, 50),
+    interval=st.integers(0, 5000),
+    start=st.integers(-1000, 1000),
+)
+def test_a_clock_keeps_the_order_of_times_and_moves_none_by_more_than_a_tick(
+    raw: list[int], parts: int, interval: int, start: int
+) -> None:
+    read = Reading(parts=parts, interval=interval if interval >= 8 * parts > 8 else 0, start_pts=start * parts)
+    times = [read(ticks) for ticks in sorted(raw)]
+    assert times == sorted(times)
+    assert all(abs(time - ticks * parts) <= parts for time, ticks in zip(times, sorted(raw), strict=True))
+    assert read(start) == start * parts
+    assert all(read(ticks) > time for ticks, time in ((read.back(time) + 1, time) for time in times))

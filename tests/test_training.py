@@ -388,7 +388,9 @@ def test_stage_2_leaves_encoder_and_head_as_they_are(tokenizer: Any) -> None:
     averages = first.weights(averaged=True)
     assert weights_digest(second.tokenizer.state_dict()) == weights_digest(averages)
     latents = second.tokenizer.encode(frames_to_input(clips(1))).latents.detach()
+    frozen = second.frozen_digest()
     metrics = [train_step(second, clips(2, size=48)) for _ in range(3)]
+    assert second.frozen_digest() == frozen != first.frozen_digest()
     assert not any("commitment" in step or "kl" in step for step in metrics)
     for weights in (second.weights(averaged=False), second.weights(averaged=True)):
         changed = {name for name in weights if not torch.equal(weights[name], averages[name])}

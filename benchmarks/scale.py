@@ -1,0 +1,268 @@
+"""How the driver's cost grows: planning and resuming a thousand to a million videos, shards, and the sink.
+
+    python -m benchmarks.scale                     10^3 to 10^6 videos of ten clips, ten minutes
+    python -m benchmarks.scale --videos 1000,10000
+    python -m benchmarks.scale --json scale.json
+
+Nothing is decoded: a synthetic manifest names videos that do not exist, and what opening them would give is written
+as the job writes it. Each step runs in a process of its own that has loaded all that the job's driver has, so that its
+peak of memory is the driver's, but for the weights of a tokenizer.
+
+``plan`` is everything the driver does for a new corpus but wait for the workers that open the videos; ``resume 99 %``
+and ``resume, all done`` are the same command again, when so much is in shards. Shards are real Parquet files without
+rows, as their ends are all that is read of them.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import jobs.tokenize_videos as driver
+from benchmarks.report import Row, report
+from pipeline import storage
+from pipeline.discover import discover
+from pipeline.ledger import (
+    CATALOGUE_SCHEMA,
+    committed_spans,
+    lay_out,
+    read_rejects,
+    rejected_spans,
+    settle_rejects,
+    shard_spans,
+    videos_to_open,
+    with_entries,
+    write_planned,
+)
+from pipeline.rows import EncodeStats, add_clips, add_payload, span_row
+from pipeline.shards import SHARDS, SPANS_KEY, TokenShardSink, shard_paths, write_todo
+from schemas.tokens import Payload, Provenance
+from schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
+
+CLIPS_PER_VIDEO = 10
+SPANS_PER_SHARD = 1300
+"""128 MiB of 17x256x256 clips, 10 kB of tokens each, ten in a span."""
+SPEC = ClipSpec(fps=Fraction(8), num_frames=17, height=256, width=256)
+PAYLOAD = Payload(kind="tokens", shape=(5, 32, 32), codebook_size=32768)
+SOURCE = VideoSource(width=1280, height=720, codec="h264", fps=30.0, rotation_degrees=0)
+PROVENANCE = Provenance(
+    tokenizer={},
+    weights_sha256="0",
+    weights_source="seed:0",
+    payload=PAYLOAD,
+    run={},
+    identity={},
+    code_version="0",
+    libraries={},
+)
+
+
+@click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
+@click.option("--videos", "sizes", default="1000,10000,100000,1000000", show_default=True, metavar="N,...")
+@click.option("--json", "json_path", metavar="FILE", help="Write the tables there too.")
+@click.option("--step", hidden=True)
+@click.option("--folder", hidden=True)
+def main(sizes: str, json_path: str | None, step: str | None, folder: str | None) -> None:
+    """Print the tables."""
+    if step is not None and folder is not None:
+        print(json.dumps(STEPS[step](Path(folder), int(sizes))))
+        return
+    rows: list[Row] = []
+    for size in map(int, sizes.split(",")):
+        with tempfile.TemporaryDirectory(prefix="vidshard-scale-") as name:
+            make_manifest(Path(name), size)
+            for step in ("plan", "resume 99 %", "resume, all done", "account"):
+                if step.startswith("resume"):
+                    make_shards(Path(name), size, 0.99 if "99" in step else 1.0)
+                command = [sys.executable, "-m", "benchmarks.scale", "--videos", str(size)]
+                started = subprocess.run(
+                    [*command, "--step", step, "--folder", name], check=True, capture_output=True, text=True
+                )
+                rows.append(
+                    {"videos": size, "clips": size * CLIPS_PER_VIDEO, "step": step} | json.loads(started.stdout)
+                )
+    report("the driver, by videos", rows, json_path)
+    report("the sink", [measure_sink(clips_per_span) for clips_per_span in (1, 10)], None)
+
+
+def names_of(size: int) -> list[str]:
+    """Plausible lengths of names; they are on remote storage, which is not asked about what a manifest names."""
+    return [f"s3://a-bucket/some/folder/of/videos/{number % 1000:03d}/{number:012d}.mp4" for number in range(size)]
+
+
+def make_manifest(folder: Path, size: int) -> None:
+    """N videos with a caption."""
+    table = pa.table({"uri": names_of(size), "caption": [f"what is seen in video {n}" for n in range(size)]})
+    pq.write_table(table, folder / "manifest.parquet")
+
+
+def span_of(number: int) -> Span:
+    return Span(
+        video_id=f"{number * 2654435761 % (1 << 96):024x}",
+        uri="",
+        time_base=Fraction(1, 90000),
+        grid_start_pts=0,
+        first_clip=0,
+        end_clip=None,
+        duration_seconds_from_header=CLIPS_PER_VIDEO * 17 / 8,
+        source=SOURCE,
+    )
+
+
+def make_shards(folder: Path, size: int, share: float) -> None:
+    """Ends of shards that list so many of the spans."""
+    (folder / "out" / SHARDS).mkdir(parents=True, exist_ok=True)
+    done = [span_of(number).span_id for number in range(int(size * share))]
+    empty = pa.table({"clip_id": pa.array([], pa.string())})
+    for at in range(0, len(done), SPANS_PER_SHARD):
+        metadata = {SPANS_KEY: json.dumps(done[at : at + SPANS_PER_SHARD])}
+        pq.write_table(empty.replace_schema_metadata(metadata), folder / "out" / SHARDS / f"{at:09d}.parquet")
+
+
+def plan(folder: Path, size: int) -> Row:
+    """A new corpus."""
+    template = pa.Table.from_pylist(
+        [span_row(span_of(0), SPEC, '1234567-"d41d8cd98f00b204e9800998ecf8427e"')],
+        schema=pa.schema([f for f in CATALOGUE_SCHEMA if f.name not in ("entry", "seen_entry")]),
+    )
+
+    def opened(videos: pa.Table, first: int) -> pa.Table:
+        """What the workers would give."""
+        rows = pa.concat_tables([template] * videos.num_rows).combine_chunks()
+        spans = [span_of(first + n) for n in range(videos.num_rows)]
+        columns = {
+            "span_id": pa.array([span.span_id for span in spans]),
+            "video_id": pa.array([span.video_id for span in spans]),
+            "uri": videos["uri"],
+        }
+        for name, values in columns.items():
+            rows = rows.set_column(rows.schema.get_field_index(name), name, values)
+        return rows.append_column("entry", videos["entry"]).append_column("seen_entry", videos["entry"])
+
+    out = str(folder / "out")
+    made = 0.0
+    started = time.monotonic()
+    found = discover([str(folder / "manifest.parquet")])
+    videos, _ = with_entries(found.videos, Part())
+    unknown = videos_to_open(out, videos)
+    for first in range(0, unknown.num_rows, driver.MAX_PLANNED_ROWS):
+        begun = time.monotonic()
+        rows = opened(unknown.slice(first, driver.MAX_PLANNED_ROWS), first)
+        made += time.monotonic() - begun
+        write_planned(out, rows)
+    return _laid_out(out, videos, started + made)
+
+
+def resume(folder: Path, size: int) -> Row:
+    """The same command again."""
+    out = str(folder / "out")
+    started = time.monotonic()
+    found = discover([str(folder / "manifest.parquet")])
+    videos, _ = with_entries(found.videos, Part())
+    unknown = videos_to_open(out, videos)
+    assert not unknown.num_rows
+    return _laid_out(out, videos, started)
+
+
+def _laid_out(out: str, videos: pa.Table, started: float) -> Row:
+    committed = committed_spans(out)
+    laid = lay_out(out, videos, committed, rejected_spans(read_rejects(out)))
+    settle_rejects(out, videos, committed, laid, [])
+    awaited = set(laid.todo["span_id"].to_pylist())
+    if laid.todo.num_rows:
+        write_todo(storage.join(out, "todo.parquet"), laid.todo)
+    return _cost(started) | {"left to do": len(awaited), "shards": len(shard_paths(out))}
+
+
+def account(folder: Path, size: int) -> Row:
+    """What became of everything, as `vidshard verify` adds it up after reading the shards."""
+    from pipeline.account import make_account
+
+    out = str(folder / "out")
+    started = time.monotonic()
+    made = make_account(out, [shard_spans(path) for path in shard_paths(out)], {(256, 256): SPEC})
+    return _cost(started) | {"left to do": made.num_pending, "shards": len(shard_paths(out))}
+
+
+def _cost(started: float) -> Row:
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": round(seconds, 2), "peak MiB": round(peak), "of it imports": IMPORTED_MIB}
+
+
+IMPORTED_MIB = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+STEPS: dict[str, Callable[[Path, int], Row]] = {
+    "plan": plan,
+    "resume 99 %": resume,
+    "resume, all done": resume,
+    "account": account,
+}
+
+
+def measure_sink(clips_per_span: int, num_clips: int = 20_000) -> Row:
+    """Rows of the encoder into shards on this disk."""
+    rows = [encoded_row(number, clips_per_span) for number in range(32)]
+    span_ids = pa.array([f"{number:024x}-000000-end" for number in range(num_clips // clips_per_span)])
+    with tempfile.TemporaryDirectory() as folder:
+        sink = TokenShardSink(
+            folder,
+            buckets=[(SPEC, PAYLOAD)],
+            provenance=PROVENANCE,
+            manifest_fields=[],
+            shard_bytes=128 << 20,
+            commit_seconds=600,
+        )
+        started = time.monotonic()
+        for number, span_id in enumerate(span_ids):
+            row = rows[number % len(rows)]
+            sink.add(row.set_column(0, row.schema.field(0), pa.array([span_id.as_py()])))
+        sink.close()
+        seconds = time.monotonic() - started
+    clips = sink.committed.num_clips
+    return {
+        "clips in a row": clips_per_span,
+        "clips": clips,
+        "clips/s": round(clips / seconds),
+        "payload MB/s": round(clips * PAYLOAD.clip_bytes / seconds / 1e6, 1),
+        "bytes/clip on disk": round(sink.committed.file_bytes / clips),
+    }
+
+
+def encoded_row(number: int, num_clips: int) -> pa.Table:
+    """What an encoder gives for a span."""
+    rng = np.random.default_rng(number)
+    span = span_of(number)
+    clips = [
+        Clip(
+            video_id=span.video_id,
+            clip_index=index,
+            frames=np.zeros((17, 1, 1, 3), np.uint8),
+            start_seconds=index * 17 / 8,
+            frame_pts_seconds=index * 17 / 8 + np.arange(17) / 8,
+            num_valid_frames=17,
+            geometry=Geometry(policy="crop", scaled_width=455, scaled_height=256, left=99, top=0),
+        )
+        for index in range(num_clips)
+    ]
+    plan_row: dict[str, Any] = span_row(span, SPEC, None)
+    table = pa.Table.from_pylist([plan_row], schema=pa.schema([f for f in CATALOGUE_SCHEMA if "entry" not in f.name]))
+    rows = add_clips(table, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.0)
+    tokens = [rng.integers(0, 32768, PAYLOAD.num_values).astype(PAYLOAD.dtype) for _ in clips]
+    return add_payload(rows, {"tokens": tokens}, PAYLOAD, EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The command killed again and again, at seeded random moments, and run again each time: exactly once all the same.
+
+The driver, an encoder and a decoder's worker are killed in turn. Whatever a kill leaves is read as a stranger would:
+every shard whole, no clip twice. What stands there at the end is what an undisturbed run gives, clip for clip and
+byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from pipeline.ledger import read_rejects
+from tests.processes import (
+    DECODING,
+    ENCODING,
+    busy_with,
+    is_under_way,
+    processes_below,
+    read_rows,
+    started,
+    tokens_by_clip,
+    until,
+)
+from tests.videos import Recipe, write_video
+
+RUN = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
+COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 clips in as many spans, and a file that is no video."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(3):
+        write_video(folder / f"{number}.mp4", Recipe(num_frames=400 + number, rate=Fraction(25), codec="mpeg4"))
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "tokens"
+    with started(videos, "--out", out, *RUN) as process:
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return tokens_by_clip(out)
+
+
+def kill_in_turn(
+    videos: Path, folder: Path, undisturbed: dict[str, bytes], *, num_kills: int, seed: int
+) -> Counter[str]:
+    """Kill ``num_kills`` processes of runs on one output after another; gives what was killed how often, and found."""
+    rng = random.Random(seed)
+    victims = ["driver", "encoder", "decoder"]
+    figures: Counter[str] = Counter()
+    output = 0
+    while figures["kills"] < num_kills:
+        out = folder / f"{output}"
+        with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+            while process.poll() is None and figures["kills"] < num_kills:
+                victim = victims[figures["kills"] % len(victims)]
+                if victim == "driver":
+                    # anywhere between its start and its end
+                    deadline = time.monotonic() + rng.uniform(0.5, 20)
+                    while process.poll() is None and time.monotonic() < deadline:
+                        time.sleep(0.01)
+                    if process.poll() is None:
+                        process.kill() if rng.random() < 0.5 else os.killpg(process.pid, signal.SIGKILL)
+                        process.wait()
+                        figures["kills"] += 1
+                        figures["drivers"] += 1
+                else:
+                    wanted = rng.randrange(1, 40)
+                    while process.poll() is None and not (is_under_way(out) and len(read_rows(out)) >= wanted):
+                        time.sleep(0.01)
+                    work = ENCODING if victim == "encoder" else DECODING
+                    found: list[int] = []
+                    while process.poll() is None and not found:
+                        found = busy_with(process.pid, work)
+                    if found:
+                        os.kill(found[0], signal.SIGKILL)
+                        figures["kills"] += 1
+                        figures[f"{victim}s"] += 1
+            if process.poll() is None:
+                process.communicate(timeout=300)
+            elif process.returncode != -signal.SIGKILL:
+                assert process.returncode == 0, process.communicate()[0]
+        figures["runs"] += 1
+        left = tokens_by_clip(out)  # whole shards, no clip twice
+        assert left.items() <= undisturbed.items()
+        if process.returncode == 0:
+            figures["outputs"] += 1
+            figures["lost"] += len(undisturbed) - len(left)
+            assert [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
+            output += 1
+    with started(videos, "--out", out, *RUN) as process:
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert tokens_by_clip(out) == undisturbed
+    assert [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
+    assert figures["lost"] == 0
+    return figures
+
+
+def test_a_run_that_is_killed_three_times_gives_what_an_undisturbed_one_gives(
+    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert kill_in_turn(videos, tmp_path, undisturbed, num_kills=3, seed=1)["kills"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_runs_that_are_killed_dozens_of_times_give_what_undisturbed_ones_give(
+    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    figures = kill_in_turn(videos, tmp_path, undisturbed, num_kills=30, seed=2)
+    print(figures)
+    assert min(figures["drivers"], figures["encoders"], figures["decoders"]) >= 8
+
+
+@pytest.mark.slow
+def test_what_a_killed_driver_started_ends_by_itself(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+        until(process, lambda: is_under_way(out))
+        orphans = set(processes_below(process.pid))
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 120
+        while alive := {pid for pid in orphans if Path(f"/proc/{pid}/stat").exists()}:
+            assert time.monotonic() < deadline, {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive}
+            time.sleep(0.1)
