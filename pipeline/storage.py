@@ -9,35 +9,68 @@ record can leak them.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
+import fsspec.config
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
-RETRY_SECONDS = float(os.environ.get("VIDSHARD_STORAGE_RETRY_SECONDS", "120"))
+RETRY_SECONDS_VARIABLE = "VIDSHARD_STORAGE_RETRY_SECONDS"
+
+RETRY_SECONDS = float(os.environ.get(RETRY_SECONDS_VARIABLE, "120"))
 """How long an operation on remote storage is tried again before it counts as failed."""
+
+_FIRST_PAUSE_SECONDS = 0.5
+"""The longest pause before the second attempt; the bound doubles with each."""
+
+_MIN_ATTEMPTS = 3
+"""Also of an operation of which one attempt takes longer than the limit, such as a long listing."""
+
+_FIRST_CONTACT_SHARE = 0.25
+"""Of the limit, for a host that cannot be connected to and never was: its name may well be wrong."""
+
+_ANSWER_SECONDS, _CONNECT_SECONDS = 15.0, 5.0
+"""How long one request waits for an answer, or for more of it, and for a connection."""
+
+_SLOWEST_BYTES_PER_SECOND = 1 << 20
+"""A transfer below this is taken for stuck."""
+
+_UPLOAD_PART_BYTES = 50 << 20
+"""On S3, what is twice this and more is uploaded in parts of this size."""
 
 
 class StorageError(Exception):
     """A path could not be reached, read or written; the message names it and says what to check."""
+
+
+class _ReadError(StorageError, OSError):
+    """A file that was open could not be read on; an OSError also, as files are expected to raise."""
+
+
+class _ShortBodyError(OSError):
+    """Fewer bytes came than were asked for."""
 
 
 def is_local(path: str) -> bool:
@@ -79,12 +112,38 @@ def filesystem(path: str) -> tuple[Any, str]:
         StorageError: an unknown protocol, or one whose package is not installed.
     """
     # no listings kept from before: others write there too, and a file may be asked for that a kept listing lacks
-    options = {} if is_local(path) else {"use_listings_cache": False}
+    options = {} if is_local(path) else {"use_listings_cache": False, **_patience(path.split("://", 1)[0])}
     try:
         fs, inner = url_to_fs(path, **options)
     except (ImportError, ValueError) as error:
         raise StorageError(f"cannot open {public_uri(path)}: {error}") from error
+    if hasattr(fs, "call_s3"):
+        fs.retries = 1  # its own multiply with botocore's and ours: 25 time-outs of 15 s before one attempt fails
     return fs, inner
+
+
+def _patience(protocol: str) -> dict[str, Any]:
+    """Settings of a file system that keep a request from hanging; the user's own in fsspec's config come first."""
+    if protocol in ("s3", "s3a"):
+        config: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
+        if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+            # one request of many, such as a part of an upload, is tried again before all of them are
+            config["retries"] = {"mode": "standard", "total_max_attempts": 3}
+        return {"config_kwargs": config | _configured("config_kwargs", "s3", "s3a")}
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
+        return {"client_kwargs": {"timeout": timeout} | _configured("client_kwargs", "http", "https")}
+    return {}
+
+
+def _configured(option: str, *protocols: str) -> dict[str, Any]:
+    """What fsspec's config says of an option that is a dictionary."""
+    found: dict[str, Any] = {}
+    for protocol in protocols:
+        found |= fsspec.config.conf.get(protocol, {}).get(option) or {}
+    return found
 
 
 def storage_errors() -> tuple[type[BaseException], ...]:
@@ -101,16 +160,17 @@ def storage_errors() -> tuple[type[BaseException], ...]:
     return tuple(errors)
 
 
-_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_TRANSIENT_ERRNO = frozenset(
-    [errno.EBUSY, errno.EAGAIN, errno.EIO, errno.EPIPE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH]
-)
 _TRANSIENT_CODES = frozenset(
     [
+        "BadDigest",
         "BandwidthLimitExceeded",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
         "InternalError",
+        "OperationAborted",
         "PriorRequestNotComplete",
         "RequestLimitExceeded",
+        "RequestThrottled",
         "RequestTimeout",
         "RequestTimeoutException",
         "ServiceUnavailable",
@@ -118,74 +178,237 @@ _TRANSIENT_CODES = frozenset(
         "Throttling",
         "ThrottlingException",
         "TooManyRequests",
+        "TooManyRequestsException",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+        # of an upload in parts, when the answer to its completion, or to its ending, was lost
+        "InvalidPart",
+        "NoSuchUpload",
     ]
 )
+"""Of S3 (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), apart from all that come as a 5xx."""
+
+_TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+        errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENETRESET, errno.EAGAIN, errno.EIO,
+    }
+)  # fmt: skip
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an operation on remote storage that failed so may succeed when it is repeated."""
-    if isinstance(error, _PERMANENT):
-        return False
-    if isinstance(error, (TimeoutError, ConnectionError)):
-        return True
-    response = getattr(error, "response", None)  # botocore's errors that came from the server
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status in (408, 429) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    status = getattr(error, "status", None)  # aiohttp's
-    if isinstance(status, int) and status:
-        return status >= 500 or status in (408, 429)
-    if isinstance(error, OSError):
-        cause = error.__cause__
-        return error.errno in _TRANSIENT_ERRNO or (cause is not None and is_transient(cause))
-    module, name = type(error).__module__.split(".")[0], type(error).__name__
-    return (
-        module in ("botocore", "aiohttp")
-        and re.search("Connect|Timeout|HTTPClient|Incomplete|Payload|Stream|Server", name) is not None
+    """Whether an error of a remote file system may pass: trouble of the network or the server, not of the request."""
+    return bool(_verdict(_chain(error)[0]))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was made of, the one that knows most first.
+
+    File systems translate what their clients say and lose some of it: s3fs makes the same OSError of a request to
+    slow down and of a conflict, and fsspec's HTTP a FileNotFoundError of everything.
+    """
+    links = [error]
+    while (below := links[-1].__cause__ or links[-1].__context__) is not None and below not in links:
+        links.append(below)
+    return [link for link in reversed(links) if _verdict(link) is not None] or [error]
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """Whether this error, by itself, may pass; None where it does not say."""
+    if isinstance(error, StorageError):
+        return False  # it was tried again already
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # of botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return response.get("Error", {}).get("Code") in _TRANSIENT_CODES or _passing_status(status)
+    status = (
+        getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(response, "status_code", None)
     )
+    if isinstance(status, int) and status:
+        return _passing_status(status)
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    if isinstance(error, (TimeoutError, ConnectionError, EOFError, IncompleteRead, _ShortBodyError, socket.gaierror)):
+        return True
+    if isinstance(error, _connection_errors()):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+        return True
+    return False if isinstance(error, storage_errors()) else None
+
+
+def _passing_status(status: object) -> bool:
+    """Whether an HTTP status tells of trouble that passes: not those that tell what a server cannot do, or is full."""
+    return isinstance(status, int) and (
+        status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507, 511))
+    )
+
+
+def _connection_errors() -> tuple[type[BaseException], ...]:
+    errors: list[type[BaseException]] = []
+    with suppress(ImportError):
+        from botocore import exceptions as boto
+        from botocore.parsers import ResponseParserError
+
+        errors += [boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError]
+        errors += [boto.FlexibleChecksumError, boto.CredentialRetrievalError, boto.MetadataRetrievalError]
+    with suppress(ImportError):
+        import aiohttp
+
+        errors += [aiohttp.ClientConnectionError, aiohttp.ClientPayloadError]
+    return tuple(errors)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether no connection was made at all."""
+    errors: list[type[BaseException]] = [ConnectionRefusedError, socket.gaierror]
+    with suppress(ImportError):
+        from botocore.exceptions import EndpointConnectionError
+
+        errors.append(EndpointConnectionError)
+    with suppress(ImportError):
+        from aiohttp import ClientConnectorError
+
+        errors.append(ClientConnectorError)
+    return isinstance(_chain(error)[0], tuple(errors))
+
+
+_reached: set[str] = set()
+"""Hosts, buckets among them, that have answered this process."""
 
 
 def with_retries(path: str, operation: Callable[[], Result], retry_seconds: float | None = None) -> Result:
     """The operation's result; on remote storage it is repeated while it fails in a way that may pass.
 
     Raises:
-        BaseException: what it raised the last time, with a note of how often it was tried.
+        BaseException: what it raised the last time, with notes of how often it was tried and what to check.
     """
     if is_local(path):
         return operation()
     limit = RETRY_SECONDS if retry_seconds is None else retry_seconds
+    host = "/".join(path.split("/", 3)[:3])
+    started = time.monotonic()
+
+    def once() -> Result:
+        try:
+            result = operation()
+        except storage_errors() as error:
+            if not _is_unreachable(error):
+                _reached.add(host)
+            raise
+        _reached.add(host)
+        return result
+
+    def stop(state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        elapsed = time.monotonic() - started
+        if error is not None and host not in _reached and _is_unreachable(error):
+            return elapsed >= limit * _FIRST_CONTACT_SHARE
+        return elapsed >= limit and (state.attempt_number >= _MIN_ATTEMPTS or limit == 0)
 
     def warn(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         pause = state.next_action.sleep if state.next_action else 0.0
         text = describe(error) if error is not None else ""
-        _log.warning("%s: %s; again in %.1f s", public_uri(path), text, pause)
+        _log.warning("%s: %s; attempt %d, again in %.1f s", public_uri(path), text, state.attempt_number, pause)
 
-    started = time.monotonic()
     retrying = Retrying(
-        stop=stop_after_delay(limit),
-        wait=wait_random_exponential(multiplier=0.2, max=min(20.0, max(0.1, limit / 4))),
+        stop=stop,
+        # anything up to a bound that doubles, which spreads many workers best (Brooker, "Exponential Backoff And
+        # Jitter", AWS Architecture Blog 2015, "full jitter")
+        wait=wait_random_exponential(
+            multiplier=min(_FIRST_PAUSE_SECONDS, limit / 20), max=min(20.0, max(0.1, limit / 6))
+        ),
         retry=retry_if_exception(is_transient),
         before_sleep=warn,
         reraise=True,
     )
     try:
-        return retrying(operation)
+        return retrying(once)
     except storage_errors() as error:
         if is_transient(error):
             tries = retrying.statistics.get("attempt_number", 1)
             error.add_note(f"tried {tries} times in {time.monotonic() - started:.0f} s")
+        if is_transient(error):
+            error.add_note(
+                "check the network, the endpoint and whether the store is up; "
+                f"{RETRY_SECONDS_VARIABLE}={2 * limit:g} tries for longer"
+            )
         raise
 
 
 @contextmanager
-def _named(what: str, path: str) -> Iterator[None]:
+def _named(what: str, path: str, kind: type[StorageError] = StorageError) -> Iterator[None]:
     """Turn what a file system raises into a StorageError that says what could not be done with what."""
     try:
         yield
+    except StorageError:
+        raise
     except storage_errors() as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        raise StorageError(f"cannot {what} {public_uri(path)}: {describe(error)}{notes}") from error
+        text = "; ".join([describe(error), *getattr(error, "__notes__", ())])
+        raise kind(f"cannot {what} {public_uri(path)}: {text}") from error
+
+
+def _bounded(fs: Any, name: str, *args: Any, num_bytes: int = 0, **options: Any) -> Any:
+    """Call a method of a file system that moves so many bytes, and end it when it takes far too long.
+
+    Time-outs of clients do not cover a server that stops to take in what it is sent.
+    """
+    if not getattr(fs, "async_impl", False) or fs.asynchronous or not hasattr(fs, f"_{name}"):
+        return getattr(fs, name)(*args, **options)
+    seconds = max(1.0, RETRY_SECONDS / 3) + num_bytes / _SLOWEST_BYTES_PER_SECOND
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(getattr(fs, f"_{name}")(*args, **options), seconds)
+
+    return sync(fs.loop, bounded)
+
+
+def _info(fs: Any, inner: str) -> Mapping[str, Any]:
+    """What the file system knows of a path."""
+    return cast(Mapping[str, Any], _bounded(fs, "info", inner))
+
+
+@contextmanager
+def _missing_is_fine() -> Iterator[None]:
+    """For file systems that make a FileNotFoundError of any trouble, too."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if is_transient(error) or _code(_chain(error)[0]) in ("401", "403"):
+            raise
+
+
+def _read_persistently(file: Any, path: str) -> None:
+    """Make an open remote file ask again for a stretch that did not come, or came short.
+
+    Above the file's cache that would not help: a stretch that was fetched ahead and failed, fails for ever there.
+    """
+    cache: Any = getattr(file, "cache", None)
+    if getattr(cache, "fetcher", None) is None:
+        return
+    fetch, size = cache.fetcher, cache.size
+
+    def fetch_all(start: int, end: int) -> bytes:
+        def once() -> bytes:
+            data: bytes = fetch(start, end)
+            return data if size is None else _whole(data, min(end, size) - start)
+
+        with _named("read", path, _ReadError):
+            return with_retries(path, once)
+
+    cache.fetcher = fetch_all
+
+
+def _whole(data: bytes, num_bytes: int) -> bytes:
+    """The data, if that is all of it.
+
+    Raises:
+        _ShortBodyError: it is not.
+    """
+    if len(data) < num_bytes:
+        raise _ShortBodyError(f"{len(data)} of {num_bytes} bytes came")
+    return data
 
 
 def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
@@ -202,7 +425,9 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
             return local.open("rb")
         fs, inner = filesystem(path)
         options = {"block_size": block_bytes, "cache_type": "readahead"}
-        return cast(BinaryIO, with_retries(path, lambda: fs.open(inner, "rb", **options)))
+        file = with_retries(path, lambda: fs.open(inner, "rb", **options))
+        _read_persistently(file, path)
+        return cast(BinaryIO, file)
 
 
 WHOLE_BYTES = 16 << 20
@@ -223,37 +448,27 @@ class RemoteVideo(io.RawIOBase):
         """The file of ``num_bytes`` bytes at a URL, which is ``path`` in the file system's own terms."""
         super().__init__()
         self._url, self._fs, self._path, self._num_bytes = url, fs, path, num_bytes
-        self._file = self._open()
-
-    def _open(self) -> Any:
         options = {"maxblocks": _MAX_BLOCKS}
-        return self._fs.open(
-            self._path,
-            "rb",
-            block_size=_BLOCK_BYTES,
-            cache_type="background",
-            cache_options=options,
-            size=self._num_bytes,
+        self._file = fs.open(
+            path, "rb", block_size=_BLOCK_BYTES, cache_type="background", cache_options=options, size=num_bytes
         )
+        _read_persistently(self._file, url)
 
     def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
         """So many bytes from each offset, fetched side by side and not as blocks."""
         ends = [min(offset + num_bytes, self._num_bytes) for offset in offsets]
         paths = [self._path] * len(ends)
-        return with_retries(self._url, lambda: list(self._fs.cat_ranges(paths, list(offsets), ends, on_error="raise")))
+
+        def once() -> list[bytes]:
+            parts = self._fs.cat_ranges(paths, list(offsets), ends, on_error="raise")
+            return [_whole(part, end - at) for part, at, end in zip(parts, offsets, ends, strict=True)]
+
+        with _named("read", self._url, _ReadError):
+            return with_retries(self._url, once)
 
     def read(self, num_bytes: int = -1, /) -> bytes:
         """At most this many bytes."""
-        at = self._file.tell()
-
-        def read() -> bytes:
-            if self._file.tell() != at:  # a read that failed on the way: what its cache holds is not known
-                self._file.close()
-                self._file = self._open()
-                self._file.seek(at)
-            return cast(bytes, self._file.read(num_bytes))
-
-        return with_retries(self._url, read)
+        return cast(bytes, self._file.read(num_bytes))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """The new position."""
@@ -280,15 +495,12 @@ def open_video(path: str) -> BinaryIO:
     fs, inner = filesystem(path)
 
     def opened() -> BinaryIO:
-        num_bytes = fs.info(inner)["size"]
+        num_bytes = _info(fs, inner)["size"]
         if num_bytes is None:
             raise OSError("its length is unknown, and a video is read in parts")
         if num_bytes > WHOLE_BYTES:
             return cast(BinaryIO, RemoteVideo(path, fs, inner, num_bytes))
-        data = fs.cat_file(inner)
-        if len(data) != num_bytes:
-            raise ConnectionError(f"{len(data)} of its {num_bytes} bytes came")
-        return io.BytesIO(data)
+        return io.BytesIO(_whole(_bounded(fs, "cat_file", inner, num_bytes=num_bytes), num_bytes))
 
     with _named("read", path):
         return with_retries(path, opened)
@@ -361,8 +573,15 @@ def exists(path: str) -> bool:
         StorageError: the file system could not be asked.
     """
     fs, inner = filesystem(path)
+
+    def is_there() -> bool:
+        with _missing_is_fine():
+            _info(fs, inner)  # exists() of s3fs and of HTTP takes trouble for absence
+            return True
+        return False
+
     with _named("reach", path):
-        return bool(with_retries(path, lambda: fs.exists(inner)))
+        return with_retries(path, is_there)
 
 
 def list_files(folder: str, suffix: str) -> list[str]:
@@ -373,11 +592,13 @@ def list_files(folder: str, suffix: str) -> list[str]:
     """
     fs, inner = filesystem(folder)
 
+    def entries_now() -> list[dict[str, Any]]:
+        with _missing_is_fine():
+            return list(fs.ls(inner, detail=True))
+        return []
+
     with _named("list", folder):
-        try:
-            entries = with_retries(folder, lambda: fs.ls(inner, detail=True))
-        except FileNotFoundError:
-            return []
+        entries = with_retries(folder, entries_now)
     names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
     return [join(folder, n) for n in sorted(names) if n.endswith(suffix) and not n.startswith(".")]
 
@@ -395,7 +616,26 @@ def write_atomic(path: str, data: bytes | memoryview) -> None:
                 temporary.replace(inner)
         else:
             content = bytes(data)
-            with_retries(path, lambda: fs.pipe_file(inner, content))
+            try:
+                options = {"chunksize": _UPLOAD_PART_BYTES} if hasattr(fs, "call_s3") else {}
+                with_retries(path, lambda: _bounded(fs, "pipe_file", inner, content, num_bytes=len(content), **options))
+            except BaseException:
+                if len(content) >= 2 * _UPLOAD_PART_BYTES:
+                    _abort_uploads(fs, inner)
+                raise
+
+
+def _abort_uploads(fs: Any, inner: str) -> None:
+    """End the uploads in parts to a key that were begun: nothing shows of them, but they are paid for.
+
+    Where the store refuses, or the writer was killed, a rule of the bucket for incomplete uploads removes them.
+    """
+    if hasattr(fs, "call_s3"):
+        bucket, key, _ = fs.split_path(inner)
+        with suppress(*storage_errors()):
+            for upload in fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads") or []:
+                if upload["Key"] == key:
+                    fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
 
 
 @contextmanager
@@ -459,27 +699,19 @@ def create_exclusive(path: str, data: bytes) -> bool:
                     except FileExistsError:
                         return False
                 return True
-        try:
-            with_retries(path, lambda: _create(fs, inner, data))
-        except FileExistsError:
-            return read_bytes(path) == data
-        return True
+        # also an attempt that seemed to fail may have succeeded, and some stores take no notice of the condition
+        return with_retries(path, lambda: _create(fs, inner, data))
 
 
-def _create(fs: Any, inner: str, data: bytes) -> None:
+def _create(fs: Any, inner: str, data: bytes) -> bool:
     try:
-        fs.pipe_file(inner, data, mode="create")
-    except (NotImplementedError, TypeError):
-        if fs.exists(inner):
-            raise FileExistsError(inner) from None
-        fs.pipe_file(inner, data)
-    except OSError as error:
-        # what S3 answers to a conditional put of something that is there, or is being put by somebody else
-        if "PreconditionFailed" in repr(error) + repr(error.__cause__) or "ConditionalRequestConflict" in repr(
-            error.__cause__
-        ):
-            raise FileExistsError(inner) from error
-        raise
+        _bounded(fs, "pipe_file", inner, data, num_bytes=len(data), mode="create")
+    except FileExistsError:
+        pass
+    except (NotImplementedError, TypeError, ValueError):  # a file system that does not know the mode
+        if not fs.exists(inner):
+            fs.pipe_file(inner, data)
+    return bool(fs.cat_file(inner) == data)
 
 
 def remove(path: str) -> None:
@@ -489,8 +721,13 @@ def remove(path: str) -> None:
         StorageError: it could not be removed.
     """
     fs, inner = filesystem(path)
-    with _named("remove", path), suppress(FileNotFoundError):
-        with_retries(path, lambda: fs.rm_file(inner))
+
+    def gone() -> None:
+        with _missing_is_fine():
+            _bounded(fs, "rm_file", inner)
+
+    with _named("remove", path):
+        with_retries(path, gone)
 
 
 def fingerprint(path: str) -> str | None:
@@ -531,10 +768,21 @@ def check_writable(folder: str) -> None:
 
 def describe(error: BaseException) -> str:
     """One line for a person: what a file system's exception says."""
-    if isinstance(error, FileNotFoundError):
+    error = _chain(error)[0]
+    code = _code(error)
+    if isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey", "NoSuchBucket"):
         return "no such file or bucket"
-    if isinstance(error, PermissionError):
-        return f"permission denied ({error})"
+    text = re.sub(r"\b[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda match: public_uri(match[0]), " ".join(str(error).split()))
+    if isinstance(error, PermissionError) or code in ("403", "401", "AccessDenied"):
+        return f"permission denied ({text})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}: make space, then run the same command again"
-    return " ".join(str(error).split()) or type(error).__name__
+    return text or type(error).__name__
+
+
+def _code(error: BaseException) -> str | None:
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code"))
+    status = getattr(error, "status", None)
+    return str(status) if isinstance(status, int) else None

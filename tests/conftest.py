@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.faulty_s3 import FaultyS3
 from tests.videos import (
     Recipe,
     write_audio_only,
@@ -49,6 +50,29 @@ def s3() -> Iterator[str]:
         else:
             os.environ[name] = value
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(s3: str) -> Iterator[FaultyS3]:
+    """A proxy in front of ``s3``."""
+    with FaultyS3(s3).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_s3(s3_proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """S3 that misbehaves when told to; what this process, or one begun now, opens is behind it.
+
+    Its clients ask once before it is our turn to try again, as users can tell them, too, by fsspec's settings.
+    """
+    import fsspec.config
+
+    patience = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": s3_proxy.url, **patience})
+    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", s3_proxy.url)
+    s3_proxy.seen.clear()
+    yield s3_proxy
+    s3_proxy.behave()
 
 
 @pytest.fixture(scope="session")

@@ -1,171 +1,310 @@
-"""Of all runs on one output one writes: races, the dead, the sleeping, and those who are alive elsewhere."""
+"""One run at a time on an output: who comes second is refused, who is dead is followed, who slept finds out."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import lease as leases
 from pipeline import storage
-from pipeline.lease import LEASES, Holder, Lease, LeaseHeldError, LeaseLostError
+from pipeline.lease import Holder, Lease, LeaseHeldError, LeaseLostError
+from tests.faulty_s3 import FaultyS3
 
-ELSEWHERE = "another boot pid:[1]"
-
-HOLD = """
+RUN = """
 import sys
 from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
-try:
-    lease = Lease.acquire(sys.argv[1], ttl_seconds=float(sys.argv[2]))
-except LeaseHeldError as error:
-    print("refused", error, flush=True)
-    sys.exit()
-print("held", flush=True)
+
+lease = None
 for line in sys.stdin:
+    word, _, out = line.strip().partition(" ")
     try:
-        lease.check()
-        print("still held", flush=True)
-    except LeaseLostError as error:
-        print("lost", error, flush=True)
-lease.release()
+        if word == "acquire":
+            lease = Lease.acquire(out, ttl_seconds=float(sys.argv[1]))
+        elif word == "check":
+            lease.check()
+        elif word == "release":
+            lease.release()
+        print("done", flush=True)
+    except (LeaseHeldError, LeaseLostError) as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
 """
 
 
-def holder(out: str, ttl_seconds: float = 60) -> subprocess.Popen[str]:
-    """A process that takes the lease, and says each time that it is sent a line whether it still has it."""
-    command = [sys.executable, "-c", HOLD, out, str(ttl_seconds)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+class Run:
+    """A process that does with leases what it is told."""
+
+    def __init__(self, ttl_seconds: float) -> None:
+        """Begin one."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(ttl_seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def tell(self, words: str) -> None:
+        """Ask for something, without waiting for it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{words}\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> str:
+        """What came of it."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, words: str) -> str:
+        """Both."""
+        self.tell(words)
+        return self.answer()
 
 
-def says(process: subprocess.Popen[str], ask: bool = False) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if ask:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return process.stdout.readline().strip()
+@pytest.fixture
+def begin() -> Iterator[Callable[[float], Run]]:
+    """Begins runs, which are dead at the end."""
+    runs: list[Run] = []
+
+    def begun(ttl_seconds: float) -> Run:
+        runs.append(Run(ttl_seconds))
+        return runs[-1]
+
+    yield begun
+    for run in runs:
+        with suppress(ProcessLookupError):
+            run.process.send_signal(signal.SIGCONT)
+        run.process.kill()
+        run.process.communicate()
 
 
 @pytest.fixture(params=["local", "s3"])
-def out(request: pytest.FixtureRequest, tmp_path: Path, s3: str) -> str:
-    return str(tmp_path / "out") if request.param == "local" else f"s3://videos/{tmp_path.name}"
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An output that is not there yet."""
+    if request.param == "local":
+        return str(tmp_path / "out")
+    request.getfixturevalue("s3")
+    return f"s3://videos/lease/{uuid.uuid4().hex}"
 
 
-def holders(out: str) -> list[Holder]:
-    found = [Holder.of_bytes(storage.read_bytes(path)) for path in storage.list_files(f"{out}/{LEASES}", ".json")]
-    return [one for one in found if one is not None]
+def files(out: str) -> list[dict[str, Any]]:
+    paths = storage.list_files(storage.join(out, leases.LEASES), ".json")
+    return [json.loads(storage.read_bytes(path)) for path in paths]
 
 
-def test_of_two_that_start_at_once_one_runs(out: str) -> None:
-    for _ in range(3):
-        both = [holder(out) for _ in range(2)]
-        first = [says(process) for process in both]
-        assert sorted(text.split()[0] for text in first) == ["held", "refused"]
-        refused = next(text for text in first if text.startswith("refused"))
-        winner = both[first.index("held")]
-        assert f"process {winner.pid}) is at work on this output" in refused
-        assert says(winner, ask=True) == "still held"
-        for process in both:
-            process.communicate()
-    assert all(one.released for one in holders(out))
+def write(out: str, number: int = 1, **changes: Any) -> str:
+    """A lease of a holder on another machine."""
+    holder = Holder(
+        token=uuid.uuid4().hex,
+        host="far-away",
+        pid=4242,
+        machine="another boot pid:[1]",
+        process="77",
+        started_at="2026-01-01T00:00:00Z",
+    )
+    path = storage.join(out, leases.LEASES, f"{number:06d}.json")
+    storage.write_atomic(path, json.dumps(json.loads(holder.to_bytes()) | changes).encode())
+    return path
 
 
-def test_the_place_of_a_killed_process_of_this_machine_is_taken_at_once(out: str) -> None:
-    process = holder(out, 3600)
-    assert says(process) == "held"
-    process.kill()
-    process.wait()
-    waited: list[str] = []
-    with Lease.acquire(out, ttl_seconds=3600, on_wait=waited.append) as lease:
+def acquired(out: str, ttl_seconds: float = 60.0) -> tuple[Lease, list[str]]:
+    """A lease, and what was said while it was waited for."""
+    said: list[str] = []
+    return Lease.acquire(out, ttl_seconds=ttl_seconds, on_wait=said.append), said
+
+
+def test_of_two_that_start_at_once_one_runs_and_the_other_is_told_which(
+    out: str, begin: Callable[[float], Run]
+) -> None:
+    runs = [begin(60), begin(60)]
+    for _ in range(10):
+        for run in runs:
+            run.tell(f"acquire {out}")
+        answers = [run.answer() for run in runs]
+        assert sorted(answer.split(":")[0] for answer in answers) == ["LeaseHeldError", "done"]
+        holder = runs[answers.index("done")]
+        refusal = next(answer for answer in answers if answer != "done")
+        assert f"process {holder.process.pid}" in refusal
+        assert os.uname().nodename in refusal
+        assert "wait for its end, or stop it" in refusal
+        assert holder.ask("check") == "done"
+        assert holder.ask("release") == "done"
+    assert len(files(out)) <= 4
+    assert files(out)[-1]["released"]
+
+
+def test_a_killed_run_is_followed_at_once_on_its_machine(out: str, begin: Callable[[float], Run]) -> None:
+    first = begin(60)
+    assert first.ask(f"acquire {out}") == "done"
+    with pytest.raises(LeaseHeldError, match=f"process {first.process.pid}"):
+        acquired(out)
+    first.process.kill()
+    assert os.waitid(os.P_PID, first.process.pid, os.WEXITED | os.WNOWAIT) is not None  # it stays, as a zombie
+    lease, said = acquired(out)
+    with lease:
+        assert said == []
         lease.check()
-    assert not waited
+    first.process.wait()
+    with acquired(out)[0] as again:
+        again.check()
 
 
-def lease_from_elsewhere(out: str, number: int = 1, beat: int = 0) -> Holder:
-    one = replace(Holder.of_this_process(), machine=ELSEWHERE, host="far-away", pid=7, beat=beat)
-    storage.write_atomic(f"{out}/{LEASES}/{number:06d}.json", one.to_bytes())
-    return one
+def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    this = json.loads(Holder.of_this_process().to_bytes())
+    write(str(tmp_path), **this | {"process": "1"})
+    lease, said = acquired(str(tmp_path))
+    with lease:
+        assert said == []
 
 
-def test_a_run_elsewhere_that_gives_no_sign_of_life_is_dead_after_a_while(out: str) -> None:
-    lease_from_elsewhere(out)
-    waited: list[str] = []
-    with Lease.acquire(out, ttl_seconds=1, on_wait=waited.append) as lease:
+def test_a_run_on_another_machine_that_shows_no_life_is_followed_after_a_while(out: str) -> None:
+    write(out)
+    started = time.monotonic()
+    lease, [said] = acquired(out, ttl_seconds=0.6)
+    with lease:
+        assert time.monotonic() - started >= 0.6
+        assert "far-away, process 4242" in said
         lease.check()
-    assert "another run (far-away, process 7) was at work on this output" in waited[0]
+    assert [file["host"] == "far-away" for file in files(out)] == [True, False]
 
 
-def test_a_run_elsewhere_that_is_alive_is_left_alone(out: str) -> None:
-    one = lease_from_elsewhere(out)
+@pytest.mark.parametrize("year", ["1970", "2100"])
+@pytest.mark.parametrize("alive", [True, False])
+def test_clocks_of_other_machines_do_not_matter(alive: bool, year: str, tmp_path: Path) -> None:
+    path = Path(write(str(tmp_path), started_at=f"{year}-01-01T00:00:00Z"))
     stop = threading.Event()
 
-    def beat() -> None:
-        number = 0
+    def renew() -> None:
+        beat = 0
         while not stop.wait(0.05):
-            number += 1
-            storage.write_atomic(f"{out}/{LEASES}/000001.json", replace(one, beat=number).to_bytes())
+            write(str(tmp_path), beat=(beat := beat + 1))
+            os.utime(path, ns=(0, 0) if year == "1970" else (4_102_444_800 * 10**9,) * 2)
 
-    thread = threading.Thread(target=beat)
-    thread.start()
+    os.utime(path, ns=(0, 0) if year == "1970" else (4_102_444_800 * 10**9,) * 2)
+    thread = threading.Thread(target=renew)
+    if alive:
+        thread.start()
     try:
-        with pytest.raises(LeaseHeldError, match=r"far-away, process 7.* alive"):
-            Lease.acquire(out, ttl_seconds=30)
+        if alive:
+            with pytest.raises(LeaseHeldError, match=r"far-away, process 4242.* and alive: wait for its end"):
+                acquired(str(tmp_path), ttl_seconds=1.0)
+        else:
+            acquired(str(tmp_path), ttl_seconds=0.3)[0].release()
     finally:
         stop.set()
-        thread.join()
-    assert len(holders(out)) == 1
+        if alive:
+            thread.join()
+    assert len(files(str(tmp_path))) == (1 if alive else 2)
 
 
-def test_clocks_of_machines_are_not_compared(out: str) -> None:
-    one = lease_from_elsewhere(out)
-    for year in ("1970", "2999"):
-        storage.write_atomic(
-            f"{out}/{LEASES}/000001.json", replace(one, started_at=f"{year}-01-01T00:00:00Z").to_bytes()
-        )
-        with Lease.acquire(out, ttl_seconds=1) as lease:
-            lease.check()
-        storage.remove(f"{out}/{LEASES}/000002.json")
-
-
-def test_who_slept_while_another_took_over_writes_nothing_more(tmp_path: Path) -> None:
-    out = str(tmp_path)
-    process = holder(out, 1)
-    assert says(process) == "held"
-    os.kill(process.pid, signal.SIGSTOP)
-    path = tmp_path / LEASES / "000001.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": ELSEWHERE}))  # as if it slept on another one
-    with Lease.acquire(out, ttl_seconds=1) as lease:
-        os.kill(process.pid, signal.SIGCONT)
-        assert says(process, ask=True).startswith("lost another run has taken over")
+def test_a_run_that_is_given_back_while_it_is_watched_is_followed(tmp_path: Path) -> None:
+    write(str(tmp_path))
+    timer = threading.Timer(0.2, write, (str(tmp_path),), {"released": True})
+    timer.start()
+    started = time.monotonic()
+    with acquired(str(tmp_path), ttl_seconds=20)[0] as lease:
         lease.check()
-        process.communicate()
+    assert time.monotonic() - started < 20
+    timer.join()
+
+
+def test_a_holder_renews_its_lease_so_that_other_machines_see_it_alive(
+    out: str, begin: Callable[[float], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert begin(0.6).ask(f"acquire {out}") == "done"
+    monkeypatch.setattr(leases, "_machine", lambda: "another one")
+    with pytest.raises(LeaseHeldError, match="alive"):
+        acquired(out, ttl_seconds=10)
+
+
+def test_a_holder_that_slept_finds_out_before_it_writes(
+    out: str, begin: Callable[[float], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper = begin(0.6)
+    assert sleeper.ask(f"acquire {out}") == "done"
+    sleeper.process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(leases, "_machine", lambda: "another one")
+    lease, [said] = acquired(out, ttl_seconds=1.0)
+    with lease:
+        assert f"process {sleeper.process.pid}" in said
+        sleeper.process.send_signal(signal.SIGCONT)
+        assert sleeper.ask("check").startswith("LeaseLostError: another run has taken over this output")
+        assert sleeper.ask("release") == "done"
         lease.check()
-    assert [one.released for one in holders(out)][-1] is True
+        assert [file["released"] for file in files(out)] == [False, False]
+    assert [file["released"] for file in files(out)] == [False, True]
 
 
-def test_a_lease_that_was_removed_or_is_no_lease(out: str) -> None:
-    lease = Lease.acquire(out, ttl_seconds=60)
-    storage.remove(f"{out}/{LEASES}/000001.json")
+def test_a_lease_that_somebody_removed_is_lost(out: str) -> None:
+    lease, _ = acquired(out)
+    lease.check()
+    [path] = storage.list_files(storage.join(out, leases.LEASES), ".json")
+    storage.remove(path)
     with pytest.raises(LeaseLostError, match="was removed"):
         lease.check()
+    with pytest.raises(LeaseLostError):
+        lease.check(now=False)
     lease.release()
-    storage.write_atomic(f"{out}/{LEASES}/000001.json", b"not json")
-    with Lease.acquire(out, ttl_seconds=1) as other:
-        other.check()
+    assert files(out) == []
 
 
-def test_it_is_renewed_and_the_old_ones_go(out: str) -> None:
-    for _ in range(6):
-        Lease.acquire(out).release()
-    assert len(storage.list_files(f"{out}/{LEASES}", ".json")) <= 4
-    with Lease.acquire(out, ttl_seconds=0.3):
-        seen = {asdict(holders(out)[-1])["beat"]}
-        while len(seen) < 3:
-            seen.add(holders(out)[-1].beat)
-    assert "secret" not in "".join(map(str, holders(out)))
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}', b"\xff\xfe"])
+def test_a_lease_that_cannot_be_read_is_watched_like_any_other(content: bytes, tmp_path: Path) -> None:
+    path = Path(write(str(tmp_path)))
+    path.write_bytes(content)
+    lease, said = acquired(str(tmp_path), ttl_seconds=0.2)
+    with lease:
+        assert len(said) == 1
+    assert path.read_bytes() == content
+
+
+def test_a_check_costs_nothing_when_one_was_made_just_now(faulty_s3: FaultyS3) -> None:
+    with acquired(f"s3://videos/lease/{uuid.uuid4().hex}")[0] as lease:
+        before = len(faulty_s3.seen)
+        for _ in range(100):
+            lease.check(now=False)
+        assert len(faulty_s3.seen) == before
+        lease.check()
+        assert len(faulty_s3.seen) == before + 1
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "reset_before", "reset_after", "lost_answer"])
+def test_a_lease_survives_trouble_of_the_storage(kind: str, faulty_s3: FaultyS3) -> None:
+    out = f"s3://videos/lease/{uuid.uuid4().hex}"
+    faulty_s3.misbehave(kind, path="lease", times=2)
+    with acquired(out, ttl_seconds=0.6)[0] as lease:
+        faulty_s3.misbehave(kind, method="PUT", times=2)
+        with pytest.raises(LeaseHeldError):
+            acquired(out)
+        faulty_s3.misbehave(kind, method="GET")
+        lease.check()
+    assert [file["released"] for file in files(out)] == [True]
+
+
+def test_a_storage_that_cannot_be_asked_is_no_reason_to_go_on(
+    faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.5)
+    with acquired(f"s3://videos/lease/{uuid.uuid4().hex}")[0] as lease:
+        faulty_s3.misbehave("slow_down", times=math.inf)
+        with pytest.raises(storage.StorageError, match="tried "):
+            lease.check()
+        faulty_s3.behave()
+        lease.check()
+
+
+def test_a_lease_names_its_holder_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-must-not-be-seen")
+    with acquired(str(tmp_path))[0]:
+        [file] = files(str(tmp_path))
+        assert (file["host"], file["pid"]) == (os.uname().nodename, os.getpid())
+        assert set(file) == {"token", "host", "pid", "machine", "process", "started_at", "beat", "released"}
+        assert "secret" not in json.dumps(file)

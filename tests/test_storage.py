@@ -1,116 +1,460 @@
-"""Storage that fails for a while, or for good: an operation ends with the right content, or an error that says so."""
+"""What storage promises while the network and the server misbehave: the right content, or a clear end, never half."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import io
+import logging
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import boto3
+import fsspec
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from pipeline import storage
-from tests.faulty_s3 import FAULTS, FaultyS3, faulty_s3_server
+from pipeline.storage import StorageError
+from tests.faulty_s3 import FaultyS3
+
+PASSING = ("slow_down", "internal_error", "bad_gateway", "reset_before", "stall")
+"""Faults that any request can meet."""
+
+BODIES = ("truncate", "short")
+"""And those of an answer with a body."""
+
+SECRET = "a-secret-that-must-not-be-seen"
 
 
-@pytest.fixture(scope="module")
-def proxy(s3: str) -> Iterator[tuple[str, FaultyS3]]:
-    with faulty_s3_server(s3) as server:
-        yield server
+@pytest.fixture(autouse=True)
+def haste(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Pauses that a test can afford; and where nothing comes, that is not waited for long."""
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.02)
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("kind") == "stall":
+        monkeypatch.setattr(storage, "_ANSWER_SECONDS", 0.7)
 
 
 @pytest.fixture
-def faulty(proxy: tuple[str, FaultyS3], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """All S3 of this process goes through the proxy, where s3fs gives a request up after a second, and repeats none."""
-    import fsspec.config
-    from s3fs import S3FileSystem
-
-    url, control = proxy
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    options = {"config_kwargs": {"read_timeout": 1, "retries": {"max_attempts": 1}}, "skip_instance_cache": False}
-    monkeypatch.setitem(fsspec.config.conf, "s3", options)
-    monkeypatch.setattr(S3FileSystem, "retries", 1)
-    S3FileSystem.clear_instance_cache()
-    control.misbehave(0)
-    yield control
-    control.misbehave(0)
-    S3FileSystem.clear_instance_cache()
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the environment said one second."""
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1.0)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_operation_gets_through_a_fault(faulty: FaultyS3, fault: str) -> None:
-    content = os.urandom(1 << 16)
-    folder = f"s3://videos/faults/{fault}"
-    faulty.misbehave(0.3 if fault == "hang" else 0.6, fault, seed=3)
-    for number in range(2):
-        storage.write_atomic(f"{folder}/{number}.bin", content)
-    assert storage.read_bytes(f"{folder}/0.bin") == content
-    assert [p.rsplit("/", 1)[-1] for p in storage.list_files(folder, ".bin")] == ["0.bin", "1.bin"]
-    assert storage.exists(f"{folder}/1.bin")
-    with storage.open_video(f"{folder}/1.bin") as file:
-        assert file.read() == content
-    assert storage.fingerprint(f"{folder}/1.bin") is not None
-    assert storage.create_exclusive(f"{folder}/only", b"mine, whatever became of the answer")
-    assert not storage.create_exclusive(f"{folder}/only", b"another's")
-    storage.remove(f"{folder}/0.bin")
-    assert not storage.exists(f"{folder}/0.bin")
-    assert faulty.counts[fault] > 0
+@pytest.fixture
+def folder(s3: str) -> str:
+    """A folder of its own in the bucket."""
+    return f"s3://videos/storage/{uuid.uuid4().hex}"
 
 
-def test_a_large_video_is_read_whole_over_a_connection_that_breaks(
-    faulty: FaultyS3, monkeypatch: pytest.MonkeyPatch
+@functools.cache
+def direct() -> Any:
+    """A client that asks past the proxy."""
+    return boto3.client("s3")
+
+
+def stored(path: str) -> bytes | None:
+    """What the server holds, asked past the proxy."""
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    client = direct()
+    try:
+        return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+    except client.exceptions.NoSuchKey:
+        return None
+
+
+def put(path: str, data: bytes, **options: str) -> str:
+    """Put it past the proxy."""
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    direct().put_object(Bucket=bucket, Key=key, Body=data, **options)
+    return path
+
+
+def uploads() -> list[str]:
+    """Keys to which parts were uploaded that make no object."""
+    return [u["Key"] for u in direct().list_multipart_uploads(Bucket="videos").get("Uploads", [])]
+
+
+def said_by_us(caplog: pytest.LogCaptureFixture) -> str:
+    """What storage logged; the server of the test logs what it is asked."""
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == storage.__name__)
+
+
+CONTENT = bytes(range(256)) * 64
+
+
+class Operation(NamedTuple):
+    """A function of storage, what it returns, and the method of the request that may go wrong."""
+
+    call: Callable[[str], Any]
+    result: Any
+    method: str
+
+
+def read_open(path: str) -> bytes:
+    with storage.open_binary(path, block_bytes=4096) as file:
+        return b"".join(iter(lambda: file.read(3000), b""))
+
+
+def read_video(path: str) -> bytes:
+    with storage.open_video(path) as file:
+        return file.read()
+
+
+OPERATIONS = {
+    "read_bytes": Operation(storage.read_bytes, CONTENT, "GET"),
+    "open_binary": Operation(read_open, CONTENT, "GET"),
+    "open_video": Operation(read_video, CONTENT, "GET"),
+    "list_files": Operation(lambda path: len(storage.list_files(path.rsplit("/", 1)[0], ".bin")), 1, "GET"),
+    "exists": Operation(storage.exists, True, "HEAD"),
+    "fingerprint": Operation(lambda path: storage.fingerprint(path) is not None, True, "HEAD"),
+    "write_atomic": Operation(lambda path: storage.write_atomic(path, CONTENT), None, "PUT"),
+    "create_exclusive": Operation(lambda path: storage.create_exclusive(f"{path}.new", CONTENT), True, "PUT"),
+    "remove": Operation(storage.remove, None, "DELETE"),
+}
+
+
+def faults(name: str) -> list[str]:
+    """What can happen to the request of an operation."""
+    if OPERATIONS[name].method == "GET":
+        # nobody knows how long the whole of a file, or of a listing, should be
+        return [*PASSING, "timeout", "truncate", *(["short"] if name.startswith("open") else [])]
+    # a HEAD has no body that would name a time-out
+    return [*PASSING, "reset_after", "lost_answer", *([] if OPERATIONS[name].method == "HEAD" else ["timeout"])]
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in OPERATIONS for kind in faults(name)])
+def test_trouble_that_passes_is_got_over(name: str, kind: str, faulty_s3: FaultyS3, folder: str) -> None:
+    operation = OPERATIONS[name]
+    path = put(f"{folder}/a.bin", CONTENT)
+    faulty_s3.misbehave(kind, method=operation.method, path="storage", times=2)
+    assert operation.call(path) == operation.result
+    assert [k for _, _, k in faulty_s3.seen].count(kind) == 2
+    after = {"write_atomic": path, "create_exclusive": f"{path}.new", "remove": path}.get(name)
+    if after is not None:
+        assert stored(after) == (None if name == "remove" else CONTENT)
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "reset_before", "stall"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "fingerprint"])
+def test_trouble_without_end_ends_within_the_limit_and_is_told(
+    name: str, kind: str, faulty_s3: FaultyS3, folder: str, caplog: pytest.LogCaptureFixture, short_limit: None
 ) -> None:
-    content = os.urandom(12 << 20)
-    storage.write_atomic("s3://videos/faults/large.bin", content)
-    monkeypatch.setattr(storage, "WHOLE_BYTES", 1 << 20)
-    faulty.misbehave(0.4, "reset", "half_answer", "slow_down", seed=5)
-    with storage.open_video("s3://videos/faults/large.bin") as file:
-        assert isinstance(file, storage.RemoteVideo)
-        assert file.samples([0, 5 << 20], 100) == [content[:100], content[5 << 20 : (5 << 20) + 100]]
-        parts = []
-        while part := file.read(1 << 20):
-            parts.append(part)
-    assert b"".join(parts) == content
-    assert sum(faulty.counts[name] for name in ("reset", "half_answer", "slow_down"))
+    operation = OPERATIONS[name]
+    path = put(f"{folder}/a.bin", CONTENT)
+    faulty_s3.misbehave(kind, path="storage", times=math.inf)
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING, storage.__name__), pytest.raises(StorageError) as caught:
+        operation.call(path)
+    assert time.monotonic() - started < 2 * storage.RETRY_SECONDS + 5  # also when one attempt takes all of it
+    text = str(caught.value)
+    assert folder.removeprefix("s3://") in text
+    assert "tried " in text
+    assert "times in" in text
+    assert "VIDSHARD_STORAGE_RETRY_SECONDS" in text
+    assert folder.removeprefix("s3://") in said_by_us(caplog)
+    assert SECRET not in text + said_by_us(caplog)
+    if name == "create_exclusive":
+        assert stored(f"{path}.new") is None
+    assert stored(path) == CONTENT
 
 
-def test_parts_of_an_upload_that_fail_leave_nothing_that_can_be_seen(faulty: FaultyS3) -> None:
-    fs, inner = storage.filesystem("s3://videos/faults/parts.bin")
-    content = os.urandom(12 << 20)
-    faulty.misbehave(0.5, "slow_down", "reset", seed=1, path_part="partNumber")
-    storage.with_retries("s3://x", lambda: fs.pipe_file(inner, content, chunksize=5 << 20))
-    assert storage.read_bytes("s3://videos/faults/parts.bin") == content
-    faulty.misbehave(1.0, "error", path_part="partNumber")
-    with pytest.raises(OSError, match="made for a test"):
-        storage.with_retries("s3://x", lambda: fs.pipe_file(inner + "2", content, chunksize=5 << 20), retry_seconds=1)
-    assert not storage.exists("s3://videos/faults/parts.bin2")
+@pytest.mark.parametrize("kind", ["denied", "clock", "full"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "fingerprint"])
+def test_trouble_that_stays_is_told_at_once(name: str, kind: str, faulty_s3: FaultyS3, folder: str) -> None:
+    operation = OPERATIONS[name]
+    path = put(f"{folder}/a.bin", CONTENT)
+    faulty_s3.misbehave(kind, path="storage", times=math.inf)
+    with pytest.raises(StorageError) as caught:
+        operation.call(path)
+    assert len(faulty_s3.seen) <= 2
+    assert "times in" not in str(caught.value)
 
 
-def test_faults_that_do_not_end_are_an_error_that_says_how_often_it_was_tried(
-    faulty: FaultyS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["read_bytes", "open_binary", "open_video", "fingerprint"])
+def test_what_is_missing_is_not_asked_for_again(name: str, faulty_s3: FaultyS3, folder: str) -> None:
+    if name == "fingerprint":
+        assert storage.fingerprint(f"{folder}/none.bin") is None
+    else:
+        with pytest.raises(StorageError, match=r"none\.bin: no such file or bucket$"):
+            OPERATIONS[name].call(f"{folder}/none.bin")
+    assert len(faulty_s3.seen) <= 3  # as a file, and as a folder
+    assert not storage.exists(f"{folder}/none.bin")
+    assert storage.list_files(f"{folder}/none", ".bin") == []
+    storage.remove(f"{folder}/none.bin")
+    with pytest.raises(StorageError, match="no such file or bucket"):
+        storage.write_atomic("s3://no-such-bucket/a.bin", b"a")
+
+
+def test_an_unreachable_bucket_is_not_taken_for_a_missing_one(faulty_s3: FaultyS3, short_limit: None) -> None:
+    assert storage.exists("s3://videos")
+    assert not storage.exists("s3://no-such-bucket")
+    faulty_s3.misbehave("slow_down", times=math.inf)
+    with pytest.raises(StorageError, match="tried "):
+        storage.exists("s3://videos")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_everything_goes_well_on_a_bad_day(seed: int, faulty_s3: FaultyS3, folder: str) -> None:
+    kinds = [*PASSING[:-1], "truncate", "reset_after", "lost_answer"]
+    faulty_s3.misbehave_at_random(seed, 0.3, kinds)
+    for number in range(6):
+        path, data = f"{folder}/{number}.bin", bytes([number]) * 10_000
+        storage.write_atomic(path, data)
+        assert storage.exists(path)
+        assert storage.read_bytes(path) == data
+        assert read_open(path) == data
+        assert storage.create_exclusive(f"{path}.lock", data)
+        assert not storage.create_exclusive(f"{path}.lock", b"somebody else")
+    assert len(storage.list_files(folder, ".bin")) == 6
+    assert sum(bool(kind) for _, _, kind in faulty_s3.seen) > 10
+
+
+class TestLargeVideo:
+    """A video that is read in blocks, the next one fetched meanwhile."""
+
+    CONTENT = bytes(range(256)) * (20 << 12)
+
+    @pytest.fixture
+    def path(self, s3: str) -> str:
+        path = "s3://videos/storage/large.mp4"
+        return path if storage.exists(path) else put(path, self.CONTENT)
+
+    def read_through(self, path: str) -> bytes:
+        assert len(self.CONTENT) > storage.WHOLE_BYTES
+        with storage.open_video(path) as file:
+            assert isinstance(file, storage.RemoteVideo)
+            return b"".join(iter(lambda: file.read(1 << 20), b""))
+
+    @pytest.mark.parametrize("skip", [0, 1, 3])
+    @pytest.mark.parametrize("kind", [*PASSING, *BODIES])
+    def test_blocks_that_fail_come_later(self, kind: str, skip: int, faulty_s3: FaultyS3, path: str) -> None:
+        faulty_s3.misbehave(kind, method="GET", path="large", times=2, skip=skip)
+        assert self.read_through(path) == self.CONTENT
+        assert [k for _, _, k in faulty_s3.seen].count(kind) == 2
+
+    def test_samples_that_fail_come_later(self, faulty_s3: FaultyS3, path: str) -> None:
+        for kind in ("slow_down", "reset_before", *BODIES):
+            faulty_s3.misbehave(kind, method="GET", path="large")
+        with storage.open_video(path) as file:
+            assert isinstance(file, storage.RemoteVideo)
+            offsets = [0, 5_000_000, len(self.CONTENT) - 10]
+            assert file.samples(offsets, 1000) == [self.CONTENT[at : at + 1000] for at in offsets]
+
+    def test_blocks_that_never_come_end_within_the_limit_as_an_error_of_reading(
+        self, faulty_s3: FaultyS3, path: str, short_limit: None
+    ) -> None:
+        faulty_s3.misbehave("slow_down", method="GET", path="large", times=math.inf, skip=2)
+        with pytest.raises(OSError, match=r"cannot read s3://videos/storage/large\.mp4.*tried \d+ times"):
+            self.read_through(path)
+
+    def test_the_end_is_as_far_as_ever(self, faulty_s3: FaultyS3, path: str) -> None:
+        with storage.open_video(path) as file:
+            file.seek(-5, os.SEEK_END)
+            assert file.read(100) == self.CONTENT[-5:]
+            assert file.read(100) == b""
+        assert not any(kind for _, _, kind in faulty_s3.seen)
+
+
+class TestLargeUpload:
+    """One in parts."""
+
+    CONTENT = bytes(12 << 20)
+
+    @pytest.fixture(autouse=True)
+    def small_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The smallest that S3 takes."""
+        monkeypatch.setattr(storage, "_UPLOAD_PART_BYTES", 5 << 20)
+
+    @pytest.mark.parametrize(
+        ("kind", "method", "what"),
+        [
+            ("slow_down", "PUT", "partNumber=2"),
+            ("reset_after", "PUT", "partNumber=3"),
+            ("internal_error", "POST", "uploads"),
+            ("reset_after", "POST", "uploadId"),
+            ("lost_answer", "POST", "uploadId"),
+        ],
+    )
+    def test_parts_that_fail_are_sent_again(
+        self, kind: str, method: str, what: str, faulty_s3: FaultyS3, folder: str
+    ) -> None:
+        faulty_s3.misbehave(kind, method=method, path=what)
+        storage.write_atomic(f"{folder}/large", self.CONTENT)
+        assert stored(f"{folder}/large") == self.CONTENT
+
+    def test_one_that_breaks_leaves_nothing(self, faulty_s3: FaultyS3, folder: str, short_limit: None) -> None:
+        faulty_s3.misbehave("internal_error", method="PUT", path="partNumber=2", times=math.inf)
+        faulty_s3.misbehave("internal_error", method="DELETE", path="uploadId", times=1)
+        with pytest.raises(StorageError, match=r"cannot write .*/large: .*tried \d+ times"):
+            storage.write_atomic(f"{folder}/large", self.CONTENT)
+        assert stored(f"{folder}/large") is None
+        assert not [key for key in uploads() if key.startswith(folder.removeprefix("s3://videos/"))]
+
+
+def test_of_two_who_create_a_file_the_one_whose_answer_was_lost_knows_that_it_was_first(
+    faulty_s3: FaultyS3, folder: str
 ) -> None:
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 3.0)
-    faulty.misbehave(1.0, "slow_down")
-    with pytest.raises(storage.StorageError) as caught:
-        storage.write_atomic("s3://videos/faults/never.bin", b"content")
-    assert str(caught.value).startswith("cannot write s3://videos/faults/never.bin: ")
-    assert "tried" in str(caught.value)
-    assert "again in" in caplog.text
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in caplog.text + str(caught.value)
-    faulty.misbehave(0)
-    assert not storage.exists("s3://videos/faults/never.bin")
+    for kind in ("reset_after", "lost_answer"):
+        faulty_s3.misbehave(kind, method="PUT", path="lock", times=1)
+        assert storage.create_exclusive(f"{folder}/{kind}.lock", b"first")
+        assert not storage.create_exclusive(f"{folder}/{kind}.lock", b"second")
+        assert stored(f"{folder}/{kind}.lock") == b"first"
 
 
-@pytest.mark.parametrize("path", ["s3://no-such-bucket/x", "s3://videos/no-such-file"])
-def test_what_is_not_there_is_not_asked_for_again(faulty: FaultyS3, path: str) -> None:
-    with pytest.raises(storage.StorageError, match=r"no such file or bucket$"):
-        storage.read_bytes(path)
-    assert faulty.counts["requests"] < 10
+def test_a_conflict_with_somebody_who_then_fails_is_tried_again(faulty_s3: FaultyS3, folder: str) -> None:
+    faulty_s3.misbehave("conflict", method="PUT", path="lock")
+    assert storage.create_exclusive(f"{folder}/lock", b"first")
+    assert stored(f"{folder}/lock") == b"first"
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_create_exclusive_on_other_file_systems(where: str, tmp_path: Path) -> None:
+    root = str(tmp_path) if where == "local" else f"memory://{uuid.uuid4().hex}"
+    assert storage.create_exclusive(f"{root}/deep/lock", b"first")
+    assert not storage.create_exclusive(f"{root}/deep/lock", b"second")
+    assert storage.read_bytes(f"{root}/deep/lock") == b"first"
+    if where == "local":
+        assert os.listdir(tmp_path / "deep") == ["lock"]
+
+
+def test_create_exclusive_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    assert storage.create_exclusive(str(tmp_path / "lock"), b"first")
+    assert not storage.create_exclusive(str(tmp_path / "lock"), b"second")
+    assert (tmp_path / "lock").read_bytes() == b"first"
+
+
+def test_a_full_disk_is_told_at_once_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    calls: tuple[Callable[[str, bytes], object], ...] = (storage.write_atomic, storage.create_exclusive)
+    for call in calls:
+        with pytest.raises(StorageError, match=r"cannot write .*/a: No space left on device"):
+            call(str(tmp_path / "a"), b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["a.parquet", ".hidden", ".a.parquet.tmp", "a.parquet.0123abcd.tmp", ".a.parquet.0123ABCD.tmp"]
+    for name in (*kept, ".a.parquet.0123abcd.tmp", ".b.json.ffffffff.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".c.0123abcd.tmp").touch()
+    assert storage.remove_leftovers(str(tmp_path)) == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "deep"])
+    assert storage.remove_leftovers(str(tmp_path)) == 0
+    assert storage.remove_leftovers(str(tmp_path / "none")) == 0
+    assert (tmp_path / "deep" / ".c.0123abcd.tmp").exists()
+
+
+def test_a_writer_that_is_killed_leaves_the_old_content_and_a_leftover(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    target.write_bytes(b"old")
+    code = (
+        "import os, signal; from pipeline import storage; "
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); "
+        f"storage.write_atomic({str(target)!r}, b'new')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert target.read_bytes() == b"old"
+    assert storage.remove_leftovers(str(tmp_path)) == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_fingerprint_is_the_same_from_a_listing_and_another_one_for_another_file(s3: str, folder: str) -> None:
+    path = put(f"{folder}/a.bin", b"first")
+    fs, inner = storage.filesystem(folder)
+    [listed] = fs.ls(inner, detail=True)
+    [found] = fs.find(inner, detail=True).values()
+    first = storage.fingerprint(path)
+    assert first == storage.fingerprint_of(listed) == storage.fingerprint_of(found) == storage.fingerprint(path)
+    put(path, b"other")
+    assert storage.fingerprint(path) != first
+    assert storage.fingerprint(f"{folder}/none") is None
+
+
+def test_a_fingerprint_of_a_local_file_is_of_size_and_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"first")
+    first = storage.fingerprint(str(path))
+    assert first == storage.fingerprint(f"file://{path}")
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1_000_000))
+    second = storage.fingerprint(str(path))
+    path.write_bytes(b"longer")
+    assert len({first, second, storage.fingerprint(str(path))}) == 3
+
+
+@pytest.fixture
+def web(faulty_s3: FaultyS3, folder: str) -> str:
+    """A file as a web server without passwords shows it, by a link with a secret in it."""
+    put(f"{folder}/a.bin", CONTENT, ACL="public-read")
+    return f"{faulty_s3.url}/{folder.removeprefix('s3://')}/a.bin?sig={SECRET}"
+
+
+@pytest.mark.parametrize("name", ["read_bytes", "open_binary", "open_video", "exists"])
+def test_trouble_of_a_web_server_is_got_over_or_told_without_the_secret(
+    name: str, faulty_s3: FaultyS3, web: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = OPERATIONS[name]
+    for kind in ("unavailable", "reset_before", "unavailable", "internal_error"):
+        faulty_s3.misbehave(kind, path="storage")
+    assert operation.call(web) == operation.result
+    assert [bool(kind) for _, _, kind in faulty_s3.seen].count(True) == 4
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.2)
+    for kind, shown in (("unavailable", "tried "), ("denied", "40")):
+        faulty_s3.behave()
+        faulty_s3.misbehave(kind, path="storage", times=math.inf)
+        with pytest.raises(StorageError, match=shown) as caught:
+            operation.call(web)
+        assert SECRET not in str(caught.value)
+    assert SECRET not in said_by_us(caplog)
+
+
+def test_the_users_own_settings_of_the_client_win(faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"endpoint_url": faulty_s3.url, "config_kwargs": {"read_timeout": 7, "max_pool_connections": 3}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", own)
+    fs, _ = storage.filesystem("s3://videos/a")
+    fs.connect(refresh=True)
+    config = fs.s3.meta.config
+    assert (config.read_timeout, config.max_pool_connections) == (7, 3)
+    assert config.connect_timeout <= 15
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": faulty_s3.url})
+    fs, _ = storage.filesystem("s3://videos/a")
+    fs.connect(refresh=True)
+    assert fs.s3.meta.config.read_timeout <= 15
+
+
+def test_an_error_that_is_none_of_the_storage_is_not_hidden(monkeypatch: pytest.MonkeyPatch, s3: str) -> None:
+    fs, _ = storage.filesystem("s3://videos/a")
+
+    def broken(*_: object, **__: object) -> bytes:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(fs, "cat_file", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        storage.read_bytes("s3://videos/a")
+
+
+def test_an_open_video_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "v").write_bytes(b"abc")
+    with storage.open_video(str(tmp_path / "v")) as file:
+        assert isinstance(file, io.BufferedIOBase)
+        assert file.read() == b"abc"
 
 
 def client_error(status: int, code: str) -> ClientError:
@@ -175,28 +519,6 @@ def test_of_many_that_create_a_file_one_does(s3: str, tmp_path: Path, where: str
             thread.join()
         assert len(made) == 1
         assert storage.read_bytes(path) == f"by {made[0]}".encode()
-
-
-def test_a_file_is_known_again_until_it_is_replaced(s3: str, tmp_path: Path) -> None:
-    for path in (str(tmp_path / "v.mp4"), "s3://videos/known/v.mp4"):
-        storage.write_atomic(path, b"one")
-        before = storage.fingerprint(path)
-        assert before is not None
-        assert storage.fingerprint(path) == before
-        storage.write_atomic(path, b"two")
-        assert storage.fingerprint(path) not in (None, before)
-    fs, inner = storage.filesystem("s3://videos/known")
-    [info] = fs.find(inner, detail=True).values()
-    assert storage.fingerprint_of(info) == storage.fingerprint("s3://videos/known/v.mp4")
-    assert storage.fingerprint(str(tmp_path / "nothing")) is None
-
-
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".a.parquet.0123abcd.tmp", "a.parquet", ".hidden", "b.tmp"):
-        (tmp_path / name).write_bytes(b"x")
-    assert storage.remove_leftovers(str(tmp_path)) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a.parquet", "b.tmp"]
-    assert storage.remove_leftovers(str(tmp_path / "none")) == 0
 
 
 def test_a_full_disk_leaves_what_was_there_and_says_what_to_do(tmp_path: Path) -> None:
