@@ -36,7 +36,7 @@ from schemas.video import (
     VideoRef,
 )
 
-PROBE_TIMEOUT_SECONDS = 120.0
+PROBE_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
 """Opening a file and decoding its first frame; slow object stores included."""
 
 _crashes: dict[str, VideoError] = {}
