@@ -90,6 +90,7 @@ def main(sizes: str, json_path: str | None, step: str | None, folder: str | None
                     {"videos": size, "clips": size * CLIPS_PER_VIDEO, "step": step} | json.loads(started.stdout)
                 )
     report("the driver, by videos", rows, json_path)
+    report("shards, listed and their ends read", [measure_shards(count) for count in (100, 1000, 10_000)], None)
     report("the sink", [measure_sink(clips_per_span) for clips_per_span in (1, 10)], None)
 
 
@@ -208,6 +209,31 @@ STEPS: dict[str, Callable[[Path], Row]] = {
     "resume, all done": resume,
     "account": account,
 }
+
+
+def measure_shards(count: int, spans_per_shard: int = 100) -> Row:
+    """Listing so many shards on this disk, and reading which spans they hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / SHARDS
+        shards.mkdir()
+        empty = pa.table({"clip_id": pa.array([], pa.string())})
+        for number in range(count):
+            first = number * spans_per_shard
+            spans = [span_of(first + n).span_id for n in range(spans_per_shard)]
+            pq.write_table(
+                empty.replace_schema_metadata({SPANS_KEY: json.dumps(spans)}), shards / f"{number:09d}.parquet"
+            )
+        started = time.monotonic()
+        shard_paths(folder)
+        listed = time.monotonic()
+        committed_spans(folder)
+        ended = time.monotonic()
+    return {
+        "shards": count,
+        "listing s": round(listed - started, 3),
+        "ends s": round(ended - listed, 2),
+        "ms/shard": round(1000 * (ended - listed) / count, 2),
+    }
 
 
 def measure_sink(clips_per_span: int, num_clips: int = 20_000) -> Row:

@@ -1,6 +1,6 @@
 """The whole Ray Data graph of a tokenization run, and nothing else.
 
-    plan.parquet ──▶ SpanDecoder ──▶ EncoderActor ──▶ rows for the driver's TokenShardSink
+    todo.parquet ──▶ SpanDecoder ──▶ EncoderActor ──▶ rows for the driver's TokenShardSink
      one row a span   CPU tasks        actor pool      shards/, rejects/
 
 Every stage gives one row for each it takes. Frames cross the object store as uint8. Token rows are small (10 kB a
