@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from tests.faulty_s3 import FaultyS3
+from tests.processes import RUN, only_the_text_is_rejected, started, tokens_by_clip
 from tests.videos import (
     Recipe,
     write_audio_only,
@@ -128,3 +129,24 @@ def bad_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_truncated(folder / "cut.mp4", whole, 0.6)
     write_damaged(folder / "damaged.mp4", whole)
     return folder
+
+
+@pytest.fixture(scope="session")
+def many_spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With ``tests.processes.RUN`` 72 clips in as many spans, and a file that is no video."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(3):
+        write_video(folder / f"{number}.mp4", Recipe(num_frames=400 + number, rate=Fraction(25), codec="mpeg4"))
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(many_spans: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run on ``many_spans`` gives: the tokens of each clip."""
+    out = tmp_path_factory.mktemp("undisturbed") / "tokens"
+    with started(many_spans, "--out", out, *RUN) as process:
+        printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert only_the_text_is_rejected(out)
+    return tokens_by_clip(out)

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from pipeline.ledger import read_rejects
 from pipeline.read import check_shard
 from pipeline.shards import shard_paths
+
+RUN = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
+COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
 
 VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 
@@ -111,6 +115,11 @@ def kill_one(process: subprocess.Popen[str], work: str) -> None:
 
     until(process, look)
     os.kill(found[0], signal.SIGKILL)
+
+
+def only_the_text_is_rejected(out: Path | str) -> bool:
+    """Of the corpus ``many_spans`` the file that is no video, and nothing else."""
+    return [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
 
 
 def read_rows(out: Path) -> list[str]:

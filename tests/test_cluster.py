@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,50 +15,39 @@ from ray.exceptions import RayTaskError
 
 from jobs.tokenize_videos import _what_broke
 from pipeline.flow import MAX_ATTEMPTS, EncoderActor, Placement, _Attempts, build_flow
-from pipeline.ledger import committed_spans, read_rejects
+from pipeline.ledger import committed_spans
 from pipeline.rows import PLAN_SCHEMA
 from pipeline.stages import SpanDecoder
-from tests.processes import DECODING, ENCODING, busy_with, is_under_way, kill_one, started, tokens_by_clip, until
+from tests.processes import (
+    COMMITTED_AT_ONCE,
+    DECODING,
+    ENCODING,
+    RUN,
+    busy_with,
+    is_under_way,
+    kill_one,
+    only_the_text_is_rejected,
+    started,
+    tokens_by_clip,
+    until,
+)
 from tests.test_encode_memory import clip_spec, decoded_row, encoder_spec
-from tests.videos import Recipe, write_video
-
-NUM_CLIPS = 3 * 24
-RUN = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
-COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``NUM_CLIPS`` clips in as many spans."""
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(3):
-        write_video(folder / f"{number}.mp4", Recipe(num_frames=400 + number, rate=Fraction(25), codec="mpeg4"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("undisturbed") / "tokens"
-    with started(videos, "--out", out, *RUN) as process:
-        printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    tokens = tokens_by_clip(out)
-    assert len(tokens) == NUM_CLIPS
-    return tokens
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [ENCODING, DECODING])
-def test_a_killed_worker_costs_no_clip(videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, work: str) -> None:
+def test_a_killed_worker_costs_no_clip(
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path, work: str
+) -> None:
     out = tmp_path / "tokens"
-    with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+    with started(many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
         until(process, lambda: is_under_way(out))
         kill_one(process, work)
-        assert len(committed_spans(str(out))) < NUM_CLIPS
+        assert len(committed_spans(str(out))) < len(undisturbed)
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert tokens_by_clip(out) == undisturbed
-    assert not read_rejects(str(out)).num_rows
+    assert only_the_text_is_rejected(out)
 
 
 @pytest.fixture
@@ -72,28 +60,28 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.mark.slow
 def test_a_lost_node_costs_no_clip(
-    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path, cluster: RayCluster
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path, cluster: RayCluster
 ) -> None:
     out = tmp_path / "tokens"
     node = cluster.add_node(num_cpus=2)  # all decoders, the encoder and all blocks are there
-    arguments = (videos, "--out", out, *RUN, *COMMITTED_AT_ONCE, "--ray-address", cluster.address)
+    arguments = (many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE, "--ray-address", cluster.address)
     with started(*arguments) as process:
         until(process, lambda: is_under_way(out))
         cluster.remove_node(node, allow_graceful=False)
-        assert len(committed_spans(str(out))) < NUM_CLIPS
+        assert len(committed_spans(str(out))) < len(undisturbed)
         cluster.add_node(num_cpus=2)
         printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
     assert tokens_by_clip(out) == undisturbed
-    assert not read_rejects(str(out)).num_rows
+    assert only_the_text_is_rejected(out)
 
 
 @pytest.mark.slow
 def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_later(
-    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
-    arguments = (videos, "--out", out, *RUN, *COMMITTED_AT_ONCE)
+    arguments = (many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE)
     with started(*arguments) as process:
         until(process, lambda: is_under_way(out))
         killed: set[int] = set()
@@ -108,7 +96,7 @@ def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_l
     assert "Traceback" not in printed
     assert len(killed) >= MAX_ATTEMPTS
     before = tokens_by_clip(out)
-    assert 0 < len(before) < NUM_CLIPS
+    assert 0 < len(before) < len(undisturbed)
     with started(*arguments) as process:
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed

@@ -12,50 +12,28 @@ import random
 import signal
 import time
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from pipeline.ledger import read_rejects
 from tests.processes import (
+    COMMITTED_AT_ONCE,
     DECODING,
     ENCODING,
+    RUN,
     busy_with,
     is_under_way,
+    only_the_text_is_rejected,
     processes_below,
     read_rows,
     started,
     tokens_by_clip,
     until,
 )
-from tests.videos import Recipe, write_video
-
-RUN = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
-COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 clips in as many spans, and a file that is no video."""
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(3):
-        write_video(folder / f"{number}.mp4", Recipe(num_frames=400 + number, rate=Fraction(25), codec="mpeg4"))
-    (folder / "text.mp4").write_text("no video")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("undisturbed") / "tokens"
-    with started(videos, "--out", out, *RUN) as process:
-        printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    return tokens_by_clip(out)
 
 
 def kill_in_turn(
-    videos: Path, folder: Path, undisturbed: dict[str, bytes], *, num_kills: int, seed: int
+    many_spans: Path, folder: Path, undisturbed: dict[str, bytes], *, num_kills: int, seed: int
 ) -> Counter[str]:
     """Kill ``num_kills`` processes of runs on one output after another; gives what was killed how often, and found."""
     rng = random.Random(seed)
@@ -64,7 +42,7 @@ def kill_in_turn(
     output = 0
     while figures["kills"] < num_kills:
         out = folder / f"{output}"
-        with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+        with started(many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
             while process.poll() is None and figures["kills"] < num_kills:
                 victim = victims[figures["kills"] % len(victims)]
                 if victim == "driver":
@@ -99,37 +77,37 @@ def kill_in_turn(
         if process.returncode == 0:
             figures["outputs"] += 1
             figures["lost"] += len(undisturbed) - len(left)
-            assert [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
+            assert only_the_text_is_rejected(out)
             output += 1
-    with started(videos, "--out", out, *RUN) as process:
+    with started(many_spans, "--out", out, *RUN) as process:
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert tokens_by_clip(out) == undisturbed
-    assert [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
+    assert only_the_text_is_rejected(out)
     assert figures["lost"] == 0
     return figures
 
 
 def test_a_run_that_is_killed_three_times_gives_what_an_undisturbed_one_gives(
-    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    assert kill_in_turn(videos, tmp_path, undisturbed, num_kills=3, seed=1)["kills"] == 3
+    assert kill_in_turn(many_spans, tmp_path, undisturbed, num_kills=3, seed=1)["kills"] == 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_runs_that_are_killed_dozens_of_times_give_what_undisturbed_ones_give(
-    videos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    figures = kill_in_turn(videos, tmp_path, undisturbed, num_kills=30, seed=2)
+    figures = kill_in_turn(many_spans, tmp_path, undisturbed, num_kills=30, seed=2)
     print(figures)
     assert min(figures["drivers"], figures["encoders"], figures["decoders"]) >= 8
 
 
 @pytest.mark.slow
-def test_what_a_killed_driver_started_ends_by_itself(videos: Path, tmp_path: Path) -> None:
+def test_what_a_killed_driver_started_ends_by_itself(many_spans: Path, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
-    with started(videos, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+    with started(many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
         until(process, lambda: is_under_way(out))
         orphans = set(processes_below(process.pid))
         process.kill()
