@@ -12,14 +12,20 @@ by up to 0.08, where `VideoTokenizer.decode_stream` gives what the whole gives t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from diffusers import AutoencoderVidTok
 from torch import Tensor
 
+from models.losses import declare_torchvision_operators
 from models.tokenizer import TokenizerConfig
 from models.weights import checkpoint_name
+
+with suppress(ImportError):  # diffusers imports torchvision where it is installed
+    declare_torchvision_operators()
+
+from diffusers import AutoencoderVidTok  # noqa: E402
 
 
 def diffusers_model(config: TokenizerConfig, weights: Mapping[str, Tensor] | None) -> Any:

@@ -423,13 +423,13 @@ def settle_rejects(
     rows = read_rejects(out).to_pylist()
     whole = {row["uri"] for row in rows if row["span_id"] is None}
     listed: set[str] = set()
-    opened: set[str] = set()
+    refused: set[str] = set()
     if whole:
         for number, uri in enumerate(_public_uris(videos)):
             if uri in whole:
                 listed.add(uri)
-                if plan.opened[number]:
-                    opened.add(uri)
+                if not plan.opened[number]:  # one of several, perhaps, that differ in a query that is not shown
+                    refused.add(uri)
     named = pa.array(sorted({row["span_id"] for row in rows if row["span_id"] is not None}), pa.string())
     finished = set(named.filter(pc.is_in(named, committed)).to_pylist())
     new = {(copy.uri, copy.detail): copy for copy in copies}
@@ -438,7 +438,7 @@ def settle_rejects(
         if row["reason"] == Reason.DUPLICATE:
             return new.pop((row["uri"], row["detail"]), None) is not None or row["uri"] not in listed
         if row["span_id"] is None:
-            return row["uri"] not in opened
+            return row["uri"] in refused or row["uri"] not in listed
         return row["reason"] != Reason.CHANGED and is_partial(row) == (row["span_id"] in finished)
 
     drop_rejects(out, is_wanted)
