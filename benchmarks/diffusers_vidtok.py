@@ -25,7 +25,7 @@ from models.weights import checkpoint_name
 with suppress(ImportError):  # diffusers imports torchvision where it is installed
     declare_torchvision_operators()
 
-from diffusers import AutoencoderVidTok  # noqa: E402
+from diffusers import AutoencoderVidTok
 
 
 def diffusers_model(config: TokenizerConfig, weights: Mapping[str, Tensor] | None) -> Any:
