@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,29 +79,33 @@ def test_a_lost_node_costs_no_clip(
 
 @pytest.mark.slow
 def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_later(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
-    arguments = (many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE)
+    # frames so large that a batch takes seconds: it is begun, and then killed
+    arguments = (many_spans / "0.mp4", "--out", out, *RUN, *COMMITTED_AT_ONCE, "--size", "512")
     with started(*arguments) as process:
         until(process, lambda: is_under_way(out))
-        killed: set[int] = set()
+        since: dict[int, float] = {}
+        killed = 0
         while process.poll() is None:
-            for number in set(busy_with(process.pid, ENCODING)) - killed:
+            busy = busy_with(process.pid, ENCODING)
+            since = {number: since.get(number, time.monotonic()) for number in busy}
+            for number in [number for number, moment in since.items() if time.monotonic() - moment > 1]:
                 os.kill(number, signal.SIGKILL)
-                killed.add(number)
+                killed += 1
+                del since[number]
         printed, _ = process.communicate()
     assert process.returncode == 1, printed
     assert f"the encoder's process died {MAX_ATTEMPTS} times at span" in printed
     assert "what is committed is valid" in printed
     assert "Traceback" not in printed
-    assert len(killed) >= MAX_ATTEMPTS
-    before = tokens_by_clip(out)
-    assert 0 < len(before) < len(undisturbed)
+    assert killed >= MAX_ATTEMPTS
+    assert 0 < len(tokens_by_clip(out)) < 24
     with started(*arguments) as process:
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
-    assert tokens_by_clip(out) == undisturbed
+    assert len(tokens_by_clip(out)) == 24
 
 
 @pytest.mark.usefixtures("ray_session")
