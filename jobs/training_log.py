@@ -1,0 +1,247 @@
+"""What a training writes down of itself while it runs: figures, pictures, and what its workers tell the driver.
+
+Nothing here decides anything. `Recorder` is the first worker's; `Board` is where all workers leave what the driver
+shows, and where they see that they are to stop.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.exceptions import RayError
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline import storage
+
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+PICTURES = "pictures"
+
+_GROUPS = {
+    "speed": ("clips_per_second", "steps_per_second", "waiting", "mfu", "epoch"),
+    "rates": ("learning_rate", "learning_rate_discriminator"),
+    "gradients": ("grad_norm_generator", "grad_norm_discriminator"),
+}
+
+
+class Recorder:
+    """Writes figures to ``metrics.jsonl``, TensorBoard events and, if wanted, Weights & Biases; pictures as PNG.
+
+    Local folders are written to as it goes. Object stores cannot append: there all is put whole by :meth:`flush`.
+    """
+
+    def __init__(self, folder: str, *, from_step: int, run: Mapping[str, Any], name: str, wandb: str | None) -> None:
+        """Go on at a step; what was written down of later ones, before a restart, is taken back."""
+        self._folder = folder
+        self._local: tempfile.TemporaryDirectory[str] | None = None
+        if storage.is_local(folder):
+            root = Path(storage.absolute(folder))
+        else:
+            self._local = tempfile.TemporaryDirectory(prefix="vidshard-")
+            root = Path(self._local.name)
+        root.mkdir(parents=True, exist_ok=True)
+        metrics = storage.join(folder, METRICS)
+        before = storage.read_bytes(metrics).decode() if storage.exists(metrics) else ""
+        kept = [line for line in before.splitlines() if json.loads(line)["step"] <= from_step]
+        self._lines = root / METRICS
+        self._lines.write_text("".join(f"{line}\n" for line in kept))
+        self._root = root
+        self._events = SummaryWriter(str(root / EVENTS), purge_step=from_step + 1 if from_step else None)
+        self._wandb: Any = None
+        if wandb is not None:
+            import wandb as package
+
+            self._wandb = package.init(project=wandb, name=name, config=dict(run), resume="allow", id=name)
+
+    def write(self, step: int, figures: Mapping[str, float], *, group: str = "train") -> None:
+        """Figures after so many steps; ``group`` says what they are of."""
+        named = {f"{_group_of(name, group)}/{name}": value for name, value in figures.items()}
+        for name, value in named.items():
+            self._events.add_scalar(name, value, step)
+        with self._lines.open("a") as file:
+            file.write(json.dumps({"step": step, "group": group, **figures}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
+    def picture(self, step: int, real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.uint8]) -> None:
+        """Clips and their reconstructions as strips: a clip above its reconstruction, frames from left to right."""
+        if not len(real_BTHWC):
+            return
+        strip = picture_strip(real_BTHWC, fake_BTHWC)
+        folder = self._root / PICTURES
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{step:08d}.png").write_bytes(png(strip))
+        self._events.add_image("held out: clip above, reconstruction below", strip, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Put everything where it can be read."""
+        self._events.flush()
+        if self._local is not None:
+            for path in self._root.rglob("*"):
+                if path.is_file():
+                    name = storage.join(self._folder, *path.relative_to(self._root).parts)
+                    storage.write_atomic(name, path.read_bytes())
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, _kind: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.flush()
+        self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._local is not None:
+            self._local.cleanup()
+
+
+def _group_of(name: str, group: str) -> str:
+    return next((known for known, names in _GROUPS.items() if name in names), group)
+
+
+MAX_STRIP_FRAMES = 9
+
+
+def picture_strip(real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Rows of frames: each clip, evenly thinned to nine frames, above its reconstruction; uint8 (H', W', 3)."""
+    num_frames = real_BTHWC.shape[1]
+    shown = np.unique(np.linspace(0, num_frames - 1, min(num_frames, MAX_STRIP_FRAMES)).round().astype(int))
+    rows = [
+        np.concatenate(list(video[shown]), axis=1)
+        for pair in zip(real_BTHWC, fake_BTHWC, strict=True)
+        for video in pair
+    ]
+    return np.concatenate(rows)
+
+
+def png(picture: npt.NDArray[np.uint8]) -> bytes:
+    """A picture, uint8 (H, W, 3), as a file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+class _BoardActor:
+    def __init__(self) -> None:
+        self.latest: dict[str, Any] = {}
+        self.held_out: dict[str, float] = {}
+        self.outcome: dict[str, Any] = {}
+        self.starts = 0
+        self.rejected: dict[tuple[str, str], dict[str, Any]] = {}
+        self.stopping = False
+
+    def begin(self, count: bool) -> bool:
+        self.starts += count
+        return "failed" in self.outcome
+
+    def show(self, latest: dict[str, Any]) -> bool:
+        self.latest = latest
+        return self.stopping
+
+    def measured(self, figures: dict[str, float]) -> None:
+        self.held_out = figures
+
+    def reject(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            kept = self.rejected.setdefault((entry["uri"], entry["reason"]), entry | {"count": 0})
+            kept["count"] += 1
+
+    def end(self, outcome: dict[str, Any]) -> None:
+        self.outcome = outcome
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def read(self) -> dict[str, Any]:
+        return {
+            "latest": self.latest,
+            "held_out": self.held_out,
+            "outcome": self.outcome,
+            "starts": self.starts,
+            "rejected": list(self.rejected.values()),
+        }
+
+
+class Board:
+    """Where workers and driver leave each other notes; a process of its own that takes no CPU."""
+
+    def __init__(self) -> None:
+        self._actor: Any = ray.remote(_BoardActor).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote()
+
+    def begin(self, is_first: bool) -> bool:
+        """A worker has started, perhaps again; whether there is no use in that."""
+        return bool(ray.get(self._actor.begin.remote(is_first)))
+
+    def show(self, latest: Mapping[str, Any]) -> bool:
+        """How far it is; whether the driver wants an end."""
+        try:
+            return bool(ray.get(self._actor.show.remote(dict(latest)), timeout=30))
+        except (RayError, TimeoutError):
+            return False
+
+    def measured(self, figures: Mapping[str, float]) -> None:
+        """Of held-out clips."""
+        self._actor.measured.remote(dict(figures))
+
+    def reject(self, entries: list[dict[str, Any]]) -> None:
+        """Videos that were passed over."""
+        self._actor.reject.remote(entries)
+
+    def end(self, **outcome: Any) -> None:
+        """How it ended, in a way that starting again would not change."""
+        ray.get(self._actor.end.remote(outcome))
+
+    def stop(self) -> None:
+        """Ask the workers to end at their next look."""
+        self._actor.stop.remote()
+
+    def read(self) -> dict[str, Any]:
+        """What the driver shows: latest, held_out, outcome, starts, rejected."""
+        note: dict[str, Any] = ray.get(self._actor.read.remote())
+        return note
+
+
+class Speed:
+    """Throughput since it was last asked."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._steps = 0
+        self._clips = 0
+        self._waited = 0.0
+
+    def step(self, clips: int, wait_seconds: float) -> None:
+        """Another step, of so many clips over all workers, for which this one waited."""
+        self._steps += 1
+        self._clips += clips
+        self._waited += wait_seconds
+
+    def figures(self, flops_per_clip: float, peak_flops: float, workers: int) -> dict[str, float]:
+        """Clips and steps a second, share of the time waited for data, and share of the devices' peak (MFU)."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        figures = {
+            "clips_per_second": self._clips / seconds,
+            "steps_per_second": self._steps / seconds,
+            "waiting": self._waited / seconds,
+        }
+        if flops_per_clip and peak_flops:
+            figures["mfu"] = figures["clips_per_second"] * flops_per_clip / (workers * peak_flops)
+        self.__init__()  # type: ignore[misc]
+        return figures
+
+
+def count_rejections(entries: list[dict[str, Any]]) -> Counter[str]:
+    """Videos by reason."""
+    return Counter(entry["reason"] for entry in entries)
