@@ -42,6 +42,7 @@ def tiny(videos: list[str], out: str) -> TrainRun:
         tokenizer="tiny",
         stages={"stage1": first, "stage2": second},
         clips_per_video=4,
+        held_out=0.1,
         checkpoint_steps=100,
         evaluate_steps=50,
         eval_clips=16,

@@ -129,12 +129,11 @@ def _train(job: StageJob, worker: Worker) -> None:
     held_out = _read_held_out(job)
     state, frozen = begin(job, worker)
     flops = 0.0 if state.device.type == "cpu" and run.compile else flops_per_clip(state, stage)
-    peak = peak_flops(worker.device, stage.precision)
+    speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count)
     tables = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=stage.clips_per_step // worker.count, batch_format="pyarrow", prefetch_batches=2
     )
     feed = batches(iter(tables), stage.clip_spec(clips_per_video=1), first=state.step * stage.clips_per_step)
-    speed = Speed()
     with ExitStack() as at_end:
         recorder = at_end.enter_context(_recorder(job, state.step)) if worker.is_first else None
         writer = at_end.enter_context(CheckpointWriter(job.checkpoints))
@@ -148,7 +147,7 @@ def _train(job: StageJob, worker: Worker) -> None:
             is_last = state.step >= stage.steps
             stopping = False
             if is_last or state.step % run.log_steps == 0:
-                metrics |= speed.figures(flops, peak, worker.count)
+                metrics |= speed.lately()
                 metrics["epoch"] = batch.samples[-1] / job.epoch_length
                 stopping = _report(job, worker, state, metrics, recorder)
             if is_last or state.step % run.evaluate_steps == 0:
@@ -164,7 +163,9 @@ def _train(job: StageJob, worker: Worker) -> None:
         writer.wait()
         figures = export(job, worker, state, frozen) if is_last else {}
     if worker.is_first:
-        job.board.end(finished=is_last, step=state.step, metrics=metrics, measured=measured, **figures)
+        job.board.end(
+            finished=is_last, step=state.step, metrics=metrics | speed.overall(), measured=measured, **figures
+        )
 
 
 def _this_worker(job: StageJob) -> Worker:

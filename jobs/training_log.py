@@ -10,8 +10,8 @@ import io
 import json
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -214,34 +214,50 @@ class Board:
 
 
 class Speed:
-    """Throughput since it was last asked."""
+    """Throughput of a training."""
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._steps = 0
-        self._clips = 0
-        self._waited = 0.0
+    def __init__(self, flops_per_clip: float, peak_flops: float, workers: int) -> None:
+        """The first two are 0.0 where nobody knows; ``peak_flops`` is that of one worker."""
+        self._flops, self._peak = flops_per_clip, peak_flops * workers
+        self._now = _Count(began=time.perf_counter())
+        self._whole: _Count | None = None
 
     def step(self, clips: int, wait_seconds: float) -> None:
         """Another step, of so many clips over all workers, for which this one waited."""
-        self._steps += 1
-        self._clips += clips
-        self._waited += wait_seconds
+        for count in (self._now, self._whole):
+            if count is not None:
+                count.steps += 1
+                count.clips += clips
+                count.waited += wait_seconds
 
-    def figures(self, flops_per_clip: float, peak_flops: float, workers: int) -> dict[str, float]:
-        """Clips and steps a second, share of the time waited for data, and share of the devices' peak (MFU)."""
-        seconds = max(time.perf_counter() - self._began, 1e-9)
+    def lately(self) -> dict[str, float]:
+        """Since it was last asked: clips and steps a second, share of the time waited for data, and share of the
+        devices' peak (MFU)."""
+        figures = self._figures(self._now)
+        self._now = _Count(began=time.perf_counter())
+        if self._whole is None:
+            self._whole = _Count(began=time.perf_counter())
+        return figures
+
+    def overall(self) -> dict[str, float]:
+        """The same of the whole training but for its beginning, in which pipelines fill and kernels are chosen."""
+        return self._figures(self._whole) if self._whole is not None and self._whole.steps else {}
+
+    def _figures(self, count: _Count) -> dict[str, float]:
+        seconds = max(time.perf_counter() - count.began, 1e-9)
         figures = {
-            "clips_per_second": self._clips / seconds,
-            "steps_per_second": self._steps / seconds,
-            "waiting": self._waited / seconds,
+            "clips_per_second": count.clips / seconds,
+            "steps_per_second": count.steps / seconds,
+            "waiting": count.waited / seconds,
         }
-        if flops_per_clip and peak_flops:
-            figures["mfu"] = figures["clips_per_second"] * flops_per_clip / (workers * peak_flops)
-        self.__init__()  # type: ignore[misc]
+        if self._flops and self._peak:
+            figures["mfu"] = figures["clips_per_second"] * self._flops / self._peak
         return figures
 
 
-def count_rejections(entries: list[dict[str, Any]]) -> Counter[str]:
-    """Videos by reason."""
-    return Counter(entry["reason"] for entry in entries)
+@dataclass(kw_only=True)
+class _Count:
+    began: float
+    steps: int = 0
+    clips: int = 0
+    waited: float = 0.0

@@ -141,7 +141,7 @@ class Checkpoints:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, while training goes on; as a context manager it waits at the end."""
+    """Writes checkpoints in a thread, one at a time, while training goes on; waits for the last one at its end."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
