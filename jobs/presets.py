@@ -26,7 +26,9 @@ def tiny(videos: list[str], out: str) -> TrainRun:
         final_rate_share=0.1,
         ema_decay=0.99,
         perceptual_weight=0,
-        entropy_weight=0.01,
+        # likelihoods are sums over a frame: with less of it the codebook is not used for the first hundreds of steps
+        entropy_weight=100,
+        commitment_weight=0,
         entropy_anneal_steps=100,
         gan_start=300,
         discriminator_learning_rate=3e-4,

@@ -171,7 +171,7 @@ def run_and_report(run: TrainRun, console: Console) -> int:
         print_error(error)
         return EXIT_REFUSED
     except KeyboardInterrupt as interrupt:
-        console.print("interrupted before training began; run the same command again", highlight=False)
+        console.print("interrupted; run the same command again to go on", highlight=False)
         return exit_code_of(interrupt)
     for stage in result.stages:
         _print_stage(stage, console)

@@ -389,7 +389,8 @@ def _read_held_out(job: StageJob) -> npt.NDArray[np.uint8]:
     stage = job.stage
     with storage.open_binary(storage.join(job.folder, HELD_OUT)) as file:
         frames = pq.ParquetFile(file).read(columns=["frames"])["frames"].to_pylist()
-    return np.frombuffer(bytearray().join(frames), np.uint8).reshape(-1, stage.frames, *stage.size, 3)
+    shape = (len(frames), stage.frames, *stage.size, 3)
+    return np.frombuffer(bytearray().join(frames), np.uint8).reshape(shape) if frames else np.empty(shape, np.uint8)
 
 
 # What is kept

@@ -449,6 +449,8 @@ def batches(
 
 def decode_held_out(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa.Table, list[Rejection]]:
     """The clips in the middle of held-out videos: ``CLIP_SCHEMA``, and what could not be decoded."""
+    if not items.num_rows:
+        return CLIP_SCHEMA.empty_table(), []
     items = items.append_column("placement_seed", pa.array([0] * items.num_rows, pa.int64()))
     numbered = pa.table(
         {

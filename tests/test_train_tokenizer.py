@@ -1,4 +1,4 @@
-"""Training as a job: two workers, a kill, both stages, and a tokenizer that the pipeline takes; bad input ends early."""
+"""Training as a job: two workers, a kill, both stages, a tokenizer that the pipeline takes; bad input ends early."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ from tests.processes import processes_below
 
 
 def write_motion(path: Path, seed: int) -> Path:
-    """Four seconds of a colour gradient that drifts and a disc on its orbit."""
+    """Four seconds at night: a dark gradient that drifts, and a disc on its orbit."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:48, :64] / 48
     waves = random.uniform(0.1, 0.5, (3, 4))
-    disc = random.uniform(0, 1, 3)
+    disc = random.uniform(0.2, 0.5, 3)
     with av.open(str(path), "w") as container:
         stream = cast(VideoStream, container.add_stream("libx264", rate=6))
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "18"}
         for number in range(24):
             t = number / 6
-            colours = [0.5 + 0.4 * np.sin(2 * np.pi * (a * x + b * y + c) + d * t) for a, b, c, d in waves]
+            colours = [0.15 + 0.1 * np.sin(2 * np.pi * (a * x + b * y + c) + d * t) for a, b, c, d in waves]
             picture = np.stack(colours, axis=-1)
             picture[(x - 0.7 - 0.3 * np.cos(t + seed)) ** 2 + (y - 0.5 - 0.3 * np.sin(t)) ** 2 < 0.03] = disc
             frame = av.VideoFrame.from_ndarray((picture * 255).astype(np.uint8), format="rgb24")
@@ -77,6 +77,7 @@ SMALL = {
     "size": "32",
     "learning_rate": 3e-3,
     "ema_decay": 0.9,
+    "warmup_steps": 3,
     "discriminator_width": 4,
     "log_steps": 1,
     "threads": 1,
@@ -129,6 +130,14 @@ def worker_killed_after(checkpoint: Path) -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_controller() -> Iterator[None]:
+    """Ray Train looks every two seconds whether its workers live, and ended; here it shall not be waited for."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    yield
+    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+
+
 @pytest.fixture(scope="module")
 def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, str]:
     """Both stages with two workers, one of which is killed in the first; the run's folder, and what was printed."""
@@ -138,14 +147,14 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session:
         out,
         ("stage1", "stage2"),
         workers=2,
-        steps=60,
-        gan_start=50,
+        steps=40,
+        gan_start=30,
         checkpoint_steps=10,
-        evaluate_steps=30,
+        evaluate_steps=20,
         keep_last=1,
-        stage2=["size=48", "steps=20", "gan_start=10"],
+        stage2=["size=48", "steps=10", "gan_start=5"],
     )
-    with worker_killed_after(out / "stage1" / "checkpoints" / "step-00000020.json") as killed:
+    with worker_killed_after(out / "stage1" / "checkpoints" / "step-00000010.json") as killed:
         code, text = train(run)
     assert code == 0, text
     assert killed
@@ -154,20 +163,20 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session:
 
 def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path, str]) -> None:
     out, text = trained
-    assert "stage1: 60 steps" in text
+    assert "stage1: 40 steps" in text
     assert "1 restarts" in text
     train_lines = lines_of(out)
-    assert [line["step"] for line in train_lines] == list(range(1, 61))  # none twice, none missing
+    assert [line["step"] for line in train_lines] == list(range(1, 41))  # none twice, none missing
     begun = np.mean([line["l1"] for line in train_lines[:5]])
-    ended = np.mean([line["l1"] for line in train_lines[45:50]])
-    assert ended < 0.75 * begun
+    ended = np.mean([line["l1"] for line in train_lines[-5:]])
+    assert ended < 0.5 * begun
     before, *_, after = lines_of(out, group="held_out")
-    assert (before["step"], after["step"]) == (0, 60)
-    assert after["psnr"] > before["psnr"] + 1.0
+    assert (before["step"], after["step"]) == (0, 40)
+    assert after["psnr"] > before["psnr"] + 4
     second = lines_of(out, "stage2", "held_out")
     assert second[-1]["psnr"] > second[0]["psnr"]
     assert "hinge" in train_lines[-1]
-    assert "hinge" not in train_lines[40]
+    assert "hinge" not in train_lines[20]
 
 
 def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, str]) -> None:
@@ -189,7 +198,7 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, str]) -> None:
     for words in (
         "| stage1 | all | 5x32x32",
         "| stage2 | decoder | 5x48x48",
-        "60 of 60",
+        "40 of 40",
         "--weights",
         "weights_sha256",
     ):
@@ -203,10 +212,10 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, str]) -> None:
         assert tag in tags
     for tag in ("held_out/psnr", "held_out/ssim", "held_out/codebook_utilisation", "speed/waiting", "speed/mfu"):
         assert tag in tags
-    picture = Image.open(out / "stage1" / "pictures" / "step-00000060.png")
+    picture = Image.open(out / "stage1" / "pictures" / "step-00000040.png")
     assert picture.size == (5 * 32, 2 * 2 * 32)  # two clips above their reconstructions
     marks = Checkpoints(str(out / "stage1"), record["run_id"], keep_last=1).marks()
-    assert [mark.step for mark in marks][-1] == 60
+    assert [mark.step for mark in marks][-1] == 40
     assert len(marks) <= 2
 
 
@@ -239,14 +248,14 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
     error = capsys.readouterr().err
     assert code == 2
     assert "is the run of other settings" in error
-    assert "stage1.steps: 60 there, 77 now" in error
+    assert "stage1.steps: 40 there, 77 now" in error
 
 
 def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, str], videos: Path) -> None:
     out, _ = trained
     start = str(out / "stage1")
     flags = {"videos": [str(videos)], "out": str(out) + "2", "start_from": start, "preset": "tiny"}
-    with pytest.raises(Exception, match="is of tiny, not tiny_kl .*head: fsq there, kl here"):
+    with pytest.raises(Exception, match=r"is of tiny, not tiny_kl .*head: fsq there, kl here"):
         resolve(training_run("tiny", ("stage2",), flags | {"tokenizer": "tiny_kl"}))
     training = resolve(training_run("tiny", ("stage2",), flags))
     assert training.previous == (start, read_record(str(out))["run_id"])
@@ -255,11 +264,11 @@ def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     videos: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"steps": 12, "checkpoint_steps": 3, "evaluate_steps": 6, "gan_start": 4, "max_failures": 0}
+    settings = {"steps": 8, "checkpoint_steps": 2, "evaluate_steps": 4, "gan_start": 3, "max_failures": 0}
     code, text = train(run_of(videos, tmp_path / "whole", **settings))
     assert code == 0, text
     killed_run = run_of(videos, tmp_path / "killed", **settings)
-    with worker_killed_after(tmp_path / "killed" / "stage1" / "checkpoints" / "step-00000003.json") as killed:
+    with worker_killed_after(tmp_path / "killed" / "stage1" / "checkpoints" / "step-00000002.json") as killed:
         code, text = train(killed_run)
     assert killed
     assert code == 1
@@ -361,7 +370,7 @@ def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
         ({"preset": "domain"}, "has no stage1; it has finetune"),
     ):
         with pytest.raises(SettingsError, match=message):
-            training_run("paper", ("stage1", "stage2"), {**flags, **changes}, file)
+            training_run("paper", ("stage1", "stage2"), {"out": "x", **changes}, file)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -398,7 +407,7 @@ def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
     one = activation_bytes(get_preset("tiny"), stage)
     assert one > 5 << 20
     larger = activation_bytes(get_preset("tiny"), stage.model_copy(update={"size": (64, 64)}))
-    assert 3.5 < larger / one < 4.5
+    assert 3 < larger / one < 4.5
 
 
 def test_strips_show_a_clip_above_its_reconstruction() -> None:
