@@ -33,13 +33,13 @@ from ray.data.exceptions import UserCodeException
 from ray.exceptions import RayError
 from rich.console import Console
 
+from jobs.board import Board
 from jobs.cluster import Cluster, ray_cluster
 from jobs.display import RunDisplay, warn
 from jobs.interrupts import Interrupts
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
 from jobs.request import code_version
 from jobs.train_worker import EXPORT, HELD_OUT, RUN, StageJob, last_state, start_weights, train_worker
-from jobs.training_log import Board
 from models.config import TokenizerConfig
 from models.losses import load_perceptual
 from models.tokenizer import get_preset

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.training_log import Board, Recorder, Speed
+from jobs.board import Board
+from jobs.training_log import Recorder, Speed
 from models.losses import load_perceptual
 from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer, output_to_frames
 from models.training import (

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from av.video.stream import VideoStream
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,7 +48,7 @@ def write_motion(path: Path, seed: int) -> Path:
     waves = random.uniform(0.1, 0.5, (3, 4))
     disc = random.uniform(0.2, 0.5, 3)
     with av.open(str(path), "w") as container:
-        stream = cast(VideoStream, container.add_stream("libx264", rate=6))
+        stream = container.add_stream("libx264", rate=6)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "18"}
         for number in range(24):
@@ -264,7 +263,13 @@ def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     videos: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"steps": 8, "checkpoint_steps": 2, "evaluate_steps": 4, "gan_start": 3, "max_failures": 0}
+    settings: dict[str, Any] = {
+        "steps": 8,
+        "checkpoint_steps": 2,
+        "evaluate_steps": 4,
+        "gan_start": 3,
+        "max_failures": 0,
+    }
     code, text = train(run_of(videos, tmp_path / "whole", **settings))
     assert code == 0, text
     killed_run = run_of(videos, tmp_path / "killed", **settings)
@@ -296,7 +301,13 @@ def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(
     videos: Path, tmp_path: Path, ray_session: None
 ) -> None:
     out = tmp_path / "run"
-    settings = {"steps": 40, "checkpoint_steps": 2, "evaluate_steps": 2, "divergence_after": 1, "divergence_l1": 0.05}
+    settings: dict[str, Any] = {
+        "steps": 40,
+        "checkpoint_steps": 2,
+        "evaluate_steps": 2,
+        "divergence_after": 1,
+        "divergence_l1": 0.05,
+    }
     code, text = train(run_of(videos, out, **settings, cache=str(tmp_path / "cache")))
     assert code == 1
     assert "training diverges" in text
@@ -385,7 +396,13 @@ def test_presets_are_complete_runs(name: str) -> None:
 def test_the_presets_of_the_paper_are_its_stages() -> None:
     run = TRAININGS["paper"](["videos"], "out")
     first, second = run.stages.values()
-    assert (first.size, first.frames, first.fps, first.steps, first.clips_per_step) == ((128, 128), 17, 3, 50_000, 16)
+    assert (first.size, first.frames, first.fps, first.steps, first.clips_per_step) == (
+        (128, 128),
+        17,
+        Fraction(3),
+        50_000,
+        16,
+    )
     assert (second.size, second.steps, second.clips_per_step, second.trainable) == ((256, 256), 30_000, 8, "decoder")
 
 

@@ -166,11 +166,10 @@ def streamed(draws: Draws, start: int, stop: int, workers: int, block: int = 2) 
         dataset = training_clips(ray.put(draws), reader, start, stop, rows_per_block=block)
         parts = dataset.streaming_split(workers, equal=True)
 
-        @ray.remote(num_cpus=0)
         def consume(part: ray.data.DataIterator) -> list[pa.Table]:
             return list(part.iter_batches(batch_size=block, batch_format="pyarrow"))
 
-        got: list[list[pa.Table]] = ray.get([consume.remote(part) for part in parts])
+        got: list[list[pa.Table]] = ray.get([ray.remote(num_cpus=0)(consume).remote(part) for part in parts])
         return got
     finally:
         context.execution_options.preserve_order = before
