@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -340,8 +341,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     code, _ = train(run_of(tmp_path, tmp_path / "out", **changes))
     assert code == 2
     error = " ".join(capsys.readouterr().err.split())
-    import re
-
     assert re.search(message, error), error
 
 
@@ -356,7 +355,6 @@ def test_too_few_videos_batches_that_do_not_divide_and_unreachable_storage_are_r
         ({"out": str(blocked / "run")}, "cannot write"),
         ({"videos": [str(tmp_path / "nothing")]}, "no such file, or the folder is empty"),
     ):
-        run = run_of(videos, tmp_path / "out").model_copy(update={})
         flags = {"videos": [str(videos)], "out": str(tmp_path / f"out-{len(message)}"), **SMALL, **changes}
         run = training_run("tiny", ("stage1",), flags)
         assert train(run)[0] == 2
