@@ -9,6 +9,7 @@ is found out before the first step. The folder of a run explains it:
     STAGE/tokenizer.safetensors     what the stage gave: averaged weights, with the model's configuration
     STAGE/checkpoints/       what it can be gone on from
     STAGE/metrics.jsonl, tensorboard/, pictures/, held_out.parquet
+    STAGE/result.json        figures of the stage, and digests of its weights
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import platform
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import av
@@ -66,6 +67,7 @@ from schemas.video import Limits, Rejection
 
 SUMMARY = "summary.md"
 REJECTS = "rejects.json"
+STAGE_RESULT = "result.json"
 
 _FORMAT = 1
 _LEASE_SECONDS = 60.0
@@ -148,6 +150,7 @@ def main(training: Training, console: Console) -> Result:
             lease.check()
             outcome = train_stage(job, draws, workers, cluster, lease, result, console)
             result.stages.append(outcome)
+            storage.write_atomic(storage.join(job.folder, STAGE_RESULT), json.dumps(asdict(outcome), indent=1).encode())
             _write_rejects(job, corpora.rejections)
             write_summary(training, result, corpora)
             if result.problem or result.interruption or not outcome.is_finished:
@@ -541,6 +544,10 @@ def _finished(training: Training, name: str) -> StageResult | None:
     steps = training.run.stages[name].steps
     if mark is None or mark.step < steps or not storage.exists(storage.join(folder, EXPORT)):
         return None
+    path = storage.join(folder, STAGE_RESULT)
+    known = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    if known.get("is_finished"):
+        return StageResult(**known)
     return StageResult(name=name, steps=mark.step, measured=mark.metrics, is_finished=True)
 
 
@@ -618,6 +625,9 @@ def _measured_at_first(job: StageJob) -> dict[str, float]:
 def trainer_of(job: StageJob, draws: Draws, workers: int, cluster: Cluster) -> Any:
     """Ray Train's trainer: where workers run, what they are fed, and what happens when one dies."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")  # is asked for when it is imported
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # a minute is short where many import torch
+    if cluster.is_own:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody preempts it: a process less
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
