@@ -15,8 +15,9 @@ import click
 from rich.console import Console
 
 from jobs.outcome import terminate
-from jobs.settings import SectionedCommand, options_of, resolve_settings
+from jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
 from schemas.runs import TokenizeRun, parse_size
+from schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
 
@@ -40,6 +41,7 @@ def vidshard() -> None:
     vidshard verify tokens/                             is it what it says it is?
     vidshard decode tokens/ --clip ID --to clip.mp4     tokens back to video
     vidshard convert model.ckpt model.safetensors ...   weights that say which model they are
+    vidshard train two_stage --videos clips/ ...        a tokenizer of one's own
     """
 
 
@@ -231,6 +233,129 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
     from jobs.convert_weights import convert_weights
 
     sys.exit(convert_weights(source, target, tokenizer, _console(), ema=ema))
+
+
+@vidshard.group()
+def train() -> None:
+    """Train a tokenizer on raw videos, on one machine or a Ray cluster.
+
+    \b
+    vidshard train two_stage --videos clips/ --out runs/mine           both stages of the VidTok paper
+    vidshard train two_stage --videos clips/ --out runs/try --preset tiny    a tiny model on a CPU, in minutes
+    vidshard train stage1 --videos a/=0.7 --videos b/=0.3 --out runs/one --steps 20000
+    vidshard train stage2 --from runs/one/stage1 --videos clips/ --out runs/two
+    vidshard train finetune --from hf://OWNER/REPO/PATH --tokenizer NAME --videos domain/ --out runs/domain
+    vidshard train resume runs/mine
+
+    The same command again goes on where a run stopped, as `resume` does.
+    """
+
+
+def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str) -> None:
+    """Add ``vidshard train KIND``: flags and file over a preset, of which it takes some stages."""
+
+    def run_command(config_path: Path | None, **flags: Any) -> None:
+        run = training_run(preset, stages, flags, config_path)
+        from jobs.train_tokenizer import run_and_report
+
+        sys.exit(run_and_report(run, _console()))
+
+    several = {"videos": "--videos", **{name: f"--{name}" for name in ("stage1", "stage2") if len(stages) > 1}}
+    function = options_of(TrainFlags, leave_out=frozenset({"videos", "start_from", "stage1", "stage2"}))(run_command)
+    for name, flag in {**several, "start_from": "--from"}.items():
+        field = TrainFlags.model_fields[name]
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        function = click.option(
+            flag,
+            name,
+            multiple=name != "start_from",
+            cls=SectionedOption,
+            section=str(extra["section"]),
+            metavar=str(extra["metavar"]),
+            help=field.description,
+        )(function)
+    function.__doc__ = text
+    train.command(kind, cls=SectionedCommand)(function)
+
+
+def training_run(
+    preset: str, stages: tuple[str, ...], flags: dict[str, Any], config_path: Path | None = None
+) -> TrainRun:
+    """A complete run: what flags and file say, and the preset for the rest.
+
+    Args:
+        preset: unless they name another one.
+        stages: that the run shall have, where the preset has more.
+
+    Raises:
+        SettingsError: for what is unknown or impossible.
+    """
+    from jobs.presets import TRAININGS
+
+    for name in ("stage1", "stage2"):
+        pairs = flags.pop(name, None) or ()
+        if bad := next((pair for pair in pairs if "=" not in pair), None):
+            raise SettingsError(f"--{name}: give KEY=VALUE, such as steps=1000, got {bad!r}")
+        if pairs:
+            flags[name] = dict(pair.split("=", 1) for pair in pairs)
+    if flags.get("videos"):
+        flags["videos"] = list(flags["videos"])
+    said = resolve_settings(TrainFlags, flags, config_path)
+    name = said.preset or preset
+    if name not in TRAININGS:
+        raise SettingsError(f"--preset: no preset {name!r}; these are: {', '.join(TRAININGS)}")
+    base = TRAININGS[name](said.videos, said.out)
+    given = {key: getattr(said, key) for key in said.model_fields_set}
+    chosen = {}
+    for stage in stages:
+        if stage not in base.stages:
+            raise SettingsError(f"--preset {name} has no {stage}; it has {', '.join(base.stages)}")
+        values = base.stages[stage].model_dump() | {k: v for k, v in given.items() if k in StageConfig.model_fields}
+        own = given.get(stage) if len(stages) > 1 else None
+        chosen[stage] = resolve_settings(StageConfig, values | (own or {}), None)
+    changes = {key: value for key, value in given.items() if key in RunSettings.model_fields}
+    return resolve_settings(TrainRun, {**dict(base), **changes, "stages": chosen}, None)
+
+
+_training_command(
+    "two_stage",
+    "paper",
+    ("stage1", "stage2"),
+    """Train both stages, one after the other.
+
+    First everything at low resolution, then the decoder alone at full resolution. A flag goes for both stages;
+    --stage1 KEY=VALUE and --stage2 KEY=VALUE for one of them (stage1: and stage2: in a YAML file).
+    """,
+)
+_training_command(
+    "stage1", "paper_stage1", ("stage1",), "Train everything, at low resolution: the first stage of the paper."
+)
+_training_command(
+    "stage2",
+    "paper_stage2",
+    ("stage2",),
+    "Train the decoder alone, at full resolution, from a first stage (--from): tokens stay valid.",
+)
+_training_command(
+    "finetune",
+    "domain",
+    ("finetune",),
+    "Adapt a trained tokenizer (--from) to a domain of one's own; with --preset long_video, to long sequences.",
+)
+
+
+@train.command()
+@click.argument("out", metavar="RUN")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Other than it began with.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of a worker on CPUs.")
+@click.option("--ray-address", metavar="ADDRESS", help="Cluster to run on.")
+@click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
+def resume(out: str, **changes: Any) -> None:
+    """Go on with a run from its folder alone, from its last checkpoint."""
+    from jobs.train_tokenizer import resume as go_on
+
+    sys.exit(go_on(out, {name: value for name, value in changes.items() if value is not None}, _console()))
 
 
 @vidshard.command()

@@ -95,7 +95,7 @@ def _default_text(field: FieldInfo) -> str:
         return ""
     value = field.default
     if isinstance(value, tuple):
-        value = "x".join(map(str, value))
+        value = ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1 << 20:
         value = f"{value >> 20}MiB"
     return f"  [default: {value}]"

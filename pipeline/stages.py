@@ -206,6 +206,32 @@ def _start_seconds(span: Span, spec: ClipSpec) -> float:
     return float(max(span.part.start_seconds, layout.start_seconds(span.first_clip) if inside else 0))
 
 
+def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str | None = None) -> Clip:
+    """The first clip of a span, decoded by itself.
+
+    Raises:
+        VideoError: it cannot be had, or there is none.
+    """
+    if span.video_id in _crashes:
+        raise _crashes[span.video_id]
+    span = replace(span, end_clip=span.first_clip + 1)
+    seconds = limits.seconds_for(float(spec.clip_seconds))
+    try:
+        [result] = _sandbox(limits.memory_bytes).run(
+            _decode_in_child, [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds
+        )
+    except VideoError as error:
+        if error.reason is Reason.DECODER_CRASHED:
+            _crashes[span.video_id] = error
+        raise
+    if result.error is not None:
+        raise result.error
+    if not result.clips:
+        raise VideoError(Reason.TOO_SHORT, f"there is no whole clip of {float(spec.clip_seconds):.3g} s")
+    clip: Clip = result.clips[-1]
+    return clip
+
+
 def decode_again(
     uri: str,
     video_id: str,

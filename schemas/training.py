@@ -1,4 +1,4 @@
-"""What people configure of one stage of training. The defaults are stage 1 of the paper.
+"""What people configure of a training: of one stage (the defaults are stage 1 of the paper), and of the whole run.
 
 Tang et al., "VidTok: A Versatile and Open-Source Video Tokenizer", 2024, and the configurations released with it.
 Stage 2 is ``trainable="decoder"`` at a higher resolution. All steps are batches, see `StageConfig.gan_start`.
@@ -6,12 +6,22 @@ Stage 2 is ``trainable="decoder"`` at a higher resolution. All steps are batches
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from schemas.runs import FrameSize, Rate, setting
+from schemas.runs import ByteSize, FrameSize, Rate, setting
+from schemas.video import ClipSpec
+
+
+def parse_betas(value: object) -> object:
+    """Two numbers from ``0.9,0.999``; other values as they are."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
 
 
 class StageConfig(BaseModel):
@@ -47,8 +57,8 @@ class StageConfig(BaseModel):
     discriminator_learning_rate: float | None = setting(
         None, section="Optimiser", gt=0, metavar="RATE", help="For the discriminator. Default: the tokenizer's."
     )
-    adam_betas: tuple[float, float] = setting(
-        (0.9, 0.999), section="Optimiser", help="Decay of Adam's two averages, for both networks."
+    adam_betas: Betas = setting(
+        (0.9, 0.999), section="Optimiser", metavar="A,B", help="Decay of Adam's two averages, for both networks."
     )
     warmup_steps: int = setting(
         0,
@@ -192,3 +202,166 @@ class StageConfig(BaseModel):
     def has_adversary(self) -> bool:
         """Whether the discriminator ever matters."""
         return self.gan_weight > 0 and self.gan_start < self.steps
+
+    def clip_spec(self, *, clips_per_video: int, placement: Literal["even", "random"] = "random") -> ClipSpec:
+        """How videos become clips of this stage: whole ones only, at so many places of each video."""
+        return ClipSpec(
+            fps=self.fps,
+            num_frames=self.frames,
+            height=self.size[0],
+            width=self.size[1],
+            tail="drop",
+            clips_per_video=clips_per_video,
+            placement=placement,
+        )
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """A path and its weight, from ``clips/=0.7``; without a number behind the last ``=`` all of it is the path.
+
+    Raises:
+        ValueError: a weight that is not positive.
+    """
+    match = re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
+    if match is None:
+        return text, None
+    if float(match[2]) <= 0:
+        raise ValueError(f"a weight must be positive, got {text!r}: leave the folder out instead")
+    return match[1], float(match[2])
+
+
+LOWER_IS_BETTER = frozenset(["l1", "lpips"])
+"""Of what is measured on held-out clips; of everything else more is better."""
+
+
+class RunSettings(BaseModel):
+    """What decides a training run beside its stages."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    videos: list[str] = setting(
+        section="Data",
+        min_length=1,
+        metavar="PATH[=WEIGHT]",
+        help="Videos: a file, folder, glob or manifest, local or any URL that fsspec opens. Give it once for each "
+        "corpus; a/=0.7 and b/=0.3 draw so many of the clips from each. Without weights every video is drawn as often.",
+    )
+    held_out: float = setting(
+        0.05,
+        section="Data",
+        ge=0,
+        lt=1,
+        metavar="SHARE",
+        help="Share of the videos, at least one, that is never trained on: a reconstruction is measured on them. "
+        "Chosen by content, so copies cannot leak.",
+    )
+    clips_per_video: int = setting(
+        1, section="Data", ge=1, metavar="N", help="Random clips of each video in an epoch; each epoch takes others."
+    )
+    cache: str | None = setting(
+        None,
+        section="Data",
+        metavar="FOLDER",
+        help="Decode the clips of one epoch once, keep them there as uint8 Parquet, and take these in every epoch.",
+    )
+    tokenizer: str | None = setting(
+        None, section="Model", metavar="NAME", help="What to train: a name from `vidshard tokenizers`."
+    )
+    start_from: str | None = setting(
+        None,
+        section="Model",
+        metavar="FROM",
+        help="Begin with a finished stage, such as runs/mine/stage1, or with weights: a file, URL or hf://OWNER/REPO/"
+        "PATH. The flag is --from.",
+    )
+    out: str = setting(section="Output", metavar="FOLDER", help="Folder of the run, local or remote.")
+    checkpoint_steps: int = setting(
+        1000,
+        section="Output",
+        ge=1,
+        metavar="N",
+        help="Keep a checkpoint every N steps: what an interruption can cost.",
+    )
+    keep_last: int = setting(2, section="Output", ge=1, metavar="K", help="Keep so many of the last checkpoints,")
+    best_by: str = setting("psnr", section="Output", metavar="METRIC", help="and the best by this held-out metric.")
+    evaluate_steps: int = setting(
+        1000, section="Watching", ge=1, metavar="N", help="Look at held-out clips every N steps."
+    )
+    eval_clips: int = setting(64, section="Watching", ge=1, metavar="N", help="How many of them at most.")
+    pictures: int = setting(4, section="Watching", ge=0, metavar="N", help="Of so many, draw the frames side by side.")
+    log_steps: int = setting(
+        10, section="Watching", ge=1, metavar="N", help="Write down losses and speed every N steps."
+    )
+    wandb: str | None = setting(
+        None, section="Watching", metavar="PROJECT", help="Also log to this project of Weights & Biases."
+    )
+    workers: int | None = setting(
+        None, section="Execution", ge=1, metavar="N", help="Training processes. Default: one for each GPU, or one."
+    )
+    threads: int | None = setting(
+        None, section="Execution", ge=1, metavar="N", help="Threads of a worker on CPUs. Default: CPUs by workers."
+    )
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", section="Execution", help="Whole weights on every worker, or the tokenizer's sharded (FSDP2)."
+    )
+    compile: bool = setting(False, section="Execution", help="Compile the tokenizer: torch.compile.")
+    max_failures: int = setting(
+        3, section="Execution", ge=0, metavar="N", help="Go on from the last checkpoint so often after a worker died."
+    )
+    ray_address: str | None = setting(
+        None,
+        section="Execution",
+        metavar="ADDRESS",
+        help="Cluster to run on, such as 'auto'. Default: $RAY_ADDRESS, or a Ray of its own on this machine.",
+    )
+    object_store: ByteSize | None = setting(
+        None, section="Execution", metavar="BYTES", help="Memory for clips in flight when Ray starts on this machine."
+    )
+    verbose: bool = setting(False, section="Execution", short="-v", help="Show Ray's own log and progress.")
+
+    @model_validator(mode="after")
+    def _corpora_that_can_be(self) -> Self:
+        weights = [weight for _, weight in self.corpora]
+        if None in weights and any(weight is not None for weight in weights):
+            raise ValueError("give every --videos a weight, as in a/=0.7 and b/=0.3, or none of them")
+        return self
+
+    @property
+    def corpora(self) -> list[tuple[str, float | None]]:
+        """Paths and their weights."""
+        return [split_weight(text) for text in self.videos]
+
+
+IDENTITY = ("videos", "held_out", "clips_per_video", "tokenizer", "start_from")
+"""Settings that decide what a run computes; with other ones it is another run. A cache only saves decoding, but its
+clips are the same in every epoch."""
+
+
+class TrainRun(RunSettings):
+    """A complete training run, as presets return it and as it is stored."""
+
+    stages: dict[str, StageConfig]
+    """One after the other: each goes on with the tokenizer of the one before."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What must be the same for a run to go on."""
+        record = self.model_dump(mode="json")
+        return {name: record[name] for name in (*IDENTITY, "stages")} | {"cached": self.cache is not None}
+
+
+class TrainFlags(RunSettings, StageConfig):
+    """What the command line and a YAML file say: of what they don't, the preset decides."""
+
+    preset: str | None = setting(
+        None,
+        section="Settings",
+        metavar="NAME",
+        help="Where everything starts that is not said: tiny, paper_stage1, paper_stage2, paper, long_video, domain.",
+    )
+    stage1: dict[str, object] = setting(
+        {}, section="Settings", metavar="KEY=VALUE", help="A setting of stage 1 alone, such as steps=1000."
+    )
+    stage2: dict[str, object] = setting(
+        {}, section="Settings", metavar="KEY=VALUE", help="A setting of stage 2 alone, such as size=256."
+    )

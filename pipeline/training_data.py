@@ -1,0 +1,571 @@
+"""Raw videos to training clips, in an order that is known beforehand: the same from any position on.
+
+    draws of the epochs ──▶ ClipReader ──▶ one clip for each draw, to the training workers
+     by seeded shuffles      CPU tasks
+
+A training takes clips number 0, 1, 2 ... of an endless sequence; clip ``n`` of it, and which video and place it shows,
+follows from the videos, the settings and the seed alone (:class:`Draws`). Who goes on at clip ``n`` gets what an
+uninterrupted run would have got, without reading what came before. Clips are made by the probing and decoding of
+production; a video that breaks is a rejection, counted, and another one takes its place in the sequence, so that the
+count of clips stays the position and no black frame is ever seen.
+
+Every clip is decoded by itself, at a random place of its video: a shuffle over all videos that needs no buffer, at the
+cost of opening a file for each clip. A cache (:func:`fill_cache`) pays that once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from ray.data import Dataset
+
+from pipeline import storage
+from pipeline.discover import Discovery, discover
+from pipeline.ledger import with_entries
+from pipeline.plan import open_videos
+from pipeline.rows import PLAN_SCHEMA, row_rejection, row_span
+from pipeline.sampling import Layout
+from pipeline.stages import decode_clip
+from schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError
+
+ITEM_SCHEMA = pa.schema(
+    [
+        *(field for field in PLAN_SCHEMA if field.name not in ("first_clip", "end_clip", "expected_clips")),
+        pa.field("corpus", pa.int32(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("shard", pa.string()),
+        pa.field("shard_row", pa.int32()),
+    ]
+)
+"""What can be drawn: one of the places of a video; and the file and row where a cache holds its clip."""
+
+REJECTED_TYPE = pa.list_(
+    pa.struct([("uri", pa.string()), ("video_id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+)
+CLIP_SCHEMA = pa.schema(
+    [
+        pa.field("sample", pa.int64(), nullable=False),
+        pa.field("video_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("frames", pa.large_binary()),
+        pa.field("rejected", REJECTED_TYPE, nullable=False),
+    ]
+)
+"""A clip as it travels to whoever trains on it: its place in the sequence, its frames as uint8 (T, H, W, 3) in C order,
+and what had to be passed over on the way to it."""
+
+SUBSTITUTES = 7
+"""Videos that are tried in place of one that breaks, for one clip; when all of them break too, training stops."""
+
+_DRAWS_PER_TASK = 1024
+_BLOCK_BYTES = 32 << 20
+
+
+class UnusableError(Exception):
+    """The videos give no training; the message says why and what to change."""
+
+
+# Which videos there are.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpora:
+    """The videos of a training, opened once."""
+
+    train: pa.Table
+    """``ITEM_SCHEMA``: every place that can be drawn."""
+    held_out: pa.Table
+    """The same, one place in the middle of each video that is never trained on."""
+    rejections: list[Rejection]
+    num_videos: int
+    """That can be used, held-out ones too."""
+
+
+def open_corpora(
+    paths: Sequence[str],
+    *,
+    spec: ClipSpec,
+    held_out: float,
+    seed: int,
+    num_tasks: int,
+    limits: Limits | None = None,
+) -> Corpora:
+    """Find and open the videos of corpora, and set some aside.
+
+    Args:
+        paths: one for each corpus; a video that is in two belongs to the first.
+        spec: how clips are made of them, with ``clips_per_video``.
+        held_out: share of the videos, in [0, 1); unless it is 0 one at least.
+        seed: chooses these, together with the videos' ids and nothing else.
+        num_tasks: that opening them is spread over.
+
+    Raises:
+        InputError, StorageError: as ``discover``.
+        UnusableError: no video is left to train on, or URLs carry credentials.
+    """
+    assert spec.clips_per_video is not None
+    limits = limits or Limits()
+    rejections: list[Rejection] = []
+    videos: dict[tuple[str, float | None, float | None], dict[str, Any]] = {}
+    for corpus, path in enumerate(paths):
+        for row in _opened(discover([path]), spec, limits, num_tasks):
+            if row["rejection"] is not None:
+                rejections.append(row_rejection(row["rejection"]))
+                continue
+            seconds = Fraction(row["duration_seconds_from_header"])
+            if 0 < seconds < (spec.num_frames - 1) / spec.fps:
+                detail = f"{float(seconds):.3g} s, and a clip of {spec.num_frames} frames takes {_seconds(spec)}"
+                rejections.append(_rejection(row, VideoError(Reason.TOO_SHORT, detail), Stage.PROBE))
+                continue
+            key = (row["video_id"], row["part_start_seconds"], row["part_end_seconds"])
+            videos.setdefault(key, row | {"corpus": corpus})
+    ids = sorted({video_id for video_id, _, _ in videos}, key=lambda video_id: _hash(seed, "held out", video_id))
+    num_held_out = max(1, round(held_out * len(ids))) if held_out else 0
+    aside = set(ids[:num_held_out])
+    if len(ids) <= num_held_out:
+        raise UnusableError(_nothing_left(paths, rejections, len(ids)))
+    ordered = [videos[key] for key in sorted(videos, key=str)]  # not as they came out of the cluster
+    train = [
+        row | {"number": n} for row in ordered if row["video_id"] not in aside for n in range(row["expected_clips"])
+    ]
+    apart = [row | {"number": 0} for row in ordered if row["video_id"] in aside]
+    return Corpora(
+        train=pa.Table.from_pylist(train, schema=ITEM_SCHEMA),
+        held_out=pa.Table.from_pylist(apart, schema=ITEM_SCHEMA),
+        rejections=rejections,
+        num_videos=len(ids),
+    )
+
+
+def _opened(found: Discovery, spec: ClipSpec, limits: Limits, num_tasks: int) -> Iterator[dict[str, Any]]:
+    videos, _ = with_entries(found.videos, Part())
+    secret = [uri for uri in videos["uri"].to_pylist() if uri != storage.public_uri(uri)]
+    if secret:
+        raise UnusableError(
+            f"{storage.public_uri(secret[0])}: the URL carries credentials, which no record of a training may hold; "
+            "put them into the environment"
+        )
+    every_clip = 1 << 30
+    for table in open_videos(videos, [spec], part=Part(), span_clips=every_clip, num_tasks=num_tasks, limits=limits):
+        yield from table.to_pylist()
+
+
+def _seconds(spec: ClipSpec) -> str:
+    return f"{float((spec.num_frames - 1) / spec.fps):.3g} s at {spec.fps} frames per second"
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+
+
+def _rejection(row: dict[str, Any], error: VideoError, stage: Stage) -> Rejection:
+    return Rejection(
+        uri=row["uri"],
+        video_id=row["video_id"],
+        span_id=None,
+        start_seconds=None,
+        stage=stage,
+        reason=error.reason,
+        detail=error.detail,
+    )
+
+
+def _nothing_left(paths: Sequence[str], rejections: Sequence[Rejection], num_usable: int) -> str:
+    where = ", ".join(storage.public_uri(path) for path in paths)
+    if num_usable:
+        return f"{num_usable} usable video in {where}, which is held out: give more videos, or set --held-out 0"
+    counts: dict[str, int] = {}
+    for rejection in rejections:
+        counts[str(rejection.reason)] = counts.get(str(rejection.reason), 0) + 1
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts.items()))
+    first = f"; the first: {rejections[0].uri}: {rejections[0].detail}" if rejections else ""
+    hint = ". Fewer --frames or a higher --fps make clips shorter" if Reason.TOO_SHORT in counts else ""
+    return f"no usable video in {where}: {reasons}{first}{hint}"
+
+
+# In which order they are drawn.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The endless sequence of draws: which item clip ``n`` of a training shows.
+
+    An epoch has as many draws as there are items. Without weights it is a permutation of them. With weights each corpus
+    has its share of the epoch, and goes through all of its own items, shuffled anew each round, before it repeats one.
+    """
+
+    items: pa.Table
+    """``ITEM_SCHEMA``."""
+    weights: tuple[float, ...] | None
+    """Of the corpora; None for every item as often as any other."""
+    seed: int
+
+    @property
+    def epoch_length(self) -> int:
+        """Draws of an epoch."""
+        return int(self.items.num_rows)
+
+    @cached_property
+    def _of_corpus(self) -> list[npt.NDArray[np.int64]]:
+        """Items of each corpus that has any."""
+        corpora = self.items["corpus"].to_numpy()
+        return [np.flatnonzero(corpora == corpus) for corpus in np.unique(corpora)]
+
+    @cached_property
+    def _shares(self) -> list[int]:
+        """Draws of each of these in an epoch."""
+        if self.weights is None:
+            return [len(items) for items in self._of_corpus]
+        present = np.unique(self.items["corpus"].to_numpy())
+        weights = np.array([self.weights[corpus] for corpus in present])
+        exact = weights / weights.sum() * self.epoch_length
+        shares = np.floor(exact).astype(np.int64)
+        most_missing = np.argsort(shares - exact, kind="stable")
+        shares[most_missing[: self.epoch_length - int(shares.sum())]] += 1
+        return [int(share) for share in shares]
+
+    def epoch(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The draws of an epoch in order: items, and for each the round in which its corpus is; int64 (L,) both."""
+        items, rounds = [], []
+        for corpus, (own, share) in enumerate(zip(self._of_corpus, self._shares, strict=True)):
+            at = np.arange(number * share, (number + 1) * share)
+            for turn in np.unique(at // len(own)):
+                order = self._random("round", corpus, int(turn)).permutation(own)
+                items.append(order[at[at // len(own) == turn] % len(own)])
+            rounds.append(at // len(own))
+        order = self._random("epoch", number).permutation(self.epoch_length)
+        return np.concatenate(items)[order], np.concatenate(rounds)[order]
+
+    def rows(self, samples: Sequence[int]) -> pa.Table:
+        """For each sample the item that is drawn and those that stand in for it, with the seed of their places.
+
+        Returns:
+            ``sample``, and ``candidates``: lists of ``ITEM_SCHEMA`` as structs with ``placement_seed``.
+        """
+        drawn, rounds = [], []
+        for sample in samples:
+            epoch, at = divmod(sample, self.epoch_length)
+            items, turns = self._epoch_kept(epoch)
+            same = self._of_corpus[self._corpus_of[items[at]]]
+            spare = self._random("spare", sample).choice(same, SUBSTITUTES)
+            drawn += [items[at], *spare]
+            rounds += [turns[at]] * (1 + SUBSTITUTES)
+        chosen = self.items.take(pa.array(drawn, pa.int64())).combine_chunks()
+        chosen = chosen.append_column("placement_seed", pa.array([self._places(int(r)) for r in rounds], pa.int64()))
+        structs = pa.StructArray.from_arrays(
+            [column.combine_chunks() for column in chosen.itercolumns()], fields=list(chosen.schema)
+        )
+        offsets = pa.array(range(0, len(drawn) + 1, 1 + SUBSTITUTES), pa.int32())
+        return pa.table(
+            {"sample": pa.array(samples, pa.int64()), "candidates": pa.ListArray.from_arrays(offsets, structs)}
+        )
+
+    @cached_property
+    def _corpus_of(self) -> npt.NDArray[np.int64]:
+        """Of each item, the number of its corpus among those that have any."""
+        number = np.empty(self.epoch_length, np.int64)
+        for corpus, items in enumerate(self._of_corpus):
+            number[items] = corpus
+        return number
+
+    @cached_property
+    def _kept(self) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        return {}
+
+    def _epoch_kept(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        if number not in self._kept:
+            while len(self._kept) > 1:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[number] = self.epoch(number)
+        return self._kept[number]
+
+    def _places(self, turn: int) -> int:
+        return int(_hash(self.seed, "places", turn)[:15], 16)
+
+    def _random(self, *what: object) -> np.random.Generator:
+        return np.random.default_rng(int(_hash(self.seed, *what)[:16], 16))
+
+
+# From draws to clips.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipReader:
+    """Draws to clips: a row of candidates in, the clip of the first that can be had out."""
+
+    spec: ClipSpec
+    limits: Limits
+    required: bool = True
+    """Whether a row without a clip is an error; else its frames are null."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Read or decode.
+
+        Raises:
+            UnusableError: all candidates of a row are broken.
+        """
+        return pa.Table.from_pylist([self._row(row) for row in rows.to_pylist()], schema=CLIP_SCHEMA)
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        rejected = []
+        found: dict[str, Any] = {"video_id": None, "uri": None, "frames": None}
+        for item in row["candidates"]:
+            try:
+                frames = self.frames_of(item)
+            except VideoError as error:
+                about = {name: item[name] for name in ("uri", "video_id")}
+                rejected.append(about | {"reason": str(error.reason), "detail": error.detail})
+                continue
+            found = {"video_id": item["video_id"], "uri": item["uri"], "frames": frames}
+            break
+        else:
+            if self.required:
+                reasons = "; ".join(f"{r['uri']}: {r['reason']}" for r in rejected)
+                raise UnusableError(
+                    f"none of {len(rejected)} videos drawn one after the other can be decoded: {reasons}"
+                )
+        return {"sample": row["sample"], "rejected": rejected, **found}
+
+    def frames_of(self, item: dict[str, Any]) -> bytes:
+        """uint8 (T, H, W, 3) of an item with its ``placement_seed``.
+
+        Raises:
+            VideoError: it cannot be had.
+        """
+        if item["shard"] is not None:
+            return _cached_frames(item["shard"], item["shard_row"])
+        spec = self.spec_of(item["placement_seed"])
+        span = row_span(item | {"first_clip": 0, "end_clip": None})
+        places = Layout.of(span, span.part, spec).placed
+        assert places  # one at least, be the video ever so short
+        span = row_span(item | {"first_clip": item["number"] % len(places), "end_clip": None})
+        frames: bytes = decode_clip(span, spec, limits=self.limits, fingerprint=item["fingerprint"]).frames.tobytes()
+        return frames
+
+    def spec_of(self, placement_seed: int) -> ClipSpec:
+        """The spec with the places of a round."""
+        return replace(self.spec, placement_seed=placement_seed)
+
+
+@lru_cache(maxsize=16)
+def _open_shard(path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(path if storage.is_local(path) else io.BytesIO(storage.read_bytes(path)))
+
+
+def _cached_frames(path: str, row: int) -> bytes:
+    frames: bytes = _open_shard(path).read_row_group(row, columns=["frames"])["frames"][0].as_py()
+    return frames
+
+
+def training_clips(
+    draws: ray.ObjectRef[Draws], reader: ClipReader, start: int, stop: int, *, rows_per_block: int
+) -> Dataset:
+    """Clips ``start`` to ``stop``, exclusive, of the sequence as a lazy dataset of ``CLIP_SCHEMA``, in order.
+
+    Blocks hold exactly ``rows_per_block`` rows: handed out in turns they give n workers the first n blocks, then the
+    next n, so that their batches together are the sequence without gap or repetition. Needs ``preserve_order``.
+
+    Args:
+        draws: in the object store, as every task looks at them.
+    """
+
+    def drawn(ids: pa.Table) -> pa.Table:
+        known: Draws = ray.get(draws)
+        return known.rows([start + number for number in ids["id"].to_pylist()])
+
+    count = stop - start
+    return (
+        ray.data.range(count, override_num_blocks=-(-count // _DRAWS_PER_TASK))
+        .map_batches(drawn, batch_format="pyarrow", batch_size=None)
+        # strict: otherwise Ray fuses all of this into one task for each block of the first step
+        .repartition(target_num_rows_per_block=rows_per_block, strict=True)
+        .map_batches(reader, batch_format="pyarrow", batch_size=None, num_cpus=1)
+    )
+
+
+def rows_per_block(clips: int, spec: ClipSpec) -> int:
+    """The most clips of a block that divide a worker's part of a batch and keep it small."""
+    most = max(1, _BLOCK_BYTES // spec.clip_bytes)
+    return max(rows for rows in range(1, clips + 1) if clips % rows == 0 and rows <= most)
+
+
+@dataclass(kw_only=True, eq=False)
+class Batch:
+    """What one worker gets for one step."""
+
+    samples: list[int]
+    """Their places in the sequence."""
+    frames: npt.NDArray[np.uint8]
+    """(B, T, H, W, 3)."""
+    rejected: list[dict[str, Any]]
+    """Videos that were passed over."""
+    wait_seconds: float
+    """What the worker waited for it."""
+
+
+def batches(
+    tables: Iterator[pa.Table], spec: ClipSpec, *, first: int, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Batch]:
+    """A worker's batches out of its part of ``training_clips``, from a place in the sequence on.
+
+    Args:
+        first: clips before this one are dropped: those of a checkpoint that turned out to be older than another.
+    """
+    shape = (-1, spec.num_frames, spec.height, spec.width, 3)
+    while True:
+        began = clock()
+        table = next(tables, None)
+        waited = clock() - began
+        if table is None:
+            return
+        samples = table["sample"].to_pylist()
+        if samples[0] < first:
+            continue
+        frames = np.frombuffer(bytearray().join(table["frames"].to_pylist()), np.uint8).reshape(shape)
+        yield Batch(
+            samples=samples,
+            frames=frames,
+            rejected=[entry for row in table["rejected"].to_pylist() for entry in row],
+            wait_seconds=waited,
+        )
+
+
+# Clips that are kept.
+
+
+def decode_held_out(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa.Table, list[Rejection]]:
+    """The clips in the middle of held-out videos: ``CLIP_SCHEMA``, and what could not be decoded."""
+    if not items.num_rows:
+        return CLIP_SCHEMA.empty_table(), []
+    items = items.append_column("placement_seed", pa.array([0] * items.num_rows, pa.int64()))
+    numbered = pa.table(
+        {
+            "sample": pa.array(range(items.num_rows), pa.int64()),
+            "candidates": pa.array([[row] for row in items.to_pylist()], pa.list_(pa.struct(list(items.schema)))),
+        }
+    )
+    reader = ClipReader(spec=spec, limits=limits, required=False)
+    dataset = ray.data.from_arrow([numbered.slice(at, 1) for at in range(numbered.num_rows)]).map_batches(
+        reader, batch_format="pyarrow", batch_size=None, num_cpus=1
+    )
+    tables = list(dataset.iter_batches(batch_format="pyarrow", batch_size=None))
+    table = pa.concat_tables(tables).sort_by("sample")
+    return table.filter(pc.is_valid(table["frames"])), _rejections_of(table)
+
+
+def _rejections_of(table: pa.Table) -> list[Rejection]:
+    return [
+        _rejection(entry, VideoError(Reason(entry["reason"]), entry["detail"]), Stage.DECODE)
+        for row in table["rejected"].to_pylist()
+        for entry in row
+    ]
+
+
+CACHE = "cache.json"
+_CACHE_FORMAT = 1
+
+
+def fill_cache(
+    folder: str, items: pa.Table, spec: ClipSpec, limits: Limits, seed: int, on_clips: Callable[[int], None]
+) -> tuple[pa.Table, list[Rejection]]:
+    """Decode every item once, and keep the clips; what a run before this one kept is not decoded again.
+
+    Args:
+        on_clips: called with the number of clips as they are finished.
+
+    Returns:
+        The items that have a clip, with its place, and what could not be decoded.
+
+    Raises:
+        UnusableError: the folder holds clips of other videos or settings, or nothing could be decoded.
+        StorageError: it cannot be reached.
+    """
+    folder = storage.absolute(folder)
+    digest = hashlib.sha256(
+        "\n".join(
+            f"{row['video_id']} {row['number']}" for row in items.select(["video_id", "number"]).to_pylist()
+        ).encode()
+    )
+    identity = {"format": _CACHE_FORMAT, "clips": spec.digest(), "seed": seed, "items": digest.hexdigest()}
+    record = storage.join(folder, CACHE)
+    storage.check_writable(folder)
+    if storage.exists(record) and (there := json.loads(storage.read_bytes(record))) != identity:
+        differing = ", ".join(name for name in identity if there.get(name) != identity[name])
+        raise UnusableError(
+            f"--cache {storage.public_uri(folder)} holds clips of other videos or settings ({differing} differ): "
+            "choose another folder, or delete it"
+        )
+    storage.write_atomic(record, json.dumps(identity).encode())
+    size = max(1, 2 * _BLOCK_BYTES // spec.clip_bytes)
+    writer = _CacheWriter(folder=folder, reader=ClipReader(spec=spec, limits=limits, required=False), seed=seed)
+    numbered = items.append_column("item", pa.array(range(items.num_rows), pa.int64()))
+    parts = [numbered.slice(at, size).combine_chunks() for at in range(0, items.num_rows, size)]
+    dataset = ray.data.from_arrow(parts).map_batches(writer, batch_format="pyarrow", batch_size=None, num_cpus=1)
+    tables = []
+    for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+        tables.append(table)
+        on_clips(sum(part.num_rows for part in tables))
+    places = pa.concat_tables(tables).sort_by("item")
+    at = items.schema.get_field_index("shard")
+    filled = items.set_column(at, ITEM_SCHEMA.field("shard"), places["shard"])
+    filled = filled.set_column(at + 1, ITEM_SCHEMA.field("shard_row"), places["shard_row"])
+    filled = filled.filter(pc.is_valid(places["shard_row"]))
+    rejections = _rejections_of(places)
+    if not filled.num_rows:
+        raise UnusableError(_nothing_left([folder], rejections, 0))
+    return filled, rejections
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _CacheWriter:
+    """Items in; a shard of their clips on the storage, whole, and where each clip is out."""
+
+    folder: str
+    reader: ClipReader
+    seed: int
+
+    def __call__(self, items: pa.Table) -> pa.Table:
+        rows = items.to_pylist()
+        path = storage.join(self.folder, f"clips-{rows[0]['item']:08d}.parquet")
+        if not storage.exists(path):
+            self._write(path, rows)
+        with storage.open_binary(path) as file:
+            known = pq.ParquetFile(file).read(columns=["item", "kept", "rejected"])
+        shard_rows = [row if kept else None for row, kept in enumerate(known["kept"].to_pylist())]
+        return pa.table(
+            {
+                "item": known["item"],
+                "shard": pa.array([path] * len(rows), pa.string()),
+                "shard_row": pa.array(shard_rows, pa.int32()),
+                "rejected": known["rejected"].cast(REJECTED_TYPE),
+            }
+        )
+
+    def _write(self, path: str, rows: list[dict[str, Any]]) -> None:
+        schema = CLIP_SCHEMA.append(pa.field("item", pa.int64())).append(pa.field("kept", pa.bool_()))
+        buffer = io.BytesIO()
+        place = int(_hash(self.seed, "places", 0)[:15], 16)
+        # a row group for each clip, so that one is read without the others; noise hardly compresses
+        with pq.ParquetWriter(buffer, schema, compression="lz4") as file:
+            for row in rows:
+                table = self.reader(
+                    pa.Table.from_pylist([{"sample": row["item"], "candidates": [row | {"placement_seed": place}]}])
+                )
+                kept = table["frames"].null_count == 0
+                table = table.append_column("item", pa.array([row["item"]], pa.int64()))
+                file.write_table(table.append_column("kept", pa.array([kept])).cast(schema))
+        storage.write_atomic(path, buffer.getvalue())

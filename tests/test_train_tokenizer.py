@@ -1,0 +1,444 @@
+"""Training as a job: two workers, a kill, both stages, a tokenizer that the pipeline takes; bad input ends early."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jobs.cli import training_run
+from jobs.decode_shards import decode_output
+from jobs.presets import TRAININGS
+from jobs.settings import SettingsError
+from jobs.tokenize_videos import run_and_report as tokenize
+from jobs.train_tokenizer import activation_bytes, read_record, resolve, resume, run_and_report
+from jobs.train_worker import start_weights
+from jobs.training_log import Speed, picture_strip
+from models.config import PRESETS
+from models.tokenizer import get_preset
+from models.training import start_tokenizer
+from models.weights import load_weights, save_tokenizer, weights_digest
+from pipeline.checkpoints import Checkpoints
+from pipeline.shards import shard_paths
+from schemas.runs import TokenizeRun
+from schemas.training import StageConfig, TrainRun
+from tests.processes import processes_below
+
+
+def write_motion(path: Path, seed: int) -> Path:
+    """Four seconds at night: a dark gradient that drifts, and a disc on its orbit."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:48, :64] / 48
+    waves = random.uniform(0.1, 0.5, (3, 4))
+    disc = random.uniform(0.2, 0.5, 3)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=6)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.options = {"preset": "ultrafast", "crf": "18"}
+        for number in range(24):
+            t = number / 6
+            colours = [0.15 + 0.1 * np.sin(2 * np.pi * (a * x + b * y + c) + d * t) for a, b, c, d in waves]
+            picture = np.stack(colours, axis=-1)
+            picture[(x - 0.7 - 0.3 * np.cos(t + seed)) ** 2 + (y - 0.5 - 0.3 * np.sin(t)) ** 2 < 0.03] = disc
+            frame = av.VideoFrame.from_ndarray((picture * 255).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve videos and one that is none."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(12):
+        write_motion(folder / f"v{number:02d}.mp4", number)
+    (folder / "junk.mp4").write_text("no video")
+    return folder
+
+
+SMALL = {
+    "size": "32",
+    "learning_rate": 3e-3,
+    "ema_decay": 0.9,
+    "warmup_steps": 3,
+    "discriminator_width": 4,
+    "log_steps": 1,
+    "threads": 1,
+    "eval_clips": 8,
+    "pictures": 2,
+    "held_out": 0.2,
+}
+
+
+def run_of(videos: Path, out: Path | str, stages: tuple[str, ...] = ("stage1",), **changes: Any) -> TrainRun:
+    return training_run("tiny", stages, {"videos": [str(videos)], "out": str(out), **SMALL, **changes})
+
+
+def train(run: TrainRun) -> tuple[int, str]:
+    """The exit code and what was printed."""
+    text = io.StringIO()
+    code = run_and_report(run, Console(file=text, width=200))
+    return code, text.getvalue()
+
+
+def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dict[str, float]]:
+    """What was measured, without what depends on the clock."""
+    clock = ("clips_per_second", "steps_per_second", "waiting", "mfu")
+    lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["group"] == group]
+
+
+@contextmanager
+def worker_killed_after(checkpoint: Path) -> Iterator[list[int]]:
+    """As soon as a checkpoint is there, one training worker is killed; gives the ids of what was killed."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set() and not killed:
+            if checkpoint.exists():
+                titles = processes_below(os.getpid())
+                workers = [pid for pid, title in titles.items() if "RayTrainWorker" in title]
+                if workers:
+                    os.kill(workers[-1], signal.SIGKILL)
+                    killed.append(workers[-1])
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_controller() -> Iterator[None]:
+    """Ray Train looks every two seconds whether its workers live, and ended; here it shall not be waited for."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    yield
+    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+
+
+@pytest.fixture(scope="module")
+def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, str]:
+    """Both stages with two workers, one of which is killed in the first; the run's folder, and what was printed."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    run = run_of(
+        videos,
+        out,
+        ("stage1", "stage2"),
+        workers=2,
+        steps=40,
+        gan_start=30,
+        checkpoint_steps=10,
+        evaluate_steps=20,
+        keep_last=1,
+        stage2=["size=48", "steps=10", "gan_start=5"],
+    )
+    with worker_killed_after(out / "stage1" / "checkpoints" / "step-00000010.json") as killed:
+        code, text = train(run)
+    assert code == 0, text
+    assert killed
+    return out, text
+
+
+def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path, str]) -> None:
+    out, text = trained
+    assert "stage1: 40 steps" in text
+    assert "1 restarts" in text
+    train_lines = lines_of(out)
+    assert [line["step"] for line in train_lines] == list(range(1, 41))  # none twice, none missing
+    begun = np.mean([line["l1"] for line in train_lines[:5]])
+    ended = np.mean([line["l1"] for line in train_lines[-5:]])
+    assert ended < 0.5 * begun
+    before, *_, after = lines_of(out, group="held_out")
+    assert (before["step"], after["step"]) == (0, 40)
+    assert after["psnr"] > before["psnr"] + 4
+    second = lines_of(out, "stage2", "held_out")
+    assert second[-1]["psnr"] > second[0]["psnr"]
+    assert "hinge" in train_lines[-1]
+    assert "hinge" not in train_lines[20]
+
+
+def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, str]) -> None:
+    out, _ = trained
+    _, first = load_weights(out / "stage1" / "tokenizer.safetensors")
+    _, second = load_weights(out / "stage2" / "tokenizer.safetensors")
+    for name in first:
+        same = bool((first[name] == second[name]).all())
+        assert same or name.startswith("decoder."), name
+    assert weights_digest(first) != weights_digest(second)
+
+
+def test_the_folder_of_a_run_explains_it(trained: tuple[Path, str]) -> None:
+    out, _ = trained
+    record = read_record(str(out))
+    assert TrainRun.model_validate(record["run"]).stages["stage2"].size == (48, 48)
+    assert record["starts"][0]["code_version"].startswith("0.")
+    summary = (out / "summary.md").read_text()
+    for words in (
+        "| stage1 | all | 5x32x32",
+        "| stage2 | decoder | 5x48x48",
+        "40 of 40",
+        "--weights",
+        "weights_sha256",
+    ):
+        assert words in summary
+    [rejected] = json.loads((out / "rejects.json").read_text())
+    assert rejected["reason"] == "not_a_video"
+    events = EventAccumulator(str(out / "stage1" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    for tag in ("train/l1", "rates/learning_rate", "gradients/grad_norm_generator", "speed/clips_per_second"):
+        assert tag in tags
+    for tag in ("held_out/psnr", "held_out/ssim", "held_out/codebook_utilisation", "speed/waiting", "speed/mfu"):
+        assert tag in tags
+    picture = Image.open(out / "stage1" / "pictures" / "step-00000040.png")
+    assert picture.size == (5 * 32, 2 * 2 * 32)  # two clips above their reconstructions
+    marks = Checkpoints(str(out / "stage1"), record["run_id"], keep_last=1).marks()
+    assert [mark.step for mark in marks][-1] == 40
+    assert len(marks) <= 2
+
+
+def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, str], videos: Path, tmp_path: Path) -> None:
+    weights = trained[0] / "stage2" / "tokenizer.safetensors"
+    run = TokenizeRun(
+        inputs=[str(videos / "v03.mp4")],
+        out=str(tmp_path / "tokens"),
+        weights=str(weights),
+        fps=Fraction(3),
+        frames=5,
+        size=(48, 48),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    assert tokenize(run, console) == 0
+    [shard] = shard_paths(str(tmp_path / "tokens"))
+    assert pq.read_table(shard).num_rows >= 2
+    assert decode_output(str(tmp_path / "tokens"), console, folder=str(tmp_path / "videos")) == 0
+    assert list((tmp_path / "videos").glob("*.mp4"))
+
+
+def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
+    trained: tuple[Path, str], videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = trained
+    before = (out / "stage2" / "tokenizer.safetensors").stat().st_mtime_ns
+    assert resume(str(out), {}, Console(file=io.StringIO())) == 0
+    assert (out / "stage2" / "tokenizer.safetensors").stat().st_mtime_ns == before
+    code, _ = train(run_of(videos, out, steps=77))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "is the run of other settings" in error
+    assert "stage1.steps: 40 there, 77 now" in error
+
+
+def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, str], videos: Path) -> None:
+    out, _ = trained
+    start = str(out / "stage1")
+    flags = {"videos": [str(videos)], "out": str(out) + "2", "start_from": start, "preset": "tiny"}
+    with pytest.raises(Exception, match=r"is of tiny, not tiny_kl .*head: fsq there, kl here"):
+        resolve(training_run("tiny", ("stage2",), flags | {"tokenizer": "tiny_kl"}))
+    training = resolve(training_run("tiny", ("stage2",), flags))
+    assert training.previous == (start, read_record(str(out))["run_id"])
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    videos: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {
+        "steps": 8,
+        "checkpoint_steps": 2,
+        "evaluate_steps": 4,
+        "gan_start": 3,
+        "max_failures": 0,
+    }
+    code, text = train(run_of(videos, tmp_path / "whole", **settings))
+    assert code == 0, text
+    killed_run = run_of(videos, tmp_path / "killed", **settings)
+    with worker_killed_after(tmp_path / "killed" / "stage1" / "checkpoints" / "step-00000002.json") as killed:
+        code, text = train(killed_run)
+    assert killed
+    assert code == 1
+    assert "stage1 stopped after 0 restarts" in text
+    assert "vidshard train resume" in text
+    text_again = io.StringIO()
+    assert resume(str(tmp_path / "killed"), {}, Console(file=text_again)) == 0, text_again.getvalue()
+    for group in ("train", "held_out"):
+        assert lines_of(tmp_path / "killed", group=group) == lines_of(tmp_path / "whole", group=group)
+    digests = [
+        weights_digest(load_weights(tmp_path / name / "stage1" / "tokenizer.safetensors")[1])
+        for name in ("whole", "killed")
+    ]
+    assert digests[0] == digests[1]
+    # checkpoints of one run are nothing to another
+    (tmp_path / "whole" / "stage1" / "tokenizer.safetensors").unlink()
+    for path in (tmp_path / "killed" / "stage1" / "checkpoints").iterdir():
+        (tmp_path / "whole" / "stage1" / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    capsys.readouterr()
+    assert resume(str(tmp_path / "whole"), {}, Console(file=io.StringIO())) == 2
+    assert "holds checkpoints of another run" in capsys.readouterr().err
+
+
+def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(
+    videos: Path, tmp_path: Path, ray_session: None
+) -> None:
+    out = tmp_path / "run"
+    settings: dict[str, Any] = {
+        "steps": 40,
+        "checkpoint_steps": 2,
+        "evaluate_steps": 2,
+        "divergence_after": 1,
+        "divergence_l1": 0.05,
+    }
+    code, text = train(run_of(videos, out, **settings, cache=str(tmp_path / "cache")))
+    assert code == 1
+    assert "training diverges" in text
+    assert "nll" in text
+    assert "1 restarts" not in text  # starting again would only repeat it
+    assert list((tmp_path / "cache").rglob("*.parquet"))
+    assert "**Not finished:**" in (out / "summary.md").read_text()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "tiny_xl"}, "tiny_xl"),
+        ({"frames": 6}, "stage1: .*frames"),
+        ({"size": "30"}, "stage1: .*30"),
+        ({"perceptual_weight": 1.0, "vgg_weights": "/nowhere.pth"}, "nowhere.pth.*--perceptual-weight 0"),
+        ({"start_from": "/nowhere/stage1"}, "neither a stage of a run, such as runs/mine/stage1, nor weights"),
+        ({"start_from": "/nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"checkpoint_steps": 7, "evaluate_steps": 3}, "must be a multiple of the other"),
+        ({"trainable": "decoder"}, "needs a trained encoder: give --from"),
+        ({"wandb": "project"}, "pip install wandb"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = train(run_of(tmp_path, tmp_path / "out", **changes))
+    assert code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+
+
+def test_too_few_videos_batches_that_do_not_divide_and_unreachable_storage_are_refused(
+    videos: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for changes, message in (
+        ({"clips_per_step": 400}, "fewer than a batch of 400: give more videos, raise --clips-per-video"),
+        ({"clips_per_step": 3, "workers": 2}, "does not divide among 2 workers"),
+        ({"out": str(blocked / "run")}, "cannot write"),
+        ({"videos": [str(tmp_path / "nothing")]}, "no such file, or the folder is empty"),
+    ):
+        flags = {"videos": [str(videos)], "out": str(tmp_path / f"out-{len(message)}"), **SMALL, **changes}
+        run = training_run("tiny", ("stage1",), flags)
+        assert train(run)[0] == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("videos: [a/, b/]\npreset: tiny\nsteps: 50\nstage2: {size: 64, steps: 70}\nperceptual_weight: 0\n")
+    flags = {"out": "x", "stage1": ("clips_per_step=8",), "gan_start": "20"}
+    run = training_run("paper", ("stage1", "stage2"), flags, file)
+    assert run.videos == ["a/", "b/"]
+    assert (run.stages["stage1"].steps, run.stages["stage2"].steps) == (50, 70)
+    assert (run.stages["stage1"].clips_per_step, run.stages["stage2"].clips_per_step) == (8, 4)
+    assert run.stages["stage1"].gan_start == run.stages["stage2"].gan_start == 20
+    assert run.stages["stage2"].trainable == "decoder"
+    for changes, message in (
+        ({"preset": "large"}, "no preset 'large'; these are: tiny"),
+        ({"stage1": ("steps",)}, "give KEY=VALUE"),
+        ({"stage1": ("stepz=1",)}, "unknown setting 'stepz'; did you mean 'steps'"),
+        ({"steps": "many"}, "--steps: .*integer"),
+        ({"preset": "domain"}, "has no stage1; it has finetune"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            training_run("paper", ("stage1", "stage2"), {"out": "x", **changes}, file)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_presets_are_complete_runs(name: str) -> None:
+    run = TRAININGS[name](["videos"], "out")
+    assert run.tokenizer in PRESETS
+    for stage in run.stages.values():
+        get_preset(run.tokenizer or "").latent_shape(stage.frames, *stage.size)
+    assert TrainRun.model_validate_json(run.model_dump_json()) == run
+
+
+def test_the_presets_of_the_paper_are_its_stages() -> None:
+    run = TRAININGS["paper"](["videos"], "out")
+    first, second = run.stages.values()
+    assert (first.size, first.frames, first.fps, first.steps, first.clips_per_step) == (
+        (128, 128),
+        17,
+        Fraction(3),
+        50_000,
+        16,
+    )
+    assert (second.size, second.steps, second.clips_per_step, second.trainable) == ((256, 256), 30_000, 8, "decoder")
+
+
+# Its parts
+
+
+def test_weights_of_another_version_of_the_network_may_start_a_training(tmp_path: Path) -> None:
+    old, new = get_preset("tiny"), get_preset("tiny").model_copy(update={"name": "new", "variant": "causal-v1.1"})
+    path = tmp_path / "old.safetensors"
+    save_tokenizer(path, start_tokenizer(old, 0))
+    weights = start_weights(str(path), new)
+    start_tokenizer(new, 1).load_state_dict(weights)
+    with pytest.raises(ValueError, match="is of tiny, not tiny_kl"):
+        start_weights(str(path), get_preset("tiny_kl"))
+
+
+def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
+    stage = StageConfig(frames=5, size=(32, 32))
+    one = activation_bytes(get_preset("tiny"), stage)
+    assert one > 5 << 20
+    larger = activation_bytes(get_preset("tiny"), stage.model_copy(update={"size": (64, 64)}))
+    assert 3 < larger / one < 4.5
+
+
+def test_strips_show_a_clip_above_its_reconstruction() -> None:
+    real = np.arange(17, dtype=np.uint8)[None, :, None, None, None].repeat(8, 2).repeat(8, 3).repeat(3, 4)
+    strip = picture_strip(real, real + 100)
+    assert strip.shape == (16, 9 * 8, 3)
+    assert strip[0, ::8, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert strip[8, ::8, 0].tolist() == [n + 100 for n in strip[0, ::8, 0].tolist()]
+
+
+def test_the_first_steps_do_not_count_in_the_overall_speed() -> None:
+    speed = Speed(flops_per_clip=1e9, peak_flops=1e12, workers=2)
+    assert speed.overall() == {}
+    speed.step(4, 100.0)
+    assert speed.lately()["waiting"] > 1
+    speed.step(4, 0.0)
+    figures = speed.overall()
+    assert figures["waiting"] == 0
+    assert figures["mfu"] == pytest.approx(figures["clips_per_second"] * 1e9 / 2e12)
