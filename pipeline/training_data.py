@@ -35,11 +35,11 @@ from ray.data import Dataset
 
 from pipeline import storage
 from pipeline.discover import Discovery, discover
-from pipeline.ledger import with_entries
 from pipeline.plan import open_videos
 from pipeline.rows import PLAN_SCHEMA, row_rejection, row_span
 from pipeline.sampling import Layout
 from pipeline.stages import decode_clip
+from pipeline.todo import with_entries
 from schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError
 
 ITEM_SCHEMA = pa.schema(
