@@ -34,16 +34,15 @@ import jobs.tokenize_videos as driver
 from benchmarks.report import Row, report
 from pipeline.discover import discover
 from pipeline.ledger import (
-    CATALOGUE_SCHEMA,
     committed_spans,
     read_rejects,
     rejected_spans,
     shard_spans,
     write_planned,
 )
-from pipeline.rows import EncodeStats, add_clips, add_payload, span_row
+from pipeline.rows import PLAN_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from pipeline.shards import SHARDS, SPANS_KEY, TokenShardSink, shard_paths
-from pipeline.todo import lay_out, settle_rejects, videos_to_open, with_entries, write_todo
+from pipeline.todo import lay_out, place_ids, settle_rejects, videos_to_open, with_entries, write_todo
 from schemas.tokens import Payload, Provenance
 from schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
 
@@ -132,7 +131,7 @@ def plan(folder: Path) -> Row:
     """A new corpus."""
     template = pa.Table.from_pylist(
         [span_row(span_of(0), SPEC, '1234567-"d41d8cd98f00b204e9800998ecf8427e"')],
-        schema=pa.schema([f for f in CATALOGUE_SCHEMA if f.name not in ("entry", "seen_entry")]),
+        schema=PLAN_SCHEMA,
     )
 
     def opened(videos: pa.Table, first: int) -> pa.Table:
@@ -146,7 +145,11 @@ def plan(folder: Path) -> Row:
         }
         for name, values in columns.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, values)
-        return rows.append_column("entry", videos["entry"]).append_column("seen_entry", videos["entry"])
+        return (
+            rows.append_column("entry", videos["entry"])
+            .append_column("seen_entry", videos["entry"])
+            .append_column("place", place_ids(videos["uri"].to_pylist()))
+        )
 
     out = str(folder / "out")
     made = 0.0
@@ -282,7 +285,7 @@ def encoded_row(number: int, num_clips: int) -> pa.Table:
         for index in range(num_clips)
     ]
     plan_row: dict[str, Any] = span_row(span, SPEC, None)
-    table = pa.Table.from_pylist([plan_row], schema=pa.schema([f for f in CATALOGUE_SCHEMA if "entry" not in f.name]))
+    table = pa.Table.from_pylist([plan_row], schema=PLAN_SCHEMA)
     rows = add_clips(table, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.0)
     tokens = [rng.integers(0, 32768, PAYLOAD.num_values).astype(PAYLOAD.dtype) for _ in clips]
     return add_payload(rows, {"tokens": tokens}, PAYLOAD, EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1))

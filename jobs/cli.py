@@ -14,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from jobs.outcome import terminate
+from jobs.outcome import exit_code_of, terminate
 from jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
 from schemas.runs import TokenizeRun, parse_size
 from schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun
@@ -25,7 +25,16 @@ from schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun
 def main() -> None:
     """Entry point of the console command."""
     signal.signal(signal.SIGTERM, terminate)
-    sys.exit(vidshard.main(standalone_mode=True))
+    try:
+        sys.exit(vidshard.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as error:
+        cause = error.__cause__ or error.__context__
+        interrupt = cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()
+        click.echo("interrupted before anything was done; run the same command again", err=True)
+        sys.exit(exit_code_of(interrupt))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -33,8 +33,9 @@ from pipeline import storage
 from pipeline.discover import Discovery
 from pipeline.encode import EncoderSpec, clip_specs_of, open_tokenizer
 from pipeline.plan import clips_per_span
+from pipeline.read import open_shard
 from pipeline.rows import INTERNAL_COLUMNS
-from pipeline.shards import RUN
+from pipeline.shards import RUN, shard_paths
 from pipeline.signals import signal_fields
 from schemas.runs import TokenizeRun
 from schemas.tokens import FORMAT_VERSION, Payload, Provenance
@@ -258,15 +259,25 @@ def check_output(request: Request) -> list[dict[str, Any]]:
     """
     storage.check_writable(request.run.out)
     path = storage.join(request.run.out, RUN)
-    if not storage.exists(path):
-        return []
-    try:
-        record = json.loads(storage.read_bytes(path))
-        before = record["identity"]
-        runs = list(record.get("runs", []))
-        version = int(record.get("format_version", FORMAT_VERSION))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a vidshard run record ({error!r}): choose another --out") from error
+    runs: list[dict[str, Any]] = []
+    version: Any = FORMAT_VERSION
+    if storage.exists(path):
+        try:
+            record = json.loads(storage.read_bytes(path))
+            before = record["identity"]
+            runs = list(record.get("runs", []))
+            version = int(record.get("format_version", FORMAT_VERSION))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no run record ({error!r}): `vidshard verify --repair {request.run.out}` writes it anew if "
+                "shards are there, or choose another --out"
+            ) from error
+    else:
+        shards = shard_paths(request.run.out)
+        if not shards:
+            return []
+        with open_shard(shards[0]) as (_, provenance):  # they say it too
+            before, record = dict(provenance.identity), {"code_version": provenance.code_version}
     if version != FORMAT_VERSION:
         raise UserError(
             f"{request.run.out} is of format version {version}, this vidshard writes version {FORMAT_VERSION}: go on "
@@ -300,12 +311,15 @@ def record_run(request: Request, before: list[dict[str, Any]]) -> None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    both = before.keys() | now.keys()
+
     def flat(values: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in values.items() if k != "tokenizer"} | {
             f"tokenizer.{k}": v for k, v in values.get("tokenizer", {}).items()
         }
 
-    old, new = flat(before), flat(now)
+    defaults = TokenizeRun.model_construct().model_dump(mode="json")
+    old, new = ({**{name: defaults.get(name) for name in both}, **flat(values)} for values in (before, now))
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     return "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
 

@@ -39,6 +39,7 @@ from pipeline.ledger import (
     PLANNED,
     committed_spans,
     drop_rejects,
+    forget_retried,
     read_rejects,
     rejected_spans,
     retry_rejected,
@@ -55,6 +56,7 @@ from pipeline.todo import (
     Plan,
     Todo,
     lay_out,
+    place_ids,
     settle_rejects,
     take_out_superseded,
     videos_to_open,
@@ -78,7 +80,7 @@ def main(request: Request, console: Console) -> Summary:
     """
     started = time.monotonic()
     run = request.run
-    runs_before = check_output(request)
+    check_output(request)
     signals = [name for name, _ in run.signals or []]
     found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck)
     announce(request, found, console)
@@ -91,7 +93,7 @@ def main(request: Request, console: Console) -> Summary:
     ):
         console.print(f"running on {cluster}", highlight=False)
         ready = time.monotonic()
-        record_run(request, runs_before)
+        record_run(request, check_output(request))  # once more: another first run may just have ended
         plan, todo, refused = make_plan(request, found, cluster, lease, console)
         summary = Summary(
             out=run.out,
@@ -115,6 +117,8 @@ def main(request: Request, console: Console) -> Summary:
         summary.seconds["total"] = time.monotonic() - started
         try:
             lease.check()
+            if not summary.problems and summary.interruption is None:
+                forget_retried(run.out)
             save_summary(summary)
         except (storage.StorageError, LeaseLostError) as error:
             summary.problems += [str(error)] if str(error) not in summary.problems else []
@@ -155,8 +159,11 @@ def make_plan(
     run, out = request.run, request.run.out
     for folder in (SHARDS, REJECTS, PLANNED):
         storage.remove_leftovers(storage.join(out, folder))
-    retried = None if run.retry_rejected is None else retry_rejected(out, run.retry_rejected or None)
     videos, repeated = with_entries(found.videos, run.part)
+    retried = None
+    if run.retry_rejected is not None:
+        uris = {storage.public_uri(uri) for uri in videos["uri"].to_pylist()}
+        retried = retry_rejected(out, run.retry_rejected or None, uris)
     unknown = videos_to_open(out, videos, retried)
     refused = open_unknown(request, unknown, cluster, lease, console) if unknown.num_rows else []
     committed = committed_spans(out)
@@ -181,6 +188,7 @@ def make_plan(
 
 
 def _repeated(uri: str) -> Rejection:
+    [place] = place_ids([uri]).to_pylist()
     uri = storage.public_uri(uri)
     return Rejection(
         uri=uri,
@@ -189,6 +197,7 @@ def _repeated(uri: str) -> Rejection:
         start_seconds=None,
         stage=Stage.DISCOVER,
         reason=Reason.DUPLICATE,
+        place=place.hex(),
         detail=f"the same content as {uri}, which the inputs name twice",
     )
 
@@ -238,11 +247,11 @@ def open_unknown(
 def _write_planned(out: str, rows: pa.Table) -> list[Rejection]:
     """Write what opening videos gave; the rejections first, without which a video counts as not opened."""
     rejections = [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
-    uris = {rejection.uri for rejection in rejections}
-    if uris:
-        former = {row["uri"] for row in read_rejects(out).to_pylist() if row["span_id"] is None}
-        if not uris.isdisjoint(former):
-            drop_rejects(out, lambda row: row["span_id"] is not None or row["uri"] not in uris)
+    places = {rejection.place for rejection in rejections}
+    if places:
+        former = {row["place"] for row in read_rejects(out).to_pylist() if row["span_id"] is None}
+        if not places.isdisjoint(former):
+            drop_rejects(out, lambda row: row["span_id"] is not None or row["place"] not in places)
         write_rejects(out, rejections)
     write_planned(out, rows.select(CATALOGUE_SCHEMA.names))
     return rejections

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from pipeline.ledger import (
 from pipeline.read import ShardError, check_shard, open_shard, output_shards
 from pipeline.shards import REJECTS, RUN, SHARDS
 from schemas.runs import TokenizeRun
+from schemas.tokens import FORMAT_VERSION
 
 
 @dataclass(kw_only=True)
@@ -81,6 +82,9 @@ def verify_output(
         account_file: write what became of each video there, as ``.parquet`` or ``.csv``.
     """
     folder = storage.absolute(out)
+    if account_file and not account_file.endswith((".parquet", ".csv")):
+        print_error(f"--account {account_file}: give a name that ends in .parquet or .csv")
+        return EXIT_REFUSED
     findings = _Findings(repair=repair, console=console)
     try:
         is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
@@ -90,7 +94,7 @@ def verify_output(
             paths = _paths(folder, findings) if is_output else output_shards(out)
             facts = _check_shards(paths, folder if is_output else None, findings)
             if is_output:
-                account = _check_account(folder, facts, findings)
+                account = _check_account(folder, paths, facts, findings)
                 if account is not None:
                     print_account(account, console)
                     if account_file:
@@ -128,7 +132,7 @@ def _paths(folder: str, findings: _Findings) -> list[str]:
 
 def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings) -> list[ShardSpans]:
     """Read every shard; gives what those that are whole say of their spans."""
-    identity = None if folder is None else _record(folder)["identity"]
+    identity = None if folder is None else _record(folder, paths, findings)["identity"]
     clips = 0
     seen: set[str] = set()
     facts: list[ShardSpans] = []
@@ -190,27 +194,36 @@ def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, Shard
     return num_clips, facts
 
 
-def _record(folder: str) -> dict[str, Any]:
-    """``run.json``.
+def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str, Any]:
+    """``run.json``, or what a shard says, where that is damaged.
 
     Raises:
-        UserError: it is damaged.
+        UserError: no shard can say it either.
     """
     path = storage.join(folder, RUN)
     try:
         record: dict[str, Any] = json.loads(storage.read_bytes(path))
-        record["identity"], record["run"]
+        record["identity"], record["run"], record["tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error!r}): the shards say the same of themselves; write it anew from "
-            "there, or run the same `vidshard tokenize` on another --out"
-        ) from error
-    return record
+        damage = f"{path} is damaged ({error!r})"
+    else:
+        return record
+    for shard in paths:
+        with suppress(ShardError), open_shard(shard) as (_, provenance):
+            record = {**asdict(provenance), "format_version": FORMAT_VERSION}
+            text = json.dumps(record, indent=2, default=str).encode()
+            if path not in findings.wrong_paths:
+                findings.wrong_paths.add(path)
+                findings.wrong(damage, partial(storage.write_atomic, path, text), f"written anew, as {shard} says")
+            return record
+    raise UserError(f"{damage}, and no shard says what it was: remove it, and start the same `vidshard tokenize` anew")
 
 
-def _check_account(folder: str, facts: Sequence[ShardSpans], findings: _Findings) -> Account | None:
+def _check_account(
+    folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings
+) -> Account | None:
     """Hold what the shards say against the plan."""
-    record = _record(folder)
+    record = _record(folder, [path for path in paths if storage.exists(path)], findings)
     try:
         run = TokenizeRun.model_validate({**record["run"], "inputs": ["-"]})
         specs = clip_specs_of(run, TokenizerConfig.model_validate(record["tokenizer"]))
@@ -263,12 +276,13 @@ def print_account(account: Account, console: Console) -> None:
     named = {"copy": "copies of others", "partly": "tokenized in part"}
     parts = [f"{statuses[name]} {named.get(name, name)}" for name in order if statuses[name]]
     console.print(f"{account.videos.num_rows} videos = {' + '.join(parts) or '0'}", highlight=False)
-    planned, tokenized, rejected, pending, tail = (
-        account.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail")
+    planned, tokenized, rejected, pending, tail, header = (
+        account.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail", "header")
     )
     console.print(
         f"{planned:.3f} s of video planned = {tokenized:.3f} s in clips + {rejected:.3f} s rejected + {pending:.3f} s "
-        f"pending {'+' if tail >= 0 else '-'} {abs(tail):.3f} s that the ends differ from their headers",
+        f"pending + {tail:.3f} s of tails left out {'-' if header < 0 else '+'} {abs(header):.3f} s that videos differ "
+        "from their headers",
         highlight=False,
     )
     if account.num_pending:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,13 +30,15 @@ ACCOUNT_SCHEMA = pa.schema(
         pa.field("rejected_seconds", pa.float64(), nullable=False),
         pa.field("pending_seconds", pa.float64(), nullable=False),
         pa.field("tail_seconds", pa.float64(), nullable=False),
+        pa.field("header_seconds", pa.float64(), nullable=False),
         pa.field("reasons", pa.string()),
         pa.field("remedy", pa.string()),
     ]
 )
 """One row a video, or a copy of one. ``status`` is ``tokenized``, ``partly``, ``rejected``, ``copy`` or ``pending``.
-Planned seconds are tokenized, rejected, pending and tail: what the header promises beyond the last frame of the last
-clip; negative where there was more than it says, or where the last grid time reaches beyond the end."""
+Planned seconds are tokenized, rejected, pending, tail and header: the tail is a last clip that ``--tail drop`` or
+``--min-seconds`` leave out; ``header_seconds`` are what headers promise beyond the last frame there was, negative where
+there was more, or where the last grid time reaches beyond the end."""
 
 
 @dataclass(kw_only=True)
@@ -91,21 +94,22 @@ def make_account(out: str, shards: Sequence[ShardSpans], specs: Mapping[tuple[in
     whole = rejects.filter(pc.is_null(rejects["span_id"]))
     of_spans = rejects.filter(pc.is_valid(rejects["span_id"]))
     is_refused = pc.and_(pc.is_in(spans["span_id"], of_spans["span_id"].combine_chunks()), pc.invert(is_there))
-    seconds = planned_seconds(spans, specs)
+    seconds, tails = planned_seconds(spans, specs)
     expected = spans["expected_clips"].to_numpy()
     clips = _taken(committed["num_clips"], at, default=expected)
     covered = _taken(committed["seconds"], at, default=seconds)
     there, refused = is_there.to_numpy(), is_refused.to_numpy()
     gaps = pc.is_in(spans["span_id"], _partial(of_spans)).to_numpy()
     missing = np.where(there, seconds - covered, 0.0)
-    table = spans.select(["video_id", "uri"]).append_column("spans", pa.array(np.ones(len(seconds), np.int64)))
+    table = spans.select(["video_id", "uri", "place"]).append_column("spans", pa.array(np.ones(len(seconds), np.int64)))
     columns = {
         "num_clips": np.where(there, clips, 0),
         "planned": seconds,
         "tokenized": np.where(there, covered, 0.0),
         "rejected": np.where(refused, seconds, 0.0) + np.where(gaps, missing, 0.0),
         "pending": np.where(~there & ~refused, seconds, 0.0),
-        "tail": np.where(gaps, 0.0, missing),
+        "tail": np.where(there & ~gaps, tails, 0.0),
+        "header": np.where(gaps, 0.0, missing) - np.where(there & ~gaps, tails, 0.0),
         "there": there.astype(np.int64),
         "refused": refused.astype(np.int64),
         "gaps": (gaps & there).astype(np.int64),
@@ -122,8 +126,10 @@ def make_account(out: str, shards: Sequence[ShardSpans], specs: Mapping[tuple[in
     )
 
 
+_SECONDS = ("planned", "tokenized", "rejected", "pending", "tail", "header")
+
 _COLUMNS = [
-    "entry",
+    "place",
     "span_id",
     "video_id",
     "uri",
@@ -145,33 +151,37 @@ class _Planned:
     superseded: pa.Array
     """Ids of spans of videos that were replaced."""
     without: pa.Table
-    """``uri`` and ``video_id`` of videos of which no span is theirs: rejected ones, and copies."""
+    """``uri_min`` and ``video_id_max`` of places of which no span is theirs: rejected videos, and copies."""
 
 
 def _current(rows: pa.Table) -> _Planned:
     """What the plan says now: of several videos that stood at one place the last, of several copies one."""
     rows = rows.append_column("number", pa.array(range(rows.num_rows), pa.int64()))
     opened = rows.filter(pc.is_valid(rows["span_id"]))
-    latest = opened.group_by("uri").aggregate([("number", "max")])["number_max"].combine_chunks()
+    latest = opened.group_by("place").aggregate([("number", "max")])["number_max"].combine_chunks()
     now = opened.filter(pc.is_in(opened["number"], latest))
-    here = now["video_id"].combine_chunks().take(pc.index_in(opened["uri"], now["uri"].combine_chunks()))
+    here = now["video_id"].combine_chunks().take(pc.index_in(opened["place"], now["place"].combine_chunks()))
     is_current = pc.is_in(opened["video_id"], now["video_id"].combine_chunks())
     current = opened.filter(pc.equal(opened["video_id"], here))
     first = current.group_by("span_id").aggregate([("number", "min")])["number_min"].combine_chunks()
     unique = current.filter(pc.is_in(current["number"], first))
-    owners = unique["uri"].combine_chunks().unique()
-    others = rows.filter(pc.invert(pc.is_in(rows["uri"], owners)))
+    owners = unique["place"].combine_chunks().unique()
+    others = rows.filter(pc.invert(pc.is_in(rows["place"], owners)))
     return _Planned(
         current=unique,
         superseded=opened.filter(pc.invert(is_current))["span_id"].combine_chunks(),
-        without=others.group_by("uri").aggregate([("video_id", "max")]),
+        without=others.group_by("place").aggregate([("uri", "min"), ("video_id", "max")]),
     )
 
 
-def planned_seconds(spans: pa.Table, specs: Mapping[tuple[int, int], ClipSpec]) -> np.ndarray:
-    """float64 (spans,): seconds of video that the clips of each span cover, if the headers tell the truth."""
+def planned_seconds(
+    spans: pa.Table, specs: Mapping[tuple[int, int], ClipSpec]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """float64 (spans,) twice, if the headers tell the truth: seconds of video of each span, and how many of them are in
+    no clip, as its last one is left out."""
+    none = np.zeros(spans.num_rows)
     if not spans.num_rows:
-        return np.zeros(0)
+        return none, none
     spec = next(iter(specs.values()))  # they differ in the frame size alone
     clip, stride, lead = float(spec.clip_seconds), float(spec.stride), float(spec.lead_frames / spec.fps)
     first = spans["first_clip"].to_numpy().astype(np.float64)
@@ -182,14 +192,15 @@ def planned_seconds(spans: pa.Table, specs: Mapping[tuple[int, int], ClipSpec]) 
     length = np.maximum(0.0, end - start)
     is_open = pc.is_null(spans["end_clip"]).to_numpy(zero_copy_only=False)
     if spec.clips_per_video is not None:
-        return np.asarray(np.minimum(expected * clip, length))
+        return np.where(expected > 1, expected * clip, np.minimum(expected * clip, length)), none
     if spec.stride_seconds is None:
         begins = np.where(first > 0, first * clip - lead, 0.0)
         ends = np.where(is_open, np.maximum(length, begins), (first + expected) * clip - lead)
-        return np.asarray(ends - begins)
+        left_out = np.where(is_open, np.maximum(0.0, ends - ((first + expected) * clip - lead)), 0.0)
+        return ends - begins, np.minimum(left_out, clip)
     last = length - (first + expected - 1) * stride  # what is there of the last clip
     whole = np.where(is_open, np.clip(last, 0.0, clip), clip)
-    return np.asarray(np.where(expected > 0, (expected - 1) * clip + whole, 0.0))
+    return np.where(expected > 0, (expected - 1) * clip + whole, 0.0), none
 
 
 def _taken(values: pa.ChunkedArray, at: pa.ChunkedArray, default: np.ndarray) -> np.ndarray:
@@ -222,8 +233,20 @@ def _short(spans: pa.Table, clips: np.ndarray, is_whole: np.ndarray) -> list[str
 
 def _videos(spans: pa.Table, planned: _Planned, rejects: pa.Table, whole: pa.Table) -> pa.Table:
     """One row a video."""
-    names = ["num_clips", "planned", "tokenized", "rejected", "pending", "tail", "spans", "there", "refused", "gaps"]
-    sums = spans.group_by("uri").aggregate([("video_id", "min"), *((name, "sum") for name in names)])
+    names = [
+        "num_clips",
+        "planned",
+        "tokenized",
+        "rejected",
+        "pending",
+        "tail",
+        "header",
+        "spans",
+        "there",
+        "refused",
+        "gaps",
+    ]
+    sums = spans.group_by("place").aggregate([("uri", "min"), ("video_id", "min"), *((name, "sum") for name in names)])
     column = {name: sums[f"{name}_sum"].to_numpy() for name in names}
     pending = column["spans"] - column["there"] - column["refused"]
     status = np.select(
@@ -234,32 +257,41 @@ def _videos(spans: pa.Table, planned: _Planned, rejects: pa.Table, whole: pa.Tab
     remedies: dict[str, dict[str, str]] = {}
     for row in rejects.to_pylist():
         remedies.setdefault(row["uri"], {})[row["reason"]] = row["remedy"]
-    uris = sums["uri"].to_pylist()
+    uris = sums["uri_min"].to_pylist()
+    refused = set(whole["place"].to_pylist())
+    copies = set(whole.filter(pc.equal(whole["reason"], str(Reason.DUPLICATE)))["place"].to_pylist())
+    # replaced by a file that cannot be opened: the clips of the former stay
+    replaced = np.array([place.hex() in refused - copies for place in sums["place"].to_pylist()], np.bool_)
+    status = np.where((status == "tokenized") & replaced, "partly", status)
     opened = pa.Table.from_arrays(
         [
-            sums["uri"],
+            sums["uri_min"],
             sums["video_id_min"],
             pa.array(status.tolist(), pa.string()),
             pa.array(column["num_clips"], pa.int64()),
-            *(pa.array(column[name], pa.float64()) for name in ("planned", "tokenized", "rejected", "pending", "tail")),
+            *(pa.array(column[name], pa.float64()) for name in _SECONDS),
             pa.array([", ".join(remedies.get(uri, {})) or None for uri in uris], pa.string()),
             pa.array(["; ".join(remedies.get(uri, {}).values()) or None for uri in uris], pa.string()),
         ],
         schema=ACCOUNT_SCHEMA,
     )
-    refused = set(whole["uri"].to_pylist())
-    copies = set(whole.filter(pc.equal(whole["reason"], str(Reason.DUPLICATE)))["uri"].to_pylist())
     others = []
     without = planned.without
-    for uri, video_id in zip(without["uri"].to_pylist(), without["video_id_max"].to_pylist(), strict=True):
-        status_of = "copy" if video_id is not None or uri in copies else "rejected" if uri in refused else "pending"
+    columns = (without[name].to_pylist() for name in ("place", "uri_min", "video_id_max"))
+    places = [(place.hex(), uri, video_id) for place, uri, video_id in zip(*columns, strict=True)]
+    named = {*(place.hex() for place in sums["place"].to_pylist()), *(place for place, _, _ in places)}
+    lost = {row["place"]: row["uri"] for row in whole.to_pylist() if row["place"] not in named}  # with their plan
+    places += [(place, uri, None) for place, uri in lost.items()]
+    for place, uri, video_id in places:
+        is_copy = video_id is not None or place in copies
+        status_of = "copy" if is_copy else "rejected" if place in refused else "pending"
         others.append(
             {
                 "uri": uri,
                 "video_id": video_id,
                 "status": status_of,
                 "num_clips": 0,
-                **{f"{name}_seconds": 0.0 for name in ("planned", "tokenized", "rejected", "pending", "tail")},
+                **{f"{name}_seconds": 0.0 for name in _SECONDS},
                 "reasons": ", ".join(remedies.get(uri, {})) or None,
                 "remedy": "; ".join(remedies.get(uri, {}).values()) or None,
             }

@@ -44,11 +44,16 @@ CATALOGUE_SCHEMA = pa.schema(
     [
         pa.field("entry", ENTRY_TYPE, nullable=False),
         pa.field("seen_entry", ENTRY_TYPE, nullable=False),
+        pa.field("place", ENTRY_TYPE, nullable=False),
         *(field.with_nullable(True) for field in PLAN_FIELDS),
     ]
 )
 """A row of ``plan/``: a span; or a video without any, which was rejected when it was opened. ``entry`` is made of what
-the input says of the file, ``seen_entry`` of what whoever opened it found."""
+the input says of the file, ``seen_entry`` of what whoever opened it found, ``place`` of where it is alone: URLs that
+differ in a query, which ``uri`` does not show, are two places."""
+
+RETRIED = "retry.json"
+"""What is being tried again, until that is done."""
 
 _READERS = 16
 """Files whose ends are read at once: on an object store each is a request or two."""
@@ -60,14 +65,15 @@ _READERS = 16
 def write_planned(out: str, rows: pa.Table) -> None:
     """Add rows to the plan, ``CATALOGUE_SCHEMA``, as a file of their own after those that are there."""
     paths = storage.list_files(storage.join(out, PLANNED), ".parquet")
-    number = 1 + max((int(path.rsplit("/", 1)[-1].split(".")[0]) for path in paths), default=0)
+    names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in paths]
+    number = 1 + max((int(name) for name in names if name.isdigit()), default=0)
     data = _parquet(rows.select(CATALOGUE_SCHEMA.names).cast(CATALOGUE_SCHEMA))
     storage.write_atomic(storage.join(out, PLANNED, f"{number:06d}.parquet"), data)
 
 
 def _parquet(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1 << 16)
+    pq.write_table(table, sink, compression="zstd", row_group_size=1 << 16, write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -93,7 +99,7 @@ def planned_groups(
     first = 0
     for path in storage.list_files(storage.join(out, PLANNED), ".parquet"):
         with _readable(path), storage.open_binary(path) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(group).num_rows
                 if wanted(first, end):
@@ -111,7 +117,9 @@ class _readable:  # noqa: N801
         pass
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, (pa.ArrowException, ValueError, KeyError)) and not isinstance(error, ShardError):
+        if isinstance(error, (pa.ArrowException, OSError, ValueError, KeyError)) and not isinstance(
+            error, (ShardError, storage.StorageError)
+        ):
             raise ShardError(
                 f"{self.path} is damaged ({' '.join(str(error).split())[:200]}): `vidshard verify --repair` takes it "
                 "out, and the same command again fills it in"
@@ -259,30 +267,52 @@ def is_partial(reject: Mapping[str, Any]) -> bool:
     return bool(reject["kept_clips"])
 
 
-def retry_rejected(out: str, reasons: Collection[Reason] | None) -> Retried:
+def retry_rejected(out: str, reasons: Collection[Reason] | None, uris: Collection[str]) -> Retried:
     """Forget rejections, so that what they are about counts as not done yet.
 
-    The clips that were kept of a damaged stretch are taken out first: killed between the two, the stretch is redone.
+    What is meant is written down first, for whoever is interrupted and says the same again. The clips that were kept of
+    a damaged stretch are taken out before its rejection: killed between the two, the stretch is redone.
 
     Args:
         out: the output.
         reasons: which ones; None for all but copies of other videos.
+        uris: of the inputs, without credentials: what cannot be tried now is left as it is.
     """
 
     def is_meant(row: Mapping[str, Any]) -> bool:
-        return row["reason"] != Reason.DUPLICATE if reasons is None else row["reason"] in reasons
+        is_asked_for = row["reason"] != Reason.DUPLICATE if reasons is None else row["reason"] in reasons
+        return is_asked_for and row["uri"] in uris
 
     rejects = [row for row in read_rejects(out).to_pylist() if is_meant(row)]
+    before = _read_retried(out)
+    retried = Retried(
+        spans=before.spans | {row["span_id"] for row in rejects if row["span_id"] is not None},
+        uris=before.uris | {row["uri"] for row in rejects if row["span_id"] is None},
+    )
+    listed = {"spans": sorted(retried.spans), "uris": sorted(retried.uris)}
+    storage.write_atomic(storage.join(out, RETRIED), json.dumps(listed, indent=1).encode())
     partly = {row["span_id"] for row in rejects if row["span_id"] is not None and is_partial(row)}
     if partly:
         for path in shard_paths(out):
             if not partly.isdisjoint(shard_spans(path).spans):
                 drop_spans(path, partly)
-    dropped = drop_rejects(out, lambda row: not is_meant(row))
-    return Retried(
-        spans=frozenset(row["span_id"] for row in dropped if row["span_id"] is not None),
-        uris=frozenset(row["uri"] for row in dropped if row["span_id"] is None),
-    )
+    drop_rejects(out, lambda row: not is_meant(row))
+    return retried
+
+
+def _read_retried(out: str) -> Retried:
+    """What an earlier run was to try again, and did not come to the end of."""
+    path = storage.join(out, RETRIED)
+    if not storage.exists(path):
+        return Retried(spans=frozenset(), uris=frozenset())
+    with _readable(path):
+        listed = json.loads(storage.read_bytes(path))
+        return Retried(spans=frozenset(listed["spans"]), uris=frozenset(listed["uris"]))
+
+
+def forget_retried(out: str) -> None:
+    """Nothing is left of what was to be tried again."""
+    storage.remove(storage.join(out, RETRIED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +331,8 @@ def damaged_files(out: str) -> list[tuple[str, str]]:
         for path in storage.list_files(storage.join(out, folder), ".parquet"):
             try:
                 with _readable(path):
-                    pq.read_table(pa.BufferReader(storage.read_bytes(path))).select(names)
+                    data = pa.BufferReader(storage.read_bytes(path))
+                    pq.read_table(data, page_checksum_verification=True).select(names)
             except ShardError as error:
                 damaged.append((path, str(error)))
     return damaged

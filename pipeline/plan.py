@@ -20,7 +20,7 @@ from pipeline.ledger import CATALOGUE_SCHEMA
 from pipeline.rows import REJECTION, rejection_row, row_part, span_row
 from pipeline.sampling import plan_spans
 from pipeline.stages import probe
-from pipeline.todo import entry_ids
+from pipeline.todo import entry_ids, place_ids
 from schemas.video import ClipSpec, Limits, Part, Rejection, Stage, VideoError, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
@@ -104,7 +104,8 @@ class _Planner:
         [seen] = entry_ids(
             [ref.uri], [fingerprint], [video.get("part_start_seconds")], [video.get("part_end_seconds")], self.part
         ).to_pylist()
-        entries = {"entry": video["entry"], "seen_entry": seen}
+        [place] = place_ids([ref.uri]).to_pylist()
+        entries = {"entry": video["entry"], "seen_entry": seen, "place": place}
         if isinstance(result, VideoError):
             rejection = Rejection(
                 uri=uri,
@@ -114,6 +115,7 @@ class _Planner:
                 stage=Stage.PROBE,
                 reason=result.reason,
                 detail=result.detail,
+                place=place.hex(),
             )
             return [{**entries, "uri": uri, "rejection": rejection_row(rejection)}]
         sizes = {(spec.height, spec.width): spec for spec in self.specs}

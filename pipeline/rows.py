@@ -199,12 +199,14 @@ def rejection_row(rejection: Rejection) -> dict[str, Any]:
         "detail": rejection.detail,
         "remedy": REMEDIES[rejection.reason],
         "kept_clips": rejection.kept_clips,
+        "place": rejection.place,
     }
 
 
 def row_rejection(row: dict[str, Any]) -> Rejection:
     """Inverse of :func:`rejection_row`."""
-    values = {name: row[name] for name in ("uri", "video_id", "span_id", "start_seconds", "detail", "kept_clips")}
+    names = ("uri", "video_id", "span_id", "start_seconds", "detail", "kept_clips", "place")
+    values = {name: row[name] for name in names}
     return Rejection(**values, stage=Stage(row["stage"]), reason=Reason(row["reason"]))
 
 

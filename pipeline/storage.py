@@ -112,7 +112,9 @@ def filesystem(path: str) -> tuple[Any, str]:
         StorageError: an unknown protocol, or one whose package is not installed.
     """
     # no listings kept from before: others write there too, and a file may be asked for that a kept listing lacks
-    options = {} if is_local(path) else {"use_listings_cache": False, **_patience(path.split("://", 1)[0])}
+    if is_local(path):
+        return LocalFileSystem(), absolute(path)  # a name with '::' in it is no chain of file systems
+    options = {"use_listings_cache": False, **_patience(path.split("://", 1)[0])}
     try:
         fs, inner = url_to_fs(path, **options)
     except (ImportError, ValueError) as error:
@@ -599,6 +601,8 @@ def list_files(folder: str, suffix: str) -> list[str]:
 
     with _named("list", folder):
         entries = with_retries(folder, entries_now)
+    if is_local(folder) and [e["name"] for e in entries] == [inner.rstrip("/")]:
+        raise StorageError(f"cannot list {public_uri(folder)}: it is a file where a folder should be: move it away")
     names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
     return [join(folder, n) for n in sorted(names) if n.endswith(suffix) and not n.startswith(".")]
 

@@ -95,6 +95,19 @@ def with_entries(videos: pa.Table, default: Part) -> tuple[pa.Table, list[str]]:
     return videos.filter(is_first), videos["uri"].filter(pc.invert(is_first)).to_pylist()
 
 
+def place_ids(uris: Sequence[str]) -> pa.Array:
+    """``ENTRY_TYPE``, one for each URI: the same for nothing but the same text."""
+    digests = b"".join(hashlib.blake2b(uri.encode(), digest_size=16).digest() for uri in uris)
+    return pa.FixedSizeBinaryArray.from_buffers(ENTRY_TYPE, len(uris), [None, pa.py_buffer(digests)])
+
+
+def _places(videos: pa.Table) -> list[bytes]:
+    places: list[bytes] = []
+    for chunk in videos.select(["uri"]).to_batches(max_chunksize=_SORTED_ROWS):
+        places += place_ids(chunk["uri"].to_pylist()).to_pylist()
+    return places
+
+
 def _input_rows(out: str, videos: pa.Table) -> npt.NDArray[np.int32]:
     """For each row of the plan the number of the video that it is about; -1 for one that is not among them."""
     entries = videos["entry"].combine_chunks()
@@ -135,11 +148,28 @@ def videos_to_open(out: str, videos: pa.Table, retried: Retried | None = None) -
     row = _input_rows(out, videos)
     has_span = _is_valid(out, "span_id")
     known = _at(row[has_span], videos.num_rows)
-    refused = {reject["uri"] for reject in read_rejects(out).to_pylist() if reject["span_id"] is None}
+    if (has_span & (row < 0)).any():
+        known &= ~_came_back(out, videos, row, has_span)
+    refused = {reject["place"] for reject in read_rejects(out).to_pylist() if reject["span_id"] is None}
     if refused:
-        known |= _at(row[~has_span], videos.num_rows) & _has_uri(videos, refused)
+        is_refused = np.array([place.hex() in refused for place in _places(videos)], np.bool_)
+        known |= _at(row[~has_span], videos.num_rows) & is_refused
     unknown = videos if not known.any() else videos.filter(pa.array(~known))
     return unknown if retried is None else unknown.filter(pa.array(_has_uri(unknown, retried.uris)))
+
+
+def _came_back(out: str, videos: pa.Table, row: npt.NDArray[np.int32], has_span: Mask) -> Mask:
+    """Which of the videos are planned, but at their place another one was planned since: it is opened again."""
+    places = read_planned(out, ["place"])["place"]
+    latest: dict[bytes, int] = {}
+    for number in np.flatnonzero(has_span & (row < 0)):
+        latest[places[int(number)].as_py()] = int(number)
+    own = np.full(videos.num_rows, -1)
+    planned = np.flatnonzero(has_span & (row >= 0))
+    np.maximum.at(own, row[planned], planned)
+    return np.array(
+        [latest.get(place, -1) > mine >= 0 for place, mine in zip(_places(videos), own, strict=True)], np.bool_
+    )
 
 
 def _has_uri(videos: pa.Table, uris: Collection[str]) -> Mask:
@@ -259,17 +289,17 @@ def _superseded(out: str, videos: pa.Table, row: npt.NDArray[np.int32], present:
     if not gone.any():
         return frozenset()
     at = dict(zip(present["input_row"].to_pylist(), present["video_id"].to_pylist(), strict=True))
-    now: dict[str, set[str]] = defaultdict(set)
-    for number, uri in enumerate(_public_uris(videos)):
+    now: dict[bytes, set[str]] = defaultdict(set)
+    for number, place in enumerate(_places(videos)):
         if number in at:
-            now[uri].add(at[number])
+            now[place].add(at[number])
     replaced: set[str] = set()
     elsewhere: set[str] = set(at.values())
-    for first, group in planned_groups(out, ["uri", "video_id"], lambda a, b: bool(gone[a:b].any())):
+    for first, group in planned_groups(out, ["place", "video_id"], lambda a, b: bool(gone[a:b].any())):
         former = group.filter(pa.array(gone[first : first + group.num_rows]))
-        for uri, video_id in zip(former["uri"].to_pylist(), former["video_id"].to_pylist(), strict=True):
-            if video_id not in now.get(uri, set()):
-                (replaced if uri in now else elsewhere).add(video_id)
+        for place, video_id in zip(former["place"].to_pylist(), former["video_id"].to_pylist(), strict=True):
+            if video_id not in now.get(place, set()):
+                (replaced if place in now else elsewhere).add(video_id)
     return frozenset(replaced - elsewhere)
 
 
@@ -294,6 +324,7 @@ def _copies(videos: pa.Table, present: pa.Table, first: npt.NDArray[np.int32]) -
             start_seconds=None,
             stage=Stage.PROBE,
             reason=Reason.DUPLICATE,
+            place=place_ids([videos["uri"][row].as_py()])[0].as_py().hex(),
             detail=f"the same content as {storage.public_uri(uri_of[video_id])}",
         )
     return tuple(rejections.values())
@@ -345,7 +376,7 @@ def write_todo(out: str, videos: pa.Table, plan: Plan, uri_columns: Sequence[str
                 table = _without_credentials(table, uri_columns)
             writer.write_table(table)
     storage.write_atomic(storage.join(out, TODO), sink.getvalue())
-    source = pa.concat_tables(with_secrets) if has_secrets else storage.join(out, TODO)
+    source = pa.concat_tables([schema.empty_table(), *with_secrets]) if has_secrets else storage.join(out, TODO)
     return Todo(source=source, num_spans=number, schema=schema)
 
 
@@ -421,24 +452,24 @@ def settle_rejects(
         copies: all that are known, those of the plan among them.
     """
     rows = read_rejects(out).to_pylist()
-    whole = {row["uri"] for row in rows if row["span_id"] is None}
+    whole = {row["place"] for row in rows if row["span_id"] is None}
     listed: set[str] = set()
     refused: set[str] = set()
     if whole:
-        for number, uri in enumerate(_public_uris(videos)):
-            if uri in whole:
-                listed.add(uri)
-                if not plan.opened[number]:  # one of several, perhaps, that differ in a query that is not shown
-                    refused.add(uri)
+        for number, place in enumerate(_places(videos)):
+            if place.hex() in whole:
+                listed.add(place.hex())
+                if not plan.opened[number]:
+                    refused.add(place.hex())
     named = pa.array(sorted({row["span_id"] for row in rows if row["span_id"] is not None}), pa.string())
     finished = set(named.filter(pc.is_in(named, committed)).to_pylist())
     new = {(copy.uri, copy.detail): copy for copy in copies}
 
     def is_wanted(row: dict[str, Any]) -> bool:
         if row["reason"] == Reason.DUPLICATE:
-            return new.pop((row["uri"], row["detail"]), None) is not None or row["uri"] not in listed
+            return new.pop((row["uri"], row["detail"]), None) is not None or row["place"] not in listed
         if row["span_id"] is None:
-            return row["uri"] in refused or row["uri"] not in listed
+            return row["place"] in refused or row["place"] not in listed
         return row["reason"] != Reason.CHANGED and is_partial(row) == (row["span_id"] in finished)
 
     drop_rejects(out, is_wanted)

@@ -71,6 +71,7 @@ REJECT_SCHEMA = pa.schema(
         pa.field("detail", pa.string(), nullable=False),
         pa.field("remedy", pa.string(), nullable=False),
         pa.field("kept_clips", pa.int32()),
+        pa.field("place", pa.string()),
     ]
 )
 """One row a rejection; see :class:`schemas.video.Rejection` for the meaning of each."""

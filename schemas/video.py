@@ -390,6 +390,8 @@ class Rejection:
     """One line for a person; without credentials."""
     kept_clips: int | None = 0
     """Clips of the span that were kept beside what is missing. None in outputs of before this was written down."""
+    place: str | None = None
+    """Of a whole video: hex digest of where it is, by which addresses differ of which ``uri`` shows the same."""
 
 
 class VideoError(Exception):

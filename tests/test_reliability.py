@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import threading
 from collections import Counter
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import vidshard
-from pipeline.ledger import committed_spans, read_rejects
+from pipeline.ledger import committed_spans, read_rejects, retry_rejected
 from pipeline.shards import shard_paths
 from tests.videos import Recipe, write_damaged, write_video
 
@@ -96,6 +99,70 @@ def test_videos_that_are_added_replaced_touched_or_removed_later(tmp_path: Path)
     assert [entry["starts"] for entry in record["runs"]] == [3]
 
 
+def test_a_video_that_comes_back_takes_its_place_again(tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    path = video(videos, "a.mp4", 3)
+    first, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    tokenize(videos, "--out", out)
+    before = tokens(out)
+    video(videos, "a.mp4", 2, gop=5)
+    tokenize(videos, "--out", out)
+    assert not tokens(out).keys() & before.keys()
+    path.write_bytes(first)
+    os.utime(path, ns=(stamp, stamp))
+    tokenize(videos, "--out", out)
+    assert tokens(out) == before
+    assert "1 videos = 1 tokenized" in verified(out)
+    path.write_bytes(b"no video any more")
+    tokenize(videos, "--out", out)  # the clips of what was there stay
+    assert tokens(out) == before
+    assert "1 videos = 1 tokenized in part" in verified(out)
+
+
+def test_addresses_that_differ_in_their_query_are_places_of_their_own(tmp_path: Path) -> None:
+    contents = {f"/get?id={n}&sig=SECRET": video(tmp_path / "v", f"{n}.mp4", n + 1).read_bytes() for n in (1, 2, 3)}
+    contents["/get?id=4&sig=SECRET"] = b"no video"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = contents[self.path]
+            bounds = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            first, last = (int(bounds[1]), int(bounds[2] or len(data) - 1)) if bounds else (0, len(data) - 1)
+            part = data[first : last + 1]
+            self.send_response(206 if bounds else 200)
+            if bounds:
+                self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(part)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    out = tmp_path / "out"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        for name, ids in (("a", (1, 2, 4)), ("b", (3,))):
+            lines = "".join(f"{root}/get?id={n}&sig=SECRET\n" for n in ids)
+            (tmp_path / f"{name}.csv").write_text(f"uri\n{lines}")
+        tokenize(tmp_path / "a.csv", "--out", out)
+        first = tokens(out)
+        assert len(first) == 2 + 3
+        tokenize(tmp_path / "a.csv", "--out", out)
+        tokenize(tmp_path / "b.csv", "--out", out)
+        server.shutdown()
+    assert first.items() <= tokens(out).items()
+    assert len(tokens(out)) == 2 + 3 + 4
+    assert [r["reason"] for r in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
+    assert "4 videos = 3 tokenized + 1 rejected" in verified(out)
+    assert not [path for path in out.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+
+
 def test_a_copy_takes_the_place_of_what_it_is_a_copy_of(tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     video(videos, "a.mp4", 3)
@@ -152,8 +219,15 @@ def test_clips_kept_of_a_damaged_video_are_taken_out_and_made_again_by_a_retry(t
     [reject] = read_rejects(str(out)).to_pylist()
     assert reject["kept_clips"] == len(first) > 0
     assert "1 videos = 1 tokenized in part" in verified(out)
+    other = video(tmp_path / "other", "other.mp4", 2)
+    tokenize(other, "--out", out, "--damaged", "keep", "--retry-rejected")  # what cannot be tried now is left as it is
+    assert tokens(out) == first
+    assert read_rejects(str(out)).to_pylist() == [reject]
+    retry_rejected(str(out), None, {reject["uri"]})  # and then the run was killed
+    assert not tokens(out)
     printed = tokenize(*arguments, "--retry-rejected")
     assert "trying again 1 rejected spans" in printed
+    assert not (out / "retry.json").exists()
     assert tokens(out) == first
     assert read_rejects(str(out)).to_pylist() == [reject]
 
@@ -222,10 +296,26 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     assert tokens(out) == everything
     assert "6 tokenized + 1 rejected" in verified(out)
 
-    (out / "plan" / "000001.parquet").write_bytes(b"PAR1 nonsense")
-    assert "vidshard verify --repair" in tokenize(*arguments, code=2)
+    plan, record = out / "plan" / "000001.parquet", out / "run.json"
+    whole = plan.read_bytes()
+    for damage in (
+        b"PAR1 nonsense",
+        whole[:-3] + b"xyz",
+    ):
+        plan.write_bytes(damage)
+        assert "vidshard verify --repair" in tokenize(*arguments, code=2)
+        assert run("verify", out).exit_code == 1
     assert "1 of 1 repaired" in verified(out, "--repair", code=1)
     before = files(out)
+    tokenize(*arguments)
+    assert files(out) == before
+
+    record.unlink()  # the shards say it too
+    assert "fps: '4' there, '5' now" in tokenize(*arguments, "--fps", "5", code=2)
+    record.write_text("{")
+    assert "vidshard verify --repair" in tokenize(*arguments, code=2)
+    assert "written anew" in verified(out, "--repair", code=1)
+    assert "6 tokenized + 1 rejected" in verified(out)
     tokenize(*arguments)
     assert files(out) == before
     assert committed_spans(str(out))
