@@ -311,7 +311,7 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     assert files(out) == before
 
     record.unlink()  # the shards say it too
-    assert "fps: '4' there, '5' now" in tokenize(*arguments, "--fps", "5", code=2)
+    assert "resize: 'crop' there, 'pad' now" in tokenize(*arguments, "--resize", "pad", code=2)
     record.write_text("{")
     assert "vidshard verify --repair" in tokenize(*arguments, code=2)
     assert "written anew" in verified(out, "--repair", code=1)
