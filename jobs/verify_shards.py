@@ -39,7 +39,7 @@ from pipeline.ledger import (
 from pipeline.read import ShardError, check_shard, open_shard, output_shards
 from pipeline.shards import REJECTS, RUN, SHARDS
 from schemas.runs import TokenizeRun
-from schemas.tokens import FORMAT_VERSION
+from schemas.tokens import FORMAT_VERSION, METADATA_PREFIX
 
 
 @dataclass(kw_only=True)
@@ -141,7 +141,8 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
             try:
                 num_clips, found = _check_shard(path, identity)
             except ShardError as error:
-                findings.wrong(str(error), partial(storage.remove, path), f"{path} is taken out")
+                mend = partial(storage.remove, path) if _is_ours(path, identity) else None
+                findings.wrong(str(error), mend, f"{path} is taken out")
                 continue
             with open_shard(path) as (parquet, _):
                 ids = parquet.read(columns=["clip_id"])["clip_id"].to_pylist()
@@ -161,6 +162,20 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
     text = f"verified {len(facts)} of {len(paths)} shards, {clips} clips"
     findings.console.print(text, highlight=False)
     return facts
+
+
+def _is_ours(path: str, identity: dict[str, Any] | None) -> bool:
+    """Whether a broken shard may be taken out: not what another vidshard, another run or somebody else wrote."""
+    try:
+        with storage.open_binary(path) as file:
+            metadata = pq.read_metadata(file).metadata or {}
+    except storage.StorageError:
+        raise
+    except (pa.ArrowException, OSError):
+        return True  # not even its end can be read
+    if metadata.get(f"{METADATA_PREFIX}format_version".encode()) != str(FORMAT_VERSION).encode():
+        return False
+    return identity is None or json.loads(metadata.get(f"{METADATA_PREFIX}identity".encode(), b"null")) == identity
 
 
 def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, ShardSpans]:

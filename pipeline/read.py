@@ -68,6 +68,8 @@ def open_shard(path: str) -> Iterator[tuple[pq.ParquetFile, Provenance]]:
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             yield parquet, Provenance.from_metadata(parquet.schema_arrow.metadata, name=path)
+        except storage.StorageError:
+            raise  # the storage failed, which says nothing of the shard
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardError(f"cannot read {path}: {error}") from error
 

@@ -4,8 +4,8 @@ A video is known again by its *entry*: a digest of where it is, of its size and 
 and of the part that is asked for. One that was replaced has another entry and is opened again; if its content is
 another one, the rows of the former are superseded and taken out.
 
-Nothing here holds a Python object for each video: a million of them take some 300 MiB for a moment, a row that is left
-to do a bit (benchmarks/scale.py).
+Where nothing was rejected, replaced or removed, no Python object is held for each video: a million of them take some
+300 MiB for a moment, a row that is left to do a bit (benchmarks/scale.py).
 """
 
 from __future__ import annotations

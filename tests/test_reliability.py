@@ -296,6 +296,14 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     assert tokens(out) == everything
     assert "6 tokenized + 1 rejected" in verified(out)
 
+    foreign = out / "shards" / "zzz.parquet"  # of a newer version, or of other settings: said, and left alone
+    table = pq.read_table(shard_paths(str(out))[0])
+    for name, value in ((b"vidshard.format_version", b"2"), (b"vidshard.identity", b"{}")):
+        pq.write_table(table.replace_schema_metadata(table.schema.metadata | {name: value}), foreign)
+        assert "repaired" not in verified(out, "--repair", code=1)
+        assert foreign.exists()
+    foreign.unlink()
+
     plan, record = out / "plan" / "000001.parquet", out / "run.json"
     whole = plan.read_bytes()
     for damage in (
