@@ -14,7 +14,7 @@ from rich.text import Text
 from jobs.outcome import EXIT_REFUSED, print_error
 from models.metrics import MAX_CODEBOOK, CodebookUse
 from models.tokenizer import PRESETS
-from models.weights import count_parameters
+from models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
 from pipeline import storage
 from pipeline.ledger import read_rejects
 from pipeline.read import ShardError, open_shard, output_shards, read_clips, read_payloads
@@ -157,6 +157,7 @@ def print_tokenizers(console: Console) -> None:
     ):
         table.add_column(name, no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
     for config in PRESETS.values():
         space = config.space_stride
         table.add_row(
@@ -168,5 +169,11 @@ def print_tokenizers(console: Console) -> None:
             f"{config.codebook_size:,}" if config.codebook_size else f"{config.latent_channels} channels",
             "x".join(map(str, config.latent_shape(17 if config.is_causal else 16, 256, 256))),
             f"{count_parameters(config) / 1e6:.2f} M",
+            "shipped" if config.name == SHIPPED else "",
         )
     console.print(table)
+    measured = training_summary(shipped_weights()).get("measured")
+    console.print(f"\n{SHIPPED} comes with trained weights and is what `vidshard tokenize` uses by itself.")
+    if isinstance(measured, str):
+        console.print(f"On clips that it never saw: {measured}.", highlight=False, markup=False)
+    console.print("For the others: --weights FILE, from their release or from `vidshard train`.", highlight=False)

@@ -28,7 +28,7 @@ from jobs.outcome import UserError
 from models.lengths import Padding
 from models.tiling import Tiling
 from models.tokenizer import TokenizerConfig, get_preset
-from models.weights import weights_digest
+from models.weights import SHIPPED, weights_digest
 from pipeline import storage
 from pipeline.discover import Discovery
 from pipeline.encode import EncoderSpec, clip_specs_of, open_tokenizer
@@ -150,6 +150,7 @@ def resolve(run: TokenizeRun) -> Request:
     Raises:
         UserError: unknown tokenizer, impossible clip length or size, missing or foreign weights.
     """
+    run = _with_shipped_weights(run)
     try:
         tokenizer = _tokenizer_of(run)
         shape, *_ = [tokenizer.latent_shape(encoded_frames(run, tokenizer), *size) for size in run.sizes]
@@ -168,7 +169,7 @@ def resolve(run: TokenizeRun) -> Request:
         if not tokenizer.name.startswith("tiny"):
             raise UserError(
                 f"no weights for {tokenizer.name}: give --weights FILE (.safetensors or .ckpt), or --random-weights 0 "
-                "to try the machinery with random ones"
+                f"to try the machinery with random ones; {SHIPPED} comes with its own"
             )
         run = run.model_copy(update={"random_weights": 0})
     if run.weights is None:
@@ -220,6 +221,13 @@ def tiling_of(run: TokenizeRun, tokenizer: TokenizerConfig) -> Tiling | None:
     tiling = Tiling(height=height, width=width, overlap=run.tile_overlap)
     tiling.check(tokenizer)
     return tiling
+
+
+def _with_shipped_weights(run: TokenizeRun) -> TokenizeRun:
+    """The run with the weights that come with the package, where it asks for their model or for none."""
+    if run.tokenizer not in (None, SHIPPED) or run.weights is not None or run.random_weights is not None:
+        return run
+    return run.model_copy(update={"tokenizer": SHIPPED, "weights": f"{storage.SHIPPED_SCHEME}{SHIPPED}"})
 
 
 def _tokenizer_of(run: TokenizeRun) -> TokenizerConfig:

@@ -264,6 +264,7 @@ _FULLY_3D: Row = {"architecture": "fully-3d"}
 _NO_BLEND: Row = {"architecture": "no-blend"}
 _NO_3D: Row = {"architecture": "no-3d"}
 _TINY: Row = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
+_SMALL: Row = {"base_width": 16, "width_multipliers": (1, 2, 4, 6), "encoder_pairs": 1, "decoder_pairs": 1}
 
 
 def _fsq(name: str, topology: Row, dims: int, variant: Row, **small: object) -> TokenizerConfig:
@@ -292,6 +293,8 @@ PRESETS: dict[str, TokenizerConfig] = {
         # For tests, demos and laptops: no trained weights exist.
         _fsq("tiny", _488, 5, _V1_0, **_TINY),
         _kl("tiny_kl", _488, 4, _V1_0, **_TINY),
+        # 3 million weights instead of 157. They come with the package: `models.weights.shipped_weights`.
+        _fsq("fsq_causal_488_small", _488, 6, _V1_0, **_SMALL),
         # The release. FSQ: eight levels in each dimension.
         _fsq("fsq_causal_488_262144", _488, 6, _V1_0),
         _fsq("fsq_causal_488_32768", _488, 5, _V1_0),

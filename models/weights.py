@@ -1,4 +1,5 @@
-"""The weights of a tokenizer: read from the files that people publish, checked, digested, written.
+"""The weights of a tokenizer: read from the files that people publish, checked, digested, written; and the trained ones
+that come with the package.
 
 Nothing in a file is executed. A network gets exactly the weights that it has names for, or none; weights are told
 apart by a digest over their values, whatever file they came from.
@@ -15,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -25,9 +27,38 @@ from torch import Tensor
 
 from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer
 
+SHIPPED = "fsq_causal_488_small"
+"""The preset whose trained weights are part of the package: what is used where nobody names a model."""
+
 
 class NoAveragesError(ValueError):
     """A file holds no averaged weights, though they were asked for."""
+
+
+def shipped_weights(name: str = SHIPPED) -> Path:
+    """The file of the trained weights that come with the package.
+
+    Raises:
+        FileNotFoundError: none come with it for that preset.
+    """
+    path = Path(__file__).parent / "shipped" / f"{name}.safetensors"
+    if name != SHIPPED or not path.is_file():
+        raise FileNotFoundError(f"no weights of {name!r} come with vidshard; there are some of {SHIPPED}")
+    return path
+
+
+def training_summary(path: str | Path) -> dict[str, Any]:
+    """How the weights in a ``.safetensors`` file came about and what was measured of them; empty where it says nothing.
+
+    Raises:
+        ValueError: if it is not a readable safetensors file.
+    """
+    metadata = _read_metadata(Path(path))
+    try:
+        summary = json.loads(metadata.get(_SUMMARY_KEY, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path} holds a training summary that is no JSON: {error}") from error
+    return summary if isinstance(summary, dict) else {}
 
 
 def count_parameters(config: TokenizerConfig) -> int:
@@ -181,8 +212,11 @@ def load_weights(
     return config, weights
 
 
-def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
-    """Write weights and config to one ``.safetensors`` file, whole or not at all.
+def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer, *, summary: Mapping[str, object] | None = None) -> None:
+    """Write weights and config to one ``.safetensors`` file, whole or not at all, in the dtype that they have.
+
+    Args:
+        summary: what `training_summary` shall give, as JSON can hold it.
 
     Raises:
         ValueError: if the name ends otherwise.
@@ -195,6 +229,8 @@ def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
         for name, tensor in tokenizer.state_dict().items()
     }
     metadata = {"format": "pt", _CONFIG_KEY: tokenizer.config.model_dump_json()}
+    if summary is not None:
+        metadata[_SUMMARY_KEY] = json.dumps(summary)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         safetensors.torch.save_file(entries, partial, metadata=metadata)
@@ -204,6 +240,7 @@ def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer) -> None:
 
 
 _CONFIG_KEY = "vidshard_tokenizer_config"
+_SUMMARY_KEY = "vidshard_training_summary"
 _EMA_PREFIX = "model_ema."
 
 
@@ -220,6 +257,14 @@ def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
 def _checkpoint_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     """The same under the names that files use."""
     return {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, object]]:

@@ -37,6 +37,9 @@ Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
+SHIPPED_SCHEME = "shipped://"
+"""Of the weights that are part of the package, see `local_copy`."""
+
 RETRY_SECONDS_VARIABLE = "VIDSHARD_STORAGE_RETRY_SECONDS"
 
 RETRY_SECONDS = float(os.environ.get(RETRY_SECONDS_VARIABLE, "120"))
@@ -526,13 +529,17 @@ def read_bytes(path: str) -> bytes:
 def local_copy(path: str | None) -> Iterator[Path | None]:
     """A file as a local path: itself when it is local, otherwise a temporary copy that is removed at the end.
 
-    ``hf://OWNER/REPO[@REVISION]/PATH`` stays in the cache of huggingface_hub.
+    ``hf://OWNER/REPO[@REVISION]/PATH`` stays in the cache of huggingface_hub; ``shipped://PRESET`` are the trained
+    weights that come with the package.
 
     Raises:
         StorageError: it is missing or not readable.
     """
     if path is not None and _is_hub_file(path):
         yield _fetch(path)[0]
+        return
+    if path is not None and path.startswith(SHIPPED_SCHEME):
+        yield _shipped(path)
         return
     if path is None or is_local(path):
         if path is not None and not Path(absolute(path)).is_file():
@@ -557,6 +564,15 @@ def pinned(path: str) -> str:
 
 def _is_hub_file(path: str) -> bool:
     return path.startswith("hf://")
+
+
+def _shipped(path: str) -> Path:
+    from models.weights import shipped_weights  # and torch with it, which no decoder needs
+
+    try:
+        return shipped_weights(path.removeprefix(SHIPPED_SCHEME))
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
 
 
 def _fetch(reference: str) -> tuple[Path, str]:

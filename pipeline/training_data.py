@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
 
 from pipeline import storage
 from pipeline.discover import Discovery, discover
@@ -371,6 +371,31 @@ def _cached_frames(path: str, row: int) -> bytes:
     return frames
 
 
+class _Breather:
+    """Lets Ray Data's scheduler pause after a step in which no task ran.
+
+    It waits for tasks, so where enough clips lie ready and none runs, it goes round without a pause and takes a core
+    from the training that it works for. One of Ray Data's execution callbacks.
+    """
+
+    PAUSE_SECONDS = 0.05
+
+    def on_execution_step(self, executor: object) -> None:
+        # where a later Ray keeps its operators elsewhere, it is as without this
+        operators = getattr(executor, "_topology", None)
+        if operators and not any(operator.num_active_tasks() for operator in operators):
+            time.sleep(self.PAUSE_SECONDS)
+
+    def before_execution_starts(self, _executor: object) -> None:
+        pass
+
+    def after_execution_succeeds(self, _executor: object) -> None:
+        pass
+
+    def after_execution_fails(self, _executor: object, error: Exception) -> None:
+        pass
+
+
 def training_clips(
     draws: ray.ObjectRef[Draws], reader: ClipReader, start: int, stop: int, *, rows_per_block: int
 ) -> Dataset:
@@ -382,6 +407,11 @@ def training_clips(
     Args:
         draws: in the object store, as every task looks at them.
     """
+
+    context = DataContext.get_current()  # of whichever process this is; datasets take a copy along
+    context.memory_usage_poll_interval_s = None  # walks the page tables of every worker each second, for a statistic
+    if _Breather not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(_Breather)
 
     def drawn(ids: pa.Table) -> pa.Table:
         known: Draws = ray.get(draws)

@@ -224,7 +224,7 @@ class TokenizeRun(BaseModel):
         section="Tokenizer",
         metavar="NAME",
         help="Which model: a name from `vidshard tokenizers`. Not needed with --weights that say so themselves "
-        "(`vidshard convert`).",
+        "(`vidshard convert`). Without either: fsq_causal_488_small, a small model whose weights come with vidshard.",
     )
     weights: str | None = setting(
         None,
