@@ -24,11 +24,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.cli import training_run
+from jobs.cluster import Cluster
 from jobs.decode_shards import decode_output
+from jobs.outcome import UserError
 from jobs.presets import TRAININGS
 from jobs.settings import SettingsError
 from jobs.tokenize_videos import run_and_report as tokenize
-from jobs.train_tokenizer import activation_bytes, read_record, resolve, resume, run_and_report
+from jobs.train_tokenizer import activation_bytes, place, read_record, resolve, resume, run_and_report
 from jobs.train_worker import start_weights
 from jobs.training_log import Speed, picture_strip
 from models.config import PRESETS
@@ -423,6 +425,18 @@ def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
     assert one > 5 << 20
     larger = activation_bytes(get_preset("tiny"), stage.model_copy(update={"size": (64, 64)}))
     assert 3 < larger / one < 4.5
+
+
+def test_what_cannot_fit_the_machine_is_refused_before_it_starts() -> None:
+    cpus = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=True)
+    run = TRAININGS["paper_stage1"](["clips"], "out")
+    batch = {"stage1": run.stages["stage1"].model_copy(update={"clips_per_step": 4096})}
+    with pytest.raises(UserError, match=r"stage1 does not fit this machine: .* 4096 clips each .* --recompute"):
+        place(run.model_copy(update={"stages": batch}), cpus)
+    many = run.model_copy(update={"workers": 1024, "stages": batch})
+    with pytest.raises(UserError, match=r"1024 workers take about \d{4}\.\d GiB for weights"):
+        place(many, cpus)
+    assert place(TRAININGS["tiny"](["clips"], "out"), cpus) == 1
 
 
 def test_strips_show_a_clip_above_its_reconstruction() -> None:

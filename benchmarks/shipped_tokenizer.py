@@ -1,0 +1,104 @@
+"""How good a tokenizer's reconstructions are, and how the weights that come with the package are written.
+
+The whole recipe, from nothing. PHOTOS and CLIPS are folders of material whose licences allow training on it; without
+them there is generated material alone.
+
+    python -m benchmarks.motion_corpus corpus/64 --videos 6000 --crop 64 --photos PHOTOS --clips CLIPS
+    python -m benchmarks.motion_corpus corpus/128 --videos 600 --crop 128 --photos PHOTOS --clips CLIPS --seed 1
+    vidshard train stage1 --preset small --videos corpus/64 --out runs/small
+    vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --from runs/small/stage1
+    python -m benchmarks.shipped_tokenizer write runs/small2/stage2/tokenizer.safetensors trained.json
+    vidshard tokenize UNSEEN --out measured --weights trained.safetensors
+    python -m benchmarks.shipped_tokenizer measure measured
+
+``write`` rounds the weights to float16 and puts them, with the config, their digest and what ``trained.json`` says,
+into a file beside it; ``measure`` compares the clips of an output with their sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.report import Row, report
+from jobs.decode_shards import padding_of, reconstruct, stored_spec, tokenizer_of
+from models.metrics import CodebookUse, psnr, ssim
+from models.weights import load_tokenizer, load_weights, save_tokenizer, weights_digest
+from pipeline.read import find_clips, open_shard, output_shards, read_clips
+from pipeline.rows import row_part
+from pipeline.stages import decode_again
+from schemas.runs import TokenizeRun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure", help="compare the clips of an output with their sources")
+    measuring.add_argument("out", help="folder that vidshard tokenize wrote, of clips apart")
+    measuring.add_argument("--json", metavar="FILE", help="also write the rows here")
+    writing = commands.add_parser("write", help="round a trained tokenizer and say how it came about")
+    writing.add_argument("weights", type=Path, help="what a stage of vidshard train wrote")
+    writing.add_argument("summary", type=Path, help="JSON object: data, steps, figures")
+    arguments = parser.parse_args()
+    if arguments.command == "measure":
+        measure(arguments.out, arguments.json)
+    else:
+        write(arguments.weights, arguments.summary)
+
+
+def write(weights: Path, summary: Path) -> None:
+    """Write ``<summary>.safetensors``: float16 weights, and what is in the JSON file with their digest."""
+    config, _ = load_weights(weights)
+    rounded = load_tokenizer(config, weights).half()
+    digest = weights_digest(rounded.state_dict())
+    target = summary.with_suffix(".safetensors")
+    save_tokenizer(target, rounded, summary={**json.loads(summary.read_text()), "weights_sha256": digest})
+    print(f"{target}: {target.stat().st_size:,} bytes, SHA-256 of the weights {digest}")
+
+
+def measure(out: str, json_path: str | None) -> None:
+    """Print PSNR, SSIM and the use of the codebook, for each video of an output and over all clips alike."""
+    paths = output_shards(out)
+    with open_shard(paths[0]) as (_, provenance):
+        pass
+    run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
+    tokenizer = tokenizer_of(provenance, None)
+    use = CodebookUse(tokenizer.config.codebook_size or 1)
+    found: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for path, clip_id in find_clips(paths, ""):
+        clip = next(read_clips(path, clip_id))
+        frames = reconstruct(clip, tokenizer, padding=padding_of(run))[: clip.values["num_valid_frames"]]
+        spec = stored_spec(run, tokenizer.config, clip.values)
+        uri, index, part = clip.values["uri"], clip.values["clip_index"], row_part(clip.values)
+        source = decode_again(uri, clip.values["video_id"], index, spec, part, run.limits)[-1].frames[: len(frames)]
+        real, fake = _frames(source), _frames(frames)
+        found[Path(uri).name].append((float(psnr(real, fake).mean()), float(ssim(real, fake).mean())))
+        if tokenizer.config.has_tokens:
+            use.update(clip.payload)
+    rows: list[Row] = [_row(name, figures) for name, figures in sorted(found.items())]
+    rows.append(_row("all clips", [figures for of_video in found.values() for figures in of_video]))
+    report(f"reconstruction by {tokenizer.config.name}", rows, json_path)
+    if tokenizer.config.has_tokens:
+        used, size = int((use.counts > 0).sum()), len(use.counts)
+        share = use.counts[use.counts > 0] / use.counts.sum()
+        bits = float(-(share * np.log2(share)).sum())
+        print(f"{int(use.counts.sum()):,} tokens: {used:,} of {size:,} in use, entropy {bits:.2f} bits")
+
+
+def _row(name: str, figures: list[tuple[float, float]]) -> Row:
+    mean = np.mean(figures, axis=0)
+    return {"video": name, "clips": len(figures), "psnr_db": round(float(mean[0]), 2), "ssim": round(float(mean[1]), 3)}
+
+
+def _frames(frames_THWC: np.ndarray) -> Tensor:
+    return torch.from_numpy(frames_THWC.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+if __name__ == "__main__":
+    main()
