@@ -71,7 +71,7 @@ and what had to be passed over on the way to it."""
 SUBSTITUTES = 7
 """Videos that are tried in place of one that breaks, for one clip; when all of them break too, training stops."""
 
-_DRAWS_PER_TASK = 1024
+_BLOCKS_PER_TASK = 16
 _BLOCK_BYTES = 32 << 20
 
 
@@ -372,19 +372,27 @@ def _cached_frames(path: str, row: int) -> bytes:
 
 
 class _Breather:
-    """Lets Ray Data's scheduler pause after a step in which no task ran.
+    """Lets Ray Data's scheduler pause after a step in which nothing happened.
 
-    It waits for tasks, so where enough clips lie ready and none runs, it goes round without a pause and takes a core
-    from the training that it works for. One of Ray Data's execution callbacks.
+    It waits for tasks to give something. Where enough clips lie ready, tasks have something that it does not take, or
+    none runs; then it goes round without a pause, and takes a core from the training that it works for. One of Ray
+    Data's execution callbacks.
     """
 
     PAUSE_SECONDS = 0.05
 
-    def on_execution_step(self, executor: object) -> None:
-        # where a later Ray keeps its operators elsewhere, it is as without this
-        operators = getattr(executor, "_topology", None)
-        if operators and not any(operator.num_active_tasks() for operator in operators):
+    def __init__(self) -> None:
+        self._before: list[Any] = []
+
+    def on_execution_step(self, executor: Any) -> None:
+        try:
+            metrics = [operator.metrics for operator in executor._topology]
+            now = [(m.num_tasks_submitted, m.num_task_outputs_generated, m.num_outputs_taken) for m in metrics]
+        except (AttributeError, TypeError):
+            return  # a Ray that keeps these figures elsewhere: as if this were not here
+        if now == self._before:
             time.sleep(self.PAUSE_SECONDS)
+        self._before = now
 
     def before_execution_starts(self, _executor: object) -> None:
         pass
@@ -413,17 +421,22 @@ def training_clips(
     if _Breather not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(_Breather)
 
-    def drawn(ids: pa.Table) -> pa.Table:
-        known: Draws = ray.get(draws)
-        return known.rows([start + number for number in ids["id"].to_pylist()])
+    per_task = rows_per_block * _BLOCKS_PER_TASK
 
-    count = stop - start
+    def drawn(tasks: pa.Table) -> pa.Table:
+        known: Draws = ray.get(draws)
+        (task,) = tasks["id"].to_pylist()
+        first = start + task * per_task
+        return known.rows(range(first, min(first + per_task, stop)))
+
+    num_tasks = -(-(stop - start) // per_task)
     return (
-        ray.data.range(count, override_num_blocks=-(-count // _DRAWS_PER_TASK))
+        # Ray makes one task of all this for each block of the first line, and hands out its blocks as they come. A task
+        # for each block would cost more than reading its clips.
+        ray.data.range(num_tasks, override_num_blocks=num_tasks)
         .map_batches(drawn, batch_format="pyarrow", batch_size=None)
-        # strict: otherwise Ray fuses all of this into one task for each block of the first step
-        .repartition(target_num_rows_per_block=rows_per_block, strict=True)
-        .map_batches(reader, batch_format="pyarrow", batch_size=None, num_cpus=1)
+        .map_batches(reader, batch_format="pyarrow", batch_size=rows_per_block, num_cpus=1)
+        .repartition(target_num_rows_per_block=rows_per_block)
     )
 
 
