@@ -530,7 +530,7 @@ def test_webp_files_are_refused_by_name(tmp_path: Path, animated: bool) -> None:
 # The whole job.
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_archives_are_tokenized_and_verified(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()

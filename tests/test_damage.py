@@ -101,7 +101,7 @@ def test_overlapping_and_sparse_clips_are_kept_likewise(folder: Path) -> None:
         assert all(np.array_equal(clip.frames, original[index].frames) for index, clip in clips.items())
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_the_job_keeps_or_rejects_and_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()

@@ -199,6 +199,7 @@ def test_another_batch_size_changes_nothing_but_near_ties(
         assert np.all(from_tie[changed] < 1e-4)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_manifest_columns_travel_to_the_rows(good_videos: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "list.jsonl"
     lines = [
@@ -215,6 +216,7 @@ def test_manifest_columns_travel_to_the_rows(good_videos: Path, tmp_path: Path) 
     assert [r["reason"] for r in read_rejects(str(tmp_path / "tokens")).to_pylist()] == ["unreadable"]
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_copies_of_a_video_are_tokenized_once_and_the_others_named(good_videos: Path, tmp_path: Path) -> None:
     for name in ("one.mp4", "two.mp4"):
         (tmp_path / name).write_bytes((good_videos / "e.mp4").read_bytes())
@@ -252,6 +254,7 @@ def test_other_units_of_work_for_an_output_are_refused(output: Path, good_videos
     assert "clips_per_span" in result.output
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_an_output_without_a_clip_can_be_inspected(bad_videos: Path, tmp_path: Path) -> None:
     assert tokenize(bad_videos / "text.mp4", "--out", tmp_path / "tokens", *SMALL).exit_code == 0
     result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path / "tokens")])
@@ -269,6 +272,7 @@ def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: P
     assert "stand in another shard too" in result.output
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
     handler = partial(SimpleHTTPRequestHandler, directory=str(good_videos))
@@ -284,6 +288,7 @@ def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path)
     assert "SECRET" not in result.stdout  # the server here logs to stderr
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_too_many_rejects_fail_the_run(good_videos: Path, bad_videos: Path, tmp_path: Path) -> None:
     bad = (good_videos / "a.mp4", bad_videos / "text.mp4")
     result = tokenize(*bad, "--out", tmp_path / "a", *SMALL, "--max-reject-share", "0.4")
@@ -292,6 +297,7 @@ def test_too_many_rejects_fail_the_run(good_videos: Path, bad_videos: Path, tmp_
     assert tokenize(*bad, "--out", tmp_path / "b", *SMALL, "--max-reject-share", "0.5").exit_code == 0
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_run_of_nothing_but_bad_videos_says_so(bad_videos: Path, tmp_path: Path) -> None:
     result = tokenize(bad_videos, "--out", tmp_path / "tokens", *SMALL)
     assert result.exit_code == 0
@@ -365,6 +371,7 @@ def test_the_readers_of_the_readme_read_the_shards(output: Path) -> None:
     check([(row["clip_id"], row["tokens"]) for row in ray.data.read_parquet(f"{output}/shards").take_all()])
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_latents_are_stored_as_float16_and_read_everywhere(good_videos: Path, tmp_path: Path) -> None:
     import datasets
     import torch
@@ -493,6 +500,7 @@ def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path)
     assert len(tokens_by_clip(tmp_path / "cut")) == 16
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_converted_checkpoint_says_which_model_it_is(
     output: Path, good_videos: Path, tmp_path: Path, tiny: VideoTokenizer
 ) -> None:
@@ -515,6 +523,7 @@ def test_a_converted_checkpoint_says_which_model_it_is(
     assert "--tokenizer NAME" in refused.output
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_averaged_weights_are_recorded_and_decoded_with(good_videos: Path, tmp_path: Path) -> None:
     import torch
 

@@ -287,7 +287,7 @@ def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(nam
         assert reconstruct(clip, model, padding=padding).shape == frames.shape
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(
     ("name", "num_frames", "policy", "encoded_frames"),
     [
@@ -369,7 +369,7 @@ def test_a_policy_that_has_nothing_to_do_leaves_the_identity_of_a_run_as_it_was(
     assert identity(16, "repeat-last") != identity(16, "repeat-first")
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_an_output_holds_clips_of_one_policy(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", Recipe(num_frames=8, rate=Fraction(8)))
     run = ("tokenize", video, "--out", tmp_path / "out", "--tokenizer", "tiny", "--frames", 8, "--size", 16)

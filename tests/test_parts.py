@@ -297,7 +297,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 SMALL = ("--tokenizer", "tiny", "--fps", "5", "--frames", "5")
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_rows_of_a_manifest_name_parts_of_videos(video: Path, tmp_path: Path) -> None:
     short = write_video(tmp_path / "short.mp4", Recipe(num_frames=30))
     names = ("uri", "start_seconds", "end_seconds", "caption")
@@ -354,7 +354,7 @@ def test_a_manifest_with_impossible_times_is_refused_before_work_begins(
     assert words in " ".join(result.output.split())
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_each_video_goes_to_its_bucket_and_no_shard_mixes_them(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -388,7 +388,7 @@ def test_each_video_goes_to_its_bucket_and_no_shard_mixes_them(tmp_path: Path) -
     assert "buckets: '64x64,64x112,112x64' there, '64x64,64x112' now" in changed.output
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_the_commands_flags_choose_parts(video: Path, tmp_path: Path) -> None:
     flags = ("--start", "0:10", "--end", "20", "--clips-per-video", "3", "--stride-seconds", "1", "--size", "32")
     result = tokenize(video, "--out", tmp_path / "out", *SMALL, *flags)

@@ -22,7 +22,7 @@ from pipeline.ledger import committed_spans, read_rejects, retry_rejected
 from pipeline.shards import shard_paths
 from tests.videos import Recipe, write_damaged, write_video
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 SMALL = ("--tokenizer", "tiny", "--fps", "4", "--frames", "5", "--size", "32")
 

@@ -186,7 +186,7 @@ def test_settings_are_name_and_rule() -> None:
 # The whole job.
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_every_clip_row_receives_its_signals(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", Recipe(num_frames=60))  # 2.4 s, 40 ms a frame
     plain = write_video(tmp_path / "plain.mp4", Recipe(num_frames=20))

@@ -256,7 +256,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("without_ray")
 def test_the_job_tiles_and_decodes_with_the_tiles_that_it_had(tmp_path: Path, tiny: VideoTokenizer) -> None:
     video = write_video(tmp_path / "v.mp4", Recipe(num_frames=5, rate=Fraction(8)))
     command = ("tokenize", video, "--out", tmp_path / "out", "--tokenizer", "tiny", "--frames", 5, "--size", "48x64")

@@ -18,7 +18,7 @@ from pipeline.shards import shard_paths
 from tests.test_lengths import small
 from tests.videos import Recipe, write_video
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 CASES: dict[str, tuple[str, list[Any]]] = {
     "clips": ("fsq_causal_488_262144", ["--frames", 9]),
