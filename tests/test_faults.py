@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_order_and_it_goes_on_when_there_i
     disk.mkdir()
     command = " ".join([VIDSHARD, "tokenize", str(many_spans), "--out", f"{disk}/out", *RUN, *COMMITTED_AT_ONCE])
     script = f"""
-mount -t tmpfs -o size=90k none {disk} || exit 99
+mount -t tmpfs -o size=120k none {disk} || exit 99
 {command}; echo "the first ended with $?"
 cp -r {disk}/out {tmp_path}/full
 mount -o remount,size=64m {disk}

@@ -303,7 +303,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     for out in (killed, whole):
         checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
         [mark] = [mark for mark in checkpoints.marks() if mark.step == 30]
-        states.append(tensors_of(checkpoints.load(mark)["state"]))
+        state = checkpoints.load(mark)["state"]
+        del state["rng"]  # with which numbers a process begins is its own affair, and FSQ draws none
+        states.append(tensors_of(state))
     assert len(states[0]) > 200  # weights, averages, and what the optimizers keep
     assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
     # checkpoints of one run are nothing to another
