@@ -16,8 +16,12 @@ import pyarrow.parquet as pq
 from pipeline.ledger import read_rejects
 from pipeline.read import check_shard
 from pipeline.shards import shard_paths
+from tests.held_back import HeldBack
 
-RUN = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
+SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64, "clips_per_span": 1}
+RUN = tuple(text for key, value in SETTINGS.items() for text in (f"--{key.replace('_', '-')}", str(value)))
+PATIENCE = "600"
+"""Seconds that storage is asked again, as a test on busy cores may hold a video back for long."""
 COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
 
 VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
@@ -27,6 +31,7 @@ VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, as a shell starts it; nothing of it is left at the end."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment["VIDSHARD_STORAGE_RETRY_SECONDS"] = PATIENCE
     process = subprocess.Popen(
         [VIDSHARD, "tokenize", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -102,7 +107,14 @@ def busy_with(pid: int, work: str) -> list[int]:
     return [number for number, title in processes_below(pid).items() if title.startswith(f"ray::{work}")]
 
 
-ENCODING, DECODING = "MapWorker(MapBatches(EncoderActor)).submit", "MapBatches(SpanDecoder)"
+ENCODER, DECODING = "MapWorker(MapBatches(EncoderActor))", "MapBatches(SpanDecoder)"
+ENCODING = f"{ENCODER}.submit"
+"""The encoder at work; without the last word also one that loads its model or waits."""
+
+
+def is_held_up(process: subprocess.Popen[str], held: HeldBack) -> bool:
+    """Whether a decoder of this run, not one that an earlier run left behind, waits for what is held back."""
+    return held.is_reached and bool(busy_with(process.pid, DECODING))
 
 
 def kill_one(process: subprocess.Popen[str], work: str) -> None:
@@ -120,6 +132,11 @@ def kill_one(process: subprocess.Popen[str], work: str) -> None:
 def only_the_text_is_rejected(out: Path | str) -> bool:
     """Of the corpus ``many_spans`` the file that is no video, and nothing else."""
     return [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
+
+
+def inputs(many_spans: Path, held: HeldBack) -> tuple[str | Path, ...]:
+    """The corpus ``many_spans``, its last video held back."""
+    return (many_spans / "0.mp4", many_spans / "1.mp4", many_spans / "text.mp4", held.uri)
 
 
 def read_rows(out: Path) -> list[str]:

@@ -31,6 +31,8 @@ from tests.test_lengths import small
 from tests.videos import Recipe, write_video
 
 MODELS = ("fsq_causal_488_262144", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn_v1_1")
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 SIZE = 16
 NUM_FRAMES = 9
 NUM_SAMPLED = 221
@@ -85,7 +87,7 @@ Output = Callable[[int], Path]
 
 
 @pytest.fixture(scope="module")
-def outputs(model: VideoTokenizer, video: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Output:
+def outputs(model: VideoTokenizer, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Output:
     """The video tokenized, by the number of rows in a unit of work."""
     folder = tmp_path_factory.mktemp("continuous")
     save_tokenizer(folder / "small.safetensors", model)

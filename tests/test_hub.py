@@ -37,11 +37,15 @@ FETCH = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the library waits between its attempts
 from pipeline import storage
-try:
-    with storage.local_copy(sys.argv[1]) as path:
-        print(json.dumps([path.name, path.read_text(), storage.pinned(sys.argv[1])]))
-except storage.StorageError as error:
-    sys.exit(f"refused: {error}")
+refused = False
+for reference in sys.argv[1:]:
+    try:
+        with storage.local_copy(reference) as path:
+            print(json.dumps([path.name, path.read_text(), storage.pinned(reference)]))
+    except storage.StorageError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        refused = True
+sys.exit(refused)
 """
 
 
@@ -206,40 +210,58 @@ def test_a_hub_that_is_down_leaves_what_is_cached(hub: Hub, tmp_path: Path) -> N
     assert fetch(hub, tmp_path, REFERENCE, HF_ENDPOINT="http://127.0.0.1:9") == online
 
 
-@pytest.mark.parametrize(
-    ("reference", "environment", "words"),
-    [
-        (
-            "hf://owner/models/nothing.ckpt",
-            {},
-            "owner/models has no file nothing.ckpt at revision main: check the path",
-        ),
-        ("hf://owner/models@v9/checkpoints/tiny.ckpt", {}, "has no revision v9: name a branch, a tag or a full commit"),
-        ("hf://owner/nothing/tiny.ckpt", {}, "there is no repository owner/nothing, or it is private"),
-        ("hf://owner/gated/tiny.ckpt", {}, "owner/gated is gated: ask for access"),
-        ("hf://owner/denied/tiny.ckpt", {}, "denies access (HTTP 401): check that HF_TOKEN is valid"),
-        ("hf://owner/forbidden/tiny.ckpt", {}, "denies access (HTTP 403)"),
-        ("hf://owner/broken/tiny.ckpt", {}, "HTTP 500: try again later"),
-        ("hf://owner/odd/tiny.ckpt", {}, "HTTP 404: check the reference and HF_ENDPOINT"),
-        ("hf://owner/page/tiny.ckpt", {}, "not a Hugging Face Hub: check HF_ENDPOINT"),
-        (REFERENCE, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and the cache in"),
-        (
-            REFERENCE,
-            {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "connection to the Hub fails (ConnectError): check the network",
-        ),
-        (REFERENCE, {"HF_ENDPOINT": "no address"}, "check the network, the proxy and HF_ENDPOINT"),
-        (REFERENCE, {"HF_HOME": "/proc/nowhere"}, "the cache in /proc/nowhere/hub cannot be used"),
-        ("hf://tiny.ckpt", {}, "is hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH"),
-        ("hf://owner/models@/tiny.ckpt", {}, "is hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH"),
-        ("hf://owner/models", {}, "names no file"),
-        ("hf://owner/models/checkpoints/", {}, "has no file checkpoints"),
-        ("hf://owner/models/../tiny.ckpt", {}, "names no file"),
-        ("hf://datasets/owner/models/tiny.ckpt", {}, "names a dataset"),
-    ],
-)
+REFUSED: list[tuple[dict[str, str], dict[str, str]]] = [
+    (
+        {},
+        {
+            "hf://owner/models/nothing.ckpt": "owner/models has no file nothing.ckpt at revision main: check the path",
+            "hf://owner/models@v9/checkpoints/tiny.ckpt": "has no revision v9: name a branch, a tag or a full commit",
+            "hf://owner/nothing/tiny.ckpt": "there is no repository owner/nothing, or it is private",
+            "hf://owner/gated/tiny.ckpt": "owner/gated is gated: ask for access",
+            "hf://owner/denied/tiny.ckpt": "denies access (HTTP 401): check that HF_TOKEN is valid",
+            "hf://owner/forbidden/tiny.ckpt": "denies access (HTTP 403)",
+            "hf://owner/broken/tiny.ckpt": "HTTP 500: try again later",
+            "hf://owner/odd/tiny.ckpt": "HTTP 404: check the reference and HF_ENDPOINT",
+            "hf://owner/page/tiny.ckpt": "not a Hugging Face Hub: check HF_ENDPOINT",
+            "hf://tiny.ckpt": "is hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH",
+            "hf://owner/models@/tiny.ckpt": "is hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH",
+            "hf://owner/models": "names no file",
+            "hf://owner/models/checkpoints/": "has no file checkpoints",
+            "hf://owner/models/../tiny.ckpt": "names no file",
+            "hf://datasets/owner/models/tiny.ckpt": "names a dataset",
+        },
+    ),
+    (
+        {"HF_HUB_OFFLINE": "1"},
+        {
+            REFERENCE: "HF_HUB_OFFLINE is set, and the cache in",
+        },
+    ),
+    (
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        {
+            REFERENCE: "connection to the Hub fails (ConnectError): check the network",
+        },
+    ),
+    (
+        {"HF_ENDPOINT": "no address"},
+        {
+            REFERENCE: "check the network, the proxy and HF_ENDPOINT",
+        },
+    ),
+    (
+        {"HF_HOME": "/proc/nowhere"},
+        {
+            REFERENCE: "the cache in /proc/nowhere/hub cannot be used",
+        },
+    ),
+]
+"""What the environment holds, and what is said of each reference then."""
+
+
+@pytest.mark.parametrize(("environment", "refused"), REFUSED)
 def test_what_cannot_be_had_is_named_with_the_cause_and_what_to_do(
-    hub: Hub, tmp_path: Path, reference: str, environment: dict[str, str], words: str
+    hub: Hub, tmp_path: Path, environment: dict[str, str], refused: dict[str, str]
 ) -> None:
     hub.refusals = {
         "owner/gated": (403, {"X-Error-Code": "GatedRepo"}),
@@ -249,10 +271,13 @@ def test_what_cannot_be_had_is_named_with_the_cause_and_what_to_do(
         "owner/odd": (404, {}),
         "owner/page": (200, {"ETag": '"page"'}),
     }
-    result = run(hub, tmp_path, sys.executable, "-c", FETCH, reference, **environment)
+    result = run(hub, tmp_path, sys.executable, "-c", FETCH, *refused, **environment)
     assert result.returncode == 1
-    assert f"refused: cannot read {reference}: " in result.stderr
-    assert words in result.stderr
+    assert not result.stdout
+    said = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
+    for (reference, words), line in zip(refused.items(), said, strict=True):
+        assert line.startswith(f"refused: cannot read {reference}: ")
+        assert words in line
     assert "Traceback" not in result.stderr
     assert not hub.asked("GET")
 

@@ -5,85 +5,77 @@ from __future__ import annotations
 import json
 import os
 import signal
-from fractions import Fraction
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
+from models.weights import load_tokenizer, save_tokenizer
 from pipeline.ledger import committed_spans
-from pipeline.read import check_shard
 from pipeline.shards import shard_paths
-from tests.processes import read_until, started
+from tests.held_back import held_back
+from tests.processes import (
+    COMMITTED_AT_ONCE,
+    RUN,
+    inputs,
+    is_held_up,
+    is_under_way,
+    only_the_text_is_rejected,
+    read_until,
+    started,
+    tokens_by_clip,
+    until,
+)
+from tests.test_lengths import small
 from tests.videos import Recipe, write_video
 
-SMALL = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64", "--clips-per-span", "1")
 
-
-@pytest.fixture(scope="module")
-def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """71 clips in as many spans: more than the machine tokenizes before it is interrupted."""
-    recipe = Recipe(num_frames=1200, rate=Fraction(25), codec="mpeg4", width=96, height=64)
-    return write_video(tmp_path_factory.mktemp("long") / "long.mp4", recipe)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_keeps_what_is_committed_and_goes_on_later(
-    long_video: Path, tmp_path: Path, number: signal.Signals, code: int
+def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
-    arguments = (long_video, "--out", out, *SMALL, "--commit-minutes", "0.0001")
-    with started(*arguments) as process:
-        read_until(process, "tokenizing:")
-        if number is signal.SIGINT:
-            os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches Ray's processes too
-        else:
-            process.send_signal(number)
-        rest, _ = process.communicate(timeout=120)
-    assert process.returncode == code, rest
-    assert "interrupted" in rest
-    assert "Traceback" not in rest
-    before = {path: Path(path).read_bytes() for path in shard_paths(str(out))}
-    assert before, rest
-    clips = sum(check_shard(path) for path in before)
-    assert 0 < len(committed_spans(str(out))) < pq.read_table(out / "plan").num_rows
-    assert not [p for p in (out / "shards").iterdir() if p.suffix != ".parquet"]
+    with held_back(many_spans / "2.mp4", out) as held:
+        arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE, "--grace-seconds", "300")
+        committed: dict[str, bytes] = {}
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            held.hold()
+            with started(*arguments) as process:
+                until(process, lambda: is_under_way(out) and is_held_up(process, held))
+                if number is signal.SIGINT:
+                    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches Ray's processes too
+                else:
+                    process.send_signal(number)
+                read_until(process, "finishing what is begun, for 300 s at most")
+                held.let_go()
+                rest, _ = process.communicate(timeout=300)
+            assert process.returncode == code, rest
+            assert "interrupted: what is committed is valid" in rest
+            assert "Traceback" not in rest
+            assert not [p for p in (out / "shards").iterdir() if p.suffix != ".parquet"]
+            before, committed = committed, {path: Path(path).read_bytes() for path in shard_paths(str(out))}
+            assert before.items() < committed.items()
+            found = tokens_by_clip(out)
+            assert found.items() <= undisturbed.items()
+            assert 0 < len(committed_spans(str(out))) < pq.read_table(out / "plan").num_rows
 
-    with started(*arguments) as process:
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert all(Path(path).read_bytes() == data for path, data in before.items())
-    ids = [i for path in shard_paths(str(out)) for i in pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()]
-    assert len(ids) == len(set(ids)) == -(-1200 // 17)
-    assert clips < len(ids)
+        with started(*arguments) as process:
+            printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert committed.items() <= {path: Path(path).read_bytes() for path in shard_paths(str(out))}.items()
+    assert tokens_by_clip(out) == undisturbed
+    assert only_the_text_is_rejected(out)
 
 
 def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "small.safetensors", load_tokenizer(small("fsq_causal_888_32768_v1_1"), None, seed=0))
     (tmp_path / "videos").mkdir()
-    for number in range(12):
+    for number in range(7):
         recipe = Recipe(num_frames=120, codec="mpeg4", width=256, height=256, gop=10 + number)
         write_video(tmp_path / "videos" / f"{number}.mp4", recipe)
     out = tmp_path / "tokens"
-    sizes = ("--tokenizer", "tiny", "--fps", "25", "--frames", "5", "--size", "256", "--object-store", "100MB")
-    with started(tmp_path / "videos", "--out", out, *sizes) as process:
+    sizes = ("--weights", tmp_path / "small.safetensors", "--fps", "25", "--frames", "5", "--size", "256")
+    with started(tmp_path / "videos", "--out", out, *sizes, "--object-store", "80MB") as process:
         output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     written = json.loads((out / "summary.json").read_text())["written"]
-    assert written["num_clips"] == 12 * 24
-    assert written["num_clips"] * 5 * 256 * 256 * 3 > 2 * 100e6
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_whole_shards_only_and_goes_on_later(long_video: Path, tmp_path: Path) -> None:
-    out = tmp_path / "tokens"
-    arguments = (long_video, "--out", out, *SMALL, "--commit-minutes", "0.0001")
-    with started(*arguments) as process:
-        read_until(process, "tokenizing:")
-        os.killpg(process.pid, signal.SIGKILL)
-    for path in shard_paths(str(out)):
-        check_shard(path)
-    with started(*arguments) as process:
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    ids = [i for path in shard_paths(str(out)) for i in pq.read_table(path, columns=["clip_id"])["clip_id"].to_pylist()]
-    assert len(ids) == len(set(ids)) == -(-1200 // 17)
+    assert written["num_clips"] == 7 * 24
+    assert written["num_clips"] * 5 * 256 * 256 * 3 > 2 * 80e6

@@ -6,19 +6,22 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +33,15 @@ from jobs.outcome import UserError
 from jobs.presets import TRAININGS
 from jobs.settings import SettingsError
 from jobs.tokenize_videos import run_and_report as tokenize
-from jobs.train_tokenizer import activation_bytes, place, read_record, resolve, resume, run_and_report
+from jobs.train_tokenizer import (
+    activation_bytes,
+    place,
+    prepare_data,
+    read_record,
+    resolve,
+    resume,
+    run_and_report,
+)
 from jobs.train_worker import start_weights
 from jobs.training_log import Speed, picture_strip
 from models.config import PRESETS
@@ -41,6 +52,7 @@ from pipeline.checkpoints import Checkpoints
 from pipeline.shards import shard_paths
 from schemas.runs import TokenizeRun
 from schemas.training import StageConfig, TrainRun
+from tests.held_board import HeldBoard
 from tests.processes import processes_below
 
 
@@ -107,26 +119,31 @@ def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dic
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["group"] == group]
 
 
+KILLED_AT = (15, 25)
+
+
 @contextmanager
-def worker_killed_after(checkpoint: Path) -> Iterator[list[int]]:
-    """As soon as a checkpoint is there, one training worker is killed; gives the ids of what was killed."""
+def workers_killed(folder: Path) -> Iterator[list[int]]:
+    """One training worker is killed at each of the steps ``KILLED_AT``; gives the ids of what was killed."""
     killed: list[int] = []
     over = threading.Event()
 
     def watch() -> None:
-        while not over.is_set() and not killed:
-            if checkpoint.exists():
-                titles = processes_below(os.getpid())
-                workers = [pid for pid, title in titles.items() if "RayTrainWorker" in title]
-                if workers:
-                    os.kill(workers[-1], signal.SIGKILL)
-                    killed.append(workers[-1])
-            time.sleep(0.01)
+        for step in KILLED_AT:
+            while not (folder / f"waits-at-{step}").exists():
+                if over.wait(0.01):
+                    return
+            workers = [pid for pid, title in processes_below(os.getpid()).items() if "RayTrainWorker" in title]
+            os.kill(workers[-1], signal.SIGKILL)
+            killed.append(workers[-1])
+            (folder / f"goes-on-at-{step}").touch()
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield killed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jobs.train_tokenizer.Board", partial(HeldBoard, folder, KILLED_AT))
+            yield killed
     finally:
         over.set()
         thread.join()
@@ -134,39 +151,56 @@ def worker_killed_after(checkpoint: Path) -> Iterator[list[int]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_controller() -> Iterator[None]:
-    """Ray Train looks every two seconds whether its workers live, and ended; here it shall not be waited for."""
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    yield
-    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+    """Ray Train looks every two seconds whether its workers live, and ended; here it shall not be waited for.
+
+    Nor shall it start a process to learn of preemptions.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        yield
+
+
+FIRST_STAGE: dict[str, Any] = {
+    "workers": 2,
+    "steps": 40,
+    "gan_start": 30,
+    "checkpoint_steps": 10,
+    "evaluate_steps": 20,
+    "keep_last": 2,
+}
 
 
 @pytest.fixture(scope="module")
-def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, str]:
-    """Both stages with two workers, one of which is killed in the first; the run's folder, and what was printed."""
+def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, list[str]]:
+    """Both stages with two workers, one of which is killed twice in the first: the second time ends the command, and
+    another goes on. The run's folder, and what each printed."""
     out = tmp_path_factory.mktemp("runs") / "mine"
-    run = run_of(
-        videos,
-        out,
-        ("stage1", "stage2"),
-        workers=2,
-        steps=40,
-        gan_start=30,
-        checkpoint_steps=10,
-        evaluate_steps=20,
-        keep_last=1,
-        stage2=["size=48", "steps=10", "gan_start=5"],
-    )
-    with worker_killed_after(out / "stage1" / "checkpoints" / "step-00000010.json") as killed:
+    stage2 = ["size=48", "steps=10", "gan_start=5"]
+    run = run_of(videos, out, ("stage1", "stage2"), **FIRST_STAGE, max_failures=1, stage2=stage2)
+    with workers_killed(tmp_path_factory.mktemp("kills")) as killed:
         code, text = train(run)
-    assert code == 0, text
-    assert killed
+        assert code == 1, text
+        assert len(killed) == 2
+        text_again = io.StringIO()
+        assert resume(str(out), {}, Console(file=text_again, width=200)) == 0, text_again.getvalue()
+    return out, [text, text_again.getvalue()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, str]:
+    """The same first stage whose workers live; but for its last step, which is one of divergence."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, text = train(run_of(videos, out, **FIRST_STAGE, divergence_after=39, divergence_l1=0.05))
+    assert code == 1, text
     return out, text
 
 
-def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path, str]) -> None:
-    out, text = trained
-    assert "stage1: 40 steps" in text
-    assert "1 restarts" in text
+def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path, list[str]]) -> None:
+    out, (text, text_again) = trained
+    assert "stage1 stopped after 1 restarts" in text
+    assert "vidshard train resume" in text
+    assert "stage1: 40 steps" in text_again
     train_lines = lines_of(out)
     assert [line["step"] for line in train_lines] == list(range(1, 41))  # none twice, none missing
     begun = np.mean([line["l1"] for line in train_lines[:5]])
@@ -181,7 +215,7 @@ def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path,
     assert "hinge" not in train_lines[20]
 
 
-def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, str]) -> None:
+def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, list[str]]) -> None:
     out, _ = trained
     _, first = load_weights(out / "stage1" / "tokenizer.safetensors")
     _, second = load_weights(out / "stage2" / "tokenizer.safetensors")
@@ -191,7 +225,7 @@ def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, str
     assert weights_digest(first) != weights_digest(second)
 
 
-def test_the_folder_of_a_run_explains_it(trained: tuple[Path, str]) -> None:
+def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> None:
     out, _ = trained
     record = read_record(str(out))
     assert TrainRun.model_validate(record["run"]).stages["stage2"].size == (48, 48)
@@ -216,12 +250,12 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, str]) -> None:
         assert tag in tags
     picture = Image.open(out / "stage1" / "pictures" / "step-00000040.png")
     assert picture.size == (5 * 32, 2 * 2 * 32)  # two clips above their reconstructions
-    marks = Checkpoints(str(out / "stage1"), record["run_id"], keep_last=1).marks()
+    marks = Checkpoints(str(out / "stage1"), record["run_id"], keep_last=2).marks()
     assert [mark.step for mark in marks][-1] == 40
-    assert len(marks) <= 2
+    assert len(marks) <= 3  # and the best
 
 
-def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, str], videos: Path, tmp_path: Path) -> None:
+def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, list[str]], videos: Path, tmp_path: Path) -> None:
     weights = trained[0] / "stage2" / "tokenizer.safetensors"
     run = TokenizeRun(
         inputs=[str(videos / "v03.mp4")],
@@ -240,7 +274,7 @@ def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, str], videos: 
 
 
 def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
-    trained: tuple[Path, str], videos: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, list[str]], videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = trained
     before = (out / "stage2" / "tokenizer.safetensors").stat().st_mtime_ns
@@ -253,7 +287,7 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
     assert "stage1.steps: 40 there, 77 now" in error
 
 
-def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, str], videos: Path) -> None:
+def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, list[str]], videos: Path) -> None:
     out, _ = trained
     start = str(out / "stage1")
     flags = {"videos": [str(videos)], "out": str(out) + "2", "start_from": start, "preset": "tiny"}
@@ -264,60 +298,60 @@ def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, 
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    videos: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, list[str]],
+    undisturbed: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings: dict[str, Any] = {
-        "steps": 8,
-        "checkpoint_steps": 2,
-        "evaluate_steps": 4,
-        "gan_start": 3,
-        "max_failures": 0,
-    }
-    code, text = train(run_of(videos, tmp_path / "whole", **settings))
-    assert code == 0, text
-    killed_run = run_of(videos, tmp_path / "killed", **settings)
-    with worker_killed_after(tmp_path / "killed" / "stage1" / "checkpoints" / "step-00000002.json") as killed:
-        code, text = train(killed_run)
-    assert killed
-    assert code == 1
-    assert "stage1 stopped after 0 restarts" in text
-    assert "vidshard train resume" in text
-    text_again = io.StringIO()
-    assert resume(str(tmp_path / "killed"), {}, Console(file=text_again)) == 0, text_again.getvalue()
+    killed, whole = trained[0], undisturbed[0]
     for group in ("train", "held_out"):
-        assert lines_of(tmp_path / "killed", group=group) == lines_of(tmp_path / "whole", group=group)
-    digests = [
-        weights_digest(load_weights(tmp_path / name / "stage1" / "tokenizer.safetensors")[1])
-        for name in ("whole", "killed")
-    ]
-    assert digests[0] == digests[1]
+        lines = lines_of(whole, group=group)
+        assert lines[-1]["step"] == (39 if group == "train" else 20)
+        assert lines_of(killed, group=group)[: len(lines)] == lines
+    states: list[list[torch.Tensor]] = []
+    for out in (killed, whole):
+        checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
+        [mark] = [mark for mark in checkpoints.marks() if mark.step == 30]
+        state = checkpoints.load(mark)["state"]
+        del state["rng"]  # with which numbers a process begins is its own affair, and FSQ draws none
+        states.append(tensors_of(state))
+    assert len(states[0]) > 200  # weights, averages, and what the optimizers keep
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
     # checkpoints of one run are nothing to another
-    (tmp_path / "whole" / "stage1" / "tokenizer.safetensors").unlink()
-    for path in (tmp_path / "killed" / "stage1" / "checkpoints").iterdir():
-        (tmp_path / "whole" / "stage1" / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(whole, tmp_path / "whole")
+    shutil.copytree(
+        killed / "stage1" / "checkpoints", tmp_path / "whole" / "stage1" / "checkpoints", dirs_exist_ok=True
+    )
     capsys.readouterr()
     assert resume(str(tmp_path / "whole"), {}, Console(file=io.StringIO())) == 2
     assert "holds checkpoints of another run" in capsys.readouterr().err
 
 
-def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(
-    videos: Path, tmp_path: Path, ray_session: None
-) -> None:
-    out = tmp_path / "run"
-    settings: dict[str, Any] = {
-        "steps": 40,
-        "checkpoint_steps": 2,
-        "evaluate_steps": 2,
-        "divergence_after": 1,
-        "divergence_l1": 0.05,
-    }
-    code, text = train(run_of(videos, out, **settings, cache=str(tmp_path / "cache")))
-    assert code == 1
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    """All that a nest of mappings and sequences holds."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(undisturbed: tuple[Path, str]) -> None:
+    out, text = undisturbed
     assert "training diverges" in text
     assert "nll" in text
     assert "1 restarts" not in text  # starting again would only repeat it
-    assert list((tmp_path / "cache").rglob("*.parquet"))
     assert "**Not finished:**" in (out / "summary.md").read_text()
+    checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
+    assert checkpoints.marks()[-1].step == 30
+
+
+def test_a_cache_is_filled_before_the_first_step(videos: Path, tmp_path: Path, ray_session: None) -> None:
+    training = resolve(run_of(videos, tmp_path / "run", cache=str(tmp_path / "cache")))
+    cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
+    console = Console(file=io.StringIO())
+    corpora, draws, _ = prepare_data(training, "stage1", training.run.stages["stage1"], cluster, console)
+    cached = pa.concat_tables([pq.read_table(path) for path in (tmp_path / "cache").rglob("*.parquet")])
+    assert cached.num_rows == corpora.train.num_rows == draws.epoch_length
 
 
 # Bad input
