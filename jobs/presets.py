@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 from schemas.runs import TokenizeRun
 from schemas.training import StageConfig, TrainRun
@@ -48,6 +49,48 @@ def tiny(videos: list[str], out: str) -> TrainRun:
         checkpoint_steps=100,
         evaluate_steps=50,
         eval_clips=16,
+    )
+
+
+def small(videos: list[str], out: str) -> TrainRun:
+    """The small model that comes with vidshard, on two CPU cores in an hour, from crops: no LPIPS and no adversary.
+
+    For videos as small as the clips, see `benchmarks.motion_corpus`: larger ones would be shrunk, and their detail is
+    not that of whole frames. PSNR is all it is after.
+    """
+    first = StageConfig(
+        frames=9,
+        size=(64, 64),
+        fps=Fraction(8),
+        steps=3500,
+        clips_per_step=8,
+        learning_rate=5e-4,
+        warmup_steps=150,
+        schedule="cosine",
+        final_rate_share=0.2,
+        clip_norm=60_000,  # of sums over a clip's pixels: only outliers are cut
+        ema_decay=0.998,
+        perceptual_weight=0,
+        gan_weight=0,
+        learn_logvar=False,
+        entropy_weight=100,
+        entropy_anneal_steps=500,
+        commitment_weight=0,
+    )
+    second = first.model_copy(
+        update={"trainable": "decoder", "size": (128, 128), "steps": 500, "clips_per_step": 4, "learning_rate": 2e-4}
+    )
+    return TrainRun(
+        videos=videos,
+        out=out,
+        tokenizer="fsq_causal_488_small",
+        stages={"stage1": first, "stage2": second},
+        clips_per_video=2,
+        held_out=0.01,
+        checkpoint_steps=250,
+        evaluate_steps=250,
+        eval_clips=48,
+        log_steps=20,
     )
 
 
@@ -105,6 +148,6 @@ def domain(videos: list[str], out: str) -> TrainRun:
 
 
 TRAININGS: dict[str, Callable[[list[str], str], TrainRun]] = {
-    preset.__name__: preset for preset in (tiny, paper_stage1, paper_stage2, paper, long_video, domain)
+    preset.__name__: preset for preset in (tiny, small, paper_stage1, paper_stage2, paper, long_video, domain)
 }
 """By name."""

@@ -357,7 +357,8 @@ class TrainFlags(RunSettings, StageConfig):
         None,
         section="Settings",
         metavar="NAME",
-        help="Where everything starts that is not said: tiny, paper_stage1, paper_stage2, paper, long_video, domain.",
+        help="Where everything starts that is not said: tiny, small, paper_stage1, paper_stage2, paper, long_video or "
+        "domain.",
     )
     stage1: dict[str, object] = setting(
         {}, section="Settings", metavar="KEY=VALUE", help="A setting of stage 1 alone, such as steps=1000."
