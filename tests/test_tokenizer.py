@@ -34,7 +34,7 @@ TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels":
 RELEASED = [
     name
     for name, config in PRESETS.items()
-    if not name.startswith("tiny") and config.architecture == "released" and config.head in ("fsq", "kl")
+    if config.base_width == 128 and config.architecture == "released" and config.head in ("fsq", "kl")
 ]
 
 
