@@ -6,7 +6,8 @@ them there is generated material alone.
     python -m benchmarks.motion_corpus corpus/64 --videos 6000 --crop 64 --photos PHOTOS --clips CLIPS
     python -m benchmarks.motion_corpus corpus/128 --videos 600 --crop 128 --photos PHOTOS --clips CLIPS --seed 1
     vidshard train stage1 --preset small --videos corpus/64 --out runs/small
-    vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --from runs/small/stage1
+    vidshard train finetune --preset small --videos corpus/64 --out runs/small17 --from runs/small/stage1
+    vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --from runs/small17/finetune
     python -m benchmarks.shipped_tokenizer write runs/small2/stage2/tokenizer.safetensors trained.json
     vidshard tokenize UNSEEN --out measured --weights trained.safetensors
     python -m benchmarks.shipped_tokenizer measure measured
