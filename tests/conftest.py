@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from jobs.cli import vidshard
 from tests.faulty_s3 import FaultyS3
-from tests.processes import PATIENCE, RUN, only_the_text_is_rejected, tokens_by_clip
+from tests.processes import RUN, only_the_text_is_rejected, tokens_by_clip
 from tests.videos import (
     Recipe,
     write_audio_only,
@@ -82,9 +82,7 @@ def faulty_s3(s3_proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
 def ray_session(s3: str) -> Iterator[None]:
     """Ray on this machine. Started after S3, so that its workers know the server."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["VIDSHARD_STORAGE_RETRY_SECONDS"] = PATIENCE  # of its workers
     ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
-    del os.environ["VIDSHARD_STORAGE_RETRY_SECONDS"]
     yield
     ray.shutdown()
 

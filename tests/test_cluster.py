@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 from ray.cluster_utils import Cluster as RayCluster
@@ -139,6 +140,8 @@ def test_attempts_that_came_to_their_end_do_not_count() -> None:
 def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -> None:
     spec = clip_spec(32)
     plan = decoded_row(0, spec, 1).select(PLAN_SCHEMA.names)
+    nowhere = pa.array(["/nowhere/0.mp4"], plan.schema.field("uri").type)  # which nobody tries to reach for long
+    plan = plan.set_column(plan.schema.get_field_index("uri"), "uri", nowhere)
     placement = Placement(
         encode_workers=1, gpus_per_worker=0, cpus_per_worker=1, decode_workers=1, rows_per_task=1, rows_per_batch=1
     )
