@@ -265,12 +265,17 @@ class SpaceUp(nn.Module):
         weight = torch.cat([fold_pair(rows, 3, p) for rows in fold_rows(self.conv.weight) for p in (0, 1)])
         bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
         x_1FHWC = x_BTHWC.flatten(0, 1)[None]
-        y = x_BTHWC.new_empty(B * T, H, 2, W, 2, C)
-        for cut in blocks(x_BTHWC, self.conv.weight, B * T, 4 * H * W * C):
-            phases = conv2d(x_1FHWC[:, cut], weight, bias, padding=1).view(-1, H + 1, W + 1, 4, C)
-            for phase in range(4):
-                row, column = divmod(phase, 2)
-                y[cut, :, row, :, column] = phases[:, row : row + H, column : column + W, phase]
+        cuts = blocks(x_BTHWC, self.conv.weight, B * T, 4 * H * W * C)
+        y = torch.empty(0) if len(cuts) == 1 else x_BTHWC.new_empty(B * T, H, 2, W, 2, C)
+        for cut in cuts:
+            phases = conv2d(x_1FHWC[:, cut], weight, bias, padding=1).view(-1, H + 1, W + 1, 4, C).unbind(3)
+            shifted = [phases[i][:, i // 2 : i // 2 + H, i % 2 : i % 2 + W] for i in range(4)]
+            if len(cuts) == 1:
+                rows = [torch.stack(shifted[:2], dim=3), torch.stack(shifted[2:], dim=3)]
+                y = torch.stack(rows, dim=2)
+            else:
+                for phase, pixels in enumerate(shifted):
+                    y[cut, :, phase // 2, :, phase % 2] = pixels
         return y.view(B, T, 2 * H, 2 * W, C), past
 
 
@@ -329,11 +334,9 @@ class TimeUp(TimeBlend):
         weight[:, :, own_tap, 1, 1] += mix * identity_like(weight)
         by_tap = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).to(frames[0].dtype)
         bias = F.pad(bias, (own_tap * C, (2 - own_tap) * C)).to(frames[0].dtype)
+        if len(blocks(frames[0], self.conv.conv.weight, len(frames), 3 * H * W * C)) == 1:
+            return summed_at_once(conv2d(torch.cat(list(frames), dim=1), by_tap, bias, padding=1), doubled)
         products: dict[int, Tensor] = {}
-        at_once = len(blocks(frames[0], self.conv.conv.weight, len(frames), 3 * H * W * C)) == 1
-        if at_once:
-            whole = conv2d(torch.cat(list(frames), dim=1), by_tap, bias, padding=1)
-            products = dict(enumerate(single_frames(whole)))
         y_BTHWC = frames[0].new_empty(B, len(doubled) - 2, H, W, C)
         for number in range(y_BTHWC.shape[1]):
             seen = doubled[number : number + 3]
@@ -341,8 +344,7 @@ class TimeUp(TimeBlend):
             for index in needed - products.keys():
                 products[index] = conv2d(frames[index], by_tap, bias, padding=1)
             y_BTHWC[:, number : number + 1] = summed(products, seen, C)
-            if not at_once:
-                products = {index: product for index, product in products.items() if index >= min(needed)}
+            products = {index: product for index, product in products.items() if index >= min(needed)}
         return y_BTHWC
 
 
@@ -435,6 +437,28 @@ def summed(products: Mapping[int, Tensor], seen: Sequence[Between], channels: in
     return total
 
 
+def summed_at_once(products_BTHWC: Tensor, doubled: Sequence[Between]) -> Tensor:
+    """What `summed` gives, to the bit, for a whole sequence at once.
+
+    Taking frames one by one costs a training more than the convolutions: the gradient of each is a map of all.
+    """
+    T = products_BTHWC.shape[1]
+    if None in doubled:
+        products_BTHWC = F.pad(products_BTHWC, (0, 0, 0, 0, 0, 0, 0, 1))
+    between = [(T, T, 0.0) if one is None else one for one in doubled]
+    first, second, share = (products_BTHWC.new_tensor(values) for values in zip(*between, strict=True))
+    total: Tensor | None = None
+    for tap, product_BTHWC in enumerate(products_BTHWC.chunk(3, dim=-1)):
+        seen = slice(tap, tap + len(doubled) - 2)
+        term = product_BTHWC.index_select(1, first[seen].long())
+        if not torch.equal(first, second):
+            shares = share[seen, None, None, None]
+            term = term.lerp(product_BTHWC.index_select(1, second[seen].long()), shares)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
 def conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0) -> Tensor:
     """Convolve each frame."""
     B, T = x_BTHWC.shape[:2]
@@ -479,7 +503,7 @@ def _conv3d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, time_stride: i
     if time_stride == 1 and taps * out_channels <= in_channels:
         y = conv2d(x_BTHWC, weight.permute(2, 0, 1, 3, 4).flatten(0, 1), None, padding=1)
         num_frames = x_BTHWC.shape[1] - taps + 1
-        by_tap = [y[:, tap : tap + num_frames, ..., tap * out_channels :][..., :out_channels] for tap in range(taps)]
+        by_tap = [part[:, tap : tap + num_frames] for tap, part in enumerate(y.chunk(taps, dim=-1))]
         total = torch.stack(by_tap).sum(0)
         return total if bias is None else total + bias
     if taps * in_channels <= out_channels or x_BTHWC[0, :, :, 0].numel() <= SMALL_MAP:
