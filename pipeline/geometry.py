@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,7 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) 
     return min(buckets, key=distance)
 
 
+@lru_cache(maxsize=64)
 def plan_geometry(width: int, height: int, spec: ClipSpec) -> Geometry:
     """How a displayed size becomes the clip's size.
 

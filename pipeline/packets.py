@@ -63,6 +63,8 @@ class _Waiting:
     next_pts: int | None = None
     wanted: bool | None = None
     """None while a packet yet to be read may decide."""
+    needed: bool = False
+    """Whether it is wanted if ``next_pts`` is right."""
     leant_on: bool = True
     """Whether a wanted picture may look at it, as far as the packets that were read by then told."""
 
@@ -270,9 +272,11 @@ class Schedule:
         assert pts is not None
         at = bisect_right(self._times, pts)
         next_pts = self._times[at] if at < len(self._times) else None
-        waiting.next_pts = next_pts
-        before = self._first_pts is not None and pts < self._first_pts
-        if before or not self._needed(pts, FOREVER if next_pts is None else next_pts):
+        if next_pts != waiting.next_pts or not waiting.needed:
+            waiting.next_pts = next_pts
+            before = self._first_pts is not None and pts < self._first_pts
+            waiting.needed = not before and self._needed(pts, FOREVER if next_pts is None else next_pts)
+        if not waiting.needed:
             waiting.wanted = False
         elif self._num_read - waiting.serial > _MOST_REORDERED or (
             next_pts is not None and self._last_dts is not None and next_pts <= self._last_dts + 1
