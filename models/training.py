@@ -256,12 +256,14 @@ class TrainState:
 
         Every worker must call it where weights are sharded.
         """
+        shards_alone(self.generator)
         frozen = {name: weight for name, weight in self.tokenizer.named_parameters() if not weight.requires_grad}
         return weights_digest(whole(frozen))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The averages take the weights' place for the time being, to be evaluated; nothing without averages."""
+        shards_alone(self.generator)
         parameters = dict(self.tokenizer.named_parameters())
         kept = {name: parameters[name].detach().clone() for name in self.averages}
         with torch.no_grad():
@@ -270,6 +272,7 @@ class TrainState:
         try:
             yield
         finally:
+            shards_alone(self.generator)
             with torch.no_grad():
                 for name, weight in kept.items():
                     parameters[name].copy_(weight)
@@ -624,6 +627,16 @@ def shard_generator(network: nn.Module, **settings: Any) -> nn.Module:
             fully_shard(layer, **settings)
     fully_shard(network, **settings)
     return network
+
+
+def shards_alone(network: nn.Module) -> None:
+    """Let go of what FSDP2 gathered for a forward pass: it keeps the outermost weights until a backward pass.
+
+    They would be taken for the weights after these have changed, and are no shards to those who look for such.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from click.testing import CliRunner
 
 from jobs.cli import vidshard
@@ -151,3 +153,19 @@ def undisturbed(many_spans: Path, tmp_path_factory: pytest.TempPathFactory, ray_
     assert result.exit_code == 0, result.output
     assert only_the_text_is_rejected(out)
     return tokens_by_clip(out)
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights under the names of torchvision's vgg16, without its classifier."""
+    widths = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256)}
+    widths |= {17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, torch.Tensor] = {}
+    for number, (inputs, outputs) in widths.items():
+        kernel = torch.randn(outputs, inputs, 3, 3, generator=generator)
+        weights[f"features.{number}.weight"] = kernel * math.sqrt(2 / (9 * inputs))
+        weights[f"features.{number}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(weights, path)
+    return path

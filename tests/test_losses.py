@@ -250,22 +250,6 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long_within_limits() -
 
 
 @pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights under the names of torchvision's vgg16, without its classifier."""
-    widths = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256)}
-    widths |= {17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
-    generator = torch.Generator().manual_seed(0)
-    weights: dict[str, Tensor] = {}
-    for number, (inputs, outputs) in widths.items():
-        kernel = torch.randn(outputs, inputs, 3, 3, generator=generator)
-        weights[f"features.{number}.weight"] = kernel * math.sqrt(2 / (9 * inputs))
-        weights[f"features.{number}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save(weights, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def perceptual(vgg_file: Path) -> Perceptual:
     return load_perceptual(vgg_file)
 

@@ -48,6 +48,7 @@ from models.config import PRESETS
 from models.tokenizer import get_preset
 from models.training import start_tokenizer
 from models.weights import load_weights, save_tokenizer, weights_digest
+from pipeline import storage
 from pipeline.checkpoints import Checkpoints
 from pipeline.shards import shard_paths
 from schemas.runs import TokenizeRun
@@ -343,6 +344,48 @@ def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(u
     assert "**Not finished:**" in (out / "summary.md").read_text()
     checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
     assert checkpoints.marks()[-1].step == 30
+
+
+def test_a_sharded_run_with_lpips_on_an_object_store(
+    videos: Path, vgg_file: Path, s3: str, tmp_path: Path, ray_session: None
+) -> None:
+    out = "s3://videos/runs/sharded"
+    asked: dict[str, Any] = {
+        "workers": 2,
+        "parallel": "fsdp",
+        "accumulate": 2,
+        "recompute": True,
+        "perceptual_weight": 0.1,
+        "vgg_weights": str(vgg_file),
+        "steps": 4,
+        "gan_start": 2,
+        "checkpoint_steps": 2,
+        "evaluate_steps": 2,
+    }
+    code, text = train(run_of(videos, out, **asked))
+    assert code == 0, text
+    code, text = train(run_of(videos, out + "2", ("stage2",), **asked, start_from=out + "/stage1"))
+    assert code == 0, text
+    lines = [json.loads(line) for line in storage.read_bytes(out + "/stage1/metrics.jsonl").decode().splitlines()]
+    assert [line["step"] for line in lines if line["group"] == "held_out"] == [0, 2, 4]
+    assert all(line["perceptual"] > 0 for line in lines if line["group"] == "train")
+    assert all(line["lpips"] > 0 for line in lines if line["group"] == "held_out")
+    fs, folder = storage.filesystem(out)
+    names = {name.rpartition("/")[2] for name in fs.find(folder)}
+    assert {"run.json", "summary.md", "metrics.jsonl", "tokenizer.safetensors"} <= names
+    weights = out + "2/stage2/tokenizer.safetensors"
+    tokens = TokenizeRun(inputs=[str(videos)], out=str(tmp_path / "tokens"), size=(32, 32), weights=weights)
+    assert tokenize(tokens, Console(file=io.StringIO())) == 0
+    [encoder, decoder] = [load_weights_from(path) for path in (out + "/stage1/tokenizer.safetensors", weights)]
+    frozen = [name for name in encoder if name.startswith("encoder.")]
+    assert frozen
+    assert all(torch.equal(encoder[name], decoder[name]) for name in frozen)
+
+
+def load_weights_from(path: str) -> dict[str, torch.Tensor]:
+    with storage.local_copy(path) as local:
+        assert local is not None
+        return load_weights(local)[1]
 
 
 def test_a_cache_is_filled_before_the_first_step(videos: Path, tmp_path: Path, ray_session: None) -> None:

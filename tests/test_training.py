@@ -604,7 +604,16 @@ def both_wrappings(rank: int, folder: str) -> None:
         again = begin_stage(WITH_ADVERSARY, start_tokenizer(TINY, 9), wrap=wrap)
         again.load_state_dict(kept)
         resumed = [train_step(again, batch) for batch in batches[1:]]
-        measured = evaluate_batch(again, clips(1)).metrics()
+        # looking on changes nothing
+        state = state_of(WITH_ADVERSARY, wrap=wrap)
+        watched = []
+        for batch in batches:
+            watched.append(train_step(state, batch))
+            with state.averaged():
+                evaluate_batch(state, clips(1))
+            with state.averaged():
+                measured = evaluate_batch(state, clips(1)).metrics()
+        exported = state.weights(averaged=True)
         # one worker alone with a loss that is no number stops both
         with torch.no_grad():
             again.average_l1 = 0.0
@@ -614,7 +623,8 @@ def both_wrappings(rank: int, folder: str) -> None:
         except NonFiniteError as error:
             told = str(error)
         result = {"metrics": metrics, "curve": curve, "resumed": resumed, "measured": measured, "told": told}
-        torch.save(result | {"gradients": whole, "weights": kept["generator"]}, f"{folder}/{name}{rank}.pt")
+        result |= {"gradients": whole, "weights": kept["generator"], "watched": watched, "exported": exported}
+        torch.save(result, f"{folder}/{name}{rank}.pt")
 
 
 def spoiled(state: TrainState, batch: Tensor, rank: int) -> Tensor:
@@ -632,6 +642,7 @@ def test_two_workers_are_one_with_all_clips(tmp_path: Path) -> None:
     alone = state_of(TWO_WORKERS)
     expected = train_step(alone, clips(2))
     in_two_processes(both_wrappings, tmp_path)
+    measured, exported = {}, {}
     for wrapping in WRAPS:
         results = [torch.load(tmp_path / f"{wrapping}{rank}.pt", weights_only=True) for rank in (0, 1)]
         for result in results:
@@ -641,7 +652,13 @@ def test_two_workers_are_one_with_all_clips(tmp_path: Path) -> None:
             for resumed, step in zip(result["resumed"], result["curve"][1:], strict=True):
                 assert resumed == pytest.approx(step, rel=1e-4)
             assert "adaptive_weight" in result["curve"][1]
+            for watched, step in zip(result["watched"], result["curve"], strict=True):
+                assert watched == pytest.approx(step, rel=1e-4)
             assert result["weights"].keys() == alone.bare_generator.state_dict().keys()
             assert "perceptual is nan" in result["told"]
         assert results[0]["curve"] == results[1]["curve"]
         assert_equal(results[0]["weights"], results[1]["weights"])
+        measured[wrapping] = results[0]["measured"]
+        exported[wrapping] = results[0]["exported"]
+    assert measured["fsdp2"] == pytest.approx(measured["ddp"], rel=1e-3)
+    assert_same(exported["fsdp2"], exported["ddp"])
