@@ -53,11 +53,12 @@ def tiny(videos: list[str], out: str) -> TrainRun:
 
 
 def small(videos: list[str], out: str) -> TrainRun:
-    """The small model that comes with vidshard, on two CPU cores in an hour, from crops: no LPIPS and no adversary.
+    """The small model that comes with vidshard, from crops, on two CPU cores in two to three hours.
 
-    For videos as small as the clips, see `benchmarks.motion_corpus`: larger ones would be shrunk, and their detail is
-    not that of whole frames. PSNR is all it is after. The entropy gets the codebook into use, and is in the way later:
-    ``finetune``, of clips of 17 frames and most of the training, is without it.
+    Without LPIPS and adversary, as PSNR is all it is after. For videos as small as the clips, see
+    `benchmarks.motion_corpus`: larger ones would be shrunk, and their detail is not that of whole frames. The entropy
+    gets the codebook into use, and is in the way later: ``finetune``, of clips of 17 frames and most of the training,
+    is without it.
     """
     first = StageConfig(
         frames=9,
