@@ -446,12 +446,13 @@ def summed_at_once(products_BTHWC: Tensor, doubled: Sequence[Between]) -> Tensor
     if None in doubled:
         products_BTHWC = F.pad(products_BTHWC, (0, 0, 0, 0, 0, 0, 0, 1))
     between = [(T, T, 0.0) if one is None else one for one in doubled]
+    are_mixed = any(one[0] != one[1] for one in between)
     first, second, share = (products_BTHWC.new_tensor(values) for values in zip(*between, strict=True))
     total: Tensor | None = None
     for tap, product_BTHWC in enumerate(products_BTHWC.chunk(3, dim=-1)):
         seen = slice(tap, tap + len(doubled) - 2)
         term = product_BTHWC.index_select(1, first[seen].long())
-        if not torch.equal(first, second):
+        if are_mixed:
             shares = share[seen, None, None, None]
             term = term.lerp(product_BTHWC.index_select(1, second[seen].long()), shares)
         total = term if total is None else total + term

@@ -346,6 +346,7 @@ def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(u
     assert checkpoints.marks()[-1].step == 30
 
 
+@pytest.mark.slow
 def test_a_sharded_run_with_lpips_on_an_object_store(
     videos: Path, vgg_file: Path, s3: str, tmp_path: Path, ray_session: None
 ) -> None:
