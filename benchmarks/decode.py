@@ -39,6 +39,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
+from models.losses import declare_torchvision_operators
 from pipeline.container import Clock
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Shown
@@ -308,6 +309,7 @@ def decode_by_command(task: Task, program: str) -> Pixels:
 
 def decode_by_torchcodec(task: Task, decoders: Any) -> Pixels:
     """Its frames by time, scaled by itself."""
+    declare_torchvision_operators()
     transforms = importlib.import_module("torchcodec.transforms")
     source = task.span.source
     short = SIDE / min(source.width, source.height)
