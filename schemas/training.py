@@ -304,7 +304,11 @@ class RunSettings(BaseModel):
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", section="Execution", help="Whole weights on every worker, or the tokenizer's sharded (FSDP2)."
     )
-    compile: bool = setting(False, section="Execution", help="Compile the tokenizer: torch.compile.")
+    compile: bool = setting(
+        False,
+        section="Execution",
+        help="Compile the tokenizer: torch.compile. For GPUs: on a CPU it takes many minutes.",
+    )
     max_failures: int = setting(
         3, section="Execution", ge=0, metavar="N", help="Go on from the last checkpoint so often after a worker died."
     )

@@ -23,6 +23,7 @@ from models.losses import Perceptual, adversarial, weighted_regularization
 from models.tokenizer import VideoTokenizer, frames_to_input, get_preset
 from models.training import (
     DivergedError,
+    Generator,
     NonFiniteError,
     TrainState,
     average_decay,
@@ -194,6 +195,19 @@ def test_recomputing_layers_changes_nothing() -> None:
     assert recomputed == pytest.approx(kept, rel=1e-5)
     assert kept["perceptual"] > 0
     assert_same(gradients(states[1].bare_generator), gradients(states[0].bare_generator), 1e-5)
+
+
+def test_compiling_takes_the_network_as_one_graph_and_changes_nothing() -> None:
+    def traced(network: nn.Module) -> nn.Module:
+        if isinstance(network, Generator):
+            network.compile(backend="aot_eager", fullgraph=True)  # what follows is the compiler's
+        return network
+
+    expected, compiled = state_of(small(gan_start=1)), state_of(small(gan_start=1), wrap=traced)
+    for seed in range(2):
+        batch = clips(2, seed=seed)
+        assert train_step(compiled, batch) == pytest.approx(train_step(expected, batch), rel=1e-4)
+    assert_same(gradients(compiled.bare_generator), gradients(expected.bare_generator))
 
 
 def test_a_batch_in_pieces_is_the_batch() -> None:
