@@ -414,7 +414,7 @@ def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStrea
     """The frames that come of a packet, or of draining the decoder."""
     try:
         with _ErrorsLogged() as messages:
-            return stream.codec_context.decode(packet)
+            frames = stream.codec_context.decode(packet)
     except av.FFmpegError as error:
         for _, _, text in messages:  # each codec has another error for it, "out of memory" among them
             if size := re.search(r"size (\d+)x(\d+) exceeds", text):
@@ -423,6 +423,10 @@ def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStrea
             raise
         at = "at the end" if packet is None else _place_of(packet, stream)
         raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
+    if any("Could not find ref" in text for _, _, text in messages):  # hevc then gives no picture, and no error
+        at = "at the end" if packet is None else _place_of(packet, stream)
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: a picture that this one refers to is missing")
+    return frames
 
 
 def _place_of(packet: Packet[VideoStream], stream: VideoStream) -> str:

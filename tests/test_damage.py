@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -70,6 +71,24 @@ def test_clips_beside_the_damage_are_those_of_the_undamaged_video(
         assert result.error.reason is Reason.DECODE_ERROR
     if clips_per_span == 1:
         assert len(told) == len(missing)
+
+
+def test_an_hevc_picture_that_is_missing_is_damage(folder: Path) -> None:
+    whole = write_video(folder / "hevc.mp4", Recipe(codec="libx265", num_frames=100, gop=25, width=160, height=96))
+    lacking = folder / "lacking.mp4"
+    with av.open(str(whole)) as source, av.open(str(lacking), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.size and number != 26:  # one that the rest of the second group of pictures leans on
+                packet.stream = stream
+                target.mux(packet)
+    original = clips_of(kept(whole, 1000))
+    [result] = kept(lacking, 1000)
+    assert result.error is not None
+    assert "a picture that this one refers to is missing" in str(result.error)
+    clips = clips_of([result])
+    assert 0 < len(clips) < len(original)
+    assert all(np.array_equal(clip.frames, original[index].frames) for index, clip in clips.items())
 
 
 def test_of_a_truncated_video_the_clips_before_its_end_are_kept(folder: Path) -> None:
