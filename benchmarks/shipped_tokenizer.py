@@ -99,7 +99,7 @@ def spread(weights: Path, target: Path, videos: Path, *, most: int = 64) -> None
             encoded = tokenizer.encode(frames_to_input(torch.from_numpy(frames[None])))
         assert encoded.pre_quantized is not None, f"{config.name} has no FSQ"
         found.append(encoded.pre_quantized[0].flatten(1))
-    factors = (SPREAD_LEVELS / torch.cat(found, dim=1).std(dim=1)).clamp(min=1)
+    factors = (SPREAD_LEVELS / torch.cat(found, dim=1).std(dim=1)).clamp(min=1, max=8)
     last, first = tokenizer.encoder.conv_out.conv, tokenizer.decoder.conv_in.conv
     assert last.bias is not None
     with torch.no_grad():
