@@ -29,17 +29,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.board import Board
 from jobs.training_log import Recorder, Speed
+from models.evaluation import Evaluation, evaluate_batch, reconstruct
 from models.losses import load_perceptual
 from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer, output_to_frames
 from models.training import (
     DivergedError,
-    Evaluation,
     Generator,
     NonFiniteError,
     TrainState,
     begin_stage,
-    evaluate_batch,
-    reconstruct,
     shard_generator,
     start_tokenizer,
     train_step,
@@ -128,7 +126,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
 def _train(job: StageJob, worker: Worker) -> None:
     run, stage = job.run, job.stage
     held_out = _read_held_out(job)
-    state, frozen = begin(job, worker)
+    state, digests = begin(job, worker)
     flops = 0.0 if state.device.type == "cpu" and run.compile else flops_per_clip(state, stage)
     speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count)
     tables = ray.train.get_dataset_shard("train").iter_batches(
@@ -154,7 +152,7 @@ def _train(job: StageJob, worker: Worker) -> None:
             if is_last or state.step % run.evaluate_steps == 0:
                 measured = look(job, worker, state, held_out, recorder)
             if is_last or stopping or state.step % run.checkpoint_steps == 0:
-                save(job, worker, state, writer, frozen, measured if _is_fresh(run, stage, state.step) else {})
+                save(job, worker, state, writer, digests, measured if _is_fresh(run, stage, state.step) else {})
                 if recorder is not None:
                     recorder.flush()
             if is_last or stopping:
@@ -162,7 +160,7 @@ def _train(job: StageJob, worker: Worker) -> None:
         else:
             raise RuntimeError(f"the clips ended at step {state.step} of {stage.steps}")
         writer.wait()
-        figures = export(job, worker, state, frozen) if is_last else {}
+        figures = export(job, worker, state, digests) if is_last else {}
     if worker.is_first:
         job.board.end(
             finished=is_last, step=state.step, metrics=metrics | speed.overall(), measured=measured, **figures
@@ -188,8 +186,8 @@ def _this_worker(job: StageJob) -> Worker:
 # The beginning
 
 
-def begin(job: StageJob, worker: Worker) -> tuple[TrainState, str]:
-    """The state to go on with, and the digest of what must not change in the whole stage.
+def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
+    """The state to go on with, and digests: of the weights that the stage began with, and of those it must not change.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another run.
@@ -219,13 +217,14 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, str]:
 
     state = begin_stage(stage, tokenizer, perceptual=perceptual, device=worker.device, wrap=wrap, previous=previous)
     if mark is None:
-        return state, state.frozen_digest()
+        started = weights_digest(state.weights(averaged=False))
+        return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}
     saved = job.checkpoints.load(mark)
     try:
         state.load_state_dict(saved["state"])
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return state, saved["frozen"]
+    return state, saved["digests"]
 
 
 def last_state(folder: str, run_id: str) -> dict[str, Any]:
@@ -286,17 +285,19 @@ _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """What the device could do; for a CPU measured by a matrix product; 0.0 where nobody knows."""
+    """What the device could do; for a CPU measured by matrix products; 0.0 where nobody knows."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         peak = next((peak for known, peak in _PEAKS.items() if known in name), 0.0)
         return peak if precision == "bfloat16" else peak / 2
-    a = torch.ones(512, 512)
     best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
+    # some CPUs have units for bfloat16, others are slower with it
+    for dtype in (torch.float32, torch.bfloat16)[: 2 if precision == "bfloat16" else 1]:
+        a = torch.ones(512, 512, dtype=dtype)
+        for _ in range(8):
+            began = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - began)
     return 2 * 512**3 / best
 
 
@@ -402,7 +403,7 @@ def save(
     worker: Worker,
     state: TrainState,
     writer: CheckpointWriter,
-    frozen: str,
+    digests: Mapping[str, str],
     measured: Mapping[str, float],
 ) -> None:
     """Begin to write a checkpoint; the first worker does, and sharded weights need all of them for it."""
@@ -413,16 +414,16 @@ def save(
         sample = state.step * job.stage.clips_per_step
         epoch, count = divmod(sample, job.epoch_length)
         data = {"sample": sample, "epoch": epoch, "count": count}
-        writer.save({"state": kept, "stage": job.name, "data": data, "frozen": frozen}, state.step, measured)
+        writer.save({"state": kept, "stage": job.name, "data": data, "digests": dict(digests)}, state.step, measured)
 
 
-def export(job: StageJob, worker: Worker, state: TrainState, frozen: str) -> dict[str, Any]:
+def export(job: StageJob, worker: Worker, state: TrainState, digests: Mapping[str, str]) -> dict[str, Any]:
     """Write the averaged weights as a tokenizer that ``vidshard tokenize --weights`` takes; gives digests.
 
     Raises:
         RuntimeError: something changed that must not.
     """
-    if state.frozen_digest() != frozen:
+    if state.frozen_digest() != digests["frozen_sha256"]:
         raise RuntimeError(f"{job.name} changed weights that it must leave alone: this is a bug")
     weights = state.weights(averaged=bool(state.averages))
     if not worker.is_first:
@@ -433,4 +434,4 @@ def export(job: StageJob, worker: Worker, state: TrainState, frozen: str) -> dic
         path = Path(folder) / EXPORT
         save_tokenizer(path, tokenizer)
         storage.write_atomic(storage.join(job.folder, EXPORT), path.read_bytes())
-    return {"weights_sha256": weights_digest(weights), "frozen_sha256": frozen}
+    return {"digests": {**digests, "weights_sha256": weights_digest(weights)}}

@@ -1,8 +1,8 @@
 """One stage of training: what it keeps from step to step, and the step. No Ray, no files, no video.
 
-`TrainState` holds the networks, their averages and optimisers; `train_step` moves it by one batch; `evaluate_batch`
-measures it. Who calls them decides where batches come from, where `TrainState.state_dict` goes, and what the networks
-are wrapped in.
+`TrainState` holds the networks, their averages and optimisers; `train_step` moves it by one batch;
+`models.evaluation` measures it. Who calls them decides where batches come from, where `TrainState.state_dict` goes, and
+what the networks are wrapped in.
 
 **The seam for several workers.** The losses' graph ends at the decoder's output: `train_step` takes the gradients of
 all terms there, adds them up, and runs one backward pass through `Generator` with the sum. A wrapper sees one forward
@@ -31,12 +31,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.config import TokenizerConfig
-from models.heads import alone
 from models.losses import (
     Discriminator,
     LeCam,
@@ -50,7 +49,15 @@ from models.losses import (
     scores_without_trace,
     weighted_regularization,
 )
-from models.metrics import MAX_CODEBOOK, SSIM_WINDOW, CodebookUse, psnr, ssim
+from models.sharding import (
+    fill,
+    fill_all,
+    fill_optimizer,
+    gradients_reduced,
+    mean_over_workers,
+    shards_alone,
+    whole,
+)
 from models.tokenizer import VideoTokenizer, frames_to_input
 from models.weights import differences, weights_digest
 from schemas.training import StageConfig
@@ -68,15 +75,6 @@ class NonFiniteError(ValueError):
 
 class DivergedError(ValueError):
     """The reconstruction is worse than grey frames. The step was not taken."""
-
-
-def mean_over_workers(value: Tensor) -> Tensor:
-    """The mean over all workers of a tensor without gradient; itself where there is one worker."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return alone(value)
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def set_trainable(tokenizer: VideoTokenizer, trainable: str) -> VideoTokenizer:
@@ -180,6 +178,10 @@ class TrainState:
     def __repr__(self) -> str:
         return f"TrainState({self.tokenizer.config.name}, {self.config.trainable}, step {self.step})"
 
+    def autocast(self) -> torch.autocast:
+        """The precision that networks compute in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
     # What is kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +226,7 @@ class TrainState:
         ):
             raise ValueError(f"the checkpoint is of another stage of training ({differing})")
         fill(self.bare_generator, state["generator"])
-        _fill_all(self.averages, state["averages"])
+        fill_all(self.averages, state["averages"])
         if self.bare_discriminator is not None:
             fill(self.bare_discriminator, state["discriminator"])
         fill(self.lecam, state["lecam"])
@@ -468,7 +470,7 @@ def _generator_gradients(
     """Add a piece's gradients to the generator's; gives the reconstruction, without gradient, and the terms."""
     config = state.config
     share = 1 / config.accumulate
-    with _autocast(state):
+    with state.autocast():
         made = state.generator(x_BCTHW, _noise(state, x_BCTHW, piece))
         decoded_BTHWC = made["decoded_BTHWC"].detach().requires_grad_()
         logvar = made["logvar"].detach().requires_grad_()
@@ -493,11 +495,11 @@ def _generator_gradients(
 
     if adversary:
         assert state.bare_discriminator is not None
-        with _autocast(state):
+        with state.autocast():
             scores_FP = scores_without_trace(state.bare_discriminator, video_BCTHW)
         terms["gan"] = adversarial(scores_FP, config.gan_loss)
         (gan_gradient_BTHWC,) = torch.autograd.grad(terms["gan"], decoded_BTHWC)
-        with _autocast(state):
+        with state.autocast():
             at_last_layer = [
                 mean_over_workers(
                     last_layer_gradient(state.tokenizer.decoder.conv_out, made["features_BTHWC"], gradient)
@@ -525,7 +527,7 @@ def _discriminator_gradients(
 ) -> dict[str, Tensor]:
     """Add a piece's gradients to the discriminator's; gives the terms."""
     config = state.config
-    with _autocast(state):
+    with state.autocast():
         real_FP, fake_FP = adversary(x_BCTHW, video_BCTHW)
     terms = {"hinge": hinge(real_FP, fake_FP), "lecam": state.lecam.penalty(real_FP, fake_FP)}
     ((terms["hinge"] + config.lecam_weight * terms["lecam"]) / config.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -606,10 +608,6 @@ def _noise(state: TrainState, x_BCTHW: Tensor, piece: int) -> Tensor | None:
     return torch.randn(x_BCTHW.shape[0], *shape, generator=generator).to(state.device)
 
 
-def _autocast(state: TrainState) -> torch.autocast:
-    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.config.precision == "bfloat16")
-
-
 def shard_generator(network: nn.Module, **settings: Any) -> nn.Module:
     """Wrap a state's networks for FSDP2: each layer of the tokenizer by itself; the small discriminator by DDP.
 
@@ -627,170 +625,3 @@ def shard_generator(network: nn.Module, **settings: Any) -> nn.Module:
             fully_shard(layer, **settings)
     fully_shard(network, **settings)
     return network
-
-
-def shards_alone(network: nn.Module) -> None:
-    """Let go of what FSDP2 gathered for a forward pass: it keeps the outermost weights until a backward pass.
-
-    They would be taken for the weights after these have changed, and are no shards to those who look for such.
-    """
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextlib.contextmanager
-def gradients_reduced(network: nn.Module, now: bool) -> Iterator[None]:
-    """Whether workers exchange gradients in the backward pass within, or keep them until the batch's last piece."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
-        yield
-    elif isinstance(network, DistributedDataParallel) and not now:
-        with network.no_sync():
-            yield
-    else:
-        yield
-
-
-# Looking at it
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Evaluation:
-    """Sums over frames, and counts of tokens; those of several batches or workers are added."""
-
-    num_frames: int
-    psnr: float
-    """In dB, summed."""
-    l1: float
-    ssim: float | None
-    """None for frames smaller than its window."""
-    lpips: float | None
-    """None where LPIPS was not loaded."""
-    use: CodebookUse | None
-    """None for KL, and where the codebook is too large to count."""
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        def summed(a: float | None, b: float | None) -> float | None:
-            return None if a is None or b is None else a + b
-
-        use = None
-        if self.use is not None and other.use is not None:
-            use = CodebookUse(self.use.counts.size)
-            use.counts += self.use.counts + other.use.counts
-        return Evaluation(
-            num_frames=self.num_frames + other.num_frames,
-            psnr=self.psnr + other.psnr,
-            l1=self.l1 + other.l1,
-            ssim=summed(self.ssim, other.ssim),
-            lpips=summed(self.lpips, other.lpips),
-            use=use,
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Means over frames, and the codebook's use: what there is of psnr, l1, ssim, lpips, codebook_utilisation,
-        codebook_entropy_bits, codebook_perplexity."""
-        sums = {"psnr": self.psnr, "l1": self.l1, "ssim": self.ssim, "lpips": self.lpips}
-        means = {name: value / max(self.num_frames, 1) for name, value in sums.items() if value is not None}
-        if self.use is None:
-            return means
-        return means | {
-            "codebook_utilisation": self.use.utilisation,
-            "codebook_entropy_bits": self.use.entropy_bits,
-            "codebook_perplexity": self.use.perplexity,
-        }
-
-
-@torch.no_grad()
-def reconstruct(state: TrainState, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Encode and decode a batch, KL by its mean.
-
-    Args:
-        frames_BTHWC: uint8 (B, T, H, W, 3), on any device.
-
-    Returns:
-        The clips and their reconstruction, float32 (B, 3, T, H, W) of about [-1, 1], and the tokens, if any.
-    """
-    x_BCTHW = frames_to_input(frames_BTHWC.to(state.device)).contiguous()
-    with _autocast(state):
-        made = state.generator(x_BCTHW)
-    return x_BCTHW, video_of(made["decoded_BTHWC"], x_BCTHW.shape[2]), made.get("tokens")
-
-
-@torch.no_grad()
-def evaluate_batch(state: TrainState, frames_BTHWC: Tensor) -> Evaluation:
-    """Measure reconstructions of held-out clips. Nothing of the state changes.
-
-    Within `TrainState.averaged` it is the averages that are measured.
-    """
-    x_BCTHW, video_BCTHW, tokens = reconstruct(state, frames_BTHWC)
-    real_FCHW, fake_FCHW = frames_of(x_BCTHW), frames_of(video_BCTHW).clamp(-1, 1)
-    use = None
-    codebook_size = state.tokenizer.config.codebook_size
-    if tokens is not None and codebook_size is not None and codebook_size <= MAX_CODEBOOK:
-        use = CodebookUse(codebook_size)
-        use.update(tokens.cpu().numpy())
-    lpips = None
-    if state.perceptual is not None:
-        with _autocast(state):
-            lpips = float(state.perceptual(real_FCHW, fake_FCHW).float().sum())
-    return Evaluation(
-        num_frames=real_FCHW.shape[0],
-        psnr=float(psnr(real_FCHW, fake_FCHW).sum()),
-        l1=float((real_FCHW - fake_FCHW).abs().mean(dim=(1, 2, 3)).sum()),
-        ssim=float(ssim(real_FCHW, fake_FCHW).sum()) if min(real_FCHW.shape[-2:]) >= SSIM_WINDOW else None,
-        lpips=lpips,
-        use=use,
-    )
-
-
-# Tensors that may be sharded, and whole ones
-
-
-def whole(value: Any) -> Any:
-    """A copy of a nested state with whole tensors on the CPU."""
-    if isinstance(value, Mapping):
-        return {key: whole(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole(entry) for entry in value)
-    if isinstance(value, Tensor):
-        tensor = value.detach()
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
-    return value
-
-
-def _sharded_like(own: Tensor, value: Tensor) -> Tensor:
-    """A copy of a whole tensor, sharded as another of its shape is, on its device."""
-    value = value.to(own.device, copy=True)
-    return distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value
-
-
-def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy a whole state dict into a module, sharded or not.
-
-    Raises:
-        ValueError: where names or shapes differ.
-    """
-    _fill_all(module.state_dict(), values)
-
-
-@torch.no_grad()
-def _fill_all(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    if {name: tensor.shape for name, tensor in own.items()} != {n: tensor.shape for n, tensor in values.items()}:
-        differing = sorted(own.keys() ^ values.keys()) or [n for n in own if own[n].shape != values[n].shape]
-        raise ValueError(f"the checkpoint does not fit: {', '.join(differing[:10])}")
-    for name, tensor in own.items():
-        tensor.copy_(_sharded_like(tensor, values[name]))
-
-
-def fill_optimizer(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
-    """Copy a whole optimiser state into an optimiser, sharded as its parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    by_number = {
-        number: {
-            name: _sharded_like(parameters[number], value) if value.shape == parameters[number].shape else value.clone()
-            for name, value in values.items()
-        }
-        for number, values in state["state"].items()
-    }
-    optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})

@@ -94,6 +94,49 @@ class Corpora:
     num_videos: int
     """That can be used, held-out ones too."""
 
+    @property
+    def digest(self) -> str:
+        """Of what the videos hold and which are held out: SHA-256, whatever they are called and wherever they lie."""
+        parts = ("video_id", "part_start_seconds", "part_end_seconds", "corpus")
+        rows = {
+            (aside, *(row[name] for name in parts))
+            for aside, table in enumerate((self.train, self.held_out))
+            for row in table.select(parts).to_pylist()
+        }
+        return hashlib.sha256("\n".join(sorted(map(str, rows))).encode()).hexdigest()
+
+    def write(self, path: str) -> None:
+        """Keep them in a Parquet file, for `read_corpora`; without the rejections."""
+        tables = [
+            table.append_column(_IS_HELD_OUT, pa.array([aside] * table.num_rows, pa.bool_()))
+            for aside, table in ((False, self.train), (True, self.held_out))
+        ]
+        together = pa.concat_tables(tables).replace_schema_metadata({_NUM_VIDEOS: str(self.num_videos)})
+        buffer = pa.BufferOutputStream()
+        pq.write_table(together, buffer, compression="zstd")
+        storage.write_atomic(path, buffer.getvalue().to_pybytes())
+
+
+def read_corpora(path: str) -> Corpora:
+    """What `Corpora.write` kept.
+
+    Raises:
+        StorageError: it cannot be read.
+        UnusableError: it is damaged.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        aside, num_videos = table[_IS_HELD_OUT], int(table.schema.metadata[_NUM_VIDEOS])
+        items = table.drop_columns(_IS_HELD_OUT).cast(ITEM_SCHEMA)
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UnusableError(f"{storage.public_uri(path)} is damaged ({error}): choose another --out") from error
+    return Corpora(
+        train=items.filter(pc.invert(aside)), held_out=items.filter(aside), rejections=[], num_videos=num_videos
+    )
+
+
+_IS_HELD_OUT, _NUM_VIDEOS = "is_held_out", b"num_videos"
+
 
 def open_corpora(
     paths: Sequence[str],
@@ -103,6 +146,7 @@ def open_corpora(
     seed: int,
     num_tasks: int,
     limits: Limits | None = None,
+    on_video: Callable[[int, int], None] | None = None,
 ) -> Corpora:
     """Find and open the videos of corpora, and set some aside.
 
@@ -112,6 +156,7 @@ def open_corpora(
         held_out: share of the videos, in [0, 1); unless it is 0 one at least.
         seed: chooses these, together with the videos' ids and nothing else.
         num_tasks: that opening them is spread over.
+        on_video: called with how many are done and how many there are, of one corpus after the other.
 
     Raises:
         InputError, StorageError: as ``discover``.
@@ -122,7 +167,10 @@ def open_corpora(
     rejections: list[Rejection] = []
     videos: dict[tuple[str, float | None, float | None], dict[str, Any]] = {}
     for corpus, path in enumerate(paths):
-        for row in _opened(discover([path]), spec, limits, num_tasks):
+        found = discover([path])
+        for done, row in enumerate(_opened(found, spec, limits, num_tasks), start=1):
+            if on_video is not None:
+                on_video(done, found.videos.num_rows)
             if row["rejection"] is not None:
                 rejections.append(row_rejection(row["rejection"]))
                 continue

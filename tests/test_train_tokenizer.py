@@ -33,17 +33,10 @@ from jobs.outcome import UserError
 from jobs.presets import TRAININGS
 from jobs.settings import SettingsError
 from jobs.tokenize_videos import run_and_report as tokenize
-from jobs.train_tokenizer import (
-    activation_bytes,
-    place,
-    prepare_data,
-    read_record,
-    resolve,
-    resume,
-    run_and_report,
-)
+from jobs.train_tokenizer import prepare_data, resume, run_and_report
 from jobs.train_worker import start_weights
 from jobs.training_log import Speed, picture_strip
+from jobs.training_request import activation_bytes, place, read_record, resolve
 from models.config import PRESETS
 from models.tokenizer import get_preset
 from models.training import start_tokenizer
@@ -184,7 +177,9 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session:
         assert code == 1, text
         assert len(killed) == 2
         text_again = io.StringIO()
+        newer = write_motion(videos / "newer.mp4", 99)  # would come between the others, and each clip be another
         assert resume(str(out), {}, Console(file=text_again, width=200)) == 0, text_again.getvalue()
+        newer.unlink()
     return out, [text, text_again.getvalue()]
 
 
@@ -202,6 +197,7 @@ def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path,
     assert "stage1 stopped after 1 restarts" in text
     assert "vidshard train resume" in text
     assert "stage1: 40 steps" in text_again
+    assert "stage1: goes on with the videos that it began with" in text_again
     train_lines = lines_of(out)
     assert [line["step"] for line in train_lines] == list(range(1, 41))  # none twice, none missing
     begun = np.mean([line["l1"] for line in train_lines[:5]])
@@ -224,6 +220,9 @@ def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, lis
         same = bool((first[name] == second[name]).all())
         assert same or name.startswith("decoder."), name
     assert weights_digest(first) != weights_digest(second)
+    digests = json.loads((out / "stage2" / "result.json").read_text())["digests"]
+    assert digests["start_sha256"] == weights_digest(first)
+    assert digests["weights_sha256"] == weights_digest(second)
 
 
 def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> None:
@@ -393,7 +392,7 @@ def test_a_cache_is_filled_before_the_first_step(videos: Path, tmp_path: Path, r
     training = resolve(run_of(videos, tmp_path / "run", cache=str(tmp_path / "cache")))
     cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
     console = Console(file=io.StringIO())
-    corpora, draws, _ = prepare_data(training, "stage1", training.run.stages["stage1"], cluster, console)
+    corpora, draws = prepare_data(training, "stage1", training.run.stages["stage1"], cluster, console)
     cached = pa.concat_tables([pq.read_table(path) for path in (tmp_path / "cache").rglob("*.parquet")])
     assert cached.num_rows == corpora.train.num_rows == draws.epoch_length
 
@@ -508,13 +507,13 @@ def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
 def test_what_cannot_fit_the_machine_is_refused_before_it_starts() -> None:
     cpus = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=True)
     run = TRAININGS["paper_stage1"](["clips"], "out")
-    batch = {"stage1": run.stages["stage1"].model_copy(update={"clips_per_step": 4096})}
+    batch = {"stage1": run.stages["stage1"].model_copy(update={"clips_per_step": 4096, "perceptual_weight": 0})}
     with pytest.raises(UserError, match=r"stage1 does not fit this machine: .* 4096 clips each .* --recompute"):
-        place(run.model_copy(update={"stages": batch}), cpus)
+        place(resolve(run.model_copy(update={"stages": batch})), cpus)
     many = run.model_copy(update={"workers": 1024, "stages": batch})
     with pytest.raises(UserError, match=r"1024 workers take about \d{4}\.\d GiB for weights"):
-        place(many, cpus)
-    assert place(TRAININGS["tiny"](["clips"], "out"), cpus) == 1
+        place(resolve(many), cpus)
+    assert place(resolve(TRAININGS["tiny"](["clips"], "out")), cpus) == 1
 
 
 def test_strips_show_a_clip_above_its_reconstruction() -> None:

@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.config import PRESETS
+from models.evaluation import evaluate_batch, reconstruct
 from models.losses import Perceptual, adversarial, weighted_regularization
 from models.tokenizer import VideoTokenizer, frames_to_input, get_preset
 from models.training import (
@@ -28,9 +29,7 @@ from models.training import (
     TrainState,
     average_decay,
     begin_stage,
-    evaluate_batch,
     learning_rate,
-    reconstruct,
     set_trainable,
     shard_generator,
     start_tokenizer,

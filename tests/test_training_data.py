@@ -25,6 +25,7 @@ from pipeline.training_data import (
     decode_held_out,
     fill_cache,
     open_corpora,
+    read_corpora,
     rows_per_block,
     training_clips,
 )
@@ -151,6 +152,20 @@ def test_a_corpus_of_nothing_usable_is_refused_with_reasons(corpus: Path, tmp_pa
         opened(corpus, spec=StageConfig(frames=33, fps=Fraction(1)).clip_spec(clips_per_video=1))
     with pytest.raises(UnusableError, match="held out: give more videos"):
         opened(corpus / "v0.mp4")
+
+
+def test_what_a_training_began_with_can_be_kept(corpora: Corpora, corpus: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "videos.parquet")
+    corpora.write(path)
+    again = read_corpora(path)
+    assert again.train.equals(corpora.train)
+    assert again.held_out.equals(corpora.held_out)
+    assert again.num_videos == corpora.num_videos
+    assert again.digest == corpora.digest
+    assert opened(corpus, seed=5).digest != corpora.digest  # others are held out
+    Path(path).write_bytes(b"PAR1 and no more")
+    with pytest.raises(UnusableError, match=r"videos\.parquet is damaged"):
+        read_corpora(path)
 
 
 # The clips

@@ -1,0 +1,293 @@
+"""What a training run asks for, looked up and checked: everything that can be wrong without the videos is found out
+here; and the record of the run, ``run.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+import av
+import pyarrow as pa
+import ray
+import torch
+import yaml
+from rich.console import Console
+
+from jobs.cluster import Cluster
+from jobs.display import warn
+from jobs.outcome import UserError
+from jobs.request import code_version
+from jobs.train_worker import RUN, last_state, start_weights
+from models.config import TokenizerConfig
+from models.losses import load_perceptual
+from models.tokenizer import get_preset
+from models.training import Generator, check_stage
+from models.weights import count_parameters, differences, load_weights
+from pipeline import storage
+from pipeline.checkpoints import CheckpointError, Checkpoints
+from schemas.training import StageConfig, TrainRun
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run with everything looked up that can be without its videos."""
+
+    run: TrainRun
+    tokenizer: TokenizerConfig
+    run_id: str
+    previous: tuple[str, str] | None
+    """Folder and run id of the stage that ``--from`` names."""
+    weights: str | None
+    """Or the weights."""
+
+
+def resolve(run: TrainRun) -> Training:
+    """Look up what the settings name, and refuse what cannot be.
+
+    Raises:
+        UserError: unknown models, impossible clips, what a stage starts with missing or of another architecture.
+    """
+    if "://" not in run.out:
+        run = run.model_copy(update={"out": storage.absolute(run.out)})
+    if run.checkpoint_steps % run.evaluate_steps and run.evaluate_steps % run.checkpoint_steps:
+        raise UserError(
+            f"one of --checkpoint-steps {run.checkpoint_steps} and --evaluate-steps {run.evaluate_steps} must be a "
+            "multiple of the other: the best checkpoint is one that was measured"
+        )
+    stages = {
+        name: stage.model_copy(update={"vgg_weights": storage.absolute(stage.vgg_weights)})
+        if stage.vgg_weights
+        else stage
+        for name, stage in run.stages.items()
+    }
+    texts = [storage.absolute(path) + (f"={weight:g}" if weight is not None else "") for path, weight in run.corpora]
+    cache = None if run.cache is None else storage.absolute(run.cache)
+    run = run.model_copy(update={"stages": stages, "videos": texts, "cache": cache})
+    previous, weights, tokenizer = _look_up_start(run)
+    for name, stage in run.stages.items():
+        try:
+            check_stage(stage, tokenizer)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+    first = next(iter(run.stages.values()))
+    if first.trainable == "decoder" and previous is None and weights is None:
+        raise UserError(
+            "a stage that trains the decoder alone needs a trained encoder: give --from RUN/stage1 or weights"
+        )
+    _check_losses(run)
+    if run.wandb is not None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise UserError("--wandb needs the package wandb: pip install wandb, or leave --wandb out") from error
+    return Training(run=run, tokenizer=tokenizer, run_id="", previous=previous, weights=weights)
+
+
+def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig]:
+    """What the run starts with, and the model that is trained."""
+    try:
+        named = None if run.tokenizer is None else get_preset(run.tokenizer)
+        if run.start_from is None:
+            if named is None:
+                raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
+            return None, None, named
+        source = storage.absolute(run.start_from)
+        if source.endswith((".safetensors", ".ckpt", ".pt", ".pth")):
+            source = storage.pinned(source)
+            with storage.local_copy(source) as local:
+                assert local is not None
+                if named is None:
+                    named = load_weights(local)[0]
+            start_weights(source, named)
+            return None, source, named
+        folder, record = _stage_folder(source)
+        there = TokenizerConfig.model_validate(record["tokenizer"])
+        if named is not None and (differing := differences(there, named)):
+            raise UserError(
+                f"--from {run.start_from} is of {there.name}, not {named.name} ({differing}): a stage goes on with the "
+                "tokenizer of the one before it"
+            )
+        Checkpoints(folder, record["run_id"]).latest() or last_state(folder, record["run_id"])
+    except (ValueError, FileNotFoundError, storage.StorageError, CheckpointError) as error:
+        raise UserError(f"{error}") from error
+    return (folder, record["run_id"]), None, there
+
+
+def _stage_folder(source: str) -> tuple[str, dict[str, Any]]:
+    """The folder of a finished stage, from itself or from that of its run, and the record of the run."""
+    if storage.exists(storage.join(source, RUN)):
+        record = read_record(source)
+        return storage.join(source, list(record["run"]["stages"])[-1]), record
+    run_folder, _, _ = source.rstrip("/").rpartition("/")
+    if not storage.exists(storage.join(run_folder, RUN)):
+        raise UserError(
+            f"--from {storage.public_uri(source)} is neither a stage of a run, such as runs/mine/stage1, nor weights "
+            "(.safetensors, .ckpt, .pt, .pth)"
+        )
+    return source.rstrip("/"), read_record(run_folder)
+
+
+def _check_losses(run: TrainRun) -> None:
+    """Load LPIPS once where it is wanted: better no training than one that ends at its first step."""
+    for vgg in {stage.vgg_weights for stage in run.stages.values() if stage.perceptual_weight}:
+        try:
+            with storage.local_copy(vgg) as local:
+                load_perceptual(local)
+        except (ValueError, storage.StorageError) as error:
+            raise UserError(f"{error}: --vgg-weights FILE, or --perceptual-weight 0") from error
+
+
+def place(training: Training, cluster: Cluster) -> int:
+    """How many workers.
+
+    Raises:
+        UserError: batches do not divide among them, there are too few GPUs, or weights do not fit the memory.
+    """
+    run = training.run
+    workers = run.workers or int(cluster.num_gpus) or 1
+    if cluster.num_gpus and workers > cluster.num_gpus:
+        raise UserError(f"--workers {workers}, and there are {cluster.num_gpus:g} GPUs: one for each worker")
+    for name, stage in run.stages.items():
+        if stage.clips_per_step % (workers * stage.accumulate):
+            raise UserError(
+                f"{name}: --clips-per-step {stage.clips_per_step} does not divide among {workers} workers that "
+                f"accumulate {stage.accumulate}: take a multiple of {workers * stage.accumulate}"
+            )
+        if not cluster.num_gpus and cluster.num_nodes == 1:
+            _check_memory(training.tokenizer, name, stage, workers)
+    return workers
+
+
+def _check_memory(tokenizer: TokenizerConfig, name: str, stage: StageConfig, workers: int) -> None:
+    """Refuse what this machine cannot hold: weights, gradients, two moments, averages, and one clip of what is kept."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fixed = 4 * 5 * count_parameters(tokenizer)
+    clips = stage.clips_per_step // workers // stage.accumulate
+    kept = 0 if fixed < 64 << 20 or stage.recompute else clips * activation_bytes(tokenizer, stage)
+    if workers * (fixed + kept) > total:
+        raise UserError(
+            f"{name} does not fit this machine: {workers} workers take about {workers * fixed / 2**30:.1f} GiB for "
+            f"weights and {workers * kept / 2**30:.1f} GiB for {clips} clips each at a time, and it has "
+            f"{total / 2**30:.1f} GiB. Take a GPU, --recompute, more --accumulate, or a smaller --tokenizer or --size"
+        )
+
+
+def activation_bytes(tokenizer: TokenizerConfig, stage: StageConfig) -> int:
+    """What one clip's forward pass keeps for its gradients, found by a pass over tensors without storage."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to load
+
+    from models.tokenizer import VideoTokenizer
+
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        generator = Generator(VideoTokenizer(tokenizer), stage)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bfloat16"),
+        ):
+            generator(torch.empty(1, 3, stage.frames, *stage.size))
+    return sum(kept.values())
+
+
+# The record.
+
+
+def read_record(out: str) -> dict[str, Any]:
+    """The record of the run in a folder.
+
+    Raises:
+        UserError: there is none.
+        StorageError: it cannot be read.
+    """
+    path = storage.join(out, RUN)
+    if not storage.exists(path):
+        raise UserError(f"there is no run in {storage.public_uri(out)}: it has no {RUN}")
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(path))
+        TrainRun.model_validate(record["run"])
+        _ = record["run_id"], record["identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the record of a training run: choose another --out") from error
+    return record
+
+
+def begin_run(training: Training) -> Training:
+    """Write ``run.json``, or find that the folder is this run's.
+
+    Raises:
+        UserError: it is that of another run; the message lists the differences.
+    """
+    run = training.run
+    path = storage.join(run.out, RUN)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if storage.exists(path):
+        record = read_record(run.out)
+        there, here = _flat(record["identity"]), _flat(_identity(run))
+        changed = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+        if changed:
+            lines = "\n".join(f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in changed)
+            raise UserError(
+                f"{storage.public_uri(run.out)} is the run of other settings:\n{lines}\nchoose another --out, or go on "
+                f"with it: vidshard train resume {storage.public_uri(run.out)}"
+            )
+        record["starts"].append({"at": now, "code_version": code_version()})
+    else:
+        record = {
+            "format": _FORMAT,
+            "run_id": uuid.uuid4().hex[:12],
+            "identity": _identity(run),
+            "tokenizer": training.tokenizer.model_dump(mode="json"),
+            "libraries": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "ray": ray.__version__,
+                "pyarrow": pa.__version__,
+                "av": av.__version__,
+            },
+            "starts": [{"at": now, "code_version": code_version()}],
+        }
+    record["run"] = run.model_dump(mode="json")
+    storage.write_atomic(path, json.dumps(record, indent=2).encode())
+    return replace(training, run_id=record["run_id"])
+
+
+def _identity(run: TrainRun) -> dict[str, Any]:
+    identity: dict[str, Any] = json.loads(json.dumps(run.identity))
+    return identity
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in values.items() if key != "stages"}
+    return flat | {f"{name}.{key}": v for name, stage in values["stages"].items() for key, v in stage.items()}
+
+
+def announce(training: Training, cluster: Cluster, workers: int, console: Console) -> None:
+    """Print the complete resolved run."""
+    record = training.run.model_dump(mode="json")
+    console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
+    config = training.tokenizer
+    console.print(
+        f"{config.name}: {count_parameters(config) / 1e6:.3g} million weights; {workers} workers on {cluster}; run "
+        f"{training.run_id}",
+        highlight=False,
+    )
+    if training.previous is not None:
+        folder, run_id = training.previous
+        record = read_record(folder.rpartition("/")[0])
+        mark = Checkpoints(folder, run_id).latest()
+        steps = record["run"]["stages"][folder.rpartition("/")[2]]["steps"]
+        if mark is not None and mark.step < steps:
+            warn(console, f"{storage.public_uri(folder)} is not finished: this begins at step {mark.step} of {steps}")
