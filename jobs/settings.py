@@ -123,6 +123,7 @@ def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
+        _refuse_repeated(path, yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -132,6 +133,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SettingsError(f"{path} must hold a mapping of settings, not a {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
+
+
+def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
+    """YAML forbids a key that stands twice; the library takes the last one and says nothing."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise SettingsError(
+                    f"{path}:{line}: '{key.value}' stands in line {lines[key.value]} already; take one away"
+                )
+            lines[key.value] = line
+            _refuse_repeated(path, value)
 
 
 def _explain(model: type[BaseModel], item: Mapping[str, Any], given: Mapping[str, Any], path: Path | None) -> str:

@@ -87,6 +87,13 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str)
         resolve_settings(TokenizeRun, REQUIRED, config)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("inputs: [a]\nfps: 8\nout: tokens\nfps: 3\n")
+    with pytest.raises(SettingsError, match=r"run\.yaml:4: 'fps' stands in line 2 already"):
+        resolve_settings(TokenizeRun, {}, config)
+
+
 def test_yaml_that_wants_to_build_objects_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("out: !!python/object/apply:os.system ['touch canary']\n")
