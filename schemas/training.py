@@ -272,7 +272,7 @@ class RunSettings(BaseModel):
         section="Model",
         metavar="FROM",
         help="Begin with a finished stage, such as runs/mine/stage1, or with weights: a file, URL or hf://OWNER/REPO/"
-        "PATH. The flag is --from.",
+        "PATH. In YAML: start_from.",
     )
     out: str = setting(section="Output", metavar="FOLDER", help="Folder of the run, local or remote.")
     checkpoint_steps: int = setting(
