@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from av.video.stream import VideoStream
 
+from pipeline.bits import Bits, payload, units
+from pipeline.h264 import Sequence, parameter_sets
+
 ALL_SLOTS = 255
 
 
@@ -62,73 +65,16 @@ def inspector_of(stream: VideoStream) -> Inspector:
     )
 
 
-class _Bits:
-    """Bits of a header, the most significant first.
-
-    Raises:
-        EOFError: there are no more.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self._value = int.from_bytes(data, "big")
-        self._left = 8 * len(data)
-
-    def take(self, num_bits: int) -> int:
-        if num_bits > self._left:
-            raise EOFError
-        self._left -= num_bits
-        return self._value >> self._left & (1 << num_bits) - 1
-
-    def take_unsigned(self) -> int:
-        """Exp-Golomb, 9.1 of H.264."""
-        zeros = 0
-        while not self.take(1):
-            zeros += 1
-        return (1 << zeros) - 1 + self.take(zeros)
-
-    def take_signed(self) -> int:
-        value = self.take_unsigned()
-        return (value + 1) // 2 if value % 2 else -(value // 2)
-
-
-# H.264 and H.265: units behind their length (mp4, matroska) or behind start codes.
-
-
-def _units(data: bytes, length_bytes: int) -> Iterator[int]:
-    """Where each unit begins; 0 length bytes mean start codes."""
-    if length_bytes:
-        at = 0
-        while at + length_bytes < len(data):
-            yield at + length_bytes
-            at += length_bytes + int.from_bytes(data[at : at + length_bytes], "big")
-        return
-    at = data.find(b"\0\0\1")
-    while 0 <= at < len(data) - 3:
-        yield at + 3
-        at = data.find(b"\0\0\1", at + 3)
-
-
-def _payload(data: bytes, at: int, num_bytes: int = 512) -> _Bits:
-    """The beginning of a unit without the bytes that keep start codes out of it, 7.4.1."""
-    return _Bits(data[at : at + num_bytes].replace(b"\0\0\3", b"\0\0"))
-
-
 class _H264:
     def __init__(self, extradata: bytes) -> None:
-        self._length_bytes = 0
         self._frames_only: bool | None = None
-        """Whether no picture is a field: two of those make a frame, and they may come in two packets."""
-        if extradata[:1] == b"\1" and len(extradata) > 8:  # 5.3.3.1 of ISO 14496-15
-            self._length_bytes = (extradata[4] & 3) + 1
-            if extradata[5] & 31:
-                self._read_parameters(extradata, 8)
-        else:
-            for at in _units(extradata, 0):
-                if extradata[at] & 31 == 7:
-                    self._read_parameters(extradata, at)
+        self._length_bytes, found = parameter_sets(extradata)
+        for data, at in found:
+            if data[at] & 31 == 7:
+                self._read_parameters(data, at)
 
     def __call__(self, data: bytes) -> PacketFacts | None:
-        for at in _units(data, self._length_bytes):
+        for at in units(data, self._length_bytes):
             kind = data[at] & 31
             if kind == 7:
                 self._read_parameters(data, at)
@@ -141,110 +87,8 @@ class _H264:
     def _read_parameters(self, data: bytes, at: int) -> None:
         frames_only = False
         with suppress(EOFError):
-            frames_only = _h264_frames_only(_payload(data, at + 1))
+            frames_only = Sequence.read(payload(data, at + 1)).frames_only
         self._frames_only = frames_only and self._frames_only is not False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class H264Header:
-    """What the one sequence parameter set of an mp4's header says beside the size."""
-
-    square: bool
-    """Whether it states no other shape of its pixels."""
-    states_reordering: bool
-    """Whether it limits by how many pictures the order shown differs from that of decoding."""
-
-
-def h264_header(extradata: bytes) -> H264Header | None:
-    """Of an mp4's configuration record, 5.3.3.1 of ISO 14496-15; None where it is none, or has several sets."""
-    if extradata[:1] != b"\1" or len(extradata) <= 8 or extradata[5] & 31 != 1:
-        return None
-    bits = _payload(extradata, 9)
-    try:
-        if not _h264_frames_only(bits):
-            bits.take(1)
-        bits.take(1)
-        if bits.take(1):
-            for _ in range(4):
-                bits.take_unsigned()
-        return _h264_usability(bits) if bits.take(1) else H264Header(square=True, states_reordering=False)
-    except EOFError:
-        return None
-
-
-def _h264_usability(bits: _Bits) -> H264Header:
-    """Annex E.1.1."""
-    square = True
-    if bits.take(1):
-        square = bits.take(8) in (0, 1)
-    if bits.take(1):
-        bits.take(1)
-    if bits.take(1):
-        bits.take(4)
-        if bits.take(1):
-            bits.take(24)
-    if bits.take(1):
-        bits.take_unsigned()
-        bits.take_unsigned()
-    if bits.take(1):
-        bits.take(65)
-    with_buffers = [bits.take(1) and _skip_buffer_model(bits), bits.take(1) and _skip_buffer_model(bits)]
-    if any(with_buffers):
-        bits.take(1)
-    bits.take(1)
-    return H264Header(square=square, states_reordering=bool(bits.take(1)))
-
-
-def _skip_buffer_model(bits: _Bits) -> bool:
-    count = bits.take_unsigned() + 1
-    bits.take(8)
-    for _ in range(count):
-        bits.take_unsigned()
-        bits.take_unsigned()
-        bits.take(1)
-    bits.take(20)
-    return True
-
-
-def _h264_frames_only(bits: _Bits) -> bool:
-    """frame_mbs_only_flag of a sequence parameter set, 7.3.2.1.1."""
-    profile = bits.take(8)
-    bits.take(16)
-    bits.take_unsigned()
-    if profile in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
-        chroma_format = bits.take_unsigned()
-        if chroma_format == 3:
-            bits.take(1)
-        bits.take_unsigned()
-        bits.take_unsigned()
-        bits.take(1)
-        if bits.take(1):
-            for number in range(8 if chroma_format != 3 else 12):
-                if bits.take(1):
-                    _skip_scaling_list(bits, 16 if number < 6 else 64)
-    bits.take_unsigned()
-    order_type = bits.take_unsigned()
-    if order_type == 0:
-        bits.take_unsigned()
-    elif order_type == 1:
-        bits.take(1)
-        bits.take_signed()
-        bits.take_signed()
-        for _ in range(bits.take_unsigned()):
-            bits.take_signed()
-    bits.take_unsigned()
-    bits.take(1)
-    bits.take_unsigned()
-    bits.take_unsigned()
-    return bool(bits.take(1))
-
-
-def _skip_scaling_list(bits: _Bits, size: int) -> None:
-    last = following = 8
-    for _ in range(size):
-        if following:
-            following = (last + bits.take_signed()) % 256
-        last = following or last
 
 
 class _Hevc:
@@ -264,7 +108,7 @@ class _Hevc:
                     self._read_parameters(extradata, at + 2)
                     at += 2 + int.from_bytes(extradata[at : at + 2], "big")
         else:
-            for at in _units(extradata, 0):
+            for at in units(extradata, 0):
                 self._read_parameters(extradata, at)
 
     def _read_parameters(self, data: bytes, at: int) -> None:
@@ -272,7 +116,7 @@ class _Hevc:
             self._top_layer = max(self._top_layer or 0, data[at + 2] >> 1 & 7)
 
     def __call__(self, data: bytes) -> PacketFacts | None:
-        for at in _units(data, self._length_bytes):
+        for at in units(data, self._length_bytes):
             kind = data[at] >> 1 & 63
             if kind == 33:
                 self._read_parameters(data, at)
@@ -413,7 +257,7 @@ class _Av1Sequence:
     @classmethod
     def read(cls, data: bytes) -> _Av1Sequence | None:
         """5.5; None where frame headers begin in a way that is not read here: still pictures, models of decoders."""
-        bits = _Bits(data)
+        bits = Bits(data)
         try:
             bits.take(3)
             if bits.take(2) or bits.take(1):
@@ -448,11 +292,11 @@ class _Av1Sequence:
     def header(self, data: bytes) -> _Av1Header | None:
         """5.9.2; None where it ends too early."""
         try:
-            return self._header(_Bits(data))
+            return self._header(Bits(data))
         except EOFError:
             return None
 
-    def _header(self, bits: _Bits) -> _Av1Header:
+    def _header(self, bits: Bits) -> _Av1Header:
         if bits.take(1):
             slot = bits.take(3)
             return _Av1Header(reads=1 << slot, shows=slot)

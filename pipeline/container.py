@@ -23,7 +23,7 @@ from av.container.core import Flags
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
-from pipeline.bitstream import h264_header
+from pipeline.h264 import usability_of
 from pipeline.storage import RemoteVideo, StorageError, public_uri, storage_errors
 from schemas.video import Limits, Reason, VideoError
 
@@ -244,7 +244,7 @@ def _is_told(stream: VideoStream) -> bool:
         return False
     if codec_name(stream) != "h264":
         return True
-    said = h264_header(bytes(context.extradata or b""))
+    said = usability_of(bytes(context.extradata or b""))
     return said is not None and said.states_reordering and (said.square or bool(stream.sample_aspect_ratio))
 
 

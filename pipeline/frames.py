@@ -34,6 +34,7 @@ from pipeline.container import (
     time_base_of,
     usual_ticks,
 )
+from pipeline.h264 import PictureNumbers
 from pipeline.packets import FOREVER, Needed, Schedule, Step
 from schemas.video import Limits, Reason, VideoError
 
@@ -64,6 +65,10 @@ class Start:
     """At the first keyframe not before that tick."""
     await_keyframe: bool = True
     """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
+
+
+_LACKS_A_PICTURE = "one that it may refer to is not there"
+"""Stands at a packet that does."""
 
 
 class _NoKeyframeError(Exception):
@@ -334,6 +339,8 @@ def _packets(
     waiting = start.await_keyframe
     earliest = start.seek_pts if start.forward else None
     num_packets = 0
+    context = stream.codec_context
+    numbers = PictureNumbers(bytes(context.extradata or b"")) if context.codec.canonical_name == "h264" else None
     packets = container.demux(stream)
     while True:
         try:
@@ -353,6 +360,8 @@ def _packets(
         if waiting and packet.is_keyframe:
             waiting = earliest is not None and (packet.pts is None or (read or int)(packet.pts) < earliest)
         if not waiting:
+            if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
+                packet.opaque = _LACKS_A_PICTURE
             yield packet
     if waiting and num_packets:
         raise _NoKeyframeError
@@ -407,7 +416,13 @@ def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vid
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
+    if packet.opaque is _LACKS_A_PICTURE:
+        raise _missing_reference(_place_of(packet, stream))
     return _decode(watched, stream, packet)
+
+
+def _missing_reference(place: str) -> VideoError:
+    return VideoError(Reason.DECODE_ERROR, f"{place}: a picture that this one refers to is missing")
 
 
 def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
@@ -424,8 +439,7 @@ def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStrea
         at = "at the end" if packet is None else _place_of(packet, stream)
         raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
     if any("Could not find ref" in text for _, _, text in messages):  # hevc then gives no picture, and no error
-        at = "at the end" if packet is None else _place_of(packet, stream)
-        raise VideoError(Reason.DECODE_ERROR, f"{at}: a picture that this one refers to is missing")
+        raise _missing_reference("at the end" if packet is None else _place_of(packet, stream))
     return frames
 
 

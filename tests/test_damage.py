@@ -73,22 +73,41 @@ def test_clips_beside_the_damage_are_those_of_the_undamaged_video(
         assert len(told) == len(missing)
 
 
-def test_an_hevc_picture_that_is_missing_is_damage(folder: Path) -> None:
-    whole = write_video(folder / "hevc.mp4", Recipe(codec="libx265", num_frames=100, gop=25, width=160, height=96))
-    lacking = folder / "lacking.mp4"
-    with av.open(str(whole)) as source, av.open(str(lacking), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for number, packet in enumerate(source.demux(video=0)):
-            if packet.size and number != 26:  # one that the rest of the second group of pictures leans on
+def without_packet(path: Path, source: Path, lost: int) -> Path:
+    """A remux that leaves a packet out without a trace."""
+    with av.open(str(source)) as reader, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(reader.demux(video=0)):
+            if packet.size and number != lost:
                 packet.stream = stream
                 target.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("codec", "b_frames", "suffix"),
+    [("libx265", 3, "mp4"), ("libx264", 0, "mp4"), ("libx264", 3, "mkv"), ("libx264", 3, "ts")],
+)
+def test_a_picture_that_others_refer_to_and_that_is_missing_is_damage(
+    codec: str, b_frames: int, suffix: str, folder: Path
+) -> None:
+    recipe = Recipe(codec=codec, num_frames=100, gop=25, b_frames=b_frames, width=160, height=96)
+    whole = write_video(folder / f"{codec}-{b_frames}.{suffix}", recipe)
     original = clips_of(kept(whole, 1000))
+    lacking = without_packet(folder / f"lacking-{codec}-{b_frames}.{suffix}", whole, 26)  # second of its group
     [result] = kept(lacking, 1000)
     assert result.error is not None
     assert "a picture that this one refers to is missing" in str(result.error)
     clips = clips_of([result])
     assert 0 < len(clips) < len(original)
     assert all(np.array_equal(clip.frames, original[index].frames) for index, clip in clips.items())
+
+
+def test_a_picture_that_none_refers_to_may_be_missing(folder: Path) -> None:
+    whole = write_video(folder / "b.mp4", Recipe(num_frames=100, gop=25, b_frames=3, width=160, height=96))
+    lacking = without_packet(folder / "no-b.mp4", whole, 29)  # the last of its run of B-frames
+    [result] = kept(lacking, 1000)
+    assert result.error is None
 
 
 def test_of_a_truncated_video_the_clips_before_its_end_are_kept(folder: Path) -> None:

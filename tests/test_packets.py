@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import pipeline.container
 import pipeline.decode
 import pipeline.frames
-from pipeline.bitstream import _H264, UNKNOWN, H264Header, PacketFacts, _Hevc, h264_header
+from pipeline.bitstream import _H264, UNKNOWN, PacketFacts, _Hevc
 from pipeline.container import (
     Clock,
     WatchedFile,
@@ -30,6 +30,7 @@ from pipeline.container import (
 )
 from pipeline.decode import decode_span, probe_video
 from pipeline.frames import Start, decode_from, frames_covering
+from pipeline.h264 import PictureNumbers, Usability, usability_of
 from pipeline.packets import FOREVER, Schedule, Step
 from pipeline.sampling import plan_spans
 from pipeline.storage import open_binary
@@ -280,6 +281,66 @@ def test_only_whole_frames_of_h264_are_skippable_and_only_idr_pictures_begin() -
     assert changed(parameters(False) + b"\x80\0\0\1\x65\x80") is None
 
 
+def bits_of(*fields: tuple[int, int] | int) -> bytes:
+    """Values of so many bits, and Exp-Golomb ones by themselves, with the bit that ends them."""
+    text = ""
+    for field in (*fields, (1, 1)):
+        if isinstance(field, int):
+            code = f"{field + 1:b}"
+            text += "0" * (len(code) - 1) + code
+        else:
+            text += f"{field[0]:0{field[1]}b}"
+    text += "0" * (-len(text) % 8)
+    return bytes(int(text[at : at + 8], 2) for at in range(0, len(text), 8))
+
+
+def h264_parameters(may_skip: int = 0) -> bytes:
+    """Baseline, numbers of four bits, order by number."""
+    sequence = bits_of((66, 8), (0, 8), (30, 8), 0, 0, 2, 1, (may_skip, 1), 0, 0, (1, 1), (0, 3))
+    pictures = bits_of(0, 0, (0, 1), (0, 1), 0, 0, 0, (0, 1), (0, 2), 0, 0, 0, (0, 1), (0, 1), (0, 1))
+    return b"\0\0\1\x67" + sequence + b"\0\0\1\x68" + pictures
+
+
+def h264_picture(number: int, *operations: int, is_idr: bool = False, refers: bool = True) -> bytes:
+    """A P picture of one slice that does these things with pictures in memory; or an IDR one, or one for itself."""
+    if is_idr:
+        return b"\0\0\1\x65" + bits_of(0, 7, 0, (number, 4), 0, (0, 2))
+    head: list[tuple[int, int] | int] = [0, 5, 0, (number, 4), (0, 1), (0, 1)]
+    if refers:
+        head += [(bool(operations), 1), *operations, *([0] if operations else [])]
+    return b"\0\0\1" + (b"\x61" if refers else b"\x01") + bits_of(*head)
+
+
+def missing_before(*pictures: bytes, may_skip: int = 0, keyframes: tuple[int, ...] = (0,)) -> list[int]:
+    numbers = PictureNumbers(h264_parameters(may_skip))
+    return [at for at, picture in enumerate(pictures) if numbers.is_one_missing(picture, at in keyframes)]
+
+
+def test_numbers_of_h264_pictures_tell_that_one_is_missing() -> None:
+    idr = h264_picture(0, is_idr=True)
+    following = [h264_picture(number % 16) for number in range(1, 40)]
+    assert missing_before(idr, *following) == []  # around four bits more than twice
+    assert missing_before(idr, *following[:20], *following[21:]) == [21]
+    assert missing_before(idr, *following[:20], *following[21:], may_skip=1) == []
+    assert missing_before(idr, *following[:20], *following[21:], keyframes=(0, 21)) == []  # as in a splice
+    assert missing_before(*following[6:]) == []  # nobody knows what was before the first one
+    alone = h264_picture(3, refers=False)
+    assert missing_before(idr, *following[:2], alone, alone, *following[2:]) == []
+    assert missing_before(idr, following[0], alone, following[2]) == [2, 3]
+    assert missing_before(idr, *following[:9], idr, *following) == []
+    assert missing_before(idr, *following[:9], *following) == [10]  # the second IDR picture
+
+
+def test_after_a_picture_that_empties_the_memory_numbers_begin_anew() -> None:
+    idr, first = h264_picture(0, is_idr=True), h264_picture(1)
+    assert missing_before(idr, first, h264_picture(2, 1, 0, 5), h264_picture(1)) == []
+    assert missing_before(idr, first, h264_picture(2, 1, 0, 5), h264_picture(2)) == []  # too much to ask
+    assert missing_before(idr, first, h264_picture(2, 1, 0), h264_picture(1)) == [3]
+    assert missing_before(idr, first, h264_picture(2, 3, 0, 1, 4, 2), h264_picture(1)) == [3]
+    assert PictureNumbers(b"\0\0\1\x67").is_one_missing(h264_picture(9), False) is False
+    assert missing_before(idr, b"\0\0\1\x61", h264_picture(9)) == []  # cut off, and what follows it
+
+
 def test_missing_or_disordered_times_decode_everything(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", Recipe(num_frames=60, b_frames=3))
     spoilers: list[Any] = [
@@ -414,10 +475,10 @@ def test_the_reordering_and_pixel_shape_of_h264_are_read_from_its_parameters(tmp
     for aspect, says, restricted in ((None, True, True), (Fraction(4, 3), False, True)):
         path = write_video(tmp_path / "v.mp4", Recipe(num_frames=5, pixel_aspect=aspect))
         with av.open(str(path)) as container:
-            header = h264_header(bytes(container.streams.video[0].codec_context.extradata or b""))
-        assert header == H264Header(square=says, states_reordering=restricted)
-    assert h264_header(b"\0\0\1\x67 start codes") is None
-    assert h264_header(b"\1 cut") is None
+            header = usability_of(bytes(container.streams.video[0].codec_context.extradata or b""))
+        assert header == Usability(square=says, states_reordering=restricted)
+    assert usability_of(b"\0\0\1\x67 start codes") is None
+    assert usability_of(b"\1 cut") is None
 
 
 # Slots.
