@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec.config
 from fsspec.asyn import sync
@@ -82,10 +82,18 @@ def is_local(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """The path as every worker understands it: absolute when local (``~`` expanded), unchanged otherwise."""
+    """The path as every worker understands it: absolute when local (``~`` expanded), unchanged otherwise.
+
+    A URI's ``%20`` and the like are the characters they stand for (RFC 8089), as ``Path.as_uri()`` writes them, unless
+    there is a file of that very name: many put ``file://`` before a path as it is.
+    """
     if not is_local(path):
         return path
-    return os.path.abspath(os.path.expanduser(path.removeprefix("file://").removeprefix("local://")))
+    if path.startswith("file://"):
+        path = path.removeprefix("file://").removeprefix("localhost")
+        if "%" in path and not os.path.exists(path):
+            path = unquote(path)
+    return os.path.abspath(os.path.expanduser(path.removeprefix("local://")))
 
 
 def join(root: str, *parts: str) -> str:

@@ -543,6 +543,17 @@ END
     )
 
 
+def test_uris_of_local_files_are_read_as_they_are_written_everywhere(tmp_path: Path) -> None:
+    for name in ("a b.mp4", "100%.mp4", "ü#?.mp4"):
+        path = tmp_path / name
+        path.touch()
+        for uri in (path.as_uri(), f"file://{path}", path.as_uri().replace("file://", "file://localhost")):
+            assert storage.absolute(uri) == str(path)
+    (tmp_path / "a%20b.mp4").touch()
+    assert storage.absolute(f"file://{tmp_path}/a%20b.mp4") == f"{tmp_path}/a%20b.mp4"
+    assert storage.absolute(f"{tmp_path}/c%20d.mp4") == f"{tmp_path}/c%20d.mp4"  # no URI
+
+
 def test_retries_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 7))
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
