@@ -90,7 +90,7 @@ def absolute(path: str) -> str:
     if not is_local(path):
         return path
     if path.startswith("file://"):
-        path = path.removeprefix("file://").removeprefix("localhost")
+        path = re.sub("^file://(localhost(?=/))?", "", path)
         if "%" in path and not os.path.exists(path):
             path = unquote(path)
     return os.path.abspath(os.path.expanduser(path.removeprefix("local://")))
