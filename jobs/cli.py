@@ -269,8 +269,15 @@ def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str
 
         sys.exit(run_and_report(run, _console()))
 
+    from jobs.presets import TRAININGS
+
+    usual = TRAININGS[preset](["videos"], "out")
+    defaults = {name: [getattr(usual.stages[stage], name) for stage in stages] for name in StageConfig.model_fields}
+    defaults |= {name: [getattr(usual, name)] for name in RunSettings.model_fields if name not in ("videos", "out")}
+    defaults["preset"] = [preset]
     several = {"videos": "--videos", **{name: f"--{name}" for name in ("stage1", "stage2") if len(stages) > 1}}
-    function = options_of(TrainFlags, leave_out=frozenset({"videos", "start_from", "stage1", "stage2"}))(run_command)
+    left_out = frozenset({"videos", "start_from", "stage1", "stage2"})
+    function = options_of(TrainFlags, leave_out=left_out, defaults=defaults)(run_command)
     for name, flag in {**several, "start_from": "--from"}.items():
         field = TrainFlags.model_fields[name]
         extra = field.json_schema_extra
@@ -316,13 +323,18 @@ def training_run(
         raise SettingsError(f"--preset: no preset {name!r}; these are: {', '.join(TRAININGS)}")
     base = TRAININGS[name](said.videos, said.out)
     given = {key: getattr(said, key) for key in said.model_fields_set}
+    for key in ("stage1", "stage2"):
+        if key in given and (key not in stages or len(stages) == 1):
+            raise SettingsError(
+                f"{key}: settings of one stage of several are for `vidshard train two_stage`; here they stand by "
+                "themselves, as steps: 1000"
+            )
     chosen = {}
     for stage in stages:
         if stage not in base.stages:
             raise SettingsError(f"--preset {name} has no {stage}; it has {', '.join(base.stages)}")
         values = base.stages[stage].model_dump() | {k: v for k, v in given.items() if k in StageConfig.model_fields}
-        own = given.get(stage) if len(stages) > 1 else None
-        chosen[stage] = resolve_settings(StageConfig, values | (own or {}), None)
+        chosen[stage] = resolve_settings(StageConfig, values | (given.get(stage) or {}), None)
     changes = {key: value for key, value in given.items() if key in RunSettings.model_fields}
     return resolve_settings(TrainRun, {**dict(base), **changes, "stages": chosen}, None)
 

@@ -7,7 +7,7 @@ wrongly is refused with the place it was written and the nearest valid name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -48,8 +48,19 @@ class SectionedOption(click.Option):
         self.section = section
 
 
-def options_of(model: type[BaseModel], *, leave_out: frozenset[str] = frozenset()) -> Callable[[Any], Any]:
+def options_of(
+    model: type[BaseModel],
+    *,
+    leave_out: frozenset[str] = frozenset(),
+    defaults: Mapping[str, Sequence[Any]] | None = None,
+) -> Callable[[Any], Any]:
     """Decorator that gives a click command one option for each field of a model, and ``--config``.
+
+    Args:
+        model: whose fields they are.
+        leave_out: all but these.
+        defaults: what the help shows as defaults in place of the model's: of each stage of the work, one after the
+            other.
 
     Values arrive as text, None where the flag was not given; :func:`resolve_settings` makes the model of them.
     """
@@ -57,7 +68,8 @@ def options_of(model: type[BaseModel], *, leave_out: frozenset[str] = frozenset(
     def decorate(function: Any) -> Any:
         for name, field in reversed(model.model_fields.items()):
             if name not in leave_out:
-                function = _option(name, field)(function)
+                known = defaults[name] if defaults and name in defaults else [field.default]
+                function = _option(name, field, known)(function)
         return click.option(
             "--config",
             "config_path",
@@ -71,11 +83,12 @@ def options_of(model: type[BaseModel], *, leave_out: frozenset[str] = frozenset(
     return decorate
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
+def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[Any], Any]:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     flag = f"--{name.replace('_', '-')}"
     text = field.description or ""
     shared: dict[str, Any] = {"cls": SectionedOption, "section": str(extra.get("section")), "default": None}
+    text += _default_text(defaults) if field.annotation is not bool else ""
     if field.annotation is bool:
         short = (str(extra["short"]),) if extra.get("short") else ()
         return click.option(f"{flag}/--no-{name.replace('_', '-')}", name, *short, help=text, **shared)
@@ -85,20 +98,24 @@ def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
         metavar = "|".join(get_args(field.annotation))
     else:
         metavar = str(extra.get("metavar") or "VALUE")
-    return click.option(flag, name, metavar=metavar, help=text + _default_text(field), **shared)
+    return click.option(flag, name, metavar=metavar, help=text, **shared)
 
 
-def _default_text(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+def _default_text(defaults: Sequence[Any]) -> str:
+    if PydanticUndefined in defaults:
         return "  [required]"
-    if field.default is None:
+    texts = ["none" if value is None else _text_of(value) for value in defaults]
+    if set(texts) == {"none"}:
         return ""
-    value = field.default
+    return f"  [default: {texts[0] if len(set(texts)) == 1 else ', then '.join(texts)}]"
+
+
+def _text_of(value: Any) -> str:
     if isinstance(value, tuple):
-        value = ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
+        return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1 << 20:
-        value = f"{value >> 20}MiB"
-    return f"  [default: {value}]"
+        return f"{value >> 20}MiB"
+    return str(value)
 
 
 def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: Path | None) -> Model:

@@ -101,6 +101,7 @@ def main(training: Training, console: Console) -> Result:
                 board=Board(),
                 **_start_of(training, name),
             )
+            _write_rejects(job, corpora.rejections)
             lease.check()
             outcome = train_stage(job, draws, workers, cluster, lease, result, console)
             outcome.digests["videos_sha256"] = corpora.digest
@@ -232,7 +233,6 @@ def _videos_of(training: Training, name: str, stage: StageConfig, cluster: Clust
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
             held_out=run.held_out,
-            seed=stage.seed,
             num_tasks=4 * cluster.num_cpus,
             on_video=lambda done, total: display.update(1000 * done / total, f"{done} of {total}"),
         )

@@ -137,14 +137,20 @@ def _train(job: StageJob, worker: Worker) -> None:
         recorder = at_end.enter_context(_recorder(job, state.step)) if worker.is_first else None
         writer = at_end.enter_context(CheckpointWriter(job.checkpoints))
         measured = look(job, worker, state, held_out, recorder) if state.step == 0 else {}
-        for batch in feed:
+        metrics: dict[str, float] = {}
+        is_last, stopping = state.step >= stage.steps, False
+        if is_last:  # it was ended between its last checkpoint and what it gives
+            measured = look(job, worker, state, held_out, None)
+        while not is_last and not stopping:
+            batch = next(feed, None)
+            if batch is None:
+                raise RuntimeError(f"the clips ended at step {state.step} of {stage.steps}")
             _check_place(batch, state, stage)
             metrics = train_step(state, torch.from_numpy(batch.frames))
             speed.step(stage.clips_per_step, batch.wait_seconds)
             if batch.rejected:
                 job.board.reject(batch.rejected)
             is_last = state.step >= stage.steps
-            stopping = False
             if is_last or state.step % run.log_steps == 0:
                 metrics |= speed.lately()
                 metrics["epoch"] = batch.samples[-1] / job.epoch_length
@@ -155,10 +161,6 @@ def _train(job: StageJob, worker: Worker) -> None:
                 save(job, worker, state, writer, digests, measured if _is_fresh(run, stage, state.step) else {})
                 if recorder is not None:
                     recorder.flush()
-            if is_last or stopping:
-                break
-        else:
-            raise RuntimeError(f"the clips ended at step {state.step} of {stage.steps}")
         writer.wait()
         figures = export(job, worker, state, digests) if is_last else {}
     if worker.is_first:

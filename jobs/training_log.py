@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -47,11 +48,11 @@ class Recorder:
         root.mkdir(parents=True, exist_ok=True)
         metrics = storage.join(folder, METRICS)
         before = storage.read_bytes(metrics).decode() if storage.exists(metrics) else ""
-        kept = [line for line in before.splitlines() if json.loads(line)["step"] <= from_step]
+        kept = [line for line in before.splitlines() if from_step and _step_of(line) <= from_step]
         self._lines = root / METRICS
         self._lines.write_text("".join(f"{line}\n" for line in kept))
         self._root = root
-        self._events = SummaryWriter(str(root / EVENTS), purge_step=from_step + 1 if from_step else None)
+        self._events = SummaryWriter(str(root / EVENTS), purge_step=from_step + 1 if from_step else 0)
         self._wandb: Any = None
         if wandb is not None:
             import wandb as package
@@ -97,6 +98,14 @@ class Recorder:
             self._wandb.finish()
         if self._local is not None:
             self._local.cleanup()
+
+
+def _step_of(line: str) -> float:
+    """Of a line of figures; no step at all of one that a kill cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _group_of(name: str, group: str) -> str:

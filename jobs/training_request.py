@@ -26,12 +26,13 @@ from jobs.request import code_version
 from jobs.train_worker import RUN, last_state, start_weights
 from models.config import TokenizerConfig
 from models.losses import load_perceptual
+from models.metrics import MAX_CODEBOOK, SSIM_WINDOW
 from models.tokenizer import get_preset
 from models.training import Generator, check_stage
 from models.weights import count_parameters, differences, load_weights
 from pipeline import storage
 from pipeline.checkpoints import CheckpointError, Checkpoints
-from schemas.training import StageConfig, TrainRun
+from schemas.training import Metric, StageConfig, TrainRun, join_weight
 
 _FORMAT = 1
 
@@ -55,6 +56,7 @@ def resolve(run: TrainRun) -> Training:
     Raises:
         UserError: unknown models, impossible clips, what a stage starts with missing or of another architecture.
     """
+    _refuse_credentials(run)
     if "://" not in run.out:
         run = run.model_copy(update={"out": storage.absolute(run.out)})
     if run.checkpoint_steps % run.evaluate_steps and run.evaluate_steps % run.checkpoint_steps:
@@ -68,15 +70,17 @@ def resolve(run: TrainRun) -> Training:
         else stage
         for name, stage in run.stages.items()
     }
-    texts = [storage.absolute(path) + (f"={weight:g}" if weight is not None else "") for path, weight in run.corpora]
+    texts = [join_weight(storage.absolute(path), weight) for path, weight in run.corpora]
     cache = None if run.cache is None else storage.absolute(run.cache)
-    run = run.model_copy(update={"stages": stages, "videos": texts, "cache": cache})
+    start_from = None if run.start_from is None else storage.absolute(run.start_from)
+    run = run.model_copy(update={"stages": stages, "videos": texts, "cache": cache, "start_from": start_from})
     previous, weights, tokenizer = _look_up_start(run)
     for name, stage in run.stages.items():
         try:
             check_stage(stage, tokenizer)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
+        _check_metric(run.best_by, name, stage, tokenizer)
     first = next(iter(run.stages.values()))
     if first.trainable == "decoder" and previous is None and weights is None:
         raise UserError(
@@ -89,6 +93,29 @@ def resolve(run: TrainRun) -> Training:
         except ImportError as error:
             raise UserError("--wandb needs the package wandb: pip install wandb, or leave --wandb out") from error
     return Training(run=run, tokenizer=tokenizer, run_id="", previous=previous, weights=weights)
+
+
+def _refuse_credentials(run: TrainRun) -> None:
+    """The record of a run says where everything was, and is there for all to read."""
+    vgg = [stage.vgg_weights for stage in run.stages.values()]
+    for uri in (run.out, run.cache, run.start_from, *vgg, *(path for path, _ in run.corpora)):
+        if uri is not None and uri != storage.public_uri(uri):
+            raise UserError(
+                f"{storage.public_uri(uri)}: the URL carries credentials, which no record of a training may hold; put "
+                "them into the environment"
+            )
+
+
+def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: TokenizerConfig) -> None:
+    reason = None
+    if metric == "lpips" and not stage.perceptual_weight:
+        reason = "LPIPS is measured only where --perceptual-weight is not 0"
+    elif metric == "ssim" and min(stage.size) < SSIM_WINDOW:
+        reason = f"SSIM takes frames of {SSIM_WINDOW}x{SSIM_WINDOW} and more"
+    elif metric.startswith("codebook") and not 0 < (tokenizer.codebook_size or 0) <= MAX_CODEBOOK:
+        reason = f"{tokenizer.name} has no codebook that is counted"
+    if reason is not None:
+        raise UserError(f"{name}: no checkpoint would be the best by {metric}: {reason}; give another --best-by")
 
 
 def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig]:
@@ -218,14 +245,17 @@ def read_record(out: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(storage.read_bytes(path))
         TrainRun.model_validate(record["run"])
-        _ = record["run_id"], record["identity"]
+        TokenizerConfig.model_validate(record["tokenizer"])
+        known = isinstance(record["run_id"], str) and isinstance(record["starts"], list)
+        if not known or not isinstance(record["identity"]["stages"], dict) or record["format"] != _FORMAT:
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the record of a training run: choose another --out") from error
     return record
 
 
 def begin_run(training: Training) -> Training:
-    """Write ``run.json``, or find that the folder is this run's.
+    """Write ``run.json``, or find that the folder is this run's; a run that has no checkpoint yet may be another.
 
     Raises:
         UserError: it is that of another run; the message lists the differences.
@@ -233,18 +263,20 @@ def begin_run(training: Training) -> Training:
     run = training.run
     path = storage.join(run.out, RUN)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record: dict[str, Any] | None = None
     if storage.exists(path):
         record = read_record(run.out)
         there, here = _flat(record["identity"]), _flat(_identity(run))
         changed = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-        if changed:
+        if changed and not _has_checkpoint(run.out, record):
+            record = None
+        elif changed:
             lines = "\n".join(f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in changed)
             raise UserError(
                 f"{storage.public_uri(run.out)} is the run of other settings:\n{lines}\nchoose another --out, or go on "
                 f"with it: vidshard train resume {storage.public_uri(run.out)}"
             )
-        record["starts"].append({"at": now, "code_version": code_version()})
-    else:
+    if record is None:
         record = {
             "format": _FORMAT,
             "run_id": uuid.uuid4().hex[:12],
@@ -257,11 +289,19 @@ def begin_run(training: Training) -> Training:
                 "pyarrow": pa.__version__,
                 "av": av.__version__,
             },
-            "starts": [{"at": now, "code_version": code_version()}],
+            "starts": [],
         }
+    record["starts"].append({"at": now, "code_version": code_version()})
     record["run"] = run.model_dump(mode="json")
     storage.write_atomic(path, json.dumps(record, indent=2).encode())
     return replace(training, run_id=record["run_id"])
+
+
+def _has_checkpoint(out: str, record: dict[str, Any]) -> bool:
+    return any(
+        Checkpoints(storage.join(out, name), record["run_id"]).latest() is not None
+        for name in record["identity"]["stages"]
+    )
 
 
 def _identity(run: TrainRun) -> dict[str, Any]:
@@ -284,6 +324,13 @@ def announce(training: Training, cluster: Cluster, workers: int, console: Consol
         f"{training.run_id}",
         highlight=False,
     )
+    for name, stage in training.run.stages.items():
+        if stage.gan_weight and not stage.has_adversary:
+            warn(
+                console,
+                f"{name} has no adversary: it would begin at step {stage.gan_start}, and there are {stage.steps}. Give "
+                "a lower --gan-start, or --gan-weight 0 if none is wanted",
+            )
     if training.previous is not None:
         folder, run_id = training.previous
         record = read_record(folder.rpartition("/")[0])

@@ -69,6 +69,12 @@ STATE_FORMAT = 1
 """Of `TrainState.state_dict`."""
 
 
+_REMEDY = (
+    "A new run --from this stage begins with the weights of its last checkpoint: give it a lower learning rate, more "
+    "warm-up"
+)
+
+
 class NonFiniteError(ValueError):
     """A loss or gradient is not a number, or infinite. The step was not taken."""
 
@@ -355,6 +361,12 @@ def check_stage(config: StageConfig, tokenizer: TokenizerConfig) -> None:
     """
     tokenizer.latent_shape(config.frames, *config.size)
     smallest = Discriminator.MIN_SIZE
+    if config.has_adversary and config.discriminator == "3d" and config.frames <= 4 and max(config.size) <= 8:
+        # what the last of its layers see of a clip is a single value, which batch norm of one clip cannot take
+        raise ValueError(
+            f"a 3d discriminator needs clips of more than 4 frames, or of frames larger than 8 x 8, got {config.frames} "
+            f"frames of {config.size}: take larger ones, or gan_weight 0"
+        )
     if config.has_adversary and config.discriminator == "2d" and min(config.size) < smallest:
         raise ValueError(
             f"a 2d discriminator needs frames of at least {smallest} x {smallest}, got {config.size}: take larger "
@@ -539,14 +551,13 @@ def _check_sane(state: TrainState, metrics: Mapping[str, float], average_l1: flo
     if bad:
         named = ", ".join(f"{name} is {value}" for name, value in bad.items())
         raise NonFiniteError(
-            f"step {state.step}: {named}. The step was not taken. Go on from the last checkpoint with a lower learning "
-            "rate, more warm-up, or less weight on that term"
+            f"step {state.step}: {named}. The step was not taken. {_REMEDY}, or less weight on that term"
         )
     if state.step >= state.config.divergence_after and average_l1 > state.config.divergence_l1:
         raise DivergedError(
             f"step {state.step}: l1 has been {average_l1:.3g} on average, worse than grey frames (at most 1): training "
             f"diverges. The step was not taken; {', '.join(f'{name} {value:.3g}' for name, value in metrics.items())}. "
-            "Go on from an earlier checkpoint with a lower learning rate or more warm-up"
+            f"{_REMEDY}"
         )
 
 

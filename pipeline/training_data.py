@@ -143,7 +143,6 @@ def open_corpora(
     *,
     spec: ClipSpec,
     held_out: float,
-    seed: int,
     num_tasks: int,
     limits: Limits | None = None,
     on_video: Callable[[int, int], None] | None = None,
@@ -153,20 +152,21 @@ def open_corpora(
     Args:
         paths: one for each corpus; a video that is in two belongs to the first.
         spec: how clips are made of them, with ``clips_per_video``.
-        held_out: share of the videos, in [0, 1); unless it is 0 one at least.
-        seed: chooses these, together with the videos' ids and nothing else.
+        held_out: about this share of the videos, in [0, 1); unless it is 0 one at least. Their ids choose them, each
+            by itself: in a stage whose clips others are too short for, or with more videos, it is the same ones.
         num_tasks: that opening them is spread over.
         on_video: called with how many are done and how many there are, of one corpus after the other.
 
     Raises:
         InputError, StorageError: as ``discover``.
-        UnusableError: no video is left to train on, or URLs carry credentials.
+        UnusableError: no video is left to train on, in all corpora or in one; or URLs carry credentials.
     """
     assert spec.clips_per_video is not None
     limits = limits or Limits()
     rejections: list[Rejection] = []
     videos: dict[tuple[str, float | None, float | None], dict[str, Any]] = {}
     for corpus, path in enumerate(paths):
+        num_rejections = len(rejections)
         found = discover([path])
         for done, row in enumerate(_opened(found, spec, limits, num_tasks), start=1):
             if on_video is not None:
@@ -181,11 +181,15 @@ def open_corpora(
                 continue
             key = (row["video_id"], row["part_start_seconds"], row["part_end_seconds"])
             videos.setdefault(key, row | {"corpus": corpus})
-    ids = sorted({video_id for video_id, _, _ in videos}, key=lambda video_id: _hash(seed, "held out", video_id))
-    num_held_out = max(1, round(held_out * len(ids))) if held_out else 0
-    aside = set(ids[:num_held_out])
-    if len(ids) <= num_held_out:
-        raise UnusableError(_nothing_left(paths, rejections, len(ids)))
+        if not any(video["corpus"] == corpus for video in videos.values()):
+            raise UnusableError(_nothing_left(path, rejections[num_rejections:], 0))
+    ids = sorted({video_id for video_id, _, _ in videos}, key=_place_in_line)
+    num_held_out = max(1, sum(_place_in_line(video_id) < held_out for video_id in ids)) if held_out else 0
+    aside = set(ids[: min(num_held_out, max(1, len(ids) - 1))])
+    for corpus, path in enumerate(paths):
+        own = {video_id for (video_id, _, _), row in videos.items() if row["corpus"] == corpus}
+        if own <= aside:
+            raise UnusableError(_nothing_left(path, rejections, len(own)))
     ordered = [videos[key] for key in sorted(videos, key=str)]  # not as they came out of the cluster
     train = [
         row | {"number": n} for row in ordered if row["video_id"] not in aside for n in range(row["expected_clips"])
@@ -216,6 +220,11 @@ def _seconds(spec: ClipSpec) -> str:
     return f"{float((spec.num_frames - 1) / spec.fps):.3g} s at {spec.fps} frames per second"
 
 
+def _place_in_line(video_id: str) -> float:
+    """In [0, 1): those whose place is below a share are held out."""
+    return int(_hash("held out", video_id)[:13], 16) / 16**13
+
+
 def _hash(*parts: object) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
 
@@ -232,10 +241,12 @@ def _rejection(row: dict[str, Any], error: VideoError, stage: Stage) -> Rejectio
     )
 
 
-def _nothing_left(paths: Sequence[str], rejections: Sequence[Rejection], num_usable: int) -> str:
-    where = ", ".join(storage.public_uri(path) for path in paths)
+def _nothing_left(path: str, rejections: Sequence[Rejection], num_usable: int) -> str:
+    where = storage.public_uri(path)
     if num_usable:
         return f"{num_usable} usable video in {where}, which is held out: give more videos, or set --held-out 0"
+    if not rejections:
+        return f"no usable video in {where} that is not in another corpus before it: leave it out"
     counts: dict[str, int] = {}
     for rejection in rejections:
         counts[str(rejection.reason)] = counts.get(str(rejection.reason), 0) + 1
@@ -253,7 +264,8 @@ class Draws:
     """The endless sequence of draws: which item clip ``n`` of a training shows.
 
     An epoch has as many draws as there are items. Without weights it is a permutation of them. With weights each corpus
-    has its share of the epoch, and goes through all of its own items, shuffled anew each round, before it repeats one.
+    has its share, to a clip, of all epochs up to any of them, and goes through all of its own items, shuffled anew each
+    round, before it repeats one.
     """
 
     items: pa.Table
@@ -273,24 +285,19 @@ class Draws:
         corpora = self.items["corpus"].to_numpy()
         return [np.flatnonzero(corpora == corpus) for corpus in np.unique(corpora)]
 
-    @cached_property
-    def _shares(self) -> list[int]:
-        """Draws of each of these in an epoch."""
+    def _drawn_before(self, epoch: int) -> list[int]:
+        """Draws of each of these in all epochs before one."""
         if self.weights is None:
-            return [len(items) for items in self._of_corpus]
+            return [epoch * len(items) for items in self._of_corpus]
         present = np.unique(self.items["corpus"].to_numpy())
-        weights = np.array([self.weights[corpus] for corpus in present])
-        exact = weights / weights.sum() * self.epoch_length
-        shares = np.floor(exact).astype(np.int64)
-        most_missing = np.argsort(shares - exact, kind="stable")
-        shares[most_missing[: self.epoch_length - int(shares.sum())]] += 1
-        return [int(share) for share in shares]
+        return _apportioned([self.weights[corpus] for corpus in present], epoch * self.epoch_length)
 
     def epoch(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The draws of an epoch in order: items, and for each the round in which its corpus is; int64 (L,) both."""
         items, rounds = [], []
-        for corpus, (own, share) in enumerate(zip(self._of_corpus, self._shares, strict=True)):
-            at = np.arange(number * share, (number + 1) * share)
+        bounds = zip(self._of_corpus, self._drawn_before(number), self._drawn_before(number + 1), strict=True)
+        for corpus, (own, begin, end) in enumerate(bounds):
+            at = np.arange(begin, end)
             for turn in np.unique(at // len(own)):
                 order = self._random("round", corpus, int(turn)).permutation(own)
                 items.append(order[at[at // len(own) == turn] % len(own)])
@@ -346,6 +353,24 @@ class Draws:
 
     def _random(self, *what: object) -> np.random.Generator:
         return np.random.default_rng(int(_hash(self.seed, *what)[:16], 16))
+
+
+def _apportioned(weights: Sequence[float], total: int) -> list[int]:
+    """Whole shares of a total by weight, none of which falls when the total grows.
+
+    Sainte-Laguë's method: shares are rounded quotients by a common divisor (Balinski and Young, "Fair Representation",
+    1982; of methods that never let a share fall it is the one without bias).
+    """
+    whole = sum(weights)
+    shares = [round(weight / whole * total) for weight in weights]
+    numbers = range(len(weights))
+    while (missing := total - sum(shares)) != 0:
+        if missing > 0:
+            shares[max(numbers, key=lambda n: (weights[n] / (2 * shares[n] + 1), -n))] += 1
+        else:
+            with_some = [n for n in numbers if shares[n]]
+            shares[min(with_some, key=lambda n: (weights[n] / (2 * shares[n] - 1), -n))] -= 1
+    return shares
 
 
 # From draws to clips.
@@ -587,7 +612,8 @@ def fill_cache(
     folder = storage.absolute(folder)
     digest = hashlib.sha256(
         "\n".join(
-            f"{row['video_id']} {row['number']}" for row in items.select(["video_id", "number"]).to_pylist()
+            " ".join(str(value) for value in row.values() if value is not None)
+            for row in items.select(["video_id", "number", "part_start_seconds", "part_end_seconds"]).to_pylist()
         ).encode()
     )
     identity = {"format": _CACHE_FORMAT, "clips": spec.digest(), "seed": seed, "items": digest.hexdigest()}
@@ -616,7 +642,7 @@ def fill_cache(
     filled = filled.filter(pc.is_valid(places["shard_row"]))
     rejections = _rejections_of(places)
     if not filled.num_rows:
-        raise UnusableError(_nothing_left([folder], rejections, 0))
+        raise UnusableError(_nothing_left(folder, rejections, 0))
     return filled, rejections
 
 

@@ -6,6 +6,7 @@ Stage 2 is ``trainable="decoder"`` at a higher resolution. All steps are batches
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from typing import Annotated, Literal, Self
@@ -49,7 +50,8 @@ class StageConfig(BaseModel):
         section="Stage",
         ge=1,
         metavar="N",
-        help="Take each worker's part of a batch in N pieces one after the other, where memory does not hold it.",
+        help="Take each worker's part of a batch in N pieces one after the other, where memory does not hold it. The "
+        "entropy of the codebook, the adaptive weight and batch norm then see a piece at a time.",
     )
     seed: int = setting(0, section="Stage", ge=0, metavar="SEED", help="Of everything random in a stage.")
 
@@ -222,13 +224,24 @@ def split_weight(text: str) -> tuple[str, float | None]:
     Raises:
         ValueError: a weight that is not positive.
     """
-    match = re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", text)
+    match = re.fullmatch(r"(.+)=((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
     if match is None:
         return text, None
-    if float(match[2]) <= 0:
-        raise ValueError(f"a weight must be positive, got {text!r}: leave the folder out instead")
+    if not 0 < float(match[2]) < math.inf:
+        raise ValueError(f"a weight must be positive and finite, got {text!r}: leave the folder out instead")
     return match[1], float(match[2])
 
+
+def join_weight(path: str, weight: float | None) -> str:
+    """The text that `split_weight` makes these of, but for a ``/`` behind a folder that looks as if it had a weight."""
+    if weight is not None:
+        return f"{path}={weight!r}"
+    return path if split_weight(path)[1] is None else f"{path}/"
+
+
+Metric = Literal["psnr", "ssim", "lpips", "l1", "codebook_utilisation", "codebook_entropy_bits", "codebook_perplexity"]
+"""What is measured on held-out clips, where it can be: SSIM of frames as large as its window, LPIPS where it is trained
+with, the use of a codebook where there is one that can be counted."""
 
 LOWER_IS_BETTER = frozenset(["l1", "lpips"])
 """Of what is measured on held-out clips; of everything else more is better."""
@@ -252,8 +265,8 @@ class RunSettings(BaseModel):
         ge=0,
         lt=1,
         metavar="SHARE",
-        help="Share of the videos, at least one, that is never trained on: a reconstruction is measured on them. "
-        "Chosen by content, so copies cannot leak.",
+        help="About this share of the videos, at least one, is never trained on: a reconstruction is measured on "
+        "them. Content alone decides, so copies cannot leak, nor other stages or later videos change it.",
     )
     clips_per_video: int = setting(
         1, section="Data", ge=1, metavar="N", help="Random clips of each video in an epoch; each epoch takes others."
@@ -283,7 +296,7 @@ class RunSettings(BaseModel):
         help="Keep a checkpoint every N steps: what an interruption can cost.",
     )
     keep_last: int = setting(2, section="Output", ge=1, metavar="K", help="Keep so many of the last checkpoints,")
-    best_by: str = setting("psnr", section="Output", metavar="METRIC", help="and the best by this held-out metric.")
+    best_by: Metric = setting("psnr", section="Output", help="and the best by this figure of held-out clips.")
     evaluate_steps: int = setting(
         1000, section="Watching", ge=1, metavar="N", help="Look at held-out clips every N steps."
     )

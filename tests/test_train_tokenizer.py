@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.cli import training_run
+from jobs.cli import training_run, vidshard
 from jobs.cluster import Cluster
 from jobs.decode_shards import decode_output
 from jobs.outcome import UserError
@@ -412,6 +413,11 @@ def test_a_cache_is_filled_before_the_first_step(videos: Path, tmp_path: Path, r
         ({"checkpoint_steps": 7, "evaluate_steps": 3}, "must be a multiple of the other"),
         ({"trainable": "decoder"}, "needs a trained encoder: give --from"),
         ({"wandb": "project"}, "pip install wandb"),
+        ({"cache": "s3://key:SECRET@bucket/x"}, r"s3://bucket/x: the URL carries credentials"),
+        ({"videos": ["https://host/v.mp4?sig=SECRET"]}, r"https://host/v.mp4: the URL carries credentials"),
+        ({"best_by": "lpips"}, "best by lpips: LPIPS is measured only where --perceptual-weight"),
+        ({"best_by": "codebook_utilisation", "tokenizer": "tiny_kl"}, "tiny_kl has no codebook"),
+        ({"discriminator": "3d", "frames": 1, "size": "8"}, "3d discriminator needs clips of more than 4 frames"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
@@ -421,6 +427,25 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert code == 2
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
+    assert "SECRET" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_that_is_none_is_refused(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    whole = json.loads((trained[0] / "run.json").read_text())
+    for spoil in (
+        lambda record: record.pop("starts"),
+        lambda record: record.pop("tokenizer"),
+        lambda record: record["tokenizer"].update(head="none"),
+        lambda record: record["identity"].pop("stages"),
+        lambda record: record.update(format=99),
+        lambda record: record["run"].update(videos=3),
+    ):
+        record = json.loads(json.dumps(whole))
+        spoil(record)
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        with pytest.raises(UserError, match="is not the record of a training run: choose another --out"):
+            read_record(str(tmp_path))
 
 
 def test_too_few_videos_batches_that_do_not_divide_and_unreachable_storage_are_refused(
@@ -456,9 +481,22 @@ def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
         ({"stage1": ("stepz=1",)}, "unknown setting 'stepz'; did you mean 'steps'"),
         ({"steps": "many"}, "--steps: .*integer"),
         ({"preset": "domain"}, "has no stage1; it has finetune"),
+        ({"best_by": "wombat"}, "--best-by"),
     ):
         with pytest.raises(SettingsError, match=message):
             training_run("paper", ("stage1", "stage2"), {"out": "x", **changes}, file)
+    with pytest.raises(SettingsError, match="stage2: settings of one stage of several are for `vidshard train two_"):
+        training_run("paper_stage1", ("stage1",), {"out": "x"}, file)
+
+
+def test_help_states_the_defaults_of_the_command() -> None:
+    for command, words in (
+        ("stage2", ["[default: 256x256]", "[default: decoder]", "[default: paper_stage2]"]),
+        ("two_stage", ["[default: 128x128, then 256x256]", "[default: 50000, then 30000]"]),
+        ("finetune", ["[default: cosine]", "[default: 10000]"]),
+    ):
+        result = CliRunner().invoke(vidshard, ["train", command, "--help"], terminal_width=200)
+        assert all(word in " ".join(result.output.split()) for word in words), result.output
 
 
 @pytest.mark.parametrize("name", TRAININGS)

@@ -29,7 +29,7 @@ from pipeline.training_data import (
     rows_per_block,
     training_clips,
 )
-from schemas.training import RunSettings, StageConfig, split_weight
+from schemas.training import RunSettings, StageConfig, join_weight, split_weight
 from schemas.video import ClipSpec, Limits, Reason
 from tests.videos import Recipe, read_frame_number, write_undecodable, write_video
 
@@ -55,8 +55,8 @@ def corpora(corpus: Path, ray_session: None) -> Corpora:
     return opened(corpus)
 
 
-def opened(*folders: Path, held_out: float = 0.2, seed: int = 0, spec: ClipSpec = SPEC) -> Corpora:
-    return open_corpora([str(f) for f in folders], spec=spec, held_out=held_out, seed=seed, num_tasks=2)
+def opened(*folders: Path, held_out: float = 0.2, spec: ClipSpec = SPEC) -> Corpora:
+    return open_corpora([str(f) for f in folders], spec=spec, held_out=held_out, num_tasks=2)
 
 
 def items(*sizes: int) -> pa.Table:
@@ -91,6 +91,17 @@ def test_weights_are_kept_and_a_corpus_repeats_nothing_before_it_is_through() ->
     assert set(small) == {28}  # 280 of 10
 
 
+def test_a_corpus_of_little_weight_has_its_turn_in_the_end() -> None:
+    draws = Draws(items=items(20, 20, 3), weights=(0.985, 0.01, 0.005), seed=0)
+    counts = np.zeros(3, int)
+    for number in range(200):
+        shown = draws.epoch(number)[0]
+        assert len(shown) == 43
+        counts += np.bincount(np.digitize(shown, (20, 40)), minlength=3)
+        assert np.abs(counts - np.array(draws.weights) * 43 * (number + 1)).max() < 1
+    assert counts.tolist() == [8471, 86, 43]
+
+
 def test_rounds_of_a_corpus_take_other_places() -> None:
     draws = Draws(items=items(4), weights=None, seed=0)
     seeds = [row["candidates"][0]["placement_seed"] for row in draws.rows(range(12)).to_pylist()]
@@ -107,6 +118,9 @@ def test_draws_do_not_depend_on_what_was_asked_before() -> None:
 def test_a_path_may_have_a_weight() -> None:
     assert split_weight("a/=0.7") == ("a/", 0.7)
     assert split_weight("s3://b/x=y/") == ("s3://b/x=y/", None)
+    for path, weight in (("a", 1e6), ("a", 1e-5), ("a", 1 / 3), ("a=5", 2.0), ("a=5", None), ("a", None)):
+        again = split_weight(join_weight(path, weight))
+        assert (again[0].rstrip("/"), again[1]) == (path, weight)
     with pytest.raises(ValueError, match="positive"):
         split_weight("a=0")
     with pytest.raises(ValueError, match="every --videos a weight"):
@@ -120,20 +134,25 @@ def test_videos_are_opened_once_copies_count_once_and_bad_ones_are_counted(corpo
     assert corpora.num_videos == 10
     assert sorted(str(r.reason) for r in corpora.rejections) == [Reason.NOT_A_VIDEO, Reason.TOO_SHORT]
     held_out = set(corpora.held_out["video_id"].to_pylist())
-    assert len(held_out) == 2
-    assert corpora.train.num_rows == 8 * 2
+    assert 1 <= len(held_out) <= 4
+    assert corpora.train.num_rows == (10 - len(held_out)) * 2
     assert held_out.isdisjoint(corpora.train["video_id"].to_pylist())
 
 
-def test_the_held_out_videos_follow_from_content_and_seed(corpora: Corpora, corpus: Path, tmp_path: Path) -> None:
+def test_whether_a_video_is_held_out_follows_from_its_content(corpora: Corpora, corpus: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "moved"
     elsewhere.mkdir()
     for number, path in enumerate(sorted(corpus.glob("v*.mp4"), reverse=True)):
         shutil.copy(path, elsewhere / f"{number}.mp4")
     ids = corpora.held_out["video_id"].to_pylist()
     assert sorted(opened(elsewhere).held_out["video_id"].to_pylist()) == sorted(ids)
-    others = [sorted(opened(elsewhere, seed=seed).held_out["video_id"].to_pylist()) for seed in (1, 2)]
-    assert any(other != sorted(ids) for other in others)
+    for number in range(6):  # no other video, and no longer clip, changes that
+        write_video(elsewhere / f"more{number}.mp4", Recipe(num_frames=60 + number, rate=Fraction(8)))
+    (elsewhere / "0.mp4").unlink()
+    longer = opened(elsewhere, spec=StageConfig(frames=23, fps=Fraction(4)).clip_spec(clips_per_video=1))
+    assert longer.num_videos < 15
+    assert set(ids).isdisjoint(longer.train["video_id"].to_pylist())
+    assert set(corpora.train["video_id"].to_pylist()).isdisjoint(longer.held_out["video_id"].to_pylist())
 
 
 def test_a_video_of_two_corpora_belongs_to_the_first(corpus: Path, tmp_path: Path, ray_session: None) -> None:
@@ -152,6 +171,10 @@ def test_a_corpus_of_nothing_usable_is_refused_with_reasons(corpus: Path, tmp_pa
         opened(corpus, spec=StageConfig(frames=33, fps=Fraction(1)).clip_spec(clips_per_video=1))
     with pytest.raises(UnusableError, match="held out: give more videos"):
         opened(corpus / "v0.mp4")
+    with pytest.raises(UnusableError, match=r"no usable video in .*1 x not_a_video"):
+        opened(corpus, tmp_path)  # nor is it left out in silence, and its weight given to the others
+    with pytest.raises(UnusableError, match=r"v0\.mp4 that is not in another corpus"):
+        opened(corpus, corpus / "v0.mp4")
 
 
 def test_what_a_training_began_with_can_be_kept(corpora: Corpora, corpus: Path, tmp_path: Path) -> None:
@@ -162,7 +185,7 @@ def test_what_a_training_began_with_can_be_kept(corpora: Corpora, corpus: Path, 
     assert again.held_out.equals(corpora.held_out)
     assert again.num_videos == corpora.num_videos
     assert again.digest == corpora.digest
-    assert opened(corpus, seed=5).digest != corpora.digest  # others are held out
+    assert opened(corpus, held_out=0.8).digest != corpora.digest
     Path(path).write_bytes(b"PAR1 and no more")
     with pytest.raises(UnusableError, match=r"videos\.parquet is damaged"):
         read_corpora(path)
