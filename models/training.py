@@ -364,8 +364,8 @@ def check_stage(config: StageConfig, tokenizer: TokenizerConfig) -> None:
     if config.has_adversary and config.discriminator == "3d" and config.frames <= 4 and max(config.size) <= 8:
         # what the last of its layers see of a clip is a single value, which batch norm of one clip cannot take
         raise ValueError(
-            f"a 3d discriminator needs clips of more than 4 frames, or frames larger than 8 x 8, got {config.frames} of "
-            f"{config.size}: take larger ones, or gan_weight 0"
+            f"a 3d discriminator needs clips of more than 4 frames, or frames larger than 8 x 8, got {config.frames} "
+            f"of {config.size}: take larger ones, or gan_weight 0"
         )
     if config.has_adversary and config.discriminator == "2d" and min(config.size) < smallest:
         raise ValueError(
