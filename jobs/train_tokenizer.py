@@ -228,12 +228,15 @@ def _videos_of(training: Training, name: str, stage: StageConfig, cluster: Clust
     if Checkpoints(folder, training.run_id).latest() is not None and storage.exists(kept):
         console.print(f"{name}: goes on with the videos that it began with", highlight=False)
         return read_corpora(kept)
+    previous, _ = _start_of(training, name)["previous"] or (None, None)
+    before = storage.join(previous, VIDEOS) if previous else None
     with RunDisplay(console, f"{name}: opening videos", 1000) as display:
         return open_corpora(
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
             held_out=run.held_out,
             num_tasks=4 * cluster.num_cpus,
+            before=read_corpora(before) if before and storage.exists(before) else None,
             on_video=lambda done, total: display.update(1000 * done / total, f"{done} of {total}"),
         )
 

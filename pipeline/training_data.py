@@ -145,6 +145,7 @@ def open_corpora(
     held_out: float,
     num_tasks: int,
     limits: Limits | None = None,
+    before: Corpora | None = None,
     on_video: Callable[[int, int], None] | None = None,
 ) -> Corpora:
     """Find and open the videos of corpora, and set some aside.
@@ -152,9 +153,10 @@ def open_corpora(
     Args:
         paths: one for each corpus; a video that is in two belongs to the first.
         spec: how clips are made of them, with ``clips_per_video``.
-        held_out: about this share of the videos, in [0, 1); unless it is 0 one at least. Their ids choose them, each
-            by itself: in a stage whose clips others are too short for, or with more videos, it is the same ones.
+        held_out: share of the videos, in [0, 1); unless it is 0 one at least. Their ids choose them, and nothing else.
         num_tasks: that opening them is spread over.
+        held_out: share of the videos, in [0, 1); unless it is 0 one at least. Their ids alone choose them.
+            not held out, if there is anything else.
         on_video: called with how many are done and how many there are, of one corpus after the other.
 
     Raises:
@@ -183,9 +185,8 @@ def open_corpora(
             videos.setdefault(key, row | {"corpus": corpus})
         if not any(video["corpus"] == corpus for video in videos.values()):
             raise UnusableError(_nothing_left(path, rejections[num_rejections:], 0))
-    ids = sorted({video_id for video_id, _, _ in videos}, key=_place_in_line)
-    num_held_out = max(1, sum(_place_in_line(video_id) < held_out for video_id in ids)) if held_out else 0
-    aside = set(ids[: min(num_held_out, max(1, len(ids) - 1))])
+    ids = sorted({video_id for video_id, _, _ in videos}, key=lambda video_id: _hash("held out", video_id))
+    aside = _held_out_of(ids, max(1, round(held_out * len(ids))), before) if held_out else set()
     for corpus, path in enumerate(paths):
         own = {video_id for (video_id, _, _), row in videos.items() if row["corpus"] == corpus}
         if own <= aside:
@@ -220,9 +221,14 @@ def _seconds(spec: ClipSpec) -> str:
     return f"{float((spec.num_frames - 1) / spec.fps):.3g} s at {spec.fps} frames per second"
 
 
-def _place_in_line(video_id: str) -> float:
-    """In [0, 1): those whose place is below a share are held out."""
-    return int(_hash("held out", video_id)[:13], 16) / 16**13
+def _held_out_of(ids: Sequence[str], count: int, before: Corpora | None) -> set[str]:
+    """The first of some videos, but for what the stage before trained on or held out."""
+    if before is None:
+        return set(ids[:count])
+    measured = set(before.held_out["video_id"].to_pylist()).intersection(ids)
+    trained = set(before.train["video_id"].to_pylist())
+    fresh = [video_id for video_id in ids if video_id not in measured and video_id not in trained]
+    return measured | set(fresh[: max(0, count - len(measured))]) or set(ids[:1])
 
 
 def _hash(*parts: object) -> str:

@@ -265,8 +265,8 @@ class RunSettings(BaseModel):
         ge=0,
         lt=1,
         metavar="SHARE",
-        help="About this share of the videos, at least one, is never trained on: a reconstruction is measured on "
-        "them. Content alone decides, so copies cannot leak, nor other stages or later videos change it.",
+        help="Share of the videos, at least one, that is never trained on: a reconstruction is measured on them. "
+        "Chosen by content, so copies cannot leak; a second stage measures on none that the first trained on.",
     )
     clips_per_video: int = setting(
         1, section="Data", ge=1, metavar="N", help="Random clips of each video in an epoch; each epoch takes others."

@@ -96,7 +96,7 @@ SMALL = {
 }
 
 
-def run_of(videos: Path, out: Path | str, stages: tuple[str, ...] = ("stage1",), **changes: Any) -> TrainRun:
+def run_of(videos: Path | str, out: Path | str, stages: tuple[str, ...] = ("stage1",), **changes: Any) -> TrainRun:
     return training_run("tiny", stages, {"videos": [str(videos)], "out": str(out), **SMALL, **changes})
 
 
@@ -429,7 +429,8 @@ def test_a_cache_is_filled_before_the_first_step(videos: Path, tmp_path: Path, r
 def test_what_cannot_be_is_refused_before_anything_starts(
     changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _ = train(run_of(tmp_path, tmp_path / "out", **changes))
+    [videos] = changes.pop("videos", [tmp_path])
+    code, _ = train(run_of(videos, tmp_path / "out", **changes))
     assert code == 2
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error

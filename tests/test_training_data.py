@@ -55,8 +55,8 @@ def corpora(corpus: Path, ray_session: None) -> Corpora:
     return opened(corpus)
 
 
-def opened(*folders: Path, held_out: float = 0.2, spec: ClipSpec = SPEC) -> Corpora:
-    return open_corpora([str(f) for f in folders], spec=spec, held_out=held_out, num_tasks=2)
+def opened(*folders: Path, held_out: float = 0.2, spec: ClipSpec = SPEC, before: Corpora | None = None) -> Corpora:
+    return open_corpora([str(f) for f in folders], spec=spec, held_out=held_out, num_tasks=2, before=before)
 
 
 def items(*sizes: int) -> pa.Table:
@@ -134,8 +134,8 @@ def test_videos_are_opened_once_copies_count_once_and_bad_ones_are_counted(corpo
     assert corpora.num_videos == 10
     assert sorted(str(r.reason) for r in corpora.rejections) == [Reason.NOT_A_VIDEO, Reason.TOO_SHORT]
     held_out = set(corpora.held_out["video_id"].to_pylist())
-    assert 1 <= len(held_out) <= 4
-    assert corpora.train.num_rows == (10 - len(held_out)) * 2
+    assert len(held_out) == 2
+    assert corpora.train.num_rows == 8 * 2
     assert held_out.isdisjoint(corpora.train["video_id"].to_pylist())
 
 
@@ -146,13 +146,27 @@ def test_whether_a_video_is_held_out_follows_from_its_content(corpora: Corpora, 
         shutil.copy(path, elsewhere / f"{number}.mp4")
     ids = corpora.held_out["video_id"].to_pylist()
     assert sorted(opened(elsewhere).held_out["video_id"].to_pylist()) == sorted(ids)
-    for number in range(6):  # no other video, and no longer clip, changes that
-        write_video(elsewhere / f"more{number}.mp4", Recipe(num_frames=60 + number, rate=Fraction(8)))
-    (elsewhere / "0.mp4").unlink()
-    longer = opened(elsewhere, spec=StageConfig(frames=23, fps=Fraction(4)).clip_spec(clips_per_video=1))
-    assert longer.num_videos < 15
-    assert set(ids).isdisjoint(longer.train["video_id"].to_pylist())
-    assert set(corpora.train["video_id"].to_pylist()).isdisjoint(longer.held_out["video_id"].to_pylist())
+
+
+def test_a_second_stage_holds_out_nothing_that_the_first_trained_on(
+    corpora: Corpora, corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "grown"
+    shutil.copytree(corpus, folder)
+    for number in range(10):
+        write_video(folder / f"more{number}.mp4", Recipe(num_frames=60 + number, rate=Fraction(8)))
+    for row in corpora.held_out.slice(0, 1).to_pylist():
+        (folder / Path(row["uri"]).name).unlink()
+    longer = StageConfig(frames=23, fps=Fraction(4)).clip_spec(clips_per_video=1)  # some are too short for it
+    [lost, left] = corpora.held_out["video_id"].to_pylist()
+    trained = set(corpora.train["video_id"].to_pylist())
+    second = opened(folder, spec=longer, held_out=0.4, before=corpora)
+    held_out = set(second.held_out["video_id"].to_pylist())
+    assert len(held_out) == round(0.4 * second.num_videos) > 2
+    assert lost not in held_out
+    assert trained.isdisjoint(held_out)
+    assert left not in second.train["video_id"].to_pylist()
+    assert trained & set(second.train["video_id"].to_pylist())
 
 
 def test_a_video_of_two_corpora_belongs_to_the_first(corpus: Path, tmp_path: Path, ray_session: None) -> None:
