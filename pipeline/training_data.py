@@ -153,10 +153,10 @@ def open_corpora(
     Args:
         paths: one for each corpus; a video that is in two belongs to the first.
         spec: how clips are made of them, with ``clips_per_video``.
-        held_out: share of the videos, in [0, 1); unless it is 0 one at least. Their ids choose them, and nothing else.
-        num_tasks: that opening them is spread over.
         held_out: share of the videos, in [0, 1); unless it is 0 one at least. Their ids alone choose them.
-            not held out, if there is anything else.
+        num_tasks: that opening them is spread over.
+        before: those of the stage that this one goes on from. What it held out stays held out, and nothing that it
+            trained on is held out, if there is anything else.
         on_video: called with how many are done and how many there are, of one corpus after the other.
 
     Raises:
