@@ -79,5 +79,5 @@ def test_without_a_model_they_make_the_tokens_and_the_picture_again(tmp_path: Pa
     source, decoded = (
         torch.from_numpy(half.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1 for half in np.split(pictures, 2, axis=2)
     )
-    # strong colours that move are what it is worst at: 19.2 dB here, and random weights give 8
-    assert psnr(source, decoded).mean() > 18.5
+    # strong colours that move are what it is worst at: 22.0 dB here, and random weights give 8
+    assert psnr(source, decoded).mean() > 21.5
