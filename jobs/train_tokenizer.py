@@ -37,6 +37,7 @@ from jobs.display import RunDisplay, warn
 from jobs.interrupts import Interrupts
 from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
 from jobs.train_worker import EXPORT, HELD_OUT, StageJob, train_worker
+from jobs.training_log import read_metrics
 from jobs.training_request import Training, announce, begin_run, place, read_record, resolve
 from jobs.training_summary import REJECTS, Result, StageResult, print_stage, write_summary
 from pipeline import storage
@@ -344,10 +345,7 @@ def train_stage(
 
 def _measured_at_first(job: StageJob) -> dict[str, float]:
     """What was measured before the first step, by a run before this one."""
-    path = storage.join(job.folder, "metrics.jsonl")
-    if not storage.exists(path):
-        return {}
-    lines = [json.loads(line) for line in storage.read_bytes(path).decode().splitlines()]
+    lines = read_metrics(job.folder)
     return next((line for line in lines if line["group"] == "held_out" and line["step"] == 0), {})
 
 

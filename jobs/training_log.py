@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,11 +46,9 @@ class Recorder:
             self._local = tempfile.TemporaryDirectory(prefix="vidshard-")
             root = Path(self._local.name)
         root.mkdir(parents=True, exist_ok=True)
-        metrics = storage.join(folder, METRICS)
-        before = storage.read_bytes(metrics).decode() if storage.exists(metrics) else ""
-        kept = [line for line in before.splitlines() if from_step and _step_of(line) <= from_step]
+        kept = [line for line in read_metrics(folder) if line["step"] <= from_step] if from_step else []
         self._lines = root / METRICS
-        self._lines.write_text("".join(f"{line}\n" for line in kept))
+        self._lines.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         self._root = root
         self._events = SummaryWriter(str(root / EVENTS), purge_step=from_step + 1 if from_step else 0)
         self._wandb: Any = None
@@ -100,12 +98,14 @@ class Recorder:
             self._local.cleanup()
 
 
-def _step_of(line: str) -> float:
-    """Of a line of figures; no step at all of one that a kill cut off."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return math.inf
+def read_metrics(folder: str) -> list[dict[str, Any]]:
+    """Lines that were written down in a stage's folder, but for one that a kill cut off: step, group and figures."""
+    path = storage.join(folder, METRICS)
+    known = []
+    for line in storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else ():
+        with suppress(ValueError):
+            known.append(json.loads(line))
+    return [line for line in known if isinstance(line, dict) and "step" in line and "group" in line]
 
 
 def _group_of(name: str, group: str) -> str:

@@ -38,9 +38,9 @@ from pipeline.discover import Discovery, discover
 from pipeline.plan import open_videos
 from pipeline.rows import PLAN_SCHEMA, row_rejection, row_span
 from pipeline.sampling import Layout
-from pipeline.stages import decode_clip
+from pipeline.stages import decode_clip, probe
 from pipeline.todo import with_entries
-from schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError
+from schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError, VideoRef
 
 ITEM_SCHEMA = pa.schema(
     [
@@ -68,8 +68,9 @@ CLIP_SCHEMA = pa.schema(
 """A clip as it travels to whoever trains on it: its place in the sequence, its frames as uint8 (T, H, W, 3) in C order,
 and what had to be passed over on the way to it."""
 
-SUBSTITUTES = 7
-"""Videos that are tried in place of one that breaks, for one clip; when all of them break too, training stops."""
+SUBSTITUTES = 15
+"""Items, each another one, that are tried in place of one that breaks, for one clip; when all of them break too,
+training stops. Of a million clips of a corpus of which every third video breaks, 0.02 are expected to."""
 
 _BLOCKS_PER_TASK = 16
 _BLOCK_BYTES = 32 << 20
@@ -317,23 +318,23 @@ class Draws:
         Returns:
             ``sample``, and ``candidates``: lists of ``ITEM_SCHEMA`` as structs with ``placement_seed``.
         """
-        drawn, rounds = [], []
+        drawn, rounds, offsets = [], [], [0]
         for sample in samples:
             epoch, at = divmod(sample, self.epoch_length)
             items, turns = self._epoch_kept(epoch)
             same = self._of_corpus[self._corpus_of[items[at]]]
-            spare = self._random("spare", sample).choice(same, SUBSTITUTES)
-            drawn += [items[at], *spare]
-            rounds += [turns[at]] * (1 + SUBSTITUTES)
+            spare = self._random("spare", sample).choice(len(same), min(len(same), SUBSTITUTES + 1), replace=False)
+            candidates = [items[at], *(item for item in same[spare] if item != items[at])][: SUBSTITUTES + 1]
+            drawn += candidates
+            rounds += [turns[at]] * len(candidates)
+            offsets.append(len(drawn))
         chosen = self.items.take(pa.array(drawn, pa.int64())).combine_chunks()
         chosen = chosen.append_column("placement_seed", pa.array([self._places(int(r)) for r in rounds], pa.int64()))
         structs = pa.StructArray.from_arrays(
             [column.combine_chunks() for column in chosen.itercolumns()], fields=list(chosen.schema)
         )
-        offsets = pa.array(range(0, len(drawn) + 1, 1 + SUBSTITUTES), pa.int32())
-        return pa.table(
-            {"sample": pa.array(samples, pa.int64()), "candidates": pa.ListArray.from_arrays(offsets, structs)}
-        )
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs)
+        return pa.table({"sample": pa.array(samples, pa.int64()), "candidates": lists})
 
     @cached_property
     def _corpus_of(self) -> npt.NDArray[np.int64]:
@@ -413,9 +414,10 @@ class ClipReader:
             break
         else:
             if self.required:
-                reasons = "; ".join(f"{r['uri']}: {r['reason']}" for r in rejected)
+                reasons = "; ".join(sorted({f"{r['uri']}: {r['reason']}" for r in rejected}))
                 raise UnusableError(
-                    f"none of {len(rejected)} videos drawn one after the other can be decoded: {reasons}"
+                    f"none of {len(rejected)} places drawn one after the other can be decoded: {reasons}. Take these "
+                    "videos away, or put back what they were, and go on"
                 )
         return {"sample": row["sample"], "rejected": rejected, **found}
 
@@ -432,12 +434,29 @@ class ClipReader:
         places = Layout.of(span, span.part, spec).placed
         assert places  # one at least, be the video ever so short
         span = row_span(item | {"first_clip": item["number"] % len(places), "end_clip": None})
-        frames: bytes = decode_clip(span, spec, limits=self.limits, fingerprint=item["fingerprint"]).frames.tobytes()
+        try:
+            clip = decode_clip(span, spec, limits=self.limits, fingerprint=item["fingerprint"])
+        except VideoError as error:
+            if error.reason is not Reason.CHANGED or not self._is_the_same(item["uri"], item["video_id"]):
+                raise
+            clip = decode_clip(span, spec, limits=self.limits)
+        frames: bytes = clip.frames.tobytes()
         return frames
+
+    def _is_the_same(self, uri: str, video_id: str) -> bool:
+        """Whether a file that has another time stamp than when it was opened has the content that it had."""
+        return _content_of(uri, storage.fingerprint(uri), self.limits) == video_id
 
     def spec_of(self, placement_seed: int) -> ClipSpec:
         """The spec with the places of a round."""
         return replace(self.spec, placement_seed=placement_seed)
+
+
+@lru_cache(maxsize=4096)
+def _content_of(uri: str, _fingerprint: str | None, limits: Limits) -> str | None:
+    """The video's id; None where it cannot be opened."""
+    found = probe(VideoRef(uri=uri, num_bytes=-1), limits)
+    return None if isinstance(found, VideoError) else found.video_id
 
 
 @lru_cache(maxsize=16)
@@ -446,7 +465,13 @@ def _open_shard(path: str) -> pq.ParquetFile:
 
 
 def _cached_frames(path: str, row: int) -> bytes:
-    frames: bytes = _open_shard(path).read_row_group(row, columns=["frames"])["frames"][0].as_py()
+    try:
+        frames: bytes = _open_shard(path).read_row_group(row, columns=["frames"])["frames"][0].as_py()
+    except (pa.ArrowException, OSError, IndexError, storage.StorageError) as error:
+        raise UnusableError(
+            f"the cache's {storage.public_uri(path)} is gone or damaged ({error}): delete it and go on, and it is made "
+            "anew"
+        ) from error
     return frames
 
 
@@ -625,8 +650,15 @@ def fill_cache(
     identity = {"format": _CACHE_FORMAT, "clips": spec.digest(), "seed": seed, "items": digest.hexdigest()}
     record = storage.join(folder, CACHE)
     storage.check_writable(folder)
-    if storage.exists(record) and (there := json.loads(storage.read_bytes(record))) != identity:
-        differing = ", ".join(name for name in identity if there.get(name) != identity[name])
+    there: Any = identity
+    if storage.exists(record):
+        try:
+            there = json.loads(storage.read_bytes(record))
+        except ValueError:
+            there = None
+    if there != identity:
+        known = there if isinstance(there, dict) else {}
+        differing = ", ".join(name for name in identity if known.get(name) != identity[name])
         raise UnusableError(
             f"--cache {storage.public_uri(folder)} holds clips of other videos or settings ({differing} differ): "
             "choose another folder, or delete it"
@@ -663,10 +695,11 @@ class _CacheWriter:
     def __call__(self, items: pa.Table) -> pa.Table:
         rows = items.to_pylist()
         path = storage.join(self.folder, f"clips-{rows[0]['item']:08d}.parquet")
-        if not storage.exists(path):
+        known = self._known(path) if storage.exists(path) else None
+        if known is None or known["item"].to_pylist() != [row["item"] for row in rows]:
             self._write(path, rows)
-        with storage.open_binary(path) as file:
-            known = pq.ParquetFile(file).read(columns=["item", "kept", "rejected"])
+            known = self._known(path)
+            assert known is not None
         shard_rows = [row if kept else None for row, kept in enumerate(known["kept"].to_pylist())]
         return pa.table(
             {
@@ -676,6 +709,14 @@ class _CacheWriter:
                 "rejected": known["rejected"].cast(REJECTED_TYPE),
             }
         )
+
+    def _known(self, path: str) -> pa.Table | None:
+        """What a shard holds but for the frames; None of a damaged one."""
+        try:
+            with storage.open_binary(path) as file:
+                return pq.ParquetFile(file).read(columns=["item", "kept", "rejected"])
+        except (pa.ArrowException, OSError):
+            return None
 
     def _write(self, path: str, rows: list[dict[str, Any]]) -> None:
         schema = CLIP_SCHEMA.append(pa.field("item", pa.int64())).append(pa.field("kept", pa.bool_()))

@@ -53,7 +53,7 @@ class StageConfig(BaseModel):
         help="Take each worker's part of a batch in N pieces one after the other, where memory does not hold it. The "
         "entropy of the codebook, the adaptive weight and batch norm then see a piece at a time.",
     )
-    seed: int = setting(0, section="Stage", ge=0, metavar="SEED", help="Of everything random in a stage.")
+    seed: int = setting(0, section="Stage", ge=0, lt=1 << 63, metavar="SEED", help="Of everything random in a stage.")
 
     learning_rate: float = setting(1e-5, section="Optimiser", gt=0, metavar="RATE", help="Of Adam, for the tokenizer.")
     discriminator_learning_rate: float | None = setting(

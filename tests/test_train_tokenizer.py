@@ -36,7 +36,7 @@ from jobs.settings import SettingsError
 from jobs.tokenize_videos import run_and_report as tokenize
 from jobs.train_tokenizer import prepare_data, resume, run_and_report
 from jobs.train_worker import start_weights
-from jobs.training_log import Speed, picture_strip
+from jobs.training_log import Recorder, Speed, picture_strip, read_metrics
 from jobs.training_request import activation_bytes, place, read_record, resolve
 from models.config import PRESETS
 from models.tokenizer import get_preset
@@ -560,6 +560,28 @@ def test_what_cannot_fit_the_machine_is_refused_before_it_starts() -> None:
     with pytest.raises(UserError, match=r"1024 workers take about \d{4}\.\d GiB for weights"):
         place(resolve(many), cpus)
     assert place(resolve(TRAININGS["tiny"](["clips"], "out")), cpus) == 1
+
+
+def test_figures_go_on_where_a_kill_cut_them_off(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with Recorder(folder, from_step=0, run={}, name="x", wandb=None) as recorder:
+        recorder.write(0, {"psnr": 8.0}, group="held_out")
+        for step in range(1, 5):
+            recorder.write(step, {"l1": 1 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "gro')
+    with Recorder(folder, from_step=3, run={}, name="x", wandb=None) as recorder:
+        recorder.write(4, {"l1": 0.5})
+    assert [(line["step"], line.get("l1")) for line in read_metrics(folder)] == [
+        (0, None),
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 0.5),
+    ]
+    with Recorder(folder, from_step=0, run={}, name="x", wandb=None) as recorder:  # from the beginning, after all
+        recorder.write(0, {"psnr": 9.0}, group="held_out")
+    assert read_metrics(folder) == [{"step": 0, "group": "held_out", "psnr": 9.0}]
 
 
 def test_strips_show_a_clip_above_its_reconstruction() -> None:

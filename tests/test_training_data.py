@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from fractions import Fraction
 from itertools import pairwise
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.data import DataContext
@@ -272,8 +274,34 @@ def test_a_video_that_breaks_is_counted_and_another_takes_its_place(tmp_path: Pa
             assert [read_frame_number(frame) for frame in clip]  # never black
     for number in range(1, 4):
         (tmp_path / f"v{number}.mp4").unlink()
-    with pytest.raises(Exception, match="none of 8 videos drawn one after the other"):
+    with pytest.raises(Exception, match="none of 8 places drawn one after the other"):
         streamed(draws, 0, 2, workers=1)
+
+
+def test_what_stands_in_for_a_clip_is_another_one_each_time() -> None:
+    for row in Draws(items=items(100, 5), weights=None, seed=0).rows(range(60)).to_pylist():
+        candidates = [(item["corpus"], item["number"]) for item in row["candidates"]]
+        assert len(set(candidates)) == len(candidates) == (16 if candidates[0][0] == 0 else 5)
+        assert len({corpus for corpus, _ in candidates}) == 1
+
+
+def test_a_video_that_was_touched_is_what_it_was_and_one_that_was_replaced_is_not(
+    tmp_path: Path, ray_session: None
+) -> None:
+    for number in range(2):
+        write_video(tmp_path / f"v{number}.mp4", Recipe(num_frames=30 + number, rate=Fraction(8)))
+    corpora = opened(tmp_path, held_out=0)
+    rows = Draws(items=corpora.train, weights=None, seed=0).rows(range(4))
+    reader = ClipReader(spec=SPEC, limits=Limits())
+    before = reader(rows)
+    os.utime(tmp_path / "v0.mp4", (1, 1))
+    write_video(tmp_path / "v1.mp4", Recipe(num_frames=40, rate=Fraction(8)))
+    after = reader(rows)
+    rejected = {(entry["uri"], entry["reason"]) for row in after["rejected"].to_pylist() for entry in row}
+    assert rejected == {(str(tmp_path / "v1.mp4"), "changed")}
+    kept = [n for n, uri in enumerate(before["uri"].to_pylist()) if uri.endswith("v0.mp4")]
+    assert kept
+    assert before["frames"].take(kept).equals(after["frames"].take(kept))
 
 
 def test_held_out_clips_are_the_middle_of_their_videos(corpora: Corpora) -> None:
@@ -305,8 +333,20 @@ def test_a_cache_gives_the_first_epoch_clips_without_decoding_again(
     clips = pa.concat_tables(read)["frames"].to_pylist()
     assert clips[:16] == pa.concat_tables(decoded)["frames"].to_pylist()
     assert sorted(clips[:16]) == sorted(clips[16:])  # the second epoch has the same ones
+    parts = pa.array([2.0] * corpora.train.num_rows)
+    at = corpora.train.schema.get_field_index("part_end_seconds")
+    for others in (corpora.train.slice(1), corpora.train.set_column(at, ITEM_SCHEMA.field(at), parts)):
+        with pytest.raises(UnusableError, match="holds clips of other videos or settings"):
+            fill_cache(str(tmp_path), others, SPEC, Limits(), 3, counts.append)
+    [shard, *_] = shards
+    shard.write_bytes(b"PAR1 and no more")
+    with pytest.raises(UnusableError, match=r"gone or damaged .* delete it and go on"):
+        ClipReader(spec=SPEC, limits=Limits()).frames_of({"shard": str(shard), "shard_row": 0})
+    fill_cache(str(tmp_path), corpora.train, SPEC, Limits(), 3, counts.append)
+    assert pq.read_table(shard).num_rows
+    (tmp_path / "cache.json").write_text("{")
     with pytest.raises(UnusableError, match="holds clips of other videos or settings"):
-        fill_cache(str(tmp_path), corpora.train.slice(1), SPEC, Limits(), 3, counts.append)
+        fill_cache(str(tmp_path), corpora.train, SPEC, Limits(), 3, counts.append)
 
 
 def test_a_cache_on_an_object_store_works_too(corpora: Corpora) -> None:
