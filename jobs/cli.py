@@ -17,7 +17,7 @@ from rich.console import Console
 from jobs.outcome import exit_code_of, terminate
 from jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
 from schemas.runs import TokenizeRun, parse_size
-from schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun
+from schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
 
@@ -336,6 +336,8 @@ def training_run(
         values = base.stages[stage].model_dump() | {k: v for k, v in given.items() if k in StageConfig.model_fields}
         chosen[stage] = resolve_settings(StageConfig, values | (given.get(stage) or {}), None)
     changes = {key: value for key, value in given.items() if key in RunSettings.model_fields}
+    if said.start_from is not None and not said.start_from.endswith(WEIGHT_SUFFIXES):
+        changes.setdefault("tokenizer", None)  # that of the stage it goes on from
     return resolve_settings(TrainRun, {**dict(base), **changes, "stages": chosen}, None)
 
 

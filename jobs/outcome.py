@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import FrameType
 
 import click
@@ -14,6 +15,26 @@ EXIT_REFUSED = 2
 
 class UserError(Exception):
     """The request cannot be carried out as it stands; the message says why and what to change."""
+
+
+def cause_of(error: BaseException) -> str:
+    """The innermost exception of a failure, in a line: of one of Ray's, what its text says was raised first."""
+    cause = error
+    while (inner := _inner(cause)) is not None:
+        cause = inner
+    root = str(cause).split("The above exception was")[0]
+    lines = [line.strip() for line in root.splitlines()]
+    named = [at for at, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    if named:
+        return re.sub(r"^[\w.]*\.(?=\w+: )", "", " ".join(lines[named[-1] :])).strip()[:1000]
+    return f"{type(cause).__name__}: {' '.join(root.split())[-600:]}".removesuffix(": ")
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return next(iter(failures.values()))  # type: ignore[no-any-return]
+    return error.__cause__
 
 
 class Terminated(KeyboardInterrupt):

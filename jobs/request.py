@@ -172,6 +172,8 @@ def resolve(run: TokenizeRun) -> Request:
                 f"to try the machinery with random ones; {SHIPPED} comes with its own"
             )
         run = run.model_copy(update={"random_weights": 0})
+    if run.out != storage.public_uri(run.out):
+        raise UserError(f"--out {storage.public_uri(run.out)}: put the credentials into the environment, not the URL")
     if run.weights is None:
         notice = RANDOM_WEIGHTS_NOTICE.format(seed=run.random_weights)
     else:

@@ -35,7 +35,7 @@ from jobs.board import Board
 from jobs.cluster import Cluster, ray_cluster
 from jobs.display import RunDisplay, warn
 from jobs.interrupts import Interrupts
-from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
+from jobs.outcome import EXIT_FAILED, EXIT_REFUSED, UserError, cause_of, exit_code_of, print_error
 from jobs.train_worker import EXPORT, HELD_OUT, StageJob, train_worker
 from jobs.training_log import read_metrics
 from jobs.training_request import Training, announce, begin_run, place, read_record, resolve
@@ -206,7 +206,7 @@ def prepare_data(
         held_out, broken = decode_held_out(shown, middle, limits)
         corpora.rejections.extend(broken)
     except _FAILED_TO_DECODE as error:
-        raise UnusableError(f"{name}: {_cause(error)}") from error
+        raise UnusableError(f"{name}: {cause_of(error)}") from error
     weights = [weight for _, weight in run.corpora]
     given = [weight for weight in weights if weight is not None]
     draws = Draws(items=items, weights=tuple(given) if given else None, seed=stage.seed)
@@ -215,6 +215,8 @@ def prepare_data(
         f"{spec.fps} per second, {held_out.num_rows} held-out clips, {len(corpora.rejections)} rejections",
         highlight=False,
     )
+    if corpora.held_out.num_rows and not held_out.num_rows:
+        warn(console, f"{name}: no held-out video can be decoded, so nothing will be measured; see {REJECTS}")
     corpora.write(storage.join(folder, VIDEOS))
     buffer = pa.BufferOutputStream()
     pq.write_table(held_out, buffer, compression="lz4", row_group_size=8)
@@ -270,14 +272,15 @@ def _start_of(training: Training, name: str) -> dict[str, Any]:
 def _finished(training: Training, name: str) -> StageResult | None:
     """The result of a stage that is done: it has its tokenizer, and a checkpoint of its last step."""
     folder = storage.join(training.run.out, name)
-    mark = Checkpoints(folder, training.run_id).latest()
-    steps = training.run.stages[name].steps
-    if mark is None or mark.step < steps or not storage.exists(storage.join(folder, EXPORT)):
+    if not storage.exists(storage.join(folder, EXPORT)):
         return None
     path = storage.join(folder, STAGE_RESULT)
     known = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
     if known.get("is_finished"):
-        return StageResult(**known)
+        return StageResult(**known)  # even if its checkpoints were deleted, which are large
+    mark = Checkpoints(folder, training.run_id).latest()
+    if mark is None or mark.step < training.run.stages[name].steps:
+        return None
     return StageResult(name=name, steps=mark.step, measured=mark.metrics, is_finished=True)
 
 
@@ -339,7 +342,7 @@ def train_stage(
     if "failed" in ended:
         result.problem = f"{job.name} stopped: {ended['failed']}"
     elif failure and result.interruption is None:
-        result.problem = f"{job.name} stopped after {outcome.restarts} restarts: {_cause(failure[0])}"
+        result.problem = f"{job.name} stopped after {outcome.restarts} restarts: {cause_of(failure[0])}"
     return outcome
 
 
@@ -411,19 +414,3 @@ def _figures(note: dict[str, Any], stage: StageConfig) -> str:
     if note["starts"] > 1:
         parts.append(f"{note['starts'] - 1} restarts")
     return " · ".join(parts)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost exception of a failure, in a line."""
-    cause = error
-    while (inner := _inner(cause)) is not None:
-        cause = inner
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    return f"{type(cause).__name__}: {text[-600:]}"
-
-
-def _inner(error: BaseException) -> BaseException | None:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        return next(iter(failures.values()))  # type: ignore[no-any-return]
-    return error.__cause__

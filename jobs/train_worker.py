@@ -23,11 +23,13 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayTaskError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.board import Board
+from jobs.outcome import cause_of
 from jobs.training_log import Recorder, Speed
 from models.evaluation import Evaluation, evaluate_batch, reconstruct
 from models.losses import load_perceptual
@@ -45,7 +47,7 @@ from models.training import (
 from models.weights import differences, load_weights, preset_in_name, save_tokenizer, weights_digest
 from pipeline import storage
 from pipeline.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
-from pipeline.training_data import Batch, batches
+from pipeline.training_data import Batch, UnusableError, batches
 from schemas.training import StageConfig, TrainRun
 
 EXPORT = "tokenizer.safetensors"
@@ -120,6 +122,11 @@ def train_worker(config: Mapping[str, Any]) -> None:
         raise
     except CheckpointError as error:
         job.board.end(failed=str(error))
+        raise
+    except RayTaskError as error:
+        cause = cause_of(error)
+        if cause.startswith(UnusableError.__name__):  # the same clip would not be there after a restart either
+            job.board.end(failed=cause.partition(": ")[2])
         raise
 
 
@@ -261,7 +268,10 @@ def start_weights(path: str, config: TokenizerConfig) -> dict[str, Tensor]:
             stated, weights = load_weights(local, PRESETS.get(preset_in_name(path) or "", config))
     differing = differences(stated, config.model_copy(update={"variant": stated.variant}))
     if differing:
-        raise ValueError(f"{storage.public_uri(path)} is of {stated.name}, not {config.name} ({differing})")
+        raise ValueError(
+            f"{storage.public_uri(path)} is of {stated.name}, not {config.name} ({differing}): --tokenizer says which "
+            "model is meant"
+        )
     return weights
 
 

@@ -32,7 +32,7 @@ from models.training import Generator, check_stage
 from models.weights import count_parameters, differences, load_weights
 from pipeline import storage
 from pipeline.checkpoints import CheckpointError, Checkpoints
-from schemas.training import Metric, StageConfig, TrainRun, join_weight
+from schemas.training import WEIGHT_SUFFIXES, Metric, StageConfig, TrainRun, join_weight
 
 _FORMAT = 1
 
@@ -127,7 +127,7 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, T
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
             return None, None, named
         source = storage.absolute(run.start_from)
-        if source.endswith((".safetensors", ".ckpt", ".pt", ".pth")):
+        if source.endswith(WEIGHT_SUFFIXES):
             source = storage.pinned(source)
             with storage.local_copy(source) as local:
                 assert local is not None
@@ -157,7 +157,7 @@ def _stage_folder(source: str) -> tuple[str, dict[str, Any]]:
     if not storage.exists(storage.join(run_folder, RUN)):
         raise UserError(
             f"--from {storage.public_uri(source)} is neither a stage of a run, such as runs/mine/stage1, nor weights "
-            "(.safetensors, .ckpt, .pt, .pth)"
+            f"({', '.join(WEIGHT_SUFFIXES)})"
         )
     return source.rstrip("/"), read_record(run_folder)
 

@@ -98,15 +98,15 @@ class Checkpoints:
         """What was saved.
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: the file is damaged or gone.
             StorageError: it cannot be read.
         """
-        path = self._path(mark.step, ".pt")
+        path, record = self._path(mark.step, ".pt"), self._path(mark.step, ".json")
+        if not storage.exists(path):
+            raise CheckpointError(f"{path} is gone: delete {record} too, then go on from the one before it")
         data = storage.read_bytes(path)
         if _digest(data) != mark.digest:
-            raise CheckpointError(
-                f"{path} is damaged: delete it and {self._path(mark.step, '.json')} to go on before it"
-            )
+            raise CheckpointError(f"{path} is damaged: delete it and {record}, then go on from the one before it")
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return loaded
 

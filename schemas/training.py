@@ -218,6 +218,10 @@ class StageConfig(BaseModel):
         )
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+"""By which a file of weights is told from the folder of a stage."""
+
+
 def split_weight(text: str) -> tuple[str, float | None]:
     """A path and its weight, from ``clips/=0.7``; without a number behind the last ``=`` all of it is the path.
 

@@ -57,6 +57,11 @@ def test_a_damaged_checkpoint_and_that_of_another_run_are_refused(tmp_path: Path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"step-00000001\.pt is damaged: delete it"):
         checkpoints.load(mark)
+    path.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"is gone: delete .*step-00000001\.json too, then go on from the one before"
+    ):
+        checkpoints.load(mark)
     with pytest.raises(CheckpointError, match="of another run \\(run, and this is mine\\): choose another --out"):
         Checkpoints(str(tmp_path), "mine").latest()
 

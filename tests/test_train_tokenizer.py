@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jobs.cli import training_run, vidshard
 from jobs.cluster import Cluster
 from jobs.decode_shards import decode_output
-from jobs.outcome import UserError
+from jobs.outcome import UserError, cause_of
 from jobs.presets import TRAININGS
 from jobs.settings import SettingsError
 from jobs.tokenize_videos import run_and_report as tokenize
@@ -288,6 +288,16 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
     assert "stage1.steps: 40 there, 77 now" in error
 
 
+def test_a_finished_run_needs_no_checkpoints(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    copy = tmp_path / "mine"
+    shutil.copytree(trained[0], copy)
+    for stage in ("stage1", "stage2"):
+        shutil.rmtree(copy / stage / "checkpoints")
+    before = (copy / "stage1" / "tokenizer.safetensors").stat().st_mtime_ns
+    assert resume(str(copy), {}, Console(file=io.StringIO())) == 0
+    assert (copy / "stage1" / "tokenizer.safetensors").stat().st_mtime_ns == before
+
+
 def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, list[str]], videos: Path) -> None:
     out, _ = trained
     start = str(out / "stage1")
@@ -296,6 +306,8 @@ def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, 
         resolve(training_run("tiny", ("stage2",), flags | {"tokenizer": "tiny_kl"}))
     training = resolve(training_run("tiny", ("stage2",), flags))
     assert training.previous == (start, read_record(str(out))["run_id"])
+    usual = training_run("paper_stage2", ("stage2",), {**flags, "preset": None, "perceptual_weight": 0, "frames": 5})
+    assert resolve(usual).tokenizer.name == "tiny"  # that of the stage, as no other one was asked for
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
@@ -436,6 +448,25 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert re.search(message, error), error
     assert "SECRET" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_causes_are_found_below_what_ray_puts_around_them() -> None:
+    text = """ray::MapBatches(ClipReader)() (pid=1, ip=127.0.0.1)
+  File "pipeline/training_data.py", line 400, in _row
+    raise UnusableError(
+pipeline.training_data.UnusableError: none of 16 places can be decoded: a.mp4: changed.
+Take these videos away
+
+The above exception was the direct cause of the following exception:
+
+ray.data.exceptions.UserCodeException: UDF failed to process a data block."""
+    failure = RuntimeError("training failed")
+    failure.__cause__ = ValueError(text)
+    assert cause_of(failure) == (
+        "UnusableError: none of 16 places can be decoded: a.mp4: changed. Take these videos away"
+    )
+    assert cause_of(OSError("no room")) == "OSError: no room"
+    assert cause_of(KeyError()) == "KeyError"
 
 
 def test_a_record_that_is_none_is_refused(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
