@@ -10,7 +10,6 @@ time to commit, and what to save when the user interrupts.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -21,27 +20,9 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
+from pipeline.attempts import MAX_ATTEMPTS, Attempts
 from pipeline.encode import ClipEncoder, EncoderSpec
-from pipeline.stages import SpanDecoder
-
-MAX_ATTEMPTS = 6
-"""Times that a task is begun whose process or node dies under it. The last of these deaths ends the run.
-
-Ray's own default is for ever, so that a row which kills every process that touches it keeps a run from ending. On
-preemptible nodes that live an hour, with tasks of a minute, a task is hit once in 60 times, and six times in a row once
-in 60^6 = 5e10: 1000 such nodes begin 1e7 tasks in a week. With three attempts it were some 50 of these.
-"""
-
-# How Ray counts (2.60) decides who does. A decoding task has one budget, `max_retries`, for deaths of its process, of
-# its node, and for output that was lost with a node before its use; only nodes that were drained before they went are
-# spared, as some autoscalers do for announced preemptions (ray-project/ray#54182). That is what MAX_ATTEMPTS is for.
-#
-# An encoder's `max_task_retries` cannot be limited: while a node is gone and nobody has noticed, which takes 15 s and
-# more, each call of its actors is sent, fails and is sent again, and every time counts. One lost node used up five
-# retries of tasks that had not begun. So Ray retries these without limit, and `_Attempts` counts what was begun. Nor
-# can `max_restarts`, which every preemption of a week takes from; hence the constructor that does nothing and the model
-# that is loaded by the first task. A process that does not come up even that far, on all nodes, ends the run too: Ray
-# Data gives up after half an hour without progress (`execution_no_progress_timeout_s`).
+from pipeline.stages import SpanDecoder, read_groups
 
 ENCODER_ENVIRONMENT = {
     # glibc hands large blocks back to the system at once and faults every page in again at the next clip. Kept, a
@@ -56,23 +37,6 @@ ENCODER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
 }
 """What an encoder's process starts with."""
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # killed, it begins to count again
-class _Attempts:
-    """How often each batch was begun and not ended; lives on the driver's node, as long as the driver."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin(self, batch: str) -> int:
-        """Count another attempt; gives its number, from 1."""
-        self._begun[batch] += 1
-        return self._begun[batch]
-
-    def end(self, batch: str) -> None:
-        """Forget a batch that came to its end."""
-        self._begun.pop(batch, None)
 
 
 class EncoderActor:
@@ -128,7 +92,7 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
     # otherwise an error of a stage comes without its own message: Ray Data's wrapper loses its cause on the way
     DataContext.get_current().raise_original_map_exception = True
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    attempts = _Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    attempts = Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     return (
         _rows_of(plan)
         # a small plan is one block to Ray, and one block is one task
@@ -166,10 +130,5 @@ def _rows_of(plan: str | pa.Table) -> Dataset:
         num_groups = pq.ParquetFile(file).num_row_groups
     groups = [pa.table({"group": pa.array([number], pa.int64())}) for number in range(num_groups)]
     return ray.data.from_arrow(groups).map_batches(
-        _read_groups, fn_args=(plan,), batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
+        read_groups, fn_args=(plan,), batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
     )
-
-
-def _read_groups(groups: pa.Table, plan: str) -> pa.Table:
-    with storage.open_binary(plan) as file:
-        return pq.ParquetFile(file).read_row_groups(groups["group"].to_pylist())

@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 
 from pipeline import storage
-from pipeline.flow import MAX_ATTEMPTS
+from pipeline.attempts import MAX_ATTEMPTS
 from pipeline.geometry import nearest_bucket
 from pipeline.ledger import CATALOGUE_SCHEMA
 from pipeline.rows import REJECTION, rejection_row, row_part, span_row

@@ -16,7 +16,8 @@ from ray.cluster_utils import Cluster as RayCluster
 from ray.exceptions import RayTaskError
 
 from jobs.tokenize_videos import _what_broke
-from pipeline.flow import MAX_ATTEMPTS, EncoderActor, Placement, _Attempts, build_flow
+from pipeline.attempts import MAX_ATTEMPTS, Attempts
+from pipeline.flow import EncoderActor, Placement, build_flow
 from pipeline.ledger import committed_spans
 from pipeline.rows import PLAN_SCHEMA
 from pipeline.stages import SpanDecoder
@@ -122,7 +123,7 @@ def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_l
 @pytest.mark.usefixtures("ray_session")
 def test_attempts_that_came_to_their_end_do_not_count() -> None:
     rows = decoded_row(0, clip_spec(32), 1)
-    attempts = _Attempts.remote()  # type: ignore[attr-defined]
+    attempts = Attempts.remote()  # type: ignore[attr-defined]
     encode = EncoderActor(encoder_spec(1), attempts)
     for _ in range(MAX_ATTEMPTS + 1):
         encode(rows)

@@ -259,3 +259,8 @@ def test_many_small_calls_cost_little(sandbox: DecodeSandbox) -> None:
     for _ in range(200):
         sandbox.run(process_id, timeout_seconds=60)
     assert (time.perf_counter() - start) / 200 < 0.01  # 0.06 ms measured on a quiet machine
+
+
+def test_the_processes_that_decode_load_no_torch() -> None:
+    loaded = "import sys, pipeline.plan, pipeline.stages, pipeline.training_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
