@@ -56,13 +56,12 @@ def options_of(
 ) -> Callable[[Any], Any]:
     """Decorator that gives a click command one option for each field of a model, and ``--config``.
 
+    Values arrive as text, None where the flag was not given; :func:`resolve_settings` makes the model of them.
+
     Args:
         model: whose fields they are.
-        leave_out: all but these.
-        defaults: what the help shows as defaults in place of the model's: of each stage of the work, one after the
-            other.
-
-    Values arrive as text, None where the flag was not given; :func:`resolve_settings` makes the model of them.
+        leave_out: fields without an option.
+        defaults: what the help shows in place of the model's defaults: those of each stage of the work, in order.
     """
 
     def decorate(function: Any) -> Any:
@@ -86,9 +85,8 @@ def options_of(
 def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[Any], Any]:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     flag = f"--{name.replace('_', '-')}"
-    text = field.description or ""
+    text = (field.description or "") + ("" if field.annotation is bool else _default_text(defaults))
     shared: dict[str, Any] = {"cls": SectionedOption, "section": str(extra.get("section")), "default": None}
-    text += _default_text(defaults) if field.annotation is not bool else ""
     if field.annotation is bool:
         short = (str(extra["short"]),) if extra.get("short") else ()
         return click.option(f"{flag}/--no-{name.replace('_', '-')}", name, *short, help=text, **shared)

@@ -126,7 +126,7 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, T
             if named is None:
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
             return None, None, named
-        source = storage.absolute(run.start_from)
+        source = run.start_from
         if source.endswith(WEIGHT_SUFFIXES):
             source = storage.pinned(source)
             with storage.local_copy(source) as local:
