@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.config import PRESETS
@@ -585,16 +588,25 @@ def test_other_variants_train(variant: str) -> None:
 
 
 def in_two_processes(work: Callable[[int, str], None], folder: Path) -> None:
-    spawn(joined, (work, str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+    try:
+        spawn(joined, (work, str(folder)), nprocs=2)  # type: ignore[no-untyped-call]
+    except ProcessExitedException as error:
+        said = "\n".join(path.read_text() for path in sorted(folder.glob("stderr*")))
+        raise AssertionError(f"{error}:\n{said}") from None
 
 
 def joined(rank: int, work: Callable[[int, str], None], folder: str) -> None:
+    with open(f"{folder}/stderr{rank}", "w") as stderr:
+        os.dup2(stderr.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        work(rank, folder)
-    finally:
-        dist.destroy_process_group()
+    work(rank, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+    # Not through the interpreter's end: gloo's threads live as long as the cycles of DDP do, and one that lets go of a
+    # tensor while the interpreter is taken down aborts the process (https://github.com/pytorch/pytorch/pull/179291).
+    os._exit(0)
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": shard_generator}
