@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from pydantic import TypeAdapter, ValidationError
 from ray.data import Dataset, ExecutionOptions
 from ray.data.exceptions import UserCodeException
 from ray.exceptions import RayError
@@ -247,8 +248,15 @@ def _videos_of(training: Training, name: str, stage: StageConfig, cluster: Clust
 def _write_rejects(job: StageJob, rejections: list[Rejection]) -> None:
     """What was rejected when opened, and what broke when it was to be trained on."""
     path = storage.join(job.run.out, REJECTS)
-    known = json.loads(storage.read_bytes(path)) if storage.exists(path) else []
-    entries = {(entry["uri"], entry["reason"]): entry for entry in known}
+    entries = {}
+    if storage.exists(path):
+        try:
+            entries = {(entry["uri"], entry["reason"]): entry for entry in json.loads(storage.read_bytes(path))}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{storage.public_uri(path)} is damaged ({error!r}): take it away, and it is written anew with what is "
+                "rejected from now on"
+            ) from error
     for r in rejections:
         entry = {"uri": storage.public_uri(r.uri), "video_id": r.video_id, "reason": str(r.reason), "detail": r.detail}
         entries.setdefault((entry["uri"] or "", entry["reason"] or ""), entry)
@@ -270,15 +278,28 @@ def _start_of(training: Training, name: str) -> dict[str, Any]:
 
 
 def _finished(training: Training, name: str) -> StageResult | None:
-    """The result of a stage that is done: it has its tokenizer, and a checkpoint of its last step."""
+    """The result of a stage that is done: it has its tokenizer, and a checkpoint of its last step.
+
+    Raises:
+        UserError: its result is damaged, and no checkpoint tells how far it is.
+    """
     folder = storage.join(training.run.out, name)
     if not storage.exists(storage.join(folder, EXPORT)):
         return None
     path = storage.join(folder, STAGE_RESULT)
-    known = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
-    if known.get("is_finished"):
-        return StageResult(**known)  # even if its checkpoints were deleted, which are large
     mark = Checkpoints(folder, training.run_id).latest()
+    if storage.exists(path):
+        try:
+            known = TypeAdapter(StageResult).validate_json(storage.read_bytes(path))
+        except ValidationError as error:
+            if mark is None:
+                raise UserError(
+                    f"{storage.public_uri(path)} is damaged, and there is no checkpoint that tells whether {name} is "
+                    f"finished. To train it anew, take {storage.public_uri(folder)} away"
+                ) from error
+        else:
+            if known.is_finished:
+                return known  # even if its checkpoints were deleted, which are large
     if mark is None or mark.step < training.run.stages[name].steps:
         return None
     return StageResult(name=name, steps=mark.step, measured=mark.metrics, is_finished=True)
@@ -349,7 +370,8 @@ def train_stage(
 def _measured_at_first(job: StageJob) -> dict[str, float]:
     """What was measured before the first step, by a run before this one."""
     lines = read_metrics(job.folder)
-    return next((line for line in lines if line["group"] == "held_out" and line["step"] == 0), {})
+    first = next((line for line in lines if line["group"] == "held_out" and line["step"] == 0), {})
+    return {name: value for name, value in first.items() if name != "group"}
 
 
 def trainer_of(job: StageJob, draws: Draws, workers: int, cluster: Cluster) -> Any:

@@ -49,6 +49,7 @@ from schemas.runs import TokenizeRun
 from schemas.training import StageConfig, TrainRun
 from tests.held_board import HeldBoard
 from tests.processes import processes_below
+from tests.videos import Recipe, write_damaged, write_video
 
 
 def write_motion(path: Path, seed: int) -> Path:
@@ -298,6 +299,32 @@ def test_a_finished_run_needs_no_checkpoints(trained: tuple[Path, list[str]], tm
     assert (copy / "stage1" / "tokenizer.safetensors").stat().st_mtime_ns == before
 
 
+def test_damaged_results_are_never_trained_over(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "mine"
+    shutil.copytree(trained[0], copy)
+    before = (copy / "stage2" / "tokenizer.safetensors").read_bytes()
+    for damage in ("{", "[]", '{"name": "stage2", "steps": "many"}'):
+        (copy / "stage2" / "result.json").write_text(damage)
+        assert resume(str(copy), {}, Console(file=io.StringIO())) == 0  # the checkpoint tells
+    shutil.rmtree(copy / "stage2" / "checkpoints")
+    assert resume(str(copy), {}, Console(file=io.StringIO())) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"stage2/result.json is damaged, and there is no checkpoint .* take \S+/stage2 away", error), error
+    assert (copy / "stage2" / "tokenizer.safetensors").read_bytes() == before
+
+
+def test_a_damaged_list_of_rejections_is_named(
+    videos: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rejects.json").write_text('[{"uri": ')
+    assert train(run_of(videos, out))[0] == 2
+    assert "rejects.json is damaged" in capsys.readouterr().err
+
+
 def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, list[str]], videos: Path) -> None:
     out, _ = trained
     start = str(out / "stage1")
@@ -414,6 +441,24 @@ def test_a_cache_is_filled_before_the_first_step(videos: Path, tmp_path: Path, r
     corpora, draws = prepare_data(training, "stage1", training.run.stages["stage1"], cluster, console)
     cached = pa.concat_tables([pq.read_table(path) for path in (tmp_path / "cache").rglob("*.parquet")])
     assert cached.num_rows == corpora.train.num_rows == draws.epoch_length
+
+
+def test_a_run_that_can_measure_nothing_says_so(tmp_path: Path, ray_session: None) -> None:
+    for number in range(4):
+        video = write_video(tmp_path / f"{number}.mp4", Recipe(num_frames=96 + number, rate=Fraction(24), gop=4))
+        write_damaged(video, video, share=0.3, num_bytes=video.stat().st_size // 3)
+    training = resolve(run_of(tmp_path, tmp_path / "run", clips_per_step=1))
+    cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
+    text = io.StringIO()
+    corpora, _ = prepare_data(training, "stage1", training.run.stages["stage1"], cluster, Console(file=text, width=200))
+    assert "stage1: no held-out video can be decoded, so nothing will be measured; see rejects.json" in text.getvalue()
+    assert {rejection.uri for rejection in corpora.rejections} == set(corpora.held_out["uri"].to_pylist())
+
+
+def test_an_adversary_that_never_begins_is_warned_of(videos: Path, tmp_path: Path, ray_session: None) -> None:
+    code, text = train(run_of(videos, tmp_path / "out", steps=40, gan_start=40, clips_per_step=400))
+    assert code == 2
+    assert "stage1 has no adversary: it would begin at step 40, and there are 40" in " ".join(text.split())
 
 
 # Bad input
