@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 import ray
 from ray.data import DataContext
 
-from jobs.outcome import terminate
+from jobs.outcome import EXIT_REFUSED, cause_of, terminate
 from pipeline.storage import StorageError
+
+_LISTENING_SECONDS = 10.0
+_JOINING_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +49,7 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
         verbose: let Ray's own log and progress through.
 
     Raises:
-        StorageError: there is no cluster at the address.
+        StorageError: there is no cluster at the address, it does not let us in, or Ray cannot be started here.
     """
     started = not ray.is_initialized()
     if started:
@@ -54,8 +58,10 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
         if not verbose:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options = {"include_dashboard": False, "object_store_memory": object_store_bytes} if own else {}
+        where = address or os.environ.get("RAY_ADDRESS", "")
+        _check_listening(where)
         try:
-            with nullcontext() if verbose else _no_chatter():
+            with nullcontext(2) if verbose else _no_chatter() as stderr, _not_for_ever(None if own else where, stderr):
                 ray.init(
                     address="local" if own else address,
                     logging_level=logging.INFO if verbose else logging.ERROR,
@@ -63,7 +69,8 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
                     **options,
                 )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise StorageError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from error
+            problem = "Ray cannot be started on this machine" if own else f"cannot join a Ray cluster at {where}"
+            raise StorageError(f"{problem}: {cause_of(error)}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler there that aborts the process
     else:
@@ -82,15 +89,54 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
             ray.shutdown()
 
 
+def _check_listening(address: str) -> None:
+    """Find out that nothing listens at HOST:PORT, where Ray would try for minutes without a word."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return  # "auto" and the like, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENING_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise StorageError(
+            f"cannot join a Ray cluster at {address}: nothing answers there ({error}). The address is the one that "
+            "`ray start --head` printed, with port 6379 as a rule; `ray status --address` tells whether it lives"
+        ) from error
+
+
 @contextmanager
-def _no_chatter() -> Iterator[None]:
-    """Keep what Ray's C++ core writes to stderr while it starts from the terminal; exceptions still come through."""
+def _not_for_ever(address: str | None, stderr: int) -> Iterator[None]:
+    """End the process where Ray still tries to join a cluster after minutes, in C++ code that heeds no signal."""
+
+    def give_up() -> None:
+        os.write(
+            stderr,
+            f"error: no Ray cluster answered at {address} in {_JOINING_SECONDS:.0f} s, though something listens: is it "
+            f"the port of `ray start --head` (6379 as a rule, not 8265 or 10001)?\n".encode(),
+        )
+        os._exit(EXIT_REFUSED)  # as if killed: the lease runs out, and the same command goes on
+
+    timer = threading.Timer(_JOINING_SECONDS, give_up)
+    timer.daemon = True
+    if address is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _no_chatter() -> Iterator[int]:
+    """Keep what Ray's C++ core writes to stderr while it starts from the terminal; exceptions still come through.
+
+    Gives the descriptor that still leads there.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        yield
+        yield kept
     finally:
         os.dup2(kept, 2)
         os.close(kept)

@@ -30,7 +30,7 @@ VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 @contextmanager
 def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, as a shell starts it; nothing of it is left at the end."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_AUTH")}
     environment["VIDSHARD_STORAGE_RETRY_SECONDS"] = PATIENCE
     process = subprocess.Popen(
         [VIDSHARD, "tokenize", *map(str, arguments)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -118,6 +119,33 @@ def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_l
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert len(tokens_by_clip(out)) == 12
+
+
+def test_a_cluster_that_is_not_there_is_named(good_videos: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+    refused = refusal(good_videos / "a.mp4", "--out", tmp_path / "tokens", *RUN, "--ray-address", nobody)
+    assert f"error: cannot join a Ray cluster at {nobody}: nothing answers there ([Errno 111]" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_cluster_that_lets_nobody_in_is_named(
+    good_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    locked = ray.get_runtime_context().gcs_address
+    refused = refusal(good_videos / "a.mp4", "--out", tmp_path / "tokens", *RUN, "--ray-address", locked)
+    assert f"error: cannot join a Ray cluster at {locked}: AuthenticationError: RPC error: Inval" in refused
+
+
+def refusal(*arguments: str | Path) -> str:
+    """What the command prints, which cannot be carried out."""
+    with started(*arguments) as process:
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, printed
+    assert "Traceback" not in printed
+    return printed
 
 
 @pytest.mark.usefixtures("ray_session")
