@@ -44,7 +44,7 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
     """Connect to Ray, or start one, and stop at the end what was started here.
 
     Args:
-        address: of a cluster; None for ``$RAY_ADDRESS`` or else a Ray of our own.
+        address: of a cluster, or "local" for a Ray of our own; None for ``$RAY_ADDRESS`` or else one of our own.
         object_store_bytes: memory for objects of a Ray of our own; None for Ray's default.
         verbose: let Ray's own log and progress through.
 
@@ -53,12 +53,12 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
     """
     started = not ray.is_initialized()
     if started:
-        own = address is None and not os.environ.get("RAY_ADDRESS")
+        where = address or os.environ.get("RAY_ADDRESS", "")
+        own = where in ("", "local")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not verbose:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options = {"include_dashboard": False, "object_store_memory": object_store_bytes} if own else {}
-        where = address or os.environ.get("RAY_ADDRESS", "")
         _check_listening(where)
         try:
             with nullcontext(2) if verbose else _no_chatter() as stderr, _not_for_ever(None if own else where, stderr):

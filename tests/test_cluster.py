@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -126,6 +128,20 @@ def test_a_cluster_that_is_not_there_is_named(good_videos: Path, tmp_path: Path)
         nobody = f"127.0.0.1:{closed.getsockname()[1]}"
     refused = refusal(good_videos / "a.mp4", "--out", tmp_path / "tokens", *RUN, "--ray-address", nobody)
     assert f"error: cannot join a Ray cluster at {nobody}: nothing answers there ([Errno 111]" in refused
+
+
+def test_something_else_that_listens_is_not_waited_for_for_ever() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        soon = f"""
+from jobs import cluster
+cluster._JOINING_SECONDS = 1.0
+with cluster.ray_cluster(address="{address}", object_store_bytes=None, verbose=False):
+    pass
+"""
+        ended = subprocess.run([sys.executable, "-c", soon], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith(f"error: no Ray cluster answered at {address} in 1 s, though something listens: ")
 
 
 @pytest.mark.slow
