@@ -22,6 +22,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 # torch first and by itself: it is the large layer, and the one that differs between CPU and CUDA
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" --constraint constraints.txt torch
+COPY vidshard vidshard
 COPY schemas schemas
 COPY pipeline pipeline
 COPY models models

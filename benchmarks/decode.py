@@ -39,14 +39,14 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
-from models.losses import declare_torchvision_operators
-from pipeline.container import Clock
-from pipeline.decode import decode_span, probe_video
-from pipeline.frames import Shown
-from pipeline.picture import Renderer
-from pipeline.sampling import Grid, plan_spans
-from pipeline.storage import open_binary
-from schemas.video import ClipSpec, Span, VideoRef
+from vidshard.models.training.losses import declare_torchvision_operators
+from vidshard.pipeline.storage import open_binary
+from vidshard.pipeline.video.container import Clock
+from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.render import Renderer
+from vidshard.pipeline.video.sampling import Grid, plan_spans
+from vidshard.schemas.video import ClipSpec, Span, VideoRef
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -258,7 +258,7 @@ def decode_plainly(task: Task) -> Pixels:
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
     reformatter = VideoReformatter()
 
-    def convert(shown: Shown) -> Pixels:
+    def convert(shown: TimedFrame) -> Pixels:
         assert shown.frame is not None
         rgb = reformatter.reformat(shown.frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR)
         return cast(Pixels, rgb.to_ndarray())[top : top + SIDE, left : left + SIDE]
@@ -272,7 +272,7 @@ def decode_with_our_scaler(task: Task) -> Pixels:
     return _decode_all(task, lambda shown: renderer.cut(shown)[0].copy())
 
 
-def _decode_all(task: Task, convert: Callable[[Shown], Pixels]) -> Pixels:
+def _decode_all(task: Task, convert: Callable[[TimedFrame], Pixels]) -> Pixels:
     span = task.span
     grid = Grid(start_pts=span.grid_start_pts, time_base=span.time_base, fps=task.spec.fps)
     taken: list[Pixels] = []
@@ -281,19 +281,19 @@ def _decode_all(task: Task, convert: Callable[[Shown], Pixels]) -> Pixels:
         stream.codec_context.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         read = Clock(time_base=span.time_base, start_pts=span.grid_start_pts).reading(stream)
-        previous: Shown | None = None
+        previous: TimedFrame | None = None
         for frame in container.decode(stream):
             assert frame.pts is not None
             pts, end_pts, aspect = read(frame.pts), read(frame.pts + frame.duration), stream.sample_aspect_ratio
             if previous is not None:
                 _take(previous, grid.first_index_at(pts), convert, taken)
-            previous = Shown(frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
+            previous = TimedFrame(frame=frame, pts=pts, end_pts=end_pts, stream=stream, pixel_aspect=aspect)
         assert previous is not None
         _take(previous, grid.first_index_at(previous.end_pts), convert, taken)
     return np.stack(taken)
 
 
-def _take(shown: Shown, until: int, convert: Callable[[Shown], Pixels], taken: list[Pixels]) -> None:
+def _take(shown: TimedFrame, until: int, convert: Callable[[TimedFrame], Pixels], taken: list[Pixels]) -> None:
     if until > len(taken):
         taken += [convert(shown)] * (until - len(taken))
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.losses import declare_torchvision_operators
-from models.tokenizer import TokenizerConfig
-from models.weights import checkpoint_name
+from vidshard.models.tokenizer import TokenizerConfig
+from vidshard.models.training.losses import declare_torchvision_operators
+from vidshard.models.weights import checkpoint_name
 
 with suppress(ImportError):  # diffusers imports torchvision where it is installed
     declare_torchvision_operators()

@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
 from benchmarks.report import Row, report
-from models.layers import matrix_product
-from models.tokenizer import TokenizerConfig, VideoTokenizer, get_preset
-from models.weights import load_tokenizer, seeded_weights
-from pipeline.flow import ENCODER_ENVIRONMENT
+from vidshard.models.tokenizer import TokenizerConfig, VideoTokenizer, get_preset
+from vidshard.models.vidtok.layers import matrix_product
+from vidshard.models.weights import load_tokenizer, seeded_weights
+from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 
 NUM_FRAMES = 17
 

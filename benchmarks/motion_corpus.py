@@ -221,15 +221,15 @@ def _photo_patch(corpus: Corpus, random: Generator) -> Tensor:
 
 
 def _noise(corpus: Corpus, random: Generator) -> Tensor:
-    """Noise whose power falls with frequency as in photographs, in correlated colours."""
+    """Noise whose power falls with frequency as in photographs, in correlated colors."""
     side = corpus.crop * 2
     frequency = torch.fft.fftfreq(side)[:, None].square() + torch.fft.rfftfreq(side)[None].square()
     envelope = (frequency + 1 / side**2).pow(-random.uniform(0.9, 1.5) / 2)
     phases = torch.from_numpy(random.standard_normal((3, side, side)).astype(np.float32))
     planes = torch.fft.irfft2(torch.fft.rfft2(phases) * envelope, s=(side, side))
     planes = planes / planes.std(dim=(1, 2), keepdim=True)
-    coloured: Tensor = 0.5 + 0.18 * (planes[:1] + random.uniform(0, 0.6) * planes)
-    return coloured.clamp(0, 1)
+    colored: Tensor = 0.5 + 0.18 * (planes[:1] + random.uniform(0, 0.6) * planes)
+    return colored.clamp(0, 1)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How fast, and how near to a reference, frames become pictures: scaling, colour and interlacing.
+"""How fast, and how near to a reference, frames become pictures: scaling, color and interlacing.
 
 Takes the first frame of each video. Scaling is compared with torch's antialiased resize of a floating-point
 conversion; deinterlacing with the true frame, where fields are cut from a window that pans over the picture. FFmpeg's
@@ -25,9 +25,9 @@ from av.video.reformatter import ColorTrc
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
-from pipeline.frames import Shown
-from pipeline.picture import Renderer
-from schemas.video import ClipSpec
+from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.render import Renderer
+from vidshard.schemas.video import ClipSpec
 
 REPEATS = 25
 
@@ -56,7 +56,7 @@ def picture(frame: VideoFrame, width: int, height: int, renderer: Renderer | Non
     """As the pipeline renders it, aspect ratios aside."""
     stream = SimpleNamespace(sample_aspect_ratio=None, container=SimpleNamespace(format=SimpleNamespace(name="mp4")))
     spec = ClipSpec(fps=Fraction(1), num_frames=1, height=height, width=width, resize="stretch")
-    shown = Shown(frame=frame, pts=0, end_pts=1, stream=cast(VideoStream, stream))
+    shown = TimedFrame(frame=frame, pts=0, end_pts=1, stream=cast(VideoStream, stream))
     return (renderer or Renderer(spec)).render(shown)[0]
 
 

@@ -23,13 +23,13 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.report import Row, report
-from jobs.demo import Sample, write_sample
-from pipeline.decode import decode_span, probe_video
-from pipeline.flow import ENCODER_ENVIRONMENT
-from pipeline.plan import clips_per_span
-from pipeline.sampling import plan_spans
-from pipeline.storage import open_binary
-from schemas.video import ClipSpec, Span, VideoRef
+from vidshard.jobs.demo import Sample, write_sample
+from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
+from vidshard.pipeline.plan import clips_per_span
+from vidshard.pipeline.storage import open_binary
+from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.schemas.video import ClipSpec, Span, VideoRef
 
 CLIPS_PER_VIDEO = 8
 
@@ -117,10 +117,10 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
     import numpy as np
     import torch
 
-    from models.tokenizer import get_preset
-    from models.weights import load_tokenizer
-    from pipeline.encode import encode_clips, make_reproducible
-    from schemas.tokens import Payload
+    from vidshard.models.tokenizer import get_preset
+    from vidshard.models.weights import load_tokenizer
+    from vidshard.pipeline.encode import encode_clips, make_reproducible
+    from vidshard.schemas.tokens import Payload
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = 8 if device == "cuda" else 1
@@ -143,7 +143,17 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
 
 def time_job(videos: Path, out: Path, arguments: argparse.Namespace) -> tuple[float, float, int]:
     """Seconds of the whole command, seconds of its tokenizing phase, and clips."""
-    command = [sys.executable, "-m", "jobs.cli", "tokenize", str(videos), "--out", str(out), "--random-weights", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "vidshard.jobs.cli",
+        "tokenize",
+        str(videos),
+        "--out",
+        str(out),
+        "--random-weights",
+        "0",
+    ]
     command += ["--tokenizer", arguments.tokenizer, "--size", str(arguments.size)]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)

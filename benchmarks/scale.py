@@ -30,21 +30,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import jobs.tokenize_videos as driver
+import vidshard.jobs.tokenization.job as driver
 from benchmarks.report import Row, report
-from pipeline.discover import discover
-from pipeline.ledger import (
+from vidshard.pipeline.discover import discover
+from vidshard.pipeline.output.committed import (
     committed_spans,
     read_rejects,
     rejected_spans,
     shard_spans,
     write_planned,
 )
-from pipeline.rows import PLAN_SCHEMA, EncodeStats, add_clips, add_payload, span_row
-from pipeline.shards import SHARDS, SPANS_KEY, TokenShardSink, shard_paths
-from pipeline.todo import lay_out, place_ids, settle_rejects, videos_to_open, with_entries, write_todo
-from schemas.tokens import Payload, Provenance
-from schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
+from vidshard.pipeline.output.resume import (
+    location_keys,
+    reconcile,
+    settle_rejects,
+    videos_to_open,
+    with_entries,
+    write_work_list,
+)
+from vidshard.pipeline.output.shard_writer import SHARDS, SPANS_KEY, TokenShardSink, shard_paths
+from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
+from vidshard.schemas.tokens import Payload, Provenance
+from vidshard.schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
 
 CLIPS_PER_VIDEO = 10
 SPANS_PER_SHARD = 1300
@@ -131,7 +138,7 @@ def plan(folder: Path) -> Row:
     """A new corpus."""
     template = pa.Table.from_pylist(
         [span_row(span_of(0), SPEC, '1234567-"d41d8cd98f00b204e9800998ecf8427e"')],
-        schema=PLAN_SCHEMA,
+        schema=WORK_SCHEMA,
     )
 
     def opened(videos: pa.Table, first: int) -> pa.Table:
@@ -148,7 +155,7 @@ def plan(folder: Path) -> Row:
         return (
             rows.append_column("entry", videos["entry"])
             .append_column("seen_entry", videos["entry"])
-            .append_column("place", place_ids(videos["uri"].to_pylist()))
+            .append_column("place", location_keys(videos["uri"].to_pylist()))
         )
 
     out = str(folder / "out")
@@ -178,19 +185,19 @@ def resume(folder: Path) -> Row:
 
 def _laid_out(out: str, videos: pa.Table, started: float) -> Row:
     committed = committed_spans(out)
-    laid = lay_out(out, videos, committed, rejected_spans(read_rejects(out)))
+    laid = reconcile(out, videos, committed, rejected_spans(read_rejects(out)))
     settle_rejects(out, videos, committed, laid, [])
-    todo = write_todo(out, videos, laid)
+    todo = write_work_list(out, videos, laid)
     return _cost(started) | {"left to do": todo.num_spans, "shards": len(shard_paths(out))}
 
 
 def account(folder: Path) -> Row:
     """What became of everything, as `vidshard verify` adds it up after reading the shards."""
-    from pipeline.account import make_account
+    from vidshard.pipeline.output.audit import make_audit
 
     out = str(folder / "out")
     started = time.monotonic()
-    made = make_account(out, [shard_spans(path) for path in shard_paths(out)], {(256, 256): SPEC})
+    made = make_audit(out, [shard_spans(path) for path in shard_paths(out)], {(256, 256): SPEC})
     return _cost(started) | {"left to do": made.num_pending, "shards": len(shard_paths(out))}
 
 
@@ -285,7 +292,7 @@ def encoded_row(number: int, num_clips: int) -> pa.Table:
         for index in range(num_clips)
     ]
     plan_row: dict[str, Any] = span_row(span, SPEC, None)
-    table = pa.Table.from_pylist([plan_row], schema=PLAN_SCHEMA)
+    table = pa.Table.from_pylist([plan_row], schema=WORK_SCHEMA)
     rows = add_clips(table, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.0)
     tokens = [rng.integers(0, 32768, PAYLOAD.num_values).astype(PAYLOAD.dtype) for _ in clips]
     return add_payload(rows, {"tokens": tokens}, PAYLOAD, EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1))

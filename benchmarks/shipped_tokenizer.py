@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, report
-from jobs.decode_shards import padding_of, reconstruct, stored_spec, tokenizer_of
-from models.metrics import CodebookUse, psnr, ssim
-from models.tokenizer import frames_to_input
-from models.weights import load_tokenizer, load_weights, save_tokenizer, weights_digest
-from pipeline.read import find_clips, open_shard, output_shards, read_clips
-from pipeline.rows import row_part
-from pipeline.stages import decode_again
-from schemas.runs import TokenizeRun
+from vidshard.jobs.shards.decode import padding_of, reconstruct, stored_spec, tokenizer_of
+from vidshard.models.metrics import CodebookUse, psnr, ssim
+from vidshard.models.tokenizer import frames_to_input
+from vidshard.models.weights import load_tokenizer, load_weights, save_tokenizer, weights_digest
+from vidshard.pipeline.decode_stage import decode_again
+from vidshard.pipeline.output.shard_reader import find_clips, open_shard, output_shards, read_clips
+from vidshard.pipeline.rows import row_part
+from vidshard.schemas.runs import TokenizeRun
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.tiling --video FILE``: encode and decode one clip of a video whole and in tiles; without a video
 that of a seeded pattern. ``--memory``: the peak memory of one encode and one decode of several models, each in a fresh
-process, in copies of the largest map as `models.tiling.pass_bytes` counts them.
+process, in copies of the largest map as `models.vidtok.tiling.pass_bytes` counts them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, report
-from models.layers import FrameAttention
-from models.tiling import PEAK_COPIES, Tiling, pass_bytes, tile_starts
-from models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
-from models.weights import load_tokenizer
-from pipeline.decode import decode_span, probe_video
-from pipeline.sampling import plan_spans
-from pipeline.storage import open_binary
-from schemas.video import ClipSpec, VideoRef
+from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
+from vidshard.models.vidtok.layers import FrameAttention
+from vidshard.models.vidtok.tiling import PEAK_COPIES, Tiling, pass_bytes, tile_starts
+from vidshard.models.weights import load_tokenizer
+from vidshard.pipeline.storage import open_binary
+from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.schemas.video import ClipSpec, VideoRef
 
 TILES = ((128, 0), (144, 32), (160, 64), (192, 128))
 """(side, overlap): on 256 x 256 always two by two tiles, so that the overlap is exactly that."""

@@ -14,10 +14,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from jobs.outcome import exit_code_of, terminate
-from jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
-from schemas.runs import TokenizeRun, parse_size
-from schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
+from vidshard.jobs.runtime.errors import exit_code_of, terminate
+from vidshard.jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
+from vidshard.schemas.runs import TokenizeRun, parse_size
+from vidshard.schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
 
@@ -72,7 +72,7 @@ def tokenize(config_path: Path | None, **flags: Any) -> None:
     vidshard tokenize s3://bucket/*.mp4 --out s3://bucket/tokens --config run.yaml --fps 3
     """
     run = resolve_settings(TokenizeRun, flags, config_path)
-    from jobs.tokenize_videos import run_and_report
+    from vidshard.jobs.tokenization.job import run_and_report
 
     sys.exit(run_and_report(run, _console()))
 
@@ -82,7 +82,7 @@ def tokenize(config_path: Path | None, **flags: Any) -> None:
 @click.option("--rows", default=3, show_default=True, metavar="N", help="Show so many rows.")
 def inspect(out: str, rows: int) -> None:
     """Show what an output folder or a single shard holds: counts, schema, provenance, rejects, a few rows."""
-    from jobs.inspect_shards import inspect_output
+    from vidshard.jobs.shards.show import inspect_output
 
     sys.exit(inspect_output(out, _console(), num_rows=rows))
 
@@ -129,7 +129,7 @@ def verify(
     vidshard verify tokens/ --exact 0.01
     vidshard verify tokens/ --repair
     """
-    from jobs.verify_shards import verify_output
+    from vidshard.jobs.shards.verify import verify_output
 
     sys.exit(
         verify_output(
@@ -191,7 +191,7 @@ def decode(
         tiles = None if tile_size is None else parse_size(tile_size)
     except ValueError as error:
         raise click.UsageError(f"--tile-size: {error}") from error
-    from jobs.decode_shards import decode_output
+    from vidshard.jobs.shards.decode import decode_output
 
     sys.exit(
         decode_output(
@@ -213,7 +213,7 @@ def decode(
 @vidshard.command()
 def tokenizers() -> None:
     """List the models it knows."""
-    from jobs.inspect_shards import print_tokenizers
+    from vidshard.jobs.shards.show import print_tokenizers
 
     print_tokenizers(_console())
 
@@ -239,7 +239,7 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
     vidshard convert hf://microsoft/VidTok/checkpoints/vidtok_fsq_causal_488_32768.ckpt fsq.safetensors \\
         --tokenizer fsq_causal_488_32768
     """
-    from jobs.convert_weights import convert_weights
+    from vidshard.jobs.convert_weights import convert_weights
 
     sys.exit(convert_weights(source, target, tokenizer, _console(), ema=ema))
 
@@ -265,11 +265,11 @@ def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str
 
     def run_command(config_path: Path | None, **flags: Any) -> None:
         run = training_run(preset, stages, flags, config_path)
-        from jobs.train_tokenizer import run_and_report
+        from vidshard.jobs.training.job import run_and_report
 
         sys.exit(run_and_report(run, _console()))
 
-    from jobs.presets import TRAININGS
+    from vidshard.jobs.training.presets import TRAININGS
 
     usual = TRAININGS[preset](["videos"], "out")
     defaults = {name: [getattr(usual.stages[stage], name) for stage in stages] for name in StageConfig.model_fields}
@@ -307,7 +307,7 @@ def training_run(
     Raises:
         SettingsError: for what is unknown or impossible.
     """
-    from jobs.presets import TRAININGS
+    from vidshard.jobs.training.presets import TRAININGS
 
     for name in ("stage1", "stage2"):
         pairs = flags.pop(name, None) or ()
@@ -376,7 +376,7 @@ _training_command(
 @click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
 def resume(out: str, **changes: Any) -> None:
     """Go on with a run from its folder alone, from its last checkpoint."""
-    from jobs.train_tokenizer import resume as go_on
+    from vidshard.jobs.training.job import resume as go_on
 
     sys.exit(go_on(out, {name: value for name, value in changes.items() if value is not None}, _console()))
 
@@ -386,7 +386,7 @@ def resume(out: str, **changes: Any) -> None:
 @click.option("--out", default="demo-out", show_default=True, metavar="FOLDER", help="Where the result goes.")
 def demo(videos: tuple[str, ...], out: str) -> None:
     """See the whole machine work: a sample corpus, or VIDEOS, to tokens and back, in about a minute."""
-    from jobs.demo import run_demo
+    from vidshard.jobs.demo import run_demo
 
     sys.exit(run_demo(videos, out, _console()))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.outcome import EXIT_REFUSED, UserError, print_error
-from models.tokenizer import TokenizerConfig, get_preset
-from models.weights import load_tokenizer, load_weights, preset_in_name, save_tokenizer, weights_digest
-from pipeline import storage
+from vidshard.jobs.runtime.errors import EXIT_REFUSED, UserError, print_error
+from vidshard.models.tokenizer import TokenizerConfig, get_preset
+from vidshard.models.weights import load_tokenizer, load_weights, preset_in_name, save_tokenizer, weights_digest
+from vidshard.pipeline import storage
 
 
 def convert_weights(source: str, target: str, preset: str | None, console: Console, *, ema: bool = False) -> int:

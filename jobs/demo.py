@@ -17,11 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from jobs.decode_shards import decode_output
-from jobs.presets import cpu_demo
-from jobs.tokenize_videos import run_and_report
-from pipeline.read import find_clips, output_shards
-from pipeline.shards import shard_paths
+from vidshard.jobs.shards.decode import decode_output
+from vidshard.jobs.tokenization.job import run_and_report
+from vidshard.jobs.training.presets import cpu_demo
+from vidshard.pipeline.output.shard_reader import find_clips, output_shards
+from vidshard.pipeline.output.shard_writer import shard_paths
 
 NUM_RECONSTRUCTIONS = 4
 

@@ -12,8 +12,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.heads import FSQ, LFQ
-from models.layers import TIME_RULES
+from vidshard.models.vidtok.heads import FSQ, LFQ
+from vidshard.models.vidtok.layers import TIME_RULES
 
 
 class TokenizerConfig(BaseModel):

@@ -93,7 +93,7 @@ def ssim(real_FCHW: Tensor, fake_FCHW: Tensor) -> Tensor:
     """Structural similarity of each frame, at most 1: float32 (F,).
 
     Wang et al., "Image Quality Assessment", 2004: Gaussian window of 11 x 11 and sigma 1.5, K1 0.01, K2 0.03, no
-    padding, mean over colours. Its authors' code first averages blocks until the shorter side is near 256, and so do
+    padding, mean over colors. Its authors' code first averages blocks until the shorter side is near 256, and so do
     VidTok and we. Frames are in [-1, 1] and cut to it.
 
     Raises:

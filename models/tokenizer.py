@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
-from models.config import PRESETS, TokenizerConfig, get_preset
-from models.heads import FSQ, KL, LFQ, VQ, Encoded, Head
-from models.layers import TIME_RULES
-from models.tiling import Tiling, map_tiles
+from vidshard.models.config import PRESETS, TokenizerConfig, get_preset
+from vidshard.models.vidtok.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
+from vidshard.models.vidtok.heads import FSQ, KL, LFQ, VQ, Encoded, Head
+from vidshard.models.vidtok.layers import TIME_RULES
+from vidshard.models.vidtok.tiling import Tiling, map_tiles
 
 __all__ = [
     "PRESETS",
@@ -71,7 +71,7 @@ class VideoTokenizer(nn.Module):
 
         Args:
             x_BCTHW: floating (B, 3, T, H, W) in [-1, 1], see `frames_to_input`.
-            tiling: encode larger frames than this tile by tile, about as well, see `models.tiling`.
+            tiling: encode larger frames than this tile by tile, about as well, see `models.vidtok.tiling`.
 
         Raises:
             ValueError: for a length, size or tile the strides do not fit, by name, or another shape or dtype.
@@ -143,7 +143,7 @@ class VideoTokenizer(nn.Module):
             tokens_or_latents: integer (B, T', H', W') below codebook_size, or floating (B, C, T', H', W').
             num_frames: how many frames the clips had; None for what `decoded_frames` gives. Only v1.1 leaves a
                 choice.
-            tiling: decode larger frames than this tile by tile, about as well, see `models.tiling`.
+            tiling: decode larger frames than this tile by tile, about as well, see `models.vidtok.tiling`.
 
         Returns:
             (B, 3, T, H, W) of the model's dtype, about [-1, 1] but not clamped, with T = num_frames.

@@ -25,7 +25,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer
+from vidshard.models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer
 
 SHIPPED = "fsq_causal_488_small"
 """The preset whose trained weights are part of the package: what is used where nobody names a model."""

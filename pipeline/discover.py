@@ -24,9 +24,9 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import storage
-from pipeline.rows import INTERNAL_COLUMNS, signal_source
-from schemas.video import Part
+from vidshard.pipeline import storage
+from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
+from vidshard.schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
     [

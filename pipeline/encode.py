@@ -23,15 +23,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models.lengths import Padding, pad
-from models.tiling import Tiling
-from models.tokenizer import Past, TokenizerConfig, VideoTokenizer, frames_to_input
-from models.weights import load_tokenizer, weights_digest
-from pipeline import storage
-from pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
-from schemas.runs import TokenizeRun
-from schemas.tokens import Payload
-from schemas.video import ClipSpec, Reason, Stage, VideoError
+from vidshard.models.tokenizer import Past, TokenizerConfig, VideoTokenizer, frames_to_input
+from vidshard.models.vidtok.lengths import Padding, pad
+from vidshard.models.vidtok.tiling import Tiling
+from vidshard.models.weights import load_tokenizer, weights_digest
+from vidshard.pipeline import storage
+from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
+from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.tokens import Payload
+from vidshard.schemas.video import ClipSpec, Reason, Stage, VideoError
 
 log = logging.getLogger(__name__)
 

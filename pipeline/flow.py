@@ -19,10 +19,10 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import storage
-from pipeline.attempts import MAX_ATTEMPTS, Attempts
-from pipeline.encode import ClipEncoder, EncoderSpec
-from pipeline.stages import SpanDecoder, read_groups
+from vidshard.pipeline import storage
+from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
+from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
+from vidshard.pipeline.encode import ClipEncoder, EncoderSpec
 
 ENCODER_ENVIRONMENT = {
     # glibc hands large blocks back to the system at once and faults every page in again at the next clip. Kept, a
@@ -67,7 +67,7 @@ class EncoderActor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
+class StageResources:
     """Where the stages run."""
 
     encode_workers: int
@@ -83,7 +83,9 @@ class Placement:
     """Spans whose clips an encoder batches together."""
 
 
-def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, placement: Placement) -> Dataset:
+def build_flow(
+    plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
+) -> Dataset:
     """The graph up to the sink, as a lazy dataset.
 
     Args:
@@ -96,25 +98,25 @@ def build_flow(plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSp
     return (
         _rows_of(plan)
         # a small plan is one block to Ray, and one block is one task
-        .repartition(target_num_rows_per_block=placement.rows_per_task)
+        .repartition(target_num_rows_per_block=resources.rows_per_task)
         .map_batches(
             decoder,
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=1,
-            compute=TaskPoolStrategy(placement.decode_workers),
+            compute=TaskPoolStrategy(resources.decode_workers),
             max_retries=MAX_ATTEMPTS - 1,
         )
         .map_batches(
             EncoderActor,
             fn_constructor_args=(encoder, attempts),
             batch_format="pyarrow",
-            batch_size=placement.rows_per_batch,
+            batch_size=resources.rows_per_batch,
             zero_copy_batch=True,
-            num_gpus=placement.gpus_per_worker or None,
-            num_cpus=placement.cpus_per_worker or None,
-            compute=ActorPoolStrategy(size=placement.encode_workers),
+            num_gpus=resources.gpus_per_worker or None,
+            num_cpus=resources.cpus_per_worker or None,
+            compute=ActorPoolStrategy(size=resources.encode_workers),
             runtime_env={"env_vars": ENCODER_ENVIRONMENT},
             max_restarts=-1,
             max_task_retries=-1,

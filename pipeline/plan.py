@@ -1,7 +1,7 @@
 """Planning: every video opened once on the cluster, its stretches as rows of a table, its failures as rejections.
 
 Ids come from content and settings, so the same videos give the same rows on any machine and in any order. What is
-made of the rows, and which of them are left to do, is ``pipeline.todo``'s.
+made of the rows, and which of them are left to do, is ``pipeline.output.resume``'s.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline import storage
-from pipeline.attempts import MAX_ATTEMPTS
-from pipeline.geometry import nearest_bucket
-from pipeline.ledger import CATALOGUE_SCHEMA
-from pipeline.rows import REJECTION, rejection_row, row_part, span_row
-from pipeline.sampling import plan_spans
-from pipeline.stages import probe
-from pipeline.todo import entry_ids, place_ids
-from schemas.video import ClipSpec, Limits, Part, Rejection, Stage, VideoError, VideoProbe, VideoRef
+from vidshard.pipeline import storage
+from vidshard.pipeline.attempts import MAX_ATTEMPTS
+from vidshard.pipeline.decode_stage import probe
+from vidshard.pipeline.output.committed import PLAN_SCHEMA
+from vidshard.pipeline.output.resume import entry_ids, location_keys
+from vidshard.pipeline.rows import REJECTION, rejection_row, row_part, span_row
+from vidshard.pipeline.video.geometry import nearest_bucket
+from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.schemas.video import ClipSpec, Limits, Part, Rejection, Stage, VideoError, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
 """Frames in one unit of work, unless the user says how many clips: some units fit one of Ray's 128 MiB blocks,
@@ -51,7 +51,7 @@ def open_videos(
 ) -> Iterator[pa.Table]:
     """Open every video on the cluster and lay out its spans; gives rows as they come, in no order.
 
-    Each is of ``ledger.CATALOGUE_SCHEMA`` with a column ``rejection``; a video that cannot be opened has one row, with
+    Each is of ``ledger.PLAN_SCHEMA`` with a column ``rejection``; a video that cannot be opened has one row, with
     its rejection and without a span.
 
     Args:
@@ -88,7 +88,7 @@ class _Planner:
     def __call__(self, videos: pa.Table) -> pa.Table:
         probes: dict[str, tuple[VideoProbe | VideoError, str | None]] = {}
         rows = [row for video in videos.to_pylist() for row in self._rows(video, probes)]
-        return pa.Table.from_pylist(rows, schema=CATALOGUE_SCHEMA.append(REJECTION))
+        return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA.append(REJECTION))
 
     def _rows(
         self, video: dict[str, Any], probes: dict[str, tuple[VideoProbe | VideoError, str | None]]
@@ -104,7 +104,7 @@ class _Planner:
         [seen] = entry_ids(
             [ref.uri], [fingerprint], [video.get("part_start_seconds")], [video.get("part_end_seconds")], self.part
         ).to_pylist()
-        [place] = place_ids([ref.uri]).to_pylist()
+        [place] = location_keys([ref.uri]).to_pylist()
         entries = {"entry": video["entry"], "seen_entry": seen, "place": place}
         if isinstance(result, VideoError):
             rejection = Rejection(

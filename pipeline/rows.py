@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.sampling import expected_clips
-from pipeline.storage import public_uri
-from schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
-from schemas.video import (
+from vidshard.pipeline.storage import public_uri
+from vidshard.pipeline.video.sampling import expected_clips
+from vidshard.schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
+from vidshard.schemas.video import (
     REMEDIES,
     Clip,
     ClipSpec,
@@ -63,9 +63,9 @@ PLAN_FIELDS = (
     pa.field("expected_clips", pa.int32(), nullable=False),
     pa.field("fingerprint", pa.string()),
 )
-PLAN_SCHEMA = pa.schema(PLAN_FIELDS)
+WORK_SCHEMA = pa.schema(PLAN_FIELDS)
 
-TODO_NUMBER = pa.field("todo_number", pa.int64())
+WORK_NUMBER = pa.field("todo_number", pa.int64())
 """Which of the rows that a run is to do; by it the driver knows what has come out."""
 
 CLIP_TYPE = pa.struct(
@@ -102,7 +102,7 @@ _STATS_COLUMNS = {"seconds": "encode_seconds", "wait_seconds": "encode_wait_seco
 
 INTERNAL_COLUMNS = (
     RESERVED_COLUMNS
-    | set(PLAN_SCHEMA.names)
+    | set(WORK_SCHEMA.names)
     | set(_STATS_COLUMNS.values())
     | {
         "frames",
@@ -113,7 +113,7 @@ INTERNAL_COLUMNS = (
         "input_row",
         "entry",
         "seen_entry",
-        TODO_NUMBER.name,
+        WORK_NUMBER.name,
     }
 )
 """Names that a manifest's own columns must not have on the way."""
@@ -353,7 +353,7 @@ def refuse(rows: pa.Table, errors: Mapping[int, VideoError], stage: Stage) -> pa
         return rows
     lists, rejections = rows["clips"].to_pylist(), rows["rejection"].to_pylist()
     for number, error in errors.items():
-        row = rows.select(PLAN_SCHEMA.names).slice(number, 1).to_pylist()[0]
+        row = rows.select(WORK_SCHEMA.names).slice(number, 1).to_pylist()[0]
         first_seconds = row["grid_start_pts"] * row["time_base_numerator"] / row["time_base_denominator"]
         before = rejections[number]
         rejections[number] = rejection_row(

@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from schemas.video import ClipSpec, Limits, Part, Placement, Reason, ResizePolicy, SignalRule, TailPolicy, parse_rate
+from vidshard.schemas.video import (
+    ClipPlacement,
+    ClipSpec,
+    Limits,
+    Part,
+    Reason,
+    ResizePolicy,
+    SignalRule,
+    TailPolicy,
+    parse_rate,
+)
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -319,7 +329,7 @@ class TokenizeRun(BaseModel):
         metavar="N",
         help="At most so many clips of each video, or of each part that a manifest names. Default: all.",
     )
-    clip_placement: Placement = setting(
+    clip_placement: ClipPlacement = setting(
         "even",
         section="Parts",
         help="Where --clips-per-video lie: the middle of each of N equal stretches, or a random place in each.",

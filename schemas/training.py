@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from schemas.runs import ByteSize, FrameSize, Rate, setting
-from schemas.video import ClipSpec
+from vidshard.schemas.runs import ByteSize, FrameSize, Rate, setting
+from vidshard.schemas.video import ClipSpec
 
 
 def parse_betas(value: object) -> object:
@@ -55,32 +55,32 @@ class StageConfig(BaseModel):
     )
     seed: int = setting(0, section="Stage", ge=0, lt=1 << 63, metavar="SEED", help="Of everything random in a stage.")
 
-    learning_rate: float = setting(1e-5, section="Optimiser", gt=0, metavar="RATE", help="Of Adam, for the tokenizer.")
+    learning_rate: float = setting(1e-5, section="Optimizer", gt=0, metavar="RATE", help="Of Adam, for the tokenizer.")
     discriminator_learning_rate: float | None = setting(
-        None, section="Optimiser", gt=0, metavar="RATE", help="For the discriminator. Default: the tokenizer's."
+        None, section="Optimizer", gt=0, metavar="RATE", help="For the discriminator. Default: the tokenizer's."
     )
     adam_betas: Betas = setting(
-        (0.9, 0.999), section="Optimiser", metavar="A,B", help="Decay of Adam's two averages, for both networks."
+        (0.9, 0.999), section="Optimizer", metavar="A,B", help="Decay of Adam's two averages, for both networks."
     )
     warmup_steps: int = setting(
         0,
-        section="Optimiser",
+        section="Optimizer",
         ge=0,
         metavar="N",
         help="The rate rises linearly over so many steps; the discriminator's from --gan-start on.",
     )
     schedule: Literal["constant", "cosine"] = setting(
-        "constant", section="Optimiser", help="After that: as it is, or down along a cosine until the last step."
+        "constant", section="Optimizer", help="After that: as it is, or down along a cosine until the last step."
     )
     final_rate_share: float = setting(
-        0.0, section="Optimiser", ge=0, le=1, metavar="SHARE", help="Where the cosine ends, as a share of the rate."
+        0.0, section="Optimizer", ge=0, le=1, metavar="SHARE", help="Where the cosine ends, as a share of the rate."
     )
     clip_norm: float = setting(
-        20.0, section="Optimiser", gt=0, metavar="NORM", help="Longest gradient of either network; longer ones are cut."
+        20.0, section="Optimizer", gt=0, metavar="NORM", help="Longest gradient of either network; longer ones are cut."
     )
     ema_decay: float = setting(
         0.999,
-        section="Optimiser",
+        section="Optimizer",
         ge=0,
         lt=1,
         metavar="DECAY",
@@ -147,7 +147,7 @@ class StageConfig(BaseModel):
         "10000 here.",
     )
     """In batches, like every number of steps here. The reference's threshold is the same 20,001, but it is compared
-    with Lightning's ``global_step``, which two optimisers raise twice a batch, so its adversary begins after some
+    with Lightning's ``global_step``, which two optimizers raise twice a batch, so its adversary begins after some
     10,000 batches. Whoever wants what it does sets 10000; the paper's words mean what stands here. The annealing of
     the entropy was halved there, and is in batches in both."""
     gan_loss: Literal["softplus", "hinge"] = setting(

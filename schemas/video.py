@@ -18,7 +18,7 @@ import numpy as np
 
 TailPolicy = Literal["pad", "drop"]
 ResizePolicy = Literal["crop", "stretch", "pad"]
-Placement = Literal["even", "random"]
+ClipPlacement = Literal["even", "random"]
 SignalRule = Literal["previous", "nearest", "linear", "window"]
 
 
@@ -91,7 +91,7 @@ class ClipSpec:
     """A clip with less video than this is left out; the copies of a padded tail do not count."""
     clips_per_video: int | None = None
     """So many clips of each video, or of each part; None for all that there are."""
-    placement: Placement = "even"
+    placement: ClipPlacement = "even"
     """Where those lie: spread evenly, or one at random in each of as many equal stretches."""
     placement_seed: int = 0
 

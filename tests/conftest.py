@@ -13,10 +13,9 @@ import ray
 import torch
 from click.testing import CliRunner
 
-from jobs.cli import vidshard
-from tests.faulty_s3 import FaultyS3
-from tests.processes import RUN, only_the_text_is_rejected, tokens_by_clip
-from tests.videos import (
+from tests.support.faulty_s3 import FaultyS3
+from tests.support.processes import RUN, only_the_text_is_rejected, tokens_by_clip
+from tests.support.videos import (
     Recipe,
     write_audio_only,
     write_damaged,
@@ -24,9 +23,7 @@ from tests.videos import (
     write_video,
     write_without_frames,
 )
-
-SHARED_REFERENCE = Path(__file__).resolve().parents[2] / "shared"
-"""Reference files and real clips that some checkouts have beside them; the project does not need them."""
+from vidshard.jobs.cli import vidshard
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +134,7 @@ def bad_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def many_spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With ``tests.processes.RUN`` 36 clips in as many spans, and a file that is no video."""
+    """With ``tests.support.processes.RUN`` 36 clips in as many spans, and a file that is no video."""
     folder = tmp_path_factory.mktemp("many")
     for number in range(3):
         write_video(folder / f"{number}.mp4", Recipe(num_frames=200 + number, rate=Fraction(25), codec="mpeg4"))

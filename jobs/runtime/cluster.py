@@ -1,0 +1,154 @@
+"""Ray for the length of a job: a cluster that is there, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import ray
+from ray.data import DataContext
+
+from vidshard.jobs.runtime.errors import EXIT_REFUSED, cause_of, terminate
+from vidshard.pipeline.storage import StorageError
+
+_LISTENING_SECONDS = 10.0
+_JOINING_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What there is to compute with."""
+
+    num_cpus: int
+    num_gpus: float
+    num_nodes: int
+    is_own: bool
+    """Started by this process, and stopped with it."""
+
+    def __str__(self) -> str:
+        gpus = f", {self.num_gpus:g} GPUs" if self.num_gpus else ", no GPU"
+        where = "a Ray of its own" if self.is_own else f"a Ray cluster of {self.num_nodes} nodes"
+        return f"{where}: {self.num_cpus} CPUs{gpus}"
+
+
+@contextmanager
+def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose: bool) -> Iterator[Cluster]:
+    """Connect to Ray, or start one, and stop at the end what was started here.
+
+    Args:
+        address: of a cluster, or "local" for a Ray of our own; None for ``$RAY_ADDRESS`` or else one of our own.
+        object_store_bytes: memory for objects of a Ray of our own; None for Ray's default.
+        verbose: let Ray's own log and progress through.
+
+    Raises:
+        StorageError: there is no cluster at the address, it does not let us in, or Ray cannot be started here.
+    """
+    started = not ray.is_initialized()
+    if started:
+        where = address or os.environ.get("RAY_ADDRESS", "")
+        own = where in ("", "local")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not verbose:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        options = {"include_dashboard": False, "object_store_memory": object_store_bytes} if own else {}
+        _check_listening(where)
+        try:
+            with nullcontext(2) if verbose else _no_chatter() as stderr, _not_for_ever(None if own else where, stderr):
+                ray.init(
+                    address="local" if own else address,
+                    logging_level=logging.INFO if verbose else logging.ERROR,
+                    log_to_driver=verbose,
+                    **options,
+                )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            problem = "Ray cannot be started on this machine" if own else f"cannot join a Ray cluster at {where}"
+            raise StorageError(f"{problem}: {cause_of(error)}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler there that aborts the process
+    else:
+        own = False
+    _quiet(verbose)
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(
+            num_cpus=max(1, int(resources.get("CPU", 1))),
+            num_gpus=resources.get("GPU", 0.0),
+            num_nodes=sum(name.startswith("node:") and "internal" not in name for name in resources),
+            is_own=own,
+        )
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Find out that nothing listens at HOST:PORT, where Ray would try for minutes without a word."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return  # "auto" and the like, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENING_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise StorageError(
+            f"cannot join a Ray cluster at {address}: nothing answers there ({error}). The address is the one that "
+            "`ray start --head` printed, with port 6379 as a rule; `ray status --address` tells whether it lives"
+        ) from error
+
+
+@contextmanager
+def _not_for_ever(address: str | None, stderr: int) -> Iterator[None]:
+    """End the process where Ray still tries to join a cluster after minutes, in C++ code that heeds no signal."""
+
+    def give_up() -> None:
+        os.write(
+            stderr,
+            f"error: no Ray cluster answered at {address} in {_JOINING_SECONDS:.0f} s, though something listens: is it "
+            f"the port of `ray start --head` (6379 as a rule, not 8265 or 10001)?\n".encode(),
+        )
+        os._exit(EXIT_REFUSED)  # as if killed: the lease runs out, and the same command goes on
+
+    timer = threading.Timer(_JOINING_SECONDS, give_up)
+    timer.daemon = True
+    if address is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _no_chatter() -> Iterator[int]:
+    """Keep what Ray's C++ core writes to stderr while it starts from the terminal; exceptions still come through.
+
+    Gives the descriptor that still leads there.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield kept
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _quiet(verbose: bool) -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    context.memory_usage_poll_interval_s = None  # walks the page tables of every worker each second, for a statistic
+    # bounding retries is only possible through arguments that Ray 2.64 will drop; until it says how else
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises as well

@@ -1,0 +1,80 @@
+"""What a running job shows: one calm live line on a terminal, a plain line now and then otherwise."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class PhaseProgress:
+    """Progress of one phase of a job, as a context manager."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console = console
+        self._title = title
+        self._total = max(total, 1)
+        self._done = 0.0
+        self._started = time.monotonic()
+        self._printed = -math.inf
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=self._total, figures="starting")
+
+    def __enter__(self) -> PhaseProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since the phase began."""
+        return time.monotonic() - self._started
+
+    def update(self, done: float, figures: str) -> None:
+        """Show how far it is.
+
+        Args:
+            done: of the total; never shown beyond it.
+            figures: the rest of the line.
+        """
+        self._done = min(done, self._total)
+        left = self.seconds * (self._total - self._done) / self._done if self._done else None
+        line = figures + (f" · {_duration(left)} left" if left is not None and self._done < self._total else "")
+        self._progress.update(self._task, completed=self._done, figures=line)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL_SECONDS:
+            self._printed = now
+            self._console.print(f"{self._title}: {self._done / self._total:.0%} · {line}", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning that stands out with or without colors."""
+    console.print(Text(f"!! {text}", style="bold yellow"))

@@ -1,0 +1,179 @@
+"""What is in an output: counts, schema, provenance, rejects, a few rows; and the table of tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vidshard.jobs.runtime.errors import EXIT_REFUSED, print_error
+from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
+from vidshard.models.tokenizer import PRESETS
+from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
+from vidshard.pipeline import storage
+from vidshard.pipeline.output.committed import read_rejects
+from vidshard.pipeline.output.shard_reader import ShardError, open_shard, output_shards, read_clips, read_payloads
+from vidshard.pipeline.output.shard_writer import RUN, shard_paths
+from vidshard.schemas.tokens import Payload, Provenance
+
+
+def inspect_output(out: str, console: Console, *, num_rows: int) -> int:
+    """Show an output folder or a single shard; gives the exit code."""
+    try:
+        folder = storage.absolute(out)
+        if not out.endswith(".parquet") and storage.exists(storage.join(folder, RUN)) and not shard_paths(folder):
+            console.print("0 shards, 0 clips: the run committed nothing", highlight=False)
+            _show_rejects(folder, console)
+            return 0
+        paths = output_shards(out)
+        provenance = _show_counts(paths, console)
+        _show_codebook_use(paths, provenance.payload, console)
+        _show_provenance(provenance, console)
+        _show_rows(paths[0], num_rows, console)
+        if not out.endswith(".parquet"):
+            _show_rejects(storage.absolute(out), console)
+    except (ShardError, storage.StorageError) as error:
+        print_error(error)
+        return EXIT_REFUSED
+    return 0
+
+
+def _show_counts(paths: list[str], console: Console) -> Provenance:
+    clips = size = 0
+    videos: set[str] = set()
+    first: Provenance | None = None
+    schema = None
+    for path in paths:
+        with open_shard(path) as (parquet, provenance):
+            clips += parquet.metadata.num_rows
+            size += sum(parquet.metadata.row_group(g).total_byte_size for g in range(parquet.metadata.num_row_groups))
+            videos.update(parquet.read(columns=["video_id"])["video_id"].to_pylist())
+            schema = parquet.schema_arrow
+            if first is not None and provenance.identity != first.identity:
+                raise ShardError(f"{path} was made with other settings than {paths[0]}: read them apart")
+            first = first or provenance
+    assert first is not None
+    assert schema is not None
+    console.print(
+        f"{len(paths)} shards, {clips} clips of {len(videos)} videos, {size:,} bytes uncompressed", highlight=False
+    )
+    console.print("\nschema", style="bold")
+    for field in schema:
+        shape = f"   shape {field.metadata[b'shape'].decode()}" if field.metadata and b"shape" in field.metadata else ""
+        console.print(f"  {field.name:<20}{field.type}{shape}", highlight=False, markup=False)
+    return first
+
+
+MAX_COUNTED_TOKENS = 1 << 27
+"""Tokens that are read for a look at an output, about 0.3 GB of shards; more would make it wait for the storage."""
+
+
+def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> None:
+    """Say how the tokens use their codebook; one row group and the counts are in memory."""
+    if payload.codebook_size is None or payload.codebook_size > MAX_CODEBOOK:
+        return
+    use = CodebookUse(payload.codebook_size)
+    part = ""
+    try:
+        for path in paths:
+            for tokens in read_payloads(path):
+                if use.num_tokens >= MAX_COUNTED_TOKENS:
+                    part = f", by the first {use.num_tokens:,} tokens"
+                    break
+                use.update(tokens)
+            if part:
+                break
+    except ShardError as error:
+        # --verify goes on to name every broken shard
+        console.print(Text(f"codebook: not counted, {error}", style="bold red"))
+        return
+    console.print(
+        f"codebook: {use.num_used:,} of {payload.codebook_size:,} tokens used ({use.utilisation:.1%}), "
+        f"entropy {use.entropy_bits:.2f} bits{part}",
+        highlight=False,
+    )
+
+
+def _show_provenance(provenance: Provenance, console: Console) -> None:
+    console.print("\nprovenance", style="bold")
+    shown: dict[str, Any] = {
+        "tokenizer": provenance.tokenizer.get("name"),
+        "weights_source": provenance.weights_source,
+        "weights_sha256": provenance.weights_sha256,
+        "code_version": provenance.code_version,
+        "libraries": dict(provenance.libraries),
+        "run": dict(provenance.run),
+    }
+    text = yaml.safe_dump(shown, sort_keys=False).rstrip()
+    console.print("\n".join(f"  {line}" for line in text.splitlines()), highlight=False, markup=False)
+    if provenance.notice:
+        console.print(Text(f"!! {provenance.notice}", style="bold yellow"))
+
+
+def _show_rows(path: str, num_rows: int, console: Console) -> None:
+    console.print("\nrows", style="bold")
+    for clip, _ in zip(read_clips(path), range(num_rows), strict=False):
+        values = dict(clip.values)
+        times = values.pop("frame_pts_seconds")
+        values["frame_pts_seconds"] = f"{len(times)} times from {times[0]:.3f} to {times[-1]:.3f}"
+        values["payload"] = (
+            f"{clip.payload.dtype} {list(clip.payload.shape)}: {clip.payload.reshape(-1)[:6].tolist()} ..."
+        )
+        for name, value in values.items():
+            text = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
+            console.print(f"  {name:<20}{text}", highlight=False, markup=False)
+        console.print()
+
+
+def _show_rejects(out: str, console: Console) -> None:
+    rejects = read_rejects(out).to_pylist()
+    console.print(f"rejects: {len(rejects)}", style="bold", highlight=False)
+    for (reason, remedy), count in Counter((r["reason"], r["remedy"]) for r in rejects).most_common():
+        console.print(f"  {count} x {reason}: {remedy}", highlight=False, markup=False)
+    for row in rejects[:10]:
+        console.print(
+            f"    {row['uri']} [{row['stage']}] {row['reason']}: {row['detail']}", highlight=False, markup=False
+        )
+    if len(rejects) > 10:
+        console.print(f"    ... and {len(rejects) - 10} more in {out}/rejects/", highlight=False, markup=False)
+
+
+def print_tokenizers(console: Console) -> None:
+    """Print the presets as a table."""
+    table = Table(box=None, pad_edge=False)
+    for name in (
+        "name",
+        "family",
+        "head",
+        "causal",
+        "compression (t x h x w)",
+        "codebook",
+        "latent at 17 (not causal: 16) x256x256",
+    ):
+        table.add_column(name, no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
+    for config in PRESETS.values():
+        space = config.space_stride
+        table.add_row(
+            config.name,
+            config.family,
+            config.head,
+            "yes" if config.is_causal else "no",
+            f"{config.time_stride} x {space} x {space}",
+            f"{config.codebook_size:,}" if config.codebook_size else f"{config.latent_channels} channels",
+            "x".join(map(str, config.latent_shape(17 if config.is_causal else 16, 256, 256))),
+            f"{count_parameters(config) / 1e6:.2f} M",
+            "shipped" if config.name == SHIPPED else "",
+        )
+    console.print(table)
+    measured = training_summary(shipped_weights()).get("measured")
+    console.print(f"\n{SHIPPED} comes with trained weights and is what `vidshard tokenize` uses by itself.")
+    if isinstance(measured, str):
+        console.print(f"On clips that it never saw: {measured}.", highlight=False, markup=False)
+    console.print("For the others: --weights FILE, from their release or from `vidshard train`.", highlight=False)

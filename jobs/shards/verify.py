@@ -1,0 +1,312 @@
+"""Is an output what it says it is? Every shard read whole, and laid against the plan; with ``--repair`` what is broken
+is taken out, so that the same ``vidshard tokenize`` fills it in again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from vidshard.jobs.runtime.errors import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
+from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.shards.reencode import encode_again
+from vidshard.models.tokenizer import TokenizerConfig
+from vidshard.pipeline import storage
+from vidshard.pipeline.encode import clip_specs_of
+from vidshard.pipeline.output.audit import Audit, make_audit
+from vidshard.pipeline.output.committed import (
+    PLANNED,
+    ShardSpans,
+    damaged_files,
+    drop_repeated_spans,
+    drop_spans,
+    shard_spans,
+    spans_of_rows,
+)
+from vidshard.pipeline.output.lease import Lease, LeaseHeldError
+from vidshard.pipeline.output.shard_reader import ShardError, check_shard, open_shard, output_shards
+from vidshard.pipeline.output.shard_writer import REJECTS, RUN, SHARDS
+from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.tokens import FORMAT_VERSION, METADATA_PREFIX
+
+
+@dataclass(kw_only=True)
+class _Findings:
+    """What is wrong, and what is done about it."""
+
+    repair: bool
+    console: Console
+    num_wrong: int = 0
+    num_repaired: int = 0
+    wrong_paths: set[str] = field(default_factory=set)
+
+    def wrong(self, text: str, mend: Callable[[], object] | None = None, done: str = "") -> None:
+        """Say what is wrong; with ``--repair`` mend it."""
+        self.num_wrong += 1
+        self.console.print(Text(f"broken: {text}", style="bold red"))
+        if self.repair and mend is not None:
+            mend()
+            self.num_repaired += 1
+            self.console.print(f"  repaired: {done}", highlight=False, markup=False)
+
+
+def verify_output(
+    out: str,
+    console: Console,
+    *,
+    exact: float | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+    repair: bool = False,
+    account_file: str | None = None,
+) -> int:
+    """Check an output folder, or a single shard; gives the exit code.
+
+    Args:
+        exact: also encode this share of the clips again, in (0, 1].
+        seed: which ones.
+        weights: where the weights are now, when not where the shard says.
+        repair: take out what is broken.
+        account_file: write what became of each video there, as ``.parquet`` or ``.csv``.
+    """
+    folder = storage.absolute(out)
+    if account_file and not account_file.endswith((".parquet", ".csv")):
+        print_error(f"--account {account_file}: give a name that ends in .parquet or .csv")
+        return EXIT_REFUSED
+    findings = _Findings(repair=repair, console=console)
+    try:
+        is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
+        if (repair or account_file) and not is_output:
+            raise UserError(f"{out} is no output of vidshard with a {RUN}: there is no plan to hold it against")
+        with Lease.acquire(folder) if repair else nullcontext():
+            paths = _paths(folder, findings) if is_output else output_shards(out)
+            facts = _check_shards(paths, folder if is_output else None, findings)
+            if is_output:
+                account = _check_account(folder, paths, facts, findings)
+                if account is not None:
+                    print_account(account, console)
+                    if account_file:
+                        _write_account(account, account_file, console)
+        if findings.num_repaired:
+            console.print(
+                f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
+                "is missing now",
+                style="bold",
+            )
+        if findings.num_wrong:
+            return EXIT_FAILED
+        return 0 if exact is None else encode_again(paths, console, share=exact, seed=seed, weights=weights)
+    except (UserError, ShardError, storage.StorageError, LeaseHeldError) as error:
+        print_error(error)
+        return EXIT_REFUSED
+    except KeyboardInterrupt as interrupt:
+        console.print("interrupted before everything was checked", highlight=False)
+        return exit_code_of(interrupt)
+
+
+def _paths(folder: str, findings: _Findings) -> list[str]:
+    """Shards of an output; damaged files of its plan and rejections, and what a killed writer left, are found here."""
+    for path, why in damaged_files(folder):
+        findings.wrong(why, partial(storage.remove, path), f"{path} is taken out")
+    left = (
+        sum(storage.remove_leftovers(storage.join(folder, part)) for part in (SHARDS, REJECTS, PLANNED))
+        if (findings.repair)
+        else 0
+    )
+    if left:
+        findings.console.print(f"{left} files that a killed run had begun are removed", highlight=False)
+    return storage.list_files(storage.join(folder, SHARDS), ".parquet")
+
+
+def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings) -> list[ShardSpans]:
+    """Read every shard; gives what those that are whole say of their spans."""
+    identity = None if folder is None else _record(folder, paths, findings)["identity"]
+    clips = 0
+    seen: set[str] = set()
+    facts: list[ShardSpans] = []
+    with PhaseProgress(findings.console, "verifying", len(paths)) as display:
+        for number, path in enumerate(paths, start=1):
+            try:
+                num_clips, found = _check_shard(path, identity)
+            except ShardError as error:
+                mend = partial(storage.remove, path) if _is_ours(path, identity) else None
+                findings.wrong(str(error), mend, f"{path} is taken out")
+                continue
+            with open_shard(path) as (parquet, _):
+                ids = parquet.read(columns=["clip_id"])["clip_id"].to_pylist()
+            twice = seen.intersection(ids)
+            if twice:
+                findings.wrong(
+                    f"{path} holds {len(twice)} clips that stand in another shard too: {min(twice)} ...",
+                    None if folder is None else partial(drop_repeated_spans, [*(shard.path for shard in facts), path]),
+                    "they stay in the first shard alone",
+                )
+                if findings.repair and folder is not None:
+                    found = shard_spans(path) if storage.exists(path) else ShardSpans(path, [], [], [])
+            seen.update(ids)
+            clips += num_clips
+            facts.append(found)
+            display.update(number, f"{number} of {len(paths)} shards · {clips} clips")
+    text = f"verified {len(facts)} of {len(paths)} shards, {clips} clips"
+    findings.console.print(text, highlight=False)
+    return facts
+
+
+def _is_ours(path: str, identity: dict[str, Any] | None) -> bool:
+    """Whether a broken shard may be taken out: not what another vidshard, another run or somebody else wrote."""
+    try:
+        with storage.open_binary(path) as file:
+            metadata = pq.read_metadata(file).metadata or {}
+    except storage.StorageError:
+        raise
+    except (pa.ArrowException, OSError):
+        return True  # not even its end can be read
+    if metadata.get(f"{METADATA_PREFIX}format_version".encode()) != str(FORMAT_VERSION).encode():
+        return False
+    return identity is None or json.loads(metadata.get(f"{METADATA_PREFIX}identity".encode(), b"null")) == identity
+
+
+def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, ShardSpans]:
+    """Read a shard whole; the number of its clips, and of what spans they are.
+
+    Raises:
+        ShardError: damaged, or not what its metadata or the run says.
+    """
+    num_clips = check_shard(path)
+    with open_shard(path) as (parquet, provenance):
+        names = ("video_id", "clip_index", "part_start_seconds", "part_end_seconds", "num_valid_frames", "fps")
+        rows = parquet.read(columns=[name for name in names if name in parquet.schema_arrow.names])
+    if identity is not None and dict(provenance.identity) != identity:
+        raise ShardError(f"{path} was made with other settings than {RUN} says: move it away, or start a new output")
+    facts = shard_spans(path)
+    if facts.spans:
+        owners = spans_of_rows(rows, facts.spans)
+        counts = Counter(owners)
+        if None in counts:
+            raise ShardError(f"{path} holds {counts[None]} clips of no span that it lists")
+        seconds: Counter[str] = Counter()
+        for owner, valid, fps in zip(
+            owners, rows["num_valid_frames"].to_pylist(), rows["fps"].to_pylist(), strict=True
+        ):
+            seconds[str(owner)] += valid / fps
+        for span, number, length in zip(facts.spans, facts.num_clips, facts.seconds, strict=True):
+            if number is not None and number != counts[span]:
+                raise ShardError(f"{path} holds {counts[span]} clips of span {span}, and says that they are {number}")
+            if length is not None and abs(length - seconds[span]) > 1e-3:
+                raise ShardError(f"{path} holds {seconds[span]:.3f} s of span {span}, and says that they are {length}")
+    return num_clips, facts
+
+
+def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str, Any]:
+    """``run.json``, or what a shard says, where that is damaged.
+
+    Raises:
+        UserError: no shard can say it either.
+    """
+    path = storage.join(folder, RUN)
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(path))
+        record["identity"], record["run"], record["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        damage = f"{path} is damaged ({error!r})"
+    else:
+        return record
+    for shard in paths:
+        with suppress(ShardError), open_shard(shard) as (_, provenance):
+            record = {**asdict(provenance), "format_version": FORMAT_VERSION}
+            text = json.dumps(record, indent=2, default=str).encode()
+            if path not in findings.wrong_paths:
+                findings.wrong_paths.add(path)
+                findings.wrong(damage, partial(storage.write_atomic, path, text), f"written anew, as {shard} says")
+            return record
+    raise UserError(f"{damage}, and no shard says what it was: remove it, and start the same `vidshard tokenize` anew")
+
+
+def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings) -> Audit | None:
+    """Hold what the shards say against the plan."""
+    record = _record(folder, [path for path in paths if storage.exists(path)], findings)
+    try:
+        run = TokenizeRun.model_validate({**record["run"], "inputs": ["-"]})
+        specs = clip_specs_of(run, TokenizerConfig.model_validate(record["tokenizer"]))
+    except (ValidationError, ValueError, KeyError) as error:
+        findings.console.print(f"no account: {RUN} is of another vidshard ({error})", highlight=False, markup=False)
+        return None
+    if not storage.list_files(storage.join(folder, PLANNED), ".parquet"):
+        findings.console.print(f"no account: the output has no {PLANNED}/ (a run that goes on writes it)")
+        return None
+    try:
+        account = make_audit(folder, facts, {(spec.height, spec.width): spec for spec in specs})
+    except ShardError as error:
+        if not findings.num_wrong:
+            findings.wrong(str(error))
+        return None
+
+    def drop(spans: list[str]) -> Callable[[], None]:
+        def mend() -> None:
+            for shard in facts:
+                if not set(shard.spans).isdisjoint(spans):
+                    drop_spans(shard.path, spans)
+
+        return mend
+
+    if account.unplanned:
+        findings.wrong(
+            f"{len(account.unplanned)} spans of the shards are in no plan: {account.unplanned[0]} ... ; the same "
+            "`vidshard tokenize` plans what its inputs hold"
+        )
+    if account.superseded:
+        findings.wrong(
+            f"{len(account.superseded)} spans are of videos that were replaced since: {account.superseded[0]} ...",
+            drop(account.superseded),
+            "their clips are taken out",
+        )
+    if account.short:
+        findings.wrong(
+            f"{len(account.short)} spans hold fewer clips than were planned, though their video goes on: "
+            f"{account.short[0]} ...",
+            drop(account.short),
+            "their other clips are taken out",
+        )
+    return account
+
+
+def print_account(account: Audit, console: Console) -> None:
+    """Print what became of videos and of their time."""
+    statuses = account.statuses
+    order = ("tokenized", "partly", "rejected", "copy", "pending")
+    named = {"copy": "copies of others", "partly": "tokenized in part"}
+    parts = [f"{statuses[name]} {named.get(name, name)}" for name in order if statuses[name]]
+    console.print(f"{account.videos.num_rows} videos = {' + '.join(parts) or '0'}", highlight=False)
+    planned, tokenized, rejected, pending, tail, header = (
+        account.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail", "header")
+    )
+    console.print(
+        f"{planned:.3f} s of video planned = {tokenized:.3f} s in clips + {rejected:.3f} s rejected + {pending:.3f} s "
+        f"pending + {tail:.3f} s of tails left out {'-' if header < 0 else '+'} {abs(header):.3f} s that videos differ "
+        "from their headers",
+        highlight=False,
+    )
+    if account.num_pending:
+        console.print(f"{account.num_pending} of {account.num_spans} planned spans are left to do", highlight=False)
+
+
+def _write_account(account: Audit, path: str, console: Console) -> None:
+    sink = pa.BufferOutputStream()
+    if path.endswith(".csv"):
+        pyarrow.csv.write_csv(account.videos, sink)
+    else:
+        pq.write_table(account.videos, sink)
+    storage.write_atomic(storage.absolute(path), sink.getvalue())
+    console.print(f"what became of each video: {path}", highlight=False, markup=False)

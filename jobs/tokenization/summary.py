@@ -1,0 +1,124 @@
+"""What a tokenization run did: its figures, printed at the end and kept beside the shards."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+from rich.console import Console
+
+from vidshard.jobs.runtime.progress import warn
+from vidshard.pipeline import storage
+from vidshard.pipeline.output.shard_writer import WriteStats
+from vidshard.schemas.tokens import Payload
+from vidshard.schemas.video import REMEDIES, Reason
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What a run did; printed at its end and saved as ``summary.json``."""
+
+    out: str
+    num_videos: int
+    """Videos that the inputs name."""
+    num_rejected_videos: int
+    """Of these, rejected in whole or in part; copies of other videos are not counted."""
+    planned_spans: int
+    expected_clips: int
+    """Of all planned spans, if the headers tell the truth."""
+    reused_spans: int
+    """Finished by an earlier run."""
+    rejected_before: int
+    """Spans that an earlier run rejected."""
+    written: WriteStats
+    reasons: Counter[str]
+    """Rejections of this run, of spans and of whole videos, by reason."""
+    seconds: dict[str, float]
+    """Wall time by phase, and the summed time of all workers by stage."""
+    batch_fill: float
+    """Share of the forward passes' room that held clips; the rest was filled up."""
+    example_clip_id: str | None
+    notice: str | None
+    problems: list[str] = field(default_factory=list)
+    """Why the run failed; empty when it did not."""
+    interruption: KeyboardInterrupt | None = None
+    """Ctrl-C or SIGTERM, when that ended the run."""
+
+    @property
+    def pending_spans(self) -> int:
+        """Of the plan, neither finished nor rejected."""
+        done = self.written.num_spans + self.written.num_rejected_spans + self.reused_spans + self.rejected_before
+        return self.planned_spans - done
+
+
+def save_summary(summary: Summary) -> None:
+    """Write ``summary.json`` beside the shards."""
+    written = summary.written
+    record = {
+        **{f.name: getattr(summary, f.name) for f in fields(summary)},
+        "written": {f.name: getattr(written, f.name) for f in fields(written)}
+        | {"rejected_uris": sorted(written.rejected_uris)},
+        "pending_spans": summary.pending_spans,
+        "interruption": None if summary.interruption is None else type(summary.interruption).__name__,
+    }
+    storage.write_atomic(storage.join(summary.out, "summary.json"), json.dumps(record, indent=2).encode())
+
+
+def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
+    """Print what a run did, and how to look at it."""
+    written, seconds = summary.written, summary.seconds
+
+    def line(name: str, text: str) -> None:
+        console.print(f"  {name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
+
+    console.print()
+    line("output", summary.out)
+    line("videos", f"{summary.num_videos} found, {summary.num_rejected_videos} rejected in whole or in part")
+    line("clips", f"{written.num_clips} written in {written.num_shards} shards")
+    reused = f" + {summary.reused_spans} reused, finished by an earlier run" if summary.reused_spans else ""
+    reused += f" + {summary.rejected_before} rejected before" if summary.rejected_before else ""
+    reused += f" + {summary.pending_spans} left to do" if summary.pending_spans else ""
+    gaps = f" ({written.num_damaged_spans} of them with clips missing)" if written.num_damaged_spans else ""
+    came_out = f"{written.num_spans} as tokens{gaps} + {written.num_rejected_spans} rejected{reused}"
+    line("plan", f"{summary.planned_spans} spans of video = {came_out}")
+    if written.num_values:
+        line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")
+    phases = [f"{name} {value:.1f} s" for name, value in seconds.items()]
+    line("time", " · ".join(phases))
+    if written.num_clips:
+        rate = written.num_clips / seconds["tokenize"]
+        line("speed", f"{rate:.2f} clips/s; batches {summary.batch_fill:.0%} full; {_bottleneck(seconds)}")
+    for reason, count in summary.reasons.most_common():
+        line("rejected", f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
+    if summary.reasons:
+        line("", f"see {storage.join(summary.out, 'rejects')}/ or: vidshard inspect {shlex.quote(summary.out)}")
+    if summary.example_clip_id:
+        clip = f"--clip {summary.example_clip_id} --to clip.mp4"
+        line("look at one", f"vidshard decode {shlex.quote(summary.out)} {clip}")
+    if summary.notice:
+        warn(console, summary.notice)
+    if not written.num_clips and not summary.reused_spans:
+        warn(console, "NOTHING WAS TOKENIZED")
+    for problem in summary.problems:
+        warn(console, problem)
+
+
+def _on_disk(written: WriteStats, payload: Payload) -> str:
+    """Tokens in bits beside what their codebook needs, latents in bytes beside their raw size."""
+    bits = 8 * written.payload_bytes / written.num_values
+    if payload.codebook_size is not None:
+        needed = math.log2(payload.codebook_size)
+        return f"{written.num_values:,} tokens at {bits:.2f} bits each on disk (log2 of the codebook: {needed:g})"
+    raw = written.num_values * payload.dtype.itemsize
+    share = written.payload_bytes / raw
+    return f"{written.num_values:,} latent values in {written.payload_bytes:,} bytes, {share:.0%} of their raw {raw:,}"
+
+
+def _bottleneck(seconds: dict[str, float]) -> str:
+    busy, wait = seconds["encoding, all workers"], seconds["encoders waiting for frames"]
+    share = wait / (busy + wait) if busy + wait else 0.0
+    advice = "decoding is the limit: add CPUs" if share > 0.2 else "encoding is the limit"
+    return f"encoders waited {share:.0%} of their time for frames ({advice})"

@@ -1,0 +1,340 @@
+"""What a training run asks for, looked up and checked: everything that can be wrong without the videos is found out
+here; and the record of the run, ``run.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+import av
+import pyarrow as pa
+import ray
+import torch
+import yaml
+from rich.console import Console
+
+from vidshard.jobs.runtime.cluster import Cluster
+from vidshard.jobs.runtime.errors import UserError
+from vidshard.jobs.runtime.progress import warn
+from vidshard.jobs.tokenization.resolve import code_version
+from vidshard.jobs.training.worker import RUN, last_state, start_weights
+from vidshard.models.config import TokenizerConfig
+from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
+from vidshard.models.tokenizer import get_preset
+from vidshard.models.training.losses import load_perceptual
+from vidshard.models.training.step import Generator, check_stage
+from vidshard.models.weights import count_parameters, differences, load_weights
+from vidshard.pipeline import storage
+from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
+from vidshard.schemas.training import WEIGHT_SUFFIXES, Metric, StageConfig, TrainRun, join_weight
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTraining:
+    """A run with everything looked up that can be without its videos."""
+
+    run: TrainRun
+    tokenizer: TokenizerConfig
+    run_id: str
+    previous: tuple[str, str] | None
+    """Folder and run id of the stage that ``--from`` names."""
+    weights: str | None
+    """Or the weights."""
+
+
+def resolve(run: TrainRun) -> ResolvedTraining:
+    """Look up what the settings name, and refuse what cannot be.
+
+    Raises:
+        UserError: unknown models, impossible clips, what a stage starts with missing or of another architecture.
+    """
+    _refuse_credentials(run)
+    if "://" not in run.out:
+        run = run.model_copy(update={"out": storage.absolute(run.out)})
+    if run.checkpoint_steps % run.evaluate_steps and run.evaluate_steps % run.checkpoint_steps:
+        raise UserError(
+            f"one of --checkpoint-steps {run.checkpoint_steps} and --evaluate-steps {run.evaluate_steps} must be a "
+            "multiple of the other: the best checkpoint is one that was measured"
+        )
+    stages = {
+        name: stage.model_copy(update={"vgg_weights": storage.absolute(stage.vgg_weights)})
+        if stage.vgg_weights
+        else stage
+        for name, stage in run.stages.items()
+    }
+    texts = [join_weight(storage.absolute(path), weight) for path, weight in run.corpora]
+    cache = None if run.cache is None else storage.absolute(run.cache)
+    start_from = None if run.start_from is None else storage.absolute(run.start_from)
+    run = run.model_copy(update={"stages": stages, "videos": texts, "cache": cache, "start_from": start_from})
+    previous, weights, tokenizer = _look_up_start(run)
+    for name, stage in run.stages.items():
+        try:
+            check_stage(stage, tokenizer)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+        _check_metric(run.best_by, name, stage, tokenizer)
+    first = next(iter(run.stages.values()))
+    if first.trainable == "decoder" and previous is None and weights is None:
+        raise UserError(
+            "a stage that trains the decoder alone needs a trained encoder: give --from RUN/stage1 or weights"
+        )
+    _check_losses(run)
+    if run.wandb is not None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise UserError("--wandb needs the package wandb: pip install wandb, or leave --wandb out") from error
+    return ResolvedTraining(run=run, tokenizer=tokenizer, run_id="", previous=previous, weights=weights)
+
+
+def _refuse_credentials(run: TrainRun) -> None:
+    """The record of a run says where everything was, and is there for all to read."""
+    vgg = [stage.vgg_weights for stage in run.stages.values()]
+    for uri in (run.out, run.cache, run.start_from, *vgg, *(path for path, _ in run.corpora)):
+        if uri is not None and uri != storage.public_uri(uri):
+            raise UserError(
+                f"{storage.public_uri(uri)}: the URL carries credentials, which no record of a training may hold; put "
+                "them into the environment"
+            )
+
+
+def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: TokenizerConfig) -> None:
+    reason = None
+    if metric == "lpips" and not stage.perceptual_weight:
+        reason = "LPIPS is measured only where --perceptual-weight is not 0"
+    elif metric == "ssim" and min(stage.size) < SSIM_WINDOW:
+        reason = f"SSIM takes frames of {SSIM_WINDOW}x{SSIM_WINDOW} and more"
+    elif metric.startswith("codebook") and not 0 < (tokenizer.codebook_size or 0) <= MAX_CODEBOOK:
+        reason = f"{tokenizer.name} has no codebook that is counted"
+    if reason is not None:
+        raise UserError(f"{name}: no checkpoint would be the best by {metric}: {reason}; give another --best-by")
+
+
+def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig]:
+    """What the run starts with, and the model that is trained."""
+    try:
+        named = None if run.tokenizer is None else get_preset(run.tokenizer)
+        if run.start_from is None:
+            if named is None:
+                raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
+            return None, None, named
+        source = run.start_from
+        if source.endswith(WEIGHT_SUFFIXES):
+            source = storage.pinned(source)
+            with storage.local_copy(source) as local:
+                assert local is not None
+                if named is None:
+                    named = load_weights(local)[0]
+            start_weights(source, named)
+            return None, source, named
+        folder, record = _stage_folder(source)
+        there = TokenizerConfig.model_validate(record["tokenizer"])
+        if named is not None and (differing := differences(there, named)):
+            raise UserError(
+                f"--from {run.start_from} is of {there.name}, not {named.name} ({differing}): a stage goes on with the "
+                "tokenizer of the one before it"
+            )
+        Checkpoints(folder, record["run_id"]).latest() or last_state(folder, record["run_id"])
+    except (ValueError, FileNotFoundError, storage.StorageError, CheckpointError) as error:
+        raise UserError(f"{error}") from error
+    return (folder, record["run_id"]), None, there
+
+
+def _stage_folder(source: str) -> tuple[str, dict[str, Any]]:
+    """The folder of a finished stage, from itself or from that of its run, and the record of the run."""
+    if storage.exists(storage.join(source, RUN)):
+        record = read_record(source)
+        return storage.join(source, list(record["run"]["stages"])[-1]), record
+    run_folder, _, _ = source.rstrip("/").rpartition("/")
+    if not storage.exists(storage.join(run_folder, RUN)):
+        raise UserError(
+            f"--from {storage.public_uri(source)} is neither a stage of a run, such as runs/mine/stage1, nor weights "
+            f"({', '.join(WEIGHT_SUFFIXES)})"
+        )
+    return source.rstrip("/"), read_record(run_folder)
+
+
+def _check_losses(run: TrainRun) -> None:
+    """Load LPIPS once where it is wanted: better no training than one that ends at its first step."""
+    for vgg in {stage.vgg_weights for stage in run.stages.values() if stage.perceptual_weight}:
+        try:
+            with storage.local_copy(vgg) as local:
+                load_perceptual(local)
+        except (ValueError, storage.StorageError) as error:
+            raise UserError(f"{error}: --vgg-weights FILE, or --perceptual-weight 0") from error
+
+
+def plan_resources(training: ResolvedTraining, cluster: Cluster) -> int:
+    """How many workers.
+
+    Raises:
+        UserError: batches do not divide among them, there are too few GPUs, or weights do not fit the memory.
+    """
+    run = training.run
+    workers = run.workers or int(cluster.num_gpus) or 1
+    if cluster.num_gpus and workers > cluster.num_gpus:
+        raise UserError(f"--workers {workers}, and there are {cluster.num_gpus:g} GPUs: one for each worker")
+    for name, stage in run.stages.items():
+        if stage.clips_per_step % (workers * stage.accumulate):
+            raise UserError(
+                f"{name}: --clips-per-step {stage.clips_per_step} does not divide among {workers} workers that "
+                f"accumulate {stage.accumulate}: take a multiple of {workers * stage.accumulate}"
+            )
+        if not cluster.num_gpus and cluster.num_nodes == 1:
+            _check_memory(training.tokenizer, name, stage, workers)
+    return workers
+
+
+def _check_memory(tokenizer: TokenizerConfig, name: str, stage: StageConfig, workers: int) -> None:
+    """Refuse what this machine cannot hold: weights, gradients, two moments, averages, and one clip of what is kept."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fixed = 4 * 5 * count_parameters(tokenizer)
+    clips = stage.clips_per_step // workers // stage.accumulate
+    kept = 0 if fixed < 64 << 20 or stage.recompute else clips * activation_bytes(tokenizer, stage)
+    if workers * (fixed + kept) > total:
+        raise UserError(
+            f"{name} does not fit this machine: {workers} workers take about {workers * fixed / 2**30:.1f} GiB for "
+            f"weights and {workers * kept / 2**30:.1f} GiB for {clips} clips each at a time, and it has "
+            f"{total / 2**30:.1f} GiB. Take a GPU, --recompute, more --accumulate, or a smaller --tokenizer or --size"
+        )
+
+
+def activation_bytes(tokenizer: TokenizerConfig, stage: StageConfig) -> int:
+    """What one clip's forward pass keeps for its gradients, found by a pass over tensors without storage."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to load
+
+    from vidshard.models.tokenizer import VideoTokenizer
+
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        generator = Generator(VideoTokenizer(tokenizer), stage)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bfloat16"),
+        ):
+            generator(torch.empty(1, 3, stage.frames, *stage.size))
+    return sum(kept.values())
+
+
+# The record.
+
+
+def read_record(out: str) -> dict[str, Any]:
+    """The record of the run in a folder.
+
+    Raises:
+        UserError: there is none.
+        StorageError: it cannot be read.
+    """
+    path = storage.join(out, RUN)
+    if not storage.exists(path):
+        raise UserError(f"there is no run in {storage.public_uri(out)}: it has no {RUN}")
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(path))
+        TrainRun.model_validate(record["run"])
+        TokenizerConfig.model_validate(record["tokenizer"])
+        known = isinstance(record["run_id"], str) and isinstance(record["starts"], list)
+        if not known or not isinstance(record["identity"]["stages"], dict) or record["format"] != _FORMAT:
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the record of a training run: choose another --out") from error
+    return record
+
+
+def begin_run(training: ResolvedTraining) -> ResolvedTraining:
+    """Write ``run.json``, or find that the folder is this run's; a run that has no checkpoint yet may be another.
+
+    Raises:
+        UserError: it is that of another run; the message lists the differences.
+    """
+    run = training.run
+    path = storage.join(run.out, RUN)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record: dict[str, Any] | None = None
+    if storage.exists(path):
+        record = read_record(run.out)
+        there, here = _flat(record["identity"]), _flat(_identity(run))
+        changed = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+        if changed and not _has_checkpoint(run.out, record):
+            record = None
+        elif changed:
+            lines = "\n".join(f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in changed)
+            raise UserError(
+                f"{storage.public_uri(run.out)} is the run of other settings:\n{lines}\nchoose another --out, or go on "
+                f"with it: vidshard train resume {storage.public_uri(run.out)}"
+            )
+    if record is None:
+        record = {
+            "format": _FORMAT,
+            "run_id": uuid.uuid4().hex[:12],
+            "identity": _identity(run),
+            "tokenizer": training.tokenizer.model_dump(mode="json"),
+            "libraries": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "ray": ray.__version__,
+                "pyarrow": pa.__version__,
+                "av": av.__version__,
+            },
+            "starts": [],
+        }
+    record["starts"].append({"at": now, "code_version": code_version()})
+    record["run"] = run.model_dump(mode="json")
+    storage.write_atomic(path, json.dumps(record, indent=2).encode())
+    return replace(training, run_id=record["run_id"])
+
+
+def _has_checkpoint(out: str, record: dict[str, Any]) -> bool:
+    return any(
+        Checkpoints(storage.join(out, name), record["run_id"]).latest() is not None
+        for name in record["identity"]["stages"]
+    )
+
+
+def _identity(run: TrainRun) -> dict[str, Any]:
+    identity: dict[str, Any] = json.loads(json.dumps(run.identity))
+    return identity
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in values.items() if key != "stages"}
+    return flat | {f"{name}.{key}": v for name, stage in values["stages"].items() for key, v in stage.items()}
+
+
+def print_run(training: ResolvedTraining, cluster: Cluster, workers: int, console: Console) -> None:
+    """Print the complete resolved run."""
+    record = training.run.model_dump(mode="json")
+    console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
+    config = training.tokenizer
+    console.print(
+        f"{config.name}: {count_parameters(config) / 1e6:.3g} million weights; {workers} workers on {cluster}; run "
+        f"{training.run_id}",
+        highlight=False,
+    )
+    for name, stage in training.run.stages.items():
+        if stage.gan_weight and not stage.has_adversary:
+            warn(
+                console,
+                f"{name} has no adversary: it would begin at step {stage.gan_start}, and there are {stage.steps}. Give "
+                "a lower --gan-start, or --gan-weight 0 if none is wanted",
+            )
+    if training.previous is not None:
+        folder, run_id = training.previous
+        record = read_record(folder.rpartition("/")[0])
+        mark = Checkpoints(folder, run_id).latest()
+        steps = record["run"]["stages"][folder.rpartition("/")[2]]["steps"]
+        if mark is not None and mark.step < steps:
+            warn(console, f"{storage.public_uri(folder)} is not finished: this begins at step {mark.step} of {steps}")

@@ -1,0 +1,106 @@
+"""What came of a training run: in lines on the terminal, and in ``summary.md`` for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from vidshard.jobs.tokenization.resolve import code_version
+from vidshard.jobs.training.resolve import ResolvedTraining
+from vidshard.jobs.training.worker import EXPORT, RUN
+from vidshard.models.weights import count_parameters
+from vidshard.pipeline import storage
+from vidshard.pipeline.training_data.loader import TrainingVideos
+
+SUMMARY = "summary.md"
+REJECTS = "rejects.json"
+
+
+@dataclass(kw_only=True)
+class StageResult:
+    """What came of one stage."""
+
+    name: str
+    steps: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    restarts: int = 0
+    seconds: float = 0.0
+    is_finished: bool = False
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What came of the run."""
+
+    stages: list[StageResult] = field(default_factory=list)
+    problem: str | None = None
+    interruption: KeyboardInterrupt | None = None
+
+
+def print_stage(stage: StageResult, console: Console) -> None:
+    def change(name: str, digits: int) -> str:
+        now = stage.measured.get(name)
+        if now is None:
+            return ""
+        before = stage.before.get(name)
+        return f" · {name} {f'{before:.{digits}f} → ' if before is not None else ''}{now:.{digits}f}"
+
+    changes = change("psnr", 2) + change("ssim", 3) + change("lpips", 3) + change("codebook_utilisation", 3)
+    restarts = f", {stage.restarts} restarts" if stage.restarts else ""
+    console.print(f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s{restarts}{changes}", highlight=False)
+
+
+def write_summary(training: ResolvedTraining, result: Result, corpora: TrainingVideos) -> None:
+    """Write ``summary.md``."""
+    run = training.run
+    lines = [
+        f"# Training run {training.run_id}",
+        "",
+        f"`{training.tokenizer.name}`, {count_parameters(training.tokenizer):,} weights, by vidshard {code_version()}. "
+        f"The complete settings stand in `{RUN}`.",
+        "",
+        f"Videos: {corpora.num_videos} usable ({', '.join(storage.public_uri(text) for text in run.videos)}), "
+        f"{len({row['video_id'] for row in corpora.held_out.select(['video_id']).to_pylist()})} of them held out; "
+        f"rejections stand in `{REJECTS}`.",
+        "",
+        "| stage | trains | clips | steps | PSNR dB | SSIM | LPIPS | codebook used | clips/s | waiting | MFU "
+        "| restarts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage in result.stages:
+        config = run.stages[stage.name]
+        cells = [
+            stage.name,
+            config.trainable,
+            f"{config.frames}x{config.size[0]}x{config.size[1]} at {config.fps} fps, {config.clips_per_step} a step",
+            f"{stage.steps} of {config.steps}",
+            *(_before_and_after(stage, name, form) for name, form in _COLUMNS),
+            *(f"{stage.metrics[name]:{form}}" if name in stage.metrics else "" for name, form in _SPEEDS),
+            str(stage.restarts),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Held-out figures are of averaged weights, before the first step and after the last.", ""]
+    for stage in result.stages:
+        lines += [f"* {stage.name}: {name} `{digest}`" for name, digest in stage.digests.items()]
+    if result.problem:
+        lines += ["", f"**Not finished:** {result.problem}"]
+    finished = [stage.name for stage in result.stages if stage.is_finished]
+    if finished:
+        path = storage.join(storage.public_uri(run.out), finished[-1], EXPORT)
+        lines += ["", "Use it:", "", f"    vidshard tokenize VIDEOS --out tokens/ --weights {path}"]
+    storage.write_atomic(storage.join(run.out, SUMMARY), ("\n".join(lines) + "\n").encode())
+
+
+_COLUMNS = (("psnr", ".2f"), ("ssim", ".3f"), ("lpips", ".3f"), ("codebook_utilisation", ".1%"))
+_SPEEDS = (("clips_per_second", ".3g"), ("waiting", ".0%"), ("mfu", ".1%"))
+
+
+def _before_and_after(stage: StageResult, name: str, form: str) -> str:
+    now, before = stage.measured.get(name), stage.before.get(name)
+    if now is None:
+        return ""
+    return f"{now:{form}}" if before is None else f"{before:{form}} → {now:{form}}"

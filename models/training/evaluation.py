@@ -1,0 +1,104 @@
+"""What a training looks at: reconstructions of held-out clips, and figures of them. Nothing of a state changes."""
+
+# B batch, C channels, T frames, H height, W width, F frames of all clips
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW, CodebookUse, psnr, ssim
+from vidshard.models.tokenizer import frames_to_input
+from vidshard.models.training.losses import frames_of
+from vidshard.models.training.step import TrainState, video_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Evaluation:
+    """Sums over frames, and counts of tokens; those of several batches or workers are added."""
+
+    num_frames: int
+    psnr: float
+    """In dB, summed."""
+    l1: float
+    ssim: float | None
+    """None for frames smaller than its window."""
+    lpips: float | None
+    """None where LPIPS was not loaded."""
+    use: CodebookUse | None
+    """None for KL, and where the codebook is too large to count."""
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        def summed(a: float | None, b: float | None) -> float | None:
+            return None if a is None or b is None else a + b
+
+        use = None
+        if self.use is not None and other.use is not None:
+            use = CodebookUse(self.use.counts.size)
+            use.counts += self.use.counts + other.use.counts
+        return Evaluation(
+            num_frames=self.num_frames + other.num_frames,
+            psnr=self.psnr + other.psnr,
+            l1=self.l1 + other.l1,
+            ssim=summed(self.ssim, other.ssim),
+            lpips=summed(self.lpips, other.lpips),
+            use=use,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Means over frames, and the codebook's use: what there is of psnr, l1, ssim, lpips, codebook_utilisation,
+        codebook_entropy_bits, codebook_perplexity."""
+        sums = {"psnr": self.psnr, "l1": self.l1, "ssim": self.ssim, "lpips": self.lpips}
+        means = {name: value / max(self.num_frames, 1) for name, value in sums.items() if value is not None}
+        if self.use is None:
+            return means
+        return means | {
+            "codebook_utilisation": self.use.utilisation,
+            "codebook_entropy_bits": self.use.entropy_bits,
+            "codebook_perplexity": self.use.perplexity,
+        }
+
+
+@torch.no_grad()
+def reconstruct(state: TrainState, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Encode and decode a batch, KL by its mean.
+
+    Args:
+        frames_BTHWC: uint8 (B, T, H, W, 3), on any device.
+
+    Returns:
+        The clips and their reconstruction, float32 (B, 3, T, H, W) of about [-1, 1], and the tokens, if any.
+    """
+    x_BCTHW = frames_to_input(frames_BTHWC.to(state.device)).contiguous()
+    with state.autocast():
+        made = state.generator(x_BCTHW)
+    return x_BCTHW, video_of(made["decoded_BTHWC"], x_BCTHW.shape[2]), made.get("tokens")
+
+
+@torch.no_grad()
+def evaluate_batch(state: TrainState, frames_BTHWC: Tensor) -> Evaluation:
+    """Measure reconstructions of held-out clips. Nothing of the state changes.
+
+    Within `TrainState.averaged` it is the averages that are measured.
+    """
+    x_BCTHW, video_BCTHW, tokens = reconstruct(state, frames_BTHWC)
+    real_FCHW, fake_FCHW = frames_of(x_BCTHW), frames_of(video_BCTHW).clamp(-1, 1)
+    use = None
+    codebook_size = state.tokenizer.config.codebook_size
+    if tokens is not None and codebook_size is not None and codebook_size <= MAX_CODEBOOK:
+        use = CodebookUse(codebook_size)
+        use.update(tokens.cpu().numpy())
+    lpips = None
+    if state.perceptual is not None:
+        with state.autocast():
+            lpips = float(state.perceptual(real_FCHW, fake_FCHW).float().sum())
+    return Evaluation(
+        num_frames=real_FCHW.shape[0],
+        psnr=float(psnr(real_FCHW, fake_FCHW).sum()),
+        l1=float((real_FCHW - fake_FCHW).abs().mean(dim=(1, 2, 3)).sum()),
+        ssim=float(ssim(real_FCHW, fake_FCHW).sum()) if min(real_FCHW.shape[-2:]) >= SSIM_WINDOW else None,
+        lpips=lpips,
+        use=use,
+    )

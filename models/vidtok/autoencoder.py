@@ -1,0 +1,321 @@
+"""Encoder and decoder, assembled from the layers; shapes in, shapes out, no quantisation.
+
+Both are a list of layers run in order, and each layer's past travels beside the maps. Level 0 has the full
+resolution; the decoder runs from the last level to level 0.
+"""
+
+# B batch, T frames, H height, W width, C channels; a prime in text (T', H', W') is the latent grid
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vidshard.models.vidtok.layers import (
+    ChannelNorm,
+    FrameAttention,
+    Layer,
+    LayerPast,
+    LinearTimeUp,
+    SpaceDown,
+    SpaceUp,
+    SpatialUnit,
+    TimeConv,
+    TimeDown,
+    TimeRule,
+    TimeUnit,
+    time_up,
+)
+
+Past = tuple[LayerPast, ...]
+"""What an encoder or decoder needs of the frames before a chunk, layer by layer; empty at the start of a video."""
+
+VOLUME = (3, 3, 3)
+THROUGH_TIME = (3,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Where convolutions see space and time at once."""
+
+    level_volumes: bool = False
+    """Whether a residual pair (within frames, then through time) is one 3D unit."""
+    middle_volumes: bool = True
+    """Whether the middle units are 3D; otherwise each is such a pair."""
+    attention: bool = True
+    """Whether there is attention between the middle units."""
+    blend: bool = True
+    """Whether resampling in time blends its 3D convolution with a path without weights; otherwise it is a
+    convolution over time alone."""
+
+
+ARCHITECTURES = {
+    "released": Architecture(),
+    "fully-3d": Architecture(level_volumes=True, attention=False),
+    "no-blend": Architecture(blend=False),
+    "no-3d": Architecture(middle_volumes=False),
+}
+"""The released models and the ablations of Table 2 of Tang et al., "VidTok", 2024 (157, 245, 142 and 126 million
+weights). The paper publishes no code for the latter three and names them only; these are the structures whose size,
+with its four latent channels, rounds to the table's: 157.45, 244.76, 141.72 and 126.01 million.
+
+What was counted and put aside. Fully 3D: with attention, 246.87; and where 3D convolutions of stride 2 also replace
+the separate resampling in space and time, 245.98 (without attention 243.88). That the table's model had no attention
+is therefore a guess from its size. Without blending: the 3D convolution alone, 157.45 as before, or the path without
+weights alone, 139.76. Without 3D: middle units within frames only, 119.70; the convolutions of the resampling over
+time alone as well, 110.28. Whether the first and last convolutions become 2D changes 0.12 and shows in no
+rounding; they stay.
+"""
+
+
+class Level(nn.Module):
+    """The units of one resolution and what changes the resolution after them."""
+
+    def __init__(self, units: list[nn.Module], *, downsample: nn.Module | None, upsample: nn.Module | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(units)
+        self.downsample = downsample
+        self.upsample = upsample
+
+    def resampling(self) -> Iterator[Layer]:
+        yield from (layer for layer in (self.downsample, self.upsample) if layer is not None)
+
+
+class Middle(nn.Module):
+    """Unit, attention, unit at the latent resolution; some architectures have pairs for units, or no attention."""
+
+    def __init__(self, channels: int, rule: TimeRule, architecture: Architecture) -> None:
+        super().__init__()
+        volumes = architecture.middle_volumes
+        self.block_1 = TimeUnit(channels, VOLUME, rule) if volumes else SpatialUnit(channels, channels)
+        self.block_1_temporal = None if volumes else temporal_unit(channels, rule)
+        self.attn_1 = FrameAttention(channels) if architecture.attention else None
+        self.block_2 = TimeUnit(channels, VOLUME, rule) if volumes else SpatialUnit(channels, channels)
+        self.block_2_temporal = None if volumes else temporal_unit(channels, rule)
+
+    def layers(self) -> Iterator[Layer]:
+        layers = (self.block_1, self.block_1_temporal, self.attn_1, self.block_2, self.block_2_temporal)
+        yield from (layer for layer in layers if layer is not None)
+
+
+class Encoder(nn.Module):
+    """Frames to what the head takes.
+
+    Args:
+        widths: channels of each level.
+        num_pairs: residual pairs (within frames, then through time) at each level.
+        space_levels: levels after which height and width are halved.
+        time_levels: those of them after which the frames are halved too.
+        rule: what the layers see around a frame and beyond the ends of a video.
+        architecture: where they see space and time at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        num_pairs: int,
+        space_levels: Sequence[int],
+        time_levels: Sequence[int],
+        out_channels: int,
+        rule: TimeRule,
+        architecture: Architecture,
+    ) -> None:
+        super().__init__()
+        self.conv_in = TimeConv(3, widths[0], VOLUME, rule)
+        inputs = [widths[0], *widths[:-1]]
+        self.down = nn.ModuleList(
+            Level(
+                level_units(before, width, num_pairs, rule, architecture),
+                downsample=SpaceDown(width) if level in space_levels else None,
+                upsample=None,
+            )
+            for level, (before, width) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.down_temporal = nn.ModuleList(
+            Level(
+                temporal_units(width, num_pairs, rule, architecture),
+                downsample=TimeDown(width, rule, blend=architecture.blend) if level in time_levels else None,
+                upsample=None,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1], rule, architecture)
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = TimeConv(widths[-1], out_channels, VOLUME, rule)
+
+    def layers(self) -> Iterator[Layer]:
+        """Everything before the output convolution, in the order in which it runs."""
+        yield self.conv_in
+        for spatial, temporal in zip(self.down, self.down_temporal, strict=True):
+            yield from level_layers(spatial, temporal)
+        yield from self.mid.layers()
+
+    def forward(
+        self, x_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False, recompute: bool = False
+    ) -> tuple[Tensor, Past]:
+        """Encode a chunk whose number of frames the time stride divides.
+
+        Args:
+            recompute: compute layers again for gradients rather than keep them, see `run_to_features`.
+
+        Returns:
+            (B, T', H', W', out_channels), and the next chunk's past, empty unless `keep_past`.
+        """
+        return run_layers(self, x_BTHWC, past, keep_past=keep_past, last=True, recompute=recompute)
+
+
+class Decoder(nn.Module):
+    """Latents to frames, time_stride of them for each latent; arguments as in `Encoder`.
+
+    ``space_levels`` and ``time_levels`` name the levels after which the map is doubled.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        num_pairs: int,
+        space_levels: Sequence[int],
+        time_levels: Sequence[int],
+        in_channels: int,
+        rule: TimeRule,
+        architecture: Architecture,
+    ) -> None:
+        super().__init__()
+        self.conv_in = TimeConv(in_channels, widths[-1], VOLUME, rule)
+        self.mid = Middle(widths[-1], rule, architecture)
+        inputs = [*widths[1:], widths[-1]]
+        first_frames = {level: 1 << i for i, level in enumerate(sorted(time_levels, reverse=True))}
+        self.up = nn.ModuleList(
+            Level(
+                level_units(before, width, num_pairs, rule, architecture),
+                downsample=None,
+                upsample=SpaceUp(width) if level in space_levels else None,
+            )
+            for level, (before, width) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.up_temporal = nn.ModuleList(
+            Level(
+                temporal_units(width, num_pairs, rule, architecture),
+                downsample=None,
+                upsample=(
+                    time_up(width, rule, first_frames[level], blend=architecture.blend)
+                    if level in time_levels
+                    else None
+                ),
+            )
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = ChannelNorm(widths[0])
+        self.conv_out = TimeConv(widths[0], 3, VOLUME, rule)
+
+    def layers(self) -> Iterator[Layer]:
+        """Everything before the output convolution, in the order in which it runs."""
+        yield self.conv_in
+        yield from self.mid.layers()
+        for spatial, temporal in reversed(list(zip(self.up, self.up_temporal, strict=True))):
+            yield from level_layers(spatial, temporal)
+
+    def forward(
+        self, z_BTHWC: Tensor, past: Past = (), *, keep_past: bool = False, last: bool = True
+    ) -> tuple[Tensor, Past]:
+        """Decode a chunk of latents (B, T', H', W', in_channels).
+
+        Args:
+            last: whether the video ends with the chunk. If not, linear interpolation leaves time_stride - 1 frames
+                to the next chunk, except after the video's first latent.
+
+        Returns:
+            (B, time_stride * T', H, W, 3) where nothing waits, and the next chunk's past, empty unless `keep_past`.
+        """
+        return run_layers(self, z_BTHWC, past, keep_past=keep_past, last=last)
+
+    def features(self, z_BTHWC: Tensor, *, recompute: bool = False) -> Tensor:
+        """What the output convolution takes of a whole clip: (B, time_stride * T', H, W, widths[0])."""
+        return run_to_features(self, z_BTHWC, (), keep_past=False, last=True, recompute=recompute)[0]
+
+
+def level_units(
+    in_channels: int, channels: int, count: int, rule: TimeRule, architecture: Architecture
+) -> list[nn.Module]:
+    """The units that see space; the first one changes the width."""
+    widths = [(in_channels if i == 0 else channels) for i in range(count)]
+    if architecture.level_volumes:
+        return [TimeUnit(width, VOLUME, rule, out_channels=channels) for width in widths]
+    return [SpatialUnit(width, channels) for width in widths]
+
+
+def temporal_units(channels: int, count: int, rule: TimeRule, architecture: Architecture) -> list[nn.Module]:
+    """The units that see time alone, one for each of the others; none where those see time themselves."""
+    return [] if architecture.level_volumes else [temporal_unit(channels, rule) for _ in range(count)]
+
+
+def temporal_unit(channels: int, rule: TimeRule) -> TimeUnit:
+    return TimeUnit(channels, THROUGH_TIME, rule, starts_as_identity=True)
+
+
+def level_layers(spatial: nn.Module, temporal: nn.Module) -> Iterator[Layer]:
+    """A level's pairs, or 3D units, then its resampling: space first, then time on the map of the new size."""
+    assert isinstance(spatial, Level)
+    assert isinstance(temporal, Level)
+    for index, unit in enumerate(spatial.block):
+        yield unit
+        yield from temporal.block[index : index + 1]
+    yield from spatial.resampling()
+    yield from temporal.resampling()
+
+
+def run_layers(
+    network: Encoder | Decoder,
+    x_BTHWC: Tensor,
+    past: Past,
+    *,
+    keep_past: bool,
+    last: bool,
+    recompute: bool = False,
+) -> tuple[Tensor, Past]:
+    """Run a network over a chunk and collect what each layer needs for the next one."""
+    features_BTHWC, next_past = run_to_features(
+        network, x_BTHWC, past, keep_past=keep_past, last=last, recompute=recompute
+    )
+    x_BTHWC, kept = network.conv_out(features_BTHWC, past[-1] if past else ())
+    return x_BTHWC, (*next_past, kept) if keep_past else ()
+
+
+def run_to_features(
+    network: Encoder | Decoder,
+    x_BTHWC: Tensor,
+    past: Past,
+    *,
+    keep_past: bool,
+    last: bool,
+    recompute: bool = False,
+) -> tuple[Tensor, Past]:
+    """Run a network up to what its output convolution takes.
+
+    Args:
+        recompute: keep of each layer its input alone, and compute it again for gradients. Training then holds one
+            layer's maps at a time, for a third more work.
+    """
+    next_past: list[LayerPast] = []
+    for index, layer in enumerate(network.layers()):
+        layer_past = past[index] if past else ()
+        # Every map but the first, which is the caller's, was made here for the next layer alone. A large map stays
+        # where it is: 17 x 256 x 256 takes 1.9 GB to encode in place of 3.9.
+        run: Callable[[Tensor, LayerPast], tuple[Tensor, LayerPast]] = layer
+        if isinstance(layer, LinearTimeUp):
+            run = partial(layer, last=last)
+        elif isinstance(layer, (SpatialUnit, TimeUnit)):
+            run = partial(layer, overwrite=index > 0)
+        if recompute:
+            x_BTHWC, kept = checkpoint(run, x_BTHWC, layer_past, use_reentrant=False)
+        else:
+            x_BTHWC, kept = run(x_BTHWC, layer_past)
+        # Dropped at once where nobody asks: at 17 x 256 x 256 all layers' pasts together are some 0.45 GB.
+        next_past.append(kept if keep_past else ())
+    return network.norm_out(x_BTHWC, silu=True), tuple(next_past)

@@ -1,0 +1,274 @@
+"""The CPU stages as Ray calls them: rows in, rows out, and every failure of a video a value in its row.
+
+``pipeline.video.decode`` does the work and knows nothing of Ray; here rows become its arguments and its results become
+rows. FFmpeg runs in a child process of each Ray worker (``pipeline.video.sandbox``), so that a hostile file costs one
+row and no worker. Nothing in here loads torch, which takes 1.1 s and 180 MB of each worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vidshard.pipeline import storage
+from vidshard.pipeline.cancel import CancelToken
+from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
+from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans, probe_video
+from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
+from vidshard.pipeline.video.sandbox import DecodeSandbox
+from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
+from vidshard.schemas.video import (
+    Clip,
+    ClipSpec,
+    Limits,
+    Part,
+    Reason,
+    SignalRule,
+    Span,
+    SpanClips,
+    VideoError,
+    VideoProbe,
+    VideoRef,
+)
+
+PROBE_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
+"""Opening a file and decoding its first frame; slow object stores included."""
+
+_crashes: dict[str, VideoError] = {}
+"""Videos at which this worker's decoder died, by id: not tried again, as a new decoder and a core dump each cost."""
+
+
+def read_groups(groups: pa.Table, plan: str) -> pa.Table:
+    """Row groups of a plan's Parquet file, by their numbers in the column ``group``."""
+    with storage.open_binary(plan) as file:
+        return pq.ParquetFile(file).read_row_groups(groups["group"].to_pylist())
+
+
+@cache
+def _sandbox(memory_bytes: int) -> DecodeSandbox:
+    """This worker process's own, started at its first video and reused for all that follow."""
+    return DecodeSandbox(memory_limit_bytes=memory_bytes)
+
+
+@lru_cache(maxsize=2)
+def _signal(path: str, memory_bytes: int) -> Signal:
+    """A signal, kept for the other rows of its video; read in the sandbox, as it comes from whoever made the video."""
+    return _sandbox(memory_bytes).run(read_signal, path, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+
+
+def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
+    """Open a video and read what its header says, in the sandbox."""
+    limits = limits or Limits()
+    try:
+        return _sandbox(limits.memory_bytes).run(
+            probe_video, ref, storage.open_video, limits, timeout_seconds=PROBE_TIMEOUT_SECONDS
+        )
+    except VideoError as error:
+        return error
+
+
+def _decode_in_child(
+    spans: Sequence[Span],
+    spec: ClipSpec,
+    max_clips: int,
+    limits: Limits,
+    keep_undamaged: bool,
+    fingerprint: str | None = None,
+) -> list[SpanClips]:
+    """Decode spans of one video, whose file must still be in the state that it was planned in."""
+    decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
+    uri = spans[0].uri
+    if fingerprint is not None:
+        try:
+            now = storage.fingerprint(uri)
+        except storage.StorageError as error:
+            raise VideoError(Reason.UNREADABLE, str(error)) from error
+        if now is not None and now != fingerprint:
+            raise VideoError(
+                Reason.CHANGED, f"its size and time stamp are {now} now; when it was opened they were {fingerprint}"
+            )
+    if storage.is_local(uri):
+        return decode(uri)
+    try:
+        file = storage.open_video(uri)
+    except storage.StorageError as error:
+        raise VideoError(Reason.UNREADABLE, str(error)) from error
+    with file:
+        return decode(file)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanDecoder:
+    """The decoding stage: a row of the plan in, the row with its frames, or with its rejection, out."""
+
+    spec: ClipSpec
+    """How clips are made; their size is that of each row."""
+    max_clips: int
+    """Clips that one row may hold; an open-ended last span beyond it is rejected."""
+    clips_per_pass: int
+    """Clips that rows of one video may hold together to be decoded in one pass."""
+    limits: Limits = field(default_factory=Limits)
+    keep_undamaged: bool = False
+    """Of damaged stretches of video, give the clips that are whole."""
+    signals: tuple[tuple[str, SignalRule], ...] = ()
+    """Names and rules of the signals that each clip receives."""
+    stop: CancelToken | None = None
+    """Rows met after it is raised give nothing: their run is ending, and the next one does them."""
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Decode the rows' spans: those of one video together, as many as memory shall hold."""
+        plan = rows.to_pylist()
+        number = 0
+        while number < len(plan):
+            end = number + 1
+            clips = plan[number]["expected_clips"]
+            while end < len(plan) and plan[end]["uri"] == plan[number]["uri"]:
+                clips += plan[end]["expected_clips"]
+                if clips > self.clips_per_pass:
+                    break
+                end += 1
+            if self.stop is not None and self.stop.is_cancelled():
+                return
+            started = time.monotonic()
+            spec = row_spec(plan[number], self.spec)
+            fingerprint = plan[number].get("fingerprint")
+            outcomes = self._decode([row_span(row) for row in plan[number:end]], spec, fingerprint)
+            seconds = (time.monotonic() - started) / len(outcomes)
+            for row, outcome in enumerate(outcomes, start=number):
+                outcome, columns = self._with_signals(plan[row], outcome, spec)
+                table = add_clips(
+                    rows.slice(row, 1),
+                    outcome,
+                    uri=storage.public_uri(plan[row]["uri"]),
+                    start_seconds=_start_seconds(row_span(plan[row]), spec),
+                    seconds=seconds,
+                    continuous=spec.continuous,
+                )
+                yield add_signals(table, columns)
+            number = end
+
+    def _with_signals(
+        self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec
+    ) -> tuple[SpanClips, list[tuple[pa.Field, pa.Array]]]:
+        """The outcome and, for each column of a signal, the values of the row's own clips; or that a signal is bad."""
+        span = row_span(row)
+        first_seconds = float(span.grid_start_pts * span.time_base)
+        columns: list[tuple[pa.Field, pa.Array]] = []
+        try:
+            for name, rule in self.signals:
+                clips = [clip for clip in outcome.clips if clip.clip_index >= span.first_clip]
+                source = row[signal_source(name)]
+                if source is None:
+                    arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
+                else:
+                    signal = _signal(source, self.limits.memory_bytes) if clips else None
+                    aligned = [
+                        align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
+                        for clip in clips
+                        if signal is not None
+                    ]
+                    arrays = signal_arrays(name, rule, aligned)
+                fields = signal_fields(name, rule)
+                columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
+        except VideoError as error:
+            return self._with_signals(row, SpanClips(clips=[], error=error), spec)
+        return outcome, columns
+
+    def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
+        video_id = spans[0].video_id
+        if video_id in _crashes:
+            return [SpanClips(clips=[], error=_crashes[video_id])] * len(spans)
+        num_clips = sum(self.max_clips if s.end_clip is None else s.end_clip - s.first_clip for s in spans)
+        clip_seconds = min(max(spec.clip_seconds, spec.stride), spec.clip_seconds + SEEK_GAP_SECONDS)
+        seconds = float((num_clips + len(spans) * spec.halo_clips) * clip_seconds)
+        try:
+            return _sandbox(self.limits.memory_bytes).run(
+                _decode_in_child,
+                spans,
+                spec,
+                self.max_clips,
+                self.limits,
+                self.keep_undamaged,
+                fingerprint,
+                timeout_seconds=self.limits.seconds_for(seconds),
+            )
+        except VideoError as error:
+            of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
+            if len(spans) > 1 and not of_the_file:  # which of them it was, nobody knows
+                return [result for span in spans for result in self._decode([span], spec, fingerprint)]
+            if error.reason is Reason.DECODER_CRASHED:
+                _crashes[video_id] = error
+            return [SpanClips(clips=[], error=error)] * len(spans)
+
+
+def _start_seconds(span: Span, spec: ClipSpec) -> float:
+    layout = ClipTimeline.of(span, span.part, spec)
+    inside = not layout.is_beyond(span.first_clip)
+    return float(max(span.part.start_seconds, layout.start_seconds(span.first_clip) if inside else 0))
+
+
+def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str | None = None) -> Clip:
+    """The first clip of a span, decoded by itself.
+
+    Raises:
+        VideoError: it cannot be had, or there is none.
+    """
+    if span.video_id in _crashes:
+        raise _crashes[span.video_id]
+    span = replace(span, end_clip=span.first_clip + 1)
+    seconds = limits.seconds_for(float(spec.clip_seconds))
+    try:
+        [result] = _sandbox(limits.memory_bytes).run(
+            _decode_in_child, [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds
+        )
+    except VideoError as error:
+        if error.reason is Reason.DECODER_CRASHED:
+            _crashes[span.video_id] = error
+        raise
+    if result.error is not None:
+        raise result.error
+    if not result.clips:
+        raise VideoError(Reason.TOO_SHORT, f"there is no whole clip of {float(spec.clip_seconds):.3g} s")
+    clip: Clip = result.clips[-1]
+    return clip
+
+
+def decode_again(
+    uri: str,
+    video_id: str,
+    clip_index: int,
+    spec: ClipSpec,
+    part: Part | None = None,
+    limits: Limits | None = None,
+) -> list[Clip]:
+    """One clip of a video that was tokenized before, after those of its halo, straight from its source.
+
+    Args:
+        part: which part of the video its index counts in; None for the whole.
+        limits: those of its run, which hold the rate of images in an archive.
+
+    Raises:
+        VideoError: the source is gone, was replaced, or no longer decodes.
+    """
+    limits = limits or Limits()
+    header = probe(VideoRef(uri=uri, num_bytes=-1), limits)
+    if isinstance(header, VideoError):
+        raise header
+    if header.video_id != video_id:
+        raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
+    [first, *_] = plan_spans(header, spec, 1, part)
+    span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
+    [result] = _sandbox(limits.memory_bytes).run(
+        _decode_in_child, [span], spec, 1, limits, False, timeout_seconds=PROBE_TIMEOUT_SECONDS
+    )
+    if result.error is not None:
+        raise result.error
+    if not result.clips or result.clips[-1].clip_index != clip_index:
+        raise VideoError(Reason.TRUNCATED, f"the video has no clip {clip_index} any more")
+    return result.clips

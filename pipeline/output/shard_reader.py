@@ -1,0 +1,164 @@
+"""Token shards read back: what an output holds, one clip of it, or all of them.
+
+Reading needs pyarrow alone. Only the row groups that can hold a wanted clip are fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vidshard.pipeline import storage
+from vidshard.pipeline.output.shard_writer import RUN, SHARDS, shard_paths
+from vidshard.schemas.tokens import LATER_COLUMNS, Payload, Provenance, shard_schema
+
+
+class ShardError(Exception):
+    """A shard or an output cannot be read; the message names it and says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredClip:
+    """One row of a shard."""
+
+    values: dict[str, Any]
+    """Every column but the payload."""
+    payload: np.ndarray
+    """Token ids (T', H', W'), or the latents' mean (C, T', H', W') as float16."""
+
+    @property
+    def clip_id(self) -> str:
+        """The row's id."""
+        return str(self.values["clip_id"])
+
+
+def output_shards(out: str) -> list[str]:
+    """Paths of the shards of an output folder, of a folder of shards, or of a single shard.
+
+    Raises:
+        ShardError: there are none.
+    """
+    out = storage.absolute(out)
+    if out.endswith(".parquet"):
+        if not storage.exists(out):
+            raise ShardError(f"there is no file {out}")
+        return [out]
+    started = storage.exists(storage.join(out, RUN))
+    paths = shard_paths(out) or ([] if started else storage.list_files(out, ".parquet"))
+    if not paths:
+        why = f"its {SHARDS}/ is empty: the run committed nothing" if started else "it is not an output of vidshard"
+        raise ShardError(f"no token shards in {out}: {why}")
+    return paths
+
+
+@contextmanager
+def open_shard(path: str) -> Iterator[tuple[pq.ParquetFile, Provenance]]:
+    """A shard as a Parquet file, and what it says of itself.
+
+    Raises:
+        ShardError: not a Parquet file, not a token shard, or of an unknown format version.
+    """
+    with storage.open_binary(path) as file:
+        try:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            yield parquet, Provenance.from_metadata(parquet.schema_arrow.metadata, name=path)
+        except storage.StorageError:
+            raise  # the storage failed, which says nothing of the shard
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ShardError(f"cannot read {path}: {error}") from error
+
+
+def find_clips(paths: list[str], prefix: str) -> list[tuple[str, str]]:
+    """(path, clip id) of every clip whose id begins with ``prefix``; only the id column is read."""
+    found: list[tuple[str, str]] = []
+    for path in paths:
+        with open_shard(path) as (parquet, _):
+            for group in _groups_with(parquet, prefix):
+                ids = parquet.read_row_group(group, columns=["clip_id"])["clip_id"].to_pylist()
+                found += [(path, clip_id) for clip_id in ids if clip_id.startswith(prefix)]
+    return found
+
+
+def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
+    """The clips of a shard whose ids begin with ``prefix``, row group by row group.
+
+    Raises:
+        ShardError: the shard is damaged, or a value is outside the codebook.
+    """
+    with open_shard(path) as (parquet, provenance):
+        for group in _groups_with(parquet, prefix):
+            table = parquet.read_row_group(group)
+            arrays = payload_arrays(table, provenance.payload, name=path)
+            columns = table.drop_columns(list(provenance.payload.columns)).to_pylist()
+            for values, array in zip(columns, arrays, strict=True):
+                if values["clip_id"].startswith(prefix):
+                    yield StoredClip(values=values, payload=array)
+
+
+def read_payloads(path: str) -> Iterator[np.ndarray]:
+    """The payload of a shard, a row group at a time: (rows, *payload.shape); no other column is read.
+
+    Raises:
+        ShardError: as :func:`read_clips`.
+    """
+    with open_shard(path) as (parquet, provenance):
+        for group in range(parquet.metadata.num_row_groups):
+            table = parquet.read_row_group(group, columns=[provenance.payload.columns[0]])
+            yield payload_arrays(table, provenance.payload, name=path)
+
+
+def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> np.ndarray:
+    """Tokens, or mean latents, of a table's rows: (rows, *payload.shape), checked against the codebook.
+
+    Raises:
+        ValueError: a token id is not below the codebook's size.
+    """
+    flat = table[payload.columns[0]].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    array = flat.reshape(table.num_rows, *payload.shape)
+    if payload.codebook_size is not None and array.size and int(array.max()) >= payload.codebook_size:
+        raise ValueError(f"{name} holds token {int(array.max())}, the codebook ends at {payload.codebook_size - 1}")
+    return np.asarray(array)
+
+
+def check_shard(path: str) -> int:
+    """Read a shard whole and hold it against its metadata; gives the number of clips.
+
+    Raises:
+        ShardError: damaged, of another schema, or with impossible values.
+    """
+    with open_shard(path) as (parquet, provenance):
+        table = parquet.read()
+        expected = shard_schema(provenance.payload, [], provenance)
+        for field in expected:
+            if field.name in LATER_COLUMNS and field.name not in table.schema.names:
+                continue
+            if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
+                raise ValueError(f"column '{field.name}' is missing or not {field.type}")
+        ids = table["clip_id"].to_pylist()
+        if len(set(ids)) != len(ids):
+            raise ValueError("a clip id stands in it twice")
+        payload_arrays(table, provenance.payload, name=path)
+        times = table["frame_pts_seconds"].combine_chunks()
+        if not all(np.all(np.diff(t.values.to_numpy()) >= 0) for t in times):
+            raise ValueError("frame times run backwards")
+        return int(table.num_rows)
+
+
+def _groups_with(parquet: pq.ParquetFile, prefix: str) -> list[int]:
+    """Row groups that may hold an id with the prefix, by their statistics; rows are sorted by id."""
+    if not prefix:
+        return list(range(parquet.metadata.num_row_groups))
+    column = parquet.schema_arrow.get_field_index("clip_id")
+    groups = []
+    for group in range(parquet.metadata.num_row_groups):
+        statistics = parquet.metadata.row_group(group).column(column).statistics
+        bounded = statistics is not None and statistics.has_min_max
+        if not bounded or (statistics.min[: len(prefix)] <= prefix <= statistics.max[: len(prefix)]):
+            groups.append(group)
+    return groups

@@ -1,0 +1,307 @@
+"""Token shards on storage: written whole, named after what is in them, and listed again.
+
+A shard's name is a digest of the spans it completes, and its metadata lists them, so that what is finished can be
+read from the files alone (``pipeline.output.committed`` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vidshard.pipeline import storage
+from vidshard.pipeline.rows import explode, frame_sizes, rejections_table, row_part, row_rejection
+from vidshard.schemas.tokens import METADATA_PREFIX, Payload, Provenance, shard_schema
+from vidshard.schemas.video import ClipSpec, Rejection
+
+SHARDS, REJECTS, RUN = "shards", "rejects", "run.json"
+SPANS_KEY = f"{METADATA_PREFIX}spans"
+SPAN_CLIPS_KEY = f"{METADATA_PREFIX}span_clips"
+SPAN_SECONDS_KEY = f"{METADATA_PREFIX}span_seconds"
+"""Metadata of a shard: the spans that are whole in it, of each the number of its clips, and the seconds of video that
+these hold (copies of a last frame not counted)."""
+
+ROW_GROUP_BYTES = 1 << 20
+"""Payload in one row group: what a reader of one clip has to fetch and decompress."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WriteStats:
+    """What went into files."""
+
+    num_shards: int = 0
+    num_spans: int = 0
+    """Spans that came out as tokens."""
+    num_rejected_spans: int = 0
+    """And those that did not."""
+    num_damaged_spans: int = 0
+    """Of the first, those with clips missing."""
+    num_clips: int = 0
+    num_values: int = 0
+    """Tokens, or latent values."""
+    payload_bytes: int = 0
+    """Compressed, in all shards."""
+    file_bytes: int = 0
+    seconds: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+    rejected_uris: set[str] = field(default_factory=set)
+
+    def add(self, other: WriteStats) -> None:
+        """Add another task's figures to these."""
+        for counts in fields(self):
+            if counts.name == "rejected_uris":
+                self.rejected_uris |= other.rejected_uris
+            else:
+                setattr(self, counts.name, getattr(self, counts.name) + getattr(other, counts.name))
+
+
+@dataclass(kw_only=True, slots=True)
+class _Bucket:
+    """What a shard of one frame size is like, and the rows that wait for theirs."""
+
+    spec: ClipSpec
+    payload: Payload
+    schema: pa.Schema
+    clips_per_shard: int
+    rows: list[pa.Table] = field(default_factory=list)
+    num_clips: int = 0
+
+
+class TokenShardSink:
+    """Gathers encoded rows and commits them as shards, rejections as rejects.
+
+    A shard is committed when it is full; all are when the oldest row has waited for ``commit_seconds``, and at
+    :meth:`close`. Compressing and uploading happen on a thread of their own, at most two shards behind.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        *,
+        buckets: Sequence[tuple[ClipSpec, Payload]],
+        provenance: Provenance,
+        manifest_fields: Sequence[pa.Field],
+        signal_fields: Sequence[pa.Field] = (),
+        shard_bytes: int,
+        commit_seconds: float,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make an empty one; nothing is written yet.
+
+        Args:
+            buckets: for each frame size how clips are made, and what one becomes. A shard holds one size.
+            provenance: of all shards, but for the payload.
+            manifest_fields: the user's own columns.
+            signal_fields: columns of signals.
+            shard_bytes: payload of a full shard, before compression.
+            commit_seconds: how long a finished clip may wait.
+            before_commit: called before each file is written, on the writer's thread; what it raises ends the writing.
+        """
+        self._out = out
+        self._buckets = {
+            (spec.height, spec.width): _Bucket(
+                spec=spec,
+                payload=payload,
+                schema=shard_schema(payload, [*manifest_fields, *signal_fields], replace(provenance, payload=payload)),
+                clips_per_shard=max(1, shard_bytes // payload.clip_bytes),
+            )
+            for spec, payload in buckets
+        }
+        self._signals = [field.name for field in signal_fields]
+        self._commit_seconds = commit_seconds
+        self._before_commit = before_commit
+        self._rejections: list[Rejection] = []
+        self._oldest: float | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._pending: deque[Future[WriteStats]] = deque()
+        self.committed = WriteStats()
+        """What stands in files by now."""
+        self.last_clip_id: str | None = None
+        """One that was committed; None before the first."""
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows of the encoder; commit when it is time.
+
+        Raises:
+            storage.StorageError: an earlier shard could not be written.
+        """
+        refused = pc.and_(rows["rejection"].is_valid(), pc.equal(pc.list_value_length(rows["clips"]), 0))
+        self._rejections += _rejections_of(rows.filter(refused))
+        good = rows.filter(pc.invert(refused))
+        self._oldest = time.monotonic() if self._oldest is None else self._oldest
+        for at, size in enumerate(frame_sizes(good)):
+            row = good.slice(at, 1)
+            clips = row["clips"].combine_chunks().value_lengths()[0].as_py()
+            bucket = self._buckets[size]
+            if bucket.num_clips and bucket.num_clips + clips > bucket.clips_per_shard:
+                self._submit(bucket)
+            bucket.rows.append(row)
+            bucket.num_clips += clips
+        self.commit_if_due()
+
+    def commit_if_due(self) -> None:
+        """Commit all when the oldest row has waited for long enough.
+
+        Raises:
+            storage.StorageError: as :meth:`add`.
+        """
+        while self._pending and self._pending[0].done():
+            self.committed.add(self._pending.popleft().result())
+        if self._oldest is not None and time.monotonic() - self._oldest > self._commit_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Hand all that is held to the writer."""
+        for bucket in self._buckets.values():
+            if bucket.rows:
+                self._submit(bucket)
+        if self._rejections:
+            self._submit(None)
+        self._oldest = None
+
+    def _submit(self, bucket: _Bucket | None) -> None:
+        """Hand the rows of one frame size to the writer, and all rejections."""
+        rejections, self._rejections = self._rejections, []
+        rows: list[pa.Table] = []
+        if bucket is not None:
+            rows, bucket.rows, bucket.num_clips = bucket.rows, [], 0
+        if not any(bucket.rows for bucket in self._buckets.values()):
+            self._oldest = None
+        self._pending.append(self._writer.submit(self._write, bucket, rows, rejections))
+        while self._pending and (len(self._pending) > 2 or self._pending[0].done()):
+            self.committed.add(self._pending.popleft().result())
+
+    def close(self) -> None:
+        """Commit the rest and wait until everything stands in files.
+
+        Raises:
+            storage.StorageError: a shard could not be written; those before it are whole.
+        """
+        try:
+            self.commit()
+            while self._pending:
+                self.committed.add(self._pending.popleft().result())
+        finally:
+            self._writer.shutdown()
+
+    def _write(self, bucket: _Bucket | None, rows: list[pa.Table], rejections: list[Rejection]) -> WriteStats:
+        started = time.monotonic()
+        written = WriteStats()
+        written.num_rejected_spans = len(rejections)
+        table = pa.concat_tables(sorted(rows, key=lambda row: str(row["span_id"][0]))) if rows else None
+        if table is not None:
+            partly = [
+                replace(rejection, kept_clips=clips)
+                for rejection, clips in zip(
+                    table["rejection"].to_pylist(), pc.list_value_length(table["clips"]).to_pylist(), strict=True
+                )
+                for rejection in ([] if rejection is None else [row_rejection(rejection)])
+            ]
+            written.num_damaged_spans = len(partly)
+            rejections = rejections + partly
+        if rejections:
+            # before the clips beside which something is missing: what is said of them alone counts for nothing
+            self._before_commit()
+            write_rejects(self._out, rejections)
+            written.reasons.update(str(r.reason) for r in rejections)
+            written.rejected_uris.update(r.uri for r in rejections)
+        if bucket is not None and table is not None:
+            self._before_commit()
+            self._write_shard(bucket, table, written)
+        written.seconds = time.monotonic() - started
+        return written
+
+    def _write_shard(self, bucket: _Bucket, rows: pa.Table, written: WriteStats) -> None:
+        spec, payload = bucket.spec, bucket.payload
+        clip_ids = [
+            spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
+            for row in rows.select(["video_id", "part_start_seconds", "part_end_seconds", "clips"]).to_pylist()
+            for clip in row["clips"]
+        ]
+        spans = rows["span_id"].to_pylist()
+        rows = rows.set_column(
+            rows.schema.get_field_index("uri"),
+            "uri",
+            pa.array([storage.public_uri(u) for u in rows["uri"].to_pylist()], pa.string()),
+        )
+        valid = [sum(clip["num_valid_frames"] for clip in clips) for clips in rows["clips"].to_pylist()]
+        listed = {
+            SPANS_KEY: json.dumps(spans),
+            SPAN_CLIPS_KEY: json.dumps(pc.list_value_length(rows["clips"]).to_pylist()),
+            SPAN_SECONDS_KEY: json.dumps([round(frames / float(spec.fps), 6) for frames in valid]),
+        }
+        schema = bucket.schema.with_metadata({**bucket.schema.metadata, **listed})
+        table = explode(rows, schema, payload, clip_ids=clip_ids, fps=float(spec.fps), signals=self._signals)
+        table = table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
+        data = parquet_bytes(table, payload)
+        name = hashlib.sha256("\n".join(spans).encode()).hexdigest()[:16]
+        prefix = f"{spec.bucket}-" if len(self._buckets) > 1 else ""  # so that a pattern picks those of one shape
+        storage.write_atomic(storage.join(self._out, SHARDS, f"{prefix}{name}.parquet"), data)
+        self.last_clip_id = table["clip_id"][-1].as_py() if table.num_rows else self.last_clip_id
+        written.num_shards += 1
+        written.num_spans += rows.num_rows
+        written.num_clips += table.num_rows
+        written.num_values += table.num_rows * payload.num_values * len(payload.columns)
+        written.payload_bytes += compressed_bytes(data, payload.columns)
+        written.file_bytes += data.size
+
+
+def _rejections_of(rows: pa.Table) -> list[Rejection]:
+    return [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
+
+
+def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:
+    """A shard as Parquet.
+
+    Byte-stream-split with zstd, as measured by benchmarks/storage.py on uniform tokens: 15.1 bits for 15-bit ids
+    (dictionary 16.3, plain 19.6), 18.7 for 18-bit ones (28.1, 23.0), 12.2 for 12-bit ones (12.2, 17.2).
+    On skewed tokens it is the best or within 3 % of it. Normal float16 latents would take 13.6 bits that way, but
+    DuckDB (2.0) cannot read it for float16: they are stored plain, 14.7 bits.
+    """
+    sink = pa.BufferOutputStream()
+    encoding = "BYTE_STREAM_SPLIT" if payload.kind == "tokens" else "PLAIN"
+    payload_paths = [f"{name}.list.element" for name in payload.columns]
+    others = [f.name for f in table.schema if f.name not in payload.columns]
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=max(1, ROW_GROUP_BYTES // payload.clip_bytes),
+        compression="zstd",
+        use_dictionary=[name for name in others if pa.types.is_string(table.schema.field(name).type)],
+        column_encoding=dict.fromkeys(payload_paths, encoding),
+        write_page_index=True,
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    return sink.getvalue()
+
+
+def compressed_bytes(data: pa.Buffer, columns: Sequence[str]) -> int:
+    """Bytes that some columns take in a Parquet file."""
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
+    chunks = (group.column(c) for group in groups for c in range(metadata.num_columns))
+    return sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+
+
+def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
+    """Write rejections as one file, named after its rows."""
+    table = rejections_table(rejections)
+    name = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())
+
+
+def shard_paths(out: str) -> list[str]:
+    """Paths of an output's shards, sorted."""
+    return storage.list_files(storage.join(out, SHARDS), ".parquet")

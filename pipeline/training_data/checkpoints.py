@@ -1,0 +1,182 @@
+"""Checkpoints of a training: written beside it, whole or absent, on any storage; the last few and the best are kept.
+
+    checkpoints/step-00001000.pt      the state, as torch saves it
+    checkpoints/step-00001000.json    that it is whole, whose it is, and how good
+
+The second file is written after the first and removed before it: a checkpoint is there if its second file is. Reading
+executes nothing (``weights_only``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from vidshard.pipeline import storage
+from vidshard.schemas.training import LOWER_IS_BETTER
+
+CHECKPOINTS = "checkpoints"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be gone on from; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What is known of a checkpoint without reading it."""
+
+    step: int
+    run_id: str
+    """Of the run that wrote it."""
+    digest: str
+    """BLAKE2b of the file."""
+    metrics: dict[str, float]
+    """Of held-out clips at that step; empty where nobody looked."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage of one run.
+
+    Args:
+        folder: of the stage.
+        run_id: of the run; checkpoints of others are refused.
+        keep_last: so many of the last ones are kept,
+        best_by: and the best one by this metric.
+    """
+
+    def __init__(self, folder: str, run_id: str, *, keep_last: int = 2, best_by: str = "psnr") -> None:
+        self._folder = storage.join(folder, CHECKPOINTS)
+        self._run_id = run_id
+        self._keep_last = keep_last
+        self._best_by = best_by
+
+    def marks(self) -> list[CheckpointInfo]:
+        """All of them, by step.
+
+        Raises:
+            CheckpointError: one is of another run.
+            StorageError: they cannot be listed or read.
+        """
+        marks = []
+        for path in storage.list_files(self._folder, ".json"):
+            try:
+                mark = CheckpointInfo(**json.loads(storage.read_bytes(path)))
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{path} is no record of a checkpoint: choose another --out") from error
+            if mark.run_id != self._run_id:
+                raise CheckpointError(
+                    f"{self._folder} holds checkpoints of another run ({mark.run_id}, and this is {self._run_id}): "
+                    "choose another --out"
+                )
+            marks.append(mark)
+        return sorted(marks, key=lambda mark: mark.step)
+
+    def latest(self) -> CheckpointInfo | None:
+        """The last one."""
+        return max(self.marks(), key=lambda mark: mark.step, default=None)
+
+    def best(self) -> CheckpointInfo | None:
+        """The best one by the metric; None where none has it."""
+        return self._best_of(self.marks())
+
+    def _best_of(self, marks: list[CheckpointInfo]) -> CheckpointInfo | None:
+        sign = -1 if self._best_by in LOWER_IS_BETTER else 1
+        measured = [mark for mark in marks if self._best_by in mark.metrics]
+        return max(measured, key=lambda mark: (sign * mark.metrics[self._best_by], mark.step), default=None)
+
+    def load(self, mark: CheckpointInfo) -> dict[str, Any]:
+        """What was saved.
+
+        Raises:
+            CheckpointError: the file is damaged or gone.
+            StorageError: it cannot be read.
+        """
+        path, record = self._path(mark.step, ".pt"), self._path(mark.step, ".json")
+        if not storage.exists(path):
+            raise CheckpointError(f"{path} is gone: delete {record} too, then go on from the one before it")
+        data = storage.read_bytes(path)
+        if _digest(data) != mark.digest:
+            raise CheckpointError(f"{path} is damaged: delete it and {record}, then go on from the one before it")
+        loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return loaded
+
+    def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:
+        """Write one, then remove those that need not be kept.
+
+        Raises:
+            StorageError: it could not be written; nothing of it counts then, and all others are still there.
+        """
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        data = buffer.getbuffer()
+        mark = CheckpointInfo(step=step, run_id=self._run_id, digest=_digest(data), metrics=dict(metrics))
+        storage.remove(self._path(step, ".json"))  # of an attempt before a restart
+        storage.write_atomic(self._path(step, ".pt"), data)
+        storage.write_atomic(self._path(step, ".json"), json.dumps(asdict(mark), indent=1).encode())
+        self._prune()
+
+    def _prune(self) -> None:
+        marks = self.marks()
+        kept = {mark.step for mark in marks[-self._keep_last :]}
+        if best := self._best_of(marks):
+            kept.add(best.step)
+        for mark in marks:
+            if mark.step not in kept:
+                for suffix in (".json", ".pt"):
+                    with suppress(storage.StorageError):  # it takes room, no more
+                        storage.remove(self._path(mark.step, suffix))
+
+    def _path(self, step: int, suffix: str) -> str:
+        return storage.join(self._folder, f"step-{step:08d}{suffix}")
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time, while training goes on; waits for the last one at its end."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:
+        """Begin to write a state, which must not be changed any more; waits for the one before.
+
+        Raises:
+            StorageError: that one could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._checkpoints.save, state, step, metrics)
+
+    def wait(self) -> None:
+        """Until what was begun is on the storage.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

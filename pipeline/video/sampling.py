@@ -1,0 +1,278 @@
+"""Which frames make which clip.
+
+Pure arithmetic over presentation times: no video is opened here and nothing knows of Ray. Clips lie on a
+regular grid of seconds; each grid time takes the frame then on screen, so a source slower than the grid
+repeats frames and a faster one drops some. Variable frame rate needs no special case. All comparisons are
+between integers: a grid time that falls exactly on a frame takes that frame, whatever the rates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from vidshard.schemas.video import ClipSpec, Part, Span, VideoProbe
+
+FEWEST_BYTES_PER_SECOND = 8
+"""A header that claims a longer video for the size of its file says nothing: a hostile one of a few kilobytes could
+ask for millions of spans. One frame a second costs more than this in any container."""
+
+_MIN_CLIPS_IN_LAST_SPAN = 2
+
+CUT_TOLERANCE_SECONDS = Fraction(1, 1000)
+"""Times of a part are written rounded, often to milliseconds. A frame that begins so soon after a part's start counts
+as its first one, and the last moment before its end as no longer its own: else clips would begin, or end, with a
+frame of the neighbouring shot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The regular times at which a video is sampled: ``start_pts`` ticks, ``offset_seconds``, ``index / fps``."""
+
+    start_pts: int
+    """Presentation time of the video's first frame, in ticks."""
+    time_base: Fraction
+    """Seconds per tick, positive."""
+    fps: Fraction
+    """Grid times per second, positive."""
+    offset_seconds: Fraction = Fraction(0)
+    """From the first frame to grid time 0."""
+
+    def __post_init__(self) -> None:
+        if self.time_base <= 0 or self.fps <= 0:
+            raise ValueError(f"time base and fps must be positive, got {self.time_base} and {self.fps}")
+
+    def first_index_at(self, pts: int) -> int:
+        """Index of the first grid time not before ``pts``; 0 for a time before the grid.
+
+        A frame shown from ``a`` to ``b`` ticks, exclusive, covers the indices ``first_index_at(a)`` to
+        ``first_index_at(b)``, exclusive; a video that ends at ``b`` has ``first_index_at(b)`` grid times.
+        """
+        per_tick, offset, unit = self._whole_steps
+        index = -((offset - (pts - self.start_pts) * per_tick) // unit)
+        return index if index > 0 else 0
+
+    @cached_property
+    def _whole_steps(self) -> tuple[int, ...]:
+        """Grid times in a tick, in the offset, and one, in whole units: it is asked for each packet."""
+        return _in_whole_units(self.time_base * self.fps, self.offset_seconds * self.fps, Fraction(1))
+
+    def pts_at(self, index: int) -> int:
+        """The last tick not after the grid time."""
+        return self.start_pts + math.floor((self.offset_seconds + index / self.fps) / self.time_base)
+
+    def seconds_at(self, index: int) -> Fraction:
+        """The grid time in the source's presentation time."""
+        return self.start_pts * self.time_base + self.offset_seconds + index / self.fps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTimeline:
+    """Where the clips of one video, or of one part of it, lie in time. Every span of it has the same."""
+
+    spec: ClipSpec
+    part: Part
+    start_pts: int
+    """Presentation time of the video's first frame, in ticks."""
+    time_base: Fraction
+    placed: tuple[Fraction, ...] | None
+    """Starts that were chosen one by one, in seconds after the part's own; None for one every stride."""
+
+    @classmethod
+    def of(cls, video: Span | VideoProbe, part: Part, spec: ClipSpec) -> ClipTimeline:
+        """That of a video by what its header says: the same for whoever asks.
+
+        A video of unknown length has a single place for a clip, its beginning.
+        """
+        placed = None
+        if spec.clips_per_video is not None:
+            placed = _location_keys(video.video_id, part, spec, Fraction(video.duration_seconds_from_header))
+        return cls(spec=spec, part=part, start_pts=video.grid_start_pts, time_base=video.time_base, placed=placed)
+
+    def start_seconds(self, clip_index: int) -> Fraction:
+        """Grid time of a clip's first frame, in seconds after the video's; negative where copies stand before it."""
+        if self.placed is not None:
+            return self.part.start_seconds + self.placed[clip_index]
+        return self.part.start_seconds + clip_index * self.spec.stride - self.spec.lead_frames / self.spec.fps
+
+    def grid(self, clip_index: int) -> Grid:
+        """The times of a clip's frames."""
+        early = CUT_TOLERANCE_SECONDS if self.part.start_seconds > 0 else 0
+        return Grid(
+            start_pts=self.start_pts,
+            time_base=self.time_base,
+            fps=self.spec.fps,
+            offset_seconds=self.start_seconds(clip_index) + early,
+        )
+
+    def num_frames(self, clip_index: int) -> int:
+        """How many of a clip's frames lie before the end of the part."""
+        if self.part.end_seconds is None:
+            return self.spec.num_frames
+        seconds = self.part.end_seconds - CUT_TOLERANCE_SECONDS - self.start_seconds(clip_index)
+        return min(self.spec.num_frames, max(0, math.ceil(seconds * self.spec.fps)))
+
+    def num_clips(self, end_seconds: Fraction) -> int:
+        """Clips of a video that ends so long after its first frame.
+
+        Clips that overlap end with the first one that reaches the end: those after it would show nothing new.
+        """
+        if self.part.end_seconds is not None:
+            end_seconds = min(end_seconds, self.part.end_seconds - CUT_TOLERANCE_SECONDS)
+        return max(0, math.ceil(self.clips_before(end_seconds)))
+
+    def clips_before(self, end_seconds: Fraction) -> Fraction:
+        """As :meth:`num_clips` without the part's end, and with fractions: 2.5 when the third is half full."""
+        seconds = end_seconds - self.part.start_seconds + self.spec.lead_frames / self.spec.fps
+        if self.placed is not None:
+            return Fraction(sum(start < seconds for start in self.placed))
+        if seconds <= 0:
+            return Fraction(0)
+        overlap = max(Fraction(0), self.spec.clip_seconds - self.spec.stride)
+        return max(Fraction(1) if overlap else Fraction(0), (seconds - overlap) / self.spec.stride)
+
+    @cached_property
+    def last_clip(self) -> int | None:
+        """The last clip that there can be, -1 for none; None where only the video's end says so."""
+        if self.placed is not None:
+            return len(self.placed) - 1
+        end = self.part.end_seconds
+        return None if end is None else self.num_clips(end) - 1
+
+    def is_beyond(self, clip_index: int) -> bool:
+        """Whether a clip can be ruled out without knowing where the video ends."""
+        return self.last_clip is not None and clip_index > self.last_clip
+
+    def around(self, pts: int, until_pts: int) -> range:
+        """Indices of all clips that may have a grid time from ``pts`` to ``until_pts``, exclusive."""
+        if self.placed is not None:
+            return range(len(self.placed))
+        tick, begin, clip, stride = self._whole_times
+        first = ((pts - self.start_pts) * tick - begin - clip) // stride
+        last = ((until_pts - self.start_pts) * tick - begin) // stride
+        return range(max(0, first), max(0, last + 1))
+
+    @cached_property
+    def _whole_times(self) -> tuple[int, ...]:
+        """A tick, the start of clip 0 after the video's first frame, a clip and a stride, in one unit."""
+        zero = self.part.start_seconds - self.spec.lead_frames / self.spec.fps
+        return _in_whole_units(self.time_base, zero, self.spec.clip_seconds, self.spec.stride)
+
+
+def _in_whole_units(*seconds: Fraction) -> tuple[int, ...]:
+    """Times as multiples of the longest unit that divides them all: fractions of big numbers are slow."""
+    denominator = math.lcm(*(value.denominator for value in seconds))
+    return tuple(value.numerator * (denominator // value.denominator) for value in seconds)
+
+
+def _location_keys(video_id: str, part: Part, spec: ClipSpec, seconds: Fraction) -> tuple[Fraction, ...]:
+    """Starts of a limited number of clips, in seconds after the part's, on its time grid and each another one.
+
+    The part is divided into stretches of equal length for the starts; each has one, in its middle or anywhere.
+    """
+    assert spec.clips_per_video is not None
+    end = seconds if part.end_seconds is None else min(seconds, part.end_seconds)
+    room = max(0, math.floor((end - part.start_seconds - spec.clip_seconds) * spec.fps)) + 1  # grid times to start at
+    count = min(spec.clips_per_video, room)
+    places = []
+    for number in range(count):
+        low, high = number * room // count, (number + 1) * room // count
+        at = (low + high - 1) // 2
+        if spec.placement == "random":
+            text = f"{spec.placement_seed}|{video_id}|{part}|{number}"
+            at = low + int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big") % (high - low)
+        places.append(at / spec.fps)
+    return tuple(places)
+
+
+def frame_indices(pts: npt.NDArray[np.int64], end_pts: int, grid: Grid) -> npt.NDArray[np.int64]:
+    """Which frame each grid time shows: the one with the largest presentation time not after it.
+
+    Of frames with the same time the last one counts: it is the one that stays on screen.
+
+    Args:
+        pts: int64 (N,), ticks, non-decreasing; the first not after the grid's start.
+        end_pts: when the last frame leaves the screen, exclusive.
+        grid: the sampling times.
+
+    Returns:
+        int64 (M,), non-decreasing, an index into ``pts`` for each grid time before ``end_pts``.
+
+    Raises:
+        ValueError: no frames, times that run backwards, or a grid that starts before the first frame.
+    """
+    if pts.ndim != 1 or len(pts) == 0:
+        raise ValueError(f"pts must be int64 (N,) with at least one frame, got shape {pts.shape}")
+    if np.any(pts[1:] < pts[:-1]):
+        raise ValueError("pts must be non-decreasing: sort frames by presentation time first")
+    if pts[0] > grid.start_pts:
+        raise ValueError(f"the grid starts at {grid.start_pts}, before the first frame at {pts[0]}")
+    # Python's integers: a 90 kHz clock times a rate such as 30000/1001 leaves int64 within a day
+    first = np.array([grid.first_index_at(int(p)) for p in pts], dtype=np.int64)
+    num_times = grid.first_index_at(end_pts)
+    return np.searchsorted(first, np.arange(num_times, dtype=np.int64), side="right") - 1
+
+
+def plan_spans(probe: VideoProbe, spec: ClipSpec, clips_per_span: int, part: Part | None = None) -> list[Span]:
+    """Cut a video, or a part of it, into spans that independent tasks decode.
+
+    The header's duration decides only where to cut. The last span is open-ended, so a video longer than its
+    header loses nothing; it is planned to hold at least two clips, so that a header a little too optimistic
+    leaves no span empty. It may hold up to ``clips_per_span + 2`` clips by the header, more if that lies. A
+    video of unknown (0) duration, or of one that its file is too small for, is one span.
+
+    Args:
+        probe: what the header says.
+        spec: the time grid and the length of a clip.
+        clips_per_span: clips in every span but the last, at least 1.
+        part: which part of it; None for the whole video.
+
+    Returns:
+        Spans in order, at least one; together they cover clip 0 to the end, each clip once.
+    """
+    if clips_per_span < 1:
+        raise ValueError(f"clips_per_span must be at least 1, got {clips_per_span}")
+    part = part or Part()
+    seconds = _believed_seconds(probe)
+    end = Fraction(seconds) if part.end_seconds is None else min(Fraction(seconds), part.end_seconds)
+    layout = ClipTimeline.of(replace(probe, duration_seconds_from_header=seconds), part, spec)
+    num_clips = layout.clips_before(end)
+    num_cuts = max(0, math.floor((num_clips - _MIN_CLIPS_IN_LAST_SPAN) / clips_per_span))
+    bounds: list[int | None] = [*range(0, (num_cuts + 1) * clips_per_span, clips_per_span), None]
+    return [
+        Span(
+            video_id=probe.video_id,
+            uri=probe.uri,
+            time_base=probe.time_base,
+            grid_start_pts=probe.grid_start_pts,
+            first_clip=first_clip,
+            end_clip=end_clip,
+            duration_seconds_from_header=seconds,
+            source=probe.source,
+            part=part,
+        )
+        for first_clip, end_clip in pairwise(bounds)
+        if first_clip is not None
+    ]
+
+
+def expected_clips(span: Span, spec: ClipSpec) -> int:
+    """Clips of a span if the header tells the truth."""
+    end_clip = span.end_clip
+    if end_clip is None:
+        end_clip = ClipTimeline.of(span, span.part, spec).num_clips(Fraction(span.duration_seconds_from_header))
+    return max(0, end_clip - span.first_clip)
+
+
+def _believed_seconds(probe: VideoProbe) -> float:
+    """What the header says of the length; 0.0 where that cannot be."""
+    seconds = probe.duration_seconds_from_header
+    believable = math.isfinite(seconds) and 0 < seconds * FEWEST_BYTES_PER_SECOND <= probe.num_bytes
+    return seconds if believable else 0.0

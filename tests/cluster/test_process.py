@@ -1,0 +1,81 @@
+"""The command as a process of its own, with a Ray of its own: interrupted, terminated, short of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from tests.models.test_lengths import small
+from tests.support.held_back import held_back
+from tests.support.processes import (
+    COMMITTED_AT_ONCE,
+    RUN,
+    inputs,
+    is_held_up,
+    is_under_way,
+    only_the_text_is_rejected,
+    read_until,
+    started,
+    tokens_by_clip,
+    until,
+)
+from tests.support.videos import Recipe, write_video
+from vidshard.models.weights import load_tokenizer, save_tokenizer
+from vidshard.pipeline.output.committed import committed_spans
+from vidshard.pipeline.output.shard_writer import shard_paths
+
+
+def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
+    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    with held_back(many_spans / "2.mp4", out) as held:
+        arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE, "--grace-seconds", "300")
+        committed: dict[str, bytes] = {}
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            held.hold()
+            with started(*arguments) as process:
+                until(process, lambda: is_under_way(out) and is_held_up(process, held))
+                if number is signal.SIGINT:
+                    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches Ray's processes too
+                else:
+                    process.send_signal(number)
+                read_until(process, "finishing what is begun, for 300 s at most")
+                held.let_go()
+                rest, _ = process.communicate(timeout=300)
+            assert process.returncode == code, rest
+            assert "interrupted: what is committed is valid" in rest
+            assert "Traceback" not in rest
+            assert not [p for p in (out / "shards").iterdir() if p.suffix != ".parquet"]
+            before, committed = committed, {path: Path(path).read_bytes() for path in shard_paths(str(out))}
+            assert before.items() < committed.items()
+            found = tokens_by_clip(out)
+            assert found.items() <= undisturbed.items()
+            assert 0 < len(committed_spans(str(out))) < pq.read_table(out / "plan").num_rows
+
+        with started(*arguments) as process:
+            printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert committed.items() <= {path: Path(path).read_bytes() for path in shard_paths(str(out))}.items()
+    assert tokens_by_clip(out) == undisturbed
+    assert only_the_text_is_rejected(out)
+
+
+def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "small.safetensors", load_tokenizer(small("fsq_causal_888_32768_v1_1"), None, seed=0))
+    (tmp_path / "videos").mkdir()
+    for number in range(7):
+        recipe = Recipe(num_frames=120, codec="mpeg4", width=256, height=256, gop=10 + number)
+        write_video(tmp_path / "videos" / f"{number}.mp4", recipe)
+    out = tmp_path / "tokens"
+    sizes = ("--weights", tmp_path / "small.safetensors", "--fps", "25", "--frames", "5", "--size", "256")
+    with started(tmp_path / "videos", "--out", out, *sizes, "--object-store", "80MB") as process:
+        output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    written = json.loads((out / "summary.json").read_text())["written"]
+    assert written["num_clips"] == 7 * 24
+    assert written["num_clips"] * 5 * 256 * 256 * 3 > 2 * 80e6

@@ -1,0 +1,102 @@
+"""`vidshard verify`: what was stored, held against encoding it again."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from tests.models.test_lengths import small
+from tests.support.videos import Recipe, write_video
+from vidshard.jobs.cli import vidshard
+from vidshard.models.weights import load_tokenizer, save_tokenizer
+from vidshard.pipeline.output.shard_writer import shard_paths
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+CASES: dict[str, tuple[str, list[Any]]] = {
+    "clips": ("fsq_causal_488_262144", ["--frames", 9]),
+    "a continuous sequence": ("fsq_causal_488_32768_v1_1", ["--frames", 9, "--continuous", "--clips-per-span", 4]),
+    "not causal": ("fsq_noncausal_488_262144", ["--frames", 8]),
+    "padded": ("fsq_causal_488_262144", ["--frames", 7, "--pad-frames", "repeat-first"]),
+    "tiled": ("fsq_causal_488_262144", ["--frames", 9, "--size", 32, "--tile-size", 24, "--tile-overlap", 8]),
+    "latents": ("kl_causal_288_8chn_v1_1", ["--frames", 8]),
+}
+
+
+def vidshard_exits(*arguments: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(vidshard, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "v.mp4", Recipe(num_frames=100, rate=Fraction(10)))
+
+
+def tokenized(case: str, video: Path, folder: Path) -> Path:
+    name, settings = CASES[case]
+    save_tokenizer(folder / "small.safetensors", load_tokenizer(small(name), None, seed=0))
+    size = [] if "--size" in settings else ["--size", 16]
+    run = [video, "--out", folder / "out", "--weights", folder / "small.safetensors", "--fps", 8, *size, *settings]
+    code, printed = vidshard_exits("tokenize", *run)
+    assert code == 0, printed
+    return folder / "out"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_encoding_again_by_another_cut_gives_what_is_stored(case: str, video: Path, tmp_path: Path) -> None:
+    out = tokenized(case, video, tmp_path)
+    code, printed = vidshard_exits("verify", out, "--exact", 1)
+    assert code == 0, printed
+    assert "verified 1 of 1 shards" in printed
+    assert "clips again by another cut (100.00% of all, seed 0): 0 of" in printed
+
+
+def test_a_share_of_the_clips_is_enough(video: Path, tmp_path: Path) -> None:
+    out = tokenized("clips", video, tmp_path)
+    code, printed = vidshard_exits("verify", out, "--exact", 0.3, "--seed", 1)
+    assert code == 0, printed
+    assert "encoded 3 clips again by another cut (30.00% of all, seed 1)" in printed
+
+
+def test_a_token_that_was_changed_is_found(video: Path, tmp_path: Path) -> None:
+    out = tokenized("a continuous sequence", video, tmp_path)
+    (path,) = shard_paths(str(out))
+    table = pq.read_table(path)
+    tokens = table["tokens"].to_pylist()
+    tokens[4][0] ^= 1
+    changed = table.set_column(
+        table.schema.get_field_index("tokens"),
+        table.schema.field("tokens"),
+        pa.array(tokens, table.schema.field("tokens").type),
+    )
+    pq.write_table(changed, path)
+    code, printed = vidshard_exits("verify", out, "--exact", 1)
+    assert code == 1, printed
+    assert ": 1 of" in printed
+    assert f"differs: {table['clip_id'][4].as_py()}" in printed
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "gone.mp4", Recipe(num_frames=20, rate=Fraction(10)))
+    out = tokenized("clips", video, tmp_path)
+    video.unlink()
+    code, printed = vidshard_exits("verify", out, "--exact", 1)
+    assert code == 0, printed
+    assert "encoded 0 clips again" in printed
+    assert "not compared: " in printed
+    assert "gone.mp4" in printed
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "some"])
+def test_a_share_lies_between_nothing_and_all(tmp_path: Path, share: Any) -> None:
+    code, printed = vidshard_exits("verify", tmp_path, "--exact", share)
+    assert code == 2
+    assert "--exact" in json.dumps(printed)

@@ -1,0 +1,613 @@
+"""The job end to end, through the command line, on real files, real Ray and a real S3 protocol."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+import numpy as np
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from click.testing import CliRunner, Result
+
+from tests.conftest import BAD_VIDEOS, GOOD_VIDEOS
+from tests.support.shared import SHARED
+from tests.support.videos import Recipe, write_video
+from vidshard.jobs.cli import vidshard
+from vidshard.jobs.runtime.cluster import Cluster
+from vidshard.jobs.tokenization.job import plan_resources
+from vidshard.jobs.tokenization.resolve import resolve
+from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
+from vidshard.models.weights import load_tokenizer, seeded_weights, weights_digest
+from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.flow import build_flow
+from vidshard.pipeline.output.committed import read_rejects
+from vidshard.pipeline.output.shard_reader import read_clips
+from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.storage import open_binary
+from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.video import ClipSpec, VideoRef
+
+SPEC = ClipSpec(fps=Fraction(4), num_frames=5, height=32, width=32)
+SMALL = ("--tokenizer", "tiny", "--fps", "4", "--frames", "5", "--size", "32")
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def tokenize(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(vidshard, ["tokenize", *map(str, arguments)], catch_exceptions=False)
+
+
+def rows_of(out: str | Path) -> list[dict[str, Any]]:
+    tables = [pq.read_table(open_binary(path)) for path in shard_paths(str(out))]
+    return sorted(pa.concat_tables(tables).to_pylist(), key=lambda r: r["clip_id"]) if tables else []
+
+
+def tokens_by_clip(out: str | Path) -> dict[str, list[int]]:
+    return {row["clip_id"]: row["tokens"] for row in rows_of(out)}
+
+
+@pytest.fixture(scope="module")
+def output(good_videos: Path, bad_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good and bad videos tokenized once, for the tests that only look."""
+    out = tmp_path_factory.mktemp("output") / "tokens"
+    result = tokenize(good_videos, bad_videos, "--out", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny() -> VideoTokenizer:
+    return load_tokenizer(get_preset("tiny"), None, seed=0)
+
+
+def expected_clips(recipe: Recipe) -> int:
+    """Clips of a constant-rate video by exact arithmetic: grid times before its end, in fives, the last padded."""
+    grid_times = -(-recipe.num_frames * SPEC.fps // recipe.rate)
+    return int(-(-grid_times // SPEC.num_frames))
+
+
+def test_every_good_video_comes_out_as_all_of_its_clips(output: Path, good_videos: Path) -> None:
+    clips: dict[str, list[int]] = {}
+    for row in rows_of(output):
+        clips.setdefault(Path(row["uri"]).relative_to(good_videos).as_posix(), []).append(row["clip_index"])
+    assert clips == {name: list(range(expected_clips(recipe))) for name, recipe in GOOD_VIDEOS.items()}
+
+
+def test_every_bad_video_comes_out_as_a_rejection_with_its_reason(output: Path) -> None:
+    rejects = read_rejects(str(output)).to_pylist()
+    assert {Path(r["uri"]).name: r["reason"] for r in rejects} == BAD_VIDEOS
+    for row in rejects:
+        assert row["detail"]
+        assert row["remedy"]
+        assert "\n" not in row["detail"]
+
+
+def test_rows_carry_the_times_of_their_frames(output: Path, good_videos: Path) -> None:
+    row = next(r for r in rows_of(output) if r["uri"].endswith("a.mp4") and r["clip_index"] == 1)
+    recipe = GOOD_VIDEOS["a.mp4"]
+    grid = [Fraction(5 + i) / SPEC.fps for i in range(5)]
+    shown = [min(int(t * recipe.rate), recipe.num_frames - 1) / recipe.rate for t in grid[:3]]
+    assert row["start_seconds"] == 1.25
+    assert row["fps"] == 4.0
+    assert row["num_valid_frames"] == 3  # 2 s at 4 per second are 8 grid times, 5 of them in the first clip
+    assert row["frame_pts_seconds"] == pytest.approx([float(t) for t in [*shown, shown[-1], shown[-1]]], abs=1e-9)
+    assert (row["source_width"], row["source_height"], row["source_codec"]) == (96, 64, "h264")
+    assert row["geometry"] == {"policy": "crop", "scaled_width": 48, "scaled_height": 32, "left": 8, "top": 0}
+
+
+def test_stored_tokens_are_those_of_the_plain_functions(output: Path, good_videos: Path, tiny: VideoTokenizer) -> None:
+    path = str(good_videos / "deep" / "d.mp4")
+    probe = probe_video(VideoRef(uri=path, num_bytes=-1), open_binary)
+    (span,) = plan_spans(probe, SPEC, 100)
+    stored = tokens_by_clip(output)
+    import torch
+
+    for clip in decode_span(span, SPEC, path, max_clips=100):
+        with torch.inference_mode():
+            encoded = tiny.encode(frames_to_input(torch.from_numpy(clip.frames)[None]))
+        assert encoded.tokens is not None
+        assert stored[SPEC.clip_id(clip.video_id, clip.clip_index)] == encoded.tokens.flatten().tolist()
+
+
+def test_decoding_stored_tokens_equals_reconstructing_directly(
+    output: Path, tiny: VideoTokenizer, tmp_path: Path
+) -> None:
+    import torch
+
+    from vidshard.jobs.shards.decode import reconstruct, tokenizer_of
+    from vidshard.pipeline.output.shard_reader import open_shard
+
+    (path,) = shard_paths(str(output))
+    with open_shard(path) as (_, provenance):
+        loaded = tokenizer_of(provenance, None)
+    clip = next(read_clips(path))
+    source = str(clip.values["uri"])
+    (span,) = plan_spans(probe_video(VideoRef(uri=source, num_bytes=-1), open_binary), SPEC, 100)
+    frames = torch.from_numpy(decode_span(span, SPEC, source, max_clips=100)[0].frames)[None]
+    with torch.inference_mode():
+        direct = output_to_frames(tiny.decode(tiny.encode(frames_to_input(frames)).latents))[0].numpy()
+    np.testing.assert_array_equal(reconstruct(clip, loaded), direct)
+
+
+def test_a_second_run_writes_nothing_new(output: Path, good_videos: Path, bad_videos: Path) -> None:
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for d in ("shards", "rejects") for p in (output / d).iterdir()}
+    result = tokenize(good_videos, bad_videos, "--out", output, *SMALL)
+    assert result.exit_code == 0
+    assert "finished by an earlier run" in result.output
+    after = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for d in ("shards", "rejects") for p in (output / d).iterdir()}
+    assert after == before
+
+
+def test_what_is_missing_is_filled_in_by_the_same_command(
+    output: Path, good_videos: Path, bad_videos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    assert tokenize(good_videos / "a.mp4", bad_videos, "--out", out, *SMALL).exit_code == 0
+    assert tokenize(good_videos, bad_videos, "--out", out, *SMALL).exit_code == 0
+    assert tokens_by_clip(out) == tokens_by_clip(output)
+    assert len(rows_of(out)) == len(tokens_by_clip(out))
+    rejects = [Path(r["uri"]).name for r in read_rejects(str(out)).to_pylist()]
+    assert sorted(rejects) == sorted(BAD_VIDEOS)
+
+
+@pytest.mark.parametrize(
+    "workers", [("--encode-workers", "2"), ("--decode-workers", "1", "--clips-per-span", "1", "--shard-size", "1")]
+)
+def test_other_workers_spans_and_shards_give_the_same_bytes(
+    output: Path, good_videos: Path, tmp_path: Path, workers: tuple[str, ...]
+) -> None:
+    result = tokenize(good_videos, "--out", tmp_path / "tokens", *SMALL, *workers)
+    assert result.exit_code == 0, result.output
+    assert tokens_by_clip(tmp_path / "tokens") == tokens_by_clip(output)
+    if "--shard-size" in workers:
+        assert len(shard_paths(str(tmp_path / "tokens"))) > 1
+
+
+def test_another_batch_size_changes_nothing_but_near_ties(
+    output: Path, good_videos: Path, tmp_path: Path, tiny: VideoTokenizer
+) -> None:
+    result = tokenize(good_videos, "--out", tmp_path / "tokens", *SMALL, "--batch-size", "4")
+    assert result.exit_code == 0, result.output
+    one, four = tokens_by_clip(output), tokens_by_clip(tmp_path / "tokens")
+    assert one.keys() == four.keys()
+    different = {clip_id for clip_id in one if one[clip_id] != four[clip_id]}
+    import torch
+
+    for row in rows_of(output):
+        if row["clip_id"] not in different:
+            continue
+        (span,) = plan_spans(probe_video(VideoRef(uri=row["uri"], num_bytes=-1), open_binary), SPEC, 100)
+        clip = decode_span(span, SPEC, row["uri"], max_clips=100)[row["clip_index"]]
+        with torch.inference_mode():
+            bounded = tiny.encode(frames_to_input(torch.from_numpy(clip.frames)[None])).pre_quantized
+        assert bounded is not None
+        from_tie = (bounded - bounded.floor() - 0.5).abs().amin(dim=1).flatten().numpy()
+        changed = np.array(one[row["clip_id"]]) != np.array(four[row["clip_id"]])
+        assert np.all(from_tie[changed] < 1e-4)
+
+
+def test_manifest_columns_travel_to_the_rows(good_videos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "list.jsonl"
+    lines = [
+        {"uri": str(good_videos / "a.mp4"), "caption": "a cat", "tags": ["x", "y"], "fps": 25},
+        {"uri": str(good_videos / "e.mp4"), "caption": None, "tags": [], "fps": 10},
+        {"uri": str(tmp_path / "gone.mp4"), "caption": "gone", "tags": [], "fps": 1},
+    ]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    result = tokenize(manifest, "--out", tmp_path / "tokens", *SMALL)
+    assert result.exit_code == 0, result.output
+    rows = rows_of(tmp_path / "tokens")
+    found = {(Path(r["uri"]).name, r["caption"], tuple(r["tags"]), r["manifest_fps"]) for r in rows}
+    assert found == {("a.mp4", "a cat", ("x", "y"), 25), ("e.mp4", None, (), 10)}
+    assert [r["reason"] for r in read_rejects(str(tmp_path / "tokens")).to_pylist()] == ["unreadable"]
+
+
+def test_copies_of_a_video_are_tokenized_once_and_the_others_named(good_videos: Path, tmp_path: Path) -> None:
+    for name in ("one.mp4", "two.mp4"):
+        (tmp_path / name).write_bytes((good_videos / "e.mp4").read_bytes())
+    result = tokenize(tmp_path / "one.mp4", tmp_path / "two.mp4", "--out", tmp_path / "tokens", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert {Path(r["uri"]).name for r in rows_of(tmp_path / "tokens")} == {"one.mp4"}
+    (copy,) = read_rejects(str(tmp_path / "tokens")).to_pylist()
+    assert copy["reason"] == "duplicate"
+    assert "one.mp4" in copy["detail"]
+
+
+def test_videos_on_s3_become_the_same_tokens_on_s3(s3: str, output: Path, good_videos: Path) -> None:
+    for name in GOOD_VIDEOS:
+        with fsspec.open(f"s3://videos/flow/{name}", "wb") as file:
+            file.write((good_videos / name).read_bytes())
+    result = tokenize("s3://videos/flow", "--out", "s3://videos/flow-tokens", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert tokens_by_clip("s3://videos/flow-tokens") == tokens_by_clip(output)
+    assert all(r["uri"].startswith("s3://videos/flow/") for r in rows_of("s3://videos/flow-tokens"))
+    again = tokenize("s3://videos/flow", "--out", "s3://videos/flow-tokens", *SMALL)
+    assert "finished by an earlier run" in again.output
+    for path in shard_paths("s3://videos/flow-tokens"):
+        assert b"a-secret-that-must-not-be-seen" not in open_binary(path).read()
+
+
+def test_other_settings_for_an_output_are_refused_with_the_difference(output: Path, good_videos: Path) -> None:
+    result = tokenize(good_videos, "--out", output, *SMALL, "--fps", "3")
+    assert result.exit_code == 2
+    assert "fps: '4' there, '3' now" in result.output
+
+
+def test_other_units_of_work_for_an_output_are_refused(output: Path, good_videos: Path) -> None:
+    result = tokenize(good_videos, "--out", output, *SMALL, "--clips-per-span", "1")
+    assert result.exit_code == 2
+    assert "clips_per_span" in result.output
+
+
+def test_an_output_without_a_clip_can_be_inspected(bad_videos: Path, tmp_path: Path) -> None:
+    assert tokenize(bad_videos / "text.mp4", "--out", tmp_path / "tokens", *SMALL).exit_code == 0
+    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path / "tokens")])
+    assert result.exit_code == 0, result.output
+    assert "not_a_video" in result.output
+
+
+def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: Path) -> None:
+    (path,) = shard_paths(str(output))
+    (tmp_path / "shards").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "shards" / f"{name}.parquet").write_bytes(Path(path).read_bytes())
+    result = CliRunner().invoke(vidshard, ["verify", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "stand in another shard too" in result.output
+
+
+def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    handler = partial(SimpleHTTPRequestHandler, directory=str(good_videos))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = tokenize(f"http://127.0.0.1:{server.server_port}/e.mp4?sig=SECRET", "--out", out, *SMALL)
+        server.shutdown()
+    assert result.exit_code == 0, result.output
+    assert len(rows_of(out)) == 1
+    stored = [path for path in out.rglob("*") if path.is_file()]
+    assert not [path for path in stored if b"SECRET" in path.read_bytes()]
+    assert "SECRET" not in pq.read_table(out / "plan")["uri"][0].as_py()
+    assert "SECRET" not in result.stdout  # the server here logs to stderr
+
+
+def test_too_many_rejects_fail_the_run(good_videos: Path, bad_videos: Path, tmp_path: Path) -> None:
+    bad = (good_videos / "a.mp4", bad_videos / "text.mp4")
+    result = tokenize(*bad, "--out", tmp_path / "a", *SMALL, "--max-reject-share", "0.4")
+    assert result.exit_code == 1
+    assert "--max-reject-share 0.4" in result.output
+    assert tokenize(*bad, "--out", tmp_path / "b", *SMALL, "--max-reject-share", "0.5").exit_code == 0
+
+
+def test_a_run_of_nothing_but_bad_videos_says_so(bad_videos: Path, tmp_path: Path) -> None:
+    result = tokenize(bad_videos, "--out", tmp_path / "tokens", *SMALL)
+    assert result.exit_code == 0
+    assert "NOTHING WAS TOKENIZED" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tokenizer", "fsq_causal_488_3276"), "fsq_causal_488_32768"),
+        (("--frames", "16"), "13 or 17"),
+        (("--size", "100"), "96 or 104"),
+        (("--tokenizer", "fsq_causal_488_32768"), "--weights FILE"),
+        (("--weights", "missing.safetensors"), "missing.safetensors"),
+        (("--keep-logvar",), "KL"),
+        (("--out", "/proc/no/such"), "/proc/no/such"),
+        (("--out", "s3://no-such-bucket/tokens"), "no-such-bucket"),
+        (("--out", "s3://key:SECRET@bucket/tokens"), "put the credentials into the environment"),
+    ],
+)
+def test_impossible_requests_are_one_message_and_exit_code_2(
+    s3: str, good_videos: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    result = tokenize(good_videos, "--out", tmp_path / "tokens", *SMALL, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    assert "SECRET" not in result.output
+    assert not (tmp_path / "tokens" / "run.json").exists()
+
+
+def test_the_demos_notice_stands_in_summary_and_shards(output: Path, good_videos: Path, bad_videos: Path) -> None:
+    (path,) = shard_paths(str(output))
+    metadata = pq.read_schema(path).metadata
+    assert metadata[b"vidshard.notice"].startswith(b"RANDOM WEIGHTS")
+    assert json.loads((output / "summary.json").read_text())["notice"].startswith("RANDOM WEIGHTS")
+    assert "RANDOM WEIGHTS" in CliRunner().invoke(vidshard, ["inspect", str(output)]).output
+
+
+def test_shards_say_how_they_were_made(output: Path) -> None:
+    (path,) = shard_paths(str(output))
+    metadata = {k.decode(): v.decode() for k, v in pq.read_schema(path).metadata.items()}
+    assert metadata["vidshard.format_version"] == "1"
+    assert json.loads(metadata["vidshard.tokenizer"])["name"] == "tiny"
+    assert len(metadata["vidshard.weights_sha256"]) == 64
+    assert json.loads(metadata["vidshard.run"])["fps"] == "4"
+    assert metadata["vidshard.code_version"].startswith("0.1.0")
+    record = json.loads((output / "run.json").read_text())
+    assert record["run"]["frames"] == 5
+    assert pq.read_schema(path).field("tokens").metadata[b"shape"] == b"[2, 4, 4]"
+    plan = pq.read_table(output / "plan")
+    assert json.loads(metadata["vidshard.spans"])  # the account: every planned span is in a shard or a reject
+    rejected = {s for s in read_rejects(str(output))["span_id"].to_pylist() if s}
+    assert set(plan["span_id"].drop_null().to_pylist()) == set(json.loads(metadata["vidshard.spans"])) | rejected
+
+
+def test_the_readers_of_the_readme_read_the_shards(output: Path) -> None:
+    import datasets
+
+    files = f"{output}/shards/*.parquet"
+    expected = {row["clip_id"]: row["tokens"] for row in rows_of(output)}
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        assert {clip_id: np.asarray(tokens).reshape(-1).tolist() for clip_id, tokens in pairs} == expected
+
+    table = pq.read_table(f"{output}/shards")
+    check(list(zip(table["clip_id"].to_pylist(), table["tokens"].to_pylist(), strict=True)))
+    check(duckdb.execute(f"select clip_id, tokens from '{files}'").fetchall())
+    frame = polars.read_parquet(files)
+    check(list(zip(frame["clip_id"].to_list(), frame["tokens"].to_list(), strict=True)))
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(output / "hf"))
+    check([(row["clip_id"], row["tokens"]) for row in dataset])
+    check([(row["clip_id"], row["tokens"]) for row in ray.data.read_parquet(f"{output}/shards").take_all()])
+
+
+def test_latents_are_stored_as_float16_and_read_everywhere(good_videos: Path, tmp_path: Path) -> None:
+    import datasets
+    import torch
+
+    out = tmp_path / "latents"
+    result = tokenize(good_videos / "a.mp4", "--out", out, *SMALL, "--tokenizer", "tiny_kl", "--keep-logvar")
+    assert result.exit_code == 0, result.output
+    assert "of their raw" in result.output
+    kl = load_tokenizer(get_preset("tiny_kl"), None, seed=0)
+    path = str(good_videos / "a.mp4")
+    (span,) = plan_spans(probe_video(VideoRef(uri=path, num_bytes=-1), open_binary), SPEC, 100)
+    expected: dict[str, tuple[list[float], list[float]]] = {}
+    for clip in decode_span(span, SPEC, path, max_clips=100):
+        with torch.inference_mode():
+            encoded = kl.encode(frames_to_input(torch.from_numpy(clip.frames)[None]))
+        assert encoded.logvar is not None
+        mean, logvar = (t.flatten().half().tolist() for t in (encoded.latents, encoded.logvar))
+        expected[SPEC.clip_id(clip.video_id, clip.clip_index)] = (mean, logvar)
+
+    def check(rows: list[tuple[str, Any, Any]]) -> None:
+        assert {i: (list(map(float, mean)), list(map(float, logvar))) for i, mean, logvar in rows} == expected
+
+    names = ["clip_id", "latents", "latents_logvar"]
+    files = f"{out}/shards/*.parquet"
+    check([tuple(row[n] for n in names) for row in rows_of(out)])
+    check(duckdb.execute(f"select {', '.join(names)} from '{files}'").fetchall())
+    check([tuple(row[n] for n in names) for row in polars.read_parquet(files).to_dicts()])
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
+    check([tuple(row[n] for n in names) for row in dataset])
+    check([tuple(row[n] for n in names) for row in ray.data.read_parquet(f"{out}/shards").take_all()])
+    assert pq.read_schema(shard_paths(str(out))[0]).field("latents").metadata[b"shape"] == b"[4, 2, 4, 4]"
+    target = tmp_path / "clip.mp4"
+    clip_id = next(iter(expected))
+    decoded = CliRunner().invoke(vidshard, ["decode", str(out), "--clip", clip_id, "--to", str(target)])
+    assert decoded.exit_code == 0, decoded.output
+
+
+def test_decode_writes_a_playable_clip_beside_its_source(output: Path, tmp_path: Path) -> None:
+    import av
+
+    clip_id = rows_of(output)[0]["clip_id"]
+    target = tmp_path / "clip.mp4"
+    result = CliRunner().invoke(
+        vidshard, ["decode", str(output), "--clip", clip_id, "--to", str(target), "--side-by-side"]
+    )
+    assert result.exit_code == 0, result.output
+    with av.open(str(target)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 4
+    assert len(frames) == rows_of(output)[0]["num_valid_frames"]
+    assert frames[0].shape == (32, 64, 3)
+
+
+def test_decode_all_writes_every_clip(output: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(vidshard, ["decode", str(output), "--all", str(tmp_path / "clips")])
+    assert result.exit_code == 0, result.output
+    assert {p.stem for p in (tmp_path / "clips").iterdir()} == set(tokens_by_clip(output))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--clip", "zzz", "--to", "/nowhere/a.mp4"), "no clip whose id begins with 'zzz'"),
+        (("--clip", "", "--to", "/nowhere/a.mp4"), "give more of the id"),
+        (("--clip", "x"), "--to FILE"),
+        ((), "--all DIR"),
+    ],
+)
+def test_decode_refuses_what_it_cannot_do(output: Path, arguments: tuple[str, ...], words: str) -> None:
+    result = CliRunner().invoke(vidshard, ["decode", str(output), *arguments])
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_decode_refuses_other_weights_than_the_shards(output: Path, tmp_path: Path) -> None:
+    from vidshard.models.weights import save_tokenizer
+
+    other = tmp_path / "other.safetensors"
+    save_tokenizer(other, load_tokenizer(get_preset("tiny"), None, seed=1))
+    clip_id = rows_of(output)[0]["clip_id"]
+    result = CliRunner().invoke(
+        vidshard, ["decode", str(output), "--clip", clip_id, "--to", str(tmp_path / "a.mp4"), "--weights", str(other)]
+    )
+    assert result.exit_code == 2
+    assert "not those expected" in result.output
+
+
+def test_inspect_shows_and_verifies(output: Path) -> None:
+    shown, verified = (CliRunner().invoke(vidshard, [command, str(output)]) for command in ("inspect", "verify"))
+    assert (shown.exit_code, verified.exit_code) == (0, 0), shown.output + verified.output
+    for words in ("10 clips of 5 videos", "shape [2, 4, 4]", "truncated"):
+        assert words in shown.output
+    assert "verified 1 of 1 shards, 10 clips" in verified.output
+    tokens = np.concatenate([np.ravel(row["tokens"]) for row in rows_of(output)])
+    share = np.unique(tokens, return_counts=True)[1] / tokens.size
+    entropy = -(share * np.log2(share)).sum()
+    expected = f"{share.size} of 32,768 tokens used ({share.size / 32768:.1%}), entropy {entropy:.2f} bits"
+    assert f"codebook: {expected}" in shown.output
+
+
+def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:
+    (path,) = shard_paths(str(output))
+    data = bytearray(Path(path).read_bytes())
+    data[len(data) // 8 : len(data) // 4] = bytes(len(data) // 4 - len(data) // 8)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "broken.parquet").write_bytes(data)
+    result = CliRunner().invoke(vidshard, ["verify", str(tmp_path)])
+    assert result.exit_code in (1, 2)
+    assert "broken.parquet" in result.output
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_inspecting_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert "no token shards" in result.output
+
+
+def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "long.mp4", Recipe(num_frames=500, rate=Fraction(25), gop=40, b_frames=2))
+    assert tokenize(video, "--out", tmp_path / "whole", *SMALL).exit_code == 0
+    result = tokenize(video, "--out", tmp_path / "cut", *SMALL, "--clips-per-span", "2")
+    assert result.exit_code == 0, result.output
+    assert pq.read_table(tmp_path / "cut" / "plan").num_rows > 4
+    assert tokens_by_clip(tmp_path / "cut") == tokens_by_clip(tmp_path / "whole")
+    assert len(tokens_by_clip(tmp_path / "cut")) == 16
+
+
+def test_a_converted_checkpoint_says_which_model_it_is(
+    output: Path, good_videos: Path, tmp_path: Path, tiny: VideoTokenizer
+) -> None:
+    import torch
+
+    released, converted = tmp_path / "released.ckpt", tmp_path / "tiny.safetensors"
+    torch.save({"state_dict": tiny.state_dict() | {"loss.logvar": torch.zeros(1)}, "epoch": 3}, released)
+    command = ["convert", str(released), str(converted), "--tokenizer", "tiny"]
+    result = CliRunner().invoke(vidshard, command)
+    assert result.exit_code == 0, result.output
+    sampling = ("--fps", "4", "--frames", "5", "--size", "32")
+    result = tokenize(good_videos / "a.mp4", "--out", tmp_path / "tokens", *sampling, "--weights", converted)
+    assert result.exit_code == 0, result.output
+    assert "RANDOM" not in result.output
+    found = tokens_by_clip(tmp_path / "tokens")
+    assert found
+    assert found == {clip_id: t for clip_id, t in tokens_by_clip(output).items() if clip_id in found}
+    refused = tokenize(good_videos, "--out", tmp_path / "other", *sampling, "--weights", released)
+    assert refused.exit_code == 2
+    assert "--tokenizer NAME" in refused.output
+
+
+def test_averaged_weights_are_recorded_and_decoded_with(good_videos: Path, tmp_path: Path) -> None:
+    import torch
+
+    last, averages = (seeded_weights(get_preset("tiny"), seed) for seed in (0, 1))
+    files = {name: tmp_path / f"{name}.ckpt" for name in ("last", "both")}
+    torch.save(last, files["last"])
+    torch.save(last | {f"model_ema.{name.replace('.', '')}": w for name, w in averages.items()}, files["both"])
+    out, sampling = tmp_path / "tokens", ("--fps", "4", "--frames", "5", "--size", "32")
+    command = (good_videos / "a.mp4", "--out", out, *sampling, "--ema")
+    result = tokenize(*command, "--tokenizer", "tiny", "--weights", files["last"])
+    assert result.exit_code == 2
+    assert "holds no averaged (EMA) weights" in result.stderr
+    result = tokenize(*command, "--tokenizer", "tiny", "--weights", files["both"])
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "run.json").read_text())
+    assert record["run"]["ema"] is True
+    assert record["weights_sha256"] == weights_digest(averages)
+
+    converted = tmp_path / "averages.safetensors"
+    convert = ["convert", str(files["both"]), str(converted), "--tokenizer", "tiny", "--ema"]
+    assert CliRunner().invoke(vidshard, convert).exit_code == 0
+    decode = ["decode", str(out), "--all", str(tmp_path / "videos"), "--limit", "1"]
+    for weights in ([], ["--weights", str(files["both"])], ["--weights", str(converted)]):
+        result = CliRunner().invoke(vidshard, decode + weights)
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(vidshard, [*decode, "--weights", str(files["last"])])
+    assert result.exit_code == 2
+    assert "not those expected" in result.output
+
+    again = tokenize(*command[:-1], "--weights", converted)  # the same weights from another file: nothing is left to do
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "summary.json").read_text())["written"]["num_clips"] == 0
+
+
+def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(10):
+        write_video(folder / f"{number}.mp4", Recipe(num_frames=20 + number, rate=Fraction(25)))
+    result = tokenize(folder, "--out", tmp_path / "tokens", *SMALL, "--batch-size", "5")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "tokens" / "summary.json").read_text())["batch_fill"] == 1.0  # 10 clips in 2 batches
+    plan = str(tmp_path / "tokens" / "todo.parquet")
+    run = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
+    cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
+    resources, encoder = plan_resources(resolve(run), 10, 1.0, cluster)
+    decoder = SpanDecoder(spec=run.clip_specs[0], max_clips=10, clips_per_pass=1)
+    flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources).materialize()
+    assert flow.count() == 10
+    tasks = re.search(r"MapBatches\(SpanDecoder\)[^\n]*: (\d+) tasks executed", flow.stats())
+    assert tasks is not None, flow.stats()
+    assert int(tasks[1]) == 10
+
+
+@pytest.mark.shared
+def test_real_clips_give_what_an_independent_script_says(tmp_path: Path) -> None:
+    import av
+
+    videos = SHARED / "videos"
+    if not videos.is_dir():
+        pytest.skip(f"{videos} is not there")
+    result = tokenize(videos, "--out", tmp_path / "tokens", "--tokenizer", "tiny", "--size", "64")
+    assert result.exit_code == 0, result.output
+
+    expected: dict[tuple[str, int], tuple[list[float], int]] = {}
+    damaged: list[str] = []
+    for path in sorted(videos.iterdir()):
+        if path.suffix not in (".mp4", ".mov"):
+            continue
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            base = stream.time_base  # to be read while the container is open
+            assert base is not None
+            try:
+                frames = sorted((f.pts, f.duration) for f in container.decode(stream) if f.pts is not None)
+            except av.error.InvalidDataError:
+                damaged.append(path.name)
+                continue
+        pts = [p for p, _ in frames]
+        end = (pts[-1] + frames[-1][1]) * base
+        shown: list[float] = []
+        while (now := pts[0] * base + Fraction(len(shown), 8)) < end:
+            assert len(shown) < 1000
+            shown.append(float(max(p for p in pts if p * base <= now) * base))
+        for number in range(0, len(shown), 17):
+            times = shown[number : number + 17]
+            expected[path.name, number // 17] = (times + times[-1:] * (17 - len(times)), len(times))
+    rows = rows_of(tmp_path / "tokens")
+    found = {(Path(r["uri"]).name, r["clip_index"]): (r["frame_pts_seconds"], r["num_valid_frames"]) for r in rows}
+    assert found == expected
+    rejects = read_rejects(str(tmp_path / "tokens")).to_pylist()
+    assert [(Path(r["uri"]).name, r["reason"]) for r in rejects] == [(name, "decode_error") for name in damaged]
+    assert damaged == ["corrupted.mp4"]

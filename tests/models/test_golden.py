@@ -1,0 +1,155 @@
+"""The network computes what the original VidTok implementation computes, with weights and clips made from names."""
+
+# B batch, C channels, T frames, H height, W width
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from tests.support.shared import SHARED
+from vidshard.models.tokenizer import VideoTokenizer, get_preset
+from vidshard.models.vidtok.heads import FSQ
+from vidshard.models.weights import load_tokenizer
+
+WHOLE_SET = SHARED / "reference" / "golden"
+OWN_PART = Path(__file__).parent / "golden" / "reference.npz"
+
+CASES = {
+    "causal-v1.0": {"A": (17, 64, 64, 1), "B": (5, 32, 48, 2), "C": (13, 32, 32, 1), "G": (1, 32, 32, 1)},
+    "causal-v1.1": {
+        "A": (17, 48, 48, 1),
+        "B": (5, 16, 32, 2),
+        "C": (13, 32, 32, 1),
+        "E": (16, 16, 32, 1),
+        "F": (18, 16, 32, 1),
+        "G": (1, 32, 32, 1),
+        "H": (2, 32, 32, 1),
+        "L23": (23, 16, 16, 1),
+        "L49": (49, 16, 16, 1),
+    },
+    "non-causal": {"A": (16, 64, 64, 1), "B": (8, 32, 48, 2), "H": (4, 32, 32, 1)},
+}
+"""T, H, W, B. The set's other lengths are refused here: the original loses frames with them."""
+
+CONFIGS = (
+    "fsq_causal_488_262144",
+    "fsq_causal_488_32768",
+    "fsq_causal_488_4096",
+    "fsq_causal_41616_262144",
+    "kl_causal_488_4chn",
+    "kl_causal_488_16chn",
+    "kl_causal_41616_4chn",
+    "kl_causal_288_8chn",
+    "fsq_causal_488_32768_v1_1",
+    "fsq_causal_888_32768_v1_1",
+    "kl_causal_488_4chn_v1_1",
+    "kl_causal_488_16chn_v1_1",
+    "kl_causal_41616_16chn_v1_1",
+    "kl_causal_288_8chn_v1_1",
+    "fsq_noncausal_488_262144",
+    "kl_noncausal_488_4chn",
+)
+QUICK = {
+    "fsq_causal_488_262144": "BCG",
+    "kl_causal_288_8chn": "BCG",
+    "fsq_causal_888_32768_v1_1": "BFG",
+    "kl_noncausal_488_4chn": "H",
+}
+TOLERANCE = 1e-4
+"""Largest error over the values' root mean square; the original's own float32 noise is a tenth of it."""
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def video(num_frames: int, height: int, width: int, batch: int) -> torch.Tensor:
+    """Moving waves with noise, (B, 3, T, H, W) in [-1, 1], the same on any machine."""
+    clips = []
+    for item in range(batch):
+        random = np.random.RandomState(zlib.crc32(f"video:{num_frames}x{height}x{width}:{item}".encode()))
+        noise = random.standard_normal((3, num_frames, height, width))
+        c, t, y, x = np.indices(noise.shape).astype(np.float64)
+        waves = 0.45 * np.sin(2 * np.pi * (2 * x / width + t / 8 + c / 3))
+        waves += 0.30 * np.cos(2 * np.pi * (3 * y / height - t / 16 + c / 5))
+        clips.append(np.clip(waves + 0.15 * noise, -1, 1).astype(np.float32))
+    return torch.from_numpy(np.stack(clips))
+
+
+@lru_cache(maxsize=1)
+def tokenizer(config: str) -> VideoTokenizer:
+    return load_tokenizer(get_preset(config), None, seed=0)
+
+
+def relative_error(ours: torch.Tensor, theirs: FloatArray) -> float:
+    assert tuple(ours.shape) == theirs.shape
+    return float(np.abs(ours.numpy() - theirs).max() / np.sqrt(np.mean(np.square(theirs))))
+
+
+def check(config: str, case: str, expected: dict[str, npt.NDArray[np.generic]]) -> None:
+    model = tokenizer(config)
+    encoded = model.encode(video(*CASES[model.config.variant][case]))
+    # The v1.1 values have the frames of whole latents, before the original cuts them to those that went in.
+    num_frames = expected["dec"].shape[2]
+    enc = expected["enc"].astype(np.float32)
+    if encoded.tokens is not None:
+        assert encoded.pre_quantized is not None
+        # The stored values are those before the bounding.
+        assert isinstance(model.head, FSQ)
+        theirs = model.head.bound(torch.from_numpy(enc))
+        assert relative_error(encoded.pre_quantized, theirs.numpy()) < TOLERANCE
+        near_tie = ((theirs - theirs.floor() - 0.5).abs() < TOLERANCE).any(dim=1)
+        assert ((encoded.tokens == torch.from_numpy(expected["indices"])) | near_tie).all()
+        latents = torch.from_numpy(expected["codes"].astype(np.float32) / 4)
+        from_tokens = model.decode(torch.from_numpy(expected["indices"]), num_frames)
+        decoded = model.decode(latents, num_frames)
+        assert torch.equal(from_tokens, decoded)
+    else:
+        assert encoded.logvar is not None
+        assert relative_error(torch.cat([encoded.latents, encoded.logvar], dim=1), enc) < TOLERANCE
+        decoded = model.decode(torch.from_numpy(enc).chunk(2, dim=1)[0], num_frames)
+    assert relative_error(decoded, expected["dec"].astype(np.float32)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("config", "case"),
+    [
+        ("fsq_causal_488_262144", "B"),
+        ("fsq_causal_488_262144", "G"),
+        ("kl_causal_488_4chn", "G"),
+        ("fsq_causal_888_32768_v1_1", "F"),
+        ("kl_noncausal_488_4chn", "H"),
+    ],
+)
+def test_latents_tokens_and_frames_are_those_of_the_original(config: str, case: str) -> None:
+    with np.load(OWN_PART) as arrays:
+        prefix = f"{config}/{case}/"
+        check(config, case, {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)})
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not WHOLE_SET.is_dir(), reason=f"the whole set of reference values is not at {WHOLE_SET}")
+@pytest.mark.parametrize(
+    ("config", "case"),
+    [
+        pytest.param(config, case, marks=() if case in QUICK.get(config, ()) else pytest.mark.slow)
+        for config in CONFIGS
+        for case in CASES[get_preset(config).variant]
+    ],
+)
+def test_every_configuration_agrees_with_the_whole_set_of_reference_values(config: str, case: str) -> None:
+    with np.load(WHOLE_SET / f"vidtok_{config}.npz") as arrays:
+        check(
+            config,
+            case,
+            {
+                key: arrays[f"{case}/{key}"]
+                for key in ("enc", "dec", "indices", "codes")
+                if f"{case}/{key}" in arrays.files
+            },
+        )

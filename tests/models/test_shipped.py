@@ -1,0 +1,83 @@
+"""The weights that come with the package: what they are, what they say of themselves, and that they are the default."""
+
+from __future__ import annotations
+
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from vidshard.jobs.cli import vidshard
+from vidshard.jobs.demo import Sample, write_sample
+from vidshard.models.metrics import psnr
+from vidshard.models.tokenizer import get_preset
+from vidshard.models.weights import SHIPPED, load_weights, shipped_weights, training_summary, weights_digest
+from vidshard.pipeline import storage
+from vidshard.pipeline.output.shard_writer import shard_paths
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
+
+
+def test_they_are_small_and_say_how_they_came_about() -> None:
+    path = shipped_weights()
+    assert path.stat().st_size <= 8_000_000
+    config, weights = load_weights(path)
+    assert config == get_preset(SHIPPED)
+    summary = training_summary(path)
+    assert summary["weights_sha256"] == weights_digest(weights)
+    assert re.search(r"\d\d\.\d+ dB", summary["measured"])
+    assert summary["stages"]
+    assert summary["data"]
+    assert "/" not in re.sub(r"https?://\S+|\w+/s\b", "", json.dumps(summary["data"])), "a path of somebody's machine"
+
+
+def test_a_file_without_a_summary_has_an_empty_one(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert training_summary(tmp_path / "a.safetensors") == {}
+    (tmp_path / "b.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        training_summary(tmp_path / "b.safetensors")
+
+
+def test_other_presets_have_none() -> None:
+    with pytest.raises(FileNotFoundError, match=f"'tiny' come with vidshard; there are some of {SHIPPED}"):
+        shipped_weights("tiny")
+    with pytest.raises(storage.StorageError, match=SHIPPED), storage.local_copy("shipped://../../secret"):
+        pass
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_without_a_model_they_make_the_tokens_and_the_picture_again(tmp_path: Path) -> None:
+    sample = Sample(name="a.mp4", codec="libx264", width=192, height=128, rate=Fraction(8), seconds=9 / 8)
+    write_sample(tmp_path / "a.mp4", sample, seed=3)
+    out = tmp_path / "tokens"
+    result = run("tokenize", tmp_path / "a.mp4", "--out", out, "--size", "128", "--frames", "9")
+    assert result.exit_code == 0, result.output
+    assert "RANDOM" not in result.output
+    (shard,) = shard_paths(str(out))
+    metadata = pq.read_schema(shard).metadata
+    assert metadata[b"vidshard.weights_source"].decode() == f"shipped://{SHIPPED}"
+    assert json.loads(metadata[b"vidshard.tokenizer"])["name"] == SHIPPED
+
+    result = run("decode", out, "--all", tmp_path / "shown", "--side-by-side")
+    assert result.exit_code == 0, result.output
+    (video,) = (tmp_path / "shown").iterdir()
+    with av.open(str(video)) as container:
+        pictures = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert pictures.shape == (9, 128, 256, 3)
+    source, decoded = (
+        torch.from_numpy(half.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1 for half in np.split(pictures, 2, axis=2)
+    )
+    # strong colors that move are what it is worst at: 22.0 dB here, and random weights give 8
+    assert psnr(source, decoded).mean() > 21.5

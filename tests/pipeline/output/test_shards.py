@@ -1,0 +1,128 @@
+"""What is written to a shard is read back from it, whatever the codebook or the latents."""
+
+from __future__ import annotations
+
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from vidshard.pipeline.output.shard_reader import read_clips, read_payloads
+from vidshard.pipeline.output.shard_writer import TokenShardSink, shard_paths
+from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
+from vidshard.schemas.tokens import Payload, Provenance
+from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
+
+SPEC = ClipSpec(fps=Fraction(8), num_frames=1, height=8, width=8)
+SOURCE = VideoSource(width=8, height=8, codec="h264", fps=8.0, rotation_degrees=0)
+
+
+def span_rows(num_clips: int) -> pa.Table:
+    """One decoded span of so many clips."""
+    span = Span(
+        video_id="v",
+        uri="v.mp4",
+        time_base=Fraction(1, 8),
+        grid_start_pts=0,
+        first_clip=0,
+        end_clip=None,
+        duration_seconds_from_header=1.0,
+        source=SOURCE,
+    )
+    clips = [
+        Clip(
+            video_id="v",
+            clip_index=index,
+            frames=np.zeros((1, 8, 8, 3), np.uint8),
+            frame_pts_seconds=np.array([index / 8]),
+            num_valid_frames=1,
+            start_seconds=index / 8,
+            geometry=Geometry(policy="crop", scaled_width=8, scaled_height=8, left=0, top=0),
+        )
+        for index in range(num_clips)
+    ]
+    plan = pa.Table.from_pylist([span_row(span, SPEC, None)], schema=WORK_SCHEMA)
+    return add_clips(plan, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.1)
+
+
+def written_and_read(values: np.ndarray[Any, Any], payload: Payload) -> np.ndarray[Any, Any]:
+    provenance = Provenance(
+        tokenizer={},
+        weights_sha256="0",
+        weights_source="seed:0",
+        payload=payload,
+        run={},
+        identity={},
+        code_version="0",
+        libraries={},
+    )
+    with tempfile.TemporaryDirectory() as out:
+        sink = TokenShardSink(
+            out,
+            buckets=[(SPEC, payload)],
+            provenance=provenance,
+            manifest_fields=[],
+            shard_bytes=1 << 20,
+            commit_seconds=60.0,
+        )
+        stats = EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=len(values))
+        flat = list(values.reshape(len(values), -1))
+        sink.add(add_payload(span_rows(len(values)), {payload.columns[0]: flat}, payload, stats))
+        sink.close()
+        (path,) = shard_paths(out)
+        assert Path(path).suffix == ".parquet"
+        clips = np.stack([clip.payload for clip in read_clips(path)])
+        np.testing.assert_array_equal(np.concatenate(list(read_payloads(path))), clips)
+        return clips
+
+
+SHAPES = hnp.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=4)
+"""Clips, then T', H', W'."""
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "dtype"),
+    [
+        (2, np.uint8),
+        (256, np.uint8),
+        (257, np.uint16),
+        (4096, np.uint16),
+        (65536, np.uint16),
+        (65537, np.uint32),
+        (262144, np.uint32),
+        (2**31 - 1, np.uint32),
+    ],
+)
+@given(data=st.data())
+@settings(deadline=None, max_examples=8)
+def test_tokens_come_back_from_a_shard_as_they_went_in(
+    codebook_size: int, dtype: type[np.unsignedinteger[Any]], data: st.DataObject
+) -> None:
+    shape = data.draw(SHAPES)
+    tokens = data.draw(hnp.arrays(dtype, shape, elements=st.integers(0, codebook_size - 1)))
+    tokens.flat[0] = codebook_size - 1
+    payload = Payload(kind="tokens", shape=shape[1:], codebook_size=codebook_size)
+    assert payload.dtype == dtype
+    read = written_and_read(tokens, payload)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, tokens)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=20)
+def test_latents_come_back_from_a_shard_bit_for_bit(data: st.DataObject) -> None:
+    clips, *grid = data.draw(SHAPES)
+    # every finite float16 by its bits: magnitudes below infinity's 0x7C00, then the same with a sign
+    drawn = data.draw(hnp.arrays(np.uint16, (clips, 3, *grid), elements=st.integers(0, 2 * 0x7C00 - 1)))
+    latents = np.where(drawn < 0x7C00, drawn, drawn - 0x7C00 + 0x8000).astype(np.uint16).view(np.float16)
+    assert np.isfinite(latents).all()
+    read = written_and_read(latents, Payload(kind="latents", shape=(3, *grid), codebook_size=None))
+    assert read.dtype == np.float16
+    np.testing.assert_array_equal(read.view(np.uint16), latents.view(np.uint16))

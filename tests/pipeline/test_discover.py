@@ -1,0 +1,168 @@
+"""Files, folders, globs and manifests, local and on S3, to a list of videos."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import GOOD_VIDEOS
+from vidshard.pipeline import storage
+from vidshard.pipeline.discover import InputError, discover
+
+
+def uris(*inputs: str, **options: Any) -> list[str]:
+    return [str(uri) for uri in discover(inputs, **options).videos["uri"].to_pylist()]
+
+
+def test_a_folder_gives_its_videos_recursively_and_nothing_hidden(good_videos: Path) -> None:
+    assert uris(str(good_videos)) == sorted(str(good_videos / name) for name in GOOD_VIDEOS)
+
+
+def test_files_that_are_no_videos_are_passed_over_and_counted(good_videos: Path) -> None:
+    found = discover([str(good_videos)])
+    assert found.num_passed_over == 1
+    assert found.passed_over_extensions == ((".txt", 1),)
+
+
+def test_a_file_named_outright_is_taken_whatever_its_extension(good_videos: Path) -> None:
+    assert uris(str(good_videos / "notes.txt")) == [str(good_videos / "notes.txt")]
+
+
+def test_overlapping_inputs_give_each_file_once(good_videos: Path) -> None:
+    everything = uris(str(good_videos))
+    assert uris(str(good_videos), str(good_videos / "*.mp4"), str(good_videos / "a.mp4")) == everything
+
+
+def test_globs_and_recursive_globs(good_videos: Path) -> None:
+    assert uris(str(good_videos / "*.mp4")) == [str(good_videos / "a.mp4"), str(good_videos / "e.mp4")]
+    assert len(uris(str(good_videos / "**" / "*.mp4"))) == 3
+
+
+def test_a_name_with_glob_characters_that_exists_is_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "take [1].mp4"
+    path.touch()
+    assert uris(str(path)) == [str(path)]
+
+
+def test_odd_names_and_pipes_in_a_folder(tmp_path: Path) -> None:
+    odd = tmp_path / "what?x=1 #2 %20.mp4"
+    odd.touch()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
+    found = discover([str(tmp_path)])
+    assert found.videos["uri"].to_pylist() == [str(odd)]
+    assert found.passed_over_extensions == (("files whose name is not UTF-8", 1),)
+    with pytest.raises(storage.StorageError, match="not a regular file"):
+        storage.open_binary(str(tmp_path / "pipe.mp4"))
+
+
+def test_manifests_that_disagree_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("uri,caption\na.mp4,text\n")
+    (tmp_path / "b.csv").write_text("uri,caption\nb.mp4,7\n")
+    with pytest.raises(InputError, match="do not agree"):
+        discover([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")])
+
+
+def test_limit_takes_the_first_in_sorted_order(good_videos: Path) -> None:
+    assert uris(str(good_videos), limit=2) == [str(good_videos / "a.mp4"), str(good_videos / "b.mkv")]
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv", "jsonl"])
+def test_a_manifest_brings_its_columns_along(good_videos: Path, tmp_path: Path, extension: str) -> None:
+    rows = {"uri": [str(good_videos / "a.mp4"), str(good_videos / "e.mp4")], "caption": ["a", "b"], "label": [3, 4]}
+    path = tmp_path / f"manifest.{extension}"
+    match extension:
+        case "parquet":
+            pq.write_table(pa.table(rows), path)
+        case "csv":
+            pyarrow.csv.write_csv(pa.table(rows), path)
+        case _:
+            path.write_text("\n".join(json.dumps(row) for row in pa.table(rows).to_pylist()))
+    videos = discover([str(path)]).videos
+    assert videos.select(["uri", "caption", "label"]).to_pydict() == rows
+
+
+def test_relative_paths_in_a_manifest_start_at_the_manifest(good_videos: Path) -> None:
+    path = good_videos.parent / "manifest.csv"
+    path.write_text(f"uri\n{good_videos.name}/a.mp4\n")
+    assert uris(str(path)) == [str(good_videos / "a.mp4")]
+
+
+def test_a_file_in_manifest_and_folder_keeps_the_manifests_columns(good_videos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text(f"uri,caption\n{good_videos}/a.mp4,hello\n")
+    videos = discover([str(good_videos), str(path)]).videos
+    assert videos.num_rows == len(GOOD_VIDEOS)
+    assert {r["uri"]: r["caption"] for r in videos.to_pylist()}[str(good_videos / "a.mp4")] == "hello"
+
+
+def test_manifest_columns_that_clash_with_shard_columns_get_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text("uri,fps,video_id\na.mp4,30,x\n")
+    found = discover([str(path)])
+    assert found.renamed_columns == {"fps": "manifest_fps", "video_id": "manifest_video_id"}
+    assert found.videos["manifest_fps"].to_pylist() == [30]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.csv", "path,caption\na,b\n", "no column 'uri'; its columns are path, caption"),
+        ("m.jsonl", "{not json", "cannot be read"),
+        ("m.parquet", "PAR1", "cannot be read"),
+        ("m.csv", "uri,caption\n,b\n", "row 1: 'uri' is"),
+    ],
+)
+def test_an_unusable_manifest_is_refused_by_name(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        discover([str(tmp_path / name)])
+    assert name in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_inputs_that_name_nothing_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file, or the folder is empty"):
+        discover([str(tmp_path / "nothing")])
+    with pytest.raises(InputError, match="no file matches"):
+        discover([str(tmp_path / "*.mp4")])
+    (tmp_path / "readme.md").touch()
+    with pytest.raises(InputError, match=r"other files only \(1 \.md\)"):
+        discover([str(tmp_path)])
+
+
+def test_s3_folders_globs_and_manifests(s3: str, good_videos: Path) -> None:
+    for name in GOOD_VIDEOS:
+        fsspec.open(f"s3://videos/discover/{name}", "wb").open().close()
+    with fsspec.open("s3://videos/discover/list.csv", "wb") as file:
+        file.write(b"uri,caption\na.mp4,first\ns3://videos/discover/e.mp4,second\n")
+    everything = sorted(f"s3://videos/discover/{name}" for name in GOOD_VIDEOS)
+    assert uris("s3://videos/discover") == everything
+    assert uris("s3://videos/discover/*.mp4") == [u for u in everything if "deep" not in u and u.endswith("mp4")]
+    assert uris("s3://videos/discover/list.csv") == ["s3://videos/discover/a.mp4", "s3://videos/discover/e.mp4"]
+
+
+def test_an_unreachable_bucket_is_one_clear_message(s3: str) -> None:
+    with pytest.raises((InputError, storage.StorageError), match="no-such-bucket"):
+        discover(["s3://no-such-bucket/clips"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://user:pw@host/a.mp4?X-Amz-Signature=s3cret#f", "https://host/a.mp4"),
+        ("s3://bucket/what?.mp4", "s3://bucket/what?.mp4"),
+        ("s3://key:secret@bucket/a.mp4", "s3://bucket/a.mp4"),
+        ("/clips/a?.mp4", "/clips/a?.mp4"),
+    ],
+)
+def test_no_secret_of_a_url_is_shown(uri: str, shown: str) -> None:
+    assert storage.public_uri(uri) == shown

@@ -1,0 +1,1 @@
+"""What tests share: videos, processes, servers; no tests."""
