@@ -6,10 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vidshard.jobs.runtime.errors import EXIT_REFUSED, UserError, print_error
+from vidshard.jobs.runtime.errors import print_error
 from vidshard.models.tokenizer import TokenizerConfig, get_preset
 from vidshard.models.weights import load_tokenizer, load_weights, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
+from vidshard.schemas.errors import EXIT_REFUSED, UserError
 
 
 def convert_weights(source: str, target: str, preset: str | None, console: Console, *, ema: bool = False) -> int:

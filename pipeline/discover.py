@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
@@ -79,7 +80,7 @@ PART_COLUMNS = {"start_seconds": "part_start_seconds", "end_seconds": "part_end_
 are called from then on."""
 
 
-class InputError(Exception):
+class InputError(VidshardError):
     """The inputs name nothing that could be tokenized; the message says which and what to do."""
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import ray
 from ray.data import DataContext
 
-from vidshard.jobs.runtime.errors import EXIT_REFUSED, cause_of, terminate
+from vidshard.jobs.runtime.errors import cause_of, terminate
 from vidshard.pipeline.storage import StorageError
+from vidshard.schemas.errors import EXIT_REFUSED
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0

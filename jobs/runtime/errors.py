@@ -7,15 +7,6 @@ from types import FrameType
 
 import click
 
-EXIT_FAILED = 1
-"""The job ran, and its result is not what was asked for."""
-EXIT_REFUSED = 2
-"""The request cannot be carried out as it stands; nothing was done."""
-
-
-class UserError(Exception):
-    """The request cannot be carried out as it stands; the message says why and what to change."""
-
 
 def cause_of(error: BaseException) -> str:
     """The innermost exception of a failure, in a line: of one of Ray's, what its text says was raised first."""

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from vidshard.jobs.runtime.errors import EXIT_REFUSED, UserError, exit_code_of, print_error
+from vidshard.jobs.runtime.errors import exit_code_of, print_error
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.models.tokenizer import Past, TokenizerConfig, VideoTokenizer, output_to_frames
 from vidshard.models.vidtok.lengths import Padding, pad
@@ -33,6 +33,7 @@ from vidshard.pipeline.output.shard_reader import (
     read_clips,
 )
 from vidshard.pipeline.rows import row_part
+from vidshard.schemas.errors import EXIT_REFUSED, UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import Provenance
 from vidshard.schemas.video import ClipSpec, VideoError

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vidshard.jobs.runtime.errors import EXIT_FAILED
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.shards.decode import padding_of, stored_spec, tiling_for, tokenizer_of
 from vidshard.models.tokenizer import Encoded, Past, VideoTokenizer, frames_to_input
@@ -27,6 +26,7 @@ from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.encode import DTYPES
 from vidshard.pipeline.output.shard_reader import find_clips, open_shard, read_clips
 from vidshard.pipeline.rows import row_part
+from vidshard.schemas.errors import EXIT_FAILED
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import Clip, VideoError
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vidshard.jobs.runtime.errors import EXIT_REFUSED, print_error
+from vidshard.jobs.runtime.errors import print_error
 from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
@@ -19,6 +19,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.shard_reader import ShardError, open_shard, output_shards, read_clips, read_payloads
 from vidshard.pipeline.output.shard_writer import RUN, shard_paths
+from vidshard.schemas.errors import EXIT_REFUSED
 from vidshard.schemas.tokens import Payload, Provenance
 
 

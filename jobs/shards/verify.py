@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from vidshard.jobs.runtime.errors import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
+from vidshard.jobs.runtime.errors import exit_code_of, print_error
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.shards.reencode import encode_again
 from vidshard.models.tokenizer import TokenizerConfig
@@ -38,6 +38,7 @@ from vidshard.pipeline.output.committed import (
 from vidshard.pipeline.output.lease import Lease, LeaseHeldError
 from vidshard.pipeline.output.shard_reader import ShardError, check_shard, open_shard, output_shards
 from vidshard.pipeline.output.shard_writer import REJECTS, RUN, SHARDS
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import FORMAT_VERSION, METADATA_PREFIX
 

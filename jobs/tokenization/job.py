@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
-from vidshard.jobs.runtime.errors import EXIT_FAILED, EXIT_REFUSED, UserError, exit_code_of, print_error
+from vidshard.jobs.runtime.errors import exit_code_of, print_error
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.resolve import ResolvedRun, check_output, encoder_spec, print_run, record_run, resolve
@@ -63,6 +63,7 @@ from vidshard.pipeline.output.shard_writer import REJECTS, SHARDS, TokenShardSin
 from vidshard.pipeline.plan import clips_per_span, open_videos
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection, signal_source
 from vidshard.pipeline.video.signals import signal_fields
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import Reason, Rejection, Stage
 

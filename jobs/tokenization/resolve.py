@@ -23,7 +23,6 @@ import yaml
 from rich.console import Console
 
 from vidshard.jobs.convert_weights import stated_tokenizer
-from vidshard.jobs.runtime.errors import UserError
 from vidshard.jobs.runtime.progress import warn
 from vidshard.models.tokenizer import TokenizerConfig, get_preset
 from vidshard.models.vidtok.lengths import Padding
@@ -37,6 +36,7 @@ from vidshard.pipeline.output.shard_writer import RUN, shard_paths
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.rows import INTERNAL_COLUMNS
 from vidshard.pipeline.video.signals import signal_fields
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import FORMAT_VERSION, Payload, Provenance
 from vidshard.schemas.video import ClipSpec

@@ -33,7 +33,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
-from vidshard.jobs.runtime.errors import EXIT_FAILED, EXIT_REFUSED, UserError, cause_of, exit_code_of, print_error
+from vidshard.jobs.runtime.errors import cause_of, exit_code_of, print_error
 from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.recorder import read_metrics
@@ -58,6 +58,7 @@ from vidshard.pipeline.training_data.loader import (
     rows_per_block,
     training_clips,
 )
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
 from vidshard.schemas.training import StageConfig, TrainRun
 from vidshard.schemas.video import Limits, Rejection
 

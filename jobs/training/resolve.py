@@ -20,7 +20,6 @@ import yaml
 from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.errors import UserError
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.tokenization.resolve import code_version
 from vidshard.jobs.training.worker import RUN, last_state, start_weights
@@ -32,6 +31,7 @@ from vidshard.models.training.step import Generator, check_stage
 from vidshard.models.weights import count_parameters, differences, load_weights
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.training import WEIGHT_SUFFIXES, Metric, StageConfig, TrainRun, join_weight
 
 _FORMAT = 1

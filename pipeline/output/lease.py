@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vidshard.pipeline import storage
+from vidshard.schemas.errors import EXIT_FAILED, VidshardError
 
 LEASES = "lease"
 """The folder of an output's leases."""
@@ -37,12 +38,14 @@ _KEPT = 3
 _CHECK_SECONDS = 5.0
 
 
-class LeaseHeldError(Exception):
+class LeaseHeldError(VidshardError):
     """Another run is at work on the output; the message says which."""
 
 
-class LeaseLostError(Exception):
+class LeaseLostError(VidshardError):
     """Another run has taken over the output, or this one could not show that it is alive."""
+
+    exit_code = EXIT_FAILED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_writer import RUN, SHARDS, shard_paths
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.tokens import LATER_COLUMNS, Payload, Provenance, shard_schema
 
 
-class ShardError(Exception):
+class ShardError(VidshardError):
     """A shard or an output cannot be read; the message names it and says why."""
 
 

@@ -33,6 +33,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
+from vidshard.schemas.errors import VidshardError
+
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ _UPLOAD_PART_BYTES = 50 << 20
 """On S3, what is twice this and more is uploaded in parts of this size."""
 
 
-class StorageError(Exception):
+class StorageError(VidshardError):
     """A path could not be reached, read or written; the message names it and says what to check."""
 
 

@@ -23,10 +23,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from vidshard.schemas.errors import VidshardError
+
 SCHEME = "hf://"
 
 
-class HubError(Exception):
+class HubError(VidshardError):
     """A file of the Hub cannot be had; the message says why and what to do, and leaves the reference to the caller."""
 
 

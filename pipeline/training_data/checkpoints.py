@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from vidshard.pipeline import storage
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.training import LOWER_IS_BETTER
 
 CHECKPOINTS = "checkpoints"
 
 
-class CheckpointError(Exception):
+class CheckpointError(VidshardError):
     """A checkpoint cannot be gone on from; the message says why and what to do."""
 
 

@@ -40,6 +40,7 @@ from vidshard.pipeline.output.resume import with_entries
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.rows import WORK_SCHEMA, row_rejection, row_span
 from vidshard.pipeline.video.sampling import ClipTimeline
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError, VideoRef
 
 ITEM_SCHEMA = pa.schema(
@@ -76,7 +77,7 @@ _BLOCKS_PER_TASK = 16
 _BLOCK_BYTES = 32 << 20
 
 
-class UnusableError(Exception):
+class UnusableError(VidshardError):
     """The videos give no training; the message says why and what to change."""
 
 

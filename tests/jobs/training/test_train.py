@@ -32,7 +32,7 @@ from tests.support.processes import processes_below
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.jobs.cli import training_run, vidshard
 from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.errors import UserError, cause_of
+from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.settings import SettingsError
 from vidshard.jobs.shards.decode import decode_output
 from vidshard.jobs.tokenization.job import run_and_report as tokenize
@@ -48,6 +48,7 @@ from vidshard.models.weights import load_weights, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import StageConfig, TrainRun
 

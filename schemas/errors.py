@@ -1,0 +1,32 @@
+"""The errors a person is meant to read: one base class, and the exit code each of them ends a command with.
+
+An error that derives from :class:`VidshardError` says in its message what is wrong, where, and what to do about it, so
+it is printed without a traceback. Any other exception is a defect of vidshard. Errors that belong to one room
+(``StorageError``, ``ShardError``, ``LeaseHeldError`` ...) are defined there; all of them derive from this one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_FAILED = 1
+"""The job ran, and its result is not what was asked for."""
+EXIT_REFUSED = 2
+"""The request cannot be carried out as it stands; nothing was done."""
+
+
+class VidshardError(Exception):
+    """Base of every error whose message is written for the user of vidshard."""
+
+    exit_code: ClassVar[int] = EXIT_REFUSED
+    """Exit code of the command that this error ends."""
+
+
+class UserError(VidshardError):
+    """The request cannot be carried out as it stands; the message says why and what to change."""
+
+
+class RunFailedError(VidshardError):
+    """The job ran and failed; the message says what broke and what to do next."""
+
+    exit_code = EXIT_FAILED
