@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vidshard.models.tokenizer import TokenizerConfig
-from vidshard.models.training.losses import declare_torchvision_operators
+from vidshard.models.training.perceptual import declare_torchvision_operators
 from vidshard.models.weights import checkpoint_name
 
 with suppress(ImportError):  # diffusers imports torchvision where it is installed

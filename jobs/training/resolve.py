@@ -26,8 +26,8 @@ from vidshard.jobs.training.worker import RUN, last_state, start_weights
 from vidshard.models.config import TokenizerConfig
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
 from vidshard.models.tokenizer import get_preset
-from vidshard.models.training.losses import load_perceptual
-from vidshard.models.training.step import Generator, check_stage
+from vidshard.models.training.perceptual import load_perceptual
+from vidshard.models.training.state import Generator, check_stage
 from vidshard.models.weights import count_parameters, differences, load_weights
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints

@@ -34,17 +34,9 @@ from vidshard.jobs.training.recorder import Recorder, Speed
 from vidshard.jobs.training.status import RunStatus
 from vidshard.models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer, output_to_frames
 from vidshard.models.training.evaluation import Evaluation, evaluate_batch, reconstruct
-from vidshard.models.training.losses import load_perceptual
-from vidshard.models.training.step import (
-    DivergedError,
-    Generator,
-    NonFiniteError,
-    TrainState,
-    begin_stage,
-    shard_generator,
-    start_tokenizer,
-    train_step,
-)
+from vidshard.models.training.perceptual import load_perceptual
+from vidshard.models.training.state import Generator, TrainState, begin_stage, shard_generator, start_tokenizer
+from vidshard.models.training.step import DivergedError, NonFiniteError, train_step
 from vidshard.models.weights import differences, load_weights, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter

@@ -1,8 +1,8 @@
-"""A network on several workers: what is whole, what is a shard of a whole, and what is averaged. No training in here.
+"""Distributed tensors: averaging over workers, and full copies of sharded states. No training rule stands here.
 
-FSDP2 (`torch.distributed.fsdp`) keeps each parameter as a shard on every worker, and gathers it while its layer
-computes; DDP keeps all of it everywhere. What is stored is whole in either case, so that a run may go on with another
-number of workers.
+FSDP2 (`torch.distributed.fsdp`) keeps a shard of each parameter on every worker and gathers it while its layer
+computes; DDP keeps every parameter whole on every worker. Stored states are full tensors in both cases, so a run can
+resume with another number of workers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vidshard.models.vidtok.heads import alone
-
 
 def mean_over_workers(value: Tensor) -> Tensor:
-    """The mean over all workers of a tensor without gradient; itself where there is one worker."""
+    """Average a tensor without gradient over all workers; a single worker gets the tensor itself."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return alone(value)
+        return value
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
-def shards_alone(network: nn.Module) -> None:
-    """Let go of what FSDP2 gathered for a forward pass: it keeps the outermost weights until a backward pass.
+def reshard(network: nn.Module) -> None:
+    """Free the parameters that FSDP2 gathered for a forward pass.
 
-    They would be taken for the weights after these have changed, and are no shards to those who look for such.
+    FSDP2 keeps the outermost ones gathered until a backward pass. Code that changes or reads shards in between would
+    miss the change, or find full tensors where it expects shards.
     """
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -41,24 +40,27 @@ def shards_alone(network: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gradients_reduced(network: nn.Module, now: bool) -> Iterator[None]:
-    """Whether workers exchange gradients in the backward pass within, or keep them until the batch's last piece."""
+def gradient_sync(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Exchange gradients between workers in the enclosed backward pass if enabled, else accumulate them locally."""
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
+        network.set_requires_gradient_sync(enabled)
         yield
-    elif isinstance(network, DistributedDataParallel) and not now:
+    elif isinstance(network, DistributedDataParallel) and not enabled:
         with network.no_sync():
             yield
     else:
         yield
 
 
-def whole(value: Any) -> Any:
-    """A copy of a nested state with whole tensors on the CPU."""
+def full_cpu_copy(value: Any) -> Any:
+    """Copy a nested state: tensors become full tensors on the CPU, everything else stays.
+
+    A sharded tensor is gathered from all workers, so every worker must call this.
+    """
     if isinstance(value, Mapping):
-        return {key: whole(entry) for key, entry in value.items()}
+        return {key: full_cpu_copy(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(entry) for entry in value)
+        return type(value)(full_cpu_copy(entry) for entry in value)
     if isinstance(value, Tensor):
         tensor = value.detach()
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
@@ -66,23 +68,27 @@ def whole(value: Any) -> Any:
 
 
 def _sharded_like(own: Tensor, value: Tensor) -> Tensor:
-    """A copy of a whole tensor, sharded as another of its shape is, on its device."""
+    """Copy a full tensor to the device of another tensor of its shape, sharded as that one is."""
     value = value.to(own.device, copy=True)
     return distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value
 
 
-def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy a whole state dict into a module, sharded or not.
+def load_full_state(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy a full state dict into a module, sharded or not.
 
     Raises:
-        ValueError: where names or shapes differ.
+        ValueError: names or shapes differ.
     """
-    fill_all(module.state_dict(), values)
+    copy_full_tensors(module.state_dict(), values)
 
 
 @torch.no_grad()
-def fill_all(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of the same names, sharded or not; raises as `fill`."""
+def copy_full_tensors(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy full tensors into tensors of the same names, sharded or not.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
     if {name: tensor.shape for name, tensor in own.items()} != {n: tensor.shape for n, tensor in values.items()}:
         differing = sorted(own.keys() ^ values.keys()) or [n for n in own if own[n].shape != values[n].shape]
         raise ValueError(f"the checkpoint does not fit: {', '.join(differing[:10])}")
@@ -90,8 +96,8 @@ def fill_all(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         tensor.copy_(_sharded_like(tensor, values[name]))
 
 
-def fill_optimizer(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
-    """Copy a whole optimizer state into an optimizer, sharded as its parameters are."""
+def load_full_optimizer_state(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
+    """Copy a full optimizer state into an optimizer, sharded as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_number = {
         number: {

@@ -1,4 +1,4 @@
-"""What a training looks at: reconstructions of held-out clips, and figures of them. Nothing of a state changes."""
+"""Evaluation during training: reconstructions of held-out clips and their metrics. The training state is unchanged."""
 
 # B batch, C channels, T frames, H height, W width, F frames of all clips
 
@@ -12,23 +12,24 @@ from torch import Tensor
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW, CodebookUse, psnr, ssim
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.losses import frames_of
-from vidshard.models.training.step import TrainState, video_of
+from vidshard.models.training.state import TrainState, video_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluation:
-    """Sums over frames, and counts of tokens; those of several batches or workers are added."""
+    """Metrics summed over frames, and token counts; evaluations of several batches or workers can be added."""
 
     num_frames: int
     psnr: float
-    """In dB, summed."""
+    """Sum of dB."""
     l1: float
+    """Sum of mean absolute differences, each in [0, 2]."""
     ssim: float | None
-    """None for frames smaller than its window."""
+    """Sum of SSIM; None for frames smaller than its window."""
     lpips: float | None
-    """None where LPIPS was not loaded."""
+    """Sum of LPIPS; None where LPIPS was not loaded."""
     use: CodebookUse | None
-    """None for KL, and where the codebook is too large to count."""
+    """Counts of tokens; None for KL, and where the codebook is too large to count."""
 
     def __add__(self, other: Evaluation) -> Evaluation:
         def summed(a: float | None, b: float | None) -> float | None:
@@ -48,8 +49,11 @@ class Evaluation:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Means over frames, and the codebook's use: what there is of psnr, l1, ssim, lpips, codebook_utilisation,
-        codebook_entropy_bits, codebook_perplexity."""
+        """Means over frames, and codebook statistics, by name.
+
+        Those that could be measured of psnr, l1, ssim, lpips, codebook_utilisation, codebook_entropy_bits and
+        codebook_perplexity.
+        """
         sums = {"psnr": self.psnr, "l1": self.l1, "ssim": self.ssim, "lpips": self.lpips}
         means = {name: value / max(self.num_frames, 1) for name, value in sums.items() if value is not None}
         if self.use is None:
@@ -63,13 +67,13 @@ class Evaluation:
 
 @torch.no_grad()
 def reconstruct(state: TrainState, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Encode and decode a batch, KL by its mean.
+    """Encode and decode a batch; KL decodes the mean.
 
     Args:
         frames_BTHWC: uint8 (B, T, H, W, 3), on any device.
 
     Returns:
-        The clips and their reconstruction, float32 (B, 3, T, H, W) of about [-1, 1], and the tokens, if any.
+        The clips and their reconstruction, both float32 (B, 3, T, H, W) in about [-1, 1], and the tokens, if any.
     """
     x_BCTHW = frames_to_input(frames_BTHWC.to(state.device)).contiguous()
     with state.autocast():
@@ -79,9 +83,10 @@ def reconstruct(state: TrainState, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def evaluate_batch(state: TrainState, frames_BTHWC: Tensor) -> Evaluation:
-    """Measure reconstructions of held-out clips. Nothing of the state changes.
+    """Measure reconstructions of held-out clips; within `TrainState.averaged`, those of the averaged weights.
 
-    Within `TrainState.averaged` it is the averages that are measured.
+    Args:
+        frames_BTHWC: uint8 (B, T, H, W, 3), on any device.
     """
     x_BCTHW, video_BCTHW, tokens = reconstruct(state, frames_BTHWC)
     real_FCHW, fake_FCHW = frames_of(x_BCTHW), frames_of(video_BCTHW).clamp(-1, 1)

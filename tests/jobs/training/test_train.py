@@ -43,7 +43,7 @@ from vidshard.jobs.training.resolve import activation_bytes, plan_resources, rea
 from vidshard.jobs.training.worker import start_weights
 from vidshard.models.config import PRESETS
 from vidshard.models.tokenizer import get_preset
-from vidshard.models.training.step import start_tokenizer
+from vidshard.models.training.state import start_tokenizer
 from vidshard.models.weights import load_weights, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_writer import shard_paths
@@ -139,7 +139,7 @@ def workers_killed(folder: Path) -> Iterator[list[int]]:
     thread.start()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vidshard.jobs.training.job.Board", partial(HeldStatus, folder, KILLED_AT))
+            patch.setattr("vidshard.jobs.training.job.RunStatus", partial(HeldStatus, folder, KILLED_AT))
             yield killed
     finally:
         over.set()

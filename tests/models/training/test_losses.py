@@ -16,20 +16,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from tests.support.shared import SHARED
-from vidshard.models.training.losses import (
+from vidshard.models.training.discriminator import (
     Discriminator,
     LeCam,
-    Perceptual,
     adaptive_weight,
-    adversarial,
-    fidelity,
-    frames_of,
-    hinge,
+    adversarial_loss,
+    hinge_loss,
     last_layer_gradient,
-    load_perceptual,
-    scores_without_trace,
-    weighted_regularization,
+    scores_for_generator,
 )
+from vidshard.models.training.losses import frames_of, reconstruction_loss, weighted_regularization
+from vidshard.models.training.perceptual import Perceptual, load_perceptual
 from vidshard.models.vidtok.heads import FSQ
 from vidshard.models.vidtok.layers import TIME_RULES, TimeConv
 from vidshard.schemas.training import StageConfig
@@ -57,7 +54,7 @@ def test_a_frame_costs_its_differences_on_the_learned_scale() -> None:
     fake = torch.stack([torch.full((3, 2, 2), 0.5), torch.full((3, 2, 2), -0.25)])
     logvar = torch.tensor(0.3, requires_grad=True)
     lpips = torch.tensor([0.2, 0.4])
-    nll, l1, perceptual = fidelity(real, fake, lpips, logvar, l1_weight=2.0, perceptual_weight=0.5)
+    nll, l1, perceptual = reconstruction_loss(real, fake, lpips, logvar, l1_weight=2.0, perceptual_weight=0.5)
     assert l1.item() == pytest.approx(0.375)
     assert perceptual is not None
     assert perceptual.item() == pytest.approx(0.3)
@@ -71,7 +68,7 @@ def test_a_frame_costs_its_differences_on_the_learned_scale() -> None:
 def test_the_learned_scale_settles_where_it_is_the_mean_difference() -> None:
     fake = random(2, 3, 4, 4)
     logvar = fake.abs().mean().log().requires_grad_()
-    nll = fidelity(torch.zeros_like(fake), fake, None, logvar, l1_weight=1.0, perceptual_weight=1.0).nll
+    nll = reconstruction_loss(torch.zeros_like(fake), fake, None, logvar, l1_weight=1.0, perceptual_weight=1.0).nll
     (slope,) = torch.autograd.grad(nll, logvar)
     assert slope.item() == pytest.approx(0.0, abs=1e-4)
 
@@ -184,11 +181,11 @@ def test_the_discriminator_starts_as_released() -> None:
     assert gains.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_scores_without_trace_give_the_video_its_gradient_and_leave_the_discriminator() -> None:
+def test_scores_for_generator_give_the_video_its_gradient_and_leave_the_discriminator() -> None:
     discriminator = Discriminator("2d", width=4)
     video = random(1, 3, 2, 32, 32).requires_grad_()
     before = {name: value.clone() for name, value in discriminator.state_dict().items()}
-    scores = scores_without_trace(discriminator, video)
+    scores = scores_for_generator(discriminator, video)
     (gradient,) = torch.autograd.grad(scores.sum(), video)
     assert all(torch.equal(before[name], value) for name, value in discriminator.state_dict().items())
     assert all(parameter.grad is None for parameter in discriminator.parameters())
@@ -200,13 +197,13 @@ def test_scores_without_trace_give_the_video_its_gradient_and_leave_the_discrimi
 def test_the_tokenizer_meets_the_mean_score_of_each_frame() -> None:
     scores = torch.tensor([[1.0, 3.0], [-2.0, 0.0]])
     by_frame = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(1.0))]
-    assert adversarial(scores, "softplus").item() == pytest.approx(sum(by_frame) / 2)
-    assert adversarial(scores, "hinge").item() == pytest.approx(-0.5)
+    assert adversarial_loss(scores, "softplus").item() == pytest.approx(sum(by_frame) / 2)
+    assert adversarial_loss(scores, "hinge").item() == pytest.approx(-0.5)
 
 
 def test_hinge_asks_for_scores_beyond_one() -> None:
     real, fake = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[-3.0, 0.0], [1.0, -1.0]])
-    assert hinge(real, fake).item() == pytest.approx(0.5 * ((0 + 0.5 + 2 + 0) / 4 + (0 + 1 + 2 + 0) / 4))
+    assert hinge_loss(real, fake).item() == pytest.approx(0.5 * ((0 + 0.5 + 2 + 0) / 4 + (0 + 1 + 2 + 0) / 4))
 
 
 def test_lecam_keeps_its_averages_in_the_checkpoint_and_moves_them_only_when_told() -> None:

@@ -24,21 +24,19 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support.shared import SHARED
 from vidshard.models.config import PRESETS
 from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset
+from vidshard.models.training.discriminator import adversarial_loss
 from vidshard.models.training.evaluation import evaluate_batch, reconstruct
-from vidshard.models.training.losses import Perceptual, adversarial, weighted_regularization
-from vidshard.models.training.step import (
-    DivergedError,
+from vidshard.models.training.losses import weighted_regularization
+from vidshard.models.training.perceptual import Perceptual
+from vidshard.models.training.state import (
     Generator,
-    NonFiniteError,
     TrainState,
-    average_decay,
     begin_stage,
-    learning_rate,
     set_trainable,
     shard_generator,
     start_tokenizer,
-    train_step,
 )
+from vidshard.models.training.step import DivergedError, NonFiniteError, average_decay, learning_rate, train_step
 from vidshard.models.weights import checkpoint_name, load_tokenizer, weights_digest
 from vidshard.schemas.training import StageConfig
 
@@ -156,7 +154,7 @@ def test_the_gradients_are_those_of_the_whole_loss(tokenizer: Any) -> None:
     fake = generator.tokenizer.decode(latents, 5)
     l1 = (fake - x).abs()
     nll = (l1 / generator.logvar.exp() + generator.logvar).sum() / (2 * 5)
-    gan = adversarial(discriminator(fake)[0], "softplus")
+    gan = adversarial_loss(discriminator(fake)[0], "softplus")
     last = generator.tokenizer.decoder.conv_out.conv.weight
     by_nll, by_gan = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (nll, gan))
     weight = (by_nll.norm() / (by_gan.norm() + 1e-4)).clamp(max=1e4)
@@ -338,12 +336,12 @@ def test_a_loss_that_is_no_number_is_named_and_nothing_is_changed(spoil: str, na
         torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0, equal_nan=True)
 
 
-def test_training_that_is_worse_than_grey_stops() -> None:
+def test_training_that_is_worse_than_gray_stops() -> None:
     state = state_of(small(divergence_after=1, gan_weight=0))
     with torch.no_grad():
         state.tokenizer.decoder.conv_out.conv.bias.fill_(5.0)  # type: ignore[union-attr]
     train_step(state, clips(2))
-    with pytest.raises(DivergedError, match=r"step 1: l1 has been 4\.\d+ on average, worse than grey"):
+    with pytest.raises(DivergedError, match=r"step 1: l1 has been 4\.\d+ on average, worse than gray"):
         train_step(state, clips(2))
     assert state.step == 1
 
