@@ -23,19 +23,8 @@ from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans, probe
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
-from vidshard.schemas.video import (
-    Clip,
-    ClipSpec,
-    Limits,
-    Part,
-    Reason,
-    SignalRule,
-    Span,
-    SpanClips,
-    VideoError,
-    VideoProbe,
-    VideoRef,
-)
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
 
 PROBE_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
 """Opening a file and decoding its first frame; slow object stores included."""

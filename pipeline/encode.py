@@ -29,9 +29,10 @@ from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.weights import load_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
+from vidshard.schemas.rejections import Reason, Stage, VideoError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import Payload
-from vidshard.schemas.video import ClipSpec, Reason, Stage, VideoError
+from vidshard.schemas.video import ClipSpec
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from vidshard.pipeline.output.resume import entry_ids, location_keys
 from vidshard.pipeline.rows import REJECTION, rejection_row, row_part, span_row
 from vidshard.pipeline.video.geometry import nearest_bucket
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.video import ClipSpec, Limits, Part, Rejection, Stage, VideoError, VideoProbe, VideoRef
+from vidshard.schemas.rejections import Rejection, Stage, VideoError
+from vidshard.schemas.video import ClipSpec, Limits, Part, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
 """Frames in one unit of work, unless the user says how many clips: some units fit one of Ray's 128 MiB blocks,

@@ -26,20 +26,9 @@ import pyarrow.compute as pc
 
 from vidshard.pipeline.storage import public_uri
 from vidshard.pipeline.video.sampling import expected_clips
+from vidshard.schemas.rejections import REMEDIES, Reason, Rejection, Stage, VideoError
 from vidshard.schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
-from vidshard.schemas.video import (
-    REMEDIES,
-    Clip,
-    ClipSpec,
-    Part,
-    Reason,
-    Rejection,
-    Span,
-    SpanClips,
-    Stage,
-    VideoError,
-    VideoSource,
-)
+from vidshard.schemas.video import Clip, ClipSpec, Part, Span, SpanClips, VideoSource
 
 PLAN_FIELDS = (
     pa.field("span_id", pa.string(), nullable=False),

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from vidshard.schemas.rejections import Reason
 from vidshard.schemas.video import (
     ClipPlacement,
     ClipSpec,
     Limits,
     Part,
-    Reason,
     ResizePolicy,
     SignalRule,
     TailPolicy,

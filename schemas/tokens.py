@@ -74,7 +74,7 @@ REJECT_SCHEMA = pa.schema(
         pa.field("place", pa.string()),
     ]
 )
-"""One row a rejection; see :class:`schemas.video.Rejection` for the meaning of each."""
+"""One row a rejection; see :class:`vidshard.schemas.rejections.Rejection` for the meaning of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

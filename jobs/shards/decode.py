@@ -34,9 +34,10 @@ from vidshard.pipeline.output.shard_reader import (
 )
 from vidshard.pipeline.rows import row_part
 from vidshard.schemas.errors import EXIT_REFUSED, UserError
+from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import Provenance
-from vidshard.schemas.video import ClipSpec, VideoError
+from vidshard.schemas.video import ClipSpec
 
 
 def decode_output(

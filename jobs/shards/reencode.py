@@ -27,8 +27,9 @@ from vidshard.pipeline.encode import DTYPES
 from vidshard.pipeline.output.shard_reader import find_clips, open_shard, read_clips
 from vidshard.pipeline.rows import row_part
 from vidshard.schemas.errors import EXIT_FAILED
+from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.video import Clip, VideoError
+from vidshard.schemas.video import Clip
 
 TIE = 1e-4
 """A value so near to the middle between two levels, in units of one, may round to either: sums of float32 in another

@@ -64,8 +64,8 @@ from vidshard.pipeline.plan import clips_per_span, open_videos
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection, signal_source
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
+from vidshard.schemas.rejections import Reason, Rejection, Stage
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.video import Reason, Rejection, Stage
 
 MAX_PLANNED_ROWS = 50_000
 """Rows of the plan that are held before they are written: what a driver that dies has to open again, at most."""

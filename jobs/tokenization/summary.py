@@ -13,8 +13,8 @@ from rich.console import Console
 from vidshard.jobs.runtime.progress import warn
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_writer import WriteStats
+from vidshard.schemas.rejections import REMEDIES, Reason
 from vidshard.schemas.tokens import Payload
-from vidshard.schemas.video import REMEDIES, Reason
 
 
 @dataclass(kw_only=True)

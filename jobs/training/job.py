@@ -59,8 +59,9 @@ from vidshard.pipeline.training_data.loader import (
     training_clips,
 )
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
+from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.training import StageConfig, TrainRun
-from vidshard.schemas.video import Limits, Rejection
+from vidshard.schemas.video import Limits
 
 STAGE_RESULT = "result.json"
 VIDEOS = "videos.parquet"

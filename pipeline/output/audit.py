@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vidshard.pipeline.output.committed import ShardSpans, read_planned, read_rejects
-from vidshard.schemas.video import ClipSpec, Reason
+from vidshard.schemas.rejections import Reason
+from vidshard.schemas.video import ClipSpec
 
 AUDIT_SCHEMA = pa.schema(
     [

@@ -35,7 +35,7 @@ from vidshard.pipeline.output.shard_writer import (
     shard_paths,
 )
 from vidshard.pipeline.rows import PLAN_FIELDS, rejections_table, row_part
-from vidshard.schemas.video import Reason
+from vidshard.schemas.rejections import Reason
 
 PLANNED = "plan"
 """The folder of what was planned."""

@@ -37,7 +37,8 @@ from vidshard.pipeline.output.committed import (
 )
 from vidshard.pipeline.output.shard_writer import shard_paths, write_rejects
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, manifest_fields
-from vidshard.schemas.video import Part, Reason, Rejection, Stage
+from vidshard.schemas.rejections import Reason, Rejection, Stage
+from vidshard.schemas.video import Part
 
 WORK_FILE = "todo.parquet"
 """The spans that the latest run had to do."""

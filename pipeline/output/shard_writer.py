@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.rows import explode, frame_sizes, rejections_table, row_part, row_rejection
+from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.tokens import METADATA_PREFIX, Payload, Provenance, shard_schema
-from vidshard.schemas.video import ClipSpec, Rejection
+from vidshard.schemas.video import ClipSpec
 
 SHARDS, REJECTS, RUN = "shards", "rejects", "run.json"
 SPANS_KEY = f"{METADATA_PREFIX}spans"

@@ -41,7 +41,8 @@ from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.rows import WORK_SCHEMA, row_rejection, row_span
 from vidshard.pipeline.video.sampling import ClipTimeline
 from vidshard.schemas.errors import VidshardError
-from vidshard.schemas.video import ClipSpec, Limits, Part, Reason, Rejection, Stage, VideoError, VideoRef
+from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
+from vidshard.schemas.video import ClipSpec, Limits, Part, VideoRef
 
 ITEM_SCHEMA = pa.schema(
     [

@@ -25,7 +25,8 @@ from av.video.stream import VideoStream
 
 from vidshard.pipeline.storage import RemoteVideo, StorageError, public_uri, storage_errors
 from vidshard.pipeline.video.h264 import usability_of
-from vidshard.schemas.video import Limits, Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Limits
 
 ThreadType = Literal["NONE", "SLICE", "FRAME", "AUTO"]
 

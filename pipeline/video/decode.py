@@ -48,19 +48,8 @@ from vidshard.pipeline.video.image_archive import ImageArchive
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.render import Renderer, orientation_of
 from vidshard.pipeline.video.sampling import ClipTimeline, Grid
-from vidshard.schemas.video import (
-    Clip,
-    ClipSpec,
-    Geometry,
-    Limits,
-    Reason,
-    Span,
-    SpanClips,
-    VideoError,
-    VideoProbe,
-    VideoRef,
-    VideoSource,
-)
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, Geometry, Limits, Span, SpanClips, VideoProbe, VideoRef, VideoSource
 
 _CHUNK_BYTES = 1 << 16
 

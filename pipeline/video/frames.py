@@ -36,7 +36,8 @@ from vidshard.pipeline.video.container import (
 from vidshard.pipeline.video.h264 import PictureNumbers
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
-from vidshard.schemas.video import Limits, Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Limits
 
 # How far before the wanted time to try, in seconds, when the container's index led past it; then the start.
 _SEEK_BACK_SECONDS = (0, 2, 10, 60)

@@ -27,7 +27,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from vidshard.pipeline.video.container import WatchedFile, allocated_pixels, read_exactly, refuse_large, refuse_long
-from vidshard.schemas.video import Limits, Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Limits
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "ppm"})
 

@@ -23,7 +23,8 @@ from vidshard.pipeline.video.color import Color, Transfer, color_of, rgb_from_yc
 from vidshard.pipeline.video.container import ffmpeg_failures_as
 from vidshard.pipeline.video.frames import TimedFrame
 from vidshard.pipeline.video.geometry import Orientation, display_size, paste, plan_geometry
-from vidshard.schemas.video import ClipSpec, Geometry, Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import ClipSpec, Geometry
 
 Pixels = npt.NDArray[np.uint8]
 

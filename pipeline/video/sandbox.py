@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar, cast
 
-from vidshard.schemas.video import Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
 
 R = TypeVar("R")
 

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline.storage import StorageError, open_binary, public_uri, storage_errors
-from vidshard.schemas.video import Clip, Reason, SignalRule, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, SignalRule
 
 Rule = SignalRule
 

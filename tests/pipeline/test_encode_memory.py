@@ -18,8 +18,9 @@ import torch
 from vidshard.models.config import get_preset
 from vidshard.pipeline.encode import ClipEncoder, EncoderSpec, continuous_spec, is_out_of_memory
 from vidshard.pipeline.rows import WORK_SCHEMA, add_clips, span_row
+from vidshard.schemas.rejections import REMEDIES, Reason, VideoError
 from vidshard.schemas.tokens import Payload
-from vidshard.schemas.video import REMEDIES, Clip, ClipSpec, Geometry, Reason, Span, SpanClips, VideoError, VideoSource
+from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
 NUM_FRAMES = 5
 LARGE, SMALL = 128, 16

@@ -30,18 +30,8 @@ from vidshard.pipeline.video.decode import decode_spans, probe_video
 from vidshard.pipeline.video.frames import frames_covering
 from vidshard.pipeline.video.geometry import nearest_bucket
 from vidshard.pipeline.video.sampling import CUT_TOLERANCE_SECONDS, ClipTimeline, expected_clips, plan_spans
-from vidshard.schemas.video import (
-    Clip,
-    ClipSpec,
-    Part,
-    Reason,
-    Span,
-    SpanClips,
-    VideoError,
-    VideoProbe,
-    VideoRef,
-    VideoSource,
-)
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, Part, Span, SpanClips, VideoProbe, VideoRef, VideoSource
 
 SPEC = ClipSpec(fps=Fraction(5), num_frames=5, height=48, width=48)
 RATE = Fraction(25)

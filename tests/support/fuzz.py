@@ -20,7 +20,8 @@ from vidshard.pipeline.storage import open_video
 from vidshard.pipeline.video.decode import decode_span, probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
-from vidshard.schemas.video import ClipSpec, Limits, VideoError, VideoRef
+from vidshard.schemas.rejections import VideoError
+from vidshard.schemas.video import ClipSpec, Limits, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(4), num_frames=5, height=32, width=32)
 LIMITS = Limits(max_pixels=1 << 22, max_seconds=3600, max_frames=100_000, memory_bytes=1 << 30)

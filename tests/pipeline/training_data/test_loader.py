@@ -32,8 +32,9 @@ from vidshard.pipeline.training_data.loader import (
     rows_per_block,
     training_clips,
 )
+from vidshard.schemas.rejections import Reason
 from vidshard.schemas.training import RunSettings, StageConfig, join_weight, split_weight
-from vidshard.schemas.video import ClipSpec, Limits, Reason
+from vidshard.schemas.video import ClipSpec, Limits
 
 STAGE = StageConfig(frames=3, size=(32, 32), fps=Fraction(4), clips_per_step=4)
 SPEC = STAGE.clip_spec(clips_per_video=2)

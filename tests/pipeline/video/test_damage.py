@@ -20,7 +20,8 @@ from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_spans, probe_video
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.video import Clip, ClipSpec, Reason, SpanClips, VideoRef
+from vidshard.schemas.rejections import Reason
+from vidshard.schemas.video import Clip, ClipSpec, SpanClips, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=48, width=48)
 NUM_CLIPS = 24

@@ -34,7 +34,8 @@ from vidshard.pipeline.video.container import WatchedFile
 from vidshard.pipeline.video.decode import decode_span, fingerprint, probe_video
 from vidshard.pipeline.video.geometry import Orientation, display_size, plan_geometry
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.video import Clip, ClipSpec, Reason, ResizePolicy, VideoError, VideoProbe, VideoRef
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, ResizePolicy, VideoProbe, VideoRef
 
 CLIPS = SHARED / "videos"
 needs_shared = [

@@ -29,7 +29,8 @@ from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.pipeline.storage import open_binary, open_video, write_atomic
 from vidshard.pipeline.video.decode import decode_span, decode_spans, probe_video
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.video import Clip, ClipSpec, Limits, Reason, Span, VideoError, VideoProbe, VideoRef
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, Limits, Span, VideoProbe, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(24), num_frames=5, height=48, width=48)
 WIDTH, HEIGHT = 96, 64

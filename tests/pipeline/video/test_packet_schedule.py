@@ -33,7 +33,8 @@ from vidshard.pipeline.video.h264 import PictureNumbers, Usability, usability_of
 from vidshard.pipeline.video.packet_info import _H264, UNKNOWN, PacketFacts, _Hevc
 from vidshard.pipeline.video.packet_schedule import FOREVER, Schedule, Step
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.video import Clip, ClipSpec, Reason, VideoError, VideoRef
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(3), num_frames=4, height=48, width=48)
 

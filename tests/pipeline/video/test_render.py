@@ -20,7 +20,8 @@ from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.video.color import Color, Transfer, color_of, nits_to_pq, pq_to_nits, tone_mapped
 from vidshard.pipeline.video.frames import TimedFrame
 from vidshard.pipeline.video.render import Renderer
-from vidshard.schemas.video import ClipSpec, Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import ClipSpec
 
 Pixels = npt.NDArray[np.uint8]
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]

@@ -27,8 +27,9 @@ from vidshard.pipeline.video.frames import SeekPoint, decode_from
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
+from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.video import Clip, ClipSpec, Limits, Reason, VideoError, VideoRef
+from vidshard.schemas.video import Clip, ClipSpec, Limits, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(4), num_frames=5, height=32, width=32)
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from vidshard.pipeline.video.sandbox import DecodeSandbox
-from vidshard.schemas.video import Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tests.pipeline.video.test_decode import assert_same, decode, expected, numbers, rejection
 from tests.support.videos import Recipe, read_frame_number, write_video
 from vidshard.pipeline.video.container import TickConverter
-from vidshard.schemas.video import Clip, ClipSpec, Reason
+from vidshard.schemas.rejections import Reason
+from vidshard.schemas.video import Clip, ClipSpec
 
 SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=32, width=32)
 SMALL = Recipe(codec="mpeg4", width=32, height=32)

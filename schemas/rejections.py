@@ -1,0 +1,119 @@
+"""Why an input gave no tokens: stages, reasons, remedies, the record of a rejection and the error it is made from.
+
+A bad video is data, not a failure of the run: each is counted and written to ``rejects/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vidshard.schemas.errors import VidshardError
+
+
+class Stage(StrEnum):
+    """Where a rejection arose."""
+
+    DISCOVER = "discover"
+    PROBE = "probe"
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class Reason(StrEnum):
+    """Why an input gave no tokens. A closed list: readers may branch on it."""
+
+    UNREADABLE = "unreadable"
+    """The file system refused: missing, no permission, connection lost."""
+    EMPTY_FILE = "empty_file"
+    """Zero bytes."""
+    NOT_A_VIDEO = "not_a_video"
+    """No container format was recognised."""
+    NO_VIDEO_STREAM = "no_video_stream"
+    """A container without moving pictures: audio only, or a cover image."""
+    NO_FRAMES = "no_frames"
+    """A video stream from which no frame could be decoded."""
+    DECODE_ERROR = "decode_error"
+    """The stream is damaged inside the span."""
+    TRUNCATED = "truncated"
+    """The frames end well before the header says they do."""
+    LONGER_THAN_HEADER = "longer_than_header"
+    """Far more frames than the header says, more than one task may hold."""
+    TOO_SHORT = "too_short"
+    """Shorter than one clip may be (``tail: drop``, ``min_seconds``), or a part that begins after the video's end."""
+    DUPLICATE = "duplicate"
+    """The same content as another input, which was tokenized."""
+    DECODER_CRASHED = "decoder_crashed"
+    """The decoding process died on it (signal or out of memory)."""
+    DECODE_TIMEOUT = "decode_timeout"
+    """Decoding took longer than allowed."""
+    OVER_LIMIT = "over_limit"
+    """Larger, longer or of more frames than the run's limits allow."""
+    UNSUPPORTED = "unsupported"
+    """A codec, pixel format or size that this build cannot handle."""
+    CHANGED = "changed"
+    """The file is another one than when the run opened it."""
+    BAD_SIGNAL = "bad_signal"
+    """The file of samples beside the video does not hold a timestamped signal."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The encoder has too little memory for one clip of it."""
+
+
+REMEDIES: dict[Reason, str] = {
+    Reason.UNREADABLE: "check that the path exists and that the workers may read it",
+    Reason.EMPTY_FILE: "copy the file again from its source",
+    Reason.NOT_A_VIDEO: "remove it from the input, or convert it to a video container",
+    Reason.NO_VIDEO_STREAM: "remove it from the input",
+    Reason.NO_FRAMES: "copy the file again, or re-encode it",
+    Reason.DECODE_ERROR: "copy the file again, or keep the clips that are whole: --damaged keep",
+    Reason.TRUNCATED: "copy the file again: its end is missing; or keep the clips before it: --damaged keep",
+    Reason.LONGER_THAN_HEADER: "remux it (ffmpeg -i in.mp4 -c copy out.mp4) so that the header states its length",
+    Reason.TOO_SHORT: "use --tail pad, fewer --frames, a higher --fps or a smaller --min-seconds; check a part's times",
+    Reason.DUPLICATE: "nothing to do: the other copy was tokenized",
+    Reason.DECODER_CRASHED: "re-encode it; the file may be hostile. Out of memory: raise --decode-memory",
+    Reason.DECODE_TIMEOUT: "raise --decode-timeout or --decode-seconds-per-second, or re-encode the file",
+    Reason.OVER_LIMIT: "raise the limit that the detail names, if the file is not hostile",
+    Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
+    Reason.CHANGED: "run the same command again: the file is opened anew",
+    Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
+    Reason.OUT_OF_MEMORY: (
+        "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
+    ),
+}
+"""What a person can do about each reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """An input, or a stretch of one, that gave no tokens, and why."""
+
+    uri: str
+    video_id: str | None
+    """None when the file could not be read far enough to have an id."""
+    span_id: str | None
+    """None when the whole video is meant."""
+    start_seconds: float | None
+    """Where the span begins, in seconds after the first frame; None for the whole video."""
+    stage: Stage
+    reason: Reason
+    detail: str
+    """One line for a person; without credentials."""
+    kept_clips: int | None = 0
+    """Clips of the span that were kept beside what is missing. None in outputs of before this was written down."""
+    place: str | None = None
+    """Of a whole video: hex digest of where it is, by which addresses differ of which ``uri`` shows the same."""
+
+
+class VideoError(VidshardError):
+    """A video cannot be used, for a reason from the closed list. Turned into a Rejection by the stage.
+
+    Any other exception out of a stage is a bug and ends the run.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)  # both, so that it survives pickling
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
