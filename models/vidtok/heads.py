@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -202,7 +202,7 @@ class LFQ:
         bits = (z_BCTHW > 0).to(torch.int32)
         weights = _per_channel([1 << bit for bit in range(self.latent_channels)], bits, torch.int32)
         return Encoded(
-            latents=(2.0 * bits - 1.0) + (z_BCTHW - z_BCTHW.detach()),
+            latents=(2.0 * bits.float() - 1.0) + (z_BCTHW - z_BCTHW.detach()),
             tokens=(bits * weights).sum(dim=1, dtype=torch.int32),
             pre_quantized=z_BCTHW.detach(),
         )
@@ -243,11 +243,24 @@ class VQ(nn.Module):
             )
         self.encoder_channels = self.latent_channels = latent_channels
         self.codebook_size: int | None = codebook_size
-        self.codebook = nn.Parameter(torch.empty(codebook_size, latent_channels))
+        self.codebook = nn.Parameter(torch.empty(codebook_size, latent_channels, dtype=torch.float32))
         nn.init.uniform_(self.codebook, -1.0, 1.0)
 
     def __repr__(self) -> str:
         return f"VQ(codebook_size={self.codebook_size}, latent_channels={self.latent_channels})"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the codebook between devices but keep it float32, whatever dtype ``Module.to`` or ``half`` asks for.
+
+        A rounded codebook is another codebook: encoders would write other tokens under the same name.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype is tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def quantize(self, z_BCTHW: Tensor) -> Encoded:
         """Take the nearest entries; gradients pass unchanged, and none reaches the codebook.
@@ -268,11 +281,14 @@ class VQ(nn.Module):
         half_squares = codebook.square().sum(dim=1) / 2
         rows = max(1, self.BLOCK_VALUES // codebook.shape[0])
         nearest = []
-        for start in range(0, z_NC.shape[0], rows):
-            block = z_NC[start : start + rows]
-            # Always as many rows, lest the order of summation, and a near tie, depend on who is encoded together.
-            filled = F.pad(block, (0, 0, 0, rows - block.shape[0]))
-            nearest.append((half_squares - filled @ codebook.T).argmin(dim=1)[: block.shape[0]])
+        # An enclosing autocast would take the products in bfloat16, and near entries would change places.
+        with torch.autocast(z_NC.device.type, enabled=False):
+            for start in range(0, z_NC.shape[0], rows):
+                block = z_NC[start : start + rows]
+                # Always as many rows: otherwise the order of summation, and with it a near tie, would depend on the
+                # other clips of the batch.
+                filled = F.pad(block, (0, 0, 0, rows - block.shape[0]))
+                nearest.append((half_squares - filled @ codebook.T).argmin(dim=1)[: block.shape[0]])
         return torch.cat(nearest).to(torch.int32)
 
     def _entries(self, tokens: Tensor) -> Tensor:

@@ -447,14 +447,17 @@ def summed_at_once(products_BTHWC: Tensor, doubled: Sequence[Between]) -> Tensor
         products_BTHWC = F.pad(products_BTHWC, (0, 0, 0, 0, 0, 0, 0, 1))
     between = [(T, T, 0.0) if one is None else one for one in doubled]
     are_mixed = any(one[0] != one[1] for one in between)
-    first, second, share = (products_BTHWC.new_tensor(values) for values in zip(*between, strict=True))
+    first, second, shares = zip(*between, strict=True)
+    # Integers whatever the map's dtype: bfloat16 counts to 256 and float16 to 2048, and longer clips would take wrong
+    # frames. Shares are quarters, which every dtype holds.
+    first_index, second_index = (torch.tensor(numbers, device=products_BTHWC.device) for numbers in (first, second))
+    share = products_BTHWC.new_tensor(shares)[:, None, None, None]
     total: Tensor | None = None
     for tap, product_BTHWC in enumerate(products_BTHWC.chunk(3, dim=-1)):
         seen = slice(tap, tap + len(doubled) - 2)
-        term = product_BTHWC.index_select(1, first[seen].long())
+        term = product_BTHWC.index_select(1, first_index[seen])
         if are_mixed:
-            shares = share[seen, None, None, None]
-            term = term.lerp(product_BTHWC.index_select(1, second[seen].long()), shares)
+            term = term.lerp(product_BTHWC.index_select(1, second_index[seen]), share[seen])
         total = term if total is None else total + term
     assert total is not None
     return total

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.shared import SHARED
+from vidshard.models.config import PRESETS
 from vidshard.models.vidtok import heads
 from vidshard.models.vidtok.heads import FSQ, KL, LFQ, VQ, Head
+from vidshard.models.weights import load_tokenizer, weights_digest
 
 GOLDEN = SHARED / "reference" / "golden"
 
@@ -185,6 +187,44 @@ def test_vq_takes_the_nearest_entry_whoever_is_encoded_with_it(monkeypatch: pyte
     alone = head.quantize(z[2:3]).tokens
     assert alone is not None
     assert torch.equal(alone, tokens[2:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_vq_codebook_stays_float32_whatever_dtype_the_model_gets(dtype: torch.dtype) -> None:
+    config = PRESETS["tiny"].model_copy(
+        update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 50, "latent_channels": 3}
+    )
+    tokenizer = load_tokenizer(config, None, seed=1)
+    assert isinstance(tokenizer.head, VQ)
+    digest, z = weights_digest(tokenizer.head.state_dict()), outputs(3, batch=4)
+    expected = tokenizer.head.quantize(z)
+    assert expected.tokens is not None
+    tokenizer.to(dtype)
+    assert tokenizer.dtype is dtype
+    assert tokenizer.head.codebook.dtype is torch.float32
+    assert weights_digest(tokenizer.head.state_dict()) == digest
+    encoded = tokenizer.head.quantize(z)
+    assert encoded.tokens is not None
+    assert torch.equal(encoded.tokens, expected.tokens)
+    assert torch.equal(encoded.latents, expected.latents)
+    assert torch.equal(tokenizer.head.tokens_to_latents(encoded.tokens), expected.latents)
+    assert tokenizer.decode(encoded.tokens).dtype is dtype
+
+
+def test_a_vq_codebook_moves_between_devices() -> None:
+    head = vq(50, 3).to("meta", torch.bfloat16)
+    assert head.codebook.device.type == "meta"
+    assert head.codebook.dtype is torch.float32
+
+
+def test_vq_takes_the_nearest_entry_within_an_autocast_too() -> None:
+    head, z = vq(4096, 3), outputs(3, batch=4)
+    expected = head.quantize(z).tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = head.quantize(z).tokens
+    assert tokens is not None
+    assert expected is not None
+    assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize("head", [FSQ([8, 5, 3]), LFQ(6), vq(40, 3)], ids=repr)

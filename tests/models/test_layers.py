@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vidshard.models.vidtok import layers
@@ -22,6 +24,7 @@ from vidshard.models.vidtok.layers import (
     TimeDown,
     TimeRule,
     TimeUnit,
+    TimeUp,
     interpolated,
     time_up,
 )
@@ -194,6 +197,56 @@ def test_frames_between_frames_lie_a_quarter_from_either_and_are_held_at_the_end
     assert interpolated(range(2, 4), starts=True, ends=True) == [(2, 2, 0.0), (2, 3, 0.25), (2, 3, 0.75), (3, 3, 0.0)]
     assert interpolated(range(2, 4), starts=False, ends=False) == [(2, 3, 0.25), (2, 3, 0.75)]
     assert interpolated(range(0), starts=True, ends=True) == []
+
+
+HALF_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def numbered(num_frames: int, dtype: torch.dtype) -> Tensor:
+    """Frames of one pixel that carry their number as two digits of base 32, quarters of which every dtype holds."""
+    numbers = torch.arange(num_frames)
+    return torch.stack([numbers % 32, numbers // 32], dim=-1).to(dtype).view(1, num_frames, 1, 1, 2)
+
+
+def passing_frames(layer: TimeUp, dtype: torch.dtype) -> TimeUp:
+    """Give an upsampler the weights with which it gives the doubled sequence itself."""
+    conv = layer.conv.conv
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.bias.zero_()
+        conv.weight[:, :, 2 if layer.rule.causal else 1, 1, 1] = torch.eye(2)
+    return layer.to(dtype)
+
+
+@given(num_frames=st.integers(1, 1000), dtype=st.sampled_from(HALF_DTYPES), rule=st.sampled_from([V1_0, NON_CAUSAL]))
+@example(num_frames=1000, dtype=torch.bfloat16, rule=V1_0)
+@example(num_frames=257, dtype=torch.bfloat16, rule=NON_CAUSAL)
+@settings(deadline=None, max_examples=40)
+def test_repeated_frames_are_the_right_ones_in_every_dtype(num_frames: int, dtype: torch.dtype, rule: TimeRule) -> None:
+    layer = passing_frames(RepeatedTimeUp(2, rule), dtype)
+    with torch.no_grad():
+        doubled, _ = layer(numbered(num_frames, dtype))
+    assert torch.equal(doubled, numbered(num_frames, dtype).repeat_interleave(2, dim=1))
+
+
+@given(num_frames=st.integers(1, 1000), dtype=st.sampled_from(HALF_DTYPES), first_frames=st.sampled_from([1, 2, 4]))
+@example(num_frames=1000, dtype=torch.bfloat16, first_frames=1)
+@example(num_frames=1000, dtype=torch.float16, first_frames=4)
+@settings(deadline=None, max_examples=40)
+def test_interpolated_frames_are_the_right_ones_in_every_dtype(
+    num_frames: int, dtype: torch.dtype, first_frames: int
+) -> None:
+    layer = passing_frames(LinearTimeUp(2, V1_1, first_frames), dtype)
+    with torch.no_grad():
+        doubled, _ = layer(numbered(num_frames, dtype))
+    x = numbered(num_frames, torch.float32)
+    groups = [group for group in (x[:, :first_frames], x[:, first_frames:]) if group.shape[1]]
+    stretched = [
+        F.interpolate(as_BCTHW(group), scale_factor=(2.0, 1.0, 1.0), mode="trilinear").permute(0, 2, 3, 4, 1)
+        for group in groups
+    ]
+    assert torch.equal(doubled.float(), torch.cat(stretched, dim=1))
 
 
 def test_attention_mixes_positions_but_not_frames() -> None:
