@@ -33,13 +33,8 @@ import pyarrow.parquet as pq
 import vidshard.jobs.tokenization.job as driver
 from benchmarks.report import Row, report
 from vidshard.pipeline.discover import discover
-from vidshard.pipeline.output.committed import (
-    committed_spans,
-    read_rejects,
-    rejected_spans,
-    shard_spans,
-    write_planned,
-)
+from vidshard.pipeline.output.committed import committed_spans, read_rejects, rejected_spans, shard_spans, write_planned
+from vidshard.pipeline.output.layout import SHARDS, SPANS_KEY, shard_paths
 from vidshard.pipeline.output.resume import (
     location_keys,
     reconcile,
@@ -48,7 +43,7 @@ from vidshard.pipeline.output.resume import (
     with_entries,
     write_work_list,
 )
-from vidshard.pipeline.output.shard_writer import SHARDS, SPANS_KEY, TokenShardSink, shard_paths
+from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from vidshard.schemas.tokens import Payload, Provenance
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource

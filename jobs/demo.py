@@ -20,8 +20,8 @@ from rich.text import Text
 from vidshard.jobs.shards.decode import decode_output
 from vidshard.jobs.tokenization.job import run_and_report
 from vidshard.jobs.training.presets import cpu_demo
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import find_clips, output_shards
-from vidshard.pipeline.output.shard_writer import shard_paths
 
 NUM_RECONSTRUCTIONS = 4
 

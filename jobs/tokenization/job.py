@@ -37,7 +37,6 @@ from vidshard.pipeline.encode import EncoderSpec
 from vidshard.pipeline.flow import StageResources, build_flow
 from vidshard.pipeline.output.committed import (
     PLAN_SCHEMA,
-    PLANNED,
     committed_spans,
     drop_rejects,
     forget_retried,
@@ -46,6 +45,7 @@ from vidshard.pipeline.output.committed import (
     retry_rejected,
     write_planned,
 )
+from vidshard.pipeline.output.layout import PLANNED, REJECTS, SHARDS
 from vidshard.pipeline.output.lease import Lease, LeaseHeldError, LeaseLostError
 from vidshard.pipeline.output.resume import (
     Plan,
@@ -59,7 +59,7 @@ from vidshard.pipeline.output.resume import (
     write_work_list,
 )
 from vidshard.pipeline.output.shard_reader import ShardError
-from vidshard.pipeline.output.shard_writer import REJECTS, SHARDS, TokenShardSink, WriteStats, write_rejects
+from vidshard.pipeline.output.shard_writer import TokenShardSink, WriteStats, write_rejects
 from vidshard.pipeline.plan import clips_per_span, open_videos
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection, signal_source
 from vidshard.pipeline.video.signals import signal_fields

@@ -31,8 +31,8 @@ from vidshard.models.weights import SHIPPED, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
 from vidshard.pipeline.encode import EncoderSpec, clip_specs_of, open_tokenizer
+from vidshard.pipeline.output.layout import RUN, shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard
-from vidshard.pipeline.output.shard_writer import RUN, shard_paths
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.rows import INTERNAL_COLUMNS
 from vidshard.pipeline.video.signals import signal_fields

@@ -25,20 +25,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.shard_reader import ShardError, open_shard
-from vidshard.pipeline.output.shard_writer import (
+from vidshard.pipeline.output.layout import (
+    PLANNED,
     REJECTS,
+    RETRY_FILE,
     SPAN_CLIPS_KEY,
     SPAN_SECONDS_KEY,
     SPANS_KEY,
-    parquet_bytes,
     shard_paths,
 )
+from vidshard.pipeline.output.parquet import ShardError, named_if_damaged, write_table
+from vidshard.pipeline.output.shard_reader import open_shard
+from vidshard.pipeline.output.shard_writer import parquet_bytes
 from vidshard.pipeline.rows import PLAN_FIELDS, rejections_table, row_part
 from vidshard.schemas.rejections import Reason
-
-PLANNED = "plan"
-"""The folder of what was planned."""
 
 ENTRY_TYPE = pa.binary(16)
 PLAN_SCHEMA = pa.schema(
@@ -53,9 +53,6 @@ PLAN_SCHEMA = pa.schema(
 the input says of the file, ``seen_entry`` of what whoever opened it found, ``place`` of where it is alone: URLs that
 differ in a query, which ``uri`` does not show, are two places."""
 
-RETRIED = "retry.json"
-"""What is being tried again, until that is done."""
-
 _READERS = 16
 """Files whose ends are read at once: on an object store each is a request or two."""
 
@@ -68,14 +65,8 @@ def write_planned(out: str, rows: pa.Table) -> None:
     paths = storage.list_files(storage.join(out, PLANNED), ".parquet")
     names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in paths]
     number = 1 + max((int(name) for name in names if name.isdigit()), default=0)
-    data = _parquet(rows.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA))
-    storage.write_atomic(storage.join(out, PLANNED, f"{number:06d}.parquet"), data)
-
-
-def _parquet(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1 << 16, write_page_checksum=True)
-    return sink.getvalue()
+    table = rows.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
+    write_table(storage.join(out, PLANNED, f"{number:06d}.parquet"), table)
 
 
 def read_planned(out: str, columns: Sequence[str] = PLAN_SCHEMA.names) -> pa.Table:
@@ -99,32 +90,13 @@ def planned_groups(
     """
     first = 0
     for path in storage.list_files(storage.join(out, PLANNED), ".parquet"):
-        with _readable(path), storage.open_binary(path) as file:
+        with named_if_damaged(path), storage.open_binary(path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(group).num_rows
                 if wanted(first, end):
                     yield first, parquet.read_row_group(group, columns=list(columns)).select(list(columns))
                 first = end
-
-
-class _readable:  # noqa: N801
-    """Names the file in what Arrow says of damage."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, (pa.ArrowException, OSError, ValueError, KeyError)) and not isinstance(
-            error, (ShardError, storage.StorageError)
-        ):
-            raise ShardError(
-                f"{self.path} is damaged ({' '.join(str(error).split())[:200]}): `vidshard verify --repair` takes it "
-                "out, and the same command again fills it in"
-            ) from error
 
 
 # What is finished.
@@ -148,7 +120,7 @@ def shard_spans(path: str) -> ShardSpans:
     Raises:
         ShardError: damaged.
     """
-    with _readable(path), storage.open_binary(path) as file:
+    with named_if_damaged(path), storage.open_binary(path) as file:
         metadata: dict[bytes, Any] = pq.read_metadata(file).metadata or {}
         spans = json.loads(metadata.get(SPANS_KEY.encode(), b"[]"))
         unknown = json.dumps([None] * len(spans))
@@ -241,7 +213,7 @@ def read_rejects(out: str) -> pa.Table:
 
 
 def _read_rejects_file(path: str) -> pa.Table:
-    with _readable(path):
+    with named_if_damaged(path):
         table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
         schema = rejections_table([]).schema
         columns = [table[f.name] if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema]
@@ -259,7 +231,7 @@ def drop_rejects(out: str, is_wanted: Callable[[dict[str, Any]], bool]) -> list[
         if not any(keeps):
             storage.remove(path)
         elif not all(keeps):
-            storage.write_atomic(path, _parquet(table.filter(pa.array(keeps))))
+            write_table(path, table.filter(pa.array(keeps)))
     return dropped
 
 
@@ -291,7 +263,7 @@ def retry_rejected(out: str, reasons: Collection[Reason] | None, uris: Collectio
         uris=before.uris | {row["uri"] for row in rejects if row["span_id"] is None},
     )
     listed = {"spans": sorted(retried.spans), "uris": sorted(retried.uris)}
-    storage.write_atomic(storage.join(out, RETRIED), json.dumps(listed, indent=1).encode())
+    storage.write_atomic(storage.join(out, RETRY_FILE), json.dumps(listed, indent=1).encode())
     partly = {row["span_id"] for row in rejects if row["span_id"] is not None and is_partial(row)}
     if partly:
         for path in shard_paths(out):
@@ -303,17 +275,17 @@ def retry_rejected(out: str, reasons: Collection[Reason] | None, uris: Collectio
 
 def _read_retried(out: str) -> RetrySet:
     """What an earlier run was to try again, and did not come to the end of."""
-    path = storage.join(out, RETRIED)
+    path = storage.join(out, RETRY_FILE)
     if not storage.exists(path):
         return RetrySet(spans=frozenset(), uris=frozenset())
-    with _readable(path):
+    with named_if_damaged(path):
         listed = json.loads(storage.read_bytes(path))
         return RetrySet(spans=frozenset(listed["spans"]), uris=frozenset(listed["uris"]))
 
 
 def forget_retried(out: str) -> None:
     """Nothing is left of what was to be tried again."""
-    storage.remove(storage.join(out, RETRIED))
+    storage.remove(storage.join(out, RETRY_FILE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +303,7 @@ def damaged_files(out: str) -> list[tuple[str, str]]:
     for folder, names in ((PLANNED, PLAN_SCHEMA.names), (REJECTS, [])):
         for path in storage.list_files(storage.join(out, folder), ".parquet"):
             try:
-                with _readable(path):
+                with named_if_damaged(path):
                     data = pa.BufferReader(storage.read_bytes(path))
                     pq.read_table(data, page_checksum_verification=True).select(names)
             except ShardError as error:

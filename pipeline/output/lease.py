@@ -29,10 +29,8 @@ from pathlib import Path
 from types import TracebackType
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.layout import LEASES
 from vidshard.schemas.errors import EXIT_FAILED, VidshardError
-
-LEASES = "lease"
-"""The folder of an output's leases."""
 
 _KEPT = 3
 _CHECK_SECONDS = 5.0

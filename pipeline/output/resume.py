@@ -35,13 +35,11 @@ from vidshard.pipeline.output.committed import (
     read_rejects,
     shard_spans,
 )
-from vidshard.pipeline.output.shard_writer import shard_paths, write_rejects
+from vidshard.pipeline.output.layout import WORK_FILE, shard_paths
+from vidshard.pipeline.output.shard_writer import write_rejects
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, manifest_fields
 from vidshard.schemas.rejections import Reason, Rejection, Stage
 from vidshard.schemas.video import Part
-
-WORK_FILE = "todo.parquet"
-"""The spans that the latest run had to do."""
 
 _SORTED_ROWS = 1 << 16
 

@@ -15,13 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.shard_writer import RUN, SHARDS, shard_paths
-from vidshard.schemas.errors import VidshardError
+from vidshard.pipeline.output.layout import RUN, SHARDS, shard_paths
+from vidshard.pipeline.output.parquet import ShardError as ShardError
 from vidshard.schemas.tokens import LATER_COLUMNS, Payload, Provenance, shard_schema
-
-
-class ShardError(VidshardError):
-    """A shard or an output cannot be read; the message names it and says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,17 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.layout import REJECTS, SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY
 from vidshard.pipeline.rows import explode, frame_sizes, rejections_table, row_part, row_rejection
 from vidshard.schemas.rejections import Rejection
-from vidshard.schemas.tokens import METADATA_PREFIX, Payload, Provenance, shard_schema
+from vidshard.schemas.tokens import Payload, Provenance, shard_schema
 from vidshard.schemas.video import ClipSpec
-
-SHARDS, REJECTS, RUN = "shards", "rejects", "run.json"
-SPANS_KEY = f"{METADATA_PREFIX}spans"
-SPAN_CLIPS_KEY = f"{METADATA_PREFIX}span_clips"
-SPAN_SECONDS_KEY = f"{METADATA_PREFIX}span_seconds"
-"""Metadata of a shard: the spans that are whole in it, of each the number of its clips, and the seconds of video that
-these hold (copies of a last frame not counted)."""
 
 ROW_GROUP_BYTES = 1 << 20
 """Payload in one row group: what a reader of one clip has to fetch and decompress."""
@@ -301,8 +295,3 @@ def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())
-
-
-def shard_paths(out: str) -> list[str]:
-    """Paths of an output's shards, sorted."""
-    return storage.list_files(storage.join(out, SHARDS), ".parquet")

@@ -26,7 +26,7 @@ from tests.support.processes import (
 from tests.support.videos import Recipe, write_video
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.committed import committed_spans
-from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.output.layout import shard_paths
 
 
 def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(

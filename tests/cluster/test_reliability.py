@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.pipeline.output.committed import committed_spans, read_rejects, retry_rejected
-from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.output.layout import shard_paths
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

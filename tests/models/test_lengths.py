@@ -36,8 +36,8 @@ from vidshard.models.vidtok.lengths import PaddedClips, Padding, pad
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.encode import encode_clips
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import StoredClip, open_shard, read_clips
-from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import Payload
 

@@ -20,7 +20,7 @@ from vidshard.models.metrics import psnr
 from vidshard.models.tokenizer import get_preset
 from vidshard.models.weights import SHIPPED, load_weights, shipped_weights, training_summary, weights_digest
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.output.layout import shard_paths
 
 
 def run(*arguments: str | Path) -> Result:

@@ -26,8 +26,8 @@ from vidshard.models.vidtok.heads import Encoded
 from vidshard.models.vidtok.tiling import Tiling, cut, map_tiles, pass_bytes, tile_shares, tile_starts
 from vidshard.models.weights import load_tokenizer
 from vidshard.pipeline.decode_stage import decode_again
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
-from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.schemas.video import ClipSpec
 
 AXES = st.integers(1, 12).flatmap(

@@ -22,8 +22,8 @@ from vidshard.jobs.shards.decode import reconstruct_row, reconstruct_video
 from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.encode import continuous_spec, encode_spans
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
-from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span, probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans

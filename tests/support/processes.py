@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from tests.support.held_back import HeldBack
 from vidshard.pipeline.output.committed import read_rejects
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import check_shard
-from vidshard.pipeline.output.shard_writer import shard_paths
 
 SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64, "clips_per_span": 1}
 RUN = tuple(text for key, value in SETTINGS.items() for text in (f"--{key.replace('_', '-')}", str(value)))

@@ -16,7 +16,7 @@ from tests.models.test_lengths import small
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.models.weights import load_tokenizer, save_tokenizer
-from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.output.layout import shard_paths
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

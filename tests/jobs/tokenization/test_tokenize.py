@@ -33,8 +33,8 @@ from vidshard.models.weights import load_tokenizer, seeded_weights, weights_dige
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.flow import build_flow
 from vidshard.pipeline.output.committed import read_rejects
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
-from vidshard.pipeline.output.shard_writer import shard_paths
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span, probe_video
 from vidshard.pipeline.video.sampling import plan_spans

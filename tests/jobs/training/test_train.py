@@ -46,7 +46,7 @@ from vidshard.models.tokenizer import get_preset
 from vidshard.models.training.state import start_tokenizer
 from vidshard.models.weights import load_weights, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun

@@ -21,6 +21,7 @@ import pytest
 from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
 from vidshard.pipeline.output import lease as leases
+from vidshard.pipeline.output.layout import LEASES
 from vidshard.pipeline.output.lease import Holder, Lease, LeaseHeldError, LeaseLostError
 
 RUN = """
@@ -96,7 +97,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def files(out: str) -> list[dict[str, Any]]:
-    paths = storage.list_files(storage.join(out, leases.LEASES), ".json")
+    paths = storage.list_files(storage.join(out, LEASES), ".json")
     return [json.loads(storage.read_bytes(path)) for path in paths]
 
 
@@ -110,7 +111,7 @@ def write(out: str, number: int = 1, **changes: Any) -> str:
         process="77",
         started_at="2026-01-01T00:00:00Z",
     )
-    path = storage.join(out, leases.LEASES, f"{number:06d}.json")
+    path = storage.join(out, LEASES, f"{number:06d}.json")
     storage.write_atomic(path, json.dumps(json.loads(holder.to_bytes()) | changes).encode())
     return path
 
@@ -246,7 +247,7 @@ def test_a_holder_that_slept_finds_out_before_it_writes(
 def test_a_lease_that_somebody_removed_is_lost(out: str) -> None:
     lease, _ = acquired(out)
     lease.check()
-    [path] = storage.list_files(storage.join(out, leases.LEASES), ".json")
+    [path] = storage.list_files(storage.join(out, LEASES), ".json")
     storage.remove(path)
     with pytest.raises(LeaseLostError, match="was removed"):
         lease.check()

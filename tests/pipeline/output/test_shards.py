@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips, read_payloads
-from vidshard.pipeline.output.shard_writer import TokenShardSink, shard_paths
+from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from vidshard.schemas.tokens import Payload, Provenance
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource

@@ -26,7 +26,7 @@ import torch
 from tests.support.videos import Recipe, write_video
 from vidshard.models.tokenizer import get_preset
 from vidshard.models.weights import seeded_weights, weights_digest
-from vidshard.pipeline.output.shard_writer import shard_paths
+from vidshard.pipeline.output.layout import shard_paths
 
 VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 TOKEN = "hf_thisMustNeverBeSeen"

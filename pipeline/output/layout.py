@@ -1,0 +1,57 @@
+"""Names of the files and folders of an output, and of the metadata keys of its shards.
+
+    run.json            the run's settings, and its identity
+    plan/*.parquet      videos that were opened, and their spans
+    todo.parquet        the spans that the latest run had to do
+    shards/*.parquet    clips of finished spans
+    rejects/*.parquet   spans, and whole videos, that gave no clips
+    lease/*.json        which process may write
+    retry.json          what ``--retry-rejected`` still has to try again
+    summary.json        figures of the latest run
+
+There is no separate state database. Every file is written atomically.
+"""
+
+from __future__ import annotations
+
+from vidshard.pipeline import storage
+from vidshard.schemas.tokens import METADATA_PREFIX
+
+RUN = "run.json"
+PLANNED = "plan"
+WORK_FILE = "todo.parquet"
+SHARDS = "shards"
+REJECTS = "rejects"
+LEASES = "lease"
+RETRY_FILE = "retry.json"
+SUMMARY = "summary.json"
+
+DATA_FOLDERS = (PLANNED, SHARDS, REJECTS)
+"""The folders of Parquet files: the state of an output."""
+
+SPANS_KEY = f"{METADATA_PREFIX}spans"
+"""Metadata of a shard, JSON: ids of the spans that are complete in it."""
+SPAN_CLIPS_KEY = f"{METADATA_PREFIX}span_clips"
+"""Metadata of a shard, JSON: the number of clips of each of these spans."""
+SPAN_SECONDS_KEY = f"{METADATA_PREFIX}span_seconds"
+"""Metadata of a shard, JSON: seconds of video in the clips of each span, without repeats of a last frame."""
+
+
+def plan_paths(out: str) -> list[str]:
+    """Paths of the files of an output's plan, oldest first."""
+    return storage.list_files(storage.join(out, PLANNED), ".parquet")
+
+
+def shard_paths(out: str) -> list[str]:
+    """Paths of an output's shards, sorted."""
+    return storage.list_files(storage.join(out, SHARDS), ".parquet")
+
+
+def reject_paths(out: str) -> list[str]:
+    """Paths of an output's files of rejections, sorted."""
+    return storage.list_files(storage.join(out, REJECTS), ".parquet")
+
+
+def remove_leftovers(out: str) -> int:
+    """Remove what a killed writer had begun in the data folders; returns the number of files."""
+    return sum(storage.remove_leftovers(storage.join(out, folder)) for folder in DATA_FOLDERS)
