@@ -45,18 +45,15 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.discover import InputError
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.output.lease import Lease, LeaseHeldError, LeaseLostError
+from vidshard.pipeline.training_data.cache import fill_cache
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
-from vidshard.pipeline.training_data.loader import (
-    ClipReader,
-    ClipSampler,
+from vidshard.pipeline.training_data.loader import ClipReader, decode_held_out, rows_per_block, training_clips
+from vidshard.pipeline.training_data.sampler import ClipSampler
+from vidshard.pipeline.training_data.videos import (
     TrainingVideos,
     UnusableError,
-    decode_held_out,
-    fill_cache,
     open_training_videos,
     read_training_videos,
-    rows_per_block,
-    training_clips,
 )
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
 from vidshard.schemas.rejections import Rejection
@@ -242,7 +239,7 @@ def _videos_of(
         return open_training_videos(
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
-            held_out=run.held_out,
+            validation_share=run.held_out,
             num_tasks=4 * cluster.num_cpus,
             before=read_training_videos(before) if before and storage.exists(before) else None,
             on_video=lambda done, total: display.update(1000 * done / total, f"{done} of {total}"),

@@ -11,7 +11,7 @@ from vidshard.jobs.training.resolve import ResolvedTraining
 from vidshard.jobs.training.worker import EXPORT, RUN
 from vidshard.models.weights import count_parameters
 from vidshard.pipeline import storage
-from vidshard.pipeline.training_data.loader import TrainingVideos
+from vidshard.pipeline.training_data.videos import TrainingVideos
 
 SUMMARY = "summary.md"
 REJECTS = "rejects.json"

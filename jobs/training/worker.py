@@ -40,7 +40,8 @@ from vidshard.models.training.step import DivergedError, NonFiniteError, train_s
 from vidshard.models.weights import differences, load_weights, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
-from vidshard.pipeline.training_data.loader import Batch, UnusableError, batches
+from vidshard.pipeline.training_data.loader import Batch, batches
+from vidshard.pipeline.training_data.videos import UnusableError
 from vidshard.schemas.training import StageConfig, TrainRun
 
 EXPORT = "tokenizer.safetensors"

@@ -17,20 +17,22 @@ from ray.data import DataContext
 
 from tests.support.videos import Recipe, read_frame_number, write_undecodable, write_video
 from vidshard.pipeline import storage
+from vidshard.pipeline.training_data.cache import fill_cache
 from vidshard.pipeline.training_data.loader import (
     CLIP_SCHEMA,
-    ITEM_SCHEMA,
     ClipReader,
-    ClipSampler,
-    TrainingVideos,
-    UnusableError,
     batches,
     decode_held_out,
-    fill_cache,
-    open_training_videos,
-    read_training_videos,
     rows_per_block,
     training_clips,
+)
+from vidshard.pipeline.training_data.sampler import ClipSampler
+from vidshard.pipeline.training_data.videos import (
+    ITEM_SCHEMA,
+    TrainingVideos,
+    UnusableError,
+    open_training_videos,
+    read_training_videos,
 )
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.training import RunSettings, StageConfig, join_weight, split_weight
@@ -61,7 +63,9 @@ def corpora(corpus: Path, ray_session: None) -> TrainingVideos:
 def opened(
     *folders: Path, held_out: float = 0.2, spec: ClipSpec = SPEC, before: TrainingVideos | None = None
 ) -> TrainingVideos:
-    return open_training_videos([str(f) for f in folders], spec=spec, held_out=held_out, num_tasks=2, before=before)
+    return open_training_videos(
+        [str(f) for f in folders], spec=spec, validation_share=held_out, num_tasks=2, before=before
+    )
 
 
 def items(*sizes: int) -> pa.Table:
