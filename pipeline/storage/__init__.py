@@ -1,36 +1,30 @@
-"""One way to list, open and atomically write a path, on any file system; what fails for a while is tried again."""
+"""One face for local and remote files: list, open, write atomically, and retry transient errors."""
 
-from vidshard.pipeline.storage import files as files
+from vidshard.pipeline.storage.file_systems import filesystem
 from vidshard.pipeline.storage.files import (
-    RETRY_SECONDS,
-    SHIPPED_SCHEME,
-    WHOLE_BYTES,
-    RemoteVideo,
-    StorageError,
-    absolute,
     check_writable,
     create_exclusive,
-    describe,
     exists,
-    filesystem,
     fingerprint,
     fingerprint_of,
-    is_local,
-    is_transient,
-    join,
     list_files,
-    local_copy,
     open_binary,
-    open_video,
-    pinned,
-    public_uri,
     read_bytes,
     remove,
     remove_leftovers,
-    storage_errors,
-    with_retries,
     write_atomic,
 )
+from vidshard.pipeline.storage.paths import absolute, is_local, join, public_uri
+from vidshard.pipeline.storage.remote_video import WHOLE_BYTES, RemoteVideo, open_video
+from vidshard.pipeline.storage.retry import (
+    RETRY_SECONDS,
+    StorageError,
+    describe,
+    is_transient,
+    storage_errors,
+    with_retries,
+)
+from vidshard.pipeline.storage.weight_files import SHIPPED_SCHEME, local_copy, pinned
 
 __all__ = [
     "RETRY_SECONDS",

@@ -1,8 +1,8 @@
-"""Files of Hugging Face Hub repositories, by reference: ``hf://OWNER/REPO[@REVISION]/PATH``.
+"""Files of Hugging Face Hub repositories: ``hf://OWNER/REPO[@REVISION]/PATH``.
 
-`huggingface_hub` does the work: its cache, and every one of its environment variables (HF_HOME, HF_HUB_OFFLINE,
-HF_ENDPOINT, HF_TOKEN ...), hold here. What is ours is the commit, which says for ever which file it was, and errors
-that a person can act on. These are in our own words: what a server answers might repeat a credential.
+`huggingface_hub` downloads and caches, and all of its environment variables (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT,
+HF_TOKEN ...) apply. This module adds the commit, which identifies the file for ever, and errors that a person can act
+on. Error messages are written here and never quote a server's answer, which might repeat a credential.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SCHEME = "hf://"
 
 
 class HubError(VidshardError):
-    """A file of the Hub cannot be had; the message says why and what to do, and leaves the reference to the caller."""
+    """A file of the Hub cannot be fetched; the message says why and what to do. The caller adds the reference."""
 
 
 def fetch(reference: str) -> tuple[Path, str]:
-    """A file of the Hub, downloaded unless it is in the cache; one named by its commit is then not asked for.
+    """Download a file of the Hub unless it is cached; a cached file named by its commit needs no request.
 
     Returns:
-        Where it lies in the cache, under its own name, and the reference with the commit that it was found at.
+        Its path in the cache, under its own name, and the reference with the commit it was found at.
 
     Raises:
         HubError: the reference is malformed, there is no such file, access is denied, or no server can be reached.
@@ -44,7 +44,7 @@ def fetch(reference: str) -> tuple[Path, str]:
     uri = _parse(reference)
     try:
         path = Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision, library_name="vidshard"))
-    # ValueError for what the library does not accept; RuntimeError from hf_xet, which downloads large files
+    # ValueError: what the library does not accept; RuntimeError: hf_xet, which downloads large files
     except (httpx2.HTTPError, httpx2.InvalidURL, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise HubError(_explain(error, uri)) from error
     # The cache keeps a file as snapshots/COMMIT/PATH.
@@ -65,7 +65,7 @@ def _parse(reference: str) -> HfUri:
 
 
 def _explain(error: Exception, uri: HfUri) -> str:
-    """What went wrong and what to do about it, in words that hold nothing of the request."""
+    """One sentence that says what went wrong and what to do; it quotes nothing of the request or the answer."""
     revision = uri.revision or constants.DEFAULT_REVISION
     cause: BaseException = error
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:

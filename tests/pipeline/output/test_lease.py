@@ -293,7 +293,7 @@ def test_a_lease_survives_trouble_of_the_storage(kind: str, faulty_s3: FaultyS3)
 def test_a_storage_that_cannot_be_asked_is_no_reason_to_go_on(
     faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.files, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(storage.retry, "RETRY_SECONDS", 0.5)
     with acquired(f"s3://videos/lease/{uuid.uuid4().hex}")[0] as lease:
         faulty_s3.misbehave("slow_down", times=math.inf)
         with pytest.raises(storage.StorageError, match="tried "):

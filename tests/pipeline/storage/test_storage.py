@@ -24,7 +24,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
-from vidshard.pipeline.storage import StorageError
+from vidshard.pipeline.storage import StorageError, file_systems, files, retry
 
 PASSING = ("slow_down", "internal_error", "bad_gateway", "reset_before", "stall")
 """Faults that any request can meet."""
@@ -38,16 +38,16 @@ SECRET = "a-secret-that-must-not-be-seen"
 @pytest.fixture(autouse=True)
 def haste(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Pauses that a test can afford; and where nothing comes, that is not waited for long."""
-    monkeypatch.setattr(storage.files, "_FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.02)
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("kind") == "stall":
-        monkeypatch.setattr(storage.files, "_ANSWER_SECONDS", 0.4)
+        monkeypatch.setattr(file_systems, "_ANSWER_SECONDS", 0.4)
 
 
 @pytest.fixture
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the environment said one second."""
-    monkeypatch.setattr(storage.files, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ class TestLargeUpload:
     @pytest.fixture(autouse=True)
     def small_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The smallest that S3 takes."""
-        monkeypatch.setattr(storage.files, "_UPLOAD_PART_BYTES", 5 << 20)
+        monkeypatch.setattr(files, "_UPLOAD_PART_BYTES", 5 << 20)
 
     @pytest.mark.parametrize(
         ("kind", "method", "what"),
@@ -367,7 +367,7 @@ def test_a_writer_that_is_killed_leaves_the_old_content_and_a_leftover(tmp_path:
     target = tmp_path / "a.json"
     target.write_bytes(b"old")
     code = (
-        "import os, signal; from pipeline import storage; "
+        "import os, signal; from vidshard.pipeline import storage; "
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); "
         f"storage.write_atomic({str(target)!r}, b'new')"
     )
@@ -416,7 +416,7 @@ def test_trouble_of_a_web_server_is_got_over_or_told_without_the_secret(
         faulty_s3.misbehave(kind, path="storage")
     assert operation.call(web) == operation.result
     assert [bool(kind) for _, _, kind in faulty_s3.seen].count(True) == 4
-    monkeypatch.setattr(storage.files, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.2)
     for kind, shown in (("unavailable", "tried "), ("denied", "40")):
         faulty_s3.behave()
         faulty_s3.misbehave(kind, path="storage", times=math.inf)

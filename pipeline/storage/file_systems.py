@@ -1,0 +1,135 @@
+"""fsspec file systems, set up so that no request hangs for ever.
+
+Credentials come from the environment (AWS profiles, variables, instance roles), never from settings, so that no run
+record can leak them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import fsspec.config
+from fsspec.asyn import sync
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from vidshard.pipeline.storage import retry
+from vidshard.pipeline.storage.paths import absolute, is_local, public_uri
+from vidshard.pipeline.storage.retry import (
+    ReadError,
+    StorageError,
+    error_code,
+    errors_named,
+    is_transient,
+    root_cause,
+    whole,
+    with_retries,
+)
+
+_ANSWER_SECONDS, _CONNECT_SECONDS = 15.0, 5.0
+"""Seconds that one request waits for an answer, or for more of it, and for a connection."""
+
+_MIN_BYTES_PER_SECOND = 1 << 20
+"""A transfer slower than this counts as stuck."""
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path, and the path in that file system's own terms.
+
+    Raises:
+        StorageError: an unknown protocol, or one whose package is not installed.
+    """
+    if is_local(path):
+        return LocalFileSystem(), absolute(path)  # not url_to_fs: a name with '::' in it is no chain of file systems
+    # no cached listings: others write there too, and a file may be asked for that a cached listing lacks
+    options = {"use_listings_cache": False, **_timeouts(path.split("://", 1)[0])}
+    try:
+        fs, inner = url_to_fs(path, **options)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"cannot open {public_uri(path)}: {error}") from error
+    if hasattr(fs, "call_s3"):
+        fs.retries = 1  # its own multiply with botocore's and ours: 25 time-outs of 15 s before one attempt fails
+    return fs, inner
+
+
+def _timeouts(protocol: str) -> dict[str, Any]:
+    """Time-out settings of a file system; the user's own in fsspec's config take precedence."""
+    if protocol in ("s3", "s3a"):
+        config: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
+        if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+            # one request of many, such as a part of an upload, is retried before all of them are
+            config["retries"] = {"mode": "standard", "total_max_attempts": 3}
+        return {"config_kwargs": config | _configured("config_kwargs", "s3", "s3a")}
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
+        return {"client_kwargs": {"timeout": timeout} | _configured("client_kwargs", "http", "https")}
+    return {}
+
+
+def _configured(option: str, *protocols: str) -> dict[str, Any]:
+    """An option of fsspec's config that is a dictionary, merged over the protocols."""
+    found: dict[str, Any] = {}
+    for protocol in protocols:
+        found |= fsspec.config.conf.get(protocol, {}).get(option) or {}
+    return found
+
+
+def bounded(fs: Any, name: str, *args: Any, num_bytes: int = 0, **options: Any) -> Any:
+    """Call a file system's method that moves ``num_bytes`` bytes, and end it when it takes far too long.
+
+    The clients' own time-outs do not cover a server that stops taking in what it is sent.
+
+    Raises:
+        TimeoutError: it took too long.
+    """
+    if not getattr(fs, "async_impl", False) or fs.asynchronous or not hasattr(fs, f"_{name}"):
+        return getattr(fs, name)(*args, **options)
+    seconds = max(1.0, retry.RETRY_SECONDS / 3) + num_bytes / _MIN_BYTES_PER_SECOND
+
+    async def call() -> Any:
+        return await asyncio.wait_for(getattr(fs, f"_{name}")(*args, **options), seconds)
+
+    return sync(fs.loop, call)
+
+
+def file_info(fs: Any, inner: str) -> Mapping[str, Any]:
+    """The file system's description of a path: its size, type and tags."""
+    return cast(Mapping[str, Any], bounded(fs, "info", inner))
+
+
+@contextmanager
+def missing_is_fine() -> Iterator[None]:
+    """Ignore a FileNotFoundError that means absence; some file systems raise it for any trouble."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if is_transient(error) or error_code(root_cause(error)) in ("401", "403"):
+            raise
+
+
+def retry_reads(file: Any, path: str) -> None:
+    """Make an open remote file fetch a range again that failed or came short.
+
+    The retry is put below the file's cache. Above it, it would not help: a block that was prefetched and failed keeps
+    failing there.
+    """
+    cache: Any = getattr(file, "cache", None)
+    if getattr(cache, "fetcher", None) is None:
+        return
+    fetch, size = cache.fetcher, cache.size
+
+    def fetch_all(start: int, end: int) -> bytes:
+        def once() -> bytes:
+            data: bytes = fetch(start, end)
+            return data if size is None else whole(data, min(end, size) - start)
+
+        with errors_named("read", path, ReadError):
+            return with_retries(path, once)
+
+    cache.fetcher = fetch_all

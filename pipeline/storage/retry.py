@@ -1,0 +1,301 @@
+"""Retries of remote operations: which errors are transient, how long to keep trying, and the message at the end.
+
+Transient errors (throttling, server errors, broken connections) are retried with exponential backoff and full jitter
+for two minutes. Every operation of this package may be repeated without harm.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import IncompleteRead
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
+
+from vidshard.pipeline.storage.paths import is_local, public_uri
+from vidshard.schemas.errors import VidshardError
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger("vidshard.pipeline.storage")
+
+RETRY_SECONDS_VARIABLE = "VIDSHARD_STORAGE_RETRY_SECONDS"
+
+RETRY_SECONDS = float(os.environ.get(RETRY_SECONDS_VARIABLE, "120"))
+"""Seconds for which an operation on remote storage is retried before it counts as failed."""
+
+_FIRST_PAUSE_SECONDS = 0.5
+"""Longest pause before the second attempt; the bound doubles with each attempt."""
+
+_MIN_ATTEMPTS = 3
+"""Attempts made even when one attempt takes longer than the limit, such as a long listing."""
+
+_FIRST_CONTACT_SHARE = 0.25
+"""Share of the limit for a host that never accepted a connection: its name may well be wrong."""
+
+
+class StorageError(VidshardError):
+    """A path could not be reached, read or written; the message names it and says what to check."""
+
+
+class ReadError(StorageError, OSError):
+    """An open file could not be read any further; also an OSError, as readers of files expect one."""
+
+
+class ShortBodyError(OSError):
+    """Fewer bytes arrived than were asked for."""
+
+
+def whole(data: bytes, num_bytes: int) -> bytes:
+    """The data, checked to be all of it.
+
+    Raises:
+        ShortBodyError: fewer than ``num_bytes`` bytes arrived.
+    """
+    if len(data) < num_bytes:
+        raise ShortBodyError(f"{len(data)} of {num_bytes} bytes came")
+    return data
+
+
+# Which errors are transient.
+
+_TRANSIENT_CODES = frozenset(
+    [
+        "BadDigest",
+        "BandwidthLimitExceeded",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
+        "InternalError",
+        "OperationAborted",
+        "PriorRequestNotComplete",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "TooManyRequestsException",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+        # answers to a repeated completion or abortion of a multipart upload whose first answer was lost
+        "InvalidPart",
+        "NoSuchUpload",
+    ]
+)
+"""S3 error codes (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), apart from those that come as a 5xx."""
+
+_TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+        errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENETRESET, errno.EAGAIN, errno.EIO,
+    }
+)  # fmt: skip
+
+
+def storage_errors() -> tuple[type[BaseException], ...]:
+    """Exception types that file systems raise: OSError, and those of object-store and HTTP clients if installed."""
+    errors: list[type[BaseException]] = [OSError, TimeoutError]
+    with suppress(ImportError):
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        errors += [BotoCoreError, ClientError]
+    with suppress(ImportError):
+        from aiohttp import ClientError as HttpError
+
+        errors.append(HttpError)
+    return tuple(errors)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an error of a remote file system may pass: trouble of the network or the server, not of the request."""
+    return bool(_verdict(root_cause(error)))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost error of the chain of causes that says whether it is transient; else the error itself.
+
+    File systems translate the errors of their clients and lose some of them: s3fs raises the same OSError for
+    throttling and for a conflict, and fsspec's HTTP a FileNotFoundError for everything.
+    """
+    links = [error]
+    while (below := links[-1].__cause__ or links[-1].__context__) is not None and below not in links:
+        links.append(below)
+    return next((link for link in reversed(links) if _verdict(link) is not None), error)
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """Whether this error by itself is transient; None where it does not say."""
+    if isinstance(error, StorageError):
+        return False  # it was retried already
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return response.get("Error", {}).get("Code") in _TRANSIENT_CODES or _is_transient_status(status)
+    status = (
+        getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(response, "status_code", None)
+    )
+    if isinstance(status, int) and status:
+        return _is_transient_status(status)
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    if isinstance(error, (TimeoutError, ConnectionError, EOFError, IncompleteRead, ShortBodyError, socket.gaierror)):
+        return True
+    if isinstance(error, _connection_errors()):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+        return True
+    return False if isinstance(error, storage_errors()) else None
+
+
+def _is_transient_status(status: object) -> bool:
+    """Whether an HTTP status may pass: not one that says what a server cannot do, or that it is full."""
+    return isinstance(status, int) and (
+        status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507, 511))
+    )
+
+
+def _connection_errors() -> tuple[type[BaseException], ...]:
+    errors: list[type[BaseException]] = []
+    with suppress(ImportError):
+        from botocore import exceptions as boto
+        from botocore.parsers import ResponseParserError
+
+        errors += [boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError]
+        errors += [boto.FlexibleChecksumError, boto.CredentialRetrievalError, boto.MetadataRetrievalError]
+    with suppress(ImportError):
+        import aiohttp
+
+        errors += [aiohttp.ClientConnectionError, aiohttp.ClientPayloadError]
+    return tuple(errors)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether no connection was made at all."""
+    errors: list[type[BaseException]] = [ConnectionRefusedError, socket.gaierror]
+    with suppress(ImportError):
+        from botocore.exceptions import EndpointConnectionError
+
+        errors.append(EndpointConnectionError)
+    with suppress(ImportError):
+        from aiohttp import ClientConnectorError
+
+        errors.append(ClientConnectorError)
+    return isinstance(root_cause(error), tuple(errors))
+
+
+# Retrying.
+
+_reached: set[str] = set()
+"""Hosts, buckets among them, that have answered this process."""
+
+
+def with_retries(path: str, operation: Callable[[], Result], retry_seconds: float | None = None) -> Result:
+    """Call an operation; on remote storage, repeat it while it fails with a transient error.
+
+    Args:
+        path: the file or folder the operation is about; its host decides the limit.
+        operation: may be repeated without harm.
+        retry_seconds: the limit; None for ``RETRY_SECONDS``.
+
+    Raises:
+        BaseException: the error of the last attempt, with notes of how often it was tried and what to check.
+    """
+    if is_local(path):
+        return operation()
+    limit = RETRY_SECONDS if retry_seconds is None else retry_seconds
+    host = "/".join(path.split("/", 3)[:3])
+    started = time.monotonic()
+
+    def once() -> Result:
+        try:
+            result = operation()
+        except storage_errors() as error:
+            if not _is_unreachable(error):
+                _reached.add(host)
+            raise
+        _reached.add(host)
+        return result
+
+    def stop(state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        elapsed = time.monotonic() - started
+        if error is not None and host not in _reached and _is_unreachable(error):
+            return elapsed >= limit * _FIRST_CONTACT_SHARE
+        return elapsed >= limit and (state.attempt_number >= _MIN_ATTEMPTS or limit == 0)
+
+    def warn(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        pause = state.next_action.sleep if state.next_action else 0.0
+        text = describe(error) if error is not None else ""
+        _log.warning("%s: %s; attempt %d, again in %.1f s", public_uri(path), text, state.attempt_number, pause)
+
+    retrying = Retrying(
+        stop=stop,
+        # anything up to a bound that doubles, which spreads many workers best (Brooker, "Exponential Backoff And
+        # Jitter", AWS Architecture Blog 2015, "full jitter")
+        wait=wait_random_exponential(
+            multiplier=min(_FIRST_PAUSE_SECONDS, limit / 20), max=min(20.0, max(0.1, limit / 6))
+        ),
+        retry=retry_if_exception(is_transient),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        return retrying(once)
+    except storage_errors() as error:
+        if is_transient(error):
+            tries = retrying.statistics.get("attempt_number", 1)
+            error.add_note(f"tried {tries} times in {time.monotonic() - started:.0f} s")
+            error.add_note(
+                "check the network, the endpoint and whether the store is up; "
+                f"{RETRY_SECONDS_VARIABLE}={2 * limit:g} tries for longer"
+            )
+        raise
+
+
+# Messages.
+
+
+@contextmanager
+def errors_named(verb: str, path: str, kind: type[StorageError] = StorageError) -> Iterator[None]:
+    """Turn the exceptions of file systems into a StorageError: "cannot VERB PATH: ..."."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except storage_errors() as error:
+        text = "; ".join([describe(error), *getattr(error, "__notes__", ())])
+        raise kind(f"cannot {verb} {public_uri(path)}: {text}") from error
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person that says what a file system's exception means."""
+    error = root_cause(error)
+    code = error_code(error)
+    if isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey", "NoSuchBucket"):
+        return "no such file or bucket"
+    text = re.sub(r"\b[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda match: public_uri(match[0]), " ".join(str(error).split()))
+    if isinstance(error, PermissionError) or code in ("403", "401", "AccessDenied"):
+        return f"permission denied ({text})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: make space, then run the same command again"
+    return text or type(error).__name__
+
+
+def error_code(error: BaseException) -> str | None:
+    """The S3 error code or HTTP status of a client's error, as text; None where it has none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code"))
+    status = getattr(error, "status", None)
+    return str(status) if isinstance(status, int) else None

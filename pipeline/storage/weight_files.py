@@ -1,0 +1,75 @@
+"""Files of weights as local paths: local, remote, from the Hugging Face Hub (``hf://``) or shipped (``shipped://``)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vidshard.pipeline.storage.files import open_binary
+from vidshard.pipeline.storage.paths import absolute, is_local, public_uri
+from vidshard.pipeline.storage.retry import StorageError
+
+SHIPPED_SCHEME = "shipped://"
+"""Scheme of the trained weights that are part of the package: ``shipped://PRESET``."""
+
+
+@contextmanager
+def local_copy(path: str | None) -> Iterator[Path | None]:
+    """A file as a local path: itself when it is local, otherwise a temporary copy that is removed at the end.
+
+    ``hf://OWNER/REPO[@REVISION]/PATH`` stays in the cache of huggingface_hub. ``shipped://PRESET`` names the trained
+    weights that come with the package.
+
+    Raises:
+        StorageError: it is missing or not readable.
+    """
+    if path is not None and _is_hub_file(path):
+        yield _fetch(path)[0]
+        return
+    if path is not None and path.startswith(SHIPPED_SCHEME):
+        yield _shipped(path)
+        return
+    if path is None or is_local(path):
+        if path is not None and not Path(absolute(path)).is_file():
+            raise StorageError(f"cannot read {path}: there is no such file")
+        yield None if path is None else Path(absolute(path))
+        return
+    with tempfile.TemporaryDirectory(prefix="vidshard-") as folder:
+        target = Path(folder) / path.rsplit("/", 1)[-1]
+        with open_binary(path) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, 8 << 20)
+        yield target
+
+
+def pinned(path: str) -> str:
+    """The path under which the very same file is found later: a Hub file by its commit, others unchanged.
+
+    Raises:
+        StorageError: a Hub file is missing or not readable.
+    """
+    return _fetch(path)[1] if _is_hub_file(path) else path
+
+
+def _is_hub_file(path: str) -> bool:
+    return path.startswith("hf://")
+
+
+def _shipped(path: str) -> Path:
+    from vidshard.models.weights import shipped_weights  # not at the top: it loads torch, which no decoder needs
+
+    try:
+        return shipped_weights(path.removeprefix(SHIPPED_SCHEME))
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+
+
+def _fetch(reference: str) -> tuple[Path, str]:
+    from vidshard.pipeline.storage import hub  # not at the top: loading it takes time, and no decoder needs it
+
+    try:
+        return hub.fetch(reference)
+    except hub.HubError as error:
+        raise StorageError(f"cannot read {public_uri(reference)}: {error}") from error
