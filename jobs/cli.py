@@ -16,7 +16,8 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.errors import exit_code_of, terminate
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
-from vidshard.schemas.runs import TokenizeRun, parse_size
+from vidshard.schemas.fields import parse_size, setting_of
+from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
@@ -280,15 +281,13 @@ def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str
     function = options_of(TrainFlags, leave_out=left_out, defaults=defaults)(run_command)
     for name, flag in {**several, "start_from": "--from"}.items():
         field = TrainFlags.model_fields[name]
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
         function = click.option(
             flag,
             name,
             multiple=name != "start_from",
             cls=SectionedOption,
-            section=str(extra["section"]),
-            metavar=str(extra["metavar"]),
+            section=setting_of(field).section,
+            metavar=setting_of(field).metavar,
             help=field.description,
         )(function)
     function.__doc__ = text

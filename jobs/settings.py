@@ -13,11 +13,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-Model = TypeVar("Model", bound=BaseModel)
+from vidshard.schemas.fields import Settings, setting_of
+
+Model = TypeVar("Model", bound=Settings)
 
 
 class SettingsError(click.UsageError):
@@ -49,7 +51,7 @@ class SectionedOption(click.Option):
 
 
 def options_of(
-    model: type[BaseModel],
+    model: type[Settings],
     *,
     leave_out: frozenset[str] = frozenset(),
     defaults: Mapping[str, Sequence[Any]] | None = None,
@@ -69,6 +71,8 @@ def options_of(
             if name not in leave_out:
                 known = defaults[name] if defaults and name in defaults else [field.default]
                 function = _option(name, field, known)(function)
+                for alias in setting_of(field).aliases:
+                    function = _hidden_option(alias, field)(function)
         return click.option(
             "--config",
             "config_path",
@@ -83,20 +87,32 @@ def options_of(
 
 
 def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[Any], Any]:
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    flag = f"--{name.replace('_', '-')}"
+    setting = setting_of(field)
+    flag = _flag(name)
     text = (field.description or "") + ("" if field.annotation is bool else _default_text(defaults))
-    shared: dict[str, Any] = {"cls": SectionedOption, "section": str(extra.get("section")), "default": None}
+    shared: dict[str, Any] = {"cls": SectionedOption, "section": setting.section, "default": None}
     if field.annotation is bool:
-        short = (str(extra["short"]),) if extra.get("short") else ()
-        return click.option(f"{flag}/--no-{name.replace('_', '-')}", name, *short, help=text, **shared)
-    if extra.get("without_value") is not None:
-        shared |= {"is_flag": False, "flag_value": str(extra["without_value"])}
+        short = (setting.short,) if setting.short else ()
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, *short, help=text, **shared)
+    if setting.without_value is not None:
+        shared |= {"is_flag": False, "flag_value": setting.without_value}
     if get_origin(field.annotation) is Literal:
         metavar = "|".join(get_args(field.annotation))
     else:
-        metavar = str(extra.get("metavar") or "VALUE")
+        metavar = setting.metavar or "VALUE"
     return click.option(flag, name, metavar=metavar, help=text, **shared)
+
+
+def _hidden_option(alias: str, field: FieldInfo) -> Callable[[Any], Any]:
+    """The flag of a former name: it works, and the help does not list it."""
+    flag = _flag(alias)
+    if field.annotation is bool:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", alias, default=None, hidden=True)
+    return click.option(flag, alias, default=None, hidden=True)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _default_text(defaults: Sequence[Any]) -> str:
@@ -127,7 +143,16 @@ def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: 
     """
     from_file = _read_yaml(config_path) if config_path else {}
     given = {name: value for name, value in flags.items() if value not in (None, ())}
-    values = {**from_file, **given}
+    former = model.former_names()
+    for alias in former.keys() & given.keys():
+        click.echo(f"note: {_flag(alias)} is now {_flag(former[alias])}", err=True)
+    for alias in former.keys() & from_file.keys():
+        click.echo(f"note: {_line_of(config_path, alias)}: {alias} is now {former[alias]}", err=True)
+    try:
+        given = model.current_names(given)
+        values = {**model.current_names(from_file), **given}
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -164,10 +189,10 @@ def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
             _refuse_repeated(path, value)
 
 
-def _explain(model: type[BaseModel], item: Mapping[str, Any], given: Mapping[str, Any], path: Path | None) -> str:
+def _explain(model: type[Settings], item: Mapping[str, Any], given: Mapping[str, Any], path: Path | None) -> str:
     """One validation error for a person: where it was written, what is wrong, what would do."""
     name = str(item["loc"][0]) if item["loc"] else ""
-    flag = f"--{name.replace('_', '-')}"
+    flag = _flag(name)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(model.model_fields)}"
@@ -186,7 +211,7 @@ def _explain(model: type[BaseModel], item: Mapping[str, Any], given: Mapping[str
 def _line_of(path: Path | None, key: str) -> str:
     """``file:line`` of a key in a YAML file."""
     if path is None:
-        return f"--{key.replace('_', '-')}"
+        return _flag(key)
     root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     for node, _ in root.value if isinstance(root, yaml.MappingNode) else ():
         if node.value == key:

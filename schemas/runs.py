@@ -6,171 +6,34 @@ can be judged without opening a file is checked here; the job checks the rest be
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal, get_args
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import model_validator
 
-from vidshard.schemas.rejections import Reason
+from vidshard.schemas.fields import (
+    ByteSize,
+    ClusterSettings,
+    FrameSize,
+    FrameSizes,
+    Rate,
+    Reasons,
+    Seconds,
+    Signals,
+    setting,
+)
 from vidshard.schemas.video import (
     ClipPlacement,
     ClipSpec,
     Limits,
     Part,
     ResizePolicy,
-    SignalRule,
     TailPolicy,
-    parse_rate,
 )
 
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
-
-def parse_bytes(value: object) -> int:
-    """Bytes from ``128MiB``, ``2GB`` or a plain number.
-
-    Raises:
-        ValueError: neither.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    if not match or match[2].lower() not in _UNITS:
-        raise ValueError(f"a size is a number of bytes or one such as 128MiB or 2GB, got {value!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def parse_size(value: object) -> tuple[int, int]:
-    """(height, width) from ``256``, ``256x448`` (height x width) or a pair.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        value = f"{value[0]}x{value[1]}"
-    match = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str(value))
-    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise ValueError(f"a size is one side such as 256, or height x width such as 256x448, got {value!r}")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def parse_sizes(value: object) -> list[tuple[int, int]]:
-    """Several sizes, from ``256x256,256x448`` or a list of them.
-
-    Raises:
-        ValueError: one is no size, or stands there twice.
-    """
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not parts:
-        raise ValueError(f"give sizes such as 256x256,256x448, got {value!r}")
-    sizes = [parse_size(part) for part in parts]
-    if len(set(sizes)) < len(sizes):
-        raise ValueError(f"the same size stands twice in {value!r}")
-    return sizes
-
-
-def parse_seconds(value: object) -> Fraction:
-    """An exact time from ``90``, ``12.5``, ``1:30`` or ``1:02:03.5``, not negative.
-
-    Raises:
-        ValueError: none of these.
-    """
-    match = re.fullmatch(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?|\d+/\d+)\s*", str(value))
-    if not match:
-        raise ValueError(f"a time is a number of seconds, or one such as 1:30 or 1:02:03.5, got {value!r}")
-    hours, minutes, seconds = match.groups()
-    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
-
-
-def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
-    """Names and rules of signals, from ``actions=linear,poses=window``, a list of such, or pairs.
-
-    Raises:
-        ValueError: one is not of that form, or stands there twice.
-    """
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not parts:
-        raise ValueError(f"give signals as NAME=RULE, such as actions=linear, got {value!r}")
-    signals: list[tuple[str, SignalRule]] = []
-    for part in parts:
-        name, equals, rule = ("=".join(part) if isinstance(part, (list, tuple)) else str(part)).partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise ValueError(f"a signal is given as NAME=RULE, such as actions=linear, got {part!r}")
-        known = next((known for known in get_args(SignalRule) if known == rule.strip()), None)
-        if known is None:
-            raise ValueError(f"signal {name}: the rule is one of {', '.join(get_args(SignalRule))}, got {rule!r}")
-        signals.append((name.strip(), known))
-    if len({name for name, _ in signals}) < len(signals):
-        raise ValueError(f"the same signal stands twice in {value!r}")
-    return signals
-
-
-def parse_reasons(value: object) -> list[Reason]:
-    """Reasons of rejections, from ``decode_timeout,unreadable`` or a list; none for ``all``.
-
-    Raises:
-        ValueError: one is no reason.
-    """
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)):
-        raise ValueError(f"give reasons such as decode_timeout,unreadable, or none for all of them, got {value!r}")
-    names = [str(part).strip() for part in parts]
-    if names == ["all"]:
-        return []
-    for name in names:
-        if name not in list(Reason):
-            raise ValueError(f"{name!r} is no reason of a rejection; these are: {', '.join(Reason)}")
-    return [Reason(name) for name in names]
-
-
-def _reasons_text(reasons: list[Reason]) -> str:
-    return ",".join(reasons) or "all"
-
-
-def _signals_text(signals: list[tuple[str, str]]) -> str:
-    return ",".join(f"{name}={rule}" for name, rule in signals)
-
-
-def _sizes_text(sizes: list[tuple[int, int]]) -> str:
-    return ",".join(_size_text(size) for size in sizes)
-
-
-def _rate_text(rate: Fraction) -> str:
-    return str(rate)
-
-
-def _size_text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-Rate = Annotated[Fraction, BeforeValidator(lambda v: parse_rate(v)), PlainSerializer(_rate_text)]
-FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]
-FrameSizes = Annotated[list[tuple[int, int]], BeforeValidator(parse_sizes), PlainSerializer(_sizes_text)]
-Signals = Annotated[list[tuple[str, SignalRule]], BeforeValidator(parse_signals), PlainSerializer(_signals_text)]
-Reasons = Annotated[list[Reason], BeforeValidator(parse_reasons), PlainSerializer(_reasons_text)]
-Seconds = Annotated[Fraction, BeforeValidator(parse_seconds), PlainSerializer(_rate_text)]
-ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
-
-
-def setting(
-    default: Any = ...,
-    *,
-    section: str,
-    help: str,
-    metavar: str | None = None,
-    short: str | None = None,
-    without_value: str | None = None,
-    **limits: Any,
-) -> Any:
-    """A documented field: its help text, the section of ``--help`` it stands in, its short flag, what the flag means
-    without a value, and its limits."""
-    extra: dict[str, Any] = {"section": section, "metavar": metavar, "short": short, "without_value": without_value}
-    return Field(default, description=help, json_schema_extra=extra, **limits)
-
-
-class TokenizeRun(BaseModel):
+class TokenizeRun(ClusterSettings):
     """Everything that decides a tokenization run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     inputs: list[str] = setting(
         section="Input",
@@ -484,20 +347,6 @@ class TokenizeRun(BaseModel):
         metavar="N",
         help="Clips in one unit of work. Default: as many as fit 32 MiB of frames.",
     )
-    ray_address: str | None = setting(
-        None,
-        section="Execution",
-        metavar="ADDRESS",
-        help="Cluster to run on, such as 'auto' or ray://head:10001. Default: $RAY_ADDRESS, or a Ray of its own on "
-        "this machine.",
-    )
-    object_store: ByteSize | None = setting(
-        None,
-        section="Execution",
-        metavar="BYTES",
-        help="Memory for frames in flight when Ray starts on this machine, such as 2GiB. Default: Ray's choice.",
-    )
-    verbose: bool = setting(False, section="Execution", short="-v", help="Show Ray's own log and progress.")
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> TokenizeRun:

@@ -11,9 +11,9 @@ import re
 from fractions import Fraction
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BeforeValidator, model_validator
 
-from vidshard.schemas.runs import ByteSize, FrameSize, Rate, setting
+from vidshard.schemas.fields import ClusterSettings, FrameSize, Rate, Settings, setting
 from vidshard.schemas.video import ClipSpec
 
 
@@ -25,10 +25,8 @@ def parse_betas(value: object) -> object:
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
 
 
-class StageConfig(BaseModel):
+class StageConfig(Settings):
     """Everything that decides one stage, but for the tokenizer and the videos."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     trainable: Literal["all", "decoder"] = setting(
         "all",
@@ -251,10 +249,8 @@ LOWER_IS_BETTER = frozenset(["l1", "lpips"])
 """Of what is measured on held-out clips; of everything else more is better."""
 
 
-class RunSettings(BaseModel):
+class RunSettings(ClusterSettings):
     """What decides a training run beside its stages."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     videos: list[str] = setting(
         section="Data",
@@ -329,16 +325,6 @@ class RunSettings(BaseModel):
     max_failures: int = setting(
         3, section="Execution", ge=0, metavar="N", help="Go on from the last checkpoint so often after a worker died."
     )
-    ray_address: str | None = setting(
-        None,
-        section="Execution",
-        metavar="ADDRESS",
-        help="Cluster to run on, such as 'auto'. Default: $RAY_ADDRESS, or a Ray of its own on this machine.",
-    )
-    object_store: ByteSize | None = setting(
-        None, section="Execution", metavar="BYTES", help="Memory for clips in flight when Ray starts on this machine."
-    )
-    verbose: bool = setting(False, section="Execution", short="-v", help="Show Ray's own log and progress.")
 
     @model_validator(mode="after")
     def _corpora_that_can_be(self) -> Self:

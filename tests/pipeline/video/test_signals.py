@@ -19,8 +19,8 @@ from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.video.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
+from vidshard.schemas.fields import parse_signals
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.runs import parse_signals
 
 SECONDS = np.arange(6) / 8
 VALUES = np.arange(12, dtype=np.float32).reshape(6, 2)

@@ -1,0 +1,315 @@
+"""Building blocks of settings: parsers of values, annotated types, and fields that know their flag and their identity.
+
+A settings model is one closed pydantic class that defines the flags, the keys of the YAML file and the stored run. Each
+field is made by :func:`setting`, which records its help text, its section of ``--help``, its former names and whether
+it belongs to the identity of an output. ``jobs.settings`` turns such models into command-line options.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic.fields import FieldInfo
+
+from vidshard.schemas.rejections import Reason
+from vidshard.schemas.video import SignalRule, parse_rate
+
+T = TypeVar("T")
+
+_BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(value: object) -> int:
+    """A number of bytes, from ``128MiB``, ``2GB`` or a plain number.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if not match or match[2].lower() not in _BYTES:
+        raise ValueError(f"a size is a number of bytes or one such as 128MiB or 2GB, got {value!r}")
+    return int(float(match[1]) * _BYTES[match[2].lower()])
+
+
+def parse_size(value: object) -> tuple[int, int]:
+    """A frame size (height, width) in pixels, from ``256``, ``256x448`` (height x width) or a pair.
+
+    Raises:
+        ValueError: the value is none of these.
+    """
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        value = f"{value[0]}x{value[1]}"
+    match = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str(value))
+    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
+        raise ValueError(f"a size is one side such as 256, or height x width such as 256x448, got {value!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_sizes(value: object) -> list[tuple[int, int]]:
+    """Frame sizes, from ``256x256,256x448`` or a list.
+
+    Raises:
+        ValueError: an item is no size, or the same size is given twice.
+    """
+    sizes = [parse_size(part) for part in _items(value, "give sizes such as 256x256,256x448")]
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"the same size is given twice in {value!r}")
+    return sizes
+
+
+def parse_seconds(value: object) -> Fraction:
+    """An exact, non-negative time in seconds, from ``90``, ``12.5``, ``1:30`` or ``1:02:03.5``.
+
+    Raises:
+        ValueError: the value is none of these.
+    """
+    match = re.fullmatch(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?|\d+/\d+)\s*", str(value))
+    if not match:
+        raise ValueError(f"a time is a number of seconds, or one such as 1:30 or 1:02:03.5, got {value!r}")
+    hours, minutes, seconds = match.groups()
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
+
+
+def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
+    """Names and rules of signals, from ``actions=linear,poses=window``, or a list of such texts or of pairs.
+
+    Raises:
+        ValueError: an item has another form, or the same signal is given twice.
+    """
+    signals: list[tuple[str, SignalRule]] = []
+    for part in _items(value, "give signals as NAME=RULE, such as actions=linear"):
+        name, equals, rule = ("=".join(part) if isinstance(part, (list, tuple)) else str(part)).partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"a signal is given as NAME=RULE, such as actions=linear, got {part!r}")
+        known = next((known for known in get_args(SignalRule) if known == rule.strip()), None)
+        if known is None:
+            raise ValueError(f"signal {name}: the rule is one of {', '.join(get_args(SignalRule))}, got {rule!r}")
+        signals.append((name.strip(), known))
+    if len({name for name, _ in signals}) < len(signals):
+        raise ValueError(f"the same signal is given twice in {value!r}")
+    return signals
+
+
+def parse_reasons(value: object) -> list[Reason]:
+    """Reasons of rejections, from ``decode_timeout,unreadable`` or a list; ``all`` and an empty list give no reason.
+
+    Raises:
+        ValueError: an item is no reason of a rejection.
+    """
+    if value == []:
+        return []
+    names = [str(part).strip() for part in _items(value, "give reasons such as decode_timeout,unreadable, or 'all'")]
+    if names == ["all"]:
+        return []
+    for name in names:
+        if name not in list(Reason):
+            raise ValueError(f"{name!r} is no reason of a rejection; these are: {', '.join(Reason)}")
+    return [Reason(name) for name in names]
+
+
+def _items(value: object, usage: str) -> Sequence[object]:
+    """The items of a comma-separated text or of a list, at least one."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ValueError(f"{usage}, got {value!r}")
+    return parts
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _sizes_text(sizes: list[tuple[int, int]]) -> str:
+    return ",".join(map(_size_text, sizes))
+
+
+def _signals_text(signals: list[tuple[str, str]]) -> str:
+    return ",".join(f"{name}={rule}" for name, rule in signals)
+
+
+def _reasons_text(reasons: list[Reason]) -> str:
+    return ",".join(reasons) or "all"
+
+
+Rate = Annotated[Fraction, BeforeValidator(parse_rate), PlainSerializer(str)]
+"""Frames per second, exact and positive."""
+Seconds = Annotated[Fraction, BeforeValidator(parse_seconds), PlainSerializer(str)]
+"""A time in seconds, exact and not negative."""
+FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]
+"""(height, width) in pixels."""
+FrameSizes = Annotated[list[tuple[int, int]], BeforeValidator(parse_sizes), PlainSerializer(_sizes_text)]
+"""Distinct (height, width) pairs in pixels, at least one."""
+Signals = Annotated[list[tuple[str, SignalRule]], BeforeValidator(parse_signals), PlainSerializer(_signals_text)]
+"""(name, rule) of each signal, at least one."""
+Reasons = Annotated[list[Reason], BeforeValidator(parse_reasons), PlainSerializer(_reasons_text)]
+"""Reasons of rejections; an empty list means every reason."""
+ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
+"""A positive number of bytes."""
+
+
+@dataclass(frozen=True)
+class With:
+    """Identity of a setting that matters only when another one is set, as a seed does beside what it seeds."""
+
+    other: str
+    """Name of the other field; it is set when it differs from its default."""
+
+
+@dataclass(frozen=True)
+class Without:
+    """Identity of a setting that matters only when another one is not set, because that one replaces it."""
+
+    other: str
+    """Name of the other field; it is set when it differs from its default."""
+
+
+@dataclass(frozen=True)
+class When:
+    """Identity of a setting that matters only in a run of some kind, which only the resolved run knows."""
+
+    kind: Literal["padded", "tiled"]
+    """``padded``: clips are filled up for the tokenizer. ``tiled``: frames are encoded in tiles."""
+
+
+Identity = bool | Literal["when set", "resolved"] | With | Without | When
+"""Whether a setting belongs to the identity of an output.
+
+``True``: always. ``False``: never. ``"when set"``: only if it differs from its default, so that outputs made before the
+setting existed keep their identity. ``"resolved"``: not as written, because what the resolved run derives from it
+stands in the identity (a digest of the weights for their path). ``With``, ``Without``, ``When``: on a condition.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a field of a settings model stands on the command line and in the identity."""
+
+    section: str
+    """Heading of ``--help-all`` that the flag stands under."""
+    metavar: str | None
+    """Placeholder of the flag's value in the help."""
+    short: str | None
+    """Short flag, such as ``-v``."""
+    without_value: str | None
+    """Value of the flag when it is given without one; None where it needs a value."""
+    aliases: tuple[str, ...]
+    """Former names of the field, still accepted as flags and keys."""
+    identity: Identity | None
+    """None where the model has no identity of its own."""
+    common: bool
+    """Whether ``--help`` lists the flag; ``--help-all`` lists every flag."""
+
+    def __call__(self, json_schema: dict[str, Any]) -> None:
+        """Add the section to the field's JSON schema, as pydantic asks of what a field carries along."""
+        json_schema["section"] = self.section
+
+
+def setting(
+    default: Any = ...,
+    *,
+    section: str,
+    help: str,
+    metavar: str | None = None,
+    short: str | None = None,
+    without_value: str | None = None,
+    aliases: tuple[str, ...] = (),
+    identity: Identity | None = None,
+    common: bool = False,
+    **limits: Any,
+) -> Any:
+    """A documented field of a settings model.
+
+    Args:
+        default: Value of the field when nothing is given; the field is required without it.
+        help: Help text: one or two sentences that stand alone.
+        limits: Bounds that pydantic checks, such as ``ge=1``.
+
+    The other arguments are described in :class:`Setting`.
+    """
+    record = Setting(
+        section=section,
+        metavar=metavar,
+        short=short,
+        without_value=without_value,
+        aliases=aliases,
+        identity=identity,
+        common=common,
+    )
+    return Field(default, description=help, json_schema_extra=record, **limits)
+
+
+def setting_of(field: FieldInfo) -> Setting:
+    """The record that :func:`setting` left in a field.
+
+    Raises:
+        TypeError: the field was made in another way.
+    """
+    if not isinstance(field.json_schema_extra, Setting):
+        raise TypeError(f"a field of a settings model is made by setting(), got {field!r}")
+    return field.json_schema_extra
+
+
+class Settings(BaseModel):
+    """Base of every settings model: closed, frozen, and open to former names of its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, values: object) -> object:
+        return cls.current_names(values) if isinstance(values, dict) else values
+
+    @classmethod
+    def former_names(cls) -> dict[str, str]:
+        """The present name of each former one."""
+        return {
+            alias: name
+            for name, field in cls.model_fields.items()
+            if isinstance(field.json_schema_extra, Setting)
+            for alias in field.json_schema_extra.aliases
+        }
+
+    @classmethod
+    def current_names(cls, values: Mapping[str, T]) -> dict[str, T]:
+        """The values by the present names of their fields; unknown names stay.
+
+        Raises:
+            ValueError: a field is given by two of its names.
+        """
+        former = cls.former_names()
+        renamed: dict[str, T] = {}
+        for name, value in values.items():
+            now = former.get(name, name)
+            if now in renamed:
+                raise ValueError(f"{now} is given twice: by this name and by a former one")
+            renamed[now] = value
+        return renamed
+
+
+class ClusterSettings(Settings):
+    """Settings of the Ray cluster, shared by every job that runs on one."""
+
+    ray_address: str | None = setting(
+        None,
+        section="Execution",
+        metavar="ADDRESS",
+        identity=False,
+        help="Ray cluster to run on, such as 'auto' or ray://head:10001. Default: $RAY_ADDRESS, or a private Ray on "
+        "this machine.",
+    )
+    object_store: ByteSize | None = setting(
+        None,
+        section="Execution",
+        metavar="BYTES",
+        identity=False,
+        help="Size of Ray's shared memory for frames in flight, such as 2GiB, when Ray starts on this machine. "
+        "Default: Ray's choice.",
+    )
+    verbose: bool = setting(
+        False, section="Execution", short="-v", identity=False, help="Show Ray's own log and progress."
+    )
