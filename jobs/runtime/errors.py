@@ -28,6 +28,18 @@ def _inner(error: BaseException) -> BaseException | None:
     return error.__cause__
 
 
+def what_broke(error: BaseException) -> str:
+    """The cause of a Ray failure in a line: the innermost exception, not the layers around it."""
+    cause: BaseException = getattr(error, "cause", None) or error  # of a RayTaskError, without the worker's traceback
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(str(cause).split("\nFailed to apply UDF")[0].split()) or type(cause).__name__  # Ray Data's advice
+    return (
+        f"the run stopped: {type(cause).__name__}: {text[-600:]}; what is committed is valid. Run the same command "
+        "again, with -v or --verbose for Ray's log"
+    )
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a job as Ctrl-C does, with an exit code of its own."""
 

@@ -19,56 +19,33 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data.exceptions import UserCodeException
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.text import Text
 
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
-from vidshard.jobs.runtime.errors import exit_code_of, print_error
+from vidshard.jobs.runtime.errors import exit_code_of, print_error, what_broke
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.tokenization.planning import make_plan, uri_columns
 from vidshard.jobs.tokenization.resolve import ResolvedRun, check_output, encoder_spec, print_run, record_run, resolve
 from vidshard.jobs.tokenization.summary import Summary, print_summary, save_summary
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
-from vidshard.pipeline.discover import Discovery, InputError, discover
+from vidshard.pipeline.discover import InputError, discover
 from vidshard.pipeline.encode import EncoderSpec
 from vidshard.pipeline.flow import StageResources, build_flow
-from vidshard.pipeline.output.committed import (
-    PLAN_SCHEMA,
-    committed_spans,
-    drop_rejects,
-    forget_retried,
-    read_rejects,
-    rejected_spans,
-    retry_rejected,
-    write_planned,
-)
-from vidshard.pipeline.output.layout import PLANNED, REJECTS, SHARDS
+from vidshard.pipeline.output.committed import forget_retried
 from vidshard.pipeline.output.lease import Lease, LeaseHeldError, LeaseLostError
-from vidshard.pipeline.output.resume import (
-    Plan,
-    WorkList,
-    location_keys,
-    reconcile,
-    settle_rejects,
-    take_out_superseded,
-    videos_to_open,
-    with_entries,
-    write_work_list,
-)
+from vidshard.pipeline.output.resume import WorkList
 from vidshard.pipeline.output.shard_reader import ShardError
-from vidshard.pipeline.output.shard_writer import TokenShardSink, WriteStats, write_rejects
-from vidshard.pipeline.plan import clips_per_span, open_videos
-from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection, signal_source
+from vidshard.pipeline.output.shard_writer import TokenShardSink, WriteStats
+from vidshard.pipeline.plan import clips_per_span
+from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
-from vidshard.schemas.rejections import Reason, Rejection, Stage
 from vidshard.schemas.runs import TokenizeRun
-
-MAX_PLANNED_ROWS = 50_000
-"""Rows of the plan that are held before they are written: what a driver that dies has to open again, at most."""
 
 
 def main(request: ResolvedRun, console: Console) -> Summary:
@@ -95,7 +72,8 @@ def main(request: ResolvedRun, console: Console) -> Summary:
         console.print(f"running on {cluster}", highlight=False)
         ready = time.monotonic()
         record_run(request, check_output(request))  # once more: another first run may just have ended
-        plan, todo, refused = make_plan(request, found, cluster, lease, console)
+        planned = make_plan(request, found, cluster, lease, console)
+        plan, todo, rejected = planned.plan, planned.work, planned.rejected_videos
         summary = Summary(
             out=run.out,
             num_videos=pc.count_distinct(found.videos["uri"]).as_py(),
@@ -105,13 +83,12 @@ def main(request: ResolvedRun, console: Console) -> Summary:
             reused_spans=plan.num_committed,
             rejected_before=plan.num_rejected,
             written=WriteStats(),
-            reasons=Counter(str(r.reason) for r in refused),
+            reasons=Counter(str(r.reason) for r in planned.new_rejections),
             seconds={"start": ready - started, "plan": time.monotonic() - ready},
             batch_fill=1.0,
             example_clip_id=None,
             notice=request.notice,
         )
-        rejected = rejected_videos(run.out, found)
         check_reject_share(summary, rejected, run)
         if todo.num_spans and not summary.problems:
             tokenize_spans(request, todo, cluster, lease, summary, rejected, console)
@@ -146,129 +123,6 @@ def run_and_report(run: TokenizeRun, console: Console) -> int:
         console.print(Text(f"interrupted: {again}", style="bold"))
         return exit_code_of(summary.interruption)
     return EXIT_FAILED if summary.problems else 0
-
-
-def make_plan(
-    request: ResolvedRun, found: Discovery, cluster: Cluster, lease: Lease, console: Console
-) -> tuple[Plan, WorkList, list[Rejection]]:
-    """Open the videos that the output does not know, and find out what is left to do.
-
-    Returns:
-        The plan, what of it is to be done now, and the rejections of videos that were opened, or found to be copies,
-        this time.
-    """
-    run, out = request.run, request.run.out
-    for folder in (SHARDS, REJECTS, PLANNED):
-        storage.remove_leftovers(storage.join(out, folder))
-    videos, repeated = with_entries(found.videos, run.part)
-    retried = None
-    if run.retry_rejected is not None:
-        uris = {storage.public_uri(uri) for uri in videos["uri"].to_pylist()}
-        retried = retry_rejected(out, run.retry_rejected or None, uris)
-    unknown = videos_to_open(out, videos, retried)
-    refused = open_unknown(request, unknown, cluster, lease, console) if unknown.num_rows else []
-    committed = committed_spans(out)
-    plan = reconcile(out, videos, committed, rejected_spans(read_rejects(out)), retried, unknown)
-    copies = [*plan.copies, *(_repeated(uri) for uri in repeated)]
-    lease.check()
-    taken_out = take_out_superseded(out, plan.superseded)
-    refused += settle_rejects(out, videos, committed, plan, copies)
-    todo = write_work_list(out, videos, plan, uri_columns(run))
-    if videos.num_rows > unknown.num_rows:
-        console.print(
-            f"{videos.num_rows - unknown.num_rows} of {videos.num_rows} videos are known from an earlier run; of "
-            f"{plan.num_spans} planned spans {plan.num_committed} are finished, {plan.num_rejected} were rejected, "
-            f"{plan.num_left} are to be done now",
-            highlight=False,
-        )
-    if taken_out:
-        console.print(f"{len(plan.superseded)} videos were replaced since: {taken_out} spans of theirs are taken out")
-    if retried is not None:
-        console.print(f"trying again {len(retried.spans)} rejected spans and {len(retried.uris)} rejected videos")
-    return plan, todo, refused
-
-
-def _repeated(uri: str) -> Rejection:
-    [place] = location_keys([uri]).to_pylist()
-    uri = storage.public_uri(uri)
-    return Rejection(
-        uri=uri,
-        video_id=None,
-        span_id=None,
-        start_seconds=None,
-        stage=Stage.DISCOVER,
-        reason=Reason.DUPLICATE,
-        place=place.hex(),
-        detail=f"the same content as {uri}, which the inputs name twice",
-    )
-
-
-def open_unknown(
-    request: ResolvedRun, videos: pa.Table, cluster: Cluster, lease: Lease, console: Console
-) -> list[Rejection]:
-    """Open videos and write their spans to the plan as they come; gives the rejections."""
-    run = request.run
-    refused: list[Rejection] = []
-    held: list[pa.Table] = []
-    opened = 0
-    oldest = time.monotonic()
-
-    def commit() -> None:
-        nonlocal oldest
-        if held:
-            lease.check()
-            refused.extend(_write_planned(run.out, pa.concat_tables(held)))
-        held.clear()
-        oldest = time.monotonic()
-
-    rows = open_videos(
-        videos,
-        request.clip_specs,
-        part=run.part,
-        span_clips=clips_per_span(request.largest, run.clips_per_span),
-        num_tasks=4 * cluster.num_cpus,
-        limits=run.limits,
-    )
-    with PhaseProgress(console, "opening videos", videos.num_rows) as display:
-        try:
-            for table in rows:
-                held.append(table)
-                opened += pc.count_distinct(table["entry"]).as_py()
-                display.update(opened, f"{opened} of {videos.num_rows} videos")
-                waiting = sum(part.num_rows for part in held)
-                if waiting >= MAX_PLANNED_ROWS or time.monotonic() - oldest > 60 * run.commit_minutes:
-                    commit()
-        except (RayError, UserCodeException) as error:
-            raise UserError(_what_broke(error)) from error
-        finally:
-            commit()
-    return refused
-
-
-def _write_planned(out: str, rows: pa.Table) -> list[Rejection]:
-    """Write what opening videos gave; the rejections first, without which a video counts as not opened."""
-    rejections = [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
-    places = {rejection.place for rejection in rejections}
-    if places:
-        former = {row["place"] for row in read_rejects(out).to_pylist() if row["span_id"] is None}
-        if not places.isdisjoint(former):
-            drop_rejects(out, lambda row: row["span_id"] is not None or row["place"] not in places)
-        write_rejects(out, rejections)
-    write_planned(out, rows.select(PLAN_SCHEMA.names))
-    return rejections
-
-
-def rejected_videos(out: str, found: Discovery) -> set[str]:
-    """Which of the videos have rejections, copies of others left out."""
-    rejected = {row["uri"] for row in read_rejects(out).to_pylist() if row["reason"] != Reason.DUPLICATE}
-    if not rejected:
-        return set()
-    return {uri for uri in map(storage.public_uri, found.videos["uri"].to_pylist()) if uri in rejected}
-
-
-def uri_columns(run: TokenizeRun) -> list[str]:
-    """Columns of the plan that hold paths or URLs, perhaps with credentials."""
-    return ["uri", *(signal_source(name) for name, _ in run.signals or [])]
 
 
 def tokenize_spans(
@@ -320,7 +174,7 @@ def tokenize_spans(
     except KeyboardInterrupt as interrupt:
         summary.interruption = interrupt
     except (RayError, UserCodeException) as error:
-        summary.problems.append(_what_broke(error))
+        summary.problems.append(what_broke(error))
     except storage.StorageError as error:
         summary.problems.append(f"{error}; what is committed before it is valid")
     except LeaseLostError as error:
@@ -428,18 +282,6 @@ class _SpanCounter:
         self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
         self.videos += rows["end_clip"].null_count
         return rows, [r for r in rows["rejection"].to_pylist() if r is not None]
-
-
-def _what_broke(error: BaseException) -> str:
-    """The cause of a Ray failure in a line: the innermost exception, not the layers around it."""
-    cause = error.cause if isinstance(error, RayTaskError) else error  # without the worker's traceback
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(str(cause).split("\nFailed to apply UDF")[0].split()) or type(cause).__name__  # Ray Data's advice
-    return (
-        f"the run stopped: {type(cause).__name__}: {text[-600:]}; what is committed is valid. Run the same command "
-        "again, with -v or --verbose for Ray's log"
-    )
 
 
 def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -> None:

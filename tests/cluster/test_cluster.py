@@ -35,7 +35,7 @@ from tests.support.processes import (
     tokens_by_clip,
     until,
 )
-from vidshard.jobs.tokenization.job import _what_broke
+from vidshard.jobs.runtime.errors import what_broke
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.flow import EncoderActor, StageResources, build_flow
@@ -195,4 +195,4 @@ def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -
     flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources)
     with pytest.raises(RayTaskError) as caught:
         list(flow.iter_batches(batch_format="pyarrow", batch_size=None))
-    assert "the run stopped: ValueError: the weights in memory are not those expected" in _what_broke(caught.value)
+    assert "the run stopped: ValueError: the weights in memory are not those expected" in what_broke(caught.value)
