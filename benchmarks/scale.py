@@ -34,16 +34,12 @@ import vidshard.jobs.tokenization.job  # noqa: F401  all that the driver loads
 from benchmarks.report import Row, report
 from vidshard.jobs.tokenization.planning import MAX_PLANNED_ROWS
 from vidshard.pipeline.discover import discover
-from vidshard.pipeline.output.committed import committed_spans, read_rejects, rejected_spans, shard_spans, write_planned
+from vidshard.pipeline.output.committed import committed_spans, shard_spans
+from vidshard.pipeline.output.entries import location_keys, with_entries
 from vidshard.pipeline.output.layout import SHARDS, SPANS_KEY, shard_paths
-from vidshard.pipeline.output.resume import (
-    location_keys,
-    reconcile,
-    settle_rejects,
-    videos_to_open,
-    with_entries,
-    write_work_list,
-)
+from vidshard.pipeline.output.plan_store import write_planned
+from vidshard.pipeline.output.rejects import read_rejects, rejected_spans
+from vidshard.pipeline.output.resume import reconcile, settle_rejects, videos_to_open, write_work_list
 from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from vidshard.schemas.tokens import Payload, Provenance

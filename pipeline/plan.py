@@ -16,8 +16,8 @@ import ray
 from vidshard.pipeline import storage
 from vidshard.pipeline.attempts import MAX_ATTEMPTS
 from vidshard.pipeline.decode_stage import probe
-from vidshard.pipeline.output.committed import PLAN_SCHEMA
-from vidshard.pipeline.output.resume import entry_ids, location_keys
+from vidshard.pipeline.output.entries import entry_ids, location_keys
+from vidshard.pipeline.output.plan_store import PLAN_SCHEMA
 from vidshard.pipeline.rows import REJECTION, rejection_row, row_part, span_row
 from vidshard.pipeline.video.geometry import nearest_bucket
 from vidshard.pipeline.video.sampling import plan_spans

@@ -16,8 +16,8 @@ from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import RUN, shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import ShardError, open_shard, output_shards, read_clips, read_payloads
 from vidshard.schemas.errors import EXIT_REFUSED
 from vidshard.schemas.tokens import Payload, Provenance

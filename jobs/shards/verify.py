@@ -26,17 +26,11 @@ from vidshard.models.tokenizer import TokenizerConfig
 from vidshard.pipeline import storage
 from vidshard.pipeline.encode import clip_specs_of
 from vidshard.pipeline.output.audit import Audit, make_audit
-from vidshard.pipeline.output.committed import (
-    ShardSpans,
-    damaged_files,
-    drop_repeated_spans,
-    drop_spans,
-    shard_spans,
-    spans_of_rows,
-)
+from vidshard.pipeline.output.committed import ShardSpans, drop_repeated_spans, drop_spans, shard_spans, spans_of_rows
 from vidshard.pipeline.output.layout import PLANNED, REJECTS, RUN, SHARDS
 from vidshard.pipeline.output.lease import Lease, LeaseHeldError
 from vidshard.pipeline.output.shard_reader import ShardError, check_shard, open_shard, output_shards
+from vidshard.pipeline.output.state import damaged_files
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import FORMAT_VERSION, METADATA_PREFIX

@@ -36,8 +36,8 @@ from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.discover import InputError, discover
 from vidshard.pipeline.encode import EncoderSpec
 from vidshard.pipeline.flow import StageResources, build_flow
-from vidshard.pipeline.output.committed import forget_retried
 from vidshard.pipeline.output.lease import Lease, LeaseHeldError, LeaseLostError
+from vidshard.pipeline.output.rejects import forget_retried
 from vidshard.pipeline.output.resume import WorkList
 from vidshard.pipeline.output.shard_reader import ShardError
 from vidshard.pipeline.output.shard_writer import TokenShardSink, WriteStats

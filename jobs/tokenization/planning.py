@@ -17,29 +17,22 @@ from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.resolve import ResolvedRun
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
-from vidshard.pipeline.output.committed import (
-    PLAN_SCHEMA,
-    committed_spans,
-    drop_rejects,
-    read_rejects,
-    rejected_spans,
-    retry_rejected,
-    write_planned,
-)
+from vidshard.pipeline.output.committed import committed_spans
+from vidshard.pipeline.output.entries import location_keys, with_entries
 from vidshard.pipeline.output.layout import remove_leftovers
 from vidshard.pipeline.output.lease import Lease
+from vidshard.pipeline.output.plan_store import PLAN_SCHEMA, write_planned
+from vidshard.pipeline.output.rejects import drop_rejects, read_rejects, rejected_spans, write_rejects
 from vidshard.pipeline.output.resume import (
     Plan,
     WorkList,
-    location_keys,
     reconcile,
+    retry_rejected,
     settle_rejects,
     take_out_superseded,
     videos_to_open,
-    with_entries,
     write_work_list,
 )
-from vidshard.pipeline.output.shard_writer import write_rejects
 from vidshard.pipeline.plan import clips_per_span, open_videos
 from vidshard.pipeline.rows import row_rejection, signal_source
 from vidshard.schemas.errors import UserError

@@ -16,7 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vidshard.pipeline.output.committed import ShardSpans, read_planned, read_rejects
+from vidshard.pipeline.output.committed import ShardSpans
+from vidshard.pipeline.output.plan_store import read_planned
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.video import ClipSpec
 

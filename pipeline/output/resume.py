@@ -10,7 +10,7 @@ Where nothing was rejected, replaced or removed, no Python object is held for ea
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,81 +23,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.committed import (
-    ENTRY_TYPE,
-    PLAN_SCHEMA,
+from vidshard.pipeline.output.committed import drop_spans, shard_spans
+from vidshard.pipeline.output.entries import location_keys
+from vidshard.pipeline.output.layout import RETRY_FILE, WORK_FILE, shard_paths
+from vidshard.pipeline.output.plan_store import PLAN_SCHEMA, planned_groups, read_planned
+from vidshard.pipeline.output.rejects import (
     RetrySet,
     drop_rejects,
-    drop_spans,
     is_partial,
-    planned_groups,
-    read_planned,
     read_rejects,
-    shard_spans,
+    read_retried,
+    write_rejects,
 )
-from vidshard.pipeline.output.layout import WORK_FILE, shard_paths
-from vidshard.pipeline.output.shard_writer import write_rejects
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, manifest_fields
 from vidshard.schemas.rejections import Reason, Rejection, Stage
-from vidshard.schemas.video import Part
 
 _SORTED_ROWS = 1 << 16
 
 Mask = npt.NDArray[np.bool_]
-
-
-def entry_ids(
-    uris: Sequence[str],
-    fingerprints: Sequence[str | None],
-    starts: Sequence[float | None],
-    ends: Sequence[float | None],
-    default: Part,
-) -> pa.Array:
-    """``ENTRY_TYPE``, one for each video or part of one: the same when nothing about it has changed.
-
-    Args:
-        uris: where they are. Of a URL with credentials or a query only a digest goes into the entry.
-        fingerprints: what the storage says of their state; None where it was not asked.
-        starts: seconds after the first frame at which the part starts.
-        ends: and at which it ends.
-        default: the part of those that name none.
-    """
-    whole = _part_text(
-        float(default.start_seconds), None if default.end_seconds is None else float(default.end_seconds)
-    )
-    digests = bytearray()
-    for uri, fingerprint, start, end in zip(uris, fingerprints, starts, ends, strict=True):
-        part = whole if not start and end is None else _part_text(start or 0.0, end)
-        digests += hashlib.blake2b(f"{uri}\n{fingerprint}\n{part}".encode(), digest_size=16).digest()
-    return pa.FixedSizeBinaryArray.from_buffers(ENTRY_TYPE, len(uris), [None, pa.py_buffer(bytes(digests))])
-
-
-def _part_text(start: float, end: float | None) -> str:
-    return f"{float(start)!r}..{None if end is None else float(end)!r}"
-
-
-def with_entries(videos: pa.Table, default: Part) -> tuple[pa.Table, list[str]]:
-    """The videos of ``pipeline.discover`` with a column ``entry``, and the URIs of rows that repeat an earlier one."""
-    names = ("uri", "fingerprint", "part_start_seconds", "part_end_seconds")
-    parts = []
-    for batch in videos.select([n for n in names if n in videos.column_names]).to_batches(max_chunksize=1 << 16):
-        none = pa.nulls(batch.num_rows)
-        there = batch.schema.names
-        uris, fingerprints, starts, ends = ((batch[n] if n in there else none).to_pylist() for n in names)
-        parts.append(entry_ids(uris, fingerprints, starts, ends, default))
-    videos = videos.append_column(PLAN_SCHEMA.field("entry"), pa.chunked_array(parts, ENTRY_TYPE))
-    if pc.count_distinct(videos["entry"]).as_py() == videos.num_rows:
-        return videos, []
-    numbered = pa.table({"entry": videos["entry"], "number": pa.array(range(videos.num_rows), pa.int32())})
-    first = numbered.group_by("entry").aggregate([("number", "min")])["number_min"].to_numpy()
-    is_first = pa.array(_at(first, videos.num_rows))
-    return videos.filter(is_first), videos["uri"].filter(pc.invert(is_first)).to_pylist()
-
-
-def location_keys(uris: Sequence[str]) -> pa.Array:
-    """``ENTRY_TYPE``, one for each URI: the same for nothing but the same text."""
-    digests = b"".join(hashlib.blake2b(uri.encode(), digest_size=16).digest() for uri in uris)
-    return pa.FixedSizeBinaryArray.from_buffers(ENTRY_TYPE, len(uris), [None, pa.py_buffer(digests)])
 
 
 def _location_keys(videos: pa.Table) -> list[bytes]:
@@ -475,3 +418,36 @@ def settle_rejects(
     if new:
         write_rejects(out, list(new.values()))
     return list(new.values())
+
+
+def retry_rejected(out: str, reasons: Collection[Reason] | None, uris: Collection[str]) -> RetrySet:
+    """Forget rejections, so that what they are about counts as not done yet.
+
+    What is meant is written down first, for whoever is interrupted and says the same again. The clips that were kept of
+    a damaged stretch are taken out before its rejection: killed between the two, the stretch is redone.
+
+    Args:
+        out: the output.
+        reasons: which ones; None for all but copies of other videos.
+        uris: of the inputs, without credentials: what cannot be tried now is left as it is.
+    """
+
+    def is_meant(row: dict[str, Any]) -> bool:
+        is_asked_for = row["reason"] != Reason.DUPLICATE if reasons is None else row["reason"] in reasons
+        return is_asked_for and row["uri"] in uris
+
+    rejects = [row for row in read_rejects(out).to_pylist() if is_meant(row)]
+    before = read_retried(out)
+    retried = RetrySet(
+        spans=before.spans | {row["span_id"] for row in rejects if row["span_id"] is not None},
+        uris=before.uris | {row["uri"] for row in rejects if row["span_id"] is None},
+    )
+    listed = {"spans": sorted(retried.spans), "uris": sorted(retried.uris)}
+    storage.write_atomic(storage.join(out, RETRY_FILE), json.dumps(listed, indent=1).encode())
+    partly = {row["span_id"] for row in rejects if row["span_id"] is not None and is_partial(row)}
+    if partly:
+        for path in shard_paths(out):
+            if not partly.isdisjoint(shard_spans(path).spans):
+                drop_spans(path, partly)
+    drop_rejects(out, lambda row: not is_meant(row))
+    return retried

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import REJECTS, SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY
-from vidshard.pipeline.rows import explode, frame_sizes, rejections_table, row_part, row_rejection
+from vidshard.pipeline.output.layout import SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY
+from vidshard.pipeline.output.rejects import write_rejects
+from vidshard.pipeline.rows import explode, frame_sizes, row_part, row_rejection
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.tokens import Payload, Provenance, shard_schema
 from vidshard.schemas.video import ClipSpec
@@ -286,12 +287,3 @@ def compressed_bytes(data: pa.Buffer, columns: Sequence[str]) -> int:
     groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
     chunks = (group.column(c) for group in groups for c in range(metadata.num_columns))
     return sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-
-
-def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
-    """Write rejections as one file, named after its rows."""
-    table = rejections_table(rejections)
-    name = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery, discover
-from vidshard.pipeline.output.resume import with_entries
+from vidshard.pipeline.output.entries import with_entries
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.rows import WORK_SCHEMA, row_rejection
 from vidshard.schemas.errors import VidshardError

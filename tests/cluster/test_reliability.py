@@ -19,8 +19,10 @@ from click.testing import CliRunner, Result
 
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.jobs.cli import vidshard
-from vidshard.pipeline.output.committed import committed_spans, read_rejects, retry_rejected
+from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
+from vidshard.pipeline.output.resume import retry_rejected
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from tests.support.videos import Recipe, read_frame_number, write_damaged, write_video
 from vidshard.jobs.cli import vidshard
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import open_shard, read_clips
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_spans, probe_video

@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from tests.support.held_back import HeldBack
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import check_shard
 
 SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64, "clips_per_span": 1}

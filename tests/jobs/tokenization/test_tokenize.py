@@ -32,8 +32,8 @@ from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_prese
 from vidshard.models.weights import load_tokenizer, seeded_weights, weights_digest
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.flow import build_flow
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span, probe_video

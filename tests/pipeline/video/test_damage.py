@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from tests.support.videos import Recipe, write_damaged, write_truncated, write_video
 from vidshard.jobs.cli import vidshard
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_spans, probe_video

@@ -23,8 +23,8 @@ from PIL import Image, ImageCms
 
 from tests.support.videos import Pixels, numbered_frame, read_frame_number
 from vidshard.jobs.cli import vidshard
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.storage import open_binary, open_video, write_atomic
 from vidshard.pipeline.video.decode import decode_span, decode_spans, probe_video

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.pipeline.discover import InputError, discover
-from vidshard.pipeline.output.committed import read_rejects
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.video.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
 from vidshard.schemas.fields import parse_signals
