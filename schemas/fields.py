@@ -291,6 +291,47 @@ class Settings(BaseModel):
         return renamed
 
 
+def check_identity(model: type[Settings]) -> None:
+    """Refuse a model in which a field leaves its identity undecided, so that none can mix outputs by omission.
+
+    Raises:
+        TypeError: a field lacks ``identity=``, or names a field there that does not exist.
+    """
+    for name, field in model.model_fields.items():
+        identity = setting_of(field).identity
+        if identity is None:
+            raise TypeError(f"{model.__name__}.{name}: say with identity= whether it decides what a token means")
+        if isinstance(identity, (With, Without)) and identity.other not in model.model_fields:
+            raise TypeError(f"{model.__name__}.{name}: identity={identity} names no field")
+
+
+def identity_names(settings: Settings, kinds: Mapping[str, bool]) -> list[str]:
+    """Names of the fields that belong to the identity, with the values that these settings have.
+
+    Args:
+        kinds: for each kind of :class:`When`, whether the run is of it.
+    """
+    fields = type(settings).model_fields
+
+    def is_set(name: str) -> bool:
+        return bool(getattr(settings, name) != fields[name].default)
+
+    def counts(name: str) -> bool:
+        match setting_of(fields[name]).identity:
+            case "when set":
+                return is_set(name)
+            case With(other):
+                return is_set(other)
+            case Without(other):
+                return not is_set(other)
+            case When(kind):
+                return kinds[kind]
+            case identity:
+                return identity is True
+
+    return [name for name in fields if counts(name)]
+
+
 class ClusterSettings(Settings):
     """Settings of the Ray cluster, shared by every job that runs on one."""
 

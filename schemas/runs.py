@@ -1,13 +1,16 @@
-"""What people configure. One closed model is the definition of the flags, the YAML file and the stored run.
+"""Settings of a tokenization run: one closed model behind the flags, the YAML file and the stored ``run.json``.
 
-A field's description is its help text, its ``section`` the heading under which ``--help`` lists it. Only what
-can be judged without opening a file is checked here; the job checks the rest before any work starts.
+The model is composed of one small model per section of ``--help-all``; their fields form a single flat namespace. Every
+field states ``identity=``: whether it decides what a token means, so that outputs with different values must not mix.
+Only what can be judged without opening a file is checked here; ``jobs.tokenization.resolve`` checks the rest.
+
+To add a setting, add a field to its section. The flag, the YAML key and the help follow from it.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -19,7 +22,13 @@ from vidshard.schemas.fields import (
     Rate,
     Reasons,
     Seconds,
+    Settings,
     Signals,
+    When,
+    With,
+    Without,
+    check_identity,
+    identity_names,
     setting,
 )
 from vidshard.schemas.video import (
@@ -32,338 +41,482 @@ from vidshard.schemas.video import (
 )
 
 
-class TokenizeRun(ClusterSettings):
-    """Everything that decides a tokenization run."""
+class InputSettings(Settings):
+    """Videos to read."""
 
     inputs: list[str] = setting(
         section="Input",
+        identity=False,
         min_length=1,
-        help="Videos, or images in .tar or .zip: files, folders (searched recursively), globs, or manifests (.parquet, "
-        ".csv, .jsonl with a 'uri' column; every further column travels to the token rows). Local, or any URL that "
-        "fsspec opens, such as s3://bucket/clips/*.mp4.",
+        help="Videos: files, folders (searched recursively), globs or manifests, local or at any URL that fsspec "
+        "opens. A manifest is a .parquet, .csv or .jsonl file with a 'uri' column; its other columns are copied to "
+        "the token rows.",
     )
-    signals: Signals | None = setting(
+    limit: int | None = setting(
         None,
         section="Input",
-        metavar="NAME=RULE,...",
-        help="Timestamped signals beside the frames, such as robot actions: a manifest's column NAME holds the path of "
-        "a .parquet, .npz or .npy file for each row, and every clip row gets the values at its frames' times. RULE is "
-        "previous, nearest, linear, or window for all samples between two frames. Times are seconds after the video's "
-        "first frame.",
+        identity=False,
+        common=True,
+        ge=1,
+        metavar="N",
+        help="Tokenize only the first N videos, in sorted order. Default: all.",
     )
     image_fps: Rate = setting(
         Fraction(24),
         section="Input",
+        identity="when set",
         metavar="RATE",
-        help="A .tar or .zip of images is one video: its images in natural order of their names, so many a second.",
+        help="Frame rate of image archives. A .tar or .zip of images is one video, with its images in natural order "
+        "of their names.",
     )
-    limit: int | None = setting(
-        None, section="Input", ge=1, metavar="N", help="Take only the first N videos, in sorted order."
+    signals: Signals | None = setting(
+        None,
+        section="Input",
+        identity="when set",
+        metavar="NAME=RULE,...",
+        help="Timestamped signals to store with each clip, such as robot actions, sampled at the times of its frames. "
+        "NAME is a manifest column of .parquet, .npz or .npy paths; RULE is previous, nearest, linear or window.",
     )
+
+
+class OutputSettings(Settings):
+    """Files to write, and when the run counts as failed."""
 
     out: str = setting(
         section="Output",
+        identity=False,
+        common=True,
         metavar="FOLDER",
-        help="Folder for the result, local or remote: shards/*.parquet, rejects/*.parquet, plan/*.parquet, run.json.",
+        help="Output folder, local or remote, for shards/, rejects/, plan/ and run.json.",
     )
     shard_size: ByteSize = setting(
         128 << 20,
         section="Output",
+        identity=False,
         metavar="BYTES",
-        help="Aim for shards of this size, such as 128MiB. See also --commit-minutes.",
+        help="Target size of a shard file, such as 128MiB. --commit-minutes can make shards smaller.",
     )
     commit_minutes: float = setting(
         10.0,
         section="Output",
+        identity=False,
         gt=0,
         metavar="MINUTES",
-        help="Commit a smaller shard rather than hold finished clips longer than this: what an interruption can cost.",
+        help="Longest time that finished clips wait to be committed in a shard. A crash loses about this much work "
+        "at most.",
     )
     keep_logvar: bool = setting(
-        False, section="Output", help="For KL tokenizers: store the log-variance beside the mean."
+        False,
+        section="Output",
+        identity=True,
+        help="Store the log-variance of KL latents beside their mean.",
     )
     max_reject_share: float = setting(
         1.0,
         section="Output",
+        identity=False,
         ge=0.0,
         le=1.0,
         metavar="SHARE",
-        help="Fail (exit code 1) when more than this share of the videos is rejected, in whole or in part. "
-        "The default never fails: rejects are counted, and listed in rejects/.",
+        help="Largest share of videos that may be rejected, in whole or in part; above it the run fails with exit "
+        "code 1. With 1, rejections never fail a run.",
     )
+
+
+class TokenizerSettings(Settings):
+    """Tokenizer and weights. The identity holds the tokenizer's configuration and a digest of the weights instead."""
 
     tokenizer: str | None = setting(
         None,
         section="Tokenizer",
+        identity="resolved",
+        common=True,
         metavar="NAME",
-        help="Which model: a name from `vidshard tokenizers`. Not needed with --weights that say so themselves "
-        "(`vidshard convert`). Without either: fsq_causal_488_small, a small model whose weights come with vidshard.",
+        help="Tokenizer: a name listed by `vidshard tokenizers`. Default: the one named in --weights; without "
+        "--weights, fsq_causal_488_small with the weights that come with vidshard.",
     )
     weights: str | None = setting(
         None,
         section="Tokenizer",
+        identity="resolved",
+        common=True,
         metavar="FILE",
-        help="Its weights: .safetensors, or a .ckpt (read without executing anything). Must fit the model exactly. "
-        "Local, any URL that fsspec opens, or a file of the Hugging Face Hub: hf://OWNER/REPO/PATH, or "
-        "hf://OWNER/REPO@REVISION/PATH (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT as everywhere).",
+        help="Weights of the tokenizer: a .safetensors or .ckpt file, local, at a URL, or "
+        "hf://OWNER/REPO[@REVISION]/PATH on the Hugging Face Hub. Every tensor must match the tokenizer.",
     )
     ema: bool = setting(
         False,
         section="Tokenizer",
-        help="Take the averaged (EMA) weights that training kept beside those of its last step.",
+        identity="resolved",
+        help="Use the averaged (EMA) weights of a training checkpoint instead of those of its last step.",
     )
     random_weights: int | None = setting(
         None,
         section="Tokenizer",
+        identity="resolved",
         ge=0,
         metavar="SEED",
-        help="Use seeded random weights instead, to try the machinery. The tokens mean nothing; the summary and "
-        "every shard say so.",
+        help="Use random weights from this seed, to try the pipeline without a trained model. The tokens mean "
+        "nothing, and every shard says so.",
     )
     precision: Literal["float32", "bfloat16"] = setting(
         "float32",
         section="Tokenizer",
-        help="Compute type of the encoder; the quantizer always computes in float32. Part of the tokens' identity: "
-        "bfloat16 changes some of them.",
+        identity=True,
+        help="Floating-point type of the encoder; the quantizer always uses float32. Some tokens differ between the "
+        "types, so one output holds one type.",
     )
     tile_size: FrameSize | None = setting(
         None,
         section="Tokenizer",
+        identity=When("tiled"),
         metavar="SIZE",
-        help="For frames too large for the memory: encode them in overlapping tiles of this size, such as 512 or "
-        "256x448, and blend. Part of the tokens' identity: tiles change some of them. Default: whole frames.",
+        help="Encode frames in overlapping, blended tiles of this size, such as 512 or 256x448, to save memory. Some "
+        "tokens change, so one output holds one tile size. Default: whole frames.",
     )
     tile_overlap: int = setting(
         64,
         section="Tokenizer",
+        identity=When("tiled"),
         ge=0,
         metavar="PIXELS",
-        help="What neighbouring tiles share at least; more is nearer to the whole frame, and slower.",
-    )
-
-    fps: Rate = setting(
-        Fraction(8),
-        section="Sampling",
-        metavar="RATE",
-        help="Frames per second of the time grid: 8, 7.5 or 30000/1001. Each grid time takes the frame on screen at "
-        "that moment, whatever the source's rate.",
-    )
-    frames: int = setting(
-        17,
-        section="Sampling",
-        ge=1,
-        metavar="T",
-        help="Frames per clip; for most causal tokenizers 1 plus a multiple of the temporal stride, else see "
-        "--pad-frames.",
-    )
-    pad_frames: Literal["refuse", "repeat-last", "repeat-first"] = setting(
-        "refuse",
-        section="Sampling",
-        help="When the tokenizer does not take clips of --frames: refuse the run, or encode every clip with as few "
-        "copies as it takes of its last frame after it, or of its first before it. `vidshard decode` takes them off.",
-    )
-    continuous: bool = setting(
-        False,
-        section="Sampling",
-        help="Encode each video as one sequence: every row carries on from the one before, as its column "
-        "continues_previous says, and holds as many latents as a clip of --frames by itself. For causal tokenizers.",
-    )
-    start: Seconds | None = setting(
-        None,
-        section="Parts",
-        metavar="TIME",
-        help="Begin so long after each video's first frame: 90, 12.5 or 1:30. A manifest's columns start_seconds and "
-        "end_seconds say it for each row, and several rows may name parts of one video.",
-    )
-    end: Seconds | None = setting(
-        None, section="Parts", metavar="TIME", help="End so long after each video's first frame."
-    )
-    stride_seconds: Seconds | None = setting(
-        None,
-        section="Parts",
-        metavar="SECONDS",
-        help="From the start of one clip to that of the next: less than a clip's length for clips that overlap, more "
-        "for gaps. Default: clips follow one another.",
-    )
-    clips_per_video: int | None = setting(
-        None,
-        section="Parts",
-        ge=1,
-        metavar="N",
-        help="At most so many clips of each video, or of each part that a manifest names. Default: all.",
-    )
-    clip_placement: ClipPlacement = setting(
-        "even",
-        section="Parts",
-        help="Where --clips-per-video lie: the middle of each of N equal stretches, or a random place in each.",
-    )
-    clip_seed: int = setting(0, section="Parts", ge=0, metavar="SEED", help="Which random places.")
-    min_seconds: Seconds = setting(
-        Fraction(0),
-        section="Parts",
-        metavar="SECONDS",
-        help="Leave out clips that hold less video than this; a video with no other is rejected as too short.",
-    )
-    tail: TailPolicy = setting(
-        "pad",
-        section="Sampling",
-        help="A last clip that is not full: 'pad' repeats its last frame and records num_valid_frames, 'drop' leaves "
-        "it out.",
-    )
-    size: FrameSize = setting(
-        (256, 256),
-        section="Sampling",
-        metavar="SIZE",
-        help="Frame size: 256 for a square, 256x448 for height x width; divisible by the tokenizer's spatial stride.",
-    )
-    damaged: Literal["reject", "keep"] = setting(
-        "reject",
-        section="Sampling",
-        help="A stretch of video with damage in it: 'reject' it whole, or 'keep' those of its clips that lie before or "
-        "beside the damage, each of them whole; rejects/ says what is missing, the column decode_errors how many "
-        "damaged places there were.",
-    )
-    buckets: FrameSizes | None = setting(
-        None,
-        section="Sampling",
-        metavar="SIZES",
-        help="Several frame sizes instead of --size, such as 256x256,256x448,448x256 (height x width): each video gets "
-        "the one whose aspect ratio is nearest to its own. Batches and shards hold one size each; the column 'bucket' "
-        "says which.",
-    )
-    resize: ResizePolicy = setting(
-        "crop",
-        section="Sampling",
-        help="'crop' scales until the frame is covered and cuts the centre, 'stretch' ignores the aspect ratio, "
-        "'pad' scales until it fits and adds black bars.",
-    )
-
-    retry_rejected: Reasons | None = setting(
-        None,
-        section="Going on",
-        metavar="[REASON,...]",
-        without_value="all",
-        help="Try again what an earlier run of this output rejected for these reasons (see rejects/), or, without a "
-        "reason, all of it but copies of other videos; and do nothing else.",
-    )
-    recheck: bool = setting(
-        False,
-        section="Going on",
-        help="Ask remote storage about each file that a manifest names whether it was replaced, a request for each. "
-        "Local files and listed ones are always looked at.",
-    )
-    grace_seconds: float = setting(
-        20.0,
-        section="Going on",
-        ge=0,
-        metavar="SECONDS",
-        help="After Ctrl-C or SIGTERM finish what is begun for at most so long, commit it and end; a second one ends "
-        "at once.",
-    )
-    lease_seconds: float = setting(
-        60.0,
-        section="Going on",
-        ge=1,
-        metavar="SECONDS",
-        help="Two runs at once on one output are refused; a run on another machine that gave no sign of life for so "
-        "long is taken for dead, and its place taken.",
-    )
-
-    batch_size: int | None = setting(
-        None,
-        section="Execution",
-        ge=1,
-        metavar="N",
-        help="Clips per forward pass, from as many videos as it takes. Default: 8 on a GPU, 1 on a CPU.",
-    )
-    encode_workers: int | None = setting(
-        None,
-        section="Execution",
-        ge=1,
-        metavar="N",
-        help="Encoder processes. Default: one for each GPU share; without GPUs one for each four CPUs.",
-    )
-    gpus_per_worker: float = setting(
-        1.0,
-        section="Execution",
-        gt=0,
-        metavar="SHARE",
-        help="GPUs of one encoder, a fraction to let several share one. Ignored where there are no GPUs.",
-    )
-    encode_threads: int | None = setting(
-        None,
-        section="Execution",
-        ge=1,
-        metavar="N",
-        help="Threads of one encoder on a CPU. Default: the CPUs divided by the encoders.",
-    )
-    decode_workers: int | None = setting(
-        None,
-        section="Execution",
-        ge=1,
-        metavar="N",
-        help="Decode at most N videos at once. Default: as many as there are free CPUs.",
-    )
-    decode_timeout: float = setting(
-        600.0,
-        section="Execution",
-        gt=0,
-        metavar="SECONDS",
-        help="Give up on a stretch of video that takes longer than this to decode, and reject it; a long stretch has "
-        "the time that --decode-seconds-per-second gives it, if that is more.",
-    )
-    decode_seconds_per_second: float = setting(
-        30.0,
-        section="Execution",
-        gt=0,
-        metavar="SECONDS",
-        help="Time to decode one second of a long stretch of video.",
-    )
-    decode_memory: ByteSize = setting(
-        4 << 30,
-        section="Execution",
-        metavar="BYTES",
-        help="Memory of one decoding process, such as 4GiB, about 100 MB of it the interpreter's; a video that "
-        "needs more is rejected.",
-    )
-    max_pixels: int = setting(
-        8192 * 8192,
-        section="Execution",
-        ge=1,
-        le=2**31 - 1,
-        metavar="N",
-        help="Reject videos with larger pictures than this.",
-    )
-    max_seconds: float = setting(
-        48 * 3600.0, section="Execution", gt=0, metavar="SECONDS", help="Reject videos that are longer."
-    )
-    max_frames: int = setting(
-        20_000_000, section="Execution", ge=1, metavar="N", help="Reject videos that have more frames."
-    )
-    clips_per_span: int | None = setting(
-        None,
-        section="Execution",
-        ge=1,
-        metavar="N",
-        help="Clips in one unit of work. Default: as many as fit 32 MiB of frames.",
+        help="Minimum overlap of neighboring tiles. More overlap is slower and closer to encoding whole frames.",
     )
 
     @model_validator(mode="after")
-    def _one_source_of_weights(self) -> TokenizeRun:
+    def _one_source_of_weights(self) -> Self:
         if self.weights is not None and self.random_weights is not None:
             raise ValueError("give either weights or random_weights, not both")
         if self.ema and self.weights is None:
             raise ValueError("ema takes averaged weights from a file: give weights too, or leave ema out")
         return self
 
+
+class SamplingSettings(Settings):
+    """How the frames of a video become clips."""
+
+    fps: Rate = setting(
+        Fraction(8),
+        section="Sampling",
+        identity=True,
+        common=True,
+        metavar="RATE",
+        help="Frame rate of the clips, such as 8, 7.5 or 30000/1001. Each grid time takes the source frame on screen "
+        "at that moment.",
+    )
+    frames: int = setting(
+        17,
+        section="Sampling",
+        identity=True,
+        common=True,
+        ge=1,
+        metavar="T",
+        help="Frames per clip. Most causal tokenizers need 1 plus a multiple of their temporal stride.",
+    )
+    size: FrameSize = setting(
+        (256, 256),
+        section="Sampling",
+        identity=Without("buckets"),
+        common=True,
+        metavar="SIZE",
+        help="Frame size: 256 for a square, or 256x448 for height x width. Both are multiples of the tokenizer's "
+        "spatial stride.",
+    )
+    buckets: FrameSizes | None = setting(
+        None,
+        section="Sampling",
+        identity="when set",
+        metavar="SIZES",
+        help="Several frame sizes instead of --size, such as 256x256,256x448; each video gets the one nearest to its "
+        "aspect ratio. A shard holds one bucket, named in its column 'bucket'.",
+    )
+    resize: ResizePolicy = setting(
+        "crop",
+        section="Sampling",
+        identity=True,
+        common=True,
+        help="Resize policy: 'crop' fills the frame and cuts the edges, 'pad' adds black bars, 'stretch' ignores the "
+        "aspect ratio.",
+    )
+    tail: TailPolicy = setting(
+        "pad",
+        section="Sampling",
+        identity=True,
+        common=True,
+        help="Last clip of a video if it is incomplete: 'pad' repeats its last frame and records num_valid_frames, "
+        "'drop' leaves it out.",
+    )
+    pad_frames: Literal["refuse", "repeat-last", "repeat-first"] = setting(
+        "refuse",
+        section="Sampling",
+        identity=When("padded"),
+        help="Padding of clips whose --frames the tokenizer does not take: refuse the run, or repeat their last or "
+        "first frame. `vidshard decode` removes the padding.",
+    )
+    continuous: bool = setting(
+        False,
+        section="Sampling",
+        identity="when set",
+        help="Encode each video as one sequence, in which every clip continues the one before; for causal tokenizers. "
+        "The column continues_previous marks such rows.",
+    )
+    damaged: Literal["reject", "keep"] = setting(
+        "reject",
+        section="Sampling",
+        identity="when set",
+        help="Spans with damaged video: 'reject' leaves out the whole span, 'keep' stores its undamaged clips. The "
+        "column decode_errors counts the damaged places, and rejects/ lists what is missing.",
+    )
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of every frame size of the run."""
+        return self.buckets or [self.size]
+
+
+class PartSettings(Settings):
+    """Which part of each video to tokenize, and how densely."""
+
+    start: Seconds | None = setting(
+        None,
+        section="Parts of videos",
+        identity="when set",
+        metavar="TIME",
+        help="Start of the part to tokenize, counted from the first frame: 90, 12.5 or 1:30. A manifest's columns "
+        "start_seconds and end_seconds set parts per row.",
+    )
+    end: Seconds | None = setting(
+        None,
+        section="Parts of videos",
+        identity="when set",
+        metavar="TIME",
+        help="End of the part to tokenize, counted from the first frame: 90, 12.5 or 1:30. Default: the video's end.",
+    )
+    stride_seconds: Seconds | None = setting(
+        None,
+        section="Parts of videos",
+        identity="when set",
+        metavar="SECONDS",
+        help="Time between the starts of consecutive clips; below a clip's length clips overlap, above it they leave "
+        "gaps. Default: the length of a clip.",
+    )
+    clips_per_video: int | None = setting(
+        None,
+        section="Parts of videos",
+        identity="when set",
+        ge=1,
+        metavar="N",
+        help="Largest number of clips from each video, or from each part that a manifest names. Default: all.",
+    )
+    clip_placement: ClipPlacement = setting(
+        "even",
+        section="Parts of videos",
+        identity=With("clips_per_video"),
+        help="Placement of the N clips of --clips-per-video in N equal stretches: in the middle of each, or at a "
+        "random position.",
+    )
+    clip_seed: int = setting(
+        0,
+        section="Parts of videos",
+        identity=With("clips_per_video"),
+        ge=0,
+        metavar="SEED",
+        help="Random seed of --clip-placement random.",
+    )
+    min_seconds: Seconds = setting(
+        Fraction(0),
+        section="Parts of videos",
+        identity="when set",
+        metavar="SECONDS",
+        help="Leave out clips that hold less video than this. A video with no other clips is rejected as too short.",
+    )
+
+    @property
+    def part(self) -> Part:
+        """The part of each video that is tokenized where no manifest names another.
+
+        Raises:
+            ValueError: the part is empty.
+        """
+        return Part.of(float(self.start or 0), None if self.end is None else float(self.end))
+
+
+class ResumeSettings(Settings):
+    """Interrupting a run and continuing an output."""
+
+    retry_rejected: Reasons | None = setting(
+        None,
+        section="Resuming",
+        identity=False,
+        metavar="[REASON,...]",
+        without_value="all",
+        help="Process only what earlier runs rejected for these reasons, listed in rejects/. Without a reason: all "
+        "rejections except copies of other videos.",
+    )
+    recheck: bool = setting(
+        False,
+        section="Resuming",
+        identity=False,
+        help="Ask remote storage whether the files of manifests were replaced, with one request per file. Local files "
+        "and listed folders are always checked.",
+    )
+    grace_seconds: float = setting(
+        20.0,
+        section="Resuming",
+        identity=False,
+        ge=0,
+        metavar="SECONDS",
+        help="Time to finish and commit started work after Ctrl-C or SIGTERM. A second signal ends the run at once.",
+    )
+    lease_seconds: float = setting(
+        60.0,
+        section="Resuming",
+        identity=False,
+        ge=1,
+        metavar="SECONDS",
+        help="Time without a sign of life after which the lease of a run on another machine expires. Two runs never "
+        "write to one output at once.",
+    )
+
+
+class LimitSettings(Settings):
+    """Largest cost of one video; a video above a limit is rejected."""
+
+    decode_timeout: float = setting(
+        600.0,
+        section="Limits of a video",
+        identity=False,
+        gt=0,
+        metavar="SECONDS",
+        help="Time limit for decoding a span; a span that takes longer is rejected. Long spans get the time of "
+        "--decode-seconds-per-second if that is more.",
+    )
+    decode_seconds_per_second: float = setting(
+        30.0,
+        section="Limits of a video",
+        identity=False,
+        gt=0,
+        metavar="SECONDS",
+        help="Time limit for decoding each second of video in a long span.",
+    )
+    decode_memory: ByteSize = setting(
+        4 << 30,
+        section="Limits of a video",
+        identity=False,
+        metavar="BYTES",
+        help="Memory limit of a decoding process, such as 4GiB; the interpreter takes about 100 MB of it. A video "
+        "that needs more is rejected.",
+    )
+    max_pixels: int = setting(
+        8192 * 8192,
+        section="Limits of a video",
+        identity=False,
+        ge=1,
+        le=2**31 - 1,
+        metavar="N",
+        help="Reject videos with more pixels per frame than this.",
+    )
+    max_seconds: float = setting(
+        48 * 3600.0,
+        section="Limits of a video",
+        identity=False,
+        gt=0,
+        metavar="SECONDS",
+        help="Reject videos longer than this.",
+    )
+    max_frames: int = setting(
+        20_000_000,
+        section="Limits of a video",
+        identity=False,
+        ge=1,
+        metavar="N",
+        help="Reject videos with more frames than this.",
+    )
+
+
+class ExecutionSettings(Settings):
+    """Processes, threads, batch sizes and the unit of work."""
+
+    batch_size: int | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        common=True,
+        ge=1,
+        metavar="N",
+        help="Clips per forward pass, from one video or several. Default: 8 on a GPU, 1 on a CPU.",
+    )
+    encode_workers: int | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        ge=1,
+        metavar="N",
+        help="Number of encoder processes. Default: one per GPU share, or one per four CPUs where there is no GPU.",
+    )
+    gpus_per_worker: float = setting(
+        1.0,
+        section="Execution",
+        identity=False,
+        gt=0,
+        metavar="SHARE",
+        help="GPUs per encoder process; with a fraction, several processes share a GPU. Ignored where there is no GPU.",
+    )
+    encode_threads: int | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        ge=1,
+        metavar="N",
+        help="CPU threads per encoder process. Default: the CPUs divided by the encoder processes.",
+    )
+    decode_workers: int | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        ge=1,
+        metavar="N",
+        help="Largest number of videos to decode at once. Default: one per free CPU.",
+    )
+    clips_per_span: int | None = setting(
+        None,
+        section="Execution",
+        # a resumed run compares spans: others would lose clips or write them twice, so their resolved length counts
+        identity="resolved",
+        ge=1,
+        metavar="N",
+        help="Clips per span, the unit of work and of resuming. Default: as many as fit 32 MiB of frames.",
+    )
+
+
+class TokenizeRun(
+    # pydantic collects the fields of the last base first
+    ClusterSettings,
+    ExecutionSettings,
+    LimitSettings,
+    ResumeSettings,
+    PartSettings,
+    SamplingSettings,
+    TokenizerSettings,
+    OutputSettings,
+    InputSettings,
+):
+    """A complete tokenization run: the fields of all sections in one flat namespace."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a field that does not decide about its identity."""
+        super().__pydantic_init_subclass__(**kwargs)
+        check_identity(cls)
+
     @model_validator(mode="after")
-    def _parts_that_can_be(self) -> TokenizeRun:
-        _ = self.part, self.clip_specs  # they refuse what cannot be
+    def _possible_clips(self) -> Self:
+        _ = self.part, self.clip_specs  # both refuse impossible settings
         return self
 
     @property
     def limits(self) -> Limits:
-        """What one video may cost."""
+        """Largest cost of one video."""
         return Limits(
             max_pixels=self.max_pixels,
             max_seconds=self.max_seconds,
@@ -375,18 +528,12 @@ class TokenizeRun(ClusterSettings):
         )
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) of every frame size there is."""
-        return self.buckets or [self.size]
-
-    @property
-    def part(self) -> Part:
-        """Which part of a video is meant where no manifest says so."""
-        return Part.of(float(self.start or 0), None if self.end is None else float(self.end))
-
-    @property
     def clip_specs(self) -> list[ClipSpec]:
-        """How videos become clips, one for each frame size."""
+        """How videos become clips, one specification per frame size.
+
+        Raises:
+            ValueError: the settings contradict each other.
+        """
         return [
             ClipSpec(
                 fps=self.fps,
@@ -403,3 +550,18 @@ class TokenizeRun(ClusterSettings):
             )
             for height, width in self.sizes
         ]
+
+
+def identity_settings(run: TokenizeRun, *, padded: bool, tiled: bool) -> dict[str, Any]:
+    """The settings of a run that belong to the identity of its output, as JSON values.
+
+    The tokenizer, the digest of its weights and the resolved length of a span complete the identity; the resolved run
+    adds them.
+
+    Args:
+        padded: whether clips are filled up for the tokenizer.
+        tiled: whether frames are encoded in tiles.
+    """
+    record = run.model_dump(mode="json")
+    kinds = {"padded": padded, "tiled": tiled}
+    return {name: record[name] for name in identity_names(run, kinds)}
