@@ -1,4 +1,4 @@
-# The image that runs on every node of a cluster: driver, decoders and encoders are the same code.
+# One image for every node of a cluster: driver, decoders and encoders run the same code.
 #
 #   docker build -t vidshard .                                                          CUDA
 #   docker build -t vidshard --build-arg BASE=python:3.12-slim-bookworm \
@@ -19,9 +19,10 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 WORKDIR /opt/vidshard
 COPY constraints.txt pyproject.toml README.md LICENSE ./
-# torch first and by itself: it is the large layer, and the one that differs between CPU and CUDA
+# torch has a layer of its own: it is the largest, and the only one that differs between CPU and CUDA.
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" --constraint constraints.txt torch
+# vidshard/ holds links to the four folders after it.
 COPY vidshard vidshard
 COPY schemas schemas
 COPY pipeline pipeline

@@ -1,21 +1,25 @@
-# The targets a person needs; each sets up what it needs on a fresh machine.
-#   make demo [VIDEOS=~/clips]   the whole machine in a minute: videos to token shards and back
-#   make test                    every quick test;  make test-slow  the long ones
-#   make check                   format, lint, types
-#   make bench                   the benchmarks;  figures are comparable within one run only
-#   make constraints             take today's newest versions as the pinned ones
+# Commands for development. Each one creates the virtual environment it needs.
+#   make demo [VIDEOS=~/clips]   tokenize a few videos and decode them again, in about a minute
+#   make test                    run the quick tests
+#   make test-slow               run the slow tests
+#   make check                   check format, lint and types
+#   make format                  format the code and apply safe lint fixes
+#   make bench                   run the benchmarks; compare figures of one run only
+#   make constraints             pin the newest version of every dependency in constraints.txt
+#   make clean                   remove the virtual environment and build outputs
 
 PYTHON ?= python3
 VIDEOS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check format bench constraints clean
 
 help:
-	@sed -n '2,6s/^#   /  /p' Makefile
+	@sed -n 's/^#   /  /p' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -23,6 +27,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The programs that benchmarks compare with; tests need none of them.
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
 demo: $(READY)
@@ -43,13 +52,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)
+bench: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.storage
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.tiling
-	$(BIN)/python -m benchmarks.tiling
+	$(BIN)/python -m benchmarks.tiling --memory
 
 constraints:
 	rm -rf $(VENV)

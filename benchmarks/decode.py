@@ -1,19 +1,22 @@
-"""Our decoder beside a plain PyAV loop, Ray Data's reader, decord, torchcodec and the ffmpeg command.
+"""Decoding cost of our decoder beside a plain PyAV loop, Ray Data's reader, decord, torchcodec and ffmpeg.
 
     python -m benchmarks.decode                        the whole corpus, sampled at 3 and at 8 frames per second
     python -m benchmarks.decode --quick                two seconds of each video, one repeat
     python -m benchmarks.decode --repeats 5 --json decode.json
 
-The corpus is made here: moving texture in h264 with and without B-frames, hevc, vp9, av1 and mpeg4, a keyframe every
-two seconds, and kept in the temporary folder for the next run. Each video is read from its file, sampled, and scaled
-and cut to 256x256, on one thread. The plain loop decodes every frame and lets PyAV convert and scale those it takes.
-"same scaler" is that loop with our way to scale; its frames must be ours, bit for bit. The others scale by their own
-rules. Figures are milliseconds of processor time, all threads and child processes together, for each second of video,
-the least of the repeats, which go round all readers in turn: so other work on the machine disturbs them little. Ray's
-reader runs in other processes, so it is timed by the clock, on two copies of the video, its start left out.
+The corpus is generated once and kept in the temporary folder: moving texture in h264 with and without B-frames, hevc,
+vp9, av1 and mpeg4, with a keyframe every two seconds. Each reader opens the file, samples it, and scales and crops it
+to 256x256, on one thread.
 
-"cannot" stands where a reader fails on a video. Others than ours are not among our dependencies:
-``pip install decord torchcodec imageio-ffmpeg``.
+* "plain loop" decodes every frame and lets PyAV convert and scale the frames it takes.
+* "same scaler" is that loop with our scaling; its frames must equal ours bit for bit. Other readers scale differently.
+* Figures are milliseconds of processor time for each second of video, threads and child processes included. Each is
+  the least of the repeats, and repeats alternate between readers, so other work on the machine disturbs them little.
+* Ray's reader runs in other processes, so it is timed by the clock, on two copies of the video, without its start.
+* "cannot" marks a video on which a reader fails.
+
+The other readers come with the extra ``bench`` (``make bench`` installs it). A reader that does not load has no
+column; the reason is printed below the table.
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ def main(repeats: int, quick: bool, no_ray: bool, json_path: str | None) -> None
     """Print the table."""
     folder = Path(tempfile.gettempdir()) / "vidshard-bench-decode"
     folder.mkdir(exist_ok=True)
-    readers = installed_readers(no_ray)
+    readers, left_out = available_readers(no_ray)
     rows = []
     for video in CORPUS:
         seconds = 2 if quick else video.seconds
@@ -121,6 +124,8 @@ def main(repeats: int, quick: bool, no_ray: bool, json_path: str | None) -> None
             task = make_task(path, fps, seconds)
             rows.append(describe(video, fps) | figures(task, readers, 1 if quick else repeats))
     report("decode, ms of processor time for each second of video", rows, json_path)
+    for name, reason in left_out.items():
+        click.echo(f"{name} is left out: {reason}")
 
 
 def describe(video: Video, fps: int) -> Row:
@@ -172,55 +177,71 @@ def make_task(path: Path, fps: int, seconds: int) -> Task:
     return Task(path=str(path), span=span, spec=spec, seconds=seconds)
 
 
-def figures(task: Task, readers: dict[str, Callable[[Task], float] | None], repeats: int) -> Row:
-    """Milliseconds for each second of video, one column a reader, and ours beside the plain loop."""
+def figures(task: Task, readers: dict[str, Callable[[Task], float]], repeats: int) -> Row:
+    """Measure milliseconds for each second of video: one column a reader, then ratios to ours."""
     same = np.array_equal(decode_ours(task), decode_with_our_scaler(task))
     assert same, f"{task.path}: frames differ from those of decoding everything"
     times: dict[str, list[float]] = defaultdict(list)
-    missing = {name: "not installed" for name, reader in readers.items() if reader is None}
+    failed: set[str] = set()
     for repeat in range(repeats + 1):
         for name, reader in readers.items():
-            if reader is None or name in missing:
+            if name in failed:
                 continue
             try:
                 seconds = reader(task)
             except Exception:  # what others raise has no common base
                 if name in ("ours", "plain loop", "same scaler"):
                     raise
-                missing[name] = "cannot"
+                failed.add(name)
                 continue
             if repeat:  # the first round warms the caches
                 times[name].append(seconds)
     least = {name: 1000 * min(values) / task.seconds for name, values in times.items()}
-    row: Row = {name: missing.get(name) or round(least[name], 1) for name in readers}
+    row: Row = {name: "cannot" if name in failed else round(least[name], 1) for name in readers}
     row["plain : ours"] = round(least["plain loop"] / least["ours"], 2)
     row["same scaler : ours"] = round(least["same scaler"] / least["ours"], 2)
     others = [value for name, value in least.items() if name not in ("ours", "plain loop", "same scaler")]
-    row["best other : ours"] = round(min(others) / least["ours"], 2) if others else "none installed"
+    if others:
+        row["best other : ours"] = round(min(others) / least["ours"], 2)
     return row
 
 
-def installed_readers(no_ray: bool) -> dict[str, Callable[[Task], float] | None]:
-    """By column; None for what is not installed."""
-    decord, torchcodec = (_module(name) for name in ("decord", "torchcodec.decoders"))
-    program = shutil.which("ffmpeg")
-    if program is None and (imageio := _module("imageio_ffmpeg")) is not None:
-        program = imageio.get_ffmpeg_exe()
-    return {
+def available_readers(no_ray: bool) -> tuple[dict[str, Callable[[Task], float]], dict[str, str]]:
+    """Find the readers that load here: each by its column, and the reason for each that is left out."""
+    readers = {
         "ours": _timed(decode_ours),
         "plain loop": _timed(decode_plainly),
         "same scaler": _timed(decode_with_our_scaler),
-        "ffmpeg": _timed(lambda task: decode_by_command(task, program)) if program else None,
-        "torchcodec": _timed(lambda task: decode_by_torchcodec(task, torchcodec)) if torchcodec else None,
-        "decord": _timed(lambda task: decode_by_decord(task, decord)) if decord else None,
-        "ray": read_by_ray if decord and not no_ray else None,
     }
+    left_out: dict[str, str] = {}
+    if program := shutil.which("ffmpeg") or _bundled_ffmpeg(left_out):
+        readers["ffmpeg"] = _timed(lambda task: decode_by_command(task, program))
+    if torchcodec := _module("torchcodec.decoders", "torchcodec", left_out):
+        readers["torchcodec"] = _timed(lambda task: decode_by_torchcodec(task, torchcodec))
+    if decord := _module("decord", "decord", left_out):
+        readers["decord"] = _timed(lambda task: decode_by_decord(task, decord))
+    if no_ray:
+        left_out["ray"] = "--no-ray"
+    elif decord:
+        readers["ray"] = read_by_ray
+    else:
+        left_out["ray"] = "its reader needs decord"
+    return readers, left_out
 
 
-def _module(name: str) -> Any:
+def _bundled_ffmpeg(left_out: dict[str, str]) -> str | None:
+    imageio = _module("imageio_ffmpeg", "ffmpeg", left_out)
+    return None if imageio is None else str(imageio.get_ffmpeg_exe())
+
+
+def _module(name: str, column: str, left_out: dict[str, str]) -> Any:
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):  # the last two: installed without what it links to
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: a library that the module links to is missing
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        left_out[column] = (str(root).strip().splitlines() or [type(root).__name__])[0]
         return None
 
 
@@ -237,7 +258,7 @@ def _timed(read: Callable[[Task], Pixels]) -> Callable[[Task], float]:
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it waited for."""
+    """Processor time of this process and of the child processes that it waited for."""
     usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
