@@ -44,11 +44,12 @@ from av.video.stream import VideoStream
 from benchmarks.report import Row, report
 from vidshard.models.training.perceptual import declare_torchvision_operators
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.container import Clock
-from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import Grid, plan_spans
+from vidshard.pipeline.video.timestamps import Clock
 from vidshard.schemas.video import ClipSpec, Span, VideoRef
 
 Pixels = npt.NDArray[np.uint8]
@@ -301,7 +302,7 @@ def _decode_all(task: Task, convert: Callable[[TimedFrame], Pixels]) -> Pixels:
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"
         stream.codec_context.thread_count = 1
-        read = Clock(time_base=span.time_base, start_pts=span.grid_start_pts).reading(stream)
+        read = Clock(time_base=span.time_base, start_pts=span.grid_start_pts).converter(stream)
         previous: TimedFrame | None = None
         for frame in container.decode(stream):
             assert frame.pts is not None

@@ -27,7 +27,8 @@ from vidshard.jobs.demo import Sample, write_sample
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.decode import decode_span
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.video import ClipSpec, Span, VideoRef
 

@@ -23,7 +23,8 @@ from vidshard.models.vidtok.layers import FrameAttention
 from vidshard.models.vidtok.tiling import PEAK_COPIES, Tiling, pass_bytes, tile_starts
 from vidshard.models.weights import load_tokenizer
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.decode import decode_span
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.video import ClipSpec, VideoRef
 

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
-from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans, probe_video
+from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
@@ -48,7 +49,7 @@ def _sandbox(memory_bytes: int) -> DecodeSandbox:
 @lru_cache(maxsize=2)
 def _signal(path: str, memory_bytes: int) -> Signal:
     """A signal, kept for the other rows of its video; read in the sandbox, as it comes from whoever made the video."""
-    return _sandbox(memory_bytes).run(read_signal, path, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    return _sandbox(memory_bytes).run(read_signal, path, storage.open_binary, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:

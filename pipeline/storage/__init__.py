@@ -14,7 +14,7 @@ from vidshard.pipeline.storage.files import (
     remove_leftovers,
     write_atomic,
 )
-from vidshard.pipeline.storage.paths import absolute, is_local, join, public_uri
+from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.remote_video import WHOLE_BYTES, RemoteVideo, open_video
 from vidshard.pipeline.storage.retry import (
     RETRY_SECONDS,
@@ -25,6 +25,7 @@ from vidshard.pipeline.storage.retry import (
     with_retries,
 )
 from vidshard.pipeline.storage.weight_files import SHIPPED_SCHEME, local_copy, pinned
+from vidshard.schemas.uris import public_uri
 
 __all__ = [
     "RETRY_SECONDS",

@@ -18,7 +18,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline.storage import retry
-from vidshard.pipeline.storage.paths import absolute, is_local, public_uri
+from vidshard.pipeline.storage.paths import absolute, is_local
 from vidshard.pipeline.storage.retry import (
     ReadError,
     StorageError,
@@ -29,6 +29,7 @@ from vidshard.pipeline.storage.retry import (
     whole,
     with_retries,
 )
+from vidshard.schemas.uris import public_uri
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 15.0, 5.0
 """Seconds that one request waits for an answer, or for more of it, and for a connection."""

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline.storage.file_systems import bounded, file_info, filesystem, missing_is_fine, retry_reads
-from vidshard.pipeline.storage.paths import absolute, is_local, join, public_uri
+from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.retry import StorageError, errors_named, storage_errors, with_retries
+from vidshard.schemas.uris import public_uri
 
 _UPLOAD_PART_BYTES = 50 << 20
 """On S3, content of twice this size and more is uploaded in parts of this size."""

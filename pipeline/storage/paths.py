@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote
 
 
 def is_local(path: str) -> bool:
@@ -30,18 +30,3 @@ def absolute(path: str) -> str:
 def join(root: str, *parts: str) -> str:
     """Path of something below a local or remote folder."""
     return "/".join([root.rstrip("/") or "/", *parts]) if root != "/" else "/" + "/".join(parts)
-
-
-def public_uri(uri: str) -> str:
-    """The URI without user, password, query and fragment, for logs, shards and rejects.
-
-    Signed URLs carry their secret in the query. Plain object-store and local paths are returned unchanged.
-    """
-    if "://" not in uri:
-        return uri
-    scheme = uri.split("://", 1)[0]
-    parts = urlsplit(uri)
-    host = parts.netloc.rsplit("@", 1)[-1]
-    if scheme in ("http", "https", "ftp", "sftp"):
-        return urlunsplit((parts.scheme, host, parts.path, "", ""))
-    return uri if host == parts.netloc else uri.replace(parts.netloc, host, 1)

@@ -53,8 +53,13 @@ class RemoteVideo(io.RawIOBase):
             return with_retries(self._url, once)
 
     def read(self, num_bytes: int = -1, /) -> bytes:
-        """At most this many bytes."""
-        return cast(bytes, self._file.read(num_bytes))
+        """At most this many bytes.
+
+        Raises:
+            StorageError: they cannot be read; it is an OSError also.
+        """
+        with errors_named("read", self._url, ReadError):
+            return cast(bytes, self._file.read(num_bytes))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """The new position."""

@@ -19,8 +19,9 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
-from vidshard.pipeline.storage.paths import is_local, public_uri
+from vidshard.pipeline.storage.paths import is_local
 from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.uris import public_uri
 
 Result = TypeVar("Result")
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vidshard.pipeline.storage.files import open_binary
-from vidshard.pipeline.storage.paths import absolute, is_local, public_uri
+from vidshard.pipeline.storage.paths import absolute, is_local
 from vidshard.pipeline.storage.retry import StorageError
+from vidshard.schemas.uris import public_uri
 
 SHIPPED_SCHEME = "shipped://"
 """Scheme of the trained weights that are part of the package: ``shipped://PRESET``."""

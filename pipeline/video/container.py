@@ -1,9 +1,10 @@
-"""A video file as FFmpeg is allowed to see it, and what its header says.
+"""Opens a video file for FFmpeg safely, and picks its video stream.
 
-FFmpeg is given a file object and a list of containers that hold their own pictures. Playlists and scripts (HLS,
-DASH, concat, SDP) are never opened, and no protocol is allowed, so a file can reach nothing but its own bytes.
+FFmpeg gets a file object and a list of allowed container formats that hold their own pictures. Playlists and scripts
+(HLS, DASH, concat, SDP) are never opened, and no protocol is allowed, so a file can reach nothing but its own bytes.
 
-Only FFmpeg's and the storage's own exceptions become a VideoError; any other is a bug and propagates.
+Files report trouble of the storage as OSError, or as a VidshardError when they are opened. Only these and FFmpeg's
+exceptions become a VideoError; any other is a bug and propagates.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, Protocol, cast, runtime_checkable
 
 import av
 from av.container import InputContainer
@@ -23,9 +24,10 @@ from av.container.core import Flags
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
-from vidshard.pipeline.storage import RemoteVideo, StorageError, public_uri, storage_errors
 from vidshard.pipeline.video.h264 import usability_of
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Limits
 
 ThreadType = Literal["NONE", "SLICE", "FRAME", "AUTO"]
@@ -35,23 +37,32 @@ ALLOWED_FORMATS = (
     "yuv4mpegpipe,h264,hevc,vvc,av1,obu,m4v,mpegvideo,mjpeg,vc1,"
     "mp3,flac,wav,aac"
 )
-"""FFmpeg's names of containers that hold their own pictures, and the common ones that hold only sound, so that
-those are refused for what they are."""
+"""FFmpeg's names of containers that hold their own pictures, and of common audio containers.
 
-# Formats without timestamps or length of their own: FFmpeg guesses a duration from the bit rate, often wildly.
-_RAW_FORMATS = frozenset({"h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo", "mjpeg", "vc1"})
+Audio is opened so that it is refused as audio, with a helpful reason.
+"""
 
 _READ_BYTES = 1 << 16
 
 _MAX_STREAMS = 200
 
 
+@runtime_checkable
+class RangeReader(Protocol):
+    """A file that reads several ranges side by side, as a remote one can."""
+
+    def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
+        """``num_bytes`` bytes from each offset, fewer at the end of the file; raises OSError."""
+        ...
+
+
 @dataclass(slots=True)
 class WatchedFile:
-    """A file as FFmpeg reads it, which remembers the storage's errors: FFmpeg takes some for the end of the file."""
+    """The file object FFmpeg reads from; it records storage errors, as FFmpeg mistakes some for the end of the file."""
 
     file: BinaryIO
     error: BaseException | None = None
+    """The first storage error; None while there was none."""
     num_bytes: int = 0
     limits: Limits = field(default_factory=Limits)
 
@@ -59,15 +70,15 @@ class WatchedFile:
         """At most this many bytes."""
         try:
             return self.file.read(num_bytes)
-        except storage_errors() as error:
+        except OSError as error:
             self.error = self.error or error
             raise
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """The new position; negative, as FFmpeg wants it, where a damaged file points to no position at all."""
+        """The new position; a negative number, as FFmpeg wants it, where the position is outside of the file."""
         try:
             return self.file.seek(offset, whence)
-        except _seeking_errors() as error:
+        except (OSError, ValueError) as error:  # files in memory refuse negative positions with a ValueError
             if self._is_outside(offset, whence):
                 return -errno.EINVAL
             if not isinstance(error, ValueError):
@@ -83,11 +94,11 @@ class WatchedFile:
         return self.file.tell()
 
     def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
-        """So many bytes from each offset, fewer only at the end of the file. The position is lost."""
-        if isinstance(self.file, RemoteVideo):
+        """``num_bytes`` bytes from each offset, fewer only at the end of the file. The position is lost."""
+        if isinstance(self.file, RangeReader):
             try:
                 return self.file.samples(offsets, num_bytes)
-            except storage_errors() as error:
+            except OSError as error:
                 self.error = self.error or error
                 raise
         parts = []
@@ -97,27 +108,44 @@ class WatchedFile:
         return parts
 
 
+def open_file(uri: str, open_input: Callable[[str], BinaryIO]) -> BinaryIO:
+    """Open a file with the caller's function.
+
+    Raises:
+        VideoError: UNREADABLE: the storage refused.
+    """
+    try:
+        return open_input(uri)
+    except (OSError, VidshardError) as error:
+        raise VideoError(Reason.UNREADABLE, one_line(error)) from error
+
+
 @contextmanager
 def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
+    """A local path opened, and closed at the end; an open file is passed through.
+
+    Raises:
+        VideoError: UNREADABLE: the file cannot be opened.
+    """
     if not isinstance(source, str):
         yield source
         return
-    try:
-        file = open(source, "rb")  # noqa: SIM115  closed below; only the opening is watched here
-    except OSError as error:
-        raise VideoError(Reason.UNREADABLE, one_line(error)) from error
-    with file:
+    with open_file(source, lambda path: open(path, "rb")) as file:
         yield file
 
 
 @contextmanager
 def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iterator[WatchedFile]:
-    """Whatever goes wrong while the storage fails is the storage's fault, not the video's."""
+    """Watch a file while it is decoded, and blame the storage for whatever fails after the storage did.
+
+    Raises:
+        VideoError: UNREADABLE: reading failed, whatever FFmpeg or a decoder made of it.
+    """
     watched = WatchedFile(file, limits=limits or Limits())
     try:
         watched.num_bytes = watched.seek(0, os.SEEK_END)
         yield watched
-    except _reading_errors() as error:
+    except (VideoError, OSError) as error:
         if watched.error is None:
             raise
         raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from error
@@ -125,20 +153,9 @@ def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iter
         raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from watched.error
 
 
-def opening_errors() -> tuple[type[BaseException], ...]:
-    return (StorageError, *storage_errors())
-
-
-def _seeking_errors() -> tuple[type[BaseException], ...]:
-    return (ValueError, *storage_errors())  # files in memory refuse negative positions with a ValueError
-
-
-def _reading_errors() -> tuple[type[BaseException], ...]:
-    return (VideoError, *storage_errors())
-
-
 @contextmanager
 def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
+    """Turn FFmpeg's errors into a VideoError "WHAT: ..."; running out of memory stays a MemoryError."""
     try:
         yield
     except av.error.MemoryError:
@@ -149,7 +166,11 @@ def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
 
 @contextmanager
 def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its largest stream of moving pictures; the other streams are not read."""
+    """Open the container and its largest video stream; the other streams are not read.
+
+    Raises:
+        VideoError: EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, UNSUPPORTED, OVER_LIMIT, TRUNCATED or DECODE_ERROR.
+    """
     watched.seek(0)
     head = watched.read(4096)
     if not head:
@@ -184,12 +205,12 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
 
 
 def _container(watched: WatchedFile, head: bytes) -> InputContainer:
-    """The file opened, without decoding a picture where the header alone tells what decoding would."""
-    quickly = _how_to_open_quickly(head)
+    """Open the file; where the header alone is enough, without decoding a picture first."""
+    quickly = _quick_options(head)
     if quickly is not None:
         with suppress(av.FFmpegError):
             container = _av_open(watched, {"skip_frame": "all"}, quickly)
-            if all(_is_told(stream) for stream in container.streams.video):
+            if all(_header_is_enough(stream) for stream in container.streams.video):
                 return container
             container.close()
     try:
@@ -217,27 +238,27 @@ def _av_open(watched: WatchedFile, options: dict[str, str], container_options: d
     )
 
 
-# Those that learn from the header all that they would from a picture, or, without one, its picture's format at most.
+# Decoders that learn from the header all that they would learn from a picture, apart from the pixel format.
 _QUICK_DECODERS = "h264,hevc,av1,libdav1d,mpeg4"
 _QUICK_CODECS = frozenset({*_QUICK_DECODERS.split(","), "vp8", "vp9"})
 
 
-def _how_to_open_quickly(head: bytes) -> dict[str, str] | None:
-    """Options with which FFmpeg looks at no picture; None for containers whose headers say too little.
+def _quick_options(head: bytes) -> dict[str, str] | None:
+    """Options with which FFmpeg decodes no picture on opening; None for containers whose headers say too little.
 
-    Otherwise FFmpeg decodes up to seven pictures of h264, and one of vp9, to learn their format and how far they are
-    reordered: 6 to 32 ms for each span.
+    Without them FFmpeg decodes up to seven pictures of h264, and one of vp9, to learn their format and reorder depth:
+    6 to 32 ms for each span.
     """
     if head[4:8] == b"ftyp":
         return {"codec_whitelist": _QUICK_DECODERS, "probesize": "32"}  # one packet
-    # without times for decoding, those of reordered codecs depend on what was looked at
+    # Matroska has no decoding times: those FFmpeg makes for reordered codecs depend on the pictures it looked at
     if head.startswith(b"\x1a\x45\xdf\xa3") and b"V_VP" in head and b"V_MPEG" not in head:
         return {"codec_whitelist": _QUICK_DECODERS}
     return None
 
 
-def _is_told(stream: VideoStream) -> bool:
-    """Whether the header says all that decoding a few pictures would: size, rate, reordering and pixel shape."""
+def _header_is_enough(stream: VideoStream) -> bool:
+    """Whether the header states what decoding a few pictures would: size, rate, reorder depth and pixel shape."""
     if not _has_decoder(stream):
         return True
     context = stream.codec_context
@@ -245,17 +266,23 @@ def _is_told(stream: VideoStream) -> bool:
         return False
     if codec_name(stream) != "h264":
         return True
-    said = usability_of(bytes(context.extradata or b""))
-    return said is not None and said.states_reordering and (said.square or bool(stream.sample_aspect_ratio))
+    usability = usability_of(bytes(context.extradata or b""))
+    if usability is None or not usability.states_reordering:
+        return False
+    return usability.square or bool(stream.sample_aspect_ratio)
 
 
 def allocated_pixels(limits: Limits) -> int:
-    """What FFmpeg may allocate for a picture: it counts rows filled up to 64 pixels; the exact limit is ours."""
+    """FFmpeg's limit of pixels in a picture: looser than ours, as it counts rows padded to 64 pixels."""
     return min(limits.max_pixels + 64 * 16384, 2**31 - 1)
 
 
 def refuse_large(limits: Limits, width: int, height: int) -> None:
-    """Refuse pictures of more pixels than the limits allow."""
+    """Refuse pictures of more pixels than the limits allow.
+
+    Raises:
+        VideoError: OVER_LIMIT.
+    """
     if width * height > limits.max_pixels:
         raise VideoError(
             Reason.OVER_LIMIT, f"pictures of {width}x{height}, more than the {limits.max_pixels:,} of --max-pixels"
@@ -263,7 +290,11 @@ def refuse_large(limits: Limits, width: int, height: int) -> None:
 
 
 def refuse_long(limits: Limits, *, seconds: Fraction | float = 0, num_frames: float = 0) -> None:
-    """Refuse a video that is longer, or has more frames, than the limits allow."""
+    """Refuse a video that is longer, or has more frames, than the limits allow.
+
+    Raises:
+        VideoError: OVER_LIMIT.
+    """
     if seconds > limits.max_seconds:
         raise VideoError(
             Reason.OVER_LIMIT, f"{float(seconds):.6g} s, more than the {limits.max_seconds:g} of --max-seconds"
@@ -275,7 +306,7 @@ def refuse_long(limits: Limits, *, seconds: Fraction | float = 0, num_frames: fl
 
 
 def _has_decoder(stream: VideoStream) -> bool:
-    # PyAV's stubs promise a codec context; a stream without a decoder has None
+    # PyAV's stubs promise a codec context, but a stream without a decoder has None
     return getattr(stream, "codec_context", None) is not None
 
 
@@ -300,7 +331,7 @@ _OTHERS = (
 
 
 def _refusal(watched: WatchedFile, head: bytes, error: av.FFmpegError) -> VideoError:
-    """Why FFmpeg would not open it, as far as its first bytes tell."""
+    """The error for a file that FFmpeg did not open, by its first bytes."""
     words = error.strerror
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     for mark, name in _SCRIPTS:
@@ -324,7 +355,7 @@ def _refusal(watched: WatchedFile, head: bytes, error: av.FFmpegError) -> VideoE
 
 
 def _has_mp4_index(watched: WatchedFile) -> bool:
-    """Whether the top-level boxes include a whole moov."""
+    """Whether the top-level boxes of an mp4 include a complete moov."""
     offset = 0
     while offset + 8 <= watched.num_bytes:
         watched.seek(offset)
@@ -340,167 +371,38 @@ def _has_mp4_index(watched: WatchedFile) -> bool:
     return False
 
 
-# What the header says.
+# The opened stream.
 
 
 def codec_name(stream: VideoStream) -> str:
+    """FFmpeg's name of the stream's codec."""
     return stream.codec_context.codec.canonical_name
 
 
-def time_base_of(stream: VideoStream) -> Fraction:
-    return stream.time_base or Fraction(1, 1_000_000)
-
-
-_RATES_AGREE = Fraction(1, 5000)
-"""24 and 23.976 differ by five times as much; FLV's average over a few seconds is off by a fifth of it."""
-
-_FEWEST_TICKS = 8
-_FINEST = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Clock:
-    """The ticks in which a video's times are counted: the container's, or finer ones.
-
-    A container rounds times to its ticks, Matroska to milliseconds. Where the stream states its rate, its frames lie a
-    whole number of intervals after the first one; a time that is one tick at most from such a place is that place
-    rounded (half a tick, and half a tick for the first frame's own), and counts as the place itself. Ticks are divided
-    so that each place falls on one. Times elsewhere stay as they are, and so does their order.
-    """
-
-    time_base: Fraction
-    """Seconds for each tick."""
-    start_pts: int
-    """That of the first frame."""
-
-    @classmethod
-    def of(cls, stream: VideoStream, first_pts: int) -> Clock:
-        """That of a video whose first frame has this time by the container's clock."""
-        time_base = time_base_of(stream)
-        interval = _interval(stream, time_base)
-        if interval is None or interval < _FEWEST_TICKS or interval.denominator > _FINEST:
-            return cls(time_base=time_base, start_pts=first_pts)
-        parts = interval.denominator if abs(first_pts) * interval.denominator < 1 << 62 else 1
-        return cls(time_base=time_base / parts, start_pts=first_pts * parts)
-
-    def reading(self, stream: VideoStream) -> TickConverter:
-        """How to read a container's times.
-
-        Raises:
-            VideoError: DECODE_ERROR: it is not the file whose clock this is.
-        """
-        parts = time_base_of(stream) / self.time_base
-        if parts.denominator != 1:
-            raise VideoError(Reason.DECODE_ERROR, "its clock is not the one that it had when it was probed")
-        interval = _interval(stream, self.time_base)
-        whole = interval.numerator if parts > 1 and interval is not None and interval.denominator == 1 else 0
-        return TickConverter(parts=parts.numerator, interval=whole, start_pts=self.start_pts)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TickConverter:
-    """From the container's ticks to those of a clock."""
-
-    parts: int = 1
-    """Ticks of the clock in one of the container's."""
-    interval: int = 0
-    """From one frame to the next; 0 takes all times as they are."""
-    start_pts: int = 0
-
-    def __call__(self, ticks: int) -> int:
-        """The time by the clock; never a later one for an earlier one."""
-        if not self.interval:
-            return ticks * self.parts
-        offset = ticks * self.parts - self.start_pts
-        place = (2 * offset + self.interval) // (2 * self.interval) * self.interval
-        return self.start_pts + (place if abs(offset - place) <= self.parts else offset)
-
-    def back(self, pts: int) -> int:
-        """The last of the container's ticks that may read so."""
-        return pts if self.parts == 1 else pts // self.parts + 1
-
-
-def _interval(stream: VideoStream, time_base: Fraction) -> Fraction | None:
-    """Ticks from one frame to the next where the stream says so; None where it does not, or contradicts itself."""
-    lowest = stream.base_rate
-    average = stream.average_rate or lowest
-    if not average or not lowest:
-        return None
-    if "mov" in stream.container.format.name.split(","):  # its average is that of the index, over all frames
-        rate = _usual_rate(average, _RATES_AGREE)
-    elif abs(average - lowest) > lowest * _RATES_AGREE:
-        rate = None
-    else:  # Matroska's nanoseconds come back as 19001/317 for 60000/1001, a millisecond in six hours
-        rate = _usual_rate(lowest, Fraction(1, 1_000_000)) or lowest
-    return 1 / (rate * time_base) if rate else None
-
-
-def _usual_rate(rate: Fraction, tolerance: Fraction) -> Fraction | None:
-    """The whole number that it is about, or that by 1.001; None where there is none."""
-    for usual in (Fraction(round(rate)), Fraction(round(rate * 1001 / 1000) * 1000, 1001)):
-        if abs(usual - rate) <= rate * tolerance:
-            return usual
-    return None
-
-
-# Containers in which only the pictures themselves state a pixel shape, which may change on the way.
+# Containers in which only the pictures themselves state a pixel shape, which may change within the stream.
 _WITHOUT_ASPECT = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "vvc", "m4v"})
 
 
 def may_change_aspect(stream: VideoStream) -> bool:
-    """Whether the shape of a pixel may be another one later."""
+    """Whether the pixel aspect ratio may change within the stream."""
     return bool(_WITHOUT_ASPECT & set(stream.container.format.name.split(",")))
 
 
 def pixel_aspect(stream: VideoStream) -> Fraction | None:
-    """Shape of a pixel: what the container says, as in players, otherwise what the decoder found last.
+    """Pixel aspect ratio: the container's, as in players, otherwise the one the decoder met last.
 
-    The decoder may be a few frames ahead of the one shown, by as many as it holds back to reorder them.
+    The decoder may be ahead of the frame on screen by as many frames as it holds back to reorder them.
     """
     if may_change_aspect(stream):
         return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
     return stream.sample_aspect_ratio
 
 
-def usual_ticks(stream: VideoStream) -> int:
-    """How long a frame stays that does not say so itself: by the average rate, at least one tick."""
-    rate = stream.average_rate or stream.guessed_rate
-    return max(1, round(1 / (rate * time_base_of(stream)))) if rate else 1
-
-
-def stream_seconds(stream: VideoStream) -> Fraction | None:
-    """Length that the header gives to the video stream itself, not to the container or guessed from a bit rate."""
-    formats = stream.container.format.name.split(",")
-    if stream.duration and ("mov" in formats or "avi" in formats):
-        return stream.duration * time_base_of(stream)
-    if "matroska" in formats:
-        for key, value in stream.metadata.items():
-            if key.upper().startswith("DURATION") and (match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", value)):
-                hours, minutes, seconds = match.groups()
-                return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)
-    return None
-
-
-def seconds_from_header(stream: VideoStream, first_seconds: Fraction) -> Fraction | None:
-    """From the first frame to the end, as claimed; None where nothing usable is."""
-    container = stream.container
-    assert isinstance(container, InputContainer)
-    formats = set(container.format.name.split(","))
-    if formats & _RAW_FORMATS:
-        return None
-    seconds = stream_seconds(stream)
-    if seconds is None and container.duration:
-        seconds = Fraction(container.duration, av.time_base)
-    if seconds is not None and "matroska" in formats:
-        seconds -= max(first_seconds, Fraction(0))  # there, counted from zero rather than from the first frame
-    return seconds if seconds is not None and seconds > 0 else None
-
-
-# Words for people.
+# Helpers.
 
 
 def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:
-    """So many bytes, fewer only at the end of the file."""
+    """``num_bytes`` bytes, fewer only at the end of the file."""
     parts = []
     while num_bytes > 0 and (part := file.read(num_bytes)):
         parts.append(part)
@@ -509,6 +411,6 @@ def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:
 
 
 def one_line(error: BaseException) -> str:
-    """What the storage says, without user names, passwords or signatures of its addresses."""
+    """An error's message on one line, with URIs stripped of user names, passwords and signatures."""
     words = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda match: public_uri(match[0]), words, flags=re.IGNORECASE)

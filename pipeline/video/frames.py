@@ -18,9 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.container import (
-    Clock,
     ThreadType,
-    TickConverter,
     WatchedFile,
     codec_name,
     ffmpeg_failures_as,
@@ -29,13 +27,11 @@ from vidshard.pipeline.video.container import (
     pixel_aspect,
     refuse_large,
     refuse_long,
-    stream_seconds,
-    time_base_of,
-    usual_ticks,
 )
 from vidshard.pipeline.video.h264 import PictureNumbers
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
+from vidshard.pipeline.video.timestamps import Clock, TickConverter, stream_seconds, time_base_of, usual_ticks
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
@@ -221,10 +217,10 @@ def _decode_once(
     needed: Needed | None,
 ) -> Generator[TimedFrame, None, None]:
     with open_video(watched, thread_type) as (container, stream):
-        read = clock.reading(stream) if clock is not None else TickConverter()
+        read = clock.converter(stream) if clock is not None else TickConverter()
         if start.seek_pts is not None:
             with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
-                container.seek(read.back(start.seek_pts), backward=not start.forward, stream=stream)
+                container.seek(read.to_container(start.seek_pts), backward=not start.forward, stream=stream)
         time_base = time_base_of(stream)
         frame_ticks = usual_ticks(stream)
         aspect, aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)

@@ -10,17 +10,18 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vidshard.pipeline.storage import StorageError, open_binary, public_uri, storage_errors
+from vidshard.pipeline.video.container import one_line, open_file
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Clip, SignalRule
 
 Rule = SignalRule
@@ -96,8 +97,14 @@ class _BadSignalError(ValueError):
     """The content is not a signal; the message says why and what would do."""
 
 
-def read_signal(path: str, columns: Sequence[str] | None = None, *, max_bytes: int = MAX_SIGNAL_BYTES) -> Signal:
-    """A signal from a ``.parquet``, ``.npz`` or ``.npy`` file.
+def read_signal(
+    path: str,
+    open_input: Callable[[str], BinaryIO],
+    columns: Sequence[str] | None = None,
+    *,
+    max_bytes: int = MAX_SIGNAL_BYTES,
+) -> Signal:
+    """Read a signal from a ``.parquet``, ``.npz`` or ``.npy`` file.
 
     Parquet: times in ``seconds`` or ``timestamp`` (seconds), or integers in ``timestamp_ms``, ``_us`` or ``_ns``; every
     other column of numbers, or of equally long lists of numbers, gives channels, in the file's order. ``.npz``:
@@ -107,6 +114,7 @@ def read_signal(path: str, columns: Sequence[str] | None = None, *, max_bytes: i
 
     Args:
         path: local or remote.
+        open_input: opens the path as a binary file, which is closed here.
         columns: only these columns or fields, in this order; of Parquet and structured ``.npy``.
         max_bytes: the largest file, and the largest content.
 
@@ -115,12 +123,11 @@ def read_signal(path: str, columns: Sequence[str] | None = None, *, max_bytes: i
     """
     name = public_uri(path)
     try:
-        with open_binary(path) as file:
+        with open_file(path, open_input) as file:
             data = file.read(max_bytes + 1)
-    except StorageError as error:
-        raise VideoError(Reason.UNREADABLE, str(error)) from error
-    except storage_errors() as error:
-        raise VideoError(Reason.UNREADABLE, f"{name}: {_words(error)}") from error
+    except OSError as error:
+        detail = one_line(error)
+        raise VideoError(Reason.UNREADABLE, detail if name in detail else f"{name}: {detail}") from error
     try:
         if len(data) > max_bytes:
             raise _BadSignalError(f"more than {max_bytes} bytes; split it, or store fewer channels")

@@ -238,7 +238,7 @@ def test_a_file_that_is_replaced_while_the_run_goes_on_is_no_other_videos_tokens
     from vidshard.pipeline.decode_stage import SpanDecoder
     from vidshard.pipeline.rows import WORK_SCHEMA, span_row
     from vidshard.pipeline.storage import fingerprint, open_binary
-    from vidshard.pipeline.video.decode import probe_video
+    from vidshard.pipeline.video.probe import probe_video
     from vidshard.pipeline.video.sampling import plan_spans
     from vidshard.schemas.video import ClipSpec, VideoRef
 

@@ -25,7 +25,8 @@ from vidshard.pipeline.encode import continuous_spec, encode_spans
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.decode import decode_span
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import ClipSpec, Part, VideoRef

@@ -26,9 +26,10 @@ from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import open_shard, read_clips
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.decode import decode_spans, probe_video
+from vidshard.pipeline.video.decode import decode_spans
 from vidshard.pipeline.video.frames import frames_covering
 from vidshard.pipeline.video.geometry import nearest_bucket
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import CUT_TOLERANCE_SECONDS, ClipTimeline, expected_clips, plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Part, Span, SpanClips, VideoProbe, VideoRef, VideoSource

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.storage import open_video
-from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.decode import decode_span
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.schemas.rejections import VideoError

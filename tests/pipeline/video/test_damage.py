@@ -18,7 +18,8 @@ from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.decode import decode_spans, probe_video
+from vidshard.pipeline.video.decode import decode_spans
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.video import Clip, ClipSpec, SpanClips, VideoRef

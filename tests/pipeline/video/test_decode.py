@@ -31,8 +31,9 @@ from tests.support.videos import (
 )
 from vidshard.pipeline.storage import WHOLE_BYTES, open_video
 from vidshard.pipeline.video.container import WatchedFile
-from vidshard.pipeline.video.decode import decode_span, fingerprint, probe_video
+from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.geometry import Orientation, display_size, plan_geometry
+from vidshard.pipeline.video.probe import fingerprint, probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, ResizePolicy, VideoProbe, VideoRef

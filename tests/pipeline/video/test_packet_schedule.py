@@ -18,21 +18,15 @@ from hypothesis import strategies as st
 from tests.support.videos import Recipe, write_damaged, write_truncated, write_video
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video import container, decode, frames
-from vidshard.pipeline.video.container import (
-    Clock,
-    WatchedFile,
-    codec_name,
-    open_video,
-    pixel_aspect,
-    seconds_from_header,
-    storage_failures_named,
-)
-from vidshard.pipeline.video.decode import decode_span, probe_video
+from vidshard.pipeline.video.container import WatchedFile, codec_name, open_video, pixel_aspect, storage_failures_named
+from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.frames import SeekPoint, decode_from, frames_covering
 from vidshard.pipeline.video.h264 import PictureNumbers, Usability, usability_of
 from vidshard.pipeline.video.packet_info import _H264, UNKNOWN, PacketFacts, _Hevc
 from vidshard.pipeline.video.packet_schedule import FOREVER, Schedule, Step
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.pipeline.video.timestamps import Clock, seconds_from_header
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, VideoRef
 
@@ -443,7 +437,7 @@ def test_opening_without_decoding_teaches_the_same(
     for _ in range(2):
         quickly = learned(path)
         with monkeypatch.context() as patch:
-            patch.setattr("vidshard.pipeline.video.container._how_to_open_quickly", lambda head: None)
+            patch.setattr("vidshard.pipeline.video.container._quick_options", lambda head: None)
             assert learned(path) == quickly
         without_aspect_box(path)  # then only the pictures say it
 

@@ -18,6 +18,7 @@ from vidshard.pipeline.discover import InputError, discover
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
+from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
 from vidshard.schemas.fields import parse_signals
 from vidshard.schemas.rejections import Reason, VideoError
@@ -33,7 +34,7 @@ def signal_at(seconds: np.ndarray) -> Signal:
 
 def refusal(path: Path, max_bytes: int = 1 << 30) -> VideoError:
     with pytest.raises(VideoError) as caught:
-        read_signal(str(path), max_bytes=max_bytes)
+        read_signal(str(path), open_binary, max_bytes=max_bytes)
     assert path.name in caught.value.detail
     assert "\n" not in caught.value.detail
     return caught.value
@@ -106,7 +107,7 @@ FORMS = ["npz", "npy", "npy-structured", "parquet", "parquet-us", "parquet-fixed
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_format_gives_the_samples_back(tmp_path: Path, form: str) -> None:
-    signal = read_signal(str(write(tmp_path, form)))
+    signal = read_signal(str(write(tmp_path, form)), open_binary)
     np.testing.assert_array_equal(signal.seconds, SECONDS)
     np.testing.assert_array_equal(signal.values, VALUES)
     assert signal.channels == (None if form in ("npz", "npy") else ("xy[0]", "xy[1]"))
@@ -155,7 +156,7 @@ def test_integers_that_float32_would_round_are_refused(tmp_path: Path) -> None:
     for value, good in ((1 << 24, True), ((1 << 24) + 1, False)):
         pq.write_table(pa.table({"seconds": [0.0], "x": [value]}), tmp_path / "s.parquet")
         if good:
-            assert read_signal(str(tmp_path / "s.parquet")).values[0, 0] == value
+            assert read_signal(str(tmp_path / "s.parquet"), open_binary).values[0, 0] == value
         else:
             assert "2**24" in refusal(tmp_path / "s.parquet").detail
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.pipeline.video.test_decode import assert_same, decode, expected, numbers, rejection
 from tests.support.videos import Recipe, read_frame_number, write_video
-from vidshard.pipeline.video.container import TickConverter
+from vidshard.pipeline.video.timestamps import TickConverter
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.video import Clip, ClipSpec
 
@@ -392,4 +392,4 @@ def test_a_clock_keeps_the_order_of_times_and_moves_none_by_more_than_a_tick(
     assert times == sorted(times)
     assert all(abs(time - ticks * parts) <= parts for time, ticks in zip(times, sorted(raw), strict=True))
     assert read(start) == start * parts
-    assert all(read(ticks) > time for ticks, time in ((read.back(time) + 1, time) for time in times))
+    assert all(read(ticks) > time for ticks, time in ((read.to_container(time) + 1, time) for time in times))

@@ -1,0 +1,96 @@
+"""Probing: reads a video's header and its first frame, and fingerprints its content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import closing
+from fractions import Fraction
+from typing import BinaryIO
+
+from vidshard.pipeline.video.container import (
+    WatchedFile,
+    codec_name,
+    open_file,
+    refuse_long,
+    storage_failures_named,
+)
+from vidshard.pipeline.video.frames import SeekPoint, decode_from, seconds_from_packets
+from vidshard.pipeline.video.geometry import display_size
+from vidshard.pipeline.video.image_archive import ImageArchive
+from vidshard.pipeline.video.render import orientation_of
+from vidshard.pipeline.video.timestamps import Clock, seconds_from_header, time_base_of
+from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource
+
+_SAMPLE_BYTES = 1 << 16
+
+
+def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Limits | None = None) -> VideoProbe:
+    """Read a video's header and the time of its first frame.
+
+    Reads the header, some 300 KiB for the content's fingerprint and the first frame; the whole file only where no
+    duration is stated anywhere.
+
+    Args:
+        ref: the file.
+        open_input: opens ``ref.uri`` as a seekable binary file, which is closed here.
+        limits: what the video may cost; None for the defaults.
+
+    Raises:
+        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED,
+            TRUNCATED (an mp4 without its index) or DECODE_ERROR (a container whose header is damaged).
+    """
+    with open_file(ref.uri, open_input) as file, storage_failures_named(file, limits) as watched:
+        video_id = fingerprint(watched)
+        with closing(decode_from(watched, SeekPoint(), keep_going=True)) as frames:
+            first = next(frames)  # or it raises NO_FRAMES
+            stream = first.stream
+            orientation = orientation_of(first.frame)
+            width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
+            duration_seconds: Fraction | None
+            if isinstance(stream, ImageArchive):
+                codec, fps, clock = stream.codec, stream.rate, Clock(time_base=1 / stream.rate, start_pts=first.pts)
+                duration_seconds = (len(stream) - first.pts) / stream.rate
+                # the run's rate gives the images their times: at another rate they are another video
+                video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
+            else:
+                codec, fps, clock = codec_name(stream), stream.average_rate or Fraction(0), Clock.of(stream, first.pts)
+                duration_seconds = seconds_from_header(stream, first.pts * time_base_of(stream))
+                refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
+            source = VideoSource(
+                width=width,
+                height=height,
+                codec=codec,
+                fps=float(fps),
+                rotation_degrees=orientation.rotation_degrees,
+            )
+        if duration_seconds is None:
+            duration_seconds = seconds_from_packets(watched, first.pts)
+            refuse_long(watched.limits, seconds=duration_seconds)
+        return VideoProbe(
+            video_id=video_id,
+            uri=ref.uri,
+            num_bytes=watched.num_bytes,
+            time_base=clock.time_base,
+            grid_start_pts=clock.start_pts,
+            duration_seconds_from_header=float(duration_seconds),
+            source=source,
+        )
+
+
+def fingerprint(file: WatchedFile) -> str:
+    """Digest of a file's content, 24 hex digits: its size and five samples of 64 KiB, or all of a small file.
+
+    Copies have the same digest wherever they are and whatever their name. Two files of equal size that differ only
+    between the samples share it; video files made by a program differ in their index and timestamps, which lie at the
+    ends.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    digest = hashlib.blake2b(num_bytes.to_bytes(8, "little"), digest_size=12)
+    last = num_bytes - _SAMPLE_BYTES
+    offsets = (0, last // 4, last // 2, last * 3 // 4, last) if num_bytes > 5 * _SAMPLE_BYTES else (0,)
+    for sample in file.samples(offsets, _SAMPLE_BYTES if len(offsets) > 1 else num_bytes):
+        digest.update(sample)
+    file.seek(0)
+    return digest.hexdigest()
