@@ -90,7 +90,12 @@ def test_stretches_that_no_clip_needs_are_skipped(tmp_path: Path) -> None:
 def test_a_clip_comes_as_soon_as_it_is_complete_and_is_not_kept(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     note_frame = ClipBuilder.note_frame
-    monkeypatch.setattr(ClipBuilder, "note_frame", lambda self, pts: (decoded.append(pts), note_frame(self, pts)))
+
+    def counted(builder: ClipBuilder, pts: int) -> None:
+        decoded.append(pts)
+        note_frame(builder, pts)
+
+    monkeypatch.setattr(ClipBuilder, "note_frame", counted)
     seen: list[int] = []
     alive: list[weakref.ref[Any]] = []
     for clip in sample_clips(video, **SMALL):
