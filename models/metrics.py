@@ -1,6 +1,6 @@
-"""How good a reconstruction is, and how a codebook is used: which of its tokens occur, and how evenly.
+"""Metrics: PSNR and SSIM of reconstructions, and the use of a codebook.
 
-Tokens are counted as they come by; what is kept is one number a token of the codebook, whatever their number.
+Tokens are counted as they arrive. Memory is one counter for each entry of the codebook, however many tokens there are.
 """
 
 # F frames, C channels, H height, W width
@@ -14,11 +14,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 MAX_CODEBOOK = 1 << 27
-"""Larger codebooks are not counted: the counts would take more than 1 GiB."""
+"""Largest codebook whose use is counted; the counters then take 1 GiB."""
 
 
 class CodebookUse:
-    """A running count of tokens.
+    """Running count of tokens.
 
     Args:
         codebook_size: tokens are below it; 8 bytes are kept for each.
@@ -43,18 +43,18 @@ class CodebookUse:
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high >= self.counts.size:
             raise ValueError(f"tokens must lie in 0 ... {self.counts.size - 1}, got {low} ... {high}")
-        # Beyond the largest token that came there is nothing to add.
+        # bincount ends at the largest token of this batch.
         counted = np.bincount(flat.astype(np.int64, copy=False))
         self.counts[: counted.size] += counted
 
     @property
     def num_tokens(self) -> int:
-        """How many were counted."""
+        """Number of tokens counted."""
         return int(self.counts.sum())
 
     @property
     def num_used(self) -> int:
-        """How many different ones occurred."""
+        """Number of different tokens that occurred."""
         return int(np.count_nonzero(self.counts))
 
     @property
@@ -64,37 +64,37 @@ class CodebookUse:
 
     @property
     def entropy_bits(self) -> float:
-        """Entropy of the tokens' frequencies, in [0, log2 of the codebook size]; 0 before any came."""
+        """Entropy of the token frequencies, in [0, log2 of the codebook size]; 0 before the first token."""
         counts = self.counts[self.counts > 0]
         share = counts / max(counts.sum(), 1)
         return float(max(0.0, -(share * np.log2(share)).sum()))
 
     @property
     def perplexity(self) -> float:
-        """As many equally frequent tokens would have the same entropy."""
+        """2 to the power of the entropy in bits: the number of equally frequent tokens with the same entropy."""
         return float(2.0**self.entropy_bits)
 
 
 def psnr(real_FCHW: Tensor, fake_FCHW: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each frame in dB: float32 (F,).
 
-    Frames are in [-1, 1]; what a reconstruction has beyond is cut, as in a picture. As VidTok evaluates: mean squared
-    error over a frame's values in [0, 1], plus 1e-8, so 80 dB is the most.
+    Frames are clamped to [-1, 1] and mapped to [0, 1]. As in VidTok's evaluation, 1e-8 is added to a frame's mean
+    squared error, so 80 dB is the maximum.
     """
     errors = (_unit_range(real_FCHW) - _unit_range(fake_FCHW)).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(errors + 1e-8)
 
 
 SSIM_WINDOW = 11
-"""Width of the window of `ssim`; frames must not be smaller."""
+"""Width of the window of `ssim` in pixels; frames must not be smaller."""
 
 
 def ssim(real_FCHW: Tensor, fake_FCHW: Tensor) -> Tensor:
     """Structural similarity of each frame, at most 1: float32 (F,).
 
     Wang et al., "Image Quality Assessment", 2004: Gaussian window of 11 x 11 and sigma 1.5, K1 0.01, K2 0.03, no
-    padding, mean over colors. Its authors' code first averages blocks until the shorter side is near 256, and so do
-    VidTok and we. Frames are in [-1, 1] and cut to it.
+    padding, mean over colors. As in its authors' code and in VidTok's, blocks are first averaged until the shorter side
+    is near 256. Frames are clamped to [-1, 1].
 
     Raises:
         ValueError: for frames smaller than the window.

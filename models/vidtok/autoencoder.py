@@ -1,7 +1,7 @@
-"""Encoder and decoder, assembled from the layers; shapes in, shapes out, no quantisation.
+"""Encoder and decoder, assembled from the layers; quantization is left to the heads.
 
-Both are a list of layers run in order, and each layer's past travels beside the maps. Level 0 has the full
-resolution; the decoder runs from the last level to level 0.
+Both are lists of layers run in order; the past of each layer is passed beside the maps. Level 0 has the full
+resolution, and the decoder runs from the last level to level 0.
 """
 
 # B batch, T frames, H height, W width, C channels; a prime in text (T', H', W') is the latent grid
@@ -32,7 +32,7 @@ from vidshard.models.vidtok.layers import (
 )
 
 Past = tuple[LayerPast, ...]
-"""What an encoder or decoder needs of the frames before a chunk, layer by layer; empty at the start of a video."""
+"""Past of every layer of an encoder or decoder, in order; empty at the start of a video."""
 
 VOLUME = (3, 3, 3)
 THROUGH_TIME = (3,)
@@ -40,17 +40,17 @@ THROUGH_TIME = (3,)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """Where convolutions see space and time at once."""
+    """Choice of 3D convolutions, attention and blending: the differences between a model and its ablations."""
 
     level_volumes: bool = False
-    """Whether a residual pair (within frames, then through time) is one 3D unit."""
+    """Each residual pair (within frames, then through time) is one 3D unit."""
     middle_volumes: bool = True
-    """Whether the middle units are 3D; otherwise each is such a pair."""
+    """The middle units are 3D; otherwise each is a residual pair."""
     attention: bool = True
-    """Whether there is attention between the middle units."""
+    """There is attention between the middle units."""
     blend: bool = True
-    """Whether resampling in time blends its 3D convolution with a path without weights; otherwise it is a
-    convolution over time alone."""
+    """Resampling in time blends a 3D convolution with a path without weights; otherwise it is a convolution over time
+    alone."""
 
 
 ARCHITECTURES = {
@@ -60,20 +60,21 @@ ARCHITECTURES = {
     "no-3d": Architecture(middle_volumes=False),
 }
 """The released models and the ablations of Table 2 of Tang et al., "VidTok", 2024 (157, 245, 142 and 126 million
-weights). The paper publishes no code for the latter three and names them only; these are the structures whose size,
-with its four latent channels, rounds to the table's: 157.45, 244.76, 141.72 and 126.01 million.
+weights). The paper names the ablations but publishes no code for them. These structures are the ones whose number of
+weights, with four latent channels, rounds to the table's: 157.45, 244.76, 141.72 and 126.01 million.
 
-What was counted and put aside. Fully 3D: with attention, 246.87; and where 3D convolutions of stride 2 also replace
-the separate resampling in space and time, 245.98 (without attention 243.88). That the table's model had no attention
-is therefore a guess from its size. Without blending: the 3D convolution alone, 157.45 as before, or the path without
-weights alone, 139.76. Without 3D: middle units within frames only, 119.70; the convolutions of the resampling over
-time alone as well, 110.28. Whether the first and last convolutions become 2D changes 0.12 and shows in no
-rounding; they stay.
+Structures that were rejected, in millions of weights:
+
+* Fully 3D: 246.87 with attention; 245.98 (243.88 without attention) if 3D convolutions of stride 2 also replace the
+  separate resampling in space and time. That the table's model has no attention is inferred from its size.
+* No blend: 157.45 with the 3D convolution alone, as with the blend; 139.76 with the path without weights alone.
+* No 3D: 119.70 with middle units within frames only; 110.28 if resampling also convolves over time only.
+* 2D first and last convolutions change 0.12, which no rounding shows; they stay 3D.
 """
 
 
 class Level(nn.Module):
-    """The units of one resolution and what changes the resolution after them."""
+    """Units of one resolution, and the resampling after them."""
 
     def __init__(self, units: list[nn.Module], *, downsample: nn.Module | None, upsample: nn.Module | None) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Unit, attention, unit at the latent resolution; some architectures have pairs for units, or no attention."""
+    """Unit, attention, unit at the latent resolution; some architectures use pairs as units, or no attention."""
 
     def __init__(self, channels: int, rule: TimeRule, architecture: Architecture) -> None:
         super().__init__()
@@ -103,15 +104,15 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Frames to what the head takes.
+    """Network from frames to the input of the head.
 
     Args:
         widths: channels of each level.
         num_pairs: residual pairs (within frames, then through time) at each level.
         space_levels: levels after which height and width are halved.
         time_levels: those of them after which the frames are halved too.
-        rule: what the layers see around a frame and beyond the ends of a video.
-        architecture: where they see space and time at once.
+        rule: temporal context of the layers.
+        architecture: choice of 3D convolutions, attention and blending.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Encoder(nn.Module):
         self.conv_out = TimeConv(widths[-1], out_channels, VOLUME, rule)
 
     def layers(self) -> Iterator[Layer]:
-        """Everything before the output convolution, in the order in which it runs."""
+        """Iterate over the layers before the output convolution, in order."""
         yield self.conv_in
         for spatial, temporal in zip(self.down, self.down_temporal, strict=True):
             yield from level_layers(spatial, temporal)
@@ -161,7 +162,7 @@ class Encoder(nn.Module):
         """Encode a chunk whose number of frames the time stride divides.
 
         Args:
-            recompute: compute layers again for gradients rather than keep them, see `run_to_features`.
+            recompute: recompute activations in the backward pass, see `run_to_features`.
 
         Returns:
             (B, T', H', W', out_channels), and the next chunk's past, empty unless `keep_past`.
@@ -170,7 +171,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to frames, time_stride of them for each latent; arguments as in `Encoder`.
+    """Network from latents to frames, time_stride of them for each latent; arguments as in `Encoder`.
 
     ``space_levels`` and ``time_levels`` name the levels after which the map is doubled.
     """
@@ -215,7 +216,7 @@ class Decoder(nn.Module):
         self.conv_out = TimeConv(widths[0], 3, VOLUME, rule)
 
     def layers(self) -> Iterator[Layer]:
-        """Everything before the output convolution, in the order in which it runs."""
+        """Iterate over the layers before the output convolution, in order."""
         yield self.conv_in
         yield from self.mid.layers()
         for spatial, temporal in reversed(list(zip(self.up, self.up_temporal, strict=True))):
@@ -231,19 +232,20 @@ class Decoder(nn.Module):
                 to the next chunk, except after the video's first latent.
 
         Returns:
-            (B, time_stride * T', H, W, 3) where nothing waits, and the next chunk's past, empty unless `keep_past`.
+            (B, time_stride * T', H, W, 3), less the frames left to the next chunk, and the next chunk's past, empty
+            unless `keep_past`.
         """
         return run_layers(self, z_BTHWC, past, keep_past=keep_past, last=last)
 
     def features(self, z_BTHWC: Tensor, *, recompute: bool = False) -> Tensor:
-        """What the output convolution takes of a whole clip: (B, time_stride * T', H, W, widths[0])."""
+        """Compute the input of the output convolution for a whole clip: (B, time_stride * T', H, W, widths[0])."""
         return run_to_features(self, z_BTHWC, (), keep_past=False, last=True, recompute=recompute)[0]
 
 
 def level_units(
     in_channels: int, channels: int, count: int, rule: TimeRule, architecture: Architecture
 ) -> list[nn.Module]:
-    """The units that see space; the first one changes the width."""
+    """Make the units that see space; the first one changes the width."""
     widths = [(in_channels if i == 0 else channels) for i in range(count)]
     if architecture.level_volumes:
         return [TimeUnit(width, VOLUME, rule, out_channels=channels) for width in widths]
@@ -251,7 +253,7 @@ def level_units(
 
 
 def temporal_units(channels: int, count: int, rule: TimeRule, architecture: Architecture) -> list[nn.Module]:
-    """The units that see time alone, one for each of the others; none where those see time themselves."""
+    """Make the units over time alone, one for each spatial unit; none where those are 3D."""
     return [] if architecture.level_volumes else [temporal_unit(channels, rule) for _ in range(count)]
 
 
@@ -260,7 +262,7 @@ def temporal_unit(channels: int, rule: TimeRule) -> TimeUnit:
 
 
 def level_layers(spatial: nn.Module, temporal: nn.Module) -> Iterator[Layer]:
-    """A level's pairs, or 3D units, then its resampling: space first, then time on the map of the new size."""
+    """Iterate over a level's pairs or 3D units, then its resampling: space first, then time on the resized map."""
     assert isinstance(spatial, Level)
     assert isinstance(temporal, Level)
     for index, unit in enumerate(spatial.block):
@@ -279,7 +281,7 @@ def run_layers(
     last: bool,
     recompute: bool = False,
 ) -> tuple[Tensor, Past]:
-    """Run a network over a chunk and collect what each layer needs for the next one."""
+    """Run a network over a chunk and collect the past of each layer for the next one."""
     features_BTHWC, next_past = run_to_features(
         network, x_BTHWC, past, keep_past=keep_past, last=last, recompute=recompute
     )
@@ -296,17 +298,17 @@ def run_to_features(
     last: bool,
     recompute: bool = False,
 ) -> tuple[Tensor, Past]:
-    """Run a network up to what its output convolution takes.
+    """Run a network up to the input of its output convolution.
 
     Args:
-        recompute: keep of each layer its input alone, and compute it again for gradients. Training then holds one
-            layer's maps at a time, for a third more work.
+        recompute: keep only each layer's input, and compute its activations again in the backward pass. Training
+            then holds one layer's maps at a time, for a third more work.
     """
     next_past: list[LayerPast] = []
     for index, layer in enumerate(network.layers()):
         layer_past = past[index] if past else ()
-        # Every map but the first, which is the caller's, was made here for the next layer alone. A large map stays
-        # where it is: 17 x 256 x 256 takes 1.9 GB to encode in place of 3.9.
+        # Every map but the first, which is the caller's, has no other reader and may be overwritten: encoding
+        # 17 x 256 x 256 then takes 1.9 GB in place of 3.9.
         run: Callable[[Tensor, LayerPast], tuple[Tensor, LayerPast]] = layer
         if isinstance(layer, LinearTimeUp):
             run = partial(layer, last=last)
@@ -316,6 +318,6 @@ def run_to_features(
             x_BTHWC, kept = checkpoint(run, x_BTHWC, layer_past, use_reentrant=False)
         else:
             x_BTHWC, kept = run(x_BTHWC, layer_past)
-        # Dropped at once where nobody asks: at 17 x 256 x 256 all layers' pasts together are some 0.45 GB.
+        # Dropped at once unless kept: at 17 x 256 x 256 the pasts of all layers together are some 0.45 GB.
         next_past.append(kept if keep_past else ())
     return network.norm_out(x_BTHWC, silu=True), tuple(next_past)

@@ -1,15 +1,17 @@
-"""The layers of a video autoencoder: residual units, attention, resampling in space and in time.
+"""Layers of a video autoencoder: residual units, attention, and resampling in space and in time.
 
-Every map is ``x_BTHWC``, contiguous: what a layer norm, a 1x1 convolution and a channels-last convolution all
-read as it lies, so nothing is laid out anew between layers. No layer keeps state. A layer that looks back in
-time takes the frames before its chunk and returns those before the next one, so a video cut anywhere gives
-what the whole gives; ``()`` in place of those frames means the start of a video. What lies beyond the ends of a
-video, and whether a layer looks ahead, is a `TimeRule`; those that look ahead take whole videos only.
+Every map is a contiguous ``x_BTHWC``. Layer norms, 1x1 convolutions and channels-last convolutions all read that
+layout, so nothing is copied between layers.
 
-On a CPU, where no gradient is wanted, a large map goes through a layer in blocks that the cache holds (`blocks`):
-whole frames where a layer works within frames, rows of all frames where it works through time.
+Layers are stateless. A layer that looks back in time takes the frames before its chunk as ``past`` and returns the
+``past`` of the next chunk; ``()`` means the start of a video. Any chunking therefore gives the same result as one
+pass. A `TimeRule` says what lies beyond the ends of a video and whether layers look ahead; if they do, they take whole
+videos only.
 
-Parameter names follow the released VidTok checkpoints, hence the ``conv`` and ``norm`` levels in them.
+On a CPU without gradients, a large map passes through a layer in blocks that fit the cache (`blocks`): whole frames
+where the layer works within frames, rows of all frames where it works through time.
+
+Parameter names are those of the released VidTok checkpoints, hence their ``conv`` and ``norm`` levels.
 """
 
 # B batch, T frames, H height, W width, C channels; F = B * T; N = H * W positions of one frame
@@ -25,26 +27,26 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 LayerPast = tuple[Tensor, ...]
-"""What one layer needs of the frames before a chunk; empty at the start of a video."""
+"""Maps that one layer keeps from the frames before a chunk; empty at the start of a video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeRule:
-    """Which frames a layer sees around its own, and what it sees beyond the ends of a video."""
+    """Temporal context of the layers: the frames they see, and the padding at the ends of a video."""
 
     causal: bool
-    """Whether convolutions look back only; otherwise as far ahead as back, with zeros after the end."""
+    """Convolutions look back only; otherwise as far ahead as back, with zeros after the end."""
     start: Literal["zeros", "first frame"]
-    """What stands before a video."""
+    """Padding before a video."""
     upsampling: Literal["repeated", "linear"]
-    """How frames are made between frames."""
+    """Method of upsampling in time."""
 
     def context(self, x_BTHWC: Tensor, past: LayerPast, *, before: int, after: int) -> tuple[Tensor, LayerPast]:
-        """Put the frames before a chunk in front of it and, unless causal, zeros behind it.
+        """Concatenate the frames before a chunk with it and, unless causal, zeros after it.
 
         Returns:
-            The longer map, and the last ``before`` frames of it for the next chunk, as a copy, so that keeping a
-            past does not keep the chunk; none unless causal.
+            The longer map, and its last ``before`` frames for the next chunk: a copy, so that a past does not keep
+            its chunk alive. The past is empty unless causal.
         """
         B, _, H, W, C = x_BTHWC.shape
         if past:
@@ -64,19 +66,19 @@ TIME_RULES = {
     "causal-v1.1": TimeRule(causal=True, start="first frame", upsampling="linear"),
     "non-causal": TimeRule(causal=False, start="zeros", upsampling="repeated"),
 }
-"""By the variant of a released model."""
+"""Time rules by the variant of a released model."""
 
 
 class Layer(Protocol):
-    """What an encoder or decoder is made of."""
+    """One layer of an encoder or decoder."""
 
     def __call__(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Give the chunk's output and the ``past`` of the next chunk."""
+        """Return the chunk's output and the ``past`` of the next chunk."""
         ...
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels at each position, then SiLU where the caller asks for it."""
+    """Layer norm over the channels of each position, followed by SiLU where the caller asks for it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -84,12 +86,12 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x_BTHWC: Tensor, *, silu: bool = False) -> Tensor:
         h: Tensor = self.norm(x_BTHWC)
-        # The norm's own output is a fresh tensor: without a graph it can be overwritten.
+        # The norm's output is a new tensor, so without a graph it can be overwritten.
         return F.silu(h, inplace=not h.requires_grad) if silu else h
 
 
 class TimeConv(nn.Module):
-    """A convolution over three frames, or over 3 x 3 x 3 positions; time stride 1.
+    """Convolution over three frames, or over 3 x 3 x 3 positions, with time stride 1.
 
     ``kernel`` is (3,) or (3, 3, 3). Space is padded with zeros to keep its size.
     """
@@ -106,10 +108,10 @@ class TimeConv(nn.Module):
         self.rule = rule
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Convolve a chunk, given the two input frames just before it where it is causal.
+        """Convolve a chunk; a causal one is given the two input frames before it as ``past``.
 
         Returns:
-            As many frames as ``x``, and the last two input frames.
+            A map with as many frames as ``x``, and the last two input frames.
         """
         joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=2 if self.rule.causal else 1, after=1)
         if isinstance(self.conv, nn.Conv3d):
@@ -129,7 +131,7 @@ class PointConv(nn.Module):
 
 
 class SpatialUnit(nn.Module):
-    """Residual unit within each frame: twice norm, SiLU, 3x3 convolution."""
+    """Residual unit within each frame: norm, SiLU and 3x3 convolution, twice."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ class SpatialUnit(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, overwrite: bool = False) -> tuple[Tensor, LayerPast]:
-        """Keep the number of frames; ``overwrite`` allows the result to take the place of ``x``."""
+        """Apply the unit; the number of frames stays. ``overwrite`` allows writing the result into ``x``."""
         B, T, H, W, C = x_BTHWC.shape
         out_channels = self.conv1.out_channels
         cuts = blocks(x_BTHWC, self.conv1.weight, B * T, H * W * max(C, out_channels))
@@ -162,10 +164,11 @@ class SpatialUnit(nn.Module):
 
 
 class TimeUnit(nn.Module):
-    """Residual unit through time: twice norm, SiLU, convolution; the width stays.
+    """Residual unit through time: norm, SiLU and convolution, twice.
 
-    With ``kernel`` (3,) it sees one position, with (3, 3, 3) its neighbours too; only then may ``out_channels`` differ.
-    ``starts_as_identity`` sets the second convolution to zero, so that a fresh model treats frames one by one.
+    ``kernel`` (3,) sees one position, (3, 3, 3) its neighbours too; only the latter may change the width to
+    ``out_channels``. ``starts_as_identity`` initializes the second convolution to zero, so that an untrained model
+    treats frames independently.
     """
 
     def __init__(
@@ -191,7 +194,7 @@ class TimeUnit(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, overwrite: bool = False) -> tuple[Tensor, LayerPast]:
-        """Keep the number of frames; ``overwrite`` allows the result to take the place of ``x``."""
+        """Apply the unit; the number of frames stays. ``overwrite`` allows writing the result into ``x``."""
         B, T, H, W, C = x_BTHWC.shape
         cuts = blocks(x_BTHWC, self.conv1.conv.weight, H, T * W * C)
         if len(cuts) == 1 or self.sees_neighbours:
@@ -218,7 +221,7 @@ class TimeUnit(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Residual attention of the positions of one frame to each other: one head, none across time."""
+    """Residual single-head self-attention over the positions of each frame; none across time."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -237,7 +240,7 @@ class FrameAttention(nn.Module):
 
 
 class SpaceDown(nn.Module):
-    """Half the height and width: 3x3 convolution of stride 2 with one zero row below and one zero column right."""
+    """Halve height and width: 3x3 convolution of stride 2, with one zero row below and one zero column at the right."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -249,11 +252,11 @@ class SpaceDown(nn.Module):
 
 
 class SpaceUp(nn.Module):
-    """Twice the height and width: each pixel repeated, then a 3x3 convolution.
+    """Double height and width: repeat each pixel, then apply a 3x3 convolution.
 
-    The enlarged map is never made. Of the three taps along an axis two always meet the same source pixel, so
-    each of the four output phases is a 2x2 convolution of the source with those taps summed: 16 instead of 36
-    products per source pixel, equal but for rounding.
+    The enlarged map is never built. Along each axis, two of the three taps always meet the same source pixel. Each of
+    the four output phases is therefore a 2x2 convolution of the source with those taps summed: 16 instead of 36
+    products per source pixel, equal up to rounding.
     """
 
     def __init__(self, channels: int) -> None:
@@ -280,11 +283,11 @@ class SpaceUp(nn.Module):
 
 
 class TimeBlend(nn.Module):
-    """What resampling in time has in common: a 3x3x3 convolution blended with a path that has no weights.
+    """Base of resampling in time: a 3x3x3 convolution blended with a path that has no weights.
 
-    Both paths are linear, so they are one convolution: ``(1 - s)`` times the weights, plus ``s`` times what the
-    other path does with each channel, ``s = sigmoid(mix_factor)``. Without the blend, ``blend=False``, what is left is
-    a convolution of each position over three frames.
+    Both paths are linear, so one convolution computes them: ``(1 - s)`` times the weights, plus ``s`` times the other
+    path's weights for each channel, with ``s = sigmoid(mix_factor)``. With ``blend=False`` there is only a convolution
+    of each position over three frames.
     """
 
     def __init__(self, channels: int, rule: TimeRule, *, blend: bool = True) -> None:
@@ -295,13 +298,13 @@ class TimeBlend(nn.Module):
 
 
 class TimeDown(TimeBlend):
-    """Half as many frames: the blend of averaging and convolving three frames, at stride 2.
+    """Halve the number of frames: a blend of averaging and convolving three frames, at stride 2.
 
-    Output i sees the input frames 2i-1, 2i, 2i+1; where it is not causal, 2i, 2i+1, 2i+2.
+    Output i sees the input frames 2i-1, 2i, 2i+1; if not causal, 2i, 2i+1, 2i+2.
     """
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Halve a chunk of an even number of frames."""
+        """Halve a chunk with an even number of frames."""
         weight, bias, mix = blended(self.conv.conv, self.mix_factor)
         weight[:, :, :, 1, 1] += mix / 3 * identity_like(weight)[:, :, None]
         joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=1 if self.rule.causal else 0, after=1)
@@ -309,16 +312,16 @@ class TimeDown(TimeBlend):
 
 
 Between = tuple[int, int, float] | None
-"""A frame of a doubled sequence: the two source frames it lies between, and its distance from the first, in [0, 1];
-None for zeros."""
+"""One frame of a doubled sequence: two source frames, and the interpolation weight of the second, in [0, 1]; None for
+a frame of zeros."""
 
 
 class TimeUp(TimeBlend):
-    """Twice as many frames: the blend of frames made between frames and their convolution.
+    """Double the number of frames: a blend of interpolated frames and their convolution.
 
-    The doubled sequence is never made. Convolving is linear, so each source frame meets each of the three taps once,
-    and what the doubled frames would have given is put together from these products: 3 of them for two output frames
-    in place of 6, equal but for rounding.
+    The doubled sequence is never built. Convolution is linear, so each source frame is multiplied by each of the three
+    taps once, and output frames are summed from these products: 3 products for two output frames in place of 6, equal
+    up to rounding.
     """
 
     def convolved(self, frames: Sequence[Tensor], doubled: Sequence[Between]) -> Tensor:
@@ -326,7 +329,7 @@ class TimeUp(TimeBlend):
 
         Args:
             frames: source frames, each (B, 1, H, W, C).
-            doubled: the sequence, with what the kernel sees before and after it: two frames more than come out.
+            doubled: the sequence with the kernel's context, two frames more than the output has.
         """
         B, _, H, W, C = frames[0].shape
         weight, bias, mix = blended(self.conv.conv, self.mix_factor)
@@ -349,10 +352,10 @@ class TimeUp(TimeBlend):
 
 
 class RepeatedTimeUp(TimeUp):
-    """Twice as many frames, each source frame repeated."""
+    """Double the number of frames by repeating each."""
 
     def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Double a chunk; where it is causal, ``past`` is the one input frame before it."""
+        """Double a chunk; if causal, ``past`` is the one input frame before it."""
         frames = [*past, *single_frames(x_BTHWC)]
         doubled: list[Between] = [(index, index, 0.0) for index in range(len(past), len(frames)) for _ in range(2)]
         if not self.rule.causal:
@@ -362,12 +365,12 @@ class RepeatedTimeUp(TimeUp):
 
 
 class LinearTimeUp(TimeUp):
-    """Twice as many frames, interpolated linearly.
+    """Double the number of frames by linear interpolation.
 
-    New frames lie a quarter before and a quarter after the old ones, held at both ends. The frames of the video's
-    first latent, ``first_frames`` of them here, are a sequence by themselves and all later ones another. The later
-    half of a frame waits for the frame after it, so a chunk gives one frame less than it will, and the next chunk
-    gives it first. Nothing is computed twice and the cut leaves no trace.
+    New frames lie a quarter before and a quarter after the old ones, clamped at both ends. The ``first_frames`` frames
+    of the video's first latent are interpolated by themselves, and all later ones by themselves. The second new frame
+    of a source frame needs the next source frame, so the last one of a chunk is emitted first by the next chunk.
+    Streaming is exact and computes nothing twice.
     """
 
     def __init__(self, channels: int, rule: TimeRule, first_frames: int, *, blend: bool = True) -> None:
@@ -378,8 +381,9 @@ class LinearTimeUp(TimeUp):
         """Double a chunk.
 
         Args:
-            past: the last two interpolated frames, and the input frame that waits (none after the first latent).
-            last: whether the video ends with the chunk, so that nothing is to wait for.
+            past: the last two interpolated frames, and the input frame still to be completed (none after the first
+                latent).
+            last: whether the video ends with this chunk, so that its last frame is emitted now.
         """
         doubled: list[Between]
         if past:
@@ -400,19 +404,19 @@ class LinearTimeUp(TimeUp):
 
 
 def time_up(channels: int, rule: TimeRule, first_frames: int, *, blend: bool = True) -> RepeatedTimeUp | LinearTimeUp:
-    """The upsampler of a rule; ``first_frames`` is how many frames stand there for the first latent."""
+    """Make the upsampler of a rule; ``first_frames`` is the number of frames of the first latent at this level."""
     if rule.upsampling == "linear":
         return LinearTimeUp(channels, rule, first_frames, blend=blend)
     return RepeatedTimeUp(channels, rule, blend=blend)
 
 
 def single_frames(x_BTHWC: Tensor) -> list[Tensor]:
-    """Each frame, with its axis."""
+    """Split a map into frames, each (B, 1, H, W, C)."""
     return [x_BTHWC[:, index : index + 1] for index in range(x_BTHWC.shape[1])]
 
 
 def interpolated(indices: range, *, starts: bool, ends: bool) -> list[Between]:
-    """Two frames between each two, a quarter from either; one more where the sequence starts or ends."""
+    """List the frames of a doubled sequence: two between each pair, a quarter from either, and one at each end."""
     between: list[Between] = [(i, i + 1, share) for i in indices[:-1] for share in (0.25, 0.75)]
     if indices and starts:
         between.insert(0, (indices[0], indices[0], 0.0))
@@ -422,7 +426,7 @@ def interpolated(indices: range, *, starts: bool, ends: bool) -> list[Between]:
 
 
 def summed(products: Mapping[int, Tensor], seen: Sequence[Between], channels: int) -> Tensor:
-    """What three frames of a doubled sequence give, each through its own tap, from the source frames' products."""
+    """Sum one output frame from the products of the source frames: three doubled frames, each with its own tap."""
     total: Tensor | None = None
     for tap, between in enumerate(seen):
         if between is None:
@@ -438,9 +442,9 @@ def summed(products: Mapping[int, Tensor], seen: Sequence[Between], channels: in
 
 
 def summed_at_once(products_BTHWC: Tensor, doubled: Sequence[Between]) -> Tensor:
-    """What `summed` gives, to the bit, for a whole sequence at once.
+    """Sum all output frames at once, with the same bits as `summed`.
 
-    Taking frames one by one costs a training more than the convolutions: the gradient of each is a map of all.
+    Training needs it: frame by frame, each gradient is a map of all frames and costs more than the convolutions.
     """
     T = products_BTHWC.shape[1]
     if None in doubled:
@@ -464,7 +468,7 @@ def summed_at_once(products_BTHWC: Tensor, doubled: Sequence[Between]) -> Tensor
 
 
 def conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0) -> Tensor:
-    """Convolve each frame."""
+    """Apply a 2D convolution to each frame."""
     B, T = x_BTHWC.shape[:2]
     y_FCHW = F.conv2d(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
     y_FHWC = y_FCHW.permute(0, 2, 3, 1).contiguous()
@@ -472,7 +476,7 @@ def conv2d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int 
 
 
 def conv_over_time(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve each position along time, without padding; ``weight`` is (out, in, time)."""
+    """Apply a 1D convolution along time at each position, without padding; ``weight`` is (out, in, time)."""
     B, _, H, W, _ = x_BTHWC.shape
     if x_BTHWC[0].numel() <= SMALL_MAP:
         return F.linear(stack_taps(x_BTHWC, weight.shape[2]), weight.transpose(1, 2).flatten(1), bias)
@@ -484,7 +488,7 @@ def conv_over_time(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def conv3d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, time_stride: int = 1) -> Tensor:
-    """Convolve in time without padding, and in space with zeros around so that its size stays."""
+    """Apply a 3D convolution without padding in time, and with zero padding that keeps the size in space."""
     B, T, H, W, C = x_BTHWC.shape
     out_channels, _, taps = weight.shape[:3]
     num_frames = (T - taps) // time_stride + 1
@@ -501,9 +505,9 @@ def conv3d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, *, time_stride:
 
 def _conv3d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, time_stride: int) -> Tensor:
     out_channels, in_channels, taps = weight.shape[:3]
-    # Where a video enters or leaves there are few channels, and 3D convolutions slow: on two cores at 20 frames of
-    # 128 x 128, 3 to 128 channels take 237 ms, 128 to 3 take 131 ms. With the taps as channels of a 2D convolution,
-    # of its input or of its output, they take 88 and 49 ms.
+    # The first and last layers have few channels, where 3D convolutions are slow: on two cores at 20 frames of
+    # 128 x 128, 3 to 128 channels take 237 ms, 128 to 3 take 131 ms. As 2D convolutions with the taps as additional
+    # input or output channels they take 88 and 49 ms.
     if time_stride == 1 and taps * out_channels <= in_channels:
         y = conv2d(x_BTHWC, weight.permute(2, 0, 1, 3, 4).flatten(0, 1), None, padding=1)
         num_frames = x_BTHWC.shape[1] - taps + 1
@@ -518,52 +522,52 @@ def _conv3d(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None, time_stride: i
 
 
 def matrix_product(x_BTHWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply each position's channels by a (out, in) matrix."""
+    """Multiply the channels of each position by an (out, in) matrix."""
     _, T, H, _, _ = x_BTHWC.shape
     if x_BTHWC.device.type != "cpu" or x_BTHWC[0].numel() <= SMALL_MAP or T * H < 16:
         return F.linear(x_BTHWC, weight, bias)
-    # PyTorch multiplies by MKL and convolves by oneDNN: on an AMD processor with AVX-512 a product of 512 channels
-    # runs at 186 GFLOP/s by the one and at 424 by the other. Rows, not frames, are the convolution's batch, as on a
-    # single thread a batch of fewer than 16 would not reach oneDNN.
+    # PyTorch multiplies with MKL and convolves with oneDNN: on an AMD processor with AVX-512, a product of 512 channels
+    # runs at 186 GFLOP/s with the former and at 424 with the latter. The convolution's batch is rows, not frames: on a
+    # single thread a batch below 16 does not reach oneDNN.
     y_RC1W = F.conv2d(x_BTHWC.flatten(0, 2)[:, None].permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y_RC1W.permute(0, 2, 3, 1).reshape(*x_BTHWC.shape[:-1], weight.shape[0])
 
 
 BLOCK_VALUES = 2 << 20
-"""Values of a block. On two cores, float32, a `TimeUnit` takes 780 ms for 20 frames of 128 x 128 x 128 channels as
-a whole and 275, 320 and 650 ms in blocks of 1.3, 2.6 and 5.2 million values; at 256 x 256, 3.4 s as a whole and
-1.0 s in blocks. A `SpatialUnit` takes 0.75 s and 0.57 s."""
+"""Number of values in a block. On two cores in float32, a `TimeUnit` takes 780 ms for 20 frames of 128 x 128 x 128
+channels without blocks, and 275, 320 and 650 ms in blocks of 1.3, 2.6 and 5.2 million values; at 256 x 256, 3.4 s
+without and 1.0 s with blocks. A `SpatialUnit` takes 0.75 s without and 0.57 s with them."""
 
 
 def blocks(x: Tensor, weight: Tensor, count: int, values: int) -> list[slice]:
-    """How to take ``count`` frames, or rows, of ``values`` values each, through a layer of that weight.
+    """Cut ``count`` frames or rows of ``values`` values each into blocks for a layer with this weight.
 
     Returns:
-        Consecutive runs of them; all at once on a GPU, and where gradients are recorded.
+        Consecutive ranges; a single one on a GPU, and where gradients are recorded.
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     size = count if x.device.type != "cpu" or recorded else max(1, BLOCK_VALUES // values)
     return [slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))]
 
 
-# PyTorch's CPU convolutions take another path for a batch of one whose first three sizes after the batch hold no
-# more than this many values (5D; a whole 4D map). It is slower, and its bits are not those of larger batches: the
-# same clip alone would differ from itself in company, by 1e-5. Maps this small are laid out as 2D convolutions over
-# B * T frames, or as matrix products, whatever the batch. What is left is a batch of one clip of one such frame.
+# Values of a map up to which PyTorch's CPU convolutions take another path for a batch of one (5D: the first three
+# sizes after the batch; 4D: the whole map). That path is slower and gives other bits than larger batches do: a clip's
+# latents would depend on its batch, by 1e-5. Maps this small are computed as 2D convolutions over B * T frames, or as
+# matrix products, whatever the batch. The exception left is a batch of one clip of one such frame.
 SMALL_MAP = 20480
 
 
 def stack_taps(x_BTHWC: Tensor, taps: int, time_stride: int = 1) -> Tensor:
-    """For each output frame of a convolution over time, the frames that it sees, beside each other as channels."""
+    """Concatenate, along the channels, the frames that each output frame of a convolution over time sees."""
     last = x_BTHWC.shape[1] - taps + 1
     return torch.cat([x_BTHWC[:, tap : tap + last : time_stride] for tap in range(taps)], dim=-1)
 
 
 def blended(conv: nn.Module, mix_factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution's share of a blend, in float32: ``(1 - s)`` times weight and bias, and ``s``.
+    """Compute the convolution's part of a blend, in float32: ``(1 - s)`` times weight and bias, and ``s``.
 
-    Without a mix factor s is 0, and the kernel over time stands amid zeros: one way through the resampling for both,
-    at the price of multiplying by the zeros in models that serve comparisons.
+    Without a mix factor s is 0 and the kernel over time is padded with zeros in space. Resampling then has one code
+    path, and the models without a blend, which serve comparisons, multiply by zeros.
     """
     assert isinstance(conv, nn.Conv1d | nn.Conv3d)
     assert conv.bias is not None
@@ -575,16 +579,16 @@ def blended(conv: nn.Module, mix_factor: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 def identity_like(weight: Tensor) -> Tensor:
-    """The (out, in) identity, of the weight's dtype and device."""
+    """Make an (out, in) identity matrix of the weight's dtype and device."""
     return torch.eye(weight.shape[0], weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def fold_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A (out, in, 3, 3) kernel over doubled rows, as two (out, in, 2, 3) kernels over single ones."""
+    """Fold an (out, in, 3, 3) kernel over doubled rows into two (out, in, 2, 3) kernels over single rows."""
     return fold_pair(weight, 2, 0), fold_pair(weight, 2, 1)
 
 
 def fold_pair(weight: Tensor, axis: int, phase: int) -> Tensor:
-    """Three taps of which two meet the same repeated sample, as two: (0, 1+2) in phase 0, (0+1, 2) in phase 1."""
+    """Fold three taps, of which two meet the same repeated sample, into two: (0, 1+2) in phase 0, (0+1, 2) in 1."""
     first, middle, last = weight.unbind(axis)
     return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim=axis)

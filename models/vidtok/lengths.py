@@ -1,7 +1,7 @@
-"""Clips made as long as a model takes them, and cut back after decoding.
+"""Padding of clips to a length that the model takes, and cropping after decoding.
 
-`TokenizerConfig.latent_frames` knows which lengths a model takes and refuses the others. Here is what a caller can do
-with such a clip, under a name that it can store, and with the number of frames that are real.
+`TokenizerConfig.latent_frames` defines which lengths a model takes and refuses the others. `pad` makes any clip long
+enough, by a method whose name can be stored, and records which frames are real.
 """
 
 # B batch, C channels, T frames, H height, W width
@@ -18,20 +18,20 @@ from vidshard.models.config import TokenizerConfig
 
 
 class Padding(StrEnum):
-    """Where copies go when a clip must become longer."""
+    """Place of the copies that make a clip longer."""
 
     REPEAT_LAST = "repeat-last"
-    """Copies of the last frame after it: no real frame changes its latent's place in time."""
+    """Copies of the last frame at the end: real frames keep their position in time."""
     REPEAT_FIRST = "repeat-first"
-    """Copies of the first frame before it: the clip's end is seen as in a longer video."""
+    """Copies of the first frame at the beginning: the clip's end is encoded as in a longer video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PaddedClips:
-    """Clips of a valid length, and which of their frames are real."""
+    """Clips of a valid length, with the range of their real frames."""
 
     frames: Tensor
-    """(B, 3, T, H, W), as given but for the copies."""
+    """(B, 3, T, H, W): the given frames and the copies."""
     first_valid_frame: int
     num_valid_frames: int
 
@@ -43,7 +43,7 @@ class PaddedClips:
             )
 
     def cut(self, x_BCTHW: Tensor) -> Tensor:
-        """Keep the real frames of what was decoded from these clips.
+        """Crop frames decoded from these clips to the real ones.
 
         Raises:
             ValueError: for another number of frames than the padded clips have.
@@ -54,9 +54,9 @@ class PaddedClips:
 
 
 def pad(x_BCTHW: Tensor, config: TokenizerConfig, padding: Padding = Padding.REPEAT_LAST) -> PaddedClips:
-    """Make clips as long as the model takes, by the smallest number of copies of a frame.
+    """Pad clips to the next length that the model takes, with copies of a frame.
 
-    ``decode(tokens, padded.frames.shape[2])`` and then `PaddedClips.cut` give as many frames as there were.
+    ``decode(tokens, padded.frames.shape[2])`` followed by `PaddedClips.cut` gives as many frames as ``x`` has.
 
     Args:
         x_BCTHW: (B, 3, T, H, W) with at least one frame.
