@@ -1,4 +1,4 @@
-"""Why an input gave no tokens: stages, reasons, remedies, the record of a rejection and the error it is made from.
+"""Rejections: the closed list of reasons why an input gave no tokens, their remedies, the record and the error.
 
 A bad video is data, not a failure of the run: each is counted and written to ``rejects/``.
 """
@@ -12,7 +12,7 @@ from vidshard.schemas.errors import VidshardError
 
 
 class Stage(StrEnum):
-    """Where a rejection arose."""
+    """The stage of a run in which a rejection arose."""
 
     DISCOVER = "discover"
     PROBE = "probe"
@@ -21,14 +21,14 @@ class Stage(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why an input gave no tokens. A closed list: readers may branch on it."""
+    """Reason why an input gave no tokens. A closed list: readers may branch on it."""
 
     UNREADABLE = "unreadable"
     """The file system refused: missing, no permission, connection lost."""
     EMPTY_FILE = "empty_file"
     """Zero bytes."""
     NOT_A_VIDEO = "not_a_video"
-    """No container format was recognised."""
+    """No container format was recognized."""
     NO_VIDEO_STREAM = "no_video_stream"
     """A container without moving pictures: audio only, or a cover image."""
     NO_FRAMES = "no_frames"
@@ -52,11 +52,11 @@ class Reason(StrEnum):
     UNSUPPORTED = "unsupported"
     """A codec, pixel format or size that this build cannot handle."""
     CHANGED = "changed"
-    """The file is another one than when the run opened it."""
+    """The file was replaced after the run opened it."""
     BAD_SIGNAL = "bad_signal"
     """The file of samples beside the video does not hold a timestamped signal."""
     OUT_OF_MEMORY = "out_of_memory"
-    """The encoder has too little memory for one clip of it."""
+    """The encoder has too little memory for one clip of the video."""
 
 
 REMEDIES: dict[Reason, str] = {
@@ -80,7 +80,7 @@ REMEDIES: dict[Reason, str] = {
         "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
     ),
 }
-"""What a person can do about each reason."""
+"""For each reason, the advice that is printed with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,21 +93,21 @@ class Rejection:
     span_id: str | None
     """None when the whole video is meant."""
     start_seconds: float | None
-    """Where the span begins, in seconds after the first frame; None for the whole video."""
+    """Start of the span in seconds after the first frame; None for the whole video."""
     stage: Stage
     reason: Reason
     detail: str
     """One line for a person; without credentials."""
     kept_clips: int | None = 0
-    """Clips of the span that were kept beside what is missing. None in outputs of before this was written down."""
+    """Clips of the span that were kept beside what is missing. None in outputs written before this was recorded."""
     place: str | None = None
-    """Of a whole video: hex digest of where it is, by which addresses differ of which ``uri`` shows the same."""
+    """For a whole video, hex digest of its full address: addresses with the same public ``uri`` may differ in it."""
 
 
 class VideoError(VidshardError):
-    """A video cannot be used, for a reason from the closed list. Turned into a Rejection by the stage.
+    """A video cannot be used, for a reason from the closed list. A stage turns it into a Rejection.
 
-    Any other exception out of a stage is a bug and ends the run.
+    Any other exception from a stage is a bug and ends the run.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:

@@ -1,7 +1,7 @@
-"""What travels in memory on the way from a file to clips: VideoRef, VideoProbe, Span, Clip, Rejection.
+"""Records of a video on its way from a file to clips: VideoRef, VideoProbe, Span, Clip.
 
-Plain frozen records with their shape rules. Times are exact: a stream's own integer ticks and its rational
-time base stand in the records, seconds are derived.
+Plain frozen records with their shape rules. Times are exact: the records hold a stream's integer ticks and its
+rational time base; seconds are derived.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ SignalRule = Literal["previous", "nearest", "linear", "window"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoRef:
-    """A file that claims to be a video: found, not yet opened."""
+    """A file that may be a video: found, not yet opened."""
 
     uri: str
-    """Where it is: an absolute local path, or a URL that fsspec understands."""
+    """An absolute local path, or a URL that fsspec understands."""
     num_bytes: int
-    """Size as the file system states it; -1 where it does not say."""
+    """Size as the file system states it; -1 where it states none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoProbe:
-    """What a container's header says of its video stream, and the time of the first frame."""
+    """A video's header, and the time of its first frame."""
 
     video_id: str
-    """Hex digest of the content: the same for copies of a file anywhere, another when a byte count differs."""
+    """Hex digest of the content: copies of a file share it wherever they are."""
     uri: str
     num_bytes: int
     time_base: Fraction
-    """Seconds per tick: the container's, or a fraction of it in which the frames of a steady rate lie on ticks."""
+    """Seconds per tick: the container's, or a fraction of it that puts the frames of a steady rate on ticks."""
     grid_start_pts: int
-    """Presentation time of the first frame that decodes, in ticks: where the sampling grid begins."""
+    """Presentation time of the first frame that decodes, in ticks: the start of the sampling grid."""
     duration_seconds_from_header: float
-    """From the first frame to the end of the last, as claimed; never trusted for what is decoded."""
+    """Seconds from the first frame to the end of the last, as claimed; never trusted for what is decoded."""
     source: VideoSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoSource:
-    """Facts of the source that are stored with every clip."""
+    """Facts about the source that are stored with every clip."""
 
     width: int
     """As displayed: after rotation metadata and non-square pixels."""
@@ -60,14 +60,14 @@ class VideoSource:
     """As displayed."""
     codec: str
     fps: float
-    """Average frame rate according to the header; 0.0 where it does not say."""
+    """Average frame rate according to the header; 0.0 where it states none."""
     rotation_degrees: int
     """Clockwise turn that was applied for display: 0, 90, 180 or 270."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipSpec:
-    """How any video becomes clips: the time grid, the length of a clip, and the geometry."""
+    """Rules that turn any video into clips: the time grid, the length of a clip, and the geometry."""
 
     fps: Fraction
     """Grid rate in frames per second, positive and exact."""
@@ -76,25 +76,26 @@ class ClipSpec:
     height: int
     width: int
     tail: TailPolicy = "pad"
-    """A last clip that is not full: ``pad`` repeats its last frame, ``drop`` leaves it out."""
+    """Rule for a last clip that is not full: ``pad`` repeats its last frame, ``drop`` leaves it out."""
     resize: ResizePolicy = "crop"
-    """``crop`` scales until the frame is covered and cuts the centre, ``stretch`` ignores the aspect
-    ratio, ``pad`` scales until it fits and adds black bars."""
+    """``crop`` scales until the frame is covered and cuts the center, ``stretch`` ignores the aspect ratio, ``pad``
+    scales until it fits and adds black bars."""
     continuous: bool = False
-    """Whether the clips of a video are one sequence, each carrying on from the one before."""
+    """Whether the clips of a video are one sequence, each continuing the one before."""
     lead_frames: int = 0
-    """Copies of the video's first frame that stand before it, so that its first clip is as long as the others."""
+    """Copies of the video's first frame put before it, so that the first clip is as long as the others."""
     halo_clips: int = 0
     """Clips before a span that are decoded with it, as far as there are any."""
     stride_seconds: Fraction | None = None
-    """From the start of one clip to that of the next; None for clips that follow one another without a gap."""
+    """Seconds from the start of one clip to that of the next; None for clips without gap or overlap."""
     min_seconds: Fraction = Fraction(0)
-    """A clip with less video than this is left out; the copies of a padded tail do not count."""
+    """A clip with fewer seconds of video is left out; the copies of a padded tail do not count."""
     clips_per_video: int | None = None
-    """So many clips of each video, or of each part; None for all that there are."""
+    """Number of clips of each video, or of each part; None for all there are."""
     placement: ClipPlacement = "even"
-    """Where those lie: spread evenly, or one at random in each of as many equal stretches."""
+    """Positions of ``clips_per_video`` clips: spread evenly, or at random, one in each of as many equal stretches."""
     placement_seed: int = 0
+    """Seed of random positions."""
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
@@ -111,22 +112,22 @@ class ClipSpec:
 
     @property
     def clip_seconds(self) -> Fraction:
-        """Time that one clip covers: each frame stands for 1 / fps."""
+        """Seconds that one clip covers: each frame stands for 1 / fps."""
         return self.num_frames / self.fps
 
     @property
     def stride(self) -> Fraction:
-        """Seconds from one clip's start to the next one's, where they are not placed one by one."""
+        """Seconds from one clip's start to the next one's, where clips are not placed one by one."""
         return self.clip_seconds if self.stride_seconds is None else self.stride_seconds
 
     @property
     def min_valid_frames(self) -> int:
-        """A clip with fewer frames of its own is left out."""
+        """Fewest frames of its own that a clip must have; the copies of a padded tail do not count."""
         return self.num_frames if self.tail == "drop" else max(1, math.ceil(self.min_seconds * self.fps))
 
     @property
     def bucket(self) -> str:
-        """Name of the frame size: height x width."""
+        """Name of the frame size: HEIGHTxWIDTH."""
         return f"{self.height}x{self.width}"
 
     @property
@@ -135,11 +136,11 @@ class ClipSpec:
         return self.num_frames * self.height * self.width * 3
 
     def halo_of(self, first_clip: int) -> int:
-        """Clips that are decoded before a span that begins with this clip."""
+        """Number of halo clips of a span that starts with this clip."""
         return min(self.halo_clips, first_clip)
 
     def digest(self, part: Part | None = None) -> str:
-        """Eight hex digits that change with every setting and with the part, the middle of a clip id."""
+        """The middle of a clip id: eight hex digits that change with every setting and with the part."""
         text = f"{self.fps}|{self.num_frames}|{self.height}x{self.width}|{self.tail}|{self.resize}"
         if self.continuous:
             text += f"|continuous|{self.lead_frames}"
@@ -154,13 +155,19 @@ class ClipSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def clip_id(self, video_id: str, clip_index: int, part: Part | None = None) -> str:
-        """Id of one clip, None for the whole video: the same on every machine and in every run with these settings."""
+        """Id of one clip: the same on every machine and in every run with these settings.
+
+        Args:
+            video_id: the video's content digest.
+            clip_index: number of the clip in the video or part.
+            part: the part of the video; None for the whole.
+        """
         return f"{video_id}-{self.digest(part)}-{clip_index:06d}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Which part of a video is meant, in seconds after its first frame: from ``start`` to ``end``, exclusive."""
+    """A part of a video: the interval [start, end) in seconds after its first frame."""
 
     start_seconds: Fraction = Fraction(0)
     end_seconds: Fraction | None = None
@@ -175,7 +182,11 @@ class Part:
 
     @classmethod
     def of(cls, start_seconds: float | None, end_seconds: float | None) -> Part:
-        """The part between two times as people and files write them: 2.3 is 23/10, not the nearest double."""
+        """Make a part from times as people and files write them: 2.3 is 23/10, not the nearest double.
+
+        Raises:
+            ValueError: a time is not finite, or the interval is empty or starts before the video.
+        """
         return cls(
             start_seconds=_as_written(start_seconds or 0.0),
             end_seconds=None if end_seconds is None else _as_written(end_seconds),
@@ -188,7 +199,7 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """What the ids of its spans have after the video's: nothing, or a digest of the part."""
+        """Suffix of the video id in the ids of its spans: empty for the whole video, else a digest of the part."""
         return "" if self.is_whole else "-" + hashlib.sha256(str(self).encode()).hexdigest()[:8]
 
     def __str__(self) -> str:
@@ -204,8 +215,7 @@ def _as_written(seconds: float) -> Fraction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """A stretch of one video, or of a part of it, that is one unit of work: clips ``first_clip`` up to
-    ``end_clip``, exclusive."""
+    """A unit of work: the clips [first_clip, end_clip) of one video, or of a part of it."""
 
     video_id: str
     uri: str
@@ -213,22 +223,22 @@ class Span:
     grid_start_pts: int
     first_clip: int
     end_clip: int | None
-    """None for the last span of a video or part: it runs to the end, wherever that turns out to be."""
+    """None for the last span of a video or part, which runs to the end wherever that turns out to be."""
     duration_seconds_from_header: float
-    """0.0 where it says nothing, or nothing that can be."""
+    """0.0 where the header states none, or an impossible one."""
     source: VideoSource
     part: Part = Part()
 
     @property
     def span_id(self) -> str:
-        """Unique and stable over reruns: the video, the part of it, the first clip and the end."""
+        """Unique id, stable over reruns: the video, the part of it, the first clip and the end."""
         end = "end" if self.end_clip is None else f"{self.end_clip:06d}"
         return f"{self.video_id}{self.part.suffix}-{self.first_clip:06d}-{end}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """What was done to each frame: scaled to ``scaled_*``, then cut (or padded) to the clip's size."""
+    """The transformation of each frame: scaled to ``scaled_*``, then cut (or padded) to the clip's size."""
 
     policy: ResizePolicy
     scaled_width: int
@@ -250,12 +260,12 @@ class Clip:
     start_seconds: float
     """Grid time of the first frame, in the source's presentation time."""
     frame_pts_seconds: np.ndarray
-    """float64, (T,), non-decreasing: when the source shows each frame."""
+    """float64, (T - lead_frames,), non-decreasing: presentation time of each frame in the source, in seconds."""
     num_valid_frames: int
-    """Frames from this one on repeat the last real frame; 1 to T."""
+    """Frames from this one on repeat the last real frame; 1 to T - lead_frames."""
     geometry: Geometry
     lead_frames: int = 0
-    """Frames at its beginning that are copies of the video's first one, and have no time of their own."""
+    """Frames at the start of ``frames`` that are copies of the video's first one, and have no time of their own."""
 
     def __post_init__(self) -> None:
         name = f"{self.video_id} clip {self.clip_index}"
@@ -277,45 +287,46 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one video may cost before it is refused, and how it is read.
+    """Limits on what one video may cost before it is refused, and the frame rate of image archives.
 
-    No part of a run's identity, as tokens do not depend on them; only ``image_fps`` is, if it is not the default.
+    Tokens do not depend on the limits, so they are no part of a run's identity. ``image_fps`` is, if it is not the
+    default.
     """
 
     max_pixels: int = 8192 * 8192
-    """Of one coded picture; the decoder allocates no larger one."""
+    """Pixels of one coded picture; the decoder allocates no larger one."""
     max_seconds: float = 48 * 3600.0
-    """Of one video."""
+    """Length of one video."""
     max_frames: int = 20_000_000
-    """Of one video: 48 hours at 115 frames per second."""
+    """Frames of one video: 48 hours at 115 frames per second."""
     timeout_seconds: float = 600.0
-    """For one stretch of video, however short."""
+    """Decoding time for one span, however short."""
     seconds_per_second: float = 30.0
-    """For one second of a stretch that is so long that this allows more than ``timeout_seconds``."""
+    """Decoding time for one second of a span so long that this allows more than ``timeout_seconds``."""
     memory_bytes: int = 4 << 30
-    """What one decoding process may allocate: some twenty times what 4K video takes."""
+    """Memory that one decoding process may allocate: some twenty times what 4K video takes."""
     image_fps: Fraction = Fraction(24)
-    """Images of an archive are shown at this rate."""
+    """Frames per second at which the images of an archive are shown."""
 
     def seconds_for(self, video_seconds: float) -> float:
-        """How long decoding this much video may take."""
+        """Seconds that decoding this much video may take."""
         return max(self.timeout_seconds, self.seconds_per_second * video_seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanClips:
-    """What came of one span."""
+    """The result of decoding one span."""
 
     clips: list[Clip]
-    """In order, those of its halo first; none where it was refused."""
+    """In order, those of the halo first; empty where the span was refused."""
     error: VideoError | None = None
-    """Why it was refused, or what is missing beside the clips where those were kept."""
+    """Reason for refusing the span, or for the clips that are missing where the others were kept."""
     num_errors: int = 0
-    """Damaged places that decoding it met."""
+    """Number of damaged places met while decoding."""
 
 
 def parse_rate(text: str | int | float | Fraction) -> Fraction:
-    """An exact rate in frames per second from ``8``, ``7.5`` or ``30000/1001``.
+    """Parse an exact rate in frames per second from ``8``, ``7.5`` or ``30000/1001``.
 
     Raises:
         ValueError: not a positive number.

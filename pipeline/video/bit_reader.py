@@ -1,4 +1,4 @@
-"""Bits of headers, and the units that H.264 and H.265 are made of."""
+"""Reads bits of codec headers, and finds the NAL units of H.264 and H.265."""
 
 from __future__ import annotations
 
@@ -6,36 +6,34 @@ from collections.abc import Iterator
 
 
 class Bits:
-    """Bits of a header, the most significant first.
-
-    Raises:
-        EOFError: there are no more.
-    """
+    """Reads the bits of a header, the most significant first; raises EOFError where there are no more."""
 
     def __init__(self, data: bytes) -> None:
         self._value = int.from_bytes(data, "big")
         self._left = 8 * len(data)
 
     def take(self, num_bits: int) -> int:
+        """The next bits as an unsigned number."""
         if num_bits > self._left:
             raise EOFError
         self._left -= num_bits
         return self._value >> self._left & (1 << num_bits) - 1
 
     def take_unsigned(self) -> int:
-        """Exp-Golomb, 9.1 of H.264."""
+        """The next unsigned Exp-Golomb number, ue(v): 9.1 of H.264."""
         zeros = 0
         while not self.take(1):
             zeros += 1
         return (1 << zeros) - 1 + self.take(zeros)
 
     def take_signed(self) -> int:
+        """The next signed Exp-Golomb number, se(v): 9.1.1 of H.264."""
         value = self.take_unsigned()
         return (value + 1) // 2 if value % 2 else -(value // 2)
 
 
 def units(data: bytes, length_bytes: int) -> Iterator[int]:
-    """Where each unit begins; 0 length bytes mean start codes."""
+    """Offsets of the NAL units in a packet; ``length_bytes`` is 0 for start codes."""
     if length_bytes:
         at = 0
         while at + length_bytes < len(data):
@@ -49,5 +47,5 @@ def units(data: bytes, length_bytes: int) -> Iterator[int]:
 
 
 def payload(data: bytes, at: int, num_bytes: int = 512) -> Bits:
-    """The beginning of a unit without the bytes that keep start codes out of it, 7.4.1."""
+    """The first bits of a unit, without its emulation prevention bytes: 7.4.1 of H.264."""
     return Bits(data[at : at + num_bytes].replace(b"\0\0\3", b"\0\0"))

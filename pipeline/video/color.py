@@ -1,9 +1,8 @@
-"""What a frame's numbers mean as color, and how wide and bright pictures become BT.709.
+"""Color of a frame: matrix, range, transfer and primaries, and the mapping of HDR and wide gamut to BT.709.
 
-Most video needs no arithmetic of ours: swscale turns it into RGB once it is told the matrix. PQ, HLG and wide
-primaries are mapped here, on frames already scaled down: 4 ms for one of 256x256 (python -m benchmarks.picture).
-Players differ in how they show such pictures on an SDR display; ours is one fixed curve, so that a frame depends on
-itself alone.
+Most video needs no arithmetic here: swscale converts it to RGB once it is told the matrix. PQ, HLG and wide primaries
+are mapped here, on frames already scaled down: 4 ms for one of 256x256 (python -m benchmarks.picture). Players differ
+in how they show HDR on an SDR display; ours is one fixed curve, so that a frame depends on itself alone.
 """
 
 from __future__ import annotations
@@ -20,18 +19,20 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 Floats = npt.NDArray[np.float32]
 
 REFERENCE_WHITE_NITS = 203.0
-"""Luminance of SDR white, to which HDR's reference white belongs: ITU-R BT.2408, 2.1."""
+"""Luminance of SDR white, and of HDR's reference white: ITU-R BT.2408, 2.1."""
 PEAK_NITS = 1000.0
-"""The brightest that is still told apart: HLG's nominal peak (BT.2100) and how most HDR10 is mastered. What a header
-says of its own peak is left aside: it stands once in some streams, where a later span would not see it."""
+"""Luminance above which shades are no longer distinguished: HLG's nominal peak (BT.2100), and most HDR10 mastering.
+
+The peak that a header states is ignored: some streams state it only once, where a later span would not see it.
+"""
 
 
 _PQ_NITS = 10000.0
-"""What PQ can say at most."""
+"""Largest luminance that PQ can code."""
 
 
 class Transfer(Enum):
-    """How numbers become light."""
+    """Transfer function: from code values to light."""
 
     SDR = "sdr"
     PQ = "pq"
@@ -55,7 +56,7 @@ _LUMA = {
     Colorspace.BT2020: (0.2627, 0.0593),
 }
 
-# Values of H.273, table 4, which FFmpeg uses too: those that are matrices, and those that are not one or not of R'G'B'.
+# Values of H.273, table 4, which FFmpeg uses too: those that are matrices over R'G'B', and those that are not.
 _MATRICES = {
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -79,10 +80,10 @@ _OTHER_SYSTEMS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Color:
-    """How the numbers of a frame are meant."""
+    """Color description of a frame."""
 
     matrix: Colorspace
-    """Of Y'CbCr; without meaning for RGB and gray."""
+    """Matrix of Y'CbCr; without meaning for RGB and gray."""
     full_range: bool
     transfer: Transfer
     primaries: ColorPrimaries
@@ -94,7 +95,7 @@ class Color:
 
 
 def color_of(frame: VideoFrame) -> Color:
-    """What a frame says of its color, and what players assume where it says nothing.
+    """Color description of a frame; where it states none, what players assume.
 
     Raises:
         ValueError: a system that is no matrix over R'G'B', such as ICtCp.
@@ -119,7 +120,7 @@ def color_of(frame: VideoFrame) -> Color:
 
 
 def _guessed_matrix(width: int, height: int, *, wide: bool) -> Colorspace:
-    """As libplacebo (mpv, VLC) guesses: 1280 columns or more than 576 rows are HD; DXVA2 goes by the rows alone."""
+    """Guess like libplacebo (mpv, VLC): 1280 columns or more than 576 rows are HD; DXVA2 uses the rows alone."""
     if wide:
         return Colorspace.BT2020
     return Colorspace.ITU709 if width >= 1280 or height > 576 else Colorspace.ITU601
@@ -129,12 +130,15 @@ def _guessed_matrix(width: int, height: int, *, wide: bool) -> Colorspace:
 
 
 def rgb_from_ycbcr(ycbcr: npt.NDArray[np.uint16], color: Color, depth: int) -> Floats:
-    """R'G'B' from 0 to 1 of samples shifted up to 16 bits, uint16 (H, W, 3); BT.2100 tables 6 and 9, H.273 8.3.
+    """Convert Y'CbCr to R'G'B', by BT.2100 tables 6 and 9 and H.273 8.3.
 
     Args:
-        ycbcr: as swscale widens samples: shifted, not stretched.
+        ycbcr: uint16 (H, W, 3), samples widened to 16 bits as swscale does: shifted, not stretched.
         color: the matrix and range.
         depth: bits of the samples before they were widened.
+
+    Returns:
+        float32 (H, W, 3) in [0, 1].
     """
     if color.full_range:
         offset, luma_scale = 0.0, 65536 * (1 - 2.0**-depth)
@@ -154,15 +158,22 @@ def rgb_from_ycbcr(ycbcr: npt.NDArray[np.uint16], color: Color, depth: int) -> F
 # R'G'B' of any kind to that of BT.709.
 
 _STEPS = (1 << 14) - 1
-"""The last index of a table: two bits finer than 12-bit samples."""
+"""Last index of a lookup table: two bits finer than 12-bit samples."""
 
 
 def to_bt709(rgb: Floats, color: Color) -> npt.NDArray[np.uint8]:
-    """R'G'B' from 0 to 1, float32 (H, W, 3), as uint8 R'G'B' for an SDR display of BT.709.
+    """Map R'G'B' to an SDR display of BT.709.
 
-    PQ and HLG become the light of a display of 1000 nits, which is compressed into that of one with 203 nits by the
-    EETF of BT.2390 on the brightest of the three components, so that hues stay. Primaries are changed in linear
-    light; what lies outside of BT.709 is cut off. The result is for the display of BT.1886 with a black of 0.
+    PQ and HLG are converted to the light of a display of 1000 nits. The EETF of BT.2390 compresses it to 203 nits, by
+    the brightest of the three components, so that hues stay. Primaries are changed in linear light; what lies outside
+    of BT.709 is clipped. The result is for a BT.1886 display with a black of 0.
+
+    Args:
+        rgb: float32 (H, W, 3) in [0, 1].
+        color: transfer and primaries of ``rgb``.
+
+    Returns:
+        uint8 (H, W, 3), R'G'B'.
     """
     codes = (rgb * _STEPS + 0.5).astype(np.uint16)
     light: Floats = _light_table(color.transfer)[codes]
@@ -181,7 +192,7 @@ def to_bt709(rgb: Floats, color: Color) -> npt.NDArray[np.uint8]:
 
 @cache
 def _light_table(transfer: Transfer) -> Floats:
-    """Linear light of each code: of SDR white for SDR and PQ, of the scene's peak for HLG."""
+    """Linear light of each code, relative to SDR white for SDR and PQ, to the scene's peak for HLG."""
     signal = np.arange(_STEPS + 1) / _STEPS
     if transfer is Transfer.SDR:
         light = signal**2.4  # BT.1886, with a black of 0
@@ -193,14 +204,14 @@ def _light_table(transfer: Transfer) -> Floats:
 
 
 def _gain_index(light: Floats) -> npt.NDArray[np.uint16]:
-    """Of light relative to SDR white; the square root gives the shadows their share of the table."""
+    """Index into ``_gain_table`` for light relative to SDR white; its square root keeps shadows precise."""
     index: Floats = np.sqrt(light * np.float32(REFERENCE_WHITE_NITS / _PQ_NITS))
     return (index * _STEPS + 0.5).astype(np.uint16)
 
 
 @cache
 def _gain_table() -> Floats:
-    """What to multiply light with, by ``_gain_index``."""
+    """Factor of light, by ``_gain_index``."""
     nits = (np.arange(_STEPS + 1) / _STEPS) ** 2 * _PQ_NITS
     gain = np.ones(_STEPS + 1)
     gain[1:] = tone_mapped(nits[1:]) / nits[1:]
@@ -209,7 +220,7 @@ def _gain_table() -> Floats:
 
 @cache
 def _display_table() -> npt.NDArray[np.uint8]:
-    """The code of each square root of light: the inverse of BT.1886's 2.4."""
+    """Code for each square root of light: the inverse of BT.1886's exponent 2.4."""
     root = np.arange(_STEPS + 1) / _STEPS
     return np.round(255 * root ** (2 / 2.4)).astype(np.uint8)
 
@@ -229,7 +240,7 @@ def _primaries_to_bt709(primaries: ColorPrimaries) -> Floats:
 
 
 def pq_to_nits(signal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """SMPTE ST 2084, as in BT.2100 table 4: nits of a display from R'G'B' in [0, 1]."""
+    """PQ, SMPTE ST 2084, as in BT.2100 table 4: display light in nits from R'G'B' in [0, 1]."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
     power = signal ** (1 / m2)
     nits: npt.NDArray[np.float64] = _PQ_NITS * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
@@ -245,14 +256,14 @@ def nits_to_pq(nits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def hlg_to_scene(signal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """ARIB STD-B67, as in BT.2100 table 5: the light of the scene, 0 to 1, from R'G'B' in [0, 1]."""
+    """HLG, ARIB STD-B67, as in BT.2100 table 5: scene light in [0, 1] from R'G'B' in [0, 1]."""
     a = 0.17883277
     b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
 
 
 def tone_mapped(nits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The EETF of BT.2390-10, 5.4.1, from a peak of 1000 nits to one of 203, both with a black of 0.
+    """Tone mapping: the EETF of BT.2390-10, 5.4.1, from a peak of 1000 nits to 203, both with a black of 0.
 
     Unchanged up to 88 nits; reference white comes out as 159 nits (level 230), the peak as 203 (255).
     """

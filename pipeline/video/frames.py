@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import re
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 
-import av
-import av.logging
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
@@ -25,51 +22,38 @@ from vidshard.pipeline.video.container import (
     may_change_aspect,
     open_video,
     pixel_aspect,
-    refuse_large,
     refuse_long,
 )
-from vidshard.pipeline.video.h264 import PictureNumbers
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
+from vidshard.pipeline.video.packets import (
+    NoKeyframeError,
+    SeekPoint,
+    at_seconds,
+    decode_packet,
+    drain,
+    read_packets,
+)
 from vidshard.pipeline.video.timestamps import Clock, TickConverter, stream_seconds, time_base_of, usual_ticks
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
-# How far before the wanted time to try, in seconds, when the container's index led past it; then the start.
+# Seconds before the wanted time to try in turn, when the container's index led past it; the start of the file is last.
 _SEEK_BACK_SECONDS = (0, 2, 10, 60)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedFrame:
-    """A decoded frame, and the ticks from which to which (exclusive) it is on screen if no other one follows."""
+    """A decoded frame and its display interval [pts, end_pts) in ticks."""
 
     frame: VideoFrame
     pts: int
     end_pts: int
-    """The next one's time, where only wanted frames are decoded."""
+    """By the frame's own duration, unless the next frame comes earlier; where only wanted frames are decoded, the next
+    frame's time."""
     stream: VideoStream | ImageArchive
     pixel_aspect: Fraction | None = None
-    """Shape of a pixel; None for squares. The stream cannot tell later: the last frame outlives its container."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeekPoint:
-    """Where decoding begins."""
-
-    seek_pts: int | None = None
-    """At the keyframe before this tick; None for the start of the file."""
-    forward: bool = False
-    """At the first keyframe not before that tick."""
-    await_keyframe: bool = True
-    """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
-
-
-_LACKS_A_PICTURE = "one that it may refer to is not there"
-"""Stands at a packet that does."""
-
-
-class _NoKeyframeError(Exception):
-    """Not one packet was marked as a keyframe."""
+    """Pixel aspect ratio; None for squares. Kept here, as the last frame outlives its container."""
 
 
 class _MissingFrameError(Exception):
@@ -83,9 +67,14 @@ def frames_covering(
     thread_type: ThreadType,
     needed: Needed | None = None,
 ) -> Generator[TimedFrame, None, None]:
-    """Frames in presentation order, the first one not after ``needed_pts``; from the first of all for None.
+    """Frames in presentation order, the first one not after ``needed_pts``.
 
-    With ``needed``, others than those that are wanted may be missing.
+    Args:
+        watched: the file.
+        needed_pts: None for the start of the video.
+        clock: the ticks of all times here.
+        thread_type: how the decoder uses threads.
+        needed: as in :func:`decode_from`.
     """
     if needed_pts is not None:
         for seconds in _SEEK_BACK_SECONDS:
@@ -93,7 +82,7 @@ def frames_covering(
             with closing(decode_from(watched, start, thread_type, clock=clock, needed=needed)) as frames:
                 try:
                     first = next(frames, None)
-                except VideoError:  # landed where decoding cannot begin: the start has the last word
+                except VideoError:  # not a place to start decoding: the start of the file decides
                     continue
                 if first is not None and first.pts <= needed_pts:
                     yield first
@@ -105,24 +94,24 @@ def frames_covering(
 def frames_after(
     watched: WatchedFile, pts: int, clock: Clock, thread_type: ThreadType, needed: Needed
 ) -> Generator[TimedFrame, None, None]:
-    """The first keyframe after a tick, and from it on the frames that are wanted; none where there is no such one.
+    """The first keyframe after a tick, then the wanted frames; none where no keyframe follows.
 
     Args:
         watched: the file.
         pts: where damage was met.
-        clock: that of all times here.
+        clock: the ticks of all times here.
         thread_type: how the decoder uses threads.
         needed: as in :func:`decode_from`.
     """
     key_pts: int | None = None
 
-    def needed_too(begin: int, end: int) -> bool:
+    def needed_or_first(start_pts: int, end_pts: int) -> bool:
         nonlocal key_pts
-        key_pts = begin if key_pts is None else key_pts
-        return begin == key_pts or needed(begin, end)
+        key_pts = start_pts if key_pts is None else key_pts
+        return start_pts == key_pts or needed(start_pts, end_pts)
 
     start = SeekPoint(seek_pts=pts + 1, forward=True)
-    yield from decode_from(watched, start, thread_type, clock=clock, needed=needed_too)
+    yield from decode_from(watched, start, thread_type, clock=clock, needed=needed_or_first)
 
 
 def decode_from(
@@ -134,16 +123,19 @@ def decode_from(
     keep_going: bool = False,
     needed: Needed | None = None,
 ) -> Generator[TimedFrame, None, None]:
-    """Frames from a starting point to the end, where a truncated stream is refused.
+    """Frames from a seek point to the end of the video.
 
     Args:
         watched: the file.
-        start: where to begin.
+        start: where to start.
         thread_type: how the decoder uses threads.
-        clock: that of all times here; None for the container's own, as it is.
+        clock: the ticks of all times here; None for the container's own.
         keep_going: skip what fails to decode, and fail only when nothing is left.
-        needed: decode the frames for which it holds, with the same pixels and times; others where that is no extra
-            work. It ends with the last of them. None decodes all.
+        needed: decode the frames for which it holds, with the same pixels and times as all; others may come too. The
+            last of them ends the iteration. None decodes all.
+
+    Raises:
+        VideoError: the stream is damaged, truncated or over a limit, or has no frames.
     """
     archive = image_archive(watched)
     if archive is not None:
@@ -151,7 +143,7 @@ def decode_from(
         return
     try:
         yield from _decode_needed(watched, start, thread_type, clock, keep_going, needed)
-    except _NoKeyframeError:
+    except NoKeyframeError:
         if start.seek_pts is None:
             yield from _decode_once(watched, SeekPoint(await_keyframe=False), thread_type, clock, keep_going, None)
 
@@ -159,7 +151,7 @@ def decode_from(
 def _images_from(
     archive: ImageArchive, start: SeekPoint, keep_going: bool, needed: Needed | None
 ) -> Generator[TimedFrame, None, None]:
-    """Images of an archive: the one sought, those that are needed, and the last one, after which is the end."""
+    """Images of an archive: the one sought, those that are needed, and the last one, which marks the end."""
     last = len(archive) - 1
     first = 0
     if start.seek_pts is not None:
@@ -193,19 +185,19 @@ def _decode_needed(
     keep_going: bool,
     needed: Needed | None,
 ) -> Generator[TimedFrame, None, None]:
-    """As ``_decode_once``; where leaving packets out went wrong, decoding everything has the last word."""
+    """Frames as from ``_decode_once``; everything is decoded where leaving out packets went wrong."""
     last_pts: int | None = None
     if needed is not None:
         try:
-            for shown in _decode_once(watched, start, thread_type, clock, keep_going, needed):
-                last_pts = shown.pts
-                yield shown
+            for frame in _decode_once(watched, start, thread_type, clock, keep_going, needed):
+                last_pts = frame.pts
+                yield frame
             return
         except _MissingFrameError:
             pass
-    for shown in _decode_once(watched, start, thread_type, clock, keep_going, None):
-        if last_pts is None or shown.pts > last_pts:
-            yield shown
+    for frame in _decode_once(watched, start, thread_type, clock, keep_going, None):
+        if last_pts is None or frame.pts > last_pts:
+            yield frame
 
 
 def _decode_once(
@@ -216,33 +208,17 @@ def _decode_once(
     keep_going: bool,
     needed: Needed | None,
 ) -> Generator[TimedFrame, None, None]:
+    """Frames of one pass over the packets; with ``needed``, packets that it can do without are left out."""
     with open_video(watched, thread_type) as (container, stream):
-        read = clock.converter(stream) if clock is not None else TickConverter()
-        if start.seek_pts is not None:
-            with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
-                container.seek(read.to_container(start.seek_pts), backward=not start.forward, stream=stream)
-        time_base = time_base_of(stream)
-        frame_ticks = usual_ticks(stream)
-        aspect, aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)
-        packets = _packets(container, stream, start, watched.limits, read)
-        first_pts: int | None = None  # of the keyframe that a seek led to
-        if start.seek_pts is not None:
-            first = next(packets)
-            if first is None and start.forward:
-                return  # no keyframe comes any more
-            if first is not None:
-                first_pts = first.pts
-                if first_pts is None and stream.codec_context.reorder_depth == 0:
-                    first_pts = first.dts
-                if first_pts is None:
-                    return  # no telling where this is: only counting from the start says
-            packets = chain([first], packets)
-        last_pts: int | None = None  # these two by the container's ticks
-        end_pts = 0
+        convert = clock.converter(stream) if clock is not None else TickConverter()
+        found = _packets_from(container, stream, start, watched.limits, convert)
+        if found is None:
+            return
+        packets, first_pts = found
+        schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts) if needed is not None else None
+        order = _FrameOrder(stream, convert, first_pts, conceal=keep_going)
         failure = "no packets"
-        awaited = _Awaited()
-        schedule = Schedule(packets, stream, _by_clock(needed, read), first_pts) if needed is not None else None
-        with _in_doubt(watched, schedule):
+        with _failures_retried(watched, schedule):
             for step in schedule or _every(packets):
                 try:
                     frames = _decode_step(watched, stream, step)
@@ -252,47 +228,55 @@ def _decode_once(
                     failure = error.detail
                     continue
                 if step is not None:
-                    awaited.sent(step)
+                    order.awaited.sent(step)
                 for frame in frames:
-                    pts = frame.pts if frame.pts is not None else frame.dts
-                    if pts is None:
-                        pts = end_pts
-                    if first_pts is not None and pts < first_pts:
-                        continue  # leans on pictures before the keyframe, which were not decoded
-                    if frame.is_corrupt and not keep_going:
-                        detail = f"{_at(pts, time_base)}: the decoder had to conceal a damaged picture"
-                        raise VideoError(Reason.DECODE_ERROR, detail)
-                    if last_pts is not None and pts < last_pts:
-                        before = f"{float(last_pts * time_base):.2f} s"
-                        detail = f"{_at(pts, time_base)}: presentation times run backwards, after {before}"
-                        raise VideoError(Reason.DECODE_ERROR, detail)
-                    end_pts = awaited.came(pts) or pts + (frame.duration or frame_ticks)
-                    aspect = pixel_aspect(stream) if aspect_may_change else aspect
-                    last_pts = pts
-                    yield TimedFrame(
-                        frame=frame, pts=read(pts), end_pts=read(end_pts), stream=stream, pixel_aspect=aspect
-                    )
-            awaited.came(FOREVER)
+                    timed = order.timed(frame)
+                    if timed is not None:
+                        yield timed
+            order.awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
                 return
-            if last_pts is not None:
-                _refuse_truncated(stream, end_pts * time_base)
+            if order.last_pts is not None:
+                _refuse_truncated(stream, order.end_pts * time_base_of(stream))
             elif start.seek_pts is None:
                 raise VideoError(
                     Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
                 )
 
 
-def _by_clock(needed: Needed, read: TickConverter) -> Needed:
-    """The same question in the container's ticks."""
-    if read.parts == 1:
+def _packets_from(
+    container: InputContainer, stream: VideoStream, start: SeekPoint, limits: Limits, convert: TickConverter
+) -> tuple[Iterator[Packet[VideoStream] | None], int | None] | None:
+    """Packets from a seek point on, and the time of the keyframe it led to, in the container's ticks.
+
+    Returns:
+        The time is None without a seek. None instead of both where decoding cannot start there: no keyframe follows,
+        or it has no time, so that only counting from the start tells where it is.
+    """
+    packets = read_packets(container, stream, start, limits, convert)
+    if start.seek_pts is None:
+        return packets, None
+    with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
+        container.seek(convert.to_container(start.seek_pts), backward=not start.forward, stream=stream)
+    first = next(packets)
+    if first is None:
+        return None if start.forward else (iter([None]), None)
+    first_pts = first.pts
+    if first_pts is None and stream.codec_context.reorder_depth == 0:
+        first_pts = first.dts
+    return None if first_pts is None else (chain([first], packets), first_pts)
+
+
+def _in_clock(needed: Needed, convert: TickConverter) -> Needed:
+    """The same question asked in the container's ticks."""
+    if convert.parts == 1:
         return needed
-    return lambda pts, until_pts: needed(read(pts), until_pts if until_pts == FOREVER else read(until_pts))
+    return lambda pts, until_pts: needed(convert(pts), until_pts if until_pts == FOREVER else convert(until_pts))
 
 
 @contextmanager
-def _in_doubt(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]:
-    """A failure after packets were left out may come of that."""
+def _failures_retried(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]:
+    """Raise _MissingFrameError for a failure after packets were left out, as that may be its cause."""
     try:
         yield
     except VideoError as error:
@@ -302,22 +286,43 @@ def _in_doubt(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]
         raise
 
 
+def _every(packets: Iterator[Packet[VideoStream] | None]) -> Iterator[Step | None]:
+    return (None if packet is None else Step(packet=packet) for packet in packets)
+
+
+def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[VideoFrame]:
+    """The frames the decoder gives for a step; None drains it."""
+    context = stream.codec_context
+    frames: list[VideoFrame] = []
+    if step is None or step.restart:
+        frames = drain(watched, stream)
+    if step is None:
+        return frames
+    if step.restart:
+        context.flush_buffers()
+    context.skip_frame = "NONREF" if step.skip else "DEFAULT"
+    return frames + decode_packet(watched, stream, step.packet)
+
+
 @dataclass(slots=True)
-class _Awaited:
+class _AwaitedFrames:
     """The wanted frames that have not come out of the decoder yet."""
 
     expected: list[tuple[int, int | None]] = field(default_factory=list)
-    """A heap of their times, and of those of the frames after them."""
+    """A heap of their times, and of the times of the frames after them."""
 
     def sent(self, step: Step) -> None:
         if step.expected_pts is not None:
             heapq.heappush(self.expected, (step.expected_pts, step.next_pts))
 
     def came(self, pts: int) -> int | None:
-        """A frame came out: when the next one follows, where that is known.
+        """Take note of a frame that came out.
+
+        Returns:
+            The time of the next frame, where that is known.
 
         Raises:
-            _MissingFrameError: one that was wanted before it did not.
+            _MissingFrameError: a frame that was wanted before it did not come.
         """
         if not self.expected or pts < self.expected[0][0]:
             return None
@@ -327,132 +332,81 @@ class _Awaited:
         return next_pts
 
 
-def _every(packets: Iterator[Packet[VideoStream] | None]) -> Iterator[Step | None]:
-    return (None if packet is None else Step(packet=packet) for packet in packets)
+class _FrameOrder:
+    """Gives decoded frames their display intervals, and refuses those that are damaged or out of order."""
 
+    __slots__ = (
+        "_aspect",
+        "_aspect_may_change",
+        "_conceal",
+        "_convert",
+        "_first_pts",
+        "_frame_ticks",
+        "_stream",
+        "_time_base",
+        "awaited",
+        "end_pts",
+        "last_pts",
+    )
 
-def _packets(
-    container: InputContainer, stream: VideoStream, start: SeekPoint, limits: Limits, read: TickConverter | None = None
-) -> Iterator[Packet[VideoStream] | None]:
-    """Packets from the first keyframe on that is no earlier than wanted, then None to drain the decoder."""
-    waiting = start.await_keyframe
-    earliest = start.seek_pts if start.forward else None
-    num_packets = 0
-    context = stream.codec_context
-    numbers = PictureNumbers(bytes(context.extradata or b"")) if context.codec.canonical_name == "h264" else None
-    packets = container.demux(stream)
-    while True:
-        try:
-            with _ErrorsLogged() as messages:
-                packet = next(packets, None)
-        except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
-            raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
-        if messages:
-            _refuse_lost_place(container, messages, num_packets)
-        if packet is None:
-            break
-        if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
-            continue
-        num_packets += 1
-        if num_packets > limits.max_frames:
-            refuse_long(limits, num_frames=num_packets)
-        if waiting and packet.is_keyframe:
-            waiting = earliest is not None and (packet.pts is None or (read or int)(packet.pts) < earliest)
-        if not waiting:
-            if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
-                packet.opaque = _LACKS_A_PICTURE
-            yield packet
-    if waiting and num_packets:
-        raise _NoKeyframeError
-    yield None
+    def __init__(self, stream: VideoStream, convert: TickConverter, first_pts: int | None, *, conceal: bool) -> None:
+        """Expect the frames of a stream.
 
+        Args:
+            stream: the frames' stream.
+            convert: the container's ticks to those of the clock.
+            first_pts: frames before it are left out; in the container's ticks, as all times here.
+            conceal: take frames in which the decoder concealed damage.
+        """
+        self.awaited = _AwaitedFrames()
+        self.last_pts: int | None = None
+        self.end_pts = 0
+        self._stream, self._convert, self._first_pts, self._conceal = stream, convert, first_pts, conceal
+        self._time_base, self._frame_ticks = time_base_of(stream), usual_ticks(stream)
+        self._aspect, self._aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)
 
-def _refuse_lost_place(container: InputContainer, messages: list[tuple[int, str, str]], num_packets: int) -> None:
-    """Take what FFmpeg's demuxer only writes into its log, that it lost its place, for the damage it is.
+    def timed(self, frame: VideoFrame) -> TimedFrame | None:
+        """The frame with its times; None for one before the keyframe that a seek led to.
 
-    It goes on at the next place it understands, and the pictures in between are missing without a mark: those after
-    them would be wrong.
-    """
-    for _, name, text in messages:
-        if name == container.format.name:
-            cut_off = "prematurely" in text or "partial file" in text
-            reason = Reason.TRUNCATED if cut_off else Reason.DECODE_ERROR
-            raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
-
-
-class _ErrorsLogged:
-    """What FFmpeg writes into its log meanwhile: level, part of FFmpeg, words. Costs a microsecond."""
-
-    __slots__ = ("_capture",)
-
-    def __enter__(self) -> list[tuple[int, str, str]]:
-        av.logging.set_level(av.logging.ERROR)
-        av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
-        self._capture = av.logging.Capture()
-        return self._capture.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._capture.__exit__(None, None, None)
-        av.logging.set_level(None)
-
-
-def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[VideoFrame]:
-    context = stream.codec_context
-    frames: list[VideoFrame] = []
-    if step is None or step.restart:
-        frames = _decode(watched, stream, None)
-    if step is None:
-        return frames
-    if step.restart:
-        context.flush_buffers()
-    context.skip_frame = "NONREF" if step.skip else "DEFAULT"
-    return frames + _decode_packet(watched, stream, step.packet)
-
-
-def _decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream]) -> list[VideoFrame]:
-    if packet.is_corrupt:
-        at = _place_of(packet, stream)
-        if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
-            raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
-        raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
-    if packet.opaque is _LACKS_A_PICTURE:
-        raise _missing_reference(_place_of(packet, stream))
-    return _decode(watched, stream, packet)
-
-
-def _missing_reference(place: str) -> VideoError:
-    return VideoError(Reason.DECODE_ERROR, f"{place}: a picture that this one refers to is missing")
-
-
-def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-    """The frames that come of a packet, or of draining the decoder."""
-    try:
-        with _ErrorsLogged() as messages:
-            frames = stream.codec_context.decode(packet)
-    except av.FFmpegError as error:
-        for _, _, text in messages:  # each codec has another error for it, "out of memory" among them
-            if size := re.search(r"size (\d+)x(\d+) exceeds", text):
-                refuse_large(watched.limits, int(size[1]), int(size[2]))
-        if isinstance(error, av.error.MemoryError):
-            raise
-        at = "at the end" if packet is None else _place_of(packet, stream)
-        raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
-    if any("Could not find ref" in text for _, _, text in messages):  # hevc then gives no picture, and no error
-        raise _missing_reference("at the end" if packet is None else _place_of(packet, stream))
-    return frames
-
-
-def _place_of(packet: Packet[VideoStream], stream: VideoStream) -> str:
-    pts = packet.pts if packet.pts is not None else packet.dts
-    return _at(pts, time_base_of(stream)) if pts is not None else f"at byte {packet.pos}"
-
-
-def _at(pts: int, time_base: Fraction) -> str:
-    return f"at {float(pts * time_base):.2f} s"
+        Raises:
+            VideoError: DECODE_ERROR: it is damaged, or its time runs backwards.
+            _MissingFrameError: a frame that was wanted before it did not come.
+        """
+        pts = frame.pts if frame.pts is not None else frame.dts
+        if pts is None:
+            pts = self.end_pts
+        if self._first_pts is not None and pts < self._first_pts:
+            return None  # it references pictures before the keyframe, which were not decoded
+        if frame.is_corrupt and not self._conceal:
+            detail = f"{at_seconds(pts, self._time_base)}: the decoder had to conceal a damaged picture"
+            raise VideoError(Reason.DECODE_ERROR, detail)
+        if self.last_pts is not None and pts < self.last_pts:
+            before = f"{float(self.last_pts * self._time_base):.2f} s"
+            detail = f"{at_seconds(pts, self._time_base)}: presentation times run backwards, after {before}"
+            raise VideoError(Reason.DECODE_ERROR, detail)
+        self.end_pts = self.awaited.came(pts) or pts + (frame.duration or self._frame_ticks)
+        self.last_pts = pts
+        if self._aspect_may_change:
+            self._aspect = pixel_aspect(self._stream)
+        return TimedFrame(
+            frame=frame,
+            pts=self._convert(pts),
+            end_pts=self._convert(self.end_pts),
+            stream=self._stream,
+            pixel_aspect=self._aspect,
+        )
 
 
 def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
-    """From the first frame to the end, by reading every packet but decoding none."""
+    """Seconds from the first frame to the end, by reading every packet but decoding none.
+
+    Args:
+        watched: the file.
+        first_pts: time of the first frame, in the container's ticks.
+
+    Raises:
+        VideoError: the container is damaged, or the video over a limit.
+    """
     archive = image_archive(watched)
     if archive is not None:
         return (len(archive) - first_pts) / archive.rate
@@ -460,13 +414,13 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
         frame_ticks, time_base = usual_ticks(stream), time_base_of(stream)
         longest = watched.limits.max_seconds / time_base
         num_packets, ticks, end_pts = 0, 0, first_pts
-        for packet in _packets(container, stream, SeekPoint(await_keyframe=False), watched.limits):
+        for packet in read_packets(container, stream, SeekPoint(await_keyframe=False), watched.limits):
             if packet is not None:
                 num_packets += 1
                 if packet.pts is not None:
                     end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
                 ticks = end_pts - first_pts or num_packets * frame_ticks
-                if ticks > longest:  # now, as there may be no end
+                if ticks > longest:  # checked within the loop, as there may be no end
                     refuse_long(watched.limits, seconds=ticks * time_base)
         return ticks * time_base
 
@@ -474,9 +428,9 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
 def _refuse_truncated(stream: VideoStream, end_seconds: Fraction) -> None:
     """Refuse a stream whose frames end well before its header says they do.
 
-    Only what the header says of the video stream itself counts: a container may be longer for its sound. Where
-    the clock starts differs between writers, so the reading that misses less is taken. Honest writers are exact to
-    a frame or two; a second, or a hundredth of the length, leaves room for the others.
+    Only the length that the header states for the video stream counts: a container may be longer for its sound.
+    Writers differ in where its clock starts, so the reading that misses less is taken. Honest writers are exact to a
+    frame or two; a second, or a hundredth of the length, leaves room for the others.
     """
     claimed = stream_seconds(stream)
     if claimed is None:

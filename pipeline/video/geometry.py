@@ -1,4 +1,4 @@
-"""From the stored picture to the clip's picture: orientation, pixel shape, scale, cut.
+"""Geometry of a frame: orientation, pixel aspect ratio, scale and crop, from the stored picture to the clip's.
 
 Pure arithmetic and array views: no video is opened here. Sizes are computed in whole numbers, so that every
 machine cuts the same pixels.
@@ -19,12 +19,12 @@ import numpy.typing as npt
 from vidshard.schemas.video import ClipSpec, Geometry
 
 MAX_SCALED_PIXELS = 1 << 26
-"""A scaled frame may have this many pixels before it is cut (200 MB of RGB): only absurd aspect ratios reach it."""
+"""Largest scaled frame before it is cut, in pixels (200 MB of RGB): only absurd aspect ratios exceed it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Orientation:
-    """How stored pixels turn into displayed ones: first transpose, then mirror. Covers all eight cases."""
+    """Orientation of the stored picture, as the steps to the displayed one: first transpose, then mirror."""
 
     transpose: bool = False
     flip_x: bool = False
@@ -34,10 +34,10 @@ class Orientation:
 
     @classmethod
     def from_display_matrix(cls, matrix: bytes) -> Orientation:
-        """Of a container's display matrix: nine int32, native order, rows ``a b u, c d v, x y w``.
+        """Read a container's display matrix: nine int32, native order, rows ``a b u, c d v, x y w``.
 
-        A stored point (x, y) is shown at (a·x + c·y, b·x + d·y), x to the right and y down. Angles between
-        quarter turns are taken as the nearest one, which is what players without a canvas do.
+        A stored point (x, y) is shown at (a·x + c·y, b·x + d·y), x to the right and y down. Angles between quarter
+        turns count as the nearest quarter turn, as in players without a canvas.
         """
         if len(matrix) < 36:
             return cls()
@@ -55,11 +55,11 @@ class Orientation:
         return 180 if self.flip_x ^ mirrored else 0
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Displayed (width, height) of a stored size; the other way round it is the same swap."""
+        """Displayed (width, height) of a stored size, and the reverse: both are the same swap."""
         return (height, width) if self.transpose else (width, height)
 
     def apply(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """A view of uint8 (H, W, 3) as displayed."""
+        """A view of a stored frame, uint8 (H, W, C), as displayed."""
         if self.transpose:
             frame = frame.transpose(1, 0, 2)
         return frame[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
@@ -77,9 +77,9 @@ def display_size(width: int, height: int, pixel_aspect: Fraction | None, orienta
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) of those whose aspect ratio is nearest to a displayed size's, as a factor.
+    """The bucket (height, width) whose aspect ratio is nearest to a displayed size's, measured as a factor.
 
-    Of several with the same ratio the one whose area is nearest, likewise; of equal ones the first.
+    Buckets of the same ratio compare by area, also as a factor; the first of equals is taken.
     """
 
     def distance(bucket: tuple[int, int]) -> tuple[float, float]:
@@ -91,7 +91,7 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) 
 
 @lru_cache(maxsize=64)
 def plan_geometry(width: int, height: int, spec: ClipSpec) -> Geometry:
-    """How a displayed size becomes the clip's size.
+    """Plan the scaling and cutting of frames of a displayed size to the clip's size.
 
     Raises:
         ValueError: an aspect ratio so extreme that the scaled frame would not fit into memory.
@@ -113,12 +113,12 @@ def plan_geometry(width: int, height: int, spec: ClipSpec) -> Geometry:
 
 
 def paste(scaled: npt.NDArray[np.uint8], geometry: Geometry, out: npt.NDArray[np.uint8]) -> None:
-    """Write a scaled frame into a clip's frame: the centre of it, or all of it between black bars.
+    """Write a scaled frame into a clip's frame: its center, or all of it between black bars.
 
     Args:
-        scaled: uint8 (scaled_height, scaled_width, 3).
-        geometry: where the cut, or the bars, are.
-        out: uint8 (H, W, 3), overwritten.
+        scaled: uint8 (scaled_height, scaled_width, C).
+        geometry: position of the cut, or of the bars.
+        out: uint8 (H, W, C), overwritten.
     """
     height, width = out.shape[:2]
     top, left = max(0, geometry.top), max(0, geometry.left)

@@ -1,9 +1,9 @@
 """Images in a tar or zip archive, read as the frames of a video.
 
-An archive is told by its content. Its images, in natural order of their names, are shown one after another at the rate
-of the run, ``image_fps``: frame ``n`` has the tick ``n``. Each is read into memory and decoded by itself, and nothing
-is ever unpacked to disk. Zip has an index of its members; tar has none, so that all its headers are read each time it
-is opened.
+An archive is recognized by its content. Its images, in natural order of their names, are shown one after another at
+the run's rate, ``image_fps``: frame ``n`` has tick ``n``. Each is read into memory and decoded by itself; nothing is
+unpacked to disk. A zip has an index of its members. A tar has none, so all its headers are read each time it is
+opened.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vidshard.schemas.video import Limits
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "ppm"})
 
-# What the first bytes say counts, not the name: a jpeg called .png is common.
+# The first bytes decide, not the name: a jpeg called .png is common.
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "png"),
     (b"\xff\xd8", "mjpeg"),
@@ -47,17 +47,17 @@ _MAGIC = (
     (b"P6", "ppm"),
 )
 
-# Else FFmpeg conceals what is missing. Its tiff decoder would refuse tags that it does not know.
+# Without these FFmpeg conceals what is missing. Its tiff decoder would refuse tags that it does not know.
 _STRICTNESS = {"png": "crccheck+explode", "mjpeg": "explode"}
 
-# None, CCITT (three of them), LZW, deflate (two) and PackBits; FFmpeg shows black for others, without a word.
+# None, CCITT (three of them), LZW, deflate (two) and PackBits; FFmpeg silently shows black for others.
 _TIFF_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 8, 32946, 32773})
 
 _MAX_MEMBERS = 1_000_000
-"""Images or not: 11 hours at 24 per second."""
+"""Largest number of members, images or not: 11 hours at 24 per second."""
 
 _MAX_INDEX_BYTES = 128 << 20
-"""Of a zip's index, or of one name in a tar: Python reads either at once."""
+"""Largest index of a zip, or name in a tar: Python reads either at once."""
 
 _BAD_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
 _BAD_TAR = (tarfile.TarError, zlib.error, struct.error, EOFError, ValueError, OverflowError, RecursionError)
@@ -67,14 +67,14 @@ _BAD_TAR = (tarfile.TarError, zlib.error, struct.error, EOFError, ValueError, Ov
 class _Image:
     name: str
     num_bytes: int
-    """As the archive states it."""
+    """Size as the archive states it."""
     at: zipfile.ZipInfo | int
-    """The entry of a zip, or the offset in a tar."""
+    """The entry in a zip, or the offset in a tar."""
 
 
 @dataclass(slots=True)
 class _Bounded:
-    """The file as Python's archive modules get it: no read larger than allowed, and no seek before the start."""
+    """The file object for Python's archive modules: refuses reads that are too large and seeks before the start."""
 
     watched: WatchedFile
     most_bytes: int = _MAX_INDEX_BYTES
@@ -105,7 +105,7 @@ class ImageArchive:
     rate: Fraction
     images: list[_Image]
     codec: str
-    """Of the image that was decoded last."""
+    """Codec of the image that was decoded last; empty before."""
 
     def __init__(self, kind: str, watched: WatchedFile) -> None:
         """Read the index.
@@ -131,11 +131,11 @@ class ImageArchive:
         self._file.most_bytes = _most_bytes(watched.limits)
 
     def __len__(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.images)
 
     def frame(self, index: int) -> VideoFrame:
-        """An image decoded.
+        """Decode an image.
 
         Raises:
             VideoError: DECODE_ERROR, OVER_LIMIT or UNSUPPORTED, with the name of the member.
@@ -200,7 +200,7 @@ class ImageArchive:
 
 
 def image_archive(watched: WatchedFile) -> ImageArchive | None:
-    """The archive that a file is; None where it is none.
+    """Open a file as an image archive; None where it is none.
 
     Raises:
         VideoError: as :class:`ImageArchive`.
@@ -215,7 +215,7 @@ def image_archive(watched: WatchedFile) -> ImageArchive | None:
 
 
 def _most_bytes(limits: Limits) -> int:
-    """Of an image's file: its pixels uncompressed, RGBA of 16 bits, and some more."""
+    """Largest image file: its pixels uncompressed, RGBA of 16 bits, and some more."""
     return 8 * limits.max_pixels + (1 << 20)
 
 
@@ -225,7 +225,7 @@ def _refuse_many(num_members: int) -> None:
 
 
 def _is_image(name: str) -> bool:
-    """By the name alone, and not hidden."""
+    """Whether a member's name is that of an image, and not hidden."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in _parts(name))
     return not hidden and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
@@ -235,7 +235,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[list[str | tuple[int, str]], str]]:
-    """Sorts folder by folder, and numbers by their value: frame2 before frame10."""
+    """Sort key for natural order: folder by folder, and numbers by value, so that frame2 comes before frame10."""
     keys = []
     for part in _parts(name):
         pieces: list[str | tuple[int, str]] = list(re.split(r"([0-9]+)", part))
@@ -281,7 +281,7 @@ def _decode(data: bytes, limits: Limits) -> tuple[VideoFrame, str]:
 
 
 def _tiff_compression(data: bytes) -> int:
-    """The first picture's; 1, which is none, where it is not stated."""
+    """Compression tag of the first picture; 1 (none) where it is not stated."""
     order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
     at = int.from_bytes(data[4:8], order)
     for entry in range(at + 2, at + 2 + 12 * int.from_bytes(data[at : at + 2], order), 12):
@@ -300,6 +300,6 @@ def _damage_named(what: str, errors: tuple[type[Exception], ...]) -> Iterator[No
 
 
 def _readable(name: str) -> str:
-    """On one line, and of characters that can be stored."""
+    """A name on one line, of printable characters, at most 200 long."""
     text = "".join(c if c.isprintable() else "?" for c in name.encode("utf-8", "replace").decode())
     return text if len(text) <= 200 else f"{text[:100]}...{text[-90:]}"

@@ -1,9 +1,9 @@
-"""What a packet says of itself: whether decoding can begin with it, and whether other pictures may lean on it.
+"""Reads from a packet whether it is a random access point, and whether other pictures may reference it.
 
-Containers mark keyframes, and some marks are wrong or mean less than a clean beginning. So the headers of a packet's
-own pictures are read. Whatever is not understood counts as a picture that others lean on.
+Containers mark keyframes, but some marks are wrong or mean less than a random access point, so the headers of a
+packet's own pictures are read. A picture that is not understood counts as referenced by others.
 
-Sections are those of ITU-T H.264, H.265, H.262, ISO 14496-2 and the VP8, VP9 and AV1 bitstream specifications.
+Section numbers are those of ITU-T H.264, H.265, H.262, ISO 14496-2 and the VP8, VP9 and AV1 bitstream specifications.
 """
 
 from __future__ import annotations
@@ -15,41 +15,42 @@ from dataclasses import dataclass
 from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.bit_reader import Bits, payload, units
-from vidshard.pipeline.video.h264 import Sequence, parameter_sets
+from vidshard.pipeline.video.h264 import SequenceParameters, parameter_sets
 
 ALL_SLOTS = 255
+"""All eight reference slots, as bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PacketFacts:
-    """What the decoding of other packets asks of this one."""
+    """How a packet depends on others, and others on it."""
 
-    begins: bool = False
-    """This and all later pictures, but those shown before it, need nothing earlier."""
-    flush: bool = False
-    """It begins only for a decoder that has forgotten what came before."""
+    random_access: bool = False
+    """Whether this and all later pictures, but those shown before it, need nothing earlier."""
+    needs_flush: bool = False
+    """It is a random access point only for a decoder that was flushed."""
     skippable: bool = False
-    """If no other picture refers to it, the decoder finds that out, and skips it when asked to."""
+    """Whether the decoder knows if no other picture references it, and then skips it when asked to."""
     reads: int = ALL_SLOTS
-    """Of the places in which decoders keep pictures for later ones, those that it may look at, as bits."""
+    """Reference slots of the decoder that it may read, as bits."""
     writes: int | None = None
-    """Those that hold a picture of this packet afterwards; None where that is not known, and it has to be sent."""
+    """Reference slots that hold a picture of this packet afterwards; None where unknown, so that it has to be sent."""
 
 
 Inspector = Callable[[bytes], PacketFacts | None]
-"""The facts of a packet of at least one byte; None where it is not one whole picture, and all have to be decoded."""
+"""Gives the facts of a packet of at least one byte; None where it is not one whole picture: all must be decoded."""
 
 UNKNOWN = PacketFacts()
-_BEGINS = PacketFacts(begins=True)
+_RANDOM_ACCESS = PacketFacts(random_access=True)
 _SKIPPABLE = PacketFacts(skippable=True)
-_BEGINS_AFTER_FLUSH = PacketFacts(begins=True, flush=True)
+_RANDOM_ACCESS_AFTER_FLUSH = PacketFacts(random_access=True, needs_flush=True)
 
 # Each picture stands alone, tables included.
 _INTRA_ONLY = frozenset({"prores", "dnxhd", "png", "utvideo", "v210"})
 
 
 def inspector_of(stream: VideoStream) -> Inspector:
-    """How to read the packets of a stream."""
+    """The function that reads the packets of a stream, by its codec."""
     codec = stream.codec_context.codec.canonical_name
     extradata = bytes(stream.codec_context.extradata or b"")
     if codec == "h264":
@@ -59,7 +60,7 @@ def inspector_of(stream: VideoStream) -> Inspector:
     if codec == "av1":
         return _Av1(extradata)
     if codec in _INTRA_ONLY:
-        return lambda _: _BEGINS
+        return lambda _: _RANDOM_ACCESS
     return {"mjpeg": _mjpeg, "mpeg4": _mpeg4, "mpeg2video": _mpeg2, "vp8": _vp8, "vp9": _vp9}.get(
         codec, lambda _: UNKNOWN
     )
@@ -81,13 +82,13 @@ class _H264:
             elif kind in (1, 5):
                 if not self._frames_only:
                     return None
-                return _BEGINS if kind == 5 else _SKIPPABLE
+                return _RANDOM_ACCESS if kind == 5 else _SKIPPABLE
         return None
 
     def _read_parameters(self, data: bytes, at: int) -> None:
         frames_only = False
         with suppress(EOFError):
-            frames_only = Sequence.read(payload(data, at + 1)).frames_only
+            frames_only = SequenceParameters.read(payload(data, at + 1)).frames_only
         self._frames_only = frames_only and self._frames_only is not False
 
 
@@ -95,7 +96,7 @@ class _Hevc:
     def __init__(self, extradata: bytes) -> None:
         self._length_bytes = 0
         self._top_layer: int | None = None
-        """Pictures of the highest temporal layer alone are known to be referred to by none when they say so."""
+        """Highest temporal layer: only its pictures are known to be referenced by none when they say so."""
         if extradata[:1] == b"\1" and len(extradata) > 22:  # 8.3.3.1 of ISO 14496-15
             self._length_bytes = (extradata[21] & 3) + 1
             at = 23
@@ -122,9 +123,9 @@ class _Hevc:
                 self._read_parameters(data, at)
             elif kind < 32 and at + 2 < len(data):
                 if kind in (19, 20):
-                    return _BEGINS
-                if kind == 21:  # an open group of pictures: its order count goes on, unless decoding begins here
-                    return _BEGINS_AFTER_FLUSH
+                    return _RANDOM_ACCESS
+                if kind == 21:  # an open GOP: its order count goes on, unless decoding starts here
+                    return _RANDOM_ACCESS_AFTER_FLUSH
                 if self._top_layer is None:
                     return UNKNOWN
                 return _SKIPPABLE if (data[at + 1] & 7) - 1 >= self._top_layer else UNKNOWN
@@ -138,7 +139,7 @@ def _mpeg4(data: bytes) -> PacketFacts | None:
     at = data.find(b"\0\0\1\xb6")
     if at < 0 or at + 4 >= len(data) or data.find(b"\0\0\1\xb6", at + 4) >= 0:  # none, or several packed into one
         return None
-    return _BEGINS if data[at + 4] >> 6 == 0 else _SKIPPABLE
+    return _RANDOM_ACCESS if data[at + 4] >> 6 == 0 else _SKIPPABLE
 
 
 def _mpeg2(data: bytes) -> PacketFacts | None:
@@ -149,23 +150,23 @@ def _mpeg2(data: bytes) -> PacketFacts | None:
     if at < 0 or not 0 <= extension < len(data) - 8 or data[extension + 6] & 3 != 3:  # a field, 6.3.10
         return None
     if data[at + 5] >> 3 & 7 == 1:
-        return _BEGINS if data.find(b"\0\0\1\xb3", 0, at) >= 0 else UNKNOWN
+        return _RANDOM_ACCESS if data.find(b"\0\0\1\xb3", 0, at) >= 0 else UNKNOWN
     return _SKIPPABLE
 
 
 def _mjpeg(data: bytes) -> PacketFacts | None:
     head = data[:4096]
     scan = head.find(b"\xff\xda")
-    # all tables of its own; one that lacks some takes those of a picture before it
+    # a picture that lacks tables of its own takes those of the picture before it
     whole = 0 <= head.find(b"\xff\xdb") < scan and 0 <= head.find(b"\xff\xc4") < scan
-    return _BEGINS if whole else UNKNOWN
+    return _RANDOM_ACCESS if whole else UNKNOWN
 
 
 def _vp8(data: bytes) -> PacketFacts | None:
     first = data[0]
     if not first & 0x10:  # not shown
         return None
-    return _BEGINS if not first & 1 else UNKNOWN
+    return _RANDOM_ACCESS if not first & 1 else UNKNOWN
 
 
 def _vp9(data: bytes) -> PacketFacts | None:
@@ -174,30 +175,30 @@ def _vp9(data: bytes) -> PacketFacts | None:
     shown = data[0] & 0x0A
     if not shown and data[-1] & 0xE0 != 0xC0:  # not shown, and no others beside it
         return None
-    return _BEGINS if data[0] & 0xCE == 0x82 else UNKNOWN
+    return _RANDOM_ACCESS if data[0] & 0xCE == 0x82 else UNKNOWN
 
 
 class _Av1:
-    """What a frame leaves behind, probabilities and motion too, lives in the slots that it refreshes, 7.20 and 7.21.
+    """Reads AV1 packets. All that a frame leaves for later ones is in the slots it refreshes, 7.20 and 7.21.
 
-    Which slots it may look at stands in its header.
+    That includes probabilities and motion. The slots it may read stand in its header.
     """
 
     def __init__(self, extradata: bytes) -> None:
         self._sequence: _Av1Sequence | None = None
         self._known = 0
-        """Slots with a picture that is known to be no keyframe: showing one of those changes nothing."""
+        """Slots, as bits, with a picture known to be no keyframe: showing one of those changes nothing."""
         if extradata[:1] == b"\x81":
             self(extradata[4:])
 
     def __call__(self, data: bytes) -> PacketFacts | None:
         reads, writes, understood = 0, 0, True
-        begins: bool | None = None
+        random_access: bool | None = None
         for kind, layer, at, end in _av1_units(data):
             if kind == 1:
                 self._sequence = _Av1Sequence.read(data[at:end])
             elif kind in (3, 6):
-                begins = data[at] >> 4 == 1 if begins is None else begins  # a keyframe, shown
+                random_access = data[at] >> 4 == 1 if random_access is None else random_access  # a keyframe, shown
                 header = None
                 if self._sequence is not None and not layer:
                     header = self._sequence.header(data[at : min(end, at + 64)])
@@ -208,15 +209,15 @@ class _Av1:
                 reads |= header.reads & ~writes
                 writes |= header.writes
                 self._known = self._known & ~header.writes | (0 if header.is_key else header.writes)
-        if begins:
-            return _BEGINS
-        if begins is None or not understood:
+        if random_access:
+            return _RANDOM_ACCESS
+        if random_access is None or not understood:
             return UNKNOWN
         return PacketFacts(reads=reads, writes=writes)
 
 
 def _av1_units(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Type, spatial layer, beginning and end of each open bitstream unit with a byte in it, 5.3."""
+    """Type, spatial layer, start and end of each open bitstream unit (OBU) that is not empty, 5.3."""
     at = 0
     while at < len(data):
         kind, has_extension, has_size = data[at] >> 3 & 15, data[at] & 4, data[at] & 2
@@ -237,18 +238,18 @@ def _av1_units(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Av1Header:
-    """What a frame header says of the slots."""
+    """The use of reference slots that a frame header states."""
 
     reads: int = 0
     writes: int = 0
     is_key: bool = False
     shows: int | None = None
-    """The slot that it shows, and does nothing else unless that is a keyframe."""
+    """The slot that it shows (show_existing_frame); it does nothing else unless that holds a keyframe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Av1Sequence:
-    """What a sequence header says of the beginning of its frame headers."""
+    """The fields of a sequence header that the first part of its frame headers depends on."""
 
     screen_content: int
     integer_mv: int
@@ -256,7 +257,7 @@ class _Av1Sequence:
 
     @classmethod
     def read(cls, data: bytes) -> _Av1Sequence | None:
-        """5.5; None where frame headers begin in a way that is not read here: still pictures, models of decoders."""
+        """Parse a sequence header, 5.5; None for still pictures, decoder models and frame numbers, not read here."""
         bits = Bits(data)
         try:
             bits.take(3)
@@ -290,7 +291,7 @@ class _Av1Sequence:
             return None
 
     def header(self, data: bytes) -> _Av1Header | None:
-        """5.9.2; None where it ends too early."""
+        """Parse a frame header, 5.9.2; None where it is cut off."""
         try:
             return self._header(Bits(data))
         except EOFError:

@@ -16,9 +16,10 @@ from vidshard.pipeline.video.container import (
     refuse_long,
     storage_failures_named,
 )
-from vidshard.pipeline.video.frames import SeekPoint, decode_from, seconds_from_packets
+from vidshard.pipeline.video.frames import decode_from, seconds_from_packets
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
+from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.render import orientation_of
 from vidshard.pipeline.video.timestamps import Clock, seconds_from_header, time_base_of
 from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource

@@ -1,4 +1,4 @@
-"""A decoded frame to RGB as displayed: fields, orientation, pixel shape, color and scale."""
+"""Renders a decoded frame to RGB as displayed: deinterlacing, orientation, pixel aspect ratio, color and scale."""
 
 from __future__ import annotations
 
@@ -45,32 +45,36 @@ _SCALE_FLAGS = (
 _GRAY_TO_FULL: Pixels = np.round(np.clip((np.arange(256) - 16) * (255 / 219), 0, 255)).astype(np.uint8)
 
 
-# What has been made ready for a display.
+# Color of a picture that is already RGB for a display.
 _DISPLAYED = Color(matrix=Colorspace.ITU709, full_range=True, transfer=Transfer.SDR, primaries=ColorPrimaries.BT709)
 
 
 @dataclass(slots=True)
 class Renderer:
-    """Turns frames into pictures for clips. Holds swscale's tables, so that frames alike share them."""
+    """Renders frames for clips. Keeps swscale's contexts, so that similar frames share them."""
 
     spec: ClipSpec
     _reformatters: dict[str, VideoReformatter] = field(default_factory=dict)
-    """One for each kind of conversion: a context that changes its formats is built anew."""
+    """One for each target format: a context that changes its formats is built anew."""
     _picture: Pixels | None = None
 
     def cut(self, shown: TimedFrame) -> tuple[Pixels, Geometry]:
-        """A frame as a clip has it: uint8 (H, W, 3), which the next call overwrites. Otherwise as :meth:`render`."""
+        """A frame scaled and cut to the clip's size: uint8 (H, W, 3), overwritten by the next call.
+
+        Raises:
+            VideoError: as :meth:`render`.
+        """
         channels, geometry = self._channels(shown)
         if self._picture is None:
             self._picture = np.empty((self.spec.height, self.spec.width, 3), np.uint8)
-        for number, channel in enumerate(channels):  # only what stays is brought together: half the time
+        for number, channel in enumerate(channels):  # interleave after cutting: half the time
             paste(channel[..., None], geometry, self._picture[..., number : number + 1])
         return self._picture, geometry
 
     def render(self, shown: TimedFrame) -> tuple[Pixels, Geometry]:
         """A frame as displayed, scaled but not yet cut: uint8 (scaled_height, scaled_width, 3), R'G'B' of BT.709.
 
-        It depends on nothing but the frame and what its stream says, so that spans equal the whole.
+        It depends on nothing but the frame and its stream's header, so that spans equal one pass.
 
         Raises:
             VideoError: UNSUPPORTED: a color system, pixel format or aspect ratio that cannot be shown.
@@ -108,7 +112,7 @@ class Renderer:
         return red, green, blue
 
     def _wide_rgb(self, frame: VideoFrame, color: Color, width: int, height: int) -> npt.NDArray[np.float32]:
-        """R'G'B' from 0 to 1 with all its bits: swscale only scales, as its own conversion is to 8 bits."""
+        """R'G'B' in [0, 1] at full precision, float32 (H, W, 3): swscale only scales, as it converts to 8 bits."""
         if frame.format.is_rgb or _is_gray(frame.format):
             rgb = self._reformatted(frame, color, width, height, "gbrp16le").to_ndarray()
             return rgb.astype(np.float32) / np.float32(65535)
@@ -116,9 +120,10 @@ class Renderer:
         return rgb_from_ycbcr(ycbcr.astype(np.uint16, copy=False), color, frame.format.components[0].bits)
 
     def _on_black(self, frame: VideoFrame, color: Color) -> tuple[VideoFrame, Color]:
-        """A frame with alpha before a black ground, or as it is if nothing shines through.
+        """Composite a frame with alpha over black; an opaque frame is returned unchanged.
 
-        Alpha is taken as straight (not premultiplied). Done before scaling, or hidden color would bleed into view.
+        Alpha counts as straight (not premultiplied). This happens before scaling, or hidden color would bleed into
+        view.
         """
         width, height = frame.width, frame.height
         gbra = self._reformatted(frame, color, width, height, "gbrap")
@@ -151,12 +156,12 @@ class Renderer:
         )
 
     def _first_field(self, frame: VideoFrame) -> VideoFrame:
-        """An interlaced frame at the time of its first field: that field's rows, and between them their means.
+        """Deinterlace a frame to its first field: that field's rows, and their means in between.
 
-        Purely spatial, as the frames before and after are not at hand where a span begins. Of FFmpeg's filters only
-        estdif is that too: against the true picture, moving and still, this is 1.5 dB worse to 2 dB better, for 1 ms
-        a 1080-line frame instead of 80 (python -m benchmarks.picture). Averaging works on any samples that fill
-        bytes; others are widened first.
+        The filter is purely spatial, as the frames before and after are not available at the start of a span. Of
+        FFmpeg's filters only estdif is purely spatial too: against the true picture, moving and still, this one is
+        1.5 dB worse to 2 dB better, for 1 ms a 1080-line frame instead of 80 (python -m benchmarks.picture). Averaging
+        works on any samples that fill bytes; others are widened first.
         """
         frame, first = _as_progressive(frame)
         sample = _sample_type(frame)
@@ -180,7 +185,7 @@ class Renderer:
 
 
 def orientation_of(frame: VideoFrame) -> Orientation:
-    """What the display matrix says, which FFmpeg makes of an EXIF orientation too."""
+    """Orientation by the frame's display matrix; FFmpeg makes one of an EXIF orientation too."""
     if frame.format.is_rgb or frame.format.has_palette or _is_gray(frame.format):  # as all of png
         frame = _without_profiles(frame)
     try:
@@ -192,10 +197,9 @@ def orientation_of(frame: VideoFrame) -> Orientation:
 
 
 def _without_profiles(frame: VideoFrame) -> VideoFrame:
-    """The same picture without the side data that PyAV cannot take.
+    """The same picture without the side data that PyAV cannot handle. Costs 0.1 ms.
 
-    It frees the name of a png's color profile a second time, and fails at kinds that it does not know, such as EXIF.
-    Costs 0.1 ms.
+    PyAV frees the name of a png's color profile twice, and fails on kinds that it does not know, such as EXIF.
     """
     graph = Graph()
     graph.threads = 1
@@ -222,7 +226,7 @@ def _is_gray(pixel_format: VideoFormat) -> bool:
 
 
 def _gray_to_full(frame: VideoFrame, shades: Pixels) -> Pixels:
-    """What swscale made of a frame, stretched if that was gray of limited range."""
+    """A plane from swscale, stretched to full range if the frame was gray of limited range."""
     if _is_gray(frame.format) and frame.color_range == ColorRange.MPEG:
         stretched: Pixels = _GRAY_TO_FULL[shades]
         return stretched
@@ -230,12 +234,12 @@ def _gray_to_full(frame: VideoFrame, shades: Pixels) -> Pixels:
 
 
 def _rows(plane: VideoPlane, sample: str) -> npt.NDArray[Any]:
-    """A plane's memory, unsigned integers (height, samples of a row and some more)."""
+    """A plane's memory as unsigned integers, (height, samples per row including padding)."""
     return np.frombuffer(cast(memoryview, plane), sample).reshape(plane.height, -1)
 
 
 def _sample_type(frame: VideoFrame) -> str | None:
-    """Of which all planes consist; None for packed bits, palettes, floating point and rows stored upwards."""
+    """NumPy type of the samples in all planes; None for packed bits, palettes, floats and rows stored upwards."""
     pixel_format = frame.format
     bits = {component.bits for component in pixel_format.components}
     if pixel_format.has_palette or pixel_format.is_bit_stream or any(plane.line_size < 0 for plane in frame.planes):

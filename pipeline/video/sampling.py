@@ -1,9 +1,9 @@
-"""Which frames make which clip.
+"""Sampling: the rule for which source frame each frame of a clip takes, and the cutting of videos into spans.
 
-Pure arithmetic over presentation times: no video is opened here and nothing knows of Ray. Clips lie on a
-regular grid of seconds; each grid time takes the frame then on screen, so a source slower than the grid
-repeats frames and a faster one drops some. Variable frame rate needs no special case. All comparisons are
-between integers: a grid time that falls exactly on a frame takes that frame, whatever the rates.
+Pure arithmetic over presentation times: no video is opened here and nothing knows of Ray. Clips lie on a regular grid
+of seconds. Each grid time takes the frame on screen at that time, so a source slower than the grid repeats frames and
+a faster one drops some. Variable frame rate needs no special case. All comparisons are between integers: a grid time
+that falls exactly on a frame takes that frame, whatever the rates.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import numpy.typing as npt
 
 from vidshard.schemas.video import ClipSpec, Part, Span, VideoProbe
 
-FEWEST_BYTES_PER_SECOND = 8
-"""A header that claims a longer video for the size of its file says nothing: a hostile one of a few kilobytes could
-ask for millions of spans. One frame a second costs more than this in any container."""
+MIN_BYTES_PER_SECOND = 8
+"""A header's duration is ignored if the file has fewer bytes per second: a hostile file of a few kilobytes could ask
+for millions of spans. One frame a second costs more than this in any container."""
 
 _MIN_CLIPS_IN_LAST_SPAN = 2
 
 CUT_TOLERANCE_SECONDS = Fraction(1, 1000)
-"""Times of a part are written rounded, often to milliseconds. A frame that begins so soon after a part's start counts
-as its first one, and the last moment before its end as no longer its own: else clips would begin, or end, with a
-frame of the neighbouring shot."""
+"""Tolerance at both ends of a part, whose times are written rounded, often to milliseconds.
+
+A frame that starts this soon after a part's start counts as its first one, and the last moment before the part's end
+does not belong to it. Otherwise clips would start, or end, with a frame of the neighboring shot.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Grid:
     fps: Fraction
     """Grid times per second, positive."""
     offset_seconds: Fraction = Fraction(0)
-    """From the first frame to grid time 0."""
+    """Seconds from the first frame to grid time 0."""
 
     def __post_init__(self) -> None:
         if self.time_base <= 0 or self.fps <= 0:
@@ -61,7 +63,7 @@ class Grid:
 
     @cached_property
     def _whole_steps(self) -> tuple[int, ...]:
-        """Grid times in a tick, in the offset, and one, in whole units: it is asked for each packet."""
+        """Grid times per tick, in the offset, and one grid time, in whole units; kept, as each packet asks for it."""
         return _in_whole_units(self.time_base * self.fps, self.offset_seconds * self.fps, Fraction(1))
 
     def pts_at(self, index: int) -> int:
@@ -69,13 +71,13 @@ class Grid:
         return self.start_pts + math.floor((self.offset_seconds + index / self.fps) / self.time_base)
 
     def seconds_at(self, index: int) -> Fraction:
-        """The grid time in the source's presentation time."""
+        """The grid time in the source's presentation time, in seconds."""
         return self.start_pts * self.time_base + self.offset_seconds + index / self.fps
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTimeline:
-    """Where the clips of one video, or of one part of it, lie in time. Every span of it has the same."""
+    """The times of the clips of one video, or of one part of it; shared by all its spans."""
 
     spec: ClipSpec
     part: Part
@@ -83,27 +85,27 @@ class ClipTimeline:
     """Presentation time of the video's first frame, in ticks."""
     time_base: Fraction
     placed: tuple[Fraction, ...] | None
-    """Starts that were chosen one by one, in seconds after the part's own; None for one every stride."""
+    """Starts placed one by one, in seconds after the part's start; None for a clip every stride."""
 
     @classmethod
     def of(cls, video: Span | VideoProbe, part: Part, spec: ClipSpec) -> ClipTimeline:
-        """That of a video by what its header says: the same for whoever asks.
+        """The timeline of a video by its header alone, so that it is the same for each of its spans.
 
-        A video of unknown length has a single place for a clip, its beginning.
+        Where clips are placed one by one, a video of unknown length has a single one, at its start.
         """
         placed = None
         if spec.clips_per_video is not None:
-            placed = _location_keys(video.video_id, part, spec, Fraction(video.duration_seconds_from_header))
+            placed = _placed_starts(video.video_id, part, spec, Fraction(video.duration_seconds_from_header))
         return cls(spec=spec, part=part, start_pts=video.grid_start_pts, time_base=video.time_base, placed=placed)
 
     def start_seconds(self, clip_index: int) -> Fraction:
-        """Grid time of a clip's first frame, in seconds after the video's; negative where copies stand before it."""
+        """Grid time of a clip's first frame, in seconds after the video's first; negative where lead frames precede."""
         if self.placed is not None:
             return self.part.start_seconds + self.placed[clip_index]
         return self.part.start_seconds + clip_index * self.spec.stride - self.spec.lead_frames / self.spec.fps
 
     def grid(self, clip_index: int) -> Grid:
-        """The times of a clip's frames."""
+        """The grid of a clip's frames."""
         early = CUT_TOLERANCE_SECONDS if self.part.start_seconds > 0 else 0
         return Grid(
             start_pts=self.start_pts,
@@ -113,23 +115,23 @@ class ClipTimeline:
         )
 
     def num_frames(self, clip_index: int) -> int:
-        """How many of a clip's frames lie before the end of the part."""
+        """Number of a clip's frames that lie before the end of the part."""
         if self.part.end_seconds is None:
             return self.spec.num_frames
         seconds = self.part.end_seconds - CUT_TOLERANCE_SECONDS - self.start_seconds(clip_index)
         return min(self.spec.num_frames, max(0, math.ceil(seconds * self.spec.fps)))
 
     def num_clips(self, end_seconds: Fraction) -> int:
-        """Clips of a video that ends so long after its first frame.
+        """Number of clips of a video that ends ``end_seconds`` after its first frame.
 
-        Clips that overlap end with the first one that reaches the end: those after it would show nothing new.
+        The first of overlapping clips that reaches the end is the last: those after it would show nothing new.
         """
         if self.part.end_seconds is not None:
             end_seconds = min(end_seconds, self.part.end_seconds - CUT_TOLERANCE_SECONDS)
         return max(0, math.ceil(self.clips_before(end_seconds)))
 
     def clips_before(self, end_seconds: Fraction) -> Fraction:
-        """As :meth:`num_clips` without the part's end, and with fractions: 2.5 when the third is half full."""
+        """Number of clips without regard to the part's end, with fractions: 2.5 when the third is half full."""
         seconds = end_seconds - self.part.start_seconds + self.spec.lead_frames / self.spec.fps
         if self.placed is not None:
             return Fraction(sum(start < seconds for start in self.placed))
@@ -140,14 +142,14 @@ class ClipTimeline:
 
     @cached_property
     def last_clip(self) -> int | None:
-        """The last clip that there can be, -1 for none; None where only the video's end says so."""
+        """The last clip there can be, -1 for none; None where only the video's end decides."""
         if self.placed is not None:
             return len(self.placed) - 1
         end = self.part.end_seconds
         return None if end is None else self.num_clips(end) - 1
 
     def is_beyond(self, clip_index: int) -> bool:
-        """Whether a clip can be ruled out without knowing where the video ends."""
+        """Whether a clip cannot exist wherever the video ends."""
         return self.last_clip is not None and clip_index > self.last_clip
 
     def around(self, pts: int, until_pts: int) -> range:
@@ -161,45 +163,46 @@ class ClipTimeline:
 
     @cached_property
     def _whole_times(self) -> tuple[int, ...]:
-        """A tick, the start of clip 0 after the video's first frame, a clip and a stride, in one unit."""
+        """A tick, the start of clip 0 after the video's first frame, a clip and a stride, in one whole unit."""
         zero = self.part.start_seconds - self.spec.lead_frames / self.spec.fps
         return _in_whole_units(self.time_base, zero, self.spec.clip_seconds, self.spec.stride)
 
 
 def _in_whole_units(*seconds: Fraction) -> tuple[int, ...]:
-    """Times as multiples of the longest unit that divides them all: fractions of big numbers are slow."""
+    """Times as multiples of the longest unit that divides them all; arithmetic on big fractions is slow."""
     denominator = math.lcm(*(value.denominator for value in seconds))
     return tuple(value.numerator * (denominator // value.denominator) for value in seconds)
 
 
-def _location_keys(video_id: str, part: Part, spec: ClipSpec, seconds: Fraction) -> tuple[Fraction, ...]:
-    """Starts of a limited number of clips, in seconds after the part's, on its time grid and each another one.
+def _placed_starts(video_id: str, part: Part, spec: ClipSpec, seconds: Fraction) -> tuple[Fraction, ...]:
+    """Different starts of a limited number of clips, in seconds after the part's start, on its time grid.
 
-    The part is divided into stretches of equal length for the starts; each has one, in its middle or anywhere.
+    The grid times at which a clip can start are divided into equal stretches; each has one start, in its middle or at
+    random.
     """
     assert spec.clips_per_video is not None
     end = seconds if part.end_seconds is None else min(seconds, part.end_seconds)
     room = max(0, math.floor((end - part.start_seconds - spec.clip_seconds) * spec.fps)) + 1  # grid times to start at
     count = min(spec.clips_per_video, room)
-    places = []
+    starts = []
     for number in range(count):
         low, high = number * room // count, (number + 1) * room // count
         at = (low + high - 1) // 2
         if spec.placement == "random":
             text = f"{spec.placement_seed}|{video_id}|{part}|{number}"
             at = low + int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big") % (high - low)
-        places.append(at / spec.fps)
-    return tuple(places)
+        starts.append(at / spec.fps)
+    return tuple(starts)
 
 
 def frame_indices(pts: npt.NDArray[np.int64], end_pts: int, grid: Grid) -> npt.NDArray[np.int64]:
-    """Which frame each grid time shows: the one with the largest presentation time not after it.
+    """The frame on screen at each grid time: the one with the largest presentation time not after it.
 
-    Of frames with the same time the last one counts: it is the one that stays on screen.
+    The last of several frames with the same time counts, as it is the one that stays on screen.
 
     Args:
         pts: int64 (N,), ticks, non-decreasing; the first not after the grid's start.
-        end_pts: when the last frame leaves the screen, exclusive.
+        end_pts: end of the last frame's display interval, exclusive.
         grid: the sampling times.
 
     Returns:
@@ -223,19 +226,22 @@ def frame_indices(pts: npt.NDArray[np.int64], end_pts: int, grid: Grid) -> npt.N
 def plan_spans(probe: VideoProbe, spec: ClipSpec, clips_per_span: int, part: Part | None = None) -> list[Span]:
     """Cut a video, or a part of it, into spans that independent tasks decode.
 
-    The header's duration decides only where to cut. The last span is open-ended, so a video longer than its
-    header loses nothing; it is planned to hold at least two clips, so that a header a little too optimistic
-    leaves no span empty. It may hold up to ``clips_per_span + 2`` clips by the header, more if that lies. A
-    video of unknown (0) duration, or of one that its file is too small for, is one span.
+    The header's duration decides only where to cut. The last span is open-ended, so a video longer than its header
+    loses nothing. It is planned to hold at least two clips, so that a header a little too optimistic leaves no span
+    empty, and up to ``clips_per_span + 2``; it holds more if the header is wrong. A video of unknown (0) duration, or
+    whose file is too small for its duration, is one span.
 
     Args:
-        probe: what the header says.
+        probe: the video's header.
         spec: the time grid and the length of a clip.
         clips_per_span: clips in every span but the last, at least 1.
-        part: which part of it; None for the whole video.
+        part: part of the video; None for the whole.
 
     Returns:
         Spans in order, at least one; together they cover clip 0 to the end, each clip once.
+
+    Raises:
+        ValueError: ``clips_per_span`` is less than 1.
     """
     if clips_per_span < 1:
         raise ValueError(f"clips_per_span must be at least 1, got {clips_per_span}")
@@ -264,7 +270,7 @@ def plan_spans(probe: VideoProbe, spec: ClipSpec, clips_per_span: int, part: Par
 
 
 def expected_clips(span: Span, spec: ClipSpec) -> int:
-    """Clips of a span if the header tells the truth."""
+    """Number of clips in a span if the header is right."""
     end_clip = span.end_clip
     if end_clip is None:
         end_clip = ClipTimeline.of(span, span.part, spec).num_clips(Fraction(span.duration_seconds_from_header))
@@ -272,7 +278,7 @@ def expected_clips(span: Span, spec: ClipSpec) -> int:
 
 
 def _believed_seconds(probe: VideoProbe) -> float:
-    """What the header says of the length; 0.0 where that cannot be."""
+    """The header's duration; 0.0 where it is impossible."""
     seconds = probe.duration_seconds_from_header
-    believable = math.isfinite(seconds) and 0 < seconds * FEWEST_BYTES_PER_SECOND <= probe.num_bytes
+    believable = math.isfinite(seconds) and 0 < seconds * MIN_BYTES_PER_SECOND <= probe.num_bytes
     return seconds if believable else 0.0

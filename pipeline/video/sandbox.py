@@ -1,8 +1,8 @@
-"""A poison pill costs one row: decoding in a child process that may die.
+"""Sandbox: decoding in a child process that may die, so that a hostile file costs one row and no worker.
 
-A hostile file can segfault, abort, hang or exhaust memory inside the decoder. ``DecodeSandbox`` runs plain
-functions in one child process, started once and reused, and turns its death into a VideoError that names the
-signal. The next call starts a new child.
+A hostile file can segfault, abort, hang or exhaust memory inside the decoder. ``DecodeSandbox`` runs plain functions
+in one child process, started once and reused, and turns its death into a VideoError that names the signal. The next
+call starts a new child.
 
 The child is a fresh interpreter, never a fork: it may be started from a process full of threads, such as a Ray
 worker, and imports nothing of the caller's main module. It ends when the parent does, however the parent ended.
@@ -37,7 +37,7 @@ from vidshard.schemas.rejections import Reason, VideoError
 R = TypeVar("R")
 
 _GRACE_SECONDS = 5.0
-"""A child whose parent cannot end it any more ends itself so long after the time limit."""
+"""Seconds after the time limit at which a child ends itself, if its parent is no longer there to do so."""
 
 _COUNT = struct.Struct("<Q")
 
@@ -49,8 +49,11 @@ class DecodeSandbox:
         """Start nothing yet: the child starts with the first call.
 
         Args:
-            memory_limit_bytes: the data the child may allocate (RLIMIT_DATA: heap and anonymous mappings, the
-                interpreter and its libraries included, about 100 MB); None for no limit.
+            memory_limit_bytes: memory the child may allocate (RLIMIT_DATA: heap and anonymous mappings, including
+                about 100 MB for the interpreter and its libraries); None for no limit.
+
+        Raises:
+            ValueError: the limit is not positive.
         """
         if memory_limit_bytes is not None and memory_limit_bytes < 1:
             raise ValueError(f"memory_limit_bytes must be positive or None, got {memory_limit_bytes}")
@@ -62,13 +65,13 @@ class DecodeSandbox:
         """Call ``function(*args, **kwargs)`` in the child.
 
         Args:
-            function: a function of an importable module; it is found there by name.
+            function: a function of an importable module; the child finds it by name.
             args: anything that pickles.
-            timeout_seconds: the child is killed when it has no answer by then; positive.
+            timeout_seconds: the child is killed when it has not answered by then; positive.
             kwargs: anything that pickles.
 
         Returns:
-            What the function returns.
+            The function's result.
 
         Raises:
             VideoError: DECODER_CRASHED when the child died or ran out of memory, DECODE_TIMEOUT when it took too long.
@@ -90,14 +93,14 @@ class DecodeSandbox:
                 words = f"the decoder had no answer within {timeout_seconds:g} s and was ended"
                 raise VideoError(Reason.DECODE_TIMEOUT, words) from None
             except MemoryError as error:
-                self._end_child()  # what is left of its heap is in pieces
+                self._end_child()  # its heap is fragmented
                 limit = f" under a limit of {self._memory_limit_bytes:,} bytes" if self._memory_limit_bytes else ""
                 raise VideoError(Reason.DECODER_CRASHED, f"the decoder ran out of memory{limit}") from error
             except _Death as death:
                 self._end_child()
                 raise VideoError(Reason.DECODER_CRASHED, str(death)) from None
             except KeyboardInterrupt:
-                self._end_child()  # what it does now, nobody waits for
+                self._end_child()  # nobody waits for its answer any more
                 raise
         if isinstance(value, _Raised):
             raise value.error
@@ -120,14 +123,14 @@ class DecodeSandbox:
         self.close()
 
     def _send(self, request: bytes) -> _Child:
-        """Give the request to the child, or to a new one where it died since the last call."""
+        """Send the request to the child, or to a new one if it died since the last call."""
         if self._child is not None:
             with suppress(BrokenPipeError):
                 self._child.send(request)
                 return self._child
             self._end_child()
         self._child = _Child(self._memory_limit_bytes)
-        with suppress(BrokenPipeError):  # died while starting: the answer, which is none, says how
+        with suppress(BrokenPipeError):  # it died while starting: receive() says how
             self._child.send(request)
         return self._child
 
@@ -138,7 +141,7 @@ class DecodeSandbox:
 
 
 class _Death(Exception):  # noqa: N818  a death is no error of ours
-    """The child ended without an answer; says how."""
+    """The child ended without an answer; the message says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +187,17 @@ class _Child:
         self.end = weakref.finalize(self, _end, self.process, ours)
 
     def send(self, request: bytes) -> None:
-        """Raises BrokenPipeError when the child is dead."""
+        """Send a request.
+
+        Raises:
+            BrokenPipeError: the child is dead.
+        """
         assert self.process.stdin is not None
         self.process.stdin.write(_COUNT.pack(len(request)) + request)
         self.process.stdin.flush()
 
     def receive(self, deadline: float) -> object:
-        """What the function returned, or a ``_Raised``.
+        """The function's result, or a ``_Raised``.
 
         Raises:
             TimeoutError: no answer by the deadline (of ``time.monotonic``).
@@ -212,7 +219,7 @@ class _Child:
         return value
 
     def _read(self, num_bytes: int, deadline: float) -> bytes:
-        """Exactly so many bytes; shared memory that comes along replaces the one before."""
+        """Exactly ``num_bytes`` bytes; shared memory sent along replaces the one before."""
         data = bytearray()
         while len(data) < num_bytes:
             self._answers.settimeout(max(1e-3, deadline - time.monotonic()))
@@ -253,7 +260,7 @@ def _end(process: subprocess.Popen[bytes], answers: socket.socket) -> None:
 def _serve(answers_fd: int, memory_limit_bytes: int) -> None:
     """Answer requests from standard input until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever the parent's thread had blocked
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock what the parent's thread had blocked
     answers = socket.socket(fileno=answers_fd)
     shared = _SharedMemory()
     arrived: list[bytes] = []
@@ -278,7 +285,7 @@ def _serve(answers_fd: int, memory_limit_bytes: int) -> None:
 
 
 def _read_all(fd: int, num_bytes: int) -> bytes:
-    """Exactly so many bytes; without a parent to send them, the process ends."""
+    """Exactly ``num_bytes`` bytes; the process ends if the parent is gone."""
     data = bytearray()
     while len(data) < num_bytes:
         part = os.read(fd, num_bytes - len(data))
@@ -314,14 +321,14 @@ def _answer(request: bytes, answers: socket.socket, shared: _SharedMemory) -> No
 
 
 class _SharedMemory:
-    """Memory of the child that the parent maps too. It stays as large as the largest answer was."""
+    """Shared memory of child and parent; it stays as large as the largest answer."""
 
     def __init__(self) -> None:
         self.fd = -1
         self._num_bytes = 0
 
     def reserve(self, num_bytes: int) -> bool:
-        """Make room; True when this took new memory, which the parent must be given."""
+        """Make room; True when the memory is new, and the parent must be given it."""
         if num_bytes <= self._num_bytes:
             return False
         if self.fd >= 0:

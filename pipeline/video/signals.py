@@ -1,4 +1,4 @@
-"""Signals beside a video (robot actions, controller input, poses): reading them and laying them on its frames.
+"""Signals beside a video (robot actions, controller input, poses): reading them and aligning them with its frames.
 
 Pure functions: no video is opened here and nothing knows of Ray. All times are seconds after the video's first
 frame. A signal is held whole: an hour at 1 kHz with 16 channels is 260 MB; aligning a clip costs a binary search.
@@ -27,9 +27,9 @@ from vidshard.schemas.video import Clip, SignalRule
 Rule = SignalRule
 
 MAX_SIGNAL_BYTES = 1 << 30
-"""The largest file, and the largest content once decompressed."""
+"""Largest file, and largest content once decompressed."""
 
-# A column or field of times, and how many of its units make a second.
+# Names of the column or field of times, and its units per second.
 _TIME_UNITS = {"seconds": 1, "timestamp": 1, "timestamp_ms": 10**3, "timestamp_us": 10**6, "timestamp_ns": 10**9}
 
 _CLOCK_SECONDS = 1e8  # three years: no video is that long, so these are times of day and not of the video
@@ -44,13 +44,14 @@ class Signal:
     """Samples of D channels, each with its time."""
 
     seconds: Seconds
-    """float64 (N,), finite, non-decreasing: after the video's first frame; negative before it."""
+    """float64 (N,), finite, non-decreasing: seconds after the video's first frame; negative before it."""
     values: Floats
     """float32 (N, D)."""
     channels: tuple[str, ...] | None = None
-    """D names, where the file has them."""
+    """D names; None where the file has none."""
     median_step: float = field(init=False)
-    """Seconds between samples, repeated times aside; 0.0 for one sample. Kept: over 3.6 million it takes 20 ms."""
+    """Median of the seconds between samples, repeated times aside; 0.0 for one sample. Kept, as computing it takes
+    20 ms for 3.6 million samples."""
 
     def __post_init__(self) -> None:
         if self.seconds.dtype != np.float64 or self.seconds.ndim != 1:
@@ -80,21 +81,21 @@ class Signal:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Aligned:
-    """What a signal says during the T frames of one clip."""
+    """A signal's values during the T frames of one clip."""
 
     values: Floats
-    """float32 (T, D), a row a frame, NaN where the signal has nothing; for ``window`` (M, D), its M samples."""
+    """float32 (T, D), a row for each frame, NaN where the signal has no value; for ``window`` (M, D), its M samples."""
     seconds: Seconds | None = None
-    """Only for ``window``: float64 (M,)."""
+    """Times of the samples, for ``window`` only: float64 (M,)."""
     offsets: npt.NDArray[np.int64] | None = None
-    """Only for ``window``: int64 (T + 1,); frame t has the samples from ``offsets[t]`` to ``offsets[t + 1]``."""
+    """For ``window`` only: int64 (T + 1,); frame t has the samples ``offsets[t]`` up to ``offsets[t + 1]``."""
 
 
 # Reading.
 
 
 class _BadSignalError(ValueError):
-    """The content is not a signal; the message says why and what would do."""
+    """The content is not a signal; the message says why and what would be one."""
 
 
 def read_signal(
@@ -113,10 +114,10 @@ def read_signal(
     beyond 2**24 is refused rather than rounded.
 
     Args:
-        path: local or remote.
+        path: a local path or URL.
         open_input: opens the path as a binary file, which is closed here.
-        columns: only these columns or fields, in this order; of Parquet and structured ``.npy``.
-        max_bytes: the largest file, and the largest content.
+        columns: read only these columns or fields, in this order; for Parquet and structured ``.npy``.
+        max_bytes: the largest file, and the largest content once decompressed.
 
     Raises:
         VideoError: UNREADABLE: the storage refused. BAD_SIGNAL: the content is not such a signal.
@@ -267,7 +268,7 @@ def _numbers(name: str, column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def _with_nan(array: pa.Array) -> npt.NDArray[Any]:
-    _as_float32("a column", array.drop_null().to_numpy(zero_copy_only=False))  # for its refusals
+    _as_float32("a column", array.drop_null().to_numpy(zero_copy_only=False))  # to refuse the same numbers as elsewhere
     return cast(npt.NDArray[Any], array.cast(pa.float64()).to_numpy(zero_copy_only=False))
 
 
@@ -277,7 +278,7 @@ def _npz_columns(data: bytes, max_bytes: int) -> tuple[str, npt.NDArray[Any], li
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for key in ("seconds", "values"):
                 with archive.open(f"{key}.npy") as member:
-                    content = member.read(max_bytes + 1)  # what is really there, whatever the directory claims
+                    content = member.read(max_bytes + 1)  # limits the content itself, whatever the directory claims
                 if len(content) > max_bytes:
                     raise _BadSignalError(f"{key} has more than {max_bytes} bytes; split it, or store fewer channels")
                 arrays[key] = _npy_array(content)
@@ -302,7 +303,7 @@ def _npy_columns(array: npt.NDArray[Any], columns: Sequence[str] | None) -> tupl
 
 
 def _npy_array(data: bytes) -> npt.NDArray[Any]:
-    """The array, once its header claims no more than there is."""
+    """Load an array, after checking that its header claims no more than the data holds."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -332,19 +333,23 @@ def _words(error: BaseException) -> str:
 
 
 def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: float) -> Aligned:
-    """What the signal says during the frames of a clip.
+    """Align a signal with the frames of a clip.
 
-    ``previous``: the last sample at or before the frame. ``nearest``: the closest, of two the earlier. ``linear``:
-    between the samples around it. They give NaN before the first sample (``nearest``: more than half a median step
-    before it) and after the last (``previous``: more than a median step, ``nearest``: more than half of one,
-    ``linear``: at once). ``window``: all samples from this frame (inclusive) to the next (exclusive), so that
-    consecutive clips share out the samples, each once; of frames with the same time the last has them.
+    ``previous`` takes the last sample at or before the frame, ``nearest`` the closest one (the earlier of two), and
+    ``linear`` interpolates between the samples around it. They give NaN before the first sample (``nearest``: more
+    than half a median step before it) and after the last (``previous``: more than a median step, ``nearest``: more
+    than half of one, ``linear``: at once). ``window`` takes all samples from this frame (inclusive) to the next
+    (exclusive), so that consecutive clips share out the samples, each once. The last of several frames with the same
+    time gets them.
 
     Args:
         signal: the samples.
-        frame_seconds: float64 (T,), non-decreasing.
+        frame_seconds: float64 (T,), non-decreasing, in seconds after the video's first frame.
         rule: see above.
-        until_seconds: where the last frame's window ends: the first time of the next clip.
+        until_seconds: end of the last frame's window: the first time of the next clip.
+
+    Raises:
+        ValueError: frame times run backwards, or lie after ``until_seconds``.
     """
     times = np.asarray(frame_seconds, np.float64)
     if times.ndim != 1 or (np.diff(times) < 0).any() or (len(times) and until_seconds < times[-1]):
@@ -381,17 +386,18 @@ def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: flo
 
 
 def align_clip(signal: Signal, clip: Clip, rule: Rule, *, first_seconds: float, fps: float) -> Aligned:
-    """What a signal says during a clip.
+    """Align a signal with a clip.
 
-    Samples go by the times at which the source shows the frames; windows, which must neither overlap nor leave gaps
-    from one clip to the next, by those of the grid. Copies that pad a tail have the last frame's sample, and no window.
+    Samples are chosen by the times at which the source shows the frames. Windows are cut at the grid times, so that
+    they neither overlap nor leave gaps from one clip to the next. Copies that pad a tail have the last frame's sample,
+    and no window.
 
     Args:
         signal: the samples.
-        clip: its frames' times are those of the source.
+        clip: its frames' times are the source's.
         rule: as in :func:`align`.
-        first_seconds: time of the video's first frame.
-        fps: rate of the grid.
+        first_seconds: presentation time of the video's first frame.
+        fps: frames per second of the grid.
     """
     if rule != "window":
         times = clip.frame_pts_seconds - first_seconds
@@ -405,7 +411,7 @@ def align_clip(signal: Signal, clip: Clip, rule: Rule, *, first_seconds: float, 
 
 
 def signal_fields(name: str, rule: Rule) -> list[pa.Field]:
-    """Columns of a signal, a row a clip: (T, D), or for ``window`` (T, samples, D) and the samples' times."""
+    """Arrow columns of a signal, a row for each clip: (T, D), or for ``window`` (T, samples, D) and sample times."""
     frames = pa.list_(pa.list_(pa.float32()))
     if rule != "window":
         return [pa.field(name, frames)]

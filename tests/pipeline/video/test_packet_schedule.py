@@ -20,10 +20,11 @@ from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video import container, decode, frames
 from vidshard.pipeline.video.container import WatchedFile, codec_name, open_video, pixel_aspect, storage_failures_named
 from vidshard.pipeline.video.decode import decode_span
-from vidshard.pipeline.video.frames import SeekPoint, decode_from, frames_covering
+from vidshard.pipeline.video.frames import decode_from, frames_covering
 from vidshard.pipeline.video.h264 import PictureNumbers, Usability, usability_of
 from vidshard.pipeline.video.packet_info import _H264, UNKNOWN, PacketFacts, _Hevc
 from vidshard.pipeline.video.packet_schedule import FOREVER, Schedule, Step
+from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.pipeline.video.timestamps import Clock, seconds_from_header
@@ -255,8 +256,8 @@ def test_only_the_highest_temporal_layer_of_hevc_is_skippable() -> None:
     inspect = _Hevc(unit(33, 0, b"\x03"))  # two layers
     assert inspect(unit(0, 0, b"\x80")) == UNKNOWN  # TRAIL_N of the lower one: the upper one may lean on it
     assert inspect(unit(2, 1, b"\x80")) == PacketFacts(skippable=True)
-    assert inspect(unit(19, 0, b"\x80")) == PacketFacts(begins=True)
-    assert inspect(unit(21, 0, b"\x80")) == PacketFacts(begins=True, flush=True)
+    assert inspect(unit(19, 0, b"\x80")) == PacketFacts(random_access=True)
+    assert inspect(unit(21, 0, b"\x80")) == PacketFacts(random_access=True, needs_flush=True)
     assert inspect(unit(39, 0, b"\x80")) is None  # no picture
     assert _Hevc(b"")(unit(0, 0, b"\x80")) == UNKNOWN  # how many layers is not known
 
@@ -268,7 +269,7 @@ def test_only_whole_frames_of_h264_are_skippable_and_only_idr_pictures_begin() -
     for frames_only in (True, False):
         inspect = _H264(parameters(frames_only) + b"\x80")
         facts = [inspect(b"\0\0\1" + bytes([kind, 0x80])) for kind in (0x65, 0x41, 0x01)]
-        expected = [PacketFacts(begins=True), PacketFacts(skippable=True), PacketFacts(skippable=True)]
+        expected = [PacketFacts(random_access=True), PacketFacts(skippable=True), PacketFacts(skippable=True)]
         assert facts == (expected if frames_only else [None] * 3)
     changed = _H264(parameters(True) + b"\x80")
     assert changed(parameters(False) + b"\x80\0\0\1\x65\x80") is None

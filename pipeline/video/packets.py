@@ -1,0 +1,178 @@
+"""Packets of a video stream: read from the container in decoding order, and sent to the decoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import av.logging
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from vidshard.pipeline.video.container import WatchedFile, refuse_large, refuse_long
+from vidshard.pipeline.video.h264 import PictureNumbers
+from vidshard.pipeline.video.timestamps import TickConverter, time_base_of
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeekPoint:
+    """The place in a video at which decoding starts."""
+
+    seek_pts: int | None = None
+    """Decoding starts at the keyframe before this tick; None for the start of the file."""
+    forward: bool = False
+    """Start at the first keyframe not before that tick instead."""
+    await_keyframe: bool = True
+    """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
+
+
+_LACKS_REFERENCE = "a reference picture of this packet is missing"
+"""Attached to a packet as its ``opaque`` value."""
+
+
+class NoKeyframeError(Exception):
+    """Not one packet was marked as a keyframe."""
+
+
+def read_packets(
+    container: InputContainer,
+    stream: VideoStream,
+    start: SeekPoint,
+    limits: Limits,
+    convert: TickConverter | None = None,
+) -> Iterator[Packet[VideoStream] | None]:
+    """Packets from the first keyframe at or after the container's position, then None to drain the decoder.
+
+    Args:
+        container: at the position that a seek led to.
+        stream: its video stream.
+        start: whether to wait for a keyframe, and the earliest one for a forward seek.
+        limits: number of packets is limited by ``max_frames``.
+        convert: ticks of the container to those of ``start``; None where they are the same.
+
+    Raises:
+        VideoError: DECODE_ERROR or TRUNCATED: the container is damaged; OVER_LIMIT.
+        NoKeyframeError: there were packets, but no keyframe.
+    """
+    waiting = start.await_keyframe
+    earliest = start.seek_pts if start.forward else None
+    num_packets = 0
+    context = stream.codec_context
+    numbers = PictureNumbers(bytes(context.extradata or b"")) if context.codec.canonical_name == "h264" else None
+    packets = container.demux(stream)
+    while True:
+        try:
+            with _ErrorsLogged() as messages:
+                packet = next(packets, None)
+        except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
+            raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
+        if messages:
+            _refuse_lost_position(container, messages, num_packets)
+        if packet is None:
+            break
+        if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
+            continue
+        num_packets += 1
+        if num_packets > limits.max_frames:
+            refuse_long(limits, num_frames=num_packets)
+        if waiting and packet.is_keyframe:
+            waiting = earliest is not None and (packet.pts is None or (convert or int)(packet.pts) < earliest)
+        if not waiting:
+            if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
+                packet.opaque = _LACKS_REFERENCE
+            yield packet
+    if waiting and num_packets:
+        raise NoKeyframeError
+    yield None
+
+
+def _refuse_lost_position(container: InputContainer, messages: list[tuple[int, str, str]], num_packets: int) -> None:
+    """Raise for damage that FFmpeg's demuxer only writes into its log.
+
+    The demuxer resumes at the next place it understands. The pictures in between are missing without a mark, and
+    those after them would be wrong.
+    """
+    for _, name, text in messages:
+        if name == container.format.name:
+            cut_off = "prematurely" in text or "partial file" in text
+            reason = Reason.TRUNCATED if cut_off else Reason.DECODE_ERROR
+            raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
+
+
+class _ErrorsLogged:
+    """Captures the errors FFmpeg logs within a block: level, component, text. Costs a microsecond."""
+
+    __slots__ = ("_capture",)
+
+    def __enter__(self) -> list[tuple[int, str, str]]:
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
+        self._capture = av.logging.Capture()
+        return self._capture.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._capture.__exit__(None, None, None)
+        av.logging.set_level(None)
+
+
+def decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream]) -> list[VideoFrame]:
+    """The frames that the decoder gives for a packet.
+
+    Raises:
+        VideoError: DECODE_ERROR or TRUNCATED: the packet, or a picture it refers to, is damaged or missing; OVER_LIMIT.
+    """
+    if packet.is_corrupt:
+        at = _time_of(packet, stream)
+        if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
+            raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
+    if packet.opaque is _LACKS_REFERENCE:
+        raise _missing_reference(_time_of(packet, stream))
+    return _decode(watched, stream, packet)
+
+
+def drain(watched: WatchedFile, stream: VideoStream) -> list[VideoFrame]:
+    """The frames that the decoder still holds back.
+
+    Raises:
+        VideoError: as :func:`decode_packet`.
+    """
+    return _decode(watched, stream, None)
+
+
+def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    try:
+        with _ErrorsLogged() as messages:
+            frames = stream.codec_context.decode(packet)
+    except av.FFmpegError as error:
+        for _, _, text in messages:  # each codec has another error for it, "out of memory" among them
+            if size := re.search(r"size (\d+)x(\d+) exceeds", text):
+                refuse_large(watched.limits, int(size[1]), int(size[2]))
+        if isinstance(error, av.error.MemoryError):
+            raise
+        at = "at the end" if packet is None else _time_of(packet, stream)
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
+    if any("Could not find ref" in text for _, _, text in messages):  # hevc then gives no picture, and no error
+        raise _missing_reference("at the end" if packet is None else _time_of(packet, stream))
+    return frames
+
+
+def _missing_reference(at: str) -> VideoError:
+    return VideoError(Reason.DECODE_ERROR, f"{at}: a picture that this one refers to is missing")
+
+
+def _time_of(packet: Packet[VideoStream], stream: VideoStream) -> str:
+    pts = packet.pts if packet.pts is not None else packet.dts
+    return at_seconds(pts, time_base_of(stream)) if pts is not None else f"at byte {packet.pos}"
+
+
+def at_seconds(pts: int, time_base: Fraction) -> str:
+    """The time of a tick, for messages: "at 1.25 s"."""
+    return f"at {float(pts * time_base):.2f} s"
