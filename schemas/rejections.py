@@ -40,7 +40,7 @@ class Reason(StrEnum):
     LONGER_THAN_HEADER = "longer_than_header"
     """Far more frames than the header says, more than one task may hold."""
     TOO_SHORT = "too_short"
-    """Shorter than one clip may be (``tail: drop``, ``min_seconds``), or a part that begins after the video's end."""
+    """Shorter than one clip may be (``tail: drop``, ``min_seconds``), or a part that starts after the video's end."""
     DUPLICATE = "duplicate"
     """The same content as another input, which was tokenized."""
     DECODER_CRASHED = "decoder_crashed"

@@ -55,9 +55,9 @@ class VideoSource:
     """Facts about the source that are stored with every clip."""
 
     width: int
-    """As displayed: after rotation metadata and non-square pixels."""
+    """Display width, after rotation metadata and non-square pixels."""
     height: int
-    """As displayed."""
+    """Display height, likewise."""
     codec: str
     fps: float
     """Average frame rate according to the header; 0.0 where it states none."""

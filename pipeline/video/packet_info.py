@@ -23,7 +23,7 @@ ALL_SLOTS = 255
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PacketFacts:
-    """How a packet depends on others, and others on it."""
+    """Dependencies between a packet and others."""
 
     random_access: bool = False
     """Whether this and all later pictures, but those shown before it, need nothing earlier."""
