@@ -169,7 +169,7 @@ def test_needed_frames_are_those_of_decoding_everything(
         ("mpeg2video", "ts", (("bf", "3"), ("g", "250"))),
     ],
 )
-def test_pictures_that_no_other_leans_on_are_skipped(
+def test_pictures_that_no_other_references_are_skipped(
     tmp_path: Path, counted: Counter[str], codec: str, suffix: str, options: tuple[tuple[str, str], ...]
 ) -> None:
     path = write_video(tmp_path / f"v.{suffix}", Recipe(codec=codec, num_frames=100, options=options))
@@ -254,7 +254,7 @@ def test_only_the_highest_temporal_layer_of_hevc_is_skippable() -> None:
         return b"\0\0\1" + bytes([kind << 1, layer + 1]) + payload
 
     inspect = _Hevc(unit(33, 0, b"\x03"))  # two layers
-    assert inspect(unit(0, 0, b"\x80")) == UNKNOWN  # TRAIL_N of the lower one: the upper one may lean on it
+    assert inspect(unit(0, 0, b"\x80")) == UNKNOWN  # TRAIL_N of the lower one: the upper one may reference it
     assert inspect(unit(2, 1, b"\x80")) == PacketFacts(skippable=True)
     assert inspect(unit(19, 0, b"\x80")) == PacketFacts(random_access=True)
     assert inspect(unit(21, 0, b"\x80")) == PacketFacts(random_access=True, needs_flush=True)
@@ -262,7 +262,7 @@ def test_only_the_highest_temporal_layer_of_hevc_is_skippable() -> None:
     assert _Hevc(b"")(unit(0, 0, b"\x80")) == UNKNOWN  # how many layers is not known
 
 
-def test_only_whole_frames_of_h264_are_skippable_and_only_idr_pictures_begin() -> None:
+def test_only_whole_frames_of_h264_are_skippable_and_only_idr_pictures_give_random_access() -> None:
     def parameters(frames_only: bool) -> bytes:  # baseline, order by number, one macroblock
         return b"\0\0\1\x67" + bytes([66, 0, 30]) + ((0b1_1_011_010_0_1_1 << 1 | frames_only) << 4).to_bytes(2, "big")
 
