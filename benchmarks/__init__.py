@@ -1,1 +1,1 @@
-"""Measurements that anyone can rerun: each prints a table and, with ``--json PATH``, writes its figures."""
+"""Benchmarks: each prints a table and, with ``--json PATH``, also writes its figures."""

@@ -1,10 +1,9 @@
-"""Small videos of generated motion, to train and to measure a tokenizer where no video corpus can be had.
+"""Generator of small videos with motion, to train and measure a tokenizer where there is no video corpus.
 
-Each is a crop, as small as a training clip, out of a scene as large as a tokenized one, so that a model trained on
-crops meets the detail that it will meet in whole frames. A scene has a textured background and up to two shapes with
-textures of their own; everything pans, turns and zooms at its own speed. Textures are photographs, where a folder of
-them is given, noise of natural spectrum, gradients and patterns. Some videos are crops of given videos, and some are
-FFmpeg's own test sources.
+Each video is a crop of training size out of a scene of full size, so that a model trained on crops sees the detail of
+whole frames. A scene has a textured background and up to two shapes with textures of their own; everything pans, turns
+and zooms at its own speed. Textures are photographs from a given folder, noise of natural spectrum, gradients and
+patterns. Some videos are crops of given videos, and some are FFmpeg's test sources.
 
     python -m benchmarks.motion_corpus OUT --videos 4000 --crop 64 [--photos FOLDER] [--clips FOLDER]
 """
@@ -28,12 +27,12 @@ from numpy.random import Generator
 from torch import Tensor
 
 RATE = 8
-"""Frames per second: the rate that videos are tokenized at by default."""
+"""Frames per second; the default rate of tokenization."""
 FRAMES = 41
 SCENE = (256, 704)
 """Shorter side of a photograph in pixels, from one that fills a frame of 256 x 256 to one seen through it in part."""
 PATCH = 1.6
-"""How much larger than its crop a patch of a photograph is, for the motion."""
+"""Size of a patch of a photograph relative to its crop; the margin is for the motion."""
 SOURCES = (
     "testsrc2=size={n}x{n}:rate=8",
     "mandelbrot=size={n}x{n}:rate=8:start_scale=2:end_pts=200",
@@ -47,7 +46,7 @@ Kind = Literal["scene", "clip", "source"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """What videos are made of."""
+    """Sources of the videos."""
 
     crop: int
     photos: tuple[str, ...]
@@ -94,7 +93,7 @@ def _write(corpus: Corpus, folder: Path, number: int) -> None:
 
 
 def make_video(corpus: Corpus, number: int) -> np.ndarray:
-    """The frames of one video, the same for the same number and seed: uint8 (41, crop, crop, 3)."""
+    """Make the frames of one video, the same for the same number and seed: uint8 (41, crop, crop, 3)."""
     random = np.random.default_rng((corpus.seed, number))
     kinds: dict[Kind, float] = {"scene": 0.8, "clip": 0.15 if corpus.clips else 0.0, "source": 0.05}
     shares = np.array([*kinds.values()])
@@ -127,18 +126,18 @@ def _scene(corpus: Corpus, random: Generator) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Path2D:
-    """Where the middle of a crop is on a texture, at each frame."""
+    """Path of a crop over a texture: its center, angle and scale at each frame."""
 
     x: Tensor
-    """In pixels from the texture's middle, like y."""
+    """Horizontal distance of the center from the texture's center, in pixels, like y."""
     y: Tensor
     turn: Tensor
-    """In radians."""
+    """Rotation in radians."""
     zoom: Tensor
 
 
 def _path(random: Generator, seconds: Tensor, speed: float) -> Path2D:
-    """A drift of up to ``speed`` pixels a second with some sway, turning and zooming now and then."""
+    """Draw a path that drifts by up to ``speed`` pixels a second and sways, some paths also turning or zooming."""
     angle, pace = random.uniform(0, 2 * math.pi), speed * random.beta(1, 2)
     sway, beat = random.uniform(0, 0.15) * speed, random.uniform(0.3, 3)
     middle = seconds - seconds[-1] / 2
@@ -153,7 +152,7 @@ def _path(random: Generator, seconds: Tensor, speed: float) -> Path2D:
 
 
 def _moving(texture_CHW: Tensor, path: Path2D, size: int) -> Tensor:
-    """A texture seen along a path, mirrored beyond its edges: (T, 3, size, size)."""
+    """Render a texture along a path, mirrored beyond its edges: (T, 3, size, size)."""
     height, width = texture_CHW.shape[1:]
     line = torch.arange(size) - (size - 1) / 2
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -167,7 +166,7 @@ def _moving(texture_CHW: Tensor, path: Path2D, size: int) -> Tensor:
 
 
 def _shape(random: Generator, path: Path2D, size: int) -> Tensor:
-    """How much of a shape covers each pixel, moving along: (T, 1, size, size) in [0, 1]."""
+    """Render the coverage of each pixel by a moving shape: (T, 1, size, size) in [0, 1]."""
     line = torch.arange(size) - (size - 1) / 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     dx = x + path.x[:, None, None] - random.uniform(-0.4, 0.4) * size
@@ -221,7 +220,7 @@ def _photo_patch(corpus: Corpus, random: Generator) -> Tensor:
 
 
 def _noise(corpus: Corpus, random: Generator) -> Tensor:
-    """Noise whose power falls with frequency as in photographs, in correlated colors."""
+    """Make noise whose power falls with frequency as in photographs, in correlated colors."""
     side = corpus.crop * 2
     frequency = torch.fft.fftfreq(side)[:, None].square() + torch.fft.rfftfreq(side)[None].square()
     envelope = (frequency + 1 / side**2).pow(-random.uniform(0.9, 1.5) / 2)
@@ -234,7 +233,7 @@ def _noise(corpus: Corpus, random: Generator) -> Tensor:
 
 @cache
 def _photo(path: str) -> Tensor:
-    """A photograph of at most 2 x SCENE on its shorter side: float32 (3, H, W) in [0, 1]."""
+    """Read a photograph, at most 2 x SCENE on its shorter side: float32 (3, H, W) in [0, 1]."""
     with av.open(path) as container:
         frame = next(container.decode(video=0))
     image = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
@@ -250,7 +249,7 @@ def _photo(path: str) -> Tensor:
 
 @cache
 def _clip(path: str) -> Tensor:
-    """A video at 8 frames per second and 256 pixels or less on its shorter side: float32 (T, 3, H, W) in [0, 1]."""
+    """Read a video at 8 frames per second, at most 256 pixels on its shorter side: float32 (T, 3, H, W) in [0, 1]."""
     taken: list[Tensor] = []
     with av.open(path) as container:
         for frame in container.decode(video=0):

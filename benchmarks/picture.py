@@ -1,8 +1,10 @@
-"""How fast, and how near to a reference, frames become pictures: scaling, color and interlacing.
+"""Speed and accuracy of rendering decoded frames: scaling, color conversion and deinterlacing.
 
-Takes the first frame of each video. Scaling is compared with torch's antialiased resize of a floating-point
-conversion; deinterlacing with the true frame, where fields are cut from a window that pans over the picture. FFmpeg's
-bwdif and yadif see the frames around, the others one frame. Run: python -m benchmarks.picture VIDEO... [--json PATH]
+    python -m benchmarks.picture VIDEO... [--json PATH]
+
+The first frame of each video is used. Scaling is compared with torch's antialiased resize of a floating-point
+conversion. Deinterlacing is compared with the true frame, from fields cut out of a window that pans over the picture.
+FFmpeg's bwdif and yadif see neighboring frames, the others a single frame.
 """
 
 from __future__ import annotations
@@ -47,13 +49,13 @@ def main() -> None:
 
 
 def first_frame(video: str) -> VideoFrame:
-    """As decoded."""
+    """Decode the first frame."""
     with av.open(video) as container:
         return next(container.decode(video=0))
 
 
 def picture(frame: VideoFrame, width: int, height: int, renderer: Renderer | None = None) -> npt.NDArray[np.uint8]:
-    """As the pipeline renders it, aspect ratios aside."""
+    """Render a frame as the pipeline does, but for aspect ratios."""
     stream = SimpleNamespace(sample_aspect_ratio=None, container=SimpleNamespace(format=SimpleNamespace(name="mp4")))
     spec = ClipSpec(fps=Fraction(1), num_frames=1, height=height, width=width, resize="stretch")
     shown = TimedFrame(frame=frame, pts=0, end_pts=1, stream=cast(VideoStream, stream))
@@ -61,12 +63,12 @@ def picture(frame: VideoFrame, width: int, height: int, renderer: Renderer | Non
 
 
 def row(what: str, value: float, unit: str) -> Row:
-    """One figure."""
+    """Make one row of the table."""
     return {"what": what, "value": round(value, 1), "unit": unit}
 
 
 def psnr(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
-    """In dB, of levels from 0 to 255."""
+    """Compute PSNR in dB for levels from 0 to 255."""
     error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
@@ -75,7 +77,7 @@ def psnr(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
 
 
 def speed(source: VideoFrame) -> list[Row]:
-    """Milliseconds from a 1080-line frame to 256x256, and unscaled."""
+    """Measure milliseconds from a 1080-line frame to 256x256, and unscaled."""
     cases: dict[str, VideoFrame] = {}
     for pixel_format in ("yuv420p", "yuv420p10le", "yuv444p", "rgba"):
         cases[pixel_format] = source.reformat(1920, 1080, pixel_format)
@@ -100,7 +102,7 @@ def speed(source: VideoFrame) -> list[Row]:
 
 
 def scaling(name: str, frame: VideoFrame) -> list[Row]:
-    """PSNR against torch's resize of 4:4:4, so that only scaling and rounding differ."""
+    """Measure PSNR against torch's resize of 4:4:4, so that only scaling and rounding differ."""
     whole = frame.reformat(format="gbrp")
     tensor = torch.from_numpy(whole.to_ndarray(format="rgb24").copy()).permute(2, 0, 1)[None].float()
     rows = []
@@ -118,7 +120,7 @@ def scaling(name: str, frame: VideoFrame) -> list[Row]:
 
 
 def interlacing(name: str, frame: VideoFrame) -> list[Row]:
-    """PSNR against the true frame, at its own size and at half its lines."""
+    """Measure PSNR against the true frame, at its own size and at half its lines."""
     luma = frame.reformat(format="gray").to_ndarray().astype(np.uint8, copy=False)
     height, width = (luma.shape[0] - 40) // 4 * 4, (luma.shape[1] - 100) // 4 * 4
     rows = []
@@ -148,7 +150,7 @@ def interlacing(name: str, frame: VideoFrame) -> list[Row]:
 
 
 def filtered(frames: list[VideoFrame], filters: str) -> list[VideoFrame]:
-    """What FFmpeg's filters, comma-separated, make of frames."""
+    """Run frames through FFmpeg's filters, a comma-separated list."""
     graph = Graph()
     source = graph.add_buffer(
         width=frames[0].width, height=frames[0].height, format=frames[0].format, time_base=Fraction(1, 25)

@@ -1,4 +1,4 @@
-"""How every benchmark shows its figures: a table for people, JSON for programs, and the machine they hold for."""
+"""Output of every benchmark: a table, optionally JSON, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report(name: str, rows: list[Row], json_path: str | None) -> None:
 
 
 def describe_machine() -> str:
-    """Processor, cores, GPU and versions, in a line."""
+    """Describe processor, cores, GPU and versions in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,7 +1,9 @@
-"""Bits that a token, or a latent value, takes in Parquet under the encodings that Arrow offers.
+"""Bits per token or latent value in Parquet, under the encodings that Arrow offers.
 
-Tokens are uniform over the codebook (the worst case) and, for contrast, drawn from a Zipf law as a trained
-tokenizer's are skewed; latents are normal. Run: python -m benchmarks.storage [--json PATH]
+    python -m benchmarks.storage [--json PATH]
+
+Tokens are drawn uniformly from the codebook, the worst case, and from a Zipf law, as a trained tokenizer's are skewed.
+Latents are normal.
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ def main() -> None:
 
 
 def entropy_bits(values: np.ndarray) -> float:
-    """Empirical entropy in bits a value: what no code of single values can beat."""
+    """Compute the empirical entropy in bits per value, a lower bound for any code of single values."""
     counts = np.unique(values, return_counts=True)[1]
     share = counts / counts.sum()
     return float(-(share * np.log2(share)).sum())
 
 
 def measure(name: str, values: np.ndarray, bound: float) -> list[Row]:
-    """One row for each encoding that Arrow has for the type."""
+    """Measure one row for each encoding that Arrow has for the type."""
     table = pa.table({"v": pa.FixedSizeListArray.from_arrays(pa.array(values), CLIP_VALUES)})
     rows: list[Row] = []
     for encoding in ("PLAIN", "DICTIONARY", "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED"):
