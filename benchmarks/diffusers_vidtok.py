@@ -6,7 +6,7 @@ latents there; its callers put the copies before a clip themselves; not causal, 
 drops the rest without a word. In chunks (``enable_tiling``) both take sixteen frames after the first latent's and
 interpolate inexactly where the second chunk begins, but it joins a short last chunk to the one before where the
 original repeats frames in the middle of the stream; of 49 frames, frames 1 to 13 decode differently in chunks there,
-by up to 0.08, where `VideoTokenizer.decode_stream` gives what the whole gives to 1e-5.
+by up to 0.08, where `VidTok.decode_stream` gives what the whole gives to 1e-5.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidshard.models.tokenizer import TokenizerConfig
 from vidshard.models.training.perceptual import declare_torchvision_operators
+from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.weights import checkpoint_name
 
 with suppress(ImportError):  # diffusers imports torchvision where it is installed
@@ -28,7 +28,7 @@ with suppress(ImportError):  # diffusers imports torchvision where it is install
 from diffusers import AutoencoderVidTok
 
 
-def diffusers_model(config: TokenizerConfig, weights: Mapping[str, Tensor] | None) -> Any:
+def diffusers_model(config: VidTokConfig, weights: Mapping[str, Tensor] | None) -> Any:
     """Their model of our configuration.
 
     Args:

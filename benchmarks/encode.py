@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
 from benchmarks.report import Row, report
-from vidshard.models.tokenizer import TokenizerConfig, VideoTokenizer, get_preset
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.layers import matrix_product
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, seeded_weights
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 
@@ -73,12 +74,12 @@ def main(models: str, sizes: str, repeats: int, ours_only: bool, json_path: str 
     rows: list[Row] = []
     for name in models.split(","):
         for side in map(int, sizes.split(",")):
-            rows += compare(get_preset(name), side, repeats, device, peaks, ours_only=ours_only)
+            rows += compare(PRESETS[name], side, repeats, device, peaks, ours_only=ours_only)
     report("encode and decode", rows, json_path)
 
 
 def compare(
-    config: TokenizerConfig,
+    config: VidTokConfig,
     side: int,
     repeats: int,
     device: str,
@@ -89,7 +90,7 @@ def compare(
     """The rows of one model at one size."""
     v1_1 = config.model_copy(update={"variant": "causal-v1.1"})
     ours = load_tokenizer(config, None, seed=0, device=device)
-    same_rules = VideoTokenizer(v1_1).to(device).eval().requires_grad_(False)
+    same_rules = VidTok(v1_1).to(device).eval().requires_grad_(False)
     same_rules.load_state_dict(ours.state_dict(), assign=True)
     half = load_tokenizer(config, None, seed=0, device=device, dtype=torch.bfloat16)
     theirs = None if ours_only else diffusers_model(v1_1, seeded_weights(config, 0)).to(device)
@@ -176,7 +177,7 @@ def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * 4096**3 / min(seconds)
 
 
-def published_flops(config: TokenizerConfig, side: int) -> dict[str, float]:
+def published_flops(config: VidTokConfig, side: int) -> dict[str, float]:
     """FLOPs of encoding and of decoding a clip, as their model computes it."""
     model = diffusers_model(config, None)
     padded = -(-NUM_FRAMES // config.time_stride) * config.time_stride
@@ -201,7 +202,7 @@ def equal_positions(one: Contender, other: Contender) -> float:
 
 
 def rows_of(
-    config: TokenizerConfig,
+    config: VidTokConfig,
     side: int,
     direction: str,
     contenders: list[Contender],

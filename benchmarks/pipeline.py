@@ -118,21 +118,16 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
     import numpy as np
     import torch
 
-    from vidshard.models.tokenizer import get_preset
+    from vidshard.models.vidtok.config import PRESETS
     from vidshard.models.weights import load_tokenizer
     from vidshard.pipeline.encode import encode_clips, make_reproducible
-    from vidshard.schemas.tokens import Payload
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = 8 if device == "cuda" else 1
     make_reproducible(device, os.cpu_count() or 1)
-    config = get_preset(name)
+    config = PRESETS[name]
     tokenizer = load_tokenizer(config, None, seed=0, device=device)
-    payload = Payload(
-        kind="tokens" if config.has_tokens else "latents",
-        shape=config.latent_shape(spec.num_frames, spec.height, spec.width),
-        codebook_size=config.codebook_size,
-    )
+    payload = config.payload(spec.num_frames, spec.height, spec.width)
     rng = np.random.default_rng(0)
     shape = (spec.num_frames, spec.height, spec.width, 3)
     clips = [rng.integers(0, 256, shape, np.uint8) for _ in range(-(-num_clips // batch_size) * batch_size)]

@@ -42,14 +42,14 @@ from vidshard.pipeline.output.rejects import read_rejects, rejected_spans
 from vidshard.pipeline.output.resume import reconcile, settle_rejects, videos_to_open, write_work_list
 from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
-from vidshard.schemas.tokens import Payload, Provenance
+from vidshard.schemas.tokens import Provenance, payload_bytes, tokens_payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
 
 CLIPS_PER_VIDEO = 10
 SPANS_PER_SHARD = 1300
 """128 MiB of 17x256x256 clips, 10 kB of tokens each, ten in a span."""
 SPEC = ClipSpec(fps=Fraction(8), num_frames=17, height=256, width=256)
-PAYLOAD = Payload(kind="tokens", shape=(5, 32, 32), codebook_size=32768)
+PAYLOAD = tokens_payload((5, 32, 32), 32768)
 SOURCE = VideoSource(width=1280, height=720, codec="h264", fps=30.0, rotation_degrees=0)
 PROVENANCE = Provenance(
     tokenizer={},
@@ -262,7 +262,7 @@ def measure_sink(clips_per_span: int, num_clips: int = 20_000) -> Row:
         "clips in a row": clips_per_span,
         "clips": clips,
         "clips/s": round(clips / seconds),
-        "payload MB/s": round(clips * PAYLOAD.clip_bytes / seconds / 1e6, 1),
+        "payload MB/s": round(clips * payload_bytes(PAYLOAD) / seconds / 1e6, 1),
         "bytes/clip on disk": round(sink.committed.file_bytes / clips),
     }
 
@@ -286,7 +286,7 @@ def encoded_row(number: int, num_clips: int) -> pa.Table:
     plan_row: dict[str, Any] = span_row(span, SPEC, None)
     table = pa.Table.from_pylist([plan_row], schema=WORK_SCHEMA)
     rows = add_clips(table, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.0)
-    tokens = [rng.integers(0, 32768, PAYLOAD.num_values).astype(PAYLOAD.dtype) for _ in clips]
+    tokens = [rng.integers(0, 32768, PAYLOAD[0].num_values).astype(PAYLOAD[0].dtype) for _ in clips]
     return add_payload(rows, {"tokens": tokens}, PAYLOAD, EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1))
 
 

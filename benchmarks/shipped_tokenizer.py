@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, report
-from vidshard.jobs.shards.decode import padding_of, reconstruct, stored_spec, tokenizer_of
 from vidshard.models.metrics import CodebookUse, psnr, ssim
 from vidshard.models.tokenizer import frames_to_input
+from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, load_weights, save_tokenizer, weights_digest
-from vidshard.pipeline.decode_stage import decode_again
-from vidshard.pipeline.output.shard_reader import find_clips, open_shard, output_shards, read_clips
-from vidshard.pipeline.rows import row_part
-from vidshard.schemas.runs import TokenizeRun
+from vidshard.pipeline.output.shard_reader import find_clips, open_shard, output_shards
+from vidshard.pipeline.reconstruct import load_decoder, reconstruct, source_frames, stored_clip
+from vidshard.pipeline.resolved_run import ResolvedRun
 
 
 def main() -> None:
@@ -65,8 +65,11 @@ def main() -> None:
 
 def write(weights: Path, summary: Path) -> None:
     """Write ``<summary>.safetensors``: float16 weights, and what is in the JSON file with their digest."""
-    config, _ = load_weights(weights)
-    rounded = load_tokenizer(config, weights).half()
+    config, state = load_weights(weights)
+    assert isinstance(config, VidTokConfig), f"{config.name} is no VidTok"
+    rounded = VidTok(config)
+    rounded.load_state_dict(state)
+    rounded.half()
     digest = weights_digest(rounded.state_dict())
     target = summary.with_suffix(".safetensors")
     save_tokenizer(target, rounded, summary={**json.loads(summary.read_text()), "weights_sha256": digest})
@@ -85,6 +88,7 @@ def spread(weights: Path, target: Path, videos: Path, *, most: int = 64) -> None
     tokens that can carry more. From 10.2 bits of a token, 2,820 steps in, to 11.6, and 12.3 after 500 more.
     """
     config, _ = load_weights(weights)
+    assert isinstance(config, VidTokConfig), f"{config.name} is no VidTok"
     tokenizer = load_tokenizer(config, weights)
     found = []
     for path in sorted(videos.iterdir())[:most]:
@@ -114,25 +118,22 @@ def measure(out: str, json_path: str | None) -> None:
     """Print PSNR, SSIM and the use of the codebook, for each video of an output and over all clips alike."""
     paths = output_shards(out)
     with open_shard(paths[0]) as (_, provenance):
-        pass
-    run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
-    tokenizer = tokenizer_of(provenance, None)
+        resolved = ResolvedRun.from_provenance(provenance)
+    tokenizer = load_decoder(resolved)
     use = CodebookUse(tokenizer.config.codebook_size or 1)
     found: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for path, clip_id in find_clips(paths, ""):
-        clip = next(read_clips(path, clip_id))
-        frames = reconstruct(clip, tokenizer, padding=padding_of(run))[: clip.values["num_valid_frames"]]
-        spec = stored_spec(run, tokenizer.config, clip.values)
-        uri, index, part = clip.values["uri"], clip.values["clip_index"], row_part(clip.values)
-        source = decode_again(uri, clip.values["video_id"], index, spec, part, run.limits)[-1].frames[: len(frames)]
+        clip = stored_clip((path, clip_id))
+        frames = reconstruct(clip, tokenizer, padding=resolved.padding)[: clip.values["num_valid_frames"]]
+        source = source_frames(clip, resolved)[: len(frames)]
         real, fake = _frames(source), _frames(frames)
-        found[Path(uri).name].append((float(psnr(real, fake).mean()), float(ssim(real, fake).mean())))
-        if tokenizer.config.has_tokens:
-            use.update(clip.payload)
+        found[Path(clip.values["uri"]).name].append((float(psnr(real, fake).mean()), float(ssim(real, fake).mean())))
+        if "tokens" in clip.payload:
+            use.update(clip.payload["tokens"])
     rows: list[Row] = [_row(name, figures) for name, figures in sorted(found.items())]
     rows.append(_row("all clips", [figures for of_video in found.values() for figures in of_video]))
     report(f"reconstruction by {tokenizer.config.name}", rows, json_path)
-    if tokenizer.config.has_tokens:
+    if tokenizer.config.codebook_size:
         used, size = int((use.counts > 0).sum()), len(use.counts)
         share = use.counts[use.counts > 0] / use.counts.sum()
         bits = float(-(share * np.log2(share)).sum())

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, report
-from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
+from vidshard.models.tokenizer import frames_to_input, output_to_frames
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.layers import FrameAttention
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtok.tiling import PEAK_COPIES, Tiling, pass_bytes, tile_starts
 from vidshard.models.weights import load_tokenizer
 from vidshard.pipeline.storage import open_binary
@@ -57,7 +59,7 @@ def main() -> None:
         return
     num_frames, size = arguments.frames, arguments.size
     clip = first_clip(arguments.video, num_frames, size) if arguments.video else pattern(num_frames, size)
-    tokenizer = load_tokenizer(get_preset(arguments.tokenizer), None, seed=0)
+    tokenizer = load_tokenizer(PRESETS[arguments.tokenizer], None, seed=0)
     name = Path(arguments.video).name if arguments.video else "pattern"
     report(f"tiling {name}, {num_frames}x{size}x{size}", compare(tokenizer, clip), arguments.json)
 
@@ -83,7 +85,7 @@ def first_clip(path: str, num_frames: int, size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def compare(tokenizer: VideoTokenizer, x_BCTHW: Tensor) -> list[Row]:
+def compare(tokenizer: VidTok, x_BCTHW: Tensor) -> list[Row]:
     """One row for each kind of tiles."""
     whole = tokenizer.encode(x_BCTHW)
     assert whole.tokens is not None
@@ -119,7 +121,7 @@ def compare(tokenizer: VideoTokenizer, x_BCTHW: Tensor) -> list[Row]:
     return rows
 
 
-def without_attention(tokenizer: VideoTokenizer) -> None:
+def without_attention(tokenizer: VidTok) -> None:
     """Let attention add nothing: what is left of the error is what lies beyond the tiles' edges."""
     for module in tokenizer.modules():
         if isinstance(module, FrameAttention):
@@ -139,7 +141,7 @@ def measure_memory() -> list[Row]:
         for action in ("encode", "decode"):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
                 grown = fresh.submit(grown_bytes, name, action, num_frames, side).result()
-            one_map = pass_bytes(get_preset(name), num_frames, side, side) / PEAK_COPIES
+            one_map = pass_bytes(PRESETS[name], num_frames, side, side) / PEAK_COPIES
             rows.append(
                 {
                     "model": name,
@@ -155,7 +157,7 @@ def measure_memory() -> list[Row]:
 @torch.inference_mode()
 def grown_bytes(name: str, action: str, num_frames: int, side: int) -> int:
     """By how much a pass raises this process's peak memory above what it held before."""
-    config = get_preset(name)
+    config = PRESETS[name]
     tokenizer = load_tokenizer(config, None, seed=0)
     x_BCTHW = torch.zeros(1, 3, num_frames, side, side)
     latent_side = side // config.space_stride

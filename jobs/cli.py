@@ -9,16 +9,21 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from vidshard.jobs.runtime.errors import exit_code_of, terminate
+from vidshard.jobs.runtime.errors import exit_code_of, print_error, terminate
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.fields import parse_size, setting_of
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
+
+if TYPE_CHECKING:
+    from vidshard.jobs.shards.verify import Verification
+    from vidshard.jobs.tokenization.summary import Summary
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
 
@@ -38,7 +43,27 @@ def main() -> None:
         sys.exit(exit_code_of(interrupt))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class ReportingGroup(click.Group):
+    """The place where every command's errors and interrupts become a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command.
+
+        Raises:
+            SystemExit: with the code that the error, the interrupt or the command's result stands for.
+        """
+        try:
+            result = super().invoke(ctx)
+        except VidshardError as error:
+            print_error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt as interrupt:
+            click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
+            sys.exit(exit_code_of(interrupt))
+        sys.exit(result if isinstance(result, int) else getattr(result, "exit_code", 0))
+
+
+@click.group(cls=ReportingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="vidshard")
 def vidshard() -> None:
     """Turn large video corpora into Parquet shards of tokens, and tokens back into video.
@@ -58,7 +83,14 @@ def vidshard() -> None:
 @vidshard.command(cls=SectionedCommand)
 @click.argument("inputs", nargs=-1, metavar="VIDEOS...")
 @options_of(TokenizeRun, leave_out=frozenset({"inputs"}))
-def tokenize(config_path: Path | None, **flags: Any) -> None:
+@click.option(
+    "--local",
+    cls=SectionedOption,
+    section="Execution",
+    is_flag=True,
+    help="Run every stage in this process, without Ray: for debugging and small machines.",
+)
+def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
     """Turn videos into Parquet token shards.
 
     VIDEOS are files, folders (searched recursively), globs, or manifests: a .parquet, .csv or .jsonl file with a
@@ -73,9 +105,9 @@ def tokenize(config_path: Path | None, **flags: Any) -> None:
     vidshard tokenize s3://bucket/*.mp4 --out s3://bucket/tokens --config run.yaml --fps 3
     """
     run = resolve_settings(TokenizeRun, flags, config_path)
-    from vidshard.jobs.tokenization.job import run_and_report
+    from vidshard.jobs.tokenization.job import tokenize as run_job
 
-    sys.exit(run_and_report(run, _console()))
+    return run_job(run, _console(), local=local)
 
 
 @vidshard.command()
@@ -85,7 +117,7 @@ def inspect(out: str, rows: int) -> None:
     """Show what an output folder or a single shard holds: counts, schema, provenance, rejects, a few rows."""
     from vidshard.jobs.shards.show import inspect_output
 
-    sys.exit(inspect_output(out, _console(), num_rows=rows))
+    inspect_output(out, _console(), num_rows=rows)
 
 
 @vidshard.command()
@@ -116,7 +148,7 @@ def inspect(out: str, rows: int) -> None:
 )
 def verify(
     out: str, exact: float | None, seed: int, weights: str | None, repair: bool, account_file: str | None
-) -> None:
+) -> Verification:
     """Check that an output is what it says it is.
 
     Reads every shard whole: checksums, schema, values, ids that stand there twice, other settings than run.json's; and
@@ -132,16 +164,8 @@ def verify(
     """
     from vidshard.jobs.shards.verify import verify_output
 
-    sys.exit(
-        verify_output(
-            out,
-            _console(),
-            exact=exact,
-            seed=seed,
-            weights=weights,
-            repair=repair,
-            account_file=account_file,
-        )
+    return verify_output(
+        out, _console(), exact=exact, seed=seed, weights=weights, repair=repair, account_file=account_file
     )
 
 
@@ -192,23 +216,21 @@ def decode(
         tiles = None if tile_size is None else parse_size(tile_size)
     except ValueError as error:
         raise click.UsageError(f"--tile-size: {error}") from error
-    from vidshard.jobs.shards.decode import decode_output
+    from vidshard.jobs.shards.decode import DecodeRun, decode_output
 
-    sys.exit(
-        decode_output(
-            out,
-            _console(),
-            clip_ids=() if clip_id is None else (clip_id,),
-            video_id=video_id,
-            target=target,
-            folder=folder,
-            limit=limit,
-            side_by_side=side_by_side,
-            weights=weights,
-            tile_size=tiles,
-            tile_overlap=tile_overlap,
-        )
+    request = DecodeRun(
+        out=out,
+        clip_ids=() if clip_id is None else (clip_id,),
+        video_id=video_id,
+        target=target,
+        folder=folder,
+        limit=limit,
+        side_by_side=side_by_side,
+        weights=weights,
+        tile_size=tiles,
+        tile_overlap=tile_overlap,
     )
+    decode_output(request, _console())
 
 
 @vidshard.command()
@@ -242,7 +264,7 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
     """
     from vidshard.jobs.convert_weights import convert_weights
 
-    sys.exit(convert_weights(source, target, tokenizer, _console(), ema=ema))
+    convert_weights(source, target, tokenizer, _console(), ema=ema)
 
 
 @vidshard.group()

@@ -17,8 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from vidshard.jobs.shards.decode import decode_output
-from vidshard.jobs.tokenization.job import run_and_report
+from vidshard.jobs.shards.decode import DecodeRun, decode_output
+from vidshard.jobs.tokenization.job import tokenize
 from vidshard.jobs.training.presets import cpu_demo
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import find_clips, output_shards
@@ -52,7 +52,11 @@ SAMPLES = (
 
 
 def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
-    """Tokenize a sample corpus, or the user's videos, and write some reconstructions; gives the exit code."""
+    """Tokenize a sample corpus, or the user's videos, and write some reconstructions; gives the exit code.
+
+    Raises:
+        VidshardError: the videos cannot be tokenized, or their tokens not decoded.
+    """
     folder = Path(out)
     if videos:
         folder /= Path(videos[0]).stem or "own"  # beside the sample's result, not into it
@@ -61,16 +65,14 @@ def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
         make_corpus(folder / "videos")
         videos = [str(folder / "videos")]
     tokens = str(folder / "tokens")
-    code = run_and_report(cpu_demo(list(videos), tokens), console)
-    if code:
-        return code
+    summary = tokenize(cpu_demo(list(videos), tokens), console)
+    if summary.exit_code:
+        return summary.exit_code
     if not shard_paths(str(Path(tokens).absolute())):
         return 0  # the summary says why
     shown = folder / "reconstructions"
     console.print("\nreconstructions (source left, tokens right)", style="bold")
-    code = decode_output(tokens, console, clip_ids=_some_clips(tokens), folder=str(shown), side_by_side=True)
-    if code:
-        return code
+    decode_output(DecodeRun(out=tokens, clip_ids=_some_clips(tokens), folder=str(shown), side_by_side=True), console)
     console.print(Text(f"\nnext: vidshard inspect {shlex.quote(tokens)}; open the files in {shown}/", style="bold"))
     return 0
 

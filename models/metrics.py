@@ -27,6 +27,7 @@ class CodebookUse:
     def __init__(self, codebook_size: int) -> None:
         if not 1 <= codebook_size <= MAX_CODEBOOK:
             raise ValueError(f"the use of codebooks of 1 ... {MAX_CODEBOOK} tokens is counted, got {codebook_size}")
+        self.codebook_size = codebook_size
         self.counts = np.zeros(codebook_size, np.int64)
 
     def update(self, tokens: npt.ArrayLike) -> None:

@@ -1,248 +1,189 @@
-"""VideoTokenizer: clips to tokens or latents and back.
+"""The face of the models: what a tokenizer is to the pipeline, its families, and the presets of all of them.
 
-`models.config` says which models there are, `models.weights` fills one with what it learned. Nothing here knows of
-video files, shards or Ray.
+A family is a row of `FAMILIES`. To add one: a folder beside ``vidtok/`` with a config that derives from
+`models.config.TokenizerConfig`, a network that is a `Tokenizer`, and a table of presets.
 """
 
-# B batch, C channels, T frames, H height, W width; a prime in text (T', H', W') is the latent grid
+# B batch, C channels, T frames, H height, W width
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
-from vidshard.models.config import PRESETS, TokenizerConfig, get_preset
-from vidshard.models.vidtok.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
-from vidshard.models.vidtok.heads import FSQ, KL, LFQ, VQ, Encoded, Head
-from vidshard.models.vidtok.layers import TIME_RULES
-from vidshard.models.vidtok.tiling import Tiling, map_tiles
+import torch
+from torch import Tensor
+
+from vidshard.models.config import TokenizerConfig
+from vidshard.models.vidtok import config as vidtok_config
+from vidshard.models.vidtok.autoencoder import Past
+from vidshard.models.vidtok.heads import Encoded
+from vidshard.models.vidtok.model import VidTok, checkpoint_name
+from vidshard.models.vidtok.tiling import Tiling
 
 __all__ = [
+    "FAMILIES",
     "PRESETS",
     "Encoded",
+    "EncodedClips",
+    "Family",
     "Past",
+    "Tokenizer",
     "TokenizerConfig",
-    "VideoTokenizer",
     "frames_to_input",
     "get_preset",
     "output_to_frames",
+    "parse_config",
 ]
 
 
-class VideoTokenizer(nn.Module):
-    """A video tokenizer.
+class EncodedClips(Protocol):
+    """Result of encoding a batch of clips."""
 
-    Freshly made it has random weights; `models.weights.load_tokenizer` gives one that is ready to use. Results for a
-    clip do not depend on the other clips of its batch nor on its place among them. Encoding and decoding are
-    deterministic.
+    @property
+    def payload(self) -> dict[str, Tensor]:
+        """A tensor (B, *shape) for each payload column that the model gives, log-variances included."""
+        ...
+
+    def near_ties(self, tolerance: float) -> dict[str, Tensor]:
+        """For columns of tokens: bool (B, *shape), where a value before rounding lies this near to a tie.
+
+        Args:
+            tolerance: in units of one level; another order of summation can flip tokens within it.
+        """
+        ...
+
+
+class Tokenizer(Protocol):
+    """A video tokenizer, as the pipeline uses it. Encoding and decoding are deterministic.
+
+    Results for a clip do not depend on the other clips of its batch nor on its place among them.
     """
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.head: Head = head_of(config)
-        widths = [config.base_width * multiplier for multiplier in config.width_multipliers]
-        self.encoder = Encoder(
-            widths=widths,
-            num_pairs=config.encoder_pairs,
-            space_levels=config.encoder_space_levels,
-            time_levels=config.encoder_time_levels,
-            out_channels=self.head.encoder_channels,
-            rule=TIME_RULES[config.variant],
-            architecture=ARCHITECTURES[config.architecture],
-        )
-        self.decoder = Decoder(
-            widths=widths,
-            num_pairs=config.decoder_pairs,
-            space_levels=config.decoder_space_levels,
-            time_levels=config.decoder_time_levels,
-            in_channels=self.head.latent_channels,
-            rule=TIME_RULES[config.variant],
-            architecture=ARCHITECTURES[config.architecture],
-        )
+    @property
+    def config(self) -> TokenizerConfig:
+        """The network, described completely."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in; the head computes in float32."""
-        return self.encoder.conv_in.conv.weight.dtype
+        """Dtype that the network computes in; quantizers compute in float32."""
+        ...
 
-    def encode(self, x_BCTHW: Tensor, *, tiling: Tiling | None = None) -> Encoded:
-        """Encode whole clips.
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        ...
 
-        Args:
-            x_BCTHW: floating (B, 3, T, H, W) in [-1, 1], see `frames_to_input`.
-            tiling: encode larger frames than this tile by tile, about as well, see `models.vidtok.tiling`.
+    def set_precision(self, dtype: torch.dtype) -> Self:
+        """Cast what may be computed in another precision, in place."""
+        ...
 
-        Raises:
-            ValueError: for a length, size or tile the strides do not fit, by name, or another shape or dtype.
-        """
-        self._check_video(x_BCTHW)
-        self.config.latent_shape(*x_BCTHW.shape[2:])
-        if tiling is not None:
-            tiling.check(self.config)
-        z_BCTHW = map_tiles(
-            self.encoder_output,
-            x_BCTHW,
-            tiling,
-            cell_in=self.config.space_stride,
-            cell_out=1,
-        )
-        return self.head.quantize(z_BCTHW)
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights."""
+        ...
 
-    def encode_stream(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[Encoded, Past]:
-        """Encode videos piece by piece, in memory that does not grow with their length.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights by name."""
+        ...
 
-        Args:
-            x_BCTHW: as for `encode`. The first chunk has any length that `encode` takes, the later ones have
-                multiples of time_stride.
-            past: what the previous call returned; empty for the first chunk.
-
-        Returns:
-            The chunk's part of what `encode` gives for the whole, and the next chunk's past.
+    def encode(self, x_BCTHW: Tensor, *, tiling: Tiling | None = None) -> EncodedClips:
+        """Encode whole clips, floating (B, 3, T, H, W) in [-1, 1].
 
         Raises:
-            ValueError: as `encode`, and for a model that is not causal.
+            ValueError: for a length, size or tile that the model does not take.
         """
-        self._check_streams()
-        self._check_video(x_BCTHW)
-        num_frames, height, width = x_BCTHW.shape[2:]
-        stride = self.config.time_stride
-        if past and (num_frames < 1 or num_frames % stride):
-            raise ValueError(
-                f"{self.config.name}: after the first chunk, chunks must have a multiple of {stride} frames, "
-                f"got {num_frames}"
-            )
-        self.config.latent_shape(stride + 1 if past else num_frames, height, width)
-        z_BCTHW, next_past = self._encode(x_BCTHW, past, keep_past=True)
-        return self.head.quantize(z_BCTHW), next_past
+        ...
 
-    def encoder_output(self, x_BCTHW: Tensor, *, recompute: bool = False) -> Tensor:
-        """What the head takes of whole clips: (B, encoder_channels, T', H', W').
+    def encode_stream(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[EncodedClips, Past]:
+        """Encode a chunk of videos, given the past that the chunk before gave.
 
-        Args:
-            recompute: compute layers again for gradients rather than keep them, see `run_to_features`.
+        Raises:
+            ValueError: as `encode`, and for a model that takes whole clips only.
         """
-        return self._encode(x_BCTHW, (), keep_past=False, recompute=recompute)[0]
+        ...
 
-    def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool, recompute: bool = False) -> tuple[Tensor, Past]:
-        """What the head takes."""
-        x_BTHWC = x_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
-        if not past:
-            # A first latent that stands for fewer frames than the others is filled with copies of the first frame.
-            first_BTHWC = x_BTHWC[:, :1].expand(-1, -x_BTHWC.shape[1] % self.config.time_stride, -1, -1, -1)
-            x_BTHWC = torch.cat([first_BTHWC, x_BTHWC], dim=1)
-        z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past, recompute=recompute)
-        return z_BTHWC.permute(0, 4, 1, 2, 3), next_past
-
-    def decode(
-        self, tokens_or_latents: Tensor, num_frames: int | None = None, *, tiling: Tiling | None = None
+    def decode_payload(
+        self, payload: Mapping[str, Tensor], num_frames: int | None = None, *, tiling: Tiling | None = None
     ) -> Tensor:
-        """Decode whole clips, from tokens or from the latents they stand for: bitwise the same.
+        """Decode whole clips from payload columns, each (B, *shape), into (B, 3, T, H, W), about [-1, 1].
 
         Args:
-            tokens_or_latents: integer (B, T', H', W') below codebook_size, or floating (B, C, T', H', W').
-            num_frames: how many frames the clips had; None for what `decoded_frames` gives. Only v1.1 leaves a
-                choice.
-            tiling: decode larger frames than this tile by tile, about as well, see `models.vidtok.tiling`.
-
-        Returns:
-            (B, 3, T, H, W) of the model's dtype, about [-1, 1] but not clamped, with T = num_frames.
+            num_frames: length of the clips; None for what `TokenizerConfig.decoded_frames` gives.
 
         Raises:
-            ValueError: for another shape, a token outside the codebook, tokens given to a KL model, num_frames that
-                do not make so many latents, or a tile that the strides do not fit.
+            ValueError: for a column of another shape, or a token outside the codebook.
         """
-        z_BCTHW = self._latents(tokens_or_latents)
-        latent_frames = z_BCTHW.shape[2]
-        if num_frames is None:
-            num_frames = self.config.decoded_frames(latent_frames)
-        elif self.config.latent_frames(num_frames) != latent_frames:
-            raise ValueError(
-                f"{self.config.name}: {num_frames} frames make {self.config.latent_frames(num_frames)} latent frames, "
-                f"got {latent_frames}"
-            )
-        if tiling is not None:
-            tiling.check(self.config)
-        x_BCTHW = map_tiles(
-            lambda tile_BCTHW: self._decode(tile_BCTHW, (), keep_past=False, last=True)[0],
-            z_BCTHW,
-            tiling,
-            cell_in=1,
-            cell_out=self.config.space_stride,
-        )
-        return x_BCTHW[:, :, -num_frames:]
+        ...
 
-    def decode_stream(
-        self, tokens_or_latents: Tensor, past: Past = (), *, last: bool = False, first_frames: int = 1
+    def decode_payload_stream(
+        self, payload: Mapping[str, Tensor], past: Past = (), *, last: bool = False
     ) -> tuple[Tensor, Past]:
-        """Decode videos piece by piece; chunks of any number of latent frames, otherwise as `decode`.
-
-        Causal v1.1 interpolates towards the next latent: the last time_stride - 1 frames of a chunk come with the
-        next one, or at once where the chunk is the `last`. Nothing waits for v1.0, nor after the first latent.
-
-        Args:
-            past: what the previous call returned; empty for the first chunk.
-            last: whether the video ends with this chunk.
-            first_frames: how many frames the video's first latent stands for; more than 1 only in v1.1, for a video
-                of another length than 1 + a multiple of time_stride.
-
-        Returns:
-            The frames that are known by now, and the next chunk's past.
+        """Decode a chunk of videos, given the past that the chunk before gave; ``last`` ends the videos.
 
         Raises:
-            ValueError: as `decode`, for a model that is not causal, and for other first_frames.
+            ValueError: as `decode_payload`, and for a model that takes whole clips only.
         """
-        self._check_streams()
-        if self.config.latent_frames(first_frames) != 1:
-            raise ValueError(
-                f"{self.config.name}: first_frames must be 1 ... {self.config.time_stride}, got {first_frames}"
-            )
-        x_BCTHW, next_past = self._decode(self._latents(tokens_or_latents), past, keep_past=True, last=last)
-        return x_BCTHW if past else x_BCTHW[:, :, self.config.time_stride - first_frames :], next_past
-
-    def _decode(self, z_BCTHW: Tensor, past: Past, *, keep_past: bool, last: bool) -> tuple[Tensor, Past]:
-        """All frames, with those that `_encode` put before the video."""
-        z_BTHWC = z_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
-        x_BTHWC, next_past = self.decoder(z_BTHWC, past, keep_past=keep_past, last=last)
-        return x_BTHWC.permute(0, 4, 1, 2, 3), next_past
-
-    def _check_streams(self) -> None:
-        if not self.config.is_causal:
-            raise ValueError(
-                f"{self.config.name} is not causal: its latents depend on later frames, so it takes whole clips only; "
-                "for streaming choose a causal preset"
-            )
-
-    def _check_video(self, x_BCTHW: Tensor) -> None:
-        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
-            raise ValueError(
-                f"{self.config.name}: encode takes floating (B, 3, T, H, W) in [-1, 1], got {x_BCTHW.dtype} "
-                f"{tuple(x_BCTHW.shape)}; frames_to_input makes it from uint8 (B, T, H, W, 3)"
-            )
-
-    def _latents(self, tokens_or_latents: Tensor) -> Tensor:
-        shape = tuple(tokens_or_latents.shape)
-        if not tokens_or_latents.is_floating_point():
-            if len(shape) != 4 or 0 in shape:
-                raise ValueError(f"{self.config.name}: tokens must be (B, T', H', W'), got shape {shape}")
-            return self.head.tokens_to_latents(tokens_or_latents)
-        if len(shape) != 5 or shape[1] != self.config.latent_channels or 0 in shape:
-            raise ValueError(
-                f"{self.config.name}: latents must be (B, {self.config.latent_channels}, T', H', W'), got shape {shape}"
-            )
-        return tokens_or_latents
+        ...
 
 
-def head_of(config: TokenizerConfig) -> Head:
-    """The head that a config describes."""
-    if config.head == "fsq":
-        return FSQ(config.fsq_levels)
-    if config.head == "lfq":
-        return LFQ(config.latent_channels)
-    if config.head == "vq":
-        assert config.vq_codebook_size is not None
-        return VQ(config.vq_codebook_size, config.latent_channels)
-    return KL(config.latent_channels)
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of tokenizers: how its configs are read, its networks built, its weights named."""
+
+    config: type[TokenizerConfig]
+    presets: Mapping[str, TokenizerConfig]
+    build: Callable[[Any], torch.nn.Module]
+    """Makes a network, which is a `Tokenizer`, with random weights from a config of this family."""
+    checkpoint_name: Callable[[str, Any], str]
+    """Name that published files give to a weight, from the network's own name for it and the config."""
+
+
+FAMILIES: dict[str, Family] = {
+    "vidtok": Family(
+        config=vidtok_config.VidTokConfig,
+        presets=vidtok_config.PRESETS,
+        build=VidTok,
+        checkpoint_name=checkpoint_name,
+    ),
+}
+"""Every family by the tag that its configs carry."""
+
+
+def _all_presets() -> Iterator[tuple[str, TokenizerConfig]]:
+    for family in FAMILIES.values():
+        yield from family.presets.items()
+
+
+PRESETS: dict[str, TokenizerConfig] = dict(_all_presets())
+"""Every known model by its name."""
+
+
+def get_preset(name: str) -> TokenizerConfig:
+    """The preset of that name.
+
+    Raises:
+        ValueError: listing all presets, nearest names first.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"; did you mean {', '.join(near)}?" if near else "."
+    raise ValueError(f"unknown tokenizer preset {name!r}{hint} There are: {', '.join(PRESETS)}")
+
+
+def parse_config(record: Mapping[str, Any]) -> TokenizerConfig:
+    """The config that a file or a shard states, as JSON values; older ones state no family and are VidTok's.
+
+    Raises:
+        ValueError: an unknown family, or values that are no config of it.
+    """
+    tag = record.get("family", "vidtok")
+    if tag not in FAMILIES:
+        raise ValueError(f"unknown tokenizer family {tag!r}; this vidshard knows: {', '.join(FAMILIES)}")
+    return FAMILIES[tag].config.model_validate(record)
 
 
 def frames_to_input(frames_BTHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

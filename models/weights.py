@@ -16,16 +16,17 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from vidshard.models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer
+from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, TokenizerConfig, parse_config
+from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 
 SHIPPED = "fsq_causal_488_small"
 """The preset whose trained weights are part of the package: what is used where nobody names a model."""
@@ -82,16 +83,8 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def checkpoint_name(name: str, config: TokenizerConfig) -> str:
-    """What files call a weight that the network calls ``name``.
-
-    The released non-causal models lack the ``conv`` level below convolutions over time and 1x1x1 ones; causal names
-    are the network's own.
-    """
-    return (
-        name
-        if config.is_causal
-        else re.sub(r"\b(conv|conv_in|conv_out|conv1|conv2|q|k|v|proj_out)\.conv\.", r"\1.", name)
-    )
+    """Name that files give to a weight which the network calls ``name``, by the rule of its family."""
+    return FAMILIES[config.family].checkpoint_name(name, config)
 
 
 def preset_in_name(path: str | Path) -> str | None:
@@ -129,6 +122,19 @@ def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
     return weights
 
 
+@overload
+def load_tokenizer(
+    config: VidTokConfig,
+    weights: str | Path | None,
+    *,
+    seed: int | None = None,
+    ema: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VidTok: ...
+
+
+@overload
 def load_tokenizer(
     config: TokenizerConfig,
     weights: str | Path | None,
@@ -137,7 +143,18 @@ def load_tokenizer(
     ema: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> VideoTokenizer:
+) -> Tokenizer: ...
+
+
+def load_tokenizer(
+    config: TokenizerConfig,
+    weights: str | Path | None,
+    *,
+    seed: int | None = None,
+    ema: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tokenizer:
     """A tokenizer with weights, ready for inference: in eval mode, no gradients recorded.
 
     Args:
@@ -156,12 +173,10 @@ def load_tokenizer(
         state = seeded_weights(config, seed)
     else:
         raise ValueError(f"give either a weights file or a seed, got weights={weights!r}, seed={seed}")
-    tokenizer = _empty(config)
-    tokenizer.load_state_dict(state, strict=True, assign=True)
-    # Not the head: a codebook in reduced precision would be another codebook.
-    tokenizer.encoder.to(dtype)
-    tokenizer.decoder.to(dtype)
-    return tokenizer.to(device).eval().requires_grad_(False)
+    network = _empty(config)
+    network.load_state_dict(state, strict=True, assign=True)
+    network.eval().requires_grad_(False)
+    return cast(Tokenizer, network).set_precision(dtype).to(device)
 
 
 def load_weights(
@@ -212,7 +227,7 @@ def load_weights(
     return config, weights
 
 
-def save_tokenizer(path: str | Path, tokenizer: VideoTokenizer, *, summary: Mapping[str, object] | None = None) -> None:
+def save_tokenizer(path: str | Path, tokenizer: Tokenizer, *, summary: Mapping[str, object] | None = None) -> None:
     """Write weights and config to one ``.safetensors`` file, whole or not at all, in the dtype that they have.
 
     Args:
@@ -244,10 +259,10 @@ _SUMMARY_KEY = "vidshard_training_summary"
 _EMA_PREFIX = "model_ema."
 
 
-def _empty(config: TokenizerConfig) -> VideoTokenizer:
+def _empty(config: TokenizerConfig) -> torch.nn.Module:
     """The network without storage for its weights."""
     with torch.device("meta"):
-        return VideoTokenizer(config)
+        return FAMILIES[config.family].build(config)
 
 
 def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
@@ -277,8 +292,8 @@ def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, obj
     if _CONFIG_KEY not in metadata:
         return None, entries
     try:
-        return TokenizerConfig.model_validate_json(metadata[_CONFIG_KEY]), entries
-    except ValidationError as error:
+        return parse_config(json.loads(metadata[_CONFIG_KEY])), entries
+    except ValueError as error:  # pydantic's among them
         raise ValueError(f"{path} states a tokenizer config that this version does not know: {error}") from error
 
 

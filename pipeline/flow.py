@@ -10,7 +10,7 @@ time to commit, and what to save when the user interrupts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidshard.pipeline import storage
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
-from vidshard.pipeline.encode import ClipEncoder, EncoderSpec
+from vidshard.pipeline.encode_stage import ClipEncoder, EncoderSpec
+from vidshard.pipeline.resources import StageResources
 
 ENCODER_ENVIRONMENT = {
     # glibc hands large blocks back to the system at once and faults every page in again at the next clip. Kept, a
@@ -66,21 +67,12 @@ class EncoderActor:
         return encoded
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageResources:
-    """Where the stages run."""
-
-    encode_workers: int
-    gpus_per_worker: float
-    """0 on machines without GPUs."""
-    cpus_per_worker: float
-    """CPUs kept from the other stages for each encoder; 0 where it has a GPU."""
-    decode_workers: int | None
-    """At most so many decoding tasks at once; None for as many as there are CPUs."""
-    rows_per_task: int
-    """Spans that one decoding task takes."""
-    rows_per_batch: int
-    """Spans whose clips an encoder batches together."""
+def map_videos(tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """Tables of videos through the probing stage, as tasks of the cluster, in no order."""
+    dataset = ray.data.from_arrow(list(tables)).map_batches(
+        probe, batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
+    )
+    yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
 
 
 def build_flow(

@@ -1,4 +1,4 @@
-"""Planning: every video opened once on the cluster, its stretches as rows of a table, its failures as rejections.
+"""Planning: every video opened once, its stretches as rows of a table, its failures as rejections.
 
 Ids come from content and settings, so the same videos give the same rows on any machine and in any order. What is
 made of the rows, and which of them are left to do, is ``pipeline.output.resume``'s.
@@ -6,15 +6,13 @@ made of the rows, and which of them are left to do, is ``pipeline.output.resume`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.attempts import MAX_ATTEMPTS
 from vidshard.pipeline.decode_stage import probe
 from vidshard.pipeline.output.entries import entry_ids, location_keys
 from vidshard.pipeline.output.plan_store import PLAN_SCHEMA
@@ -48,9 +46,10 @@ def open_videos(
     part: Part,
     span_clips: int,
     num_tasks: int,
+    map_videos: Callable[[Sequence[pa.Table], Callable[[pa.Table], pa.Table]], Iterator[pa.Table]],
     limits: Limits | None = None,
 ) -> Iterator[pa.Table]:
-    """Open every video on the cluster and lay out its spans; gives rows as they come, in no order.
+    """Open every video and lay out its spans; gives rows as they come, in no order.
 
     Each is of ``ledger.PLAN_SCHEMA`` with a column ``rejection``; a video that cannot be opened has one row, with
     its rejection and without a span.
@@ -61,6 +60,7 @@ def open_videos(
         part: which part of each video that does not say so itself.
         span_clips: clips in one unit of work.
         num_tasks: tasks that the work should at least be spread over.
+        map_videos: runs a stage over tables of videos, as an executor does.
         limits: what one video may cost.
     """
     most = max(_MAX_VIDEOS_PER_TASK, videos.num_rows // _MAX_TASKS)
@@ -68,17 +68,11 @@ def open_videos(
     names = ("uri", "num_bytes", "entry", "part_start_seconds", "part_end_seconds")
     needed = videos.select([name for name in names if name in videos.column_names])
     tables = [needed.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]
-    dataset = ray.data.from_arrow(tables).map_batches(
-        _Planner(tuple(specs), part, span_clips, limits or Limits()),
-        batch_format="pyarrow",
-        batch_size=None,
-        max_retries=MAX_ATTEMPTS - 1,
-    )
-    yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
+    yield from map_videos(tables, VideoPlanner(tuple(specs), part, span_clips, limits or Limits()))
 
 
 @dataclass(frozen=True)
-class _Planner:
+class VideoPlanner:
     """The probing stage: videos in, their spans out, or one row with a rejection."""
 
     specs: tuple[ClipSpec, ...]

@@ -313,19 +313,19 @@ def add_payload(
     """The rows with their frames replaced by what the encoder made of them.
 
     Args:
-        values: for each payload column and each clip of all rows an array (values,) of the payload's dtype. Frames
-            of another size give another number of values, so these are lists of any length until they are stored.
+        values: for each payload column, by name, and each clip of all rows an array (values,) of the column's dtype.
+            Frames of another size give another number of values, so these are lists of any length until stored.
     """
     counts = np.diff(rows["clips"].combine_chunks().offsets.to_numpy())
     rows = rows.drop_columns(["frames"])
-    for name in payload.columns:
-        clips = values[name]
-        flat = pa.array(np.concatenate(clips) if clips else [], payload.arrow_type.value_type)
+    for column in payload:
+        clips = values[column.name]
+        flat = pa.array(np.concatenate(clips) if clips else [], column.arrow_type.value_type)
         lists = pa.ListArray.from_arrays(_offsets([len(clip) for clip in clips]), flat)
-        rows = rows.append_column(name, pa.ListArray.from_arrays(_offsets(counts), lists))
-    for name, column in _STATS_COLUMNS.items():
+        rows = rows.append_column(column.name, pa.ListArray.from_arrays(_offsets(counts), lists))
+    for name, stats_column in _STATS_COLUMNS.items():
         first = getattr(stats, name)
-        rows = rows.append_column(column, pa.array([first] + [type(first)(0)] * (rows.num_rows - 1)))
+        rows = rows.append_column(stats_column, pa.array([first] + [type(first)(0)] * (rows.num_rows - 1)))
     return rows
 
 
@@ -392,7 +392,8 @@ def explode(
     clips = lists.flatten()
     # of a clip's span only what is stored with the clip: its payload beside each of its clips, ten for instance, took
     # ten times a shard's memory, and the sink 540 clips/s instead of 3,850 (benchmarks/scale.py)
-    kept = [f.name for f in schema if f.name in rows.schema.names and f.name not in {*payload.columns, *signals}]
+    own = {*(column.name for column in payload), *signals}
+    kept = [f.name for f in schema if f.name in rows.schema.names and f.name not in own]
     parents = rows.select([*dict.fromkeys(["frame_height", "frame_width", *kept])]).take(lists.value_parent_indices())
     made: dict[str, Any] = {
         "clip_id": pa.array(clip_ids, pa.string()),
@@ -400,10 +401,10 @@ def explode(
         **dict(zip(CLIP_TYPE.names, clips.flatten(), strict=True)),
         "bucket": pa.array([f"{height}x{width}" for height, width in frame_sizes(parents)], pa.string()),
         **{
-            name: pa.FixedSizeListArray.from_arrays(
-                rows[name].combine_chunks().flatten().flatten(), type=payload.arrow_type
+            column.name: pa.FixedSizeListArray.from_arrays(
+                rows[column.name].combine_chunks().flatten().flatten(), type=column.arrow_type
             )
-            for name in payload.columns
+            for column in payload
         },
         **{name: rows[name].combine_chunks().flatten() for name in signals},
     }

@@ -8,15 +8,20 @@ metadata under the keys of :class:`Provenance`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 FORMAT_VERSION = 1
-"""Raised when an old reader would misread a new shard."""
+"""Version of shards with one array for each clip: tokens, or latents with or without their log-variances."""
+
+FORMAT_VERSIONS = (FORMAT_VERSION, 2)
+"""Versions that this code reads. A new one is added when an old reader would misread a new shard; 2 adds payloads of
+several arrays."""
 
 METADATA_PREFIX = "vidshard."
 
@@ -58,7 +63,10 @@ LATER_COLUMNS = frozenset({"continues_previous", "decode_errors", "part_start_se
 ``decode_errors`` is, 0: the clip is whole, but so many damaged places were met in the stretch decoded with it; where
 the times of a part are, it is the whole video; where ``bucket`` is, the run's only frame size."""
 
-RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | {"tokens", "latents", "latents_logvar"}
+PAYLOAD_COLUMNS = frozenset({"tokens", "latents", "latents_logvar"})
+"""Names of payload columns of all families."""
+
+RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | PAYLOAD_COLUMNS
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -78,45 +86,107 @@ REJECT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Payload:
-    """What a clip becomes: token ids, or a latent array, of one fixed shape."""
+class PayloadColumn:
+    """One named array that every clip becomes: token ids or a latent, of one fixed shape."""
 
-    kind: Literal["tokens", "latents"]
+    name: str
+    """Column of the shard, such as ``tokens``, ``latents`` or ``latents_logvar``."""
     shape: tuple[int, ...]
-    """(T', H', W') of tokens, (C, T', H', W') of latents."""
-    codebook_size: int | None
+    """Shape of one clip's values, which are stored flat in C order."""
+    dtype: str
+    """Name of the numpy dtype: an unsigned integer for tokens, ``float16`` for latents."""
+    codebook_size: int | None = None
     """Token ids are below this; None for latents."""
-    keep_logvar: bool = False
+
+    def __post_init__(self) -> None:
+        if (np.dtype(self.dtype).kind == "u") != (self.codebook_size is not None):
+            raise ValueError(f"{self.name}: {self.dtype} does not go with a codebook of {self.codebook_size}")
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"{self.name}: a shape has positive sizes, got {self.shape}")
 
     @property
     def num_values(self) -> int:
         """Values per clip: the product of the shape."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """Smallest unsigned integer that holds the codebook; float16 for latents."""
-        if self.kind == "latents":
-            return np.dtype(np.float16)
-        assert self.codebook_size is not None
-        return np.min_scalar_type(self.codebook_size - 1)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the payload columns in a shard."""
-        if self.kind == "tokens":
-            return ("tokens",)
-        return ("latents", "latents_logvar") if self.keep_logvar else ("latents",)
+    def is_logvar(self) -> bool:
+        """Whether the column holds log-variances, which decoding does not need."""
+        return self.name.endswith("_logvar")
 
     @property
     def arrow_type(self) -> pa.FixedSizeListType:
         """One clip's values in C order. A plain fixed-size list, since some readers refuse extension types."""
-        return pa.list_(pa.from_numpy_dtype(self.dtype), self.num_values)
+        return pa.list_(pa.from_numpy_dtype(np.dtype(self.dtype)), self.num_values)
 
     @property
-    def clip_bytes(self) -> int:
-        """Bytes of one clip's payload before compression."""
-        return self.num_values * self.dtype.itemsize * len(self.columns)
+    def num_bytes(self) -> int:
+        """Bytes of one clip's values before compression."""
+        return self.num_values * np.dtype(self.dtype).itemsize
+
+
+Payload = tuple[PayloadColumn, ...]
+"""Everything that a clip becomes, one entry for each column of a shard."""
+
+
+def tokens_payload(shape: tuple[int, ...], codebook_size: int) -> Payload:
+    """Token ids (T', H', W') in the smallest unsigned integer that holds the codebook."""
+    dtype = str(np.min_scalar_type(codebook_size - 1))
+    return (PayloadColumn(name="tokens", shape=shape, dtype=dtype, codebook_size=codebook_size),)
+
+
+def latents_payload(shape: tuple[int, ...], *, keep_logvar: bool) -> Payload:
+    """Latents (C, T', H', W') as float16: the mean and, if kept, the log-variance."""
+    names = ("latents", "latents_logvar") if keep_logvar else ("latents",)
+    return tuple(PayloadColumn(name=name, shape=shape, dtype="float16") for name in names)
+
+
+def payload_bytes(payload: Payload) -> int:
+    """Bytes of one clip's payload before compression."""
+    return sum(column.num_bytes for column in payload)
+
+
+def payload_record(payload: Payload) -> dict[str, Any]:
+    """JSON values of a payload, as metadata and ``run.json`` hold them.
+
+    One array of tokens, or of latents with or without their log-variances, is written as format version 1 has it.
+    Anything else is a list of columns, which is format version 2.
+    """
+    first = payload[0]
+    kind = "tokens" if first.codebook_size is not None else "latents"
+    simple: dict[str, Any] = {
+        "payload": kind,
+        "shape": list(first.shape),
+        "codebook_size": first.codebook_size,
+        "keep_logvar": len(payload) > 1,
+    }
+    if payload == _simple_payload(simple):
+        return simple
+    return {"payloads": [{**asdict(column), "shape": list(column.shape)} for column in payload]}
+
+
+def parse_payload(record: Mapping[str, Any]) -> Payload:
+    """Inverse of :func:`payload_record`.
+
+    Raises:
+        ValueError: a payload that cannot be.
+    """
+    try:
+        if "payloads" not in record:
+            return _simple_payload(record)
+        columns = tuple(PayloadColumn(**{**column, "shape": tuple(column["shape"])}) for column in record["payloads"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its metadata describes no payload: {error!r}") from error
+    if not columns or len({column.name for column in columns}) < len(columns):
+        raise ValueError("its metadata names no payload column, or one twice")
+    return columns
+
+
+def _simple_payload(record: Mapping[str, Any]) -> Payload:
+    shape, size = tuple(record["shape"]), record["codebook_size"]
+    if record["payload"] == "tokens":
+        return tokens_payload(shape, size)
+    return latents_payload(shape, keep_logvar=record["keep_logvar"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,14 +210,16 @@ class Provenance:
     notice: str | None = None
     """A warning for readers, such as that the weights are random."""
 
+    @property
+    def format_version(self) -> int:
+        """Version of the shard format that these rows need: the lowest, so that older readers keep working."""
+        return FORMAT_VERSIONS[-1] if "payloads" in payload_record(self.payload) else FORMAT_VERSION
+
     def to_metadata(self) -> dict[str, str]:
         """Key-value metadata for Parquet; every value is text, structured ones are JSON."""
         values: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "payload": self.payload.kind,
-            "shape": list(self.payload.shape),
-            "codebook_size": self.payload.codebook_size,
-            "keep_logvar": self.payload.keep_logvar,
+            "format_version": self.format_version,
+            **payload_record(self.payload),
             "tokenizer": dict(self.tokenizer),
             "weights_sha256": self.weights_sha256,
             "weights_source": self.weights_source,
@@ -176,17 +248,14 @@ class Provenance:
         }
         if "format_version" not in text:
             raise ValueError(f"{name} is not a token shard: it has no '{METADATA_PREFIX}format_version' metadata")
-        if text["format_version"] != str(FORMAT_VERSION):
+        if text["format_version"] not in map(str, FORMAT_VERSIONS):
             raise ValueError(
-                f"{name} has format version {text['format_version']}, this vidshard reads version {FORMAT_VERSION}; "
-                "use the vidshard that wrote it (metadata 'vidshard.code_version') or a newer one"
+                f"{name} has format version {text['format_version']}, this vidshard reads versions "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the vidshard that wrote it (metadata "
+                "'vidshard.code_version') or a newer one"
             )
-        payload = Payload(
-            kind="tokens" if text["payload"] == "tokens" else "latents",
-            shape=tuple(json.loads(text["shape"])),
-            codebook_size=json.loads(text["codebook_size"]),
-            keep_logvar=json.loads(text["keep_logvar"]),
-        )
+        described = {k: text[k] for k in ("shape", "codebook_size", "keep_logvar", "payloads") if k in text}
+        payload = parse_payload({k: json.loads(v) for k, v in described.items()} | {"payload": text.get("payload")})
         return cls(
             tokenizer=json.loads(text["tokenizer"]),
             weights_sha256=text["weights_sha256"],
@@ -200,12 +269,13 @@ class Provenance:
         )
 
 
-def shard_schema(payload: Payload, manifest_fields: Sequence[pa.Field], provenance: Provenance) -> pa.Schema:
+def shard_schema(manifest_fields: Sequence[pa.Field], provenance: Provenance) -> pa.Schema:
     """Schema of a shard: the clip columns, the payload, then the manifest's own columns.
 
-    The payload's shape stands in its field's metadata (``shape``, JSON) and in the file's
-    (``vidshard.shape``).
+    Each payload column's shape stands in its field's metadata (``shape``, JSON); the file's metadata has it too.
     """
-    shape = {"shape": json.dumps(list(payload.shape))}
-    payload_fields = [pa.field(c, payload.arrow_type, nullable=False, metadata=shape) for c in payload.columns]
+    payload_fields = [
+        pa.field(column.name, column.arrow_type, nullable=False, metadata={"shape": json.dumps(list(column.shape))})
+        for column in provenance.payload
+    ]
     return pa.schema([*CLIP_FIELDS, *payload_fields, *manifest_fields], metadata=provenance.to_metadata())

@@ -7,13 +7,17 @@ from types import FrameType
 
 import click
 
+from vidshard.schemas.errors import VidshardError
+
 
 def cause_of(error: BaseException) -> str:
-    """The innermost exception of a failure, in a line: of one of Ray's, what its text says was raised first."""
+    """The innermost exception of a failure, in a line; of one of Ray's, what its text says was raised first."""
     cause = error
     while (inner := _inner(cause)) is not None:
         cause = inner
-    root = str(cause).split("The above exception was")[0]
+    if isinstance(cause, VidshardError):
+        return str(cause)  # written for people, without the name of a class
+    root = str(cause).split("The above exception was")[0].split("\nFailed to apply UDF")[0]  # Ray's advice
     lines = [line.strip() for line in root.splitlines()]
     named = [at for at, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
     if named:
@@ -25,19 +29,8 @@ def _inner(error: BaseException) -> BaseException | None:
     failures = getattr(error, "worker_failures", None)
     if failures:
         return next(iter(failures.values()))  # type: ignore[no-any-return]
-    return error.__cause__
-
-
-def what_broke(error: BaseException) -> str:
-    """The cause of a Ray failure in a line: the innermost exception, not the layers around it."""
-    cause: BaseException = getattr(error, "cause", None) or error  # of a RayTaskError, without the worker's traceback
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(str(cause).split("\nFailed to apply UDF")[0].split()) or type(cause).__name__  # Ray Data's advice
-    return (
-        f"the run stopped: {type(cause).__name__}: {text[-600:]}; what is committed is valid. Run the same command "
-        "again, with -v or --verbose for Ray's log"
-    )
+    cause = getattr(error, "cause", None)  # a RayTaskError's own, without the worker's traceback
+    return cause if isinstance(cause, BaseException) else error.__cause__
 
 
 class Terminated(KeyboardInterrupt):

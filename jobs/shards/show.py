@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -11,37 +12,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vidshard.jobs.runtime.errors import print_error
 from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN, shard_paths
+from vidshard.pipeline.output.parquet import ShardError
 from vidshard.pipeline.output.rejects import read_rejects
-from vidshard.pipeline.output.shard_reader import ShardError, open_shard, output_shards, read_clips, read_payloads
-from vidshard.schemas.errors import EXIT_REFUSED
+from vidshard.pipeline.output.shard_reader import open_shard, output_shards, read_clips, read_payloads
 from vidshard.schemas.tokens import Payload, Provenance
 
 
-def inspect_output(out: str, console: Console, *, num_rows: int) -> int:
-    """Show an output folder or a single shard; gives the exit code."""
-    try:
-        folder = storage.absolute(out)
-        if not out.endswith(".parquet") and storage.exists(storage.join(folder, RUN)) and not shard_paths(folder):
-            console.print("0 shards, 0 clips: the run committed nothing", highlight=False)
-            _show_rejects(folder, console)
-            return 0
-        paths = output_shards(out)
-        provenance = _show_counts(paths, console)
-        _show_codebook_use(paths, provenance.payload, console)
-        _show_provenance(provenance, console)
-        _show_rows(paths[0], num_rows, console)
-        if not out.endswith(".parquet"):
-            _show_rejects(storage.absolute(out), console)
-    except (ShardError, storage.StorageError) as error:
-        print_error(error)
-        return EXIT_REFUSED
-    return 0
+def inspect_output(out: str, console: Console, *, num_rows: int) -> None:
+    """Show an output folder or a single shard.
+
+    Raises:
+        ShardError, StorageError: there is none, or it cannot be read.
+    """
+    folder = storage.absolute(out)
+    if not out.endswith(".parquet") and storage.exists(storage.join(folder, RUN)) and not shard_paths(folder):
+        console.print("0 shards, 0 clips: the run committed nothing", highlight=False)
+        _show_rejects(folder, console)
+        return
+    paths = output_shards(out)
+    provenance = _show_counts(paths, console)
+    _show_codebook_use(paths, provenance.payload, console)
+    _show_provenance(provenance, console)
+    _show_rows(paths[0], num_rows, console)
+    if not out.endswith(".parquet"):
+        _show_rejects(folder, console)
 
 
 def _show_counts(paths: list[str], console: Console) -> Provenance:
@@ -75,29 +74,34 @@ MAX_COUNTED_TOKENS = 1 << 27
 
 
 def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> None:
-    """Say how the tokens use their codebook; one row group and the counts are in memory."""
-    if payload.codebook_size is None or payload.codebook_size > MAX_CODEBOOK:
+    """Say how tokens use their codebook; one row group and the counts are in memory."""
+    uses = {
+        column.name: CodebookUse(column.codebook_size)
+        for column in payload
+        if column.codebook_size is not None and column.codebook_size <= MAX_CODEBOOK
+    }
+    if not uses:
         return
-    use = CodebookUse(payload.codebook_size)
     part = ""
     try:
-        for path in paths:
-            for tokens in read_payloads(path):
-                if use.num_tokens >= MAX_COUNTED_TOKENS:
-                    part = f", by the first {use.num_tokens:,} tokens"
-                    break
-                use.update(tokens)
-            if part:
+        for arrays in chain.from_iterable(map(read_payloads, paths)):
+            num_counted = sum(use.num_tokens for use in uses.values())
+            if num_counted >= MAX_COUNTED_TOKENS:
+                part = f", by the first {num_counted:,} tokens"
                 break
+            for name, use in uses.items():
+                use.update(arrays[name])
     except ShardError as error:
-        # --verify goes on to name every broken shard
+        # `vidshard verify` goes on to name every broken shard
         console.print(Text(f"codebook: not counted, {error}", style="bold red"))
         return
-    console.print(
-        f"codebook: {use.num_used:,} of {payload.codebook_size:,} tokens used ({use.utilisation:.1%}), "
-        f"entropy {use.entropy_bits:.2f} bits{part}",
-        highlight=False,
-    )
+    for name, use in uses.items():
+        of = "" if len(uses) == 1 else f" of {name}"
+        console.print(
+            f"codebook{of}: {use.num_used:,} of {use.codebook_size:,} tokens used ({use.utilisation:.1%}), "
+            f"entropy {use.entropy_bits:.2f} bits{part}",
+            highlight=False,
+        )
 
 
 def _show_provenance(provenance: Provenance, console: Console) -> None:
@@ -122,9 +126,9 @@ def _show_rows(path: str, num_rows: int, console: Console) -> None:
         values = dict(clip.values)
         times = values.pop("frame_pts_seconds")
         values["frame_pts_seconds"] = f"{len(times)} times from {times[0]:.3f} to {times[-1]:.3f}"
-        values["payload"] = (
-            f"{clip.payload.dtype} {list(clip.payload.shape)}: {clip.payload.reshape(-1)[:6].tolist()} ..."
-        )
+        for name, array in clip.payload.items():
+            label = "payload" if len(clip.payload) == 1 else name
+            values[label] = f"{array.dtype} {list(array.shape)}: {array.reshape(-1)[:6].tolist()} ..."
         for name, value in values.items():
             text = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
             console.print(f"  {name:<20}{text}", highlight=False, markup=False)
@@ -160,15 +164,16 @@ def print_tokenizers(console: Console) -> None:
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("weights", no_wrap=True)
     for config in PRESETS.values():
+        columns = config.payload(17 if config.is_causal else 16, 256, 256)
         space = config.space_stride
         table.add_row(
             config.name,
             config.family,
-            config.head,
+            config.head_name,
             "yes" if config.is_causal else "no",
             f"{config.time_stride} x {space} x {space}",
-            f"{config.codebook_size:,}" if config.codebook_size else f"{config.latent_channels} channels",
-            "x".join(map(str, config.latent_shape(17 if config.is_causal else 16, 256, 256))),
+            f"{config.codebook_size:,}" if config.codebook_size else f"{columns[0].shape[0]} channels",
+            " + ".join("x".join(map(str, column.shape)) for column in columns),
             f"{count_parameters(config) / 1e6:.2f} M",
             "shipped" if config.name == SHIPPED else "",
         )

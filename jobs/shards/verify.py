@@ -8,32 +8,32 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from vidshard.jobs.runtime.errors import exit_code_of, print_error
 from vidshard.jobs.runtime.progress import PhaseProgress
-from vidshard.jobs.shards.reencode import encode_again
-from vidshard.models.tokenizer import TokenizerConfig
+from vidshard.jobs.runtime.run_record import record_of
+from vidshard.jobs.shards.reencode import Comparison, encode_again
+from vidshard.models.tokenizer import parse_config
 from vidshard.pipeline import storage
-from vidshard.pipeline.encode import clip_specs_of
+from vidshard.pipeline.clip_specs import clip_specs_of
 from vidshard.pipeline.output.audit import Audit, make_audit
 from vidshard.pipeline.output.committed import ShardSpans, drop_repeated_spans, drop_spans, shard_spans, spans_of_rows
 from vidshard.pipeline.output.layout import PLANNED, REJECTS, RUN, SHARDS
-from vidshard.pipeline.output.lease import Lease, LeaseHeldError
-from vidshard.pipeline.output.shard_reader import ShardError, check_shard, open_shard, output_shards
+from vidshard.pipeline.output.lease import Lease
+from vidshard.pipeline.output.parquet import ShardError
+from vidshard.pipeline.output.shard_reader import check_shard, open_shard, output_shards
 from vidshard.pipeline.output.state import damaged_files
-from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
-from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.tokens import FORMAT_VERSION, METADATA_PREFIX
+from vidshard.pipeline.resolved_run import stored_run
+from vidshard.schemas.errors import EXIT_FAILED, UserError
+from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX
 
 
 @dataclass(kw_only=True)
@@ -56,6 +56,23 @@ class _Findings:
             self.console.print(f"  repaired: {done}", highlight=False, markup=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Result of a check."""
+
+    num_wrong: int
+    """Broken things that were found."""
+    num_repaired: int
+    comparison: Comparison | None
+    """Clips encoded again beside what is stored, where that was asked for and nothing else was broken."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 where nothing is broken, otherwise 1."""
+        differs = self.comparison is not None and self.comparison.is_broken
+        return EXIT_FAILED if self.num_wrong or differs else 0
+
+
 def verify_output(
     out: str,
     console: Console,
@@ -65,49 +82,55 @@ def verify_output(
     weights: str | None = None,
     repair: bool = False,
     account_file: str | None = None,
-) -> int:
-    """Check an output folder, or a single shard; gives the exit code.
+) -> Verification:
+    """Check an output folder, or a single shard, and print what is broken.
 
     Args:
         exact: also encode this share of the clips again, in (0, 1].
-        seed: which ones.
-        weights: where the weights are now, when not where the shard says.
+        seed: chooses which ones.
+        weights: where the weights are now; None for where the shard says.
         repair: take out what is broken.
         account_file: write what became of each video there, as ``.parquet`` or ``.csv``.
+
+    Raises:
+        VidshardError: there is no such output, it cannot be reached, or, with ``repair``, a run is at work on it.
     """
     folder = storage.absolute(out)
     if account_file and not account_file.endswith((".parquet", ".csv")):
-        print_error(f"--account {account_file}: give a name that ends in .parquet or .csv")
-        return EXIT_REFUSED
+        raise UserError(f"--account {account_file}: give a name that ends in .parquet or .csv")
     findings = _Findings(repair=repair, console=console)
-    try:
-        is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
-        if (repair or account_file) and not is_output:
-            raise UserError(f"{out} is no output of vidshard with a {RUN}: there is no plan to hold it against")
-        with Lease.acquire(folder) if repair else nullcontext():
-            paths = _paths(folder, findings) if is_output else output_shards(out)
-            facts = _check_shards(paths, folder if is_output else None, findings)
-            if is_output:
-                account = _check_account(folder, paths, facts, findings)
-                if account is not None:
-                    print_account(account, console)
-                    if account_file:
-                        _write_account(account, account_file, console)
-        if findings.num_repaired:
-            console.print(
-                f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
-                "is missing now",
-                style="bold",
-            )
-        if findings.num_wrong:
-            return EXIT_FAILED
-        return 0 if exact is None else encode_again(paths, console, share=exact, seed=seed, weights=weights)
-    except (UserError, ShardError, storage.StorageError, LeaseHeldError) as error:
-        print_error(error)
-        return EXIT_REFUSED
-    except KeyboardInterrupt as interrupt:
-        console.print("interrupted before everything was checked", highlight=False)
-        return exit_code_of(interrupt)
+    is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
+    if (repair or account_file) and not is_output:
+        raise UserError(f"{out} is no output of vidshard with a {RUN}: there is no plan to hold it against")
+    with Lease.acquire(folder) if repair else nullcontext():
+        paths = _paths(folder, findings) if is_output else output_shards(out)
+        facts = _check_shards(paths, folder if is_output else None, findings)
+        if is_output:
+            _report_account(folder, paths, facts, findings, account_file)
+    if findings.num_repaired:
+        console.print(
+            f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
+            "is missing now",
+            style="bold",
+        )
+    comparison = None
+    if exact is not None and not findings.num_wrong:
+        comparison = encode_again(paths, console, share=exact, seed=seed, weights=weights)
+    return Verification(
+        num_wrong=findings.num_wrong,
+        num_repaired=findings.num_repaired,
+        comparison=comparison,
+    )
+
+
+def _report_account(
+    folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings, account_file: str | None
+) -> None:
+    account = _check_account(folder, paths, facts, findings)
+    if account is not None:
+        print_account(account, findings.console)
+        if account_file:
+            _write_account(account, account_file, findings.console)
 
 
 def _paths(folder: str, findings: _Findings) -> list[str]:
@@ -167,7 +190,8 @@ def _is_ours(path: str, identity: dict[str, Any] | None) -> bool:
         raise
     except (pa.ArrowException, OSError):
         return True  # not even its end can be read
-    if metadata.get(f"{METADATA_PREFIX}format_version".encode()) != str(FORMAT_VERSION).encode():
+    version = metadata.get(f"{METADATA_PREFIX}format_version".encode(), b"").decode(errors="replace")
+    if version not in map(str, FORMAT_VERSIONS):
         return False
     return identity is None or json.loads(metadata.get(f"{METADATA_PREFIX}identity".encode(), b"null")) == identity
 
@@ -219,7 +243,7 @@ def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str,
         return record
     for shard in paths:
         with suppress(ShardError), open_shard(shard) as (_, provenance):
-            record = {**asdict(provenance), "format_version": FORMAT_VERSION}
+            record = record_of(provenance)
             text = json.dumps(record, indent=2, default=str).encode()
             if path not in findings.wrong_paths:
                 findings.wrong_paths.add(path)
@@ -232,9 +256,8 @@ def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans
     """Hold what the shards say against the plan."""
     record = _record(folder, [path for path in paths if storage.exists(path)], findings)
     try:
-        run = TokenizeRun.model_validate({**record["run"], "inputs": ["-"]})
-        specs = clip_specs_of(run, TokenizerConfig.model_validate(record["tokenizer"]))
-    except (ValidationError, ValueError, KeyError) as error:
+        specs = clip_specs_of(stored_run(record["run"]), parse_config(record["tokenizer"]))
+    except (UserError, ValueError, KeyError) as error:
         findings.console.print(f"no account: {RUN} is of another vidshard ({error})", highlight=False, markup=False)
         return None
     if not storage.list_files(storage.join(folder, PLANNED), ".parquet"):

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.data.exceptions import UserCodeException
-from ray.exceptions import RayError
 from rich.console import Console
 
-from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.errors import what_broke
+from vidshard.jobs.runtime.executor import Executor, StageFailedError
 from vidshard.jobs.runtime.progress import PhaseProgress
-from vidshard.jobs.tokenization.resolve import ResolvedRun
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
 from vidshard.pipeline.output.committed import committed_spans
@@ -33,7 +29,8 @@ from vidshard.pipeline.output.resume import (
     videos_to_open,
     write_work_list,
 )
-from vidshard.pipeline.plan import clips_per_span, open_videos
+from vidshard.pipeline.plan import open_videos
+from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_rejection, signal_source
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Reason, Rejection, Stage
@@ -55,7 +52,7 @@ class Planned:
     """URIs of all videos of the inputs with rejections, without copies of others."""
 
 
-def make_plan(request: ResolvedRun, found: Discovery, cluster: Cluster, lease: Lease, console: Console) -> Planned:
+def make_plan(resolved: ResolvedRun, found: Discovery, executor: Executor, lease: Lease, console: Console) -> Planned:
     """Open the videos that the output does not know, and find out what is left to do.
 
     Raises:
@@ -64,7 +61,7 @@ def make_plan(request: ResolvedRun, found: Discovery, cluster: Cluster, lease: L
         LeaseLostError: another run has taken over the output.
         storage.StorageError: the output could not be read or written.
     """
-    run, out = request.run, request.run.out
+    run, out = resolved.run, resolved.run.out
     remove_leftovers(out)
     videos, repeated = with_entries(found.videos, run.part)
     retried = None
@@ -72,7 +69,7 @@ def make_plan(request: ResolvedRun, found: Discovery, cluster: Cluster, lease: L
         uris = {storage.public_uri(uri) for uri in videos["uri"].to_pylist()}
         retried = retry_rejected(out, run.retry_rejected or None, uris)
     unknown = videos_to_open(out, videos, retried)
-    refused = _open_unknown(request, unknown, cluster, lease, console) if unknown.num_rows else []
+    refused = _open_unknown(resolved, unknown, executor, lease, console) if unknown.num_rows else []
     committed = committed_spans(out)
     plan = reconcile(out, videos, committed, rejected_spans(read_rejects(out)), retried, unknown)
     copies = [*plan.copies, *(_repeated(uri) for uri in repeated)]
@@ -110,10 +107,10 @@ def _repeated(uri: str) -> Rejection:
 
 
 def _open_unknown(
-    request: ResolvedRun, videos: pa.Table, cluster: Cluster, lease: Lease, console: Console
+    resolved: ResolvedRun, videos: pa.Table, executor: Executor, lease: Lease, console: Console
 ) -> list[Rejection]:
     """Open videos and write their spans to the plan as they come; gives the rejections."""
-    run = request.run
+    run = resolved.run
     refused: list[Rejection] = []
     held: list[pa.Table] = []
     opened = 0
@@ -129,10 +126,11 @@ def _open_unknown(
 
     rows = open_videos(
         videos,
-        request.clip_specs,
+        resolved.clip_specs,
         part=run.part,
-        span_clips=clips_per_span(request.largest, run.clips_per_span),
-        num_tasks=4 * cluster.num_cpus,
+        span_clips=resolved.clips_per_span,
+        num_tasks=4 * executor.num_cpus,
+        map_videos=executor.map_videos,
         limits=run.limits,
     )
     with PhaseProgress(console, "opening videos", videos.num_rows) as display:
@@ -144,8 +142,8 @@ def _open_unknown(
                 waiting = sum(part.num_rows for part in held)
                 if waiting >= MAX_PLANNED_ROWS or time.monotonic() - oldest > 60 * run.commit_minutes:
                     commit()
-        except (RayError, UserCodeException) as error:
-            raise UserError(what_broke(error)) from error
+        except StageFailedError as error:
+            raise UserError(str(error)) from error
         finally:
             commit()
     return refused

@@ -8,13 +8,22 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
+import numpy as np
+import pyarrow.compute as pc
+import yaml
 from rich.console import Console
+from rich.text import Text
 
+from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
 from vidshard.pipeline import storage
+from vidshard.pipeline.discover import Discovery
+from vidshard.pipeline.output.shard_reader import decodable
 from vidshard.pipeline.output.shard_writer import WriteStats
+from vidshard.pipeline.resolved_run import ResolvedRun, public_record
+from vidshard.schemas.errors import EXIT_FAILED
 from vidshard.schemas.rejections import REMEDIES, Reason
-from vidshard.schemas.tokens import Payload
+from vidshard.schemas.tokens import Payload, PayloadColumn
 
 
 @dataclass(kw_only=True)
@@ -48,10 +57,47 @@ class Summary:
     """Ctrl-C or SIGTERM, when that ended the run."""
 
     @property
+    def exit_code(self) -> int:
+        """0; 1 where the run failed; 130 or 143 where it was interrupted."""
+        if self.interruption is not None:
+            return exit_code_of(self.interruption)
+        return EXIT_FAILED if self.problems else 0
+
+    @property
     def pending_spans(self) -> int:
         """Of the plan, neither finished nor rejected."""
         done = self.written.num_spans + self.written.num_rejected_spans + self.reused_spans + self.rejected_before
         return self.planned_spans - done
+
+
+def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None:
+    """Print the complete resolved run."""
+    record = public_record(resolved.run)
+    console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
+    config = resolved.config
+    for spec in resolved.clip_specs:
+        what = ", ".join(map(describe_column, decodable(resolved.payload_of(spec))))
+        console.print(f"{config.name}: {resolved.run.frames}x{spec.bucket} frames become {what}", highlight=False)
+    console.print(f"weights SHA-256 {resolved.source.sha256[:16]}", highlight=False)
+    if resolved.padding is not None:
+        num_frames = resolved.encoded_frames
+        console.print(f"each clip is encoded as {num_frames} frames: {resolved.padding}", highlight=False)
+    if resolved.notice:
+        warn(console, resolved.notice)
+    for old, new in found.renamed_columns.items():
+        console.print(f"manifest column '{old}' has the name of a shard column and is stored as '{new}'", markup=False)
+    if found.num_passed_over:
+        kinds = ", ".join(f"{count} {extension}" for extension, count in found.passed_over_extensions[:5])
+        console.print(f"passed over {found.num_passed_over} files without a video's extension: {kinds}", markup=False)
+    rows, videos = found.videos.num_rows, pc.count_distinct(found.videos["uri"]).as_py()
+    console.print(f"{videos} videos" + (f", {rows} parts of them" if rows != videos else ""), highlight=False)
+
+
+def describe_column(column: PayloadColumn) -> str:
+    """A payload column in words: its shape, and what it holds."""
+    kind = column.name if column.name != "latents" else "latents"
+    what = f"float16 {kind}" if column.codebook_size is None else f"{kind} below {column.codebook_size}"
+    return f"{list(column.shape)} {what}"
 
 
 def save_summary(summary: Summary) -> None:
@@ -104,15 +150,19 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         warn(console, "NOTHING WAS TOKENIZED")
     for problem in summary.problems:
         warn(console, problem)
+    if summary.interruption is not None:
+        again = "what is committed is valid; run the same command again to go on"
+        console.print(Text(f"interrupted: {again}", style="bold"))
 
 
 def _on_disk(written: WriteStats, payload: Payload) -> str:
     """Tokens in bits beside what their codebook needs, latents in bytes beside their raw size."""
-    bits = 8 * written.payload_bytes / written.num_values
-    if payload.codebook_size is not None:
-        needed = math.log2(payload.codebook_size)
+    codebook = payload[0].codebook_size
+    if codebook is not None:
+        bits = 8 * written.payload_bytes / written.num_values
+        needed = math.log2(codebook)
         return f"{written.num_values:,} tokens at {bits:.2f} bits each on disk (log2 of the codebook: {needed:g})"
-    raw = written.num_values * payload.dtype.itemsize
+    raw = written.num_values * np.dtype(payload[0].dtype).itemsize
     share = written.payload_bytes / raw
     return f"{written.num_values:,} latent values in {written.payload_bytes:,} bytes, {share:.0%} of their raw {raw:,}"
 

@@ -21,16 +21,16 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.progress import warn
-from vidshard.jobs.tokenization.resolve import code_version
 from vidshard.jobs.training.worker import RUN, last_state, start_weights
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
-from vidshard.models.tokenizer import get_preset
+from vidshard.models.tokenizer import TokenizerConfig, get_preset
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.training.state import Generator, check_stage
+from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.weights import count_parameters, differences, load_weights
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
+from vidshard.pipeline.versions import code_version
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.training import WEIGHT_SUFFIXES, Metric, StageConfig, TrainRun, join_weight
 
@@ -42,7 +42,7 @@ class ResolvedTraining:
     """A run with everything looked up that can be without its videos."""
 
     run: TrainRun
-    tokenizer: TokenizerConfig
+    tokenizer: VidTokConfig
     run_id: str
     previous: tuple[str, str] | None
     """Folder and run id of the stage that ``--from`` names."""
@@ -106,7 +106,7 @@ def _refuse_credentials(run: TrainRun) -> None:
             )
 
 
-def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: TokenizerConfig) -> None:
+def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: VidTokConfig) -> None:
     reason = None
     if metric == "lpips" and not stage.perceptual_weight:
         reason = "LPIPS is measured only where --perceptual-weight is not 0"
@@ -118,10 +118,16 @@ def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: Toke
         raise UserError(f"{name}: no checkpoint would be the best by {metric}: {reason}; give another --best-by")
 
 
-def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig]:
+def _trainable(config: TokenizerConfig) -> VidTokConfig:
+    if not isinstance(config, VidTokConfig):
+        raise UserError(f"{config.name} is of family {config.family}: only vidtok tokenizers can be trained")
+    return config
+
+
+def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, VidTokConfig]:
     """What the run starts with, and the model that is trained."""
     try:
-        named = None if run.tokenizer is None else get_preset(run.tokenizer)
+        named = None if run.tokenizer is None else _trainable(get_preset(run.tokenizer))
         if run.start_from is None:
             if named is None:
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
@@ -132,11 +138,11 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, T
             with storage.local_copy(source) as local:
                 assert local is not None
                 if named is None:
-                    named = load_weights(local)[0]
+                    named = _trainable(load_weights(local)[0])
             start_weights(source, named)
             return None, source, named
         folder, record = _stage_folder(source)
-        there = TokenizerConfig.model_validate(record["tokenizer"])
+        there = VidTokConfig.model_validate(record["tokenizer"])
         if named is not None and (differing := differences(there, named)):
             raise UserError(
                 f"--from {run.start_from} is of {there.name}, not {named.name} ({differing}): a stage goes on with the "
@@ -193,7 +199,7 @@ def plan_resources(training: ResolvedTraining, cluster: Cluster) -> int:
     return workers
 
 
-def _check_memory(tokenizer: TokenizerConfig, name: str, stage: StageConfig, workers: int) -> None:
+def _check_memory(tokenizer: VidTokConfig, name: str, stage: StageConfig, workers: int) -> None:
     """Refuse what this machine cannot hold: weights, gradients, two moments, averages, and one clip of what is kept."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fixed = 4 * 5 * count_parameters(tokenizer)
@@ -207,11 +213,11 @@ def _check_memory(tokenizer: TokenizerConfig, name: str, stage: StageConfig, wor
         )
 
 
-def activation_bytes(tokenizer: TokenizerConfig, stage: StageConfig) -> int:
+def activation_bytes(tokenizer: VidTokConfig, stage: StageConfig) -> int:
     """What one clip's forward pass keeps for its gradients, found by a pass over tensors without storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to load
 
-    from vidshard.models.tokenizer import VideoTokenizer
+    from vidshard.models.vidtok.model import VidTok
 
     kept: dict[int, int] = {}
 
@@ -220,7 +226,7 @@ def activation_bytes(tokenizer: TokenizerConfig, stage: StageConfig) -> int:
         return tensor
 
     with FakeTensorMode():
-        generator = Generator(VideoTokenizer(tokenizer), stage)
+        generator = Generator(VidTok(tokenizer), stage)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bfloat16"),
@@ -245,7 +251,7 @@ def read_record(out: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(storage.read_bytes(path))
         TrainRun.model_validate(record["run"])
-        TokenizerConfig.model_validate(record["tokenizer"])
+        VidTokConfig.model_validate(record["tokenizer"])
         known = isinstance(record["run_id"], str) and isinstance(record["starts"], list)
         if not known or not isinstance(record["identity"]["stages"], dict) or record["format"] != _FORMAT:
             raise ValueError

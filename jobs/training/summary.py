@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from vidshard.jobs.tokenization.resolve import code_version
 from vidshard.jobs.training.resolve import ResolvedTraining
 from vidshard.jobs.training.worker import EXPORT, RUN
 from vidshard.models.weights import count_parameters
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.videos import TrainingVideos
+from vidshard.pipeline.versions import code_version
 
 SUMMARY = "summary.md"
 REJECTS = "rejects.json"

@@ -32,11 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.training.recorder import Recorder, Speed
 from vidshard.jobs.training.status import RunStatus
-from vidshard.models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer, output_to_frames
+from vidshard.models.tokenizer import output_to_frames
 from vidshard.models.training.evaluation import Evaluation, evaluate_batch, reconstruct
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.training.state import Generator, TrainState, begin_stage, shard_generator, start_tokenizer
 from vidshard.models.training.step import DivergedError, NonFiniteError, train_step
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import differences, load_weights, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
@@ -56,7 +58,7 @@ class StageJob:
     run: TrainRun
     name: str
     run_id: str
-    tokenizer: TokenizerConfig
+    tokenizer: VidTokConfig
     previous: tuple[str, str] | None
     """Folder and run id of the stage whose last checkpoint this one starts with."""
     weights: str | None
@@ -243,7 +245,7 @@ def last_state(folder: str, run_id: str) -> dict[str, Any]:
     return checkpoints.load(mark)
 
 
-def start_weights(path: str, config: TokenizerConfig) -> dict[str, Tensor]:
+def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:
     """Weights from a file to start a model with.
 
     They may be of another version (v1.0, v1.1) of the same network: that is how v1.1 came about.
@@ -260,7 +262,8 @@ def start_weights(path: str, config: TokenizerConfig) -> dict[str, Tensor]:
             if "does not say which model" not in str(error):
                 raise
             stated, weights = load_weights(local, PRESETS.get(preset_in_name(path) or "", config))
-    differing = differences(stated, config.model_copy(update={"variant": stated.variant}))
+    variant = getattr(stated, "variant", config.variant)
+    differing = differences(stated, config.model_copy(update={"variant": variant}))
     if differing:
         raise ValueError(
             f"{storage.public_uri(path)} is of {stated.name}, not {config.name} ({differing}): --tokenizer says which "
@@ -434,7 +437,7 @@ def export(job: StageJob, worker: Worker, state: TrainState, digests: Mapping[st
     weights = state.weights(averaged=bool(state.averages))
     if not worker.is_first:
         return {}
-    tokenizer = VideoTokenizer(job.tokenizer)
+    tokenizer = VidTok(job.tokenizer)
     tokenizer.load_state_dict(weights)
     with tempfile.TemporaryDirectory(prefix="vidshard-") as folder:
         path = Path(folder) / EXPORT

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from vidshard.models.config import TokenizerConfig
-from vidshard.models.tokenizer import VideoTokenizer
 from vidshard.models.training.discriminator import Discriminator, LeCam
 from vidshard.models.training.distributed import (
     copy_full_tensors,
@@ -33,6 +31,8 @@ from vidshard.models.training.distributed import (
     reshard,
 )
 from vidshard.models.training.perceptual import Perceptual
+from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import differences, weights_digest
 from vidshard.schemas.training import StageConfig
 
@@ -46,18 +46,18 @@ STATE_FORMAT = 1
 # The network that is trained
 
 
-def set_trainable(tokenizer: VideoTokenizer, trainable: str) -> VideoTokenizer:
+def set_trainable(tokenizer: VidTok, trainable: str) -> VidTok:
     """Enable gradients for the weights that a stage trains: "all" of them, or the "decoder" alone."""
     tokenizer.requires_grad_(trainable == "all")
     tokenizer.decoder.requires_grad_(True)
     return tokenizer.train()
 
 
-def start_tokenizer(config: TokenizerConfig, seed: int) -> VideoTokenizer:
+def start_tokenizer(config: VidTokConfig, seed: int) -> VidTok:
     """Build a tokenizer with initial weights: PyTorch's defaults, each unit through time an identity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VideoTokenizer(config)
+        return VidTok(config)
 
 
 class Generator(nn.Module):
@@ -66,7 +66,7 @@ class Generator(nn.Module):
     The encoder runs without gradients where it is not trained, so in stage 2 it costs a forward pass alone.
     """
 
-    def __init__(self, tokenizer: VideoTokenizer, config: StageConfig) -> None:
+    def __init__(self, tokenizer: VidTok, config: StageConfig) -> None:
         super().__init__()
         self.tokenizer = set_trainable(tokenizer, config.trainable)
         self.logvar = nn.Parameter(torch.zeros(1), requires_grad=config.learn_logvar)
@@ -165,7 +165,7 @@ class TrainState:
     """Moving average of L1 over about 50 steps, by which divergence is noticed."""
 
     @property
-    def tokenizer(self) -> VideoTokenizer:
+    def tokenizer(self) -> VidTok:
         """The network with the weights of the last step."""
         return self.bare_generator.tokenizer
 
@@ -210,7 +210,7 @@ class TrainState:
                 another format.
         """
         check_format(state)
-        stored_tokenizer = TokenizerConfig.model_validate_json(state["tokenizer"])
+        stored_tokenizer = VidTokConfig.model_validate_json(state["tokenizer"])
         if differing := differences(stored_tokenizer, self.tokenizer.config):
             raise ValueError(
                 f"the checkpoint is of {stored_tokenizer.name}, not {self.tokenizer.config.name} ({differing})"
@@ -290,7 +290,7 @@ def check_format(state: Mapping[str, Any]) -> None:
 
 def begin_stage(
     config: StageConfig,
-    tokenizer: VideoTokenizer,
+    tokenizer: VidTok,
     *,
     perceptual: Perceptual | None = None,
     device: str | torch.device = "cpu",
@@ -344,7 +344,7 @@ def begin_stage(
     )
 
 
-def check_stage(config: StageConfig, tokenizer: TokenizerConfig) -> None:
+def check_stage(config: StageConfig, tokenizer: VidTokConfig) -> None:
     """Refuse a stage whose clips the tokenizer, or the stage's discriminator, does not accept.
 
     Raises:
@@ -386,7 +386,7 @@ def init_from_stage(
         ValueError: the earlier stage trained another architecture.
     """
     check_format(previous)
-    there, here = TokenizerConfig.model_validate_json(previous["tokenizer"]), generator.tokenizer.config
+    there, here = VidTokConfig.model_validate_json(previous["tokenizer"]), generator.tokenizer.config
     if differing := differences(there, here):
         raise ValueError(
             f"a stage goes on with the tokenizer of the one before it, which is {there.name}, not {here.name} "

@@ -35,6 +35,25 @@ class Encoded:
     """FSQ: float32 like latents, the bounded value before rounding, in units of one level. A token may differ
     between machines only where this lies next to a half. LFQ, VQ: what the encoder gave."""
 
+    @property
+    def payload(self) -> dict[str, Tensor]:
+        """Columns of a shard: ``tokens``, or ``latents`` and ``latents_logvar``."""
+        if self.tokens is not None:
+            return {"tokens": self.tokens}
+        logvar = {} if self.logvar is None else {"latents_logvar": self.logvar}
+        return {"latents": self.latents, **logvar}
+
+    def near_ties(self, tolerance: float) -> dict[str, Tensor]:
+        """For ``tokens``, if they are rounded values: bool (B, T', H', W'), where one lies this near to a tie.
+
+        Args:
+            tolerance: in units of one level.
+        """
+        if self.tokens is None or self.pre_quantized is None:
+            return {}
+        from_tie = (self.pre_quantized - self.pre_quantized.floor() - 0.5).abs()
+        return {"tokens": (from_tie < tolerance).any(dim=1)}
+
     def __repr__(self) -> str:
         tokens = None if self.tokens is None else tuple(self.tokens.shape)
         return f"Encoded(latents={tuple(self.latents.shape)}, tokens={tokens})"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vidshard.models.config import TokenizerConfig
+from vidshard.models.vidtok.config import VidTokConfig
 
 DEFAULT_OVERLAP = 64
 """Pixels; a multiple of every preset's space stride. What it costs and gains: docs/performance.md."""
@@ -45,7 +46,7 @@ class Tiling:
 
     @classmethod
     def within(
-        cls, budget_bytes: int, config: TokenizerConfig, num_frames: int, *, overlap: int = DEFAULT_OVERLAP
+        cls, budget_bytes: int, config: VidTokConfig, num_frames: int, *, overlap: int = DEFAULT_OVERLAP
     ) -> Tiling:
         """The largest square tiles that one clip's float32 pass fits a budget with, see `pass_bytes`.
 
@@ -92,7 +93,7 @@ decode, the most in small tiles, where some 130 MB that do not depend on the til
 --memory)."""
 
 
-def pass_bytes(config: TokenizerConfig, num_frames: int, height: int, width: int) -> int:
+def pass_bytes(config: VidTokConfig, num_frames: int, height: int, width: int) -> int:
     """About what encoding or decoding one float32 clip on a CPU takes at its peak, without weights, clip and result.
 
     That is `PEAK_COPIES` of the map with the most values, of the levels of the network and with the frames that

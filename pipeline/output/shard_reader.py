@@ -5,7 +5,7 @@ Reading needs pyarrow alone. Only the row groups that can hold a wanted clip are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,8 @@ class StoredClip:
 
     values: dict[str, Any]
     """Every column but the payload."""
-    payload: np.ndarray
-    """Token ids (T', H', W'), or the latents' mean (C, T', H', W') as float16."""
+    payload: dict[str, np.ndarray]
+    """Each payload column but log-variances, by name: token ids (T', H', W'), latents (C, T', H', W') as float16."""
 
     @property
     def clip_id(self) -> str:
@@ -71,7 +71,7 @@ def open_shard(path: str) -> Iterator[tuple[pq.ParquetFile, Provenance]]:
             raise ShardError(f"cannot read {path}: {error}") from error
 
 
-def find_clips(paths: list[str], prefix: str) -> list[tuple[str, str]]:
+def find_clips(paths: Sequence[str], prefix: str) -> list[tuple[str, str]]:
     """(path, clip id) of every clip whose id begins with ``prefix``; only the id column is read."""
     found: list[tuple[str, str]] = []
     for path in paths:
@@ -91,36 +91,48 @@ def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
     with open_shard(path) as (parquet, provenance):
         for group in _groups_with(parquet, prefix):
             table = parquet.read_row_group(group)
-            arrays = payload_arrays(table, provenance.payload, name=path)
-            columns = table.drop_columns(list(provenance.payload.columns)).to_pylist()
-            for values, array in zip(columns, arrays, strict=True):
+            arrays = payload_arrays(table, decodable(provenance.payload), name=path)
+            rows = table.drop_columns([column.name for column in provenance.payload]).to_pylist()
+            for number, values in enumerate(rows):
                 if values["clip_id"].startswith(prefix):
-                    yield StoredClip(values=values, payload=array)
+                    yield StoredClip(values=values, payload={name: array[number] for name, array in arrays.items()})
 
 
-def read_payloads(path: str) -> Iterator[np.ndarray]:
-    """The payload of a shard, a row group at a time: (rows, *payload.shape); no other column is read.
+def decodable(payload: Payload) -> Payload:
+    """The columns that decoding takes: all but log-variances."""
+    return tuple(column for column in payload if not column.is_logvar)
+
+
+def read_payloads(path: str) -> Iterator[dict[str, np.ndarray]]:
+    """The payload of a shard, a row group at a time: (rows, *shape) by column; no other column is read.
 
     Raises:
         ShardError: as :func:`read_clips`.
     """
     with open_shard(path) as (parquet, provenance):
         for group in range(parquet.metadata.num_row_groups):
-            table = parquet.read_row_group(group, columns=[provenance.payload.columns[0]])
-            yield payload_arrays(table, provenance.payload, name=path)
+            columns = decodable(provenance.payload)
+            table = parquet.read_row_group(group, columns=[column.name for column in columns])
+            yield payload_arrays(table, columns, name=path)
 
 
-def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> np.ndarray:
-    """Tokens, or mean latents, of a table's rows: (rows, *payload.shape), checked against the codebook.
+def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> dict[str, np.ndarray]:
+    """Payload columns of a table's rows, each (rows, *shape), tokens checked against their codebook.
+
+    Args:
+        name: the file, for the error.
 
     Raises:
         ValueError: a token id is not below the codebook's size.
     """
-    flat = table[payload.columns[0]].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    array = flat.reshape(table.num_rows, *payload.shape)
-    if payload.codebook_size is not None and array.size and int(array.max()) >= payload.codebook_size:
-        raise ValueError(f"{name} holds token {int(array.max())}, the codebook ends at {payload.codebook_size - 1}")
-    return np.asarray(array)
+    arrays: dict[str, np.ndarray] = {}
+    for column in payload:
+        flat = table[column.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        array = np.asarray(flat.reshape(table.num_rows, *column.shape))
+        if column.codebook_size is not None and array.size and int(array.max()) >= column.codebook_size:
+            raise ValueError(f"{name} holds token {int(array.max())}, the codebook ends at {column.codebook_size - 1}")
+        arrays[column.name] = array
+    return arrays
 
 
 def check_shard(path: str) -> int:
@@ -131,7 +143,7 @@ def check_shard(path: str) -> int:
     """
     with open_shard(path) as (parquet, provenance):
         table = parquet.read()
-        expected = shard_schema(provenance.payload, [], provenance)
+        expected = shard_schema([], provenance)
         for field in expected:
             if field.name in LATER_COLUMNS and field.name not in table.schema.names:
                 continue

@@ -23,7 +23,7 @@ from vidshard.pipeline.output.layout import SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS
 from vidshard.pipeline.output.rejects import write_rejects
 from vidshard.pipeline.rows import explode, frame_sizes, row_part, row_rejection
 from vidshard.schemas.rejections import Rejection
-from vidshard.schemas.tokens import Payload, Provenance, shard_schema
+from vidshard.schemas.tokens import Payload, Provenance, payload_bytes, shard_schema
 from vidshard.schemas.video import ClipSpec
 
 ROW_GROUP_BYTES = 1 << 20
@@ -50,13 +50,16 @@ class WriteStats:
     seconds: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     rejected_uris: set[str] = field(default_factory=set)
+    last_clip_id: str | None = None
+    """Id of a clip that was committed last; None before the first."""
 
     def add(self, other: WriteStats) -> None:
         """Add another task's figures to these."""
+        self.last_clip_id = other.last_clip_id or self.last_clip_id
         for counts in fields(self):
             if counts.name == "rejected_uris":
                 self.rejected_uris |= other.rejected_uris
-            else:
+            elif counts.name != "last_clip_id":
                 setattr(self, counts.name, getattr(self, counts.name) + getattr(other, counts.name))
 
 
@@ -67,6 +70,10 @@ class _Bucket:
     spec: ClipSpec
     payload: Payload
     schema: pa.Schema
+    signals: Sequence[str]
+    """Columns of signals."""
+    prefix: str
+    """Beginning of its shards' names, so that a pattern picks those of one shape."""
     clips_per_shard: int
     rows: list[pa.Table] = field(default_factory=list)
     num_clips: int = 0
@@ -107,12 +114,13 @@ class TokenShardSink:
             (spec.height, spec.width): _Bucket(
                 spec=spec,
                 payload=payload,
-                schema=shard_schema(payload, [*manifest_fields, *signal_fields], replace(provenance, payload=payload)),
-                clips_per_shard=max(1, shard_bytes // payload.clip_bytes),
+                schema=shard_schema([*manifest_fields, *signal_fields], replace(provenance, payload=payload)),
+                signals=[field.name for field in signal_fields],
+                prefix=f"{spec.bucket}-" if len(buckets) > 1 else "",
+                clips_per_shard=max(1, shard_bytes // payload_bytes(payload)),
             )
             for spec, payload in buckets
         }
-        self._signals = [field.name for field in signal_fields]
         self._commit_seconds = commit_seconds
         self._before_commit = before_commit
         self._rejections: list[Rejection] = []
@@ -121,8 +129,6 @@ class TokenShardSink:
         self._pending: deque[Future[WriteStats]] = deque()
         self.committed = WriteStats()
         """What stands in files by now."""
-        self.last_clip_id: str | None = None
-        """One that was committed; None before the first."""
 
     def add(self, rows: pa.Table) -> None:
         """Take rows of the encoder; commit when it is time.
@@ -172,7 +178,9 @@ class TokenShardSink:
             rows, bucket.rows, bucket.num_clips = bucket.rows, [], 0
         if not any(bucket.rows for bucket in self._buckets.values()):
             self._oldest = None
-        self._pending.append(self._writer.submit(self._write, bucket, rows, rejections))
+        self._pending.append(
+            self._writer.submit(write_rows, self._out, rows, rejections, bucket, before_commit=self._before_commit)
+        )
         while self._pending and (len(self._pending) > 2 or self._pending[0].done()):
             self.committed.add(self._pending.popleft().result())
 
@@ -189,66 +197,87 @@ class TokenShardSink:
         finally:
             self._writer.shutdown()
 
-    def _write(self, bucket: _Bucket | None, rows: list[pa.Table], rejections: list[Rejection]) -> WriteStats:
-        started = time.monotonic()
-        written = WriteStats()
-        written.num_rejected_spans = len(rejections)
-        table = pa.concat_tables(sorted(rows, key=lambda row: str(row["span_id"][0]))) if rows else None
-        if table is not None:
-            partly = [
-                replace(rejection, kept_clips=clips)
-                for rejection, clips in zip(
-                    table["rejection"].to_pylist(), pc.list_value_length(table["clips"]).to_pylist(), strict=True
-                )
-                for rejection in ([] if rejection is None else [row_rejection(rejection)])
-            ]
-            written.num_damaged_spans = len(partly)
-            rejections = rejections + partly
-        if rejections:
-            # before the clips beside which something is missing: what is said of them alone counts for nothing
-            self._before_commit()
-            write_rejects(self._out, rejections)
-            written.reasons.update(str(r.reason) for r in rejections)
-            written.rejected_uris.update(r.uri for r in rejections)
-        if bucket is not None and table is not None:
-            self._before_commit()
-            self._write_shard(bucket, table, written)
-        written.seconds = time.monotonic() - started
-        return written
 
-    def _write_shard(self, bucket: _Bucket, rows: pa.Table, written: WriteStats) -> None:
-        spec, payload = bucket.spec, bucket.payload
-        clip_ids = [
-            spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
-            for row in rows.select(["video_id", "part_start_seconds", "part_end_seconds", "clips"]).to_pylist()
-            for clip in row["clips"]
-        ]
-        spans = rows["span_id"].to_pylist()
-        rows = rows.set_column(
-            rows.schema.get_field_index("uri"),
-            "uri",
-            pa.array([storage.public_uri(u) for u in rows["uri"].to_pylist()], pa.string()),
-        )
-        valid = [sum(clip["num_valid_frames"] for clip in clips) for clips in rows["clips"].to_pylist()]
-        listed = {
-            SPANS_KEY: json.dumps(spans),
-            SPAN_CLIPS_KEY: json.dumps(pc.list_value_length(rows["clips"]).to_pylist()),
-            SPAN_SECONDS_KEY: json.dumps([round(frames / float(spec.fps), 6) for frames in valid]),
-        }
-        schema = bucket.schema.with_metadata({**bucket.schema.metadata, **listed})
-        table = explode(rows, schema, payload, clip_ids=clip_ids, fps=float(spec.fps), signals=self._signals)
-        table = table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
-        data = parquet_bytes(table, payload)
-        name = hashlib.sha256("\n".join(spans).encode()).hexdigest()[:16]
-        prefix = f"{spec.bucket}-" if len(self._buckets) > 1 else ""  # so that a pattern picks those of one shape
-        storage.write_atomic(storage.join(self._out, SHARDS, f"{prefix}{name}.parquet"), data)
-        self.last_clip_id = table["clip_id"][-1].as_py() if table.num_rows else self.last_clip_id
-        written.num_shards += 1
-        written.num_spans += rows.num_rows
-        written.num_clips += table.num_rows
-        written.num_values += table.num_rows * payload.num_values * len(payload.columns)
-        written.payload_bytes += compressed_bytes(data, payload.columns)
-        written.file_bytes += data.size
+def write_rows(
+    out: str,
+    rows: Sequence[pa.Table],
+    rejections: Sequence[Rejection],
+    bucket: _Bucket | None,
+    *,
+    before_commit: Callable[[], None],
+) -> WriteStats:
+    """Write encoder rows of one frame size as a shard, and rejections, theirs included, before it.
+
+    Rejections go first: clips beside which something is missing must not stand there without a word about it.
+
+    Args:
+        rows: encoder rows; empty without a bucket.
+        before_commit: called before each file; what it raises ends the writing.
+    """
+    started = time.monotonic()
+    stats = WriteStats(num_rejected_spans=len(rejections))
+    table = pa.concat_tables(sorted(rows, key=lambda row: str(row["span_id"][0]))) if rows else None
+    if table is not None:
+        partly = _partial_rejections(table)
+        stats.num_damaged_spans = len(partly)
+        rejections = [*rejections, *partly]
+    if rejections:
+        before_commit()
+        write_rejects(out, rejections)
+        stats.reasons.update(str(r.reason) for r in rejections)
+        stats.rejected_uris.update(r.uri for r in rejections)
+    if bucket is not None and table is not None:
+        before_commit()
+        stats.add(_write_shard(out, bucket, table))
+    stats.seconds = time.monotonic() - started
+    return stats
+
+
+def _partial_rejections(rows: pa.Table) -> list[Rejection]:
+    """Rejections of rows that gave some clips all the same."""
+    counts = pc.list_value_length(rows["clips"]).to_pylist()
+    return [
+        replace(row_rejection(rejection), kept_clips=clips)
+        for rejection, clips in zip(rows["rejection"].to_pylist(), counts, strict=True)
+        if rejection is not None
+    ]
+
+
+def _write_shard(out: str, bucket: _Bucket, rows: pa.Table) -> WriteStats:
+    table = shard_table(bucket, rows)
+    data = parquet_bytes(table, bucket.payload)
+    name = hashlib.sha256("\n".join(rows["span_id"].to_pylist()).encode()).hexdigest()[:16]
+    storage.write_atomic(storage.join(out, SHARDS, f"{bucket.prefix}{name}.parquet"), data)
+    return WriteStats(
+        num_shards=1,
+        num_spans=rows.num_rows,
+        num_clips=table.num_rows,
+        num_values=table.num_rows * sum(column.num_values for column in bucket.payload),
+        payload_bytes=compressed_bytes(data, [column.name for column in bucket.payload]),
+        file_bytes=data.size,
+        last_clip_id=table["clip_id"][-1].as_py() if table.num_rows else None,
+    )
+
+
+def shard_table(bucket: _Bucket, rows: pa.Table) -> pa.Table:
+    """Rows of a shard (one a clip, by id) from rows of the encoder (one a span); the metadata lists the spans."""
+    spec = bucket.spec
+    clip_ids = [
+        spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
+        for row in rows.select(["video_id", "part_start_seconds", "part_end_seconds", "clips"]).to_pylist()
+        for clip in row["clips"]
+    ]
+    uris = pa.array([storage.public_uri(uri) for uri in rows["uri"].to_pylist()], pa.string())
+    rows = rows.set_column(rows.schema.get_field_index("uri"), "uri", uris)
+    valid = [sum(clip["num_valid_frames"] for clip in clips) for clips in rows["clips"].to_pylist()]
+    listed = {
+        SPANS_KEY: json.dumps(rows["span_id"].to_pylist()),
+        SPAN_CLIPS_KEY: json.dumps(pc.list_value_length(rows["clips"]).to_pylist()),
+        SPAN_SECONDS_KEY: json.dumps([round(frames / float(spec.fps), 6) for frames in valid]),
+    }
+    schema = bucket.schema.with_metadata({**bucket.schema.metadata, **listed})
+    table = explode(rows, schema, bucket.payload, clip_ids=clip_ids, fps=float(spec.fps), signals=bucket.signals)
+    return table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
 
 
 def _rejections_of(rows: pa.Table) -> list[Rejection]:
@@ -264,16 +293,19 @@ def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:
     DuckDB (2.0) cannot read it for float16: they are stored plain, 14.7 bits.
     """
     sink = pa.BufferOutputStream()
-    encoding = "BYTE_STREAM_SPLIT" if payload.kind == "tokens" else "PLAIN"
-    payload_paths = [f"{name}.list.element" for name in payload.columns]
-    others = [f.name for f in table.schema if f.name not in payload.columns]
+    encodings = {
+        f"{column.name}.list.element": "PLAIN" if column.codebook_size is None else "BYTE_STREAM_SPLIT"
+        for column in payload
+    }
+    payload_names = {column.name for column in payload}
+    others = [f.name for f in table.schema if f.name not in payload_names]
     pq.write_table(
         table,
         sink,
-        row_group_size=max(1, ROW_GROUP_BYTES // payload.clip_bytes),
+        row_group_size=max(1, ROW_GROUP_BYTES // payload_bytes(payload)),
         compression="zstd",
         use_dictionary=[name for name in others if pa.types.is_string(table.schema.field(name).type)],
-        column_encoding=dict.fromkeys(payload_paths, encoding),
+        column_encoding=encodings,
         write_page_index=True,
         write_page_checksum=True,
         store_schema=True,

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery, discover
+from vidshard.pipeline.flow import map_videos
 from vidshard.pipeline.output.entries import with_entries
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.rows import WORK_SCHEMA, row_rejection
@@ -192,7 +193,9 @@ def _opened(found: Discovery, spec: ClipSpec, limits: Limits, num_tasks: int) ->
             "put them into the environment"
         )
     every_clip = 1 << 30  # one row per video, however long it is
-    for table in open_videos(videos, [spec], part=Part(), span_clips=every_clip, num_tasks=num_tasks, limits=limits):
+    for table in open_videos(
+        videos, [spec], part=Part(), span_clips=every_clip, num_tasks=num_tasks, map_videos=map_videos, limits=limits
+    ):
         yield from table.to_pylist()
 
 

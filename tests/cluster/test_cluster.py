@@ -35,11 +35,12 @@ from tests.support.processes import (
     tokens_by_clip,
     until,
 )
-from vidshard.jobs.runtime.errors import what_broke
+from vidshard.jobs.runtime.errors import cause_of
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder
-from vidshard.pipeline.flow import EncoderActor, StageResources, build_flow
+from vidshard.pipeline.flow import EncoderActor, build_flow
 from vidshard.pipeline.output.committed import committed_spans
+from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import WORK_SCHEMA
 
 
@@ -190,9 +191,9 @@ def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -
     resources = StageResources(
         encode_workers=1, gpus_per_worker=0, cpus_per_worker=1, decode_workers=1, rows_per_task=1, rows_per_batch=1
     )
-    encoder = replace(encoder_spec(1), weights_sha256="0" * 64)
+    encoder = replace(encoder_spec(1), source=replace(encoder_spec(1).source, sha256="0" * 64))
     decoder = SpanDecoder(spec=spec, max_clips=4, clips_per_pass=4)
     flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources)
     with pytest.raises(RayTaskError) as caught:
         list(flow.iter_batches(batch_format="pyarrow", batch_size=None))
-    assert "the run stopped: ValueError: the weights in memory are not those expected" in what_broke(caught.value)
+    assert cause_of(caught.value).startswith("the weights in memory are not those expected")

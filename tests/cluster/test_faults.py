@@ -24,7 +24,7 @@ from tests.support.processes import (
     started,
     tokens_by_clip,
 )
-from vidshard.jobs.tokenization.job import run_and_report
+from vidshard.jobs.tokenization.job import tokenize
 from vidshard.pipeline import storage
 from vidshard.schemas.runs import TokenizeRun
 
@@ -38,7 +38,7 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_undisturb
         uris = [str(uri) for uri in inputs(many_spans, held)]
         run = TokenizeRun.model_validate({"inputs": uris, "out": str(out), **SETTINGS, "commit_minutes": 0.0001})
         printed = io.StringIO()
-        first = beside.submit(run_and_report, run, Console(file=printed, width=200))
+        first = beside.submit(tokenize, run, Console(file=printed, width=200))
         while not held.is_reached:
             assert not first.done(), printed.getvalue()
             time.sleep(0.01)
@@ -47,7 +47,7 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_undisturb
         held.let_go()
         assert second.returncode == 2, refused
         assert f"process {os.getpid()}) is at work on this output since" in " ".join(refused.split())
-        assert first.result() == 0, printed.getvalue()
+        assert first.result().exit_code == 0, printed.getvalue()
     assert tokens_by_clip(out) == undisturbed
 
 

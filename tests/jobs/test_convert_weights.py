@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from vidshard.jobs.cli import vidshard
-from vidshard.models.tokenizer import get_preset
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import load_weights, seeded_weights, weights_digest
 
-TINY = get_preset("tiny")
+TINY = PRESETS["tiny"]
 
 
 def convert(*arguments: str | Path) -> Result:

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from vidshard.jobs.cli import vidshard
 from vidshard.jobs.settings import SettingsError, resolve_settings
-from vidshard.jobs.tokenization.resolve import resolve
+from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.runs import TokenizeRun
 
 REQUIRED = {"inputs": ("clips",), "out": "tokens", "tokenizer": "tiny"}
@@ -133,4 +133,4 @@ def test_weights_and_random_weights_exclude_each_other() -> None:
 @pytest.mark.parametrize("name", ["tiny", "tiny_kl"])
 def test_an_output_made_before_there_were_ablations_and_vq_can_be_continued(name: str, tmp_path: Path) -> None:
     run = TokenizeRun(inputs=["-"], out=str(tmp_path / "out"), tokenizer=name)
-    assert {*resolve(run).identity["tokenizer"]}.isdisjoint({"architecture", "vq_codebook_size"})
+    assert {*ResolvedRun.of(run).identity["tokenizer"]}.isdisjoint({"architecture", "vq_codebook_size"})

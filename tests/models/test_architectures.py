@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidshard.models.tokenizer import Past, TokenizerConfig, VideoTokenizer, get_preset
+from vidshard.models.tokenizer import Past
 from vidshard.models.vidtok.autoencoder import ARCHITECTURES
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.layers import TIME_RULES, RepeatedTimeUp, TimeDown, conv_over_time
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import checkpoint_name, count_parameters, load_tokenizer, seeded_weights
 
-TINY = get_preset("tiny")
+TINY = PRESETS["tiny"]
 ABLATIONS = [name for name in ARCHITECTURES if name != "released"]
 
 
@@ -26,9 +28,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config_of(architecture: str, **changes: object) -> TokenizerConfig:
+def config_of(architecture: str, **changes: object) -> VidTokConfig:
     name = f"tiny_{architecture}"
-    return TokenizerConfig.model_validate(TINY.model_dump() | {"name": name, "architecture": architecture} | changes)
+    return VidTokConfig.model_validate(TINY.model_dump() | {"name": name, "architecture": architecture} | changes)
 
 
 def clips(batch: int, num_frames: int, height: int = 16, width: int = 16) -> Tensor:
@@ -45,14 +47,14 @@ def clips(batch: int, num_frames: int, height: int = 16, width: int = 16) -> Ten
     ],
 )
 def test_models_are_as_large_as_table_2_of_the_paper_says(name: str, published: int, millions: float) -> None:
-    count = count_parameters(get_preset(name)) / 1e6
+    count = count_parameters(PRESETS[name]) / 1e6
     assert round(count) == published
     assert count == pytest.approx(millions, abs=0.01)
 
 
 def test_a_config_written_before_there_were_ablations_is_of_the_released_architecture() -> None:
     before = {key: value for key, value in TINY.model_dump().items() if key != "architecture"}
-    assert TokenizerConfig.model_validate(before) == TINY
+    assert VidTokConfig.model_validate(before) == TINY
 
 
 @pytest.mark.parametrize("variant", ["causal-v1.0", "causal-v1.1", "non-causal"])
@@ -112,7 +114,7 @@ def test_a_latent_of_an_ablation_sees_exactly_its_history(architecture: str, var
 def test_every_weight_of_an_ablation_takes_part_and_has_a_name_of_its_own(architecture: str) -> None:
     config = config_of(architecture, variant="non-causal")
     names = {checkpoint_name(name, config) for name in seeded_weights(config, 0)}
-    model = VideoTokenizer(config)
+    model = VidTok(config)
     assert len(names) == len(model.state_dict())
     torch.autograd.backward(model.decode(model.encode(clips(1, 4)).latents).square().mean())
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidshard.models.tokenizer import TokenizerConfig, VideoTokenizer, get_preset
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, seeded_weights
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[dev]')")
@@ -25,12 +26,12 @@ CASES = {
 """Which lengths to compare. Not causal, theirs decodes multiples of four latents only."""
 
 
-def narrow(name: str) -> TokenizerConfig:
+def narrow(name: str) -> VidTokConfig:
     """A released topology with few channels."""
-    return get_preset(name).model_copy(update={"base_width": 16})
+    return PRESETS[name].model_copy(update={"base_width": 16})
 
 
-def video(config: TokenizerConfig, num_frames: int) -> Tensor:
+def video(config: VidTokConfig, num_frames: int) -> Tensor:
     """Noise; the same each time."""
     side = 2 * config.space_stride
     random = torch.Generator().manual_seed(num_frames)
@@ -59,7 +60,7 @@ def test_both_implementations_give_the_same_latents_tokens_and_frames(name: str,
 
 def test_v1_0_weights_need_the_rules_of_v1_0_which_theirs_does_not_have() -> None:
     config = narrow("kl_causal_488_4chn")
-    ours: VideoTokenizer = load_tokenizer(config, None, seed=0)
+    ours: VidTok = load_tokenizer(config, None, seed=0)
     theirs = diffusers_model(config, seeded_weights(config, 0))
     x_BCTHW = video(config, 17)
     difference = (ours.encode(x_BCTHW).latents - diffusers_encode(theirs, x_BCTHW)[0]).abs()

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.support.shared import SHARED
-from vidshard.models.tokenizer import VideoTokenizer, get_preset
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.heads import FSQ
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
 
 WHOLE_SET = SHARED / "reference" / "golden"
@@ -82,8 +83,8 @@ def video(num_frames: int, height: int, width: int, batch: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def tokenizer(config: str) -> VideoTokenizer:
-    return load_tokenizer(get_preset(config), None, seed=0)
+def tokenizer(config: str) -> VidTok:
+    return load_tokenizer(PRESETS[config], None, seed=0)
 
 
 def relative_error(ours: torch.Tensor, theirs: FloatArray) -> float:
@@ -139,7 +140,7 @@ def test_latents_tokens_and_frames_are_those_of_the_original(config: str, case: 
     [
         pytest.param(config, case, marks=() if case in QUICK.get(config, ()) else pytest.mark.slow)
         for config in CONFIGS
-        for case in CASES[get_preset(config).variant]
+        for case in CASES[PRESETS[config].variant]
     ],
 )
 def test_every_configuration_agrees_with_the_whole_set_of_reference_values(config: str, case: str) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.shared import SHARED
-from vidshard.models.config import PRESETS
 from vidshard.models.vidtok import heads
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.heads import FSQ, KL, LFQ, VQ, Head
 from vidshard.models.weights import load_tokenizer, weights_digest
 

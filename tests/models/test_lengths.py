@@ -21,25 +21,19 @@ from torch import Tensor
 
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
-from vidshard.jobs.shards.decode import padding_of, reconstruct
-from vidshard.jobs.tokenization.resolve import resolve
-from vidshard.models.tokenizer import (
-    Past,
-    TokenizerConfig,
-    VideoTokenizer,
-    frames_to_input,
-    get_preset,
-    output_to_frames,
-)
+from vidshard.models.tokenizer import Past, frames_to_input, output_to_frames
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.heads import Encoded
 from vidshard.models.vidtok.lengths import PaddedClips, Padding, pad
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.encode import encode_clips
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import StoredClip, open_shard, read_clips
+from vidshard.pipeline.reconstruct import reconstruct
+from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.tokens import Payload
 
 RELEASED = (
     "fsq_causal_488_262144",
@@ -67,18 +61,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def small(name: str) -> TokenizerConfig:
+def small(name: str) -> VidTokConfig:
     """The preset with few channels and units; else as released."""
     narrow = {"base_width": 4, "encoder_pairs": 1, "decoder_pairs": 1}
-    return TokenizerConfig.model_validate(get_preset(name).model_dump() | narrow)
+    return VidTokConfig.model_validate(PRESETS[name].model_dump() | narrow)
 
 
 @lru_cache(maxsize=len(RELEASED))
-def model_of(name: str) -> VideoTokenizer:
+def model_of(name: str) -> VidTok:
     return load_tokenizer(small(name), None, seed=0)
 
 
-def clips(config: TokenizerConfig, num_frames: int, batch: int = 1) -> Tensor:
+def clips(config: VidTokConfig, num_frames: int, batch: int = 1) -> Tensor:
     shape = (batch, 3, num_frames, config.space_stride, 2 * config.space_stride)
     return torch.rand(shape, generator=torch.Generator().manual_seed(num_frames)) * 2 - 1
 
@@ -191,7 +185,7 @@ def continuous_values(encoded: Encoded) -> Tensor:
     return encoded.latents if encoded.pre_quantized is None else encoded.pre_quantized
 
 
-def decoded_in_chunks(model: VideoTokenizer, latents: Tensor, cuts: Sequence[int], first_frames: int) -> list[Tensor]:
+def decoded_in_chunks(model: VidTok, latents: Tensor, cuts: Sequence[int], first_frames: int) -> list[Tensor]:
     frames: list[Tensor] = []
     past: Past = ()
     for index, chunk in enumerate(torch.tensor_split(latents, list(cuts), dim=2)):
@@ -280,14 +274,11 @@ def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(nam
     height, width = config.space_stride, 2 * config.space_stride
     for num_frames in range(1, 41):
         padding = list(Padding)[num_frames % 2]
-        payload = Payload(
-            kind="tokens" if config.has_tokens else "latents",
-            shape=config.latent_shape(config.valid_frames(num_frames), height, width),
-            codebook_size=config.codebook_size,
-        )
+        (column,) = payload = config.payload(config.valid_frames(num_frames), height, width)
         frames = np.random.default_rng(num_frames).integers(0, 256, (num_frames, height, width, 3), np.uint8)
         (values,) = encode_clips(model, [frames], payload, batch_size=1, padding=padding).values()
-        clip = StoredClip(values={"frame_pts_seconds": [0.0] * num_frames}, payload=values[0].reshape(payload.shape))
+        times = {"frame_pts_seconds": [0.0] * num_frames}
+        clip = StoredClip(values=times, payload={column.name: values[0].reshape(column.shape)})
         assert reconstruct(clip, model, padding=padding).shape == frames.shape
 
 
@@ -319,8 +310,8 @@ def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
 
     (path,) = shard_paths(str(tmp_path / "out"))
     with open_shard(path) as (_, provenance):
-        stored_run = TokenizeRun.model_validate({**provenance.run, "inputs": ["-"]})
-    assert stored_run.pad_frames == policy
+        recorded = ResolvedRun.from_provenance(provenance)
+    assert recorded.run.pad_frames == policy
     assert provenance.identity.get("pad_frames", "refuse") == policy
     code, printed = vidshard_exits("decode", tmp_path / "out", "--all", tmp_path / "clips")
     assert code == 0, printed
@@ -328,7 +319,7 @@ def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
     assert [clip.values["num_valid_frames"] for clip in clips] == [num_frames, num_frames - 1]
     for clip in clips:
         assert len(clip.values["frame_pts_seconds"]) == num_frames
-        [spec] = stored_run.clip_specs
+        [spec] = recorded.clip_specs
         source = decode_again(str(video), clip.values["video_id"], clip.values["clip_index"], spec)[0]
         x_BCTHW = frames_to_input(torch.from_numpy(source.frames)[None])
         copies = encoded_frames - num_frames
@@ -336,11 +327,12 @@ def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
         edges = x_BCTHW[:, :, :1].expand(-1, -1, first, -1, -1), x_BCTHW[:, :, -1:].expand(-1, -1, last, -1, -1)
         with torch.inference_mode():
             expected = stored(model.encode(torch.cat([edges[0], x_BCTHW, edges[1]], dim=2)))
-            np.testing.assert_array_equal(clip.payload, expected[0].numpy().astype(clip.payload.dtype))
-            payload = torch.from_numpy(clip.payload.astype(expected.numpy().dtype))[None]
+            (values,) = clip.payload.values()
+            np.testing.assert_array_equal(values, expected[0].numpy().astype(values.dtype))
+            payload = torch.from_numpy(values.astype(expected.numpy().dtype))[None]
             frames = output_to_frames(model.decode(payload, encoded_frames))[0, first : first + num_frames]
         assert len(frames) == num_frames
-        np.testing.assert_array_equal(reconstruct(clip, model, padding=padding_of(stored_run)), frames)
+        np.testing.assert_array_equal(reconstruct(clip, model, padding=recorded.padding), frames)
         with av.open(str(tmp_path / "clips" / f"{clip.clip_id}.mp4")) as container:
             assert len(list(container.decode(video=0))) == clip.values["num_valid_frames"]
 
@@ -367,7 +359,7 @@ def test_the_job_refuses_a_length_or_size_with_its_valid_neighbours(
 def test_a_policy_that_has_nothing_to_do_leaves_the_identity_of_a_run_as_it_was(tmp_path: Path) -> None:
     def identity(frames: int, policy: str) -> dict[str, object]:
         settings = {"inputs": ["v.mp4"], "out": str(tmp_path), "tokenizer": "tiny"}
-        return resolve(TokenizeRun.model_validate({**settings, "frames": frames, "pad_frames": policy})).identity
+        return ResolvedRun.of(TokenizeRun.model_validate({**settings, "frames": frames, "pad_frames": policy})).identity
 
     assert identity(17, "repeat-last") == identity(17, "repeat-first") == identity(17, "refuse")
     assert identity(16, "repeat-last") != identity(16, "repeat-first")

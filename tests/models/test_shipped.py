@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from vidshard.jobs.cli import vidshard
 from vidshard.jobs.demo import Sample, write_sample
 from vidshard.models.metrics import psnr
-from vidshard.models.tokenizer import get_preset
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import SHIPPED, load_weights, shipped_weights, training_summary, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
@@ -31,7 +31,7 @@ def test_they_are_small_and_say_how_they_came_about() -> None:
     path = shipped_weights()
     assert path.stat().st_size <= 8_000_000
     config, weights = load_weights(path)
-    assert config == get_preset(SHIPPED)
+    assert config == PRESETS[SHIPPED]
     summary = training_summary(path)
     assert summary["weights_sha256"] == weights_digest(weights)
     assert re.search(r"\d\d\.\d+ dB", summary["measured"])

@@ -21,8 +21,10 @@ from torch import Tensor
 from tests.models.test_lengths import RELEASED, small
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
-from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset
+from vidshard.models.tokenizer import frames_to_input
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.heads import Encoded
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtok.tiling import Tiling, cut, map_tiles, pass_bytes, tile_shares, tile_starts
 from vidshard.models.weights import load_tokenizer
 from vidshard.pipeline.decode_stage import decode_again
@@ -46,8 +48,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> VideoTokenizer:
-    return load_tokenizer(get_preset("tiny"), None, seed=0)
+def tiny() -> VidTok:
+    return load_tokenizer(PRESETS["tiny"], None, seed=0)
 
 
 def smooth_video(num_frames: int, height: int, width: int) -> Tensor:
@@ -156,7 +158,7 @@ def test_every_model_takes_tiles_at_every_size(name: str) -> None:
         assert decoded.dtype == model.dtype
 
 
-def test_more_overlap_is_nearer_to_the_whole(tiny: VideoTokenizer) -> None:
+def test_more_overlap_is_nearer_to_the_whole(tiny: VidTok) -> None:
     x_BCTHW = smooth_video(5, 192, 192)
     whole = tiny.encode(x_BCTHW)
     assert whole.tokens is not None
@@ -174,8 +176,8 @@ def test_more_overlap_is_nearer_to_the_whole(tiny: VideoTokenizer) -> None:
     assert errors[-1] < 0.5 * errors[0]
 
 
-def test_bfloat16_stays_bfloat16(tiny: VideoTokenizer) -> None:
-    half = load_tokenizer(get_preset("tiny"), None, seed=0, dtype=torch.bfloat16)
+def test_bfloat16_stays_bfloat16(tiny: VidTok) -> None:
+    half = load_tokenizer(PRESETS["tiny"], None, seed=0, dtype=torch.bfloat16)
     tiling = Tiling(height=32, width=32, overlap=16)
     encoded = half.encode(smooth_video(5, 64, 64), tiling=tiling)
     assert half.decode(encoded.latents, tiling=tiling).dtype is torch.bfloat16
@@ -198,7 +200,7 @@ def test_bfloat16_stays_bfloat16(tiny: VideoTokenizer) -> None:
         ({"height": 64, "width": 64, "overlap": 4}, "overlap must be divisible by 8, got 4; nearest: 0 or 8"),
     ],
 )
-def test_tiles_that_cannot_be_are_refused_by_name(tiny: VideoTokenizer, tiling: dict[str, int], words: str) -> None:
+def test_tiles_that_cannot_be_are_refused_by_name(tiny: VidTok, tiling: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         tiny.encode(smooth_video(1, 64, 64), tiling=Tiling(**tiling))
     with pytest.raises(ValueError, match=words):
@@ -210,7 +212,7 @@ def test_tiles_that_cannot_be_are_refused_by_name(tiny: VideoTokenizer, tiling: 
 
 @pytest.mark.parametrize("name", ["fsq_causal_488_32768", "kl_causal_444_4chn", "fsq_causal_41616_262144"])
 def test_tiles_within_a_budget_are_the_largest_that_are(name: str) -> None:
-    config = get_preset(name)
+    config = PRESETS[name]
     tiling = Tiling.within(4 << 30, config, 17)
     tiling.check(config)
     side = tiling.height
@@ -227,10 +229,10 @@ def peak_bytes(arguments: str) -> int:
 import torch
 from pathlib import Path
 from vidshard.models.vidtok.tiling import Tiling
-from vidshard.models.tokenizer import get_preset
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import load_tokenizer
 torch.set_num_threads(1)
-model = load_tokenizer(get_preset("tiny"), None, seed=0)
+model = load_tokenizer(PRESETS["tiny"], None, seed=0)
 model.decode(model.encode(torch.zeros(1, 3, 1, 8, 8)).latents)
 x = torch.zeros(1, 3, 9, 384, 384)
 def peak():
@@ -257,7 +259,7 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_the_job_tiles_and_decodes_with_the_tiles_that_it_had(tmp_path: Path, tiny: VideoTokenizer) -> None:
+def test_the_job_tiles_and_decodes_with_the_tiles_that_it_had(tmp_path: Path, tiny: VidTok) -> None:
     video = write_video(tmp_path / "v.mp4", Recipe(num_frames=5, rate=Fraction(8)))
     command = ("tokenize", video, "--out", tmp_path / "out", "--tokenizer", "tiny", "--frames", 5, "--size", "48x64")
     tiles = ("--tile-size", 32, "--tile-overlap", 16)
@@ -272,7 +274,7 @@ def test_the_job_tiles_and_decodes_with_the_tiles_that_it_had(tmp_path: Path, ti
         whole = tiny.encode(frames_to_input(frames)).tokens
     assert tokens is not None
     assert whole is not None
-    assert clip.payload.tolist() == tokens[0].tolist() != whole[0].tolist()
+    assert clip.payload["tokens"].tolist() == tokens[0].tolist() != whole[0].tolist()
 
     files = {}
     for name, more in {"as stored": (), "tiled": tiles, "one tile": ("--tile-size", "48x64")}.items():

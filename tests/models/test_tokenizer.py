@@ -14,19 +14,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tests.support.shared import SHARED
-from vidshard.models.tokenizer import (
-    PRESETS,
-    Past,
-    TokenizerConfig,
-    VideoTokenizer,
-    frames_to_input,
-    get_preset,
-    output_to_frames,
-)
+from vidshard.models.tokenizer import Past, frames_to_input, get_preset, output_to_frames
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import checkpoint_name, count_parameters, load_tokenizer
 
 NAME_TABLES = SHARED / "reference" / "state_dict"
-TINY = get_preset("tiny")
+TINY = PRESETS["tiny"]
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
 
 TINY_LFQ = TINY.model_copy(update={"name": "tiny_lfq", "head": "lfq", "latent_channels": 10, "fsq_levels": ()})
@@ -48,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> VideoTokenizer:
+def tiny() -> VidTok:
     return load_tokenizer(TINY, None, seed=0)
 
 
@@ -60,8 +54,8 @@ def clips(batch: int, num_frames: int, height: int = 32, width: int = 32, seed: 
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_every_preset_survives_json(config: TokenizerConfig) -> None:
-    assert TokenizerConfig.model_validate_json(config.model_dump_json()) == config
+def test_every_preset_survives_json(config: VidTokConfig) -> None:
+    assert VidTokConfig.model_validate_json(config.model_dump_json()) == config
     assert get_preset(config.name) is config
 
 
@@ -91,12 +85,12 @@ def test_an_unknown_preset_is_answered_with_the_nearest_and_with_all() -> None:
 )
 def test_a_config_that_describes_no_model_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        TokenizerConfig.model_validate(TINY.model_dump() | change)
+        VidTokConfig.model_validate(TINY.model_dump() | change)
 
 
 def test_a_config_written_before_there_were_variants_is_one_of_v1_0() -> None:
     before = {key: value for key, value in TINY.model_dump().items() if key != "variant"}
-    assert TokenizerConfig.model_validate(before) == TINY
+    assert VidTokConfig.model_validate(before) == TINY
 
 
 @pytest.mark.parametrize(
@@ -118,7 +112,7 @@ def test_a_config_written_before_there_were_variants_is_one_of_v1_0() -> None:
 def test_presets_compress_as_their_names_say(
     name: str, time_stride: int, space_stride: int, codebook_size: int | None, latent_channels: int
 ) -> None:
-    config = get_preset(name)
+    config = PRESETS[name]
     assert (config.time_stride, config.space_stride) == (time_stride, space_stride)
     assert (config.codebook_size, config.latent_channels) == (codebook_size, latent_channels)
     assert config.token_bits == (None if codebook_size is None else math.log2(codebook_size))
@@ -137,9 +131,9 @@ def test_presets_compress_as_their_names_say(
     ],
 )
 def test_models_have_the_published_number_of_weights(name: str, entries: int, millions: float) -> None:
-    assert count_parameters(get_preset(name)) / 1e6 == pytest.approx(millions, abs=0.02)
+    assert count_parameters(PRESETS[name]) / 1e6 == pytest.approx(millions, abs=0.02)
     with torch.device("meta"):
-        assert len(VideoTokenizer(get_preset(name)).state_dict()) == entries
+        assert len(VidTok(PRESETS[name]).state_dict()) == entries
 
 
 @pytest.mark.shared
@@ -147,9 +141,9 @@ def test_models_have_the_published_number_of_weights(name: str, entries: int, mi
 @pytest.mark.parametrize("name", RELEASED)
 def test_names_and_shapes_are_those_of_the_released_checkpoints(name: str) -> None:
     table = json.loads((NAME_TABLES / f"vidtok_{name}.json").read_text())
-    config = get_preset(name)
+    config = PRESETS[name]
     with torch.device("meta"):
-        entries = VideoTokenizer(config).state_dict().items()
+        entries = VidTok(config).state_dict().items()
     ours = {checkpoint_name(key, config): list(tensor.shape) for key, tensor in entries}
     assert ours == {key: shape for key, shape in table.items() if not key.startswith("loss.")}
 
@@ -160,7 +154,7 @@ def test_names_and_shapes_are_those_of_the_released_checkpoints(name: str) -> No
 @pytest.mark.parametrize("num_frames", range(1, 41))
 @pytest.mark.parametrize("name", ["tiny", "kl_causal_288_8chn"])
 def test_a_length_is_one_plus_a_multiple_of_the_stride_or_refused(name: str, num_frames: int) -> None:
-    config = get_preset(name)
+    config = PRESETS[name]
     if num_frames % config.time_stride == 1:
         assert config.latent_frames(num_frames) == 1 + num_frames // config.time_stride
     else:
@@ -187,7 +181,7 @@ def test_a_wrong_size_is_named_with_what_would_do() -> None:
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 17])
-def test_a_clip_comes_back_as_long_and_large_as_it_went_in(tiny: VideoTokenizer, num_frames: int) -> None:
+def test_a_clip_comes_back_as_long_and_large_as_it_went_in(tiny: VidTok, num_frames: int) -> None:
     x_BCTHW = clips(2, num_frames, 16, 24)
     encoded = tiny.encode(x_BCTHW)
     assert encoded.tokens is not None
@@ -220,7 +214,7 @@ def test_a_kl_tokenizer_gives_means_and_decodes_them() -> None:
         (torch.zeros(1, 3, 17, 32, 32, dtype=torch.uint8), "frames_to_input"),
     ],
 )
-def test_encode_refuses_what_it_cannot_encode(tiny: VideoTokenizer, video: Tensor, message: str) -> None:
+def test_encode_refuses_what_it_cannot_encode(tiny: VidTok, video: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.encode(video)
 
@@ -234,7 +228,7 @@ def test_encode_refuses_what_it_cannot_encode(tiny: VideoTokenizer, video: Tenso
         (torch.full((1, 2, 4, 4), 32768), "another tokenizer"),
     ],
 )
-def test_decode_refuses_what_it_cannot_decode(tiny: VideoTokenizer, given: Tensor, message: str) -> None:
+def test_decode_refuses_what_it_cannot_decode(tiny: VidTok, given: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.decode(given)
 
@@ -257,7 +251,7 @@ def test_frames_that_are_not_bytes_are_refused() -> None:
 # Determinism and causality
 
 
-def test_a_clip_is_encoded_and_decoded_alike_in_any_company(tiny: VideoTokenizer) -> None:
+def test_a_clip_is_encoded_and_decoded_alike_in_any_company(tiny: VidTok) -> None:
     x_BCTHW = clips(4, 9, 40, 24)
     whole = tiny.encode(x_BCTHW)
     assert whole.tokens is not None
@@ -270,7 +264,7 @@ def test_a_clip_is_encoded_and_decoded_alike_in_any_company(tiny: VideoTokenizer
         assert torch.equal(tiny.decode(whole.tokens[order]), decoded[order])
 
 
-def test_the_past_does_not_see_the_future(tiny: VideoTokenizer) -> None:
+def test_the_past_does_not_see_the_future(tiny: VidTok) -> None:
     x_BCTHW = clips(1, 13)
     whole = tiny.encode(x_BCTHW).pre_quantized
     assert whole is not None
@@ -284,7 +278,7 @@ def test_the_past_does_not_see_the_future(tiny: VideoTokenizer) -> None:
         assert not torch.equal(latents[:, :, first_that_sees], whole[:, :, first_that_sees])
 
 
-def test_decoded_frames_do_not_see_later_latents(tiny: VideoTokenizer) -> None:
+def test_decoded_frames_do_not_see_later_latents(tiny: VidTok) -> None:
     tokens = torch.arange(64, dtype=torch.int32).view(1, 4, 4, 4) * 500
     changed = tokens.clone()
     changed[:, 2] += 1
@@ -293,7 +287,7 @@ def test_decoded_frames_do_not_see_later_latents(tiny: VideoTokenizer) -> None:
 
 @given(cuts=st.sets(st.integers(0, 5)))
 @settings(deadline=None, max_examples=12)
-def test_a_video_in_chunks_gives_what_the_whole_gives(tiny: VideoTokenizer, cuts: set[int]) -> None:
+def test_a_video_in_chunks_gives_what_the_whole_gives(tiny: VidTok, cuts: set[int]) -> None:
     x_BCTHW = clips(2, 25, 16, 16)
     whole = tiny.encode(x_BCTHW)
     latents, tokens, frames = [], [], []
@@ -313,7 +307,7 @@ def test_a_video_in_chunks_gives_what_the_whole_gives(tiny: VideoTokenizer, cuts
     torch.testing.assert_close(torch.cat(frames, dim=2), tiny.decode(whole.tokens), atol=1e-4, rtol=0)
 
 
-def test_chunks_that_would_tear_a_latent_are_refused(tiny: VideoTokenizer) -> None:
+def test_chunks_that_would_tear_a_latent_are_refused(tiny: VidTok) -> None:
     with pytest.raises(ValueError, match="num_frames must be 1"):
         tiny.encode_stream(clips(1, 4))
     past = tiny.encode_stream(clips(1, 5))[1]
@@ -321,7 +315,7 @@ def test_chunks_that_would_tear_a_latent_are_refused(tiny: VideoTokenizer) -> No
         tiny.encode_stream(clips(1, 5), past)
 
 
-def test_a_latent_sees_exactly_its_history(tiny: VideoTokenizer) -> None:
+def test_a_latent_sees_exactly_its_history(tiny: VidTok) -> None:
     # Gradients tell which frames count at all, where values may differ by less than float32 shows.
     num_frames = 1 + 4 * (2 + TINY.history_frames // 4)
     x_BCTHW = clips(1, num_frames, 8, 8).requires_grad_()
@@ -331,7 +325,7 @@ def test_a_latent_sees_exactly_its_history(tiny: VideoTokenizer) -> None:
     assert seen == list(range(num_frames - 1 - TINY.history_frames, num_frames))
 
 
-def test_a_span_with_its_history_has_the_tokens_of_the_whole_video(tiny: VideoTokenizer) -> None:
+def test_a_span_with_its_history_has_the_tokens_of_the_whole_video(tiny: VidTok) -> None:
     halo_latents = math.ceil(TINY.history_frames / 4)
     start = 8
     x_BCTHW = clips(1, 1 + 4 * (start + halo_latents + 2), 16, 16)
@@ -342,14 +336,14 @@ def test_a_span_with_its_history_has_the_tokens_of_the_whole_video(tiny: VideoTo
     torch.testing.assert_close(span[:, :, halo_latents:], whole[:, :, start + halo_latents :], atol=1e-5, rtol=0)
 
 
-def test_the_toy_model_uses_much_of_its_codebook(tiny: VideoTokenizer) -> None:
+def test_the_toy_model_uses_much_of_its_codebook(tiny: VidTok) -> None:
     tokens = tiny.encode(clips(2, 17, 64, 64)).tokens
     assert tokens is not None
     assert len({*tokens.flatten().tolist()}) > tokens.numel() / 2
 
 
 def test_encoding_and_decoding_are_differentiable() -> None:
-    model = VideoTokenizer(TINY)
+    model = VidTok(TINY)
     loss = model.decode(model.encode(clips(1, 5, 16, 16)).latents).square().mean()
     torch.autograd.backward(loss)
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

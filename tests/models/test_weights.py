@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vidshard.models.tokenizer import PRESETS, TokenizerConfig, VideoTokenizer, get_preset
+from vidshard.models import tokenizer
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import (
     checkpoint_name,
     load_tokenizer,
@@ -22,7 +24,7 @@ from vidshard.models.weights import (
     weights_digest,
 )
 
-TINY = get_preset("tiny")
+TINY = PRESETS["tiny"]
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
 TINY_LFQ = TINY.model_copy(update={"name": "tiny_lfq", "head": "lfq", "latent_channels": 10, "fsq_levels": ()})
 TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 500})
@@ -46,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> VideoTokenizer:
+def tiny() -> VidTok:
     return load_tokenizer(TINY, None, seed=0)
 
 
@@ -60,7 +62,7 @@ def written(path: Path, content: object) -> Path:
     return path
 
 
-def test_a_tokenizer_is_saved_with_its_config_and_read_back(tiny: VideoTokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_is_saved_with_its_config_and_read_back(tiny: VidTok, tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     save_tokenizer(path, tiny)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.safetensors"]
@@ -108,7 +110,7 @@ def test_files_of_models_that_are_not_causal_have_their_shorter_names(tmp_path: 
         load_weights(written(tmp_path / "weights.ckpt", stored), TINY)
 
 
-def with_averages(config: TokenizerConfig, compiled: str = "") -> dict[str, Tensor]:
+def with_averages(config: VidTokConfig, compiled: str = "") -> dict[str, Tensor]:
     """Weights of seed 0 and averages of seed 1, as training stores both."""
     last, averages = ({checkpoint_name(n, config): w for n, w in seeded_weights(config, s).items()} for s in (0, 1))
     joined = {name.replace("coder.", f"coder.{compiled}", 1).replace(".", ""): w for name, w in averages.items()}
@@ -124,7 +126,7 @@ def with_averages(config: TokenizerConfig, compiled: str = "") -> dict[str, Tens
 @pytest.mark.parametrize("compiled", ["", "_orig_mod."])
 @pytest.mark.parametrize("config", [TINY, NON_CAUSAL], ids=["causal", "non-causal"])
 def test_averaged_weights_are_taken_where_they_are_asked_for(
-    config: TokenizerConfig, compiled: str, tmp_path: Path
+    config: VidTokConfig, compiled: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "weights.ckpt", {"state_dict": with_averages(config, compiled)})
     for ema in (False, True):
@@ -162,9 +164,7 @@ def test_weights_of_another_preset_are_refused(weights: dict[str, Tensor], tmp_p
         load_weights(written(tmp_path / "weights.pt", weights), TINY_KL)
 
 
-def test_a_file_that_states_another_network_is_refused_even_if_the_shapes_fit(
-    tiny: VideoTokenizer, tmp_path: Path
-) -> None:
+def test_a_file_that_states_another_network_is_refused_even_if_the_shapes_fit(tiny: VidTok, tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "tiny.safetensors", tiny)
     other = TINY.model_copy(update={"fsq_levels": (8, 8, 8, 8, 7)})
     with pytest.raises(ValueError, match="fsq_levels"):
@@ -197,15 +197,15 @@ def test_a_files_name_tells_the_preset_that_it_is_called_after(name: str, preset
 
 
 @pytest.fixture
-def two_versions(monkeypatch: pytest.MonkeyPatch) -> tuple[TokenizerConfig, TokenizerConfig]:
+def two_versions(monkeypatch: pytest.MonkeyPatch) -> tuple[VidTokConfig, VidTokConfig]:
     """Presets that differ in nothing that weights tell."""
     later = TINY.model_copy(update={"name": "tiny_v1_1", "variant": "causal-v1.1"})
-    monkeypatch.setitem(PRESETS, later.name, later)
+    monkeypatch.setitem(tokenizer.PRESETS, later.name, later)
     return TINY, later
 
 
 def test_weights_called_after_another_version_of_the_model_are_refused(
-    weights: dict[str, Tensor], tmp_path: Path, two_versions: tuple[TokenizerConfig, TokenizerConfig]
+    weights: dict[str, Tensor], tmp_path: Path, two_versions: tuple[VidTokConfig, VidTokConfig]
 ) -> None:
     for config, other in (two_versions, two_versions[::-1]):
         load_weights(written(tmp_path / f"vidtok_{config.name}.ckpt", weights), config)
@@ -217,7 +217,7 @@ def test_weights_called_after_another_version_of_the_model_are_refused(
 
 
 def test_what_a_file_states_counts_more_than_its_name(
-    tiny: VideoTokenizer, tmp_path: Path, two_versions: tuple[TokenizerConfig, TokenizerConfig]
+    tiny: VidTok, tmp_path: Path, two_versions: tuple[VidTokConfig, VidTokConfig]
 ) -> None:
     save_tokenizer(tmp_path / "tiny_v1_1.safetensors", tiny)
     assert load_weights(tmp_path / "tiny_v1_1.safetensors")[0] == TINY
@@ -286,14 +286,14 @@ def test_two_models_of_one_seed_are_the_same_whatever_torch_drew_before() -> Non
 
 
 def test_seeded_weights_never_change() -> None:
-    weights = seeded_weights(get_preset("tiny"), 0)
+    weights = seeded_weights(PRESETS["tiny"], 0)
     # Copied from the run that made them.
     assert weights_digest(weights) == "bd98ed518a5b5edab816324cc8d71402a7df3eed293dcadfb8979c668098137c"
 
 
 @pytest.mark.parametrize("config", [TINY_LFQ, TINY_VQ], ids=["lfq", "vq"])
-def test_tokenizers_with_other_heads_are_tokenizers_too(config: TokenizerConfig, tmp_path: Path) -> None:
-    assert TokenizerConfig.model_validate_json(config.model_dump_json()) == config
+def test_tokenizers_with_other_heads_are_tokenizers_too(config: VidTokConfig, tmp_path: Path) -> None:
+    assert VidTokConfig.model_validate_json(config.model_dump_json()) == config
     model = load_tokenizer(config, None, seed=0)
     x_BCTHW = video(2, 9)
     encoded = model.encode(x_BCTHW)

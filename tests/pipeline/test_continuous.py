@@ -18,17 +18,19 @@ from hypothesis import strategies as st
 from tests.models.test_lengths import small
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
-from vidshard.jobs.shards.decode import reconstruct_row, reconstruct_video
-from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
+from vidshard.models.tokenizer import frames_to_input, output_to_frames
+from vidshard.models.vidtok.config import PRESETS
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, save_tokenizer
-from vidshard.pipeline.encode import continuous_spec, encode_spans
+from vidshard.pipeline.clip_specs import continuous_spec
+from vidshard.pipeline.encode import encode_spans
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
+from vidshard.pipeline.reconstruct import reconstruct_row, reconstruct_video
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
-from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import ClipSpec, Part, VideoRef
 
 MODELS = ("fsq_causal_488_262144", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn_v1_1")
@@ -80,7 +82,7 @@ def padded_to_rows(x_BCTHW: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest) -> VideoTokenizer:
+def model(request: pytest.FixtureRequest) -> VidTok:
     return load_tokenizer(small(request.param), None, seed=0)
 
 
@@ -88,7 +90,7 @@ Output = Callable[[int], Path]
 
 
 @pytest.fixture(scope="module")
-def outputs(model: VideoTokenizer, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Output:
+def outputs(model: VidTok, video: Path, tmp_path_factory: pytest.TempPathFactory) -> Output:
     """The video tokenized, by the number of rows in a unit of work."""
     folder = tmp_path_factory.mktemp("continuous")
     save_tokenizer(folder / "small.safetensors", model)
@@ -108,9 +110,7 @@ def command(folder: Path, video: Path, out: Path) -> list[Any]:
     return ["tokenize", video, "--out", out, "--weights", folder / "small.safetensors", *sampling]
 
 
-def test_rows_of_any_units_of_work_are_those_of_the_whole_video(
-    model: VideoTokenizer, video: Path, outputs: Output
-) -> None:
+def test_rows_of_any_units_of_work_are_those_of_the_whole_video(model: VidTok, video: Path, outputs: Output) -> None:
     config = model.config
     num_latents = config.latent_frames(NUM_FRAMES)
     x_BCTHW = padded_to_rows(sampled_frames(video), num_latents * config.time_stride)
@@ -119,7 +119,7 @@ def test_rows_of_any_units_of_work_are_those_of_the_whole_video(
     whole = (encoded.latents if encoded.tokens is None else encoded.tokens)[0].numpy()
     for clips_per_span in (100, 3):
         rows = rows_of(outputs(clips_per_span))
-        joined = np.concatenate([row.payload for row in rows], axis=-3)
+        joined = np.concatenate([next(iter(row.payload.values())) for row in rows], axis=-3)
         assert [row.values["clip_index"] for row in rows] == list(range(len(rows)))
         assert [row.values["continues_previous"] for row in rows] == [False] + [True] * (len(rows) - 1)
         assert [len(row.values["frame_pts_seconds"]) for row in rows[:2]] == [
@@ -139,11 +139,11 @@ def test_rows_of_any_units_of_work_are_those_of_the_whole_video(
             assert ((joined == whole) | near_tie.numpy()).all()
 
 
-def test_a_whole_video_and_any_row_of_it_decode_to_the_same_frames(model: VideoTokenizer, outputs: Output) -> None:
+def test_a_whole_video_and_any_row_of_it_decode_to_the_same_frames(model: VidTok, outputs: Output) -> None:
     out = outputs(3)
     rows = rows_of(out)
     paths = shard_paths(str(out))
-    stored = np.concatenate([row.payload for row in rows], axis=-3)
+    stored = np.concatenate([next(iter(row.payload.values())) for row in rows], axis=-3)
     tokens = torch.from_numpy(stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64))[None]
     with torch.inference_mode():
         whole = output_to_frames(model.decode(tokens))[0].numpy()
@@ -197,18 +197,12 @@ def test_a_model_that_is_not_causal_is_refused(video: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_streams_beside_each_other_do_not_change_each_other(model: VideoTokenizer, batch_size: int) -> None:
+def test_streams_beside_each_other_do_not_change_each_other(model: VidTok, batch_size: int) -> None:
     spec = continuous_spec(ClipSpec(fps=Fraction(8), num_frames=NUM_FRAMES, height=SIZE, width=SIZE), model.config)
     shape = (spec.num_frames, SIZE, SIZE, 3)
     random = np.random.default_rng(0)
     spans = [[random.integers(0, 256, shape, np.uint8) for _ in range(length)] for length in (3, 1, 0, 2)]
-    config = model.config
-    kind = "tokens" if config.codebook_size else "latents"
-    payload = Payload(
-        kind=kind,  # type: ignore[arg-type]
-        shape=config.latent_shape(NUM_FRAMES, SIZE, SIZE),
-        codebook_size=config.codebook_size,
-    )
+    payload = model.config.payload(NUM_FRAMES, SIZE, SIZE)
     counts = [2, 1, 0, 1]
     (together,) = encode_spans(model, spans, counts, payload, spec, batch_size=batch_size).values()
     apart = [
@@ -225,7 +219,7 @@ def test_streams_beside_each_other_do_not_change_each_other(model: VideoTokenize
 )
 def test_rows_tile_the_grid(stride: int, num_latents: int, num_rows: int) -> None:
     name = {2: "kl_causal_288_8chn", 4: "fsq_causal_488_4096", 8: "fsq_causal_888_32768_v1_1"}[stride]
-    config = get_preset(name)
+    config = PRESETS[name]
     plain = ClipSpec(fps=Fraction(8), num_frames=1 + (num_latents - 1) * stride, height=SIZE, width=SIZE)
     spec = continuous_spec(plain, config)
     layout = ClipTimeline(spec=spec, part=Part(), start_pts=0, time_base=Fraction(1, 90000), placed=None)

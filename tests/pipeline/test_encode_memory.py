@@ -15,17 +15,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from vidshard.models.config import get_preset
-from vidshard.pipeline.encode import ClipEncoder, EncoderSpec, continuous_spec, is_out_of_memory
+from vidshard.models.vidtok.config import PRESETS
+from vidshard.pipeline.clip_specs import continuous_spec
+from vidshard.pipeline.encode_stage import ClipEncoder, EncoderSpec, is_out_of_memory
 from vidshard.pipeline.rows import WORK_SCHEMA, add_clips, span_row
+from vidshard.pipeline.tokenizer_source import TokenizerSource
 from vidshard.schemas.rejections import REMEDIES, Reason, VideoError
-from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
 NUM_FRAMES = 5
 LARGE, SMALL = 128, 16
 """Sides of the frames. A large clip takes 64 times what a small one does."""
-CONFIG = get_preset("tiny")
+CONFIG = PRESETS["tiny"]
 
 
 def clip_spec(side: int, *, continuous: bool = False) -> ClipSpec:
@@ -83,16 +84,10 @@ def rows_of_two_sizes(*, continuous: bool = False) -> pa.Table:
 def encoder_spec(batch_size: int, *, continuous: bool = False) -> EncoderSpec:
     spec = clip_spec(LARGE, continuous=continuous)
     return EncoderSpec(
-        tokenizer=CONFIG,
-        weights=None,
-        ema=False,
-        random_seed=0,
-        weights_sha256="",
+        source=TokenizerSource(config=CONFIG, weights=None, seed=0),
         precision="float32",
         num_frames=spec.num_frames,
-        payload=Payload(
-            kind="tokens", shape=CONFIG.latent_shape(NUM_FRAMES, LARGE, LARGE), codebook_size=CONFIG.codebook_size
-        ),
+        payload=CONFIG.payload(NUM_FRAMES, LARGE, LARGE),
         batch_size=batch_size,
         num_threads=1,
         continuous=spec if continuous else None,

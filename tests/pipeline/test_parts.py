@@ -375,7 +375,7 @@ def test_each_video_goes_to_its_bucket_and_no_shard_mixes_them(tmp_path: Path) -
         with open_shard(path) as (parquet, provenance):
             assert len(set(parquet.read(columns=["bucket"])["bucket"].to_pylist())) == 1
             height, width = map(int, parquet.read(columns=["bucket"])["bucket"][0].as_py().split("x"))
-            assert provenance.payload.shape[-2:] == (height // 8, width // 8)
+            assert provenance.payload[0].shape[-2:] == (height // 8, width // 8)
             assert Path(path).name.startswith(f"{height}x{width}-")
     assert json.loads((out / "run.json").read_text())["identity"]["buckets"] == "64x64,64x112,112x64"
     verified = CliRunner().invoke(vidshard, ["verify", str(out), "--exact", "1"], catch_exceptions=False)

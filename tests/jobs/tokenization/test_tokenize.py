@@ -26,15 +26,18 @@ from tests.support.shared import SHARED
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.tokenization.job import plan_resources
-from vidshard.jobs.tokenization.resolve import resolve
-from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset, output_to_frames
+from vidshard.jobs.runtime.executor import ClusterExecutor
+from vidshard.jobs.tokenization.resources import plan_resources
+from vidshard.models.tokenizer import frames_to_input, output_to_frames
+from vidshard.models.vidtok.config import PRESETS
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, seeded_weights, weights_digest
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.flow import build_flow
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import read_clips
+from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.probe import probe_video
@@ -71,8 +74,8 @@ def output(good_videos: Path, bad_videos: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def tiny() -> VideoTokenizer:
-    return load_tokenizer(get_preset("tiny"), None, seed=0)
+def tiny() -> VidTok:
+    return load_tokenizer(PRESETS["tiny"], None, seed=0)
 
 
 def expected_clips(recipe: Recipe) -> int:
@@ -110,7 +113,7 @@ def test_rows_carry_the_times_of_their_frames(output: Path, good_videos: Path) -
     assert row["geometry"] == {"policy": "crop", "scaled_width": 48, "scaled_height": 32, "left": 8, "top": 0}
 
 
-def test_stored_tokens_are_those_of_the_plain_functions(output: Path, good_videos: Path, tiny: VideoTokenizer) -> None:
+def test_stored_tokens_are_those_of_the_plain_functions(output: Path, good_videos: Path, tiny: VidTok) -> None:
     path = str(good_videos / "deep" / "d.mp4")
     probe = probe_video(VideoRef(uri=path, num_bytes=-1), open_binary)
     (span,) = plan_spans(probe, SPEC, 100)
@@ -124,17 +127,15 @@ def test_stored_tokens_are_those_of_the_plain_functions(output: Path, good_video
         assert stored[SPEC.clip_id(clip.video_id, clip.clip_index)] == encoded.tokens.flatten().tolist()
 
 
-def test_decoding_stored_tokens_equals_reconstructing_directly(
-    output: Path, tiny: VideoTokenizer, tmp_path: Path
-) -> None:
+def test_decoding_stored_tokens_equals_reconstructing_directly(output: Path, tiny: VidTok, tmp_path: Path) -> None:
     import torch
 
-    from vidshard.jobs.shards.decode import reconstruct, tokenizer_of
     from vidshard.pipeline.output.shard_reader import open_shard
+    from vidshard.pipeline.reconstruct import load_decoder, reconstruct
 
     (path,) = shard_paths(str(output))
     with open_shard(path) as (_, provenance):
-        loaded = tokenizer_of(provenance, None)
+        loaded = load_decoder(ResolvedRun.from_provenance(provenance))
     clip = next(read_clips(path))
     source = str(clip.values["uri"])
     (span,) = plan_spans(probe_video(VideoRef(uri=source, num_bytes=-1), open_binary), SPEC, 100)
@@ -179,7 +180,7 @@ def test_other_workers_spans_and_shards_give_the_same_bytes(
 
 
 def test_another_batch_size_changes_nothing_but_near_ties(
-    output: Path, good_videos: Path, tmp_path: Path, tiny: VideoTokenizer
+    output: Path, good_videos: Path, tmp_path: Path, tiny: VidTok
 ) -> None:
     result = tokenize(good_videos, "--out", tmp_path / "tokens", *SMALL, "--batch-size", "4")
     assert result.exit_code == 0, result.output
@@ -377,7 +378,7 @@ def test_latents_are_stored_as_float16_and_read_everywhere(good_videos: Path, tm
     result = tokenize(good_videos / "a.mp4", "--out", out, *SMALL, "--tokenizer", "tiny_kl", "--keep-logvar")
     assert result.exit_code == 0, result.output
     assert "of their raw" in result.output
-    kl = load_tokenizer(get_preset("tiny_kl"), None, seed=0)
+    kl = load_tokenizer(PRESETS["tiny_kl"], None, seed=0)
     path = str(good_videos / "a.mp4")
     (span,) = plan_spans(probe_video(VideoRef(uri=path, num_bytes=-1), open_binary), SPEC, 100)
     expected: dict[str, tuple[list[float], list[float]]] = {}
@@ -447,7 +448,7 @@ def test_decode_refuses_other_weights_than_the_shards(output: Path, tmp_path: Pa
     from vidshard.models.weights import save_tokenizer
 
     other = tmp_path / "other.safetensors"
-    save_tokenizer(other, load_tokenizer(get_preset("tiny"), None, seed=1))
+    save_tokenizer(other, load_tokenizer(PRESETS["tiny"], None, seed=1))
     clip_id = rows_of(output)[0]["clip_id"]
     result = CliRunner().invoke(
         vidshard, ["decode", str(output), "--clip", clip_id, "--to", str(tmp_path / "a.mp4"), "--weights", str(other)]
@@ -498,7 +499,7 @@ def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path)
 
 
 def test_a_converted_checkpoint_says_which_model_it_is(
-    output: Path, good_videos: Path, tmp_path: Path, tiny: VideoTokenizer
+    output: Path, good_videos: Path, tmp_path: Path, tiny: VidTok
 ) -> None:
     import torch
 
@@ -522,7 +523,7 @@ def test_a_converted_checkpoint_says_which_model_it_is(
 def test_averaged_weights_are_recorded_and_decoded_with(good_videos: Path, tmp_path: Path) -> None:
     import torch
 
-    last, averages = (seeded_weights(get_preset("tiny"), seed) for seed in (0, 1))
+    last, averages = (seeded_weights(PRESETS["tiny"], seed) for seed in (0, 1))
     files = {name: tmp_path / f"{name}.ckpt" for name in ("last", "both")}
     torch.save(last, files["last"])
     torch.save(last | {f"model_ema.{name.replace('.', '')}": w for name, w in averages.items()}, files["both"])
@@ -564,7 +565,7 @@ def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> 
     plan = str(tmp_path / "tokens" / "todo.parquet")
     run = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
     cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
-    resources, encoder = plan_resources(resolve(run), 10, 1.0, cluster)
+    resources, encoder = plan_resources(ResolvedRun.of(run), 10, 1.0, ClusterExecutor(cluster=cluster))
     decoder = SpanDecoder(spec=run.clip_specs[0], max_clips=10, clips_per_pass=1)
     flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources).materialize()
     assert flow.count() == 10

@@ -34,16 +34,15 @@ from vidshard.jobs.cli import training_run, vidshard
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.settings import SettingsError
-from vidshard.jobs.shards.decode import decode_output
-from vidshard.jobs.tokenization.job import run_and_report as tokenize
+from vidshard.jobs.shards.decode import DecodeRun, decode_output
+from vidshard.jobs.tokenization.job import tokenize
 from vidshard.jobs.training.job import prepare_data, resume, run_and_report
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.recorder import Recorder, Speed, picture_strip, read_metrics
 from vidshard.jobs.training.resolve import activation_bytes, plan_resources, read_record, resolve
 from vidshard.jobs.training.worker import start_weights
-from vidshard.models.config import PRESETS
-from vidshard.models.tokenizer import get_preset
 from vidshard.models.training.state import start_tokenizer
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import load_weights, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
@@ -269,10 +268,10 @@ def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, list[str]], vi
         size=(48, 48),
     )
     console = Console(file=io.StringIO(), width=200)
-    assert tokenize(run, console) == 0
+    assert tokenize(run, console).exit_code == 0
     [shard] = shard_paths(str(tmp_path / "tokens"))
     assert pq.read_table(shard).num_rows >= 2
-    assert decode_output(str(tmp_path / "tokens"), console, folder=str(tmp_path / "videos")) == 0
+    decode_output(DecodeRun(out=str(tmp_path / "tokens"), folder=str(tmp_path / "videos")), console)
     assert list((tmp_path / "videos").glob("*.mp4"))
 
 
@@ -422,7 +421,7 @@ def test_a_sharded_run_with_lpips_on_an_object_store(
     assert {"run.json", "summary.md", "metrics.jsonl", "tokenizer.safetensors"} <= names
     weights = out + "2/stage2/tokenizer.safetensors"
     tokens = TokenizeRun(inputs=[str(videos)], out=str(tmp_path / "tokens"), size=(32, 32), weights=weights)
-    assert tokenize(tokens, Console(file=io.StringIO())) == 0
+    assert tokenize(tokens, Console(file=io.StringIO())).exit_code == 0
     [encoder, decoder] = [load_weights_from(path) for path in (out + "/stage1/tokenizer.safetensors", weights)]
     frozen = [name for name in encoder if name.startswith("encoder.")]
     assert frozen
@@ -589,7 +588,7 @@ def test_presets_are_complete_runs(name: str) -> None:
     run = TRAININGS[name](["videos"], "out")
     assert run.tokenizer in PRESETS
     for stage in run.stages.values():
-        get_preset(run.tokenizer or "").latent_shape(stage.frames, *stage.size)
+        PRESETS[run.tokenizer or ""].latent_shape(stage.frames, *stage.size)
     assert TrainRun.model_validate_json(run.model_dump_json()) == run
 
 
@@ -610,20 +609,20 @@ def test_the_presets_of_the_paper_are_its_stages() -> None:
 
 
 def test_weights_of_another_version_of_the_network_may_start_a_training(tmp_path: Path) -> None:
-    old, new = get_preset("tiny"), get_preset("tiny").model_copy(update={"name": "new", "variant": "causal-v1.1"})
+    old, new = PRESETS["tiny"], PRESETS["tiny"].model_copy(update={"name": "new", "variant": "causal-v1.1"})
     path = tmp_path / "old.safetensors"
     save_tokenizer(path, start_tokenizer(old, 0))
     weights = start_weights(str(path), new)
     start_tokenizer(new, 1).load_state_dict(weights)
     with pytest.raises(ValueError, match="is of tiny, not tiny_kl"):
-        start_weights(str(path), get_preset("tiny_kl"))
+        start_weights(str(path), PRESETS["tiny_kl"])
 
 
 def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
     stage = StageConfig(frames=5, size=(32, 32))
-    one = activation_bytes(get_preset("tiny"), stage)
+    one = activation_bytes(PRESETS["tiny"], stage)
     assert one > 5 << 20
-    larger = activation_bytes(get_preset("tiny"), stage.model_copy(update={"size": (64, 64)}))
+    larger = activation_bytes(PRESETS["tiny"], stage.model_copy(update={"size": (64, 64)}))
     assert 3 < larger / one < 4.5
 
 

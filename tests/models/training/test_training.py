@@ -22,8 +22,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.shared import SHARED
-from vidshard.models.config import PRESETS
-from vidshard.models.tokenizer import VideoTokenizer, frames_to_input, get_preset
+from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.discriminator import adversarial_loss
 from vidshard.models.training.evaluation import evaluate_batch, reconstruct
 from vidshard.models.training.losses import weighted_regularization
@@ -37,11 +36,13 @@ from vidshard.models.training.state import (
     start_tokenizer,
 )
 from vidshard.models.training.step import DivergedError, NonFiniteError, average_decay, learning_rate, train_step
+from vidshard.models.vidtok.config import PRESETS
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import checkpoint_name, load_tokenizer, weights_digest
 from vidshard.schemas.training import StageConfig
 
 NAME_TABLES = SHARED / "reference" / "state_dict"
-TINY, TINY_KL = get_preset("tiny"), get_preset("tiny_kl")
+TINY, TINY_KL = PRESETS["tiny"], PRESETS["tiny_kl"]
 TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 50})
 SMALL = StageConfig(
     frames=5,
@@ -69,7 +70,7 @@ def small(**changes: object) -> StageConfig:
 
 
 def state_of(config: StageConfig, tokenizer: str | Any = "tiny", **further: Any) -> TrainState:
-    preset = get_preset(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    preset = PRESETS[tokenizer] if isinstance(tokenizer, str) else tokenizer
     return begin_stage(config, start_tokenizer(preset, 0), **further)
 
 
@@ -446,7 +447,7 @@ def test_a_stage_refuses_another_architecture() -> None:
         begin_stage(SMALL, start_tokenizer(TINY_KL, 0), previous=first)
 
 
-def trained_names(tokenizer: VideoTokenizer, stage: str) -> tuple[set[str], set[str]]:
+def trained_names(tokenizer: VidTok, stage: str) -> tuple[set[str], set[str]]:
     set_trainable(tokenizer, stage)
     named = [(checkpoint_name(n, tokenizer.config), p.requires_grad) for n, p in tokenizer.named_parameters()]
     return {n for n, learns in named if learns}, {n for n, learns in named if not learns}
@@ -470,7 +471,7 @@ def test_each_stage_trains_what_it_says(tokenizer: Any) -> None:
 def test_each_stage_trains_the_released_names(path: Path) -> None:
     names = {name for name in json.loads(path.read_text()) if not name.startswith("loss.")}
     with torch.device("meta"):
-        model = VideoTokenizer(PRESETS[path.stem.removeprefix("vidtok_")])
+        model = VidTok(PRESETS[path.stem.removeprefix("vidtok_")])
     assert trained_names(model, "all") == (names, set())
     decoder = {name for name in names if name.startswith("decoder.")}
     assert trained_names(model, "decoder") == (decoder, names - decoder)
@@ -500,7 +501,7 @@ def test_a_resumed_run_is_the_same_run_bit_by_bit(tokenizer: str, changes: dict[
     file = io.BytesIO()
     torch.save(interrupted.state_dict(), file)
     torch.rand(7)
-    resumed = begin_stage(config, start_tokenizer(get_preset(tokenizer), 77))
+    resumed = begin_stage(config, start_tokenizer(PRESETS[tokenizer], 77))
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert [train_step(resumed, clips(2, seed=step)) for step in range(stop, 5)] == curve[stop:]

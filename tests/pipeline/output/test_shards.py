@@ -18,7 +18,7 @@ from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips, read_payloads
 from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
-from vidshard.schemas.tokens import Payload, Provenance
+from vidshard.schemas.tokens import Payload, Provenance, latents_payload, tokens_payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
 SPEC = ClipSpec(fps=Fraction(8), num_frames=1, height=8, width=8)
@@ -75,12 +75,13 @@ def written_and_read(values: np.ndarray[Any, Any], payload: Payload) -> np.ndarr
         )
         stats = EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=len(values))
         flat = list(values.reshape(len(values), -1))
-        sink.add(add_payload(span_rows(len(values)), {payload.columns[0]: flat}, payload, stats))
+        sink.add(add_payload(span_rows(len(values)), {payload[0].name: flat}, payload, stats))
         sink.close()
         (path,) = shard_paths(out)
         assert Path(path).suffix == ".parquet"
-        clips = np.stack([clip.payload for clip in read_clips(path)])
-        np.testing.assert_array_equal(np.concatenate(list(read_payloads(path))), clips)
+        clips = np.stack([clip.payload[payload[0].name] for clip in read_clips(path)])
+        groups = [arrays[payload[0].name] for arrays in read_payloads(path)]
+        np.testing.assert_array_equal(np.concatenate(groups), clips)
         return clips
 
 
@@ -109,8 +110,8 @@ def test_tokens_come_back_from_a_shard_as_they_went_in(
     shape = data.draw(SHAPES)
     tokens = data.draw(hnp.arrays(dtype, shape, elements=st.integers(0, codebook_size - 1)))
     tokens.flat[0] = codebook_size - 1
-    payload = Payload(kind="tokens", shape=shape[1:], codebook_size=codebook_size)
-    assert payload.dtype == dtype
+    payload = tokens_payload(shape[1:], codebook_size)
+    assert np.dtype(payload[0].dtype) == dtype
     read = written_and_read(tokens, payload)
     assert read.dtype == dtype
     np.testing.assert_array_equal(read, tokens)
@@ -124,6 +125,6 @@ def test_latents_come_back_from_a_shard_bit_for_bit(data: st.DataObject) -> None
     drawn = data.draw(hnp.arrays(np.uint16, (clips, 3, *grid), elements=st.integers(0, 2 * 0x7C00 - 1)))
     latents = np.where(drawn < 0x7C00, drawn, drawn - 0x7C00 + 0x8000).astype(np.uint16).view(np.float16)
     assert np.isfinite(latents).all()
-    read = written_and_read(latents, Payload(kind="latents", shape=(3, *grid), codebook_size=None))
+    read = written_and_read(latents, latents_payload((3, *grid), keep_logvar=False))
     assert read.dtype == np.float16
     np.testing.assert_array_equal(read.view(np.uint16), latents.view(np.uint16))

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from tests.support.videos import Recipe, write_video
-from vidshard.models.tokenizer import get_preset
+from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import seeded_weights, weights_digest
 from vidshard.pipeline.output.layout import shard_paths
 
@@ -289,7 +289,7 @@ def test_a_token_written_into_a_reference_is_not_repeated(hub: Hub, tmp_path: Pa
 
 def publish(hub: Hub, tmp_path: Path, seed: int, commit: str) -> str:
     """Put weights of the tiny model on the main branch; gives their digest."""
-    weights = seeded_weights(get_preset("tiny"), seed)
+    weights = seeded_weights(PRESETS["tiny"], seed)
     torch.save({"state_dict": weights}, tmp_path / "tiny.ckpt")
     hub.files["owner/models", commit, "checkpoints/tiny.ckpt"] = (tmp_path / "tiny.ckpt").read_bytes()
     hub.branches["main"] = commit

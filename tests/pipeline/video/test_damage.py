@@ -167,7 +167,7 @@ def test_the_job_keeps_or_rejects_and_says_what_is_missing(folder: Path, tmp_pat
     assert len(rows["strict"]) == 16
     assert 16 < len(rows["kept"]) < NUM_CLIPS
     for index, clip in rows["strict"].items():
-        assert np.array_equal(clip.payload, rows["kept"][index].payload)
+        assert np.array_equal(clip.payload["tokens"], rows["kept"][index].payload["tokens"])
         assert clip.values["decode_errors"] == 0
     errors = [clip.values["decode_errors"] for index, clip in rows["kept"].items() if index not in rows["strict"]]
     assert set(errors) == {1}

@@ -1,0 +1,122 @@
+"""``run.json`` of an output: the run that it belongs to, and the versions of the code that wrote there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vidshard.pipeline import storage
+from vidshard.pipeline.output.layout import RUN, shard_paths
+from vidshard.pipeline.output.shard_reader import open_shard
+from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.tokens import FORMAT_VERSIONS, Provenance, payload_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What an output says of the run that it belongs to."""
+
+    identity: Mapping[str, Any]
+    code_version: str
+    runs: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """Versions that wrote to the output, one entry for each set of them, with times and the number of starts."""
+
+
+def read_run_record(out: str) -> RunRecord | None:
+    """The record of an output, or what its shards say where it is missing; None for a folder without either.
+
+    Raises:
+        UserError: the record is damaged, or of another format version.
+        ShardError: there is none, and a shard cannot be read.
+    """
+    path = storage.join(out, RUN)
+    if not storage.exists(path):
+        shards = shard_paths(out)
+        if not shards:
+            return None
+        with open_shard(shards[0]) as (_, provenance):
+            return RunRecord(identity=dict(provenance.identity), code_version=provenance.code_version)
+    try:
+        record = json.loads(storage.read_bytes(path))
+        version = int(record.get("format_version", FORMAT_VERSIONS[0]))
+        found = RunRecord(
+            identity=dict(record["identity"]),
+            code_version=str(record.get("code_version")),
+            runs=list(record.get("runs", [])),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no run record ({error!r}): `vidshard verify --repair {out}` writes it anew if "
+            "shards are there, or choose another --out"
+        ) from error
+    if version not in FORMAT_VERSIONS:
+        raise UserError(
+            f"{out} is of format version {version}, this vidshard writes "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}: go on with the vidshard that began it "
+            f"({found.code_version}), or choose another --out"
+        )
+    return found
+
+
+def check_output(resolved: ResolvedRun) -> Sequence[Mapping[str, Any]]:
+    """Refuse a folder that holds the result of other settings; gives the versions that wrote to it before.
+
+    Raises:
+        UserError: it does; the message lists the differences.
+        StorageError: it cannot be reached.
+    """
+    out = resolved.run.out
+    storage.check_writable(out)
+    record = read_run_record(out)
+    if record is None:
+        return []
+    if record.identity != resolved.identity:
+        raise UserError(
+            f"{out} holds the result of other settings:\n{_differences(record.identity, resolved.identity)}\n"
+            "choose another --out, or the settings of that run"
+        )
+    return record.runs
+
+
+def write_run_record(resolved: ResolvedRun, before: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``run.json``.
+
+    Args:
+        before: versions that wrote to the output before, as `check_output` gives them.
+    """
+    provenance = resolved.provenance
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    this = {"code_version": provenance.code_version, "libraries": dict(provenance.libraries)}
+    runs = [dict(run) for run in before]
+    if runs and {name: runs[-1].get(name) for name in this} == this:
+        runs[-1] |= {"last_started_at": now, "starts": runs[-1].get("starts", 1) + 1}
+    else:
+        runs.append(this | {"first_started_at": now, "last_started_at": now, "starts": 1})
+    record = record_of(provenance) | {"started_at": now, "runs": runs}
+    storage.write_atomic(storage.join(resolved.run.out, RUN), json.dumps(record, indent=2, default=str).encode())
+
+
+def record_of(provenance: Provenance) -> dict[str, Any]:
+    """JSON values of ``run.json`` that follow from a provenance."""
+    described = payload_record(provenance.payload)
+    payload = described.get("payloads") or {"kind": described.pop("payload"), **described}
+    return {**asdict(provenance), "payload": payload, "format_version": provenance.format_version}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    both = before.keys() | now.keys()
+
+    def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if k != "tokenizer"} | {
+            f"tokenizer.{k}": v for k, v in values.get("tokenizer", {}).items()
+        }
+
+    defaults = TokenizeRun.model_construct().model_dump(mode="json")
+    old, new = ({**{name: defaults.get(name) for name in both}, **flat(values)} for values in (before, now))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)

@@ -1,0 +1,233 @@
+"""Encoded rows from the stages into shards: counted against the plan, committed, and ended in order."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from vidshard.jobs.runtime.executor import Executor, StageFailedError
+from vidshard.jobs.runtime.interrupts import Feed, Interrupts
+from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.tokenization.planning import uri_columns
+from vidshard.jobs.tokenization.resources import plan_resources
+from vidshard.jobs.tokenization.summary import Summary
+from vidshard.pipeline import storage
+from vidshard.pipeline.cancel import CancelToken
+from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.output.lease import Lease, LeaseLostError
+from vidshard.pipeline.output.resume import WorkList
+from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
+from vidshard.pipeline.video.signals import signal_fields
+from vidshard.schemas.runs import TokenizeRun
+
+
+def tokenize_spans(
+    resolved: ResolvedRun,
+    work: WorkList,
+    executor: Executor,
+    lease: Lease,
+    summary: Summary,
+    rejected: set[str],
+    console: Console,
+) -> None:
+    """Run the stages into shards, and hold what came out against the plan; the summary takes what happened.
+
+    Args:
+        rejected: URIs of the videos with rejections so far; more are added.
+    """
+    counter = SpanCounter(is_awaited=np.ones(work.num_spans, np.bool_))
+    sink = _open_sink(resolved, work, lease)
+    started = time.monotonic()
+    try:
+        _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console)
+    except KeyboardInterrupt as interrupt:
+        summary.interruption = interrupt
+    except (StageFailedError, LeaseLostError) as error:
+        summary.problems.append(str(error))
+    except storage.StorageError as error:
+        summary.problems.append(f"{error}; what is committed before it is valid")
+    finally:
+        _close(sink, summary)
+        counter.report(summary, time.monotonic() - started)
+    if counter.num_awaited and not summary.problems and summary.interruption is None:
+        summary.problems.append(
+            f"{counter.num_awaited} of {work.num_spans} planned spans came out neither as tokens nor as rejections "
+            f"(the first: row {int(np.argmax(counter.is_awaited))} of todo.parquet); run the same command again, and "
+            "report this with the log of -v"
+        )
+
+
+def _open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease) -> TokenShardSink:
+    run = resolved.run
+    return TokenShardSink(
+        run.out,
+        buckets=[(spec, resolved.payload_of(spec)) for spec in resolved.clip_specs],
+        provenance=resolved.provenance,
+        manifest_fields=[field for field in manifest_fields(work.schema) if field.name not in uri_columns(run)],
+        signal_fields=[field for name, rule in run.signals or [] for field in signal_fields(name, rule)],
+        shard_bytes=run.shard_size,
+        commit_seconds=60 * run.commit_minutes,
+        before_commit=lease.check,
+    )
+
+
+def _collect(
+    resolved: ResolvedRun,
+    work: WorkList,
+    executor: Executor,
+    lease: Lease,
+    sink: TokenShardSink,
+    counter: SpanCounter,
+    summary: Summary,
+    rejected: set[str],
+    console: Console,
+) -> None:
+    """Take rows as they come until there are no more, an interrupt, or too many rejections."""
+    run = resolved.run
+    stop = executor.cancel_token()
+    rows_out = run_stages(resolved, work, executor, stop, summary)
+    with Interrupts() as interrupts, PhaseProgress(console, "tokenizing", work.num_spans) as display:
+        for rows in until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console):
+            if rows is None:
+                lease.check(now=False)
+                sink.commit_if_due()
+                continue
+            rows, rejections = counter.take(rows)
+            sink.add(rows)
+            summary.reasons.update(r["reason"] for r in rejections)
+            rejected |= {r["uri"] for r in rejections}
+            speed = counter.clips / display.seconds
+            display.update(
+                work.num_spans - counter.num_awaited,
+                f"{counter.videos} videos · {counter.clips} clips · {speed:.2f} clips/s · "
+                f"{summary.reasons.total()} rejects",
+            )
+            check_reject_share(summary, rejected, run)
+            if summary.problems:
+                break
+        summary.interruption = interrupts.first
+
+
+def _close(sink: TokenShardSink, summary: Summary) -> None:
+    try:
+        sink.close()
+    except storage.StorageError as error:
+        summary.problems.append(f"{error}; the clips of that shard are not saved: run the same command again")
+    except LeaseLostError as error:
+        summary.problems += [str(error)] if str(error) not in summary.problems else []
+    summary.written = sink.committed
+
+
+def run_stages(
+    resolved: ResolvedRun, work: WorkList, executor: Executor, stop: CancelToken, summary: Summary
+) -> Iterator[pa.Table]:
+    """Encoded rows as they come out of the stages, which start at the first one."""
+    run = resolved.run
+    clips_per_row = summary.expected_clips / summary.planned_spans
+    resources, encoder = plan_resources(resolved, work.num_spans, clips_per_row, executor)
+    decoder = SpanDecoder(
+        spec=resolved.largest,
+        max_clips=4 * resolved.clips_per_span + 16,
+        clips_per_pass=resolved.clips_per_span,
+        limits=run.limits,
+        keep_undamaged=run.damaged == "keep",
+        signals=tuple(run.signals or ()),
+        stop=stop,
+    )
+    return executor.run(work.source, decoder=decoder, encoder=encoder, resources=resources)
+
+
+def until_interrupted(
+    rows: Iterator[pa.Table], interrupts: Interrupts, stop: CancelToken, grace_seconds: float, console: Console
+) -> Iterator[pa.Table | None]:
+    """The rows, with None each time that none came for a second; after an interrupt, for a while, what is begun."""
+    feed = Feed(rows)
+    deadline = math.inf
+    try:
+        while time.monotonic() < deadline:
+            if interrupts.first is not None and deadline == math.inf:
+                stop.cancel()
+                deadline = time.monotonic() + grace_seconds
+                console.print(
+                    f"interrupted: finishing what is begun, for {grace_seconds:g} s at most; once more to end at once",
+                    highlight=False,
+                )
+            try:
+                yield feed.take(min(1.0, max(0.0, deadline - time.monotonic())))
+            except StopIteration:
+                return
+    finally:
+        feed.stop()
+
+
+@dataclass(kw_only=True)
+class SpanCounter:
+    """What has come out of the flow, held against what was planned."""
+
+    is_awaited: npt.NDArray[np.bool_]
+    """For each row of the plan that is to be done whether it has not come out yet."""
+    clips: int = 0
+    videos: int = 0
+    """Videos whose last span came out."""
+    slots: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.num_awaited = int(self.is_awaited.sum())
+
+    def take(self, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Count rows of the encoder; gives those that are awaited, each once, and the rejections among them.
+
+        Ray computes again what a lost node held; that a row comes out twice then is not ruled out, only harmless here.
+        """
+        for name in ("decode_seconds", "encode_seconds", "encode_wait_seconds"):
+            self.seconds[name] += pc.sum(rows[name]).as_py() or 0
+        self.slots += pc.sum(rows["encode_slots"]).as_py() or 0
+        new = []
+        for number in rows[WORK_NUMBER.name].to_pylist():
+            new.append(bool(self.is_awaited[number]))
+            self.is_awaited[number] = False
+        self.num_awaited -= sum(new)
+        rows = rows.filter(pa.array(new, pa.bool_()))
+        self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
+        self.videos += rows["end_clip"].null_count
+        return rows, [r for r in rows["rejection"].to_pylist() if r is not None]
+
+    def report(self, summary: Summary, seconds: float) -> None:
+        """Put the figures into the summary.
+
+        Args:
+            seconds: wall time of the phase.
+        """
+        summary.seconds |= {
+            "tokenize": seconds,
+            "decoding, all workers": self.seconds["decode_seconds"],
+            "encoding, all workers": self.seconds["encode_seconds"],
+            "encoders waiting for frames": self.seconds["encode_wait_seconds"],
+            "writing shards": summary.written.seconds,
+        }
+        summary.batch_fill = self.clips / self.slots if self.slots else 1.0
+        summary.example_clip_id = summary.written.last_clip_id
+
+
+def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -> None:
+    """Note a problem when more of the videos were rejected than the user allows."""
+    summary.num_rejected_videos = len(rejected)
+    share = len(rejected) / summary.num_videos
+    if share > run.max_reject_share:
+        summary.problems = [
+            f"{len(rejected)} of {summary.num_videos} videos ({share:.0%}) were rejected, more than "
+            f"--max-reject-share {run.max_reject_share:g} allows; see rejects/ in {run.out}"
+        ]

@@ -1,0 +1,229 @@
+"""The encoding stage as Ray calls it: rows of decoded spans in, rows with payloads out.
+
+A batch that memory cannot hold is tried again at half its size, down to one clip. That is another shape: on the CPUs
+and in the tests at hand it gives the same bytes, but kernels may sum in another order, and a value at a tie of
+rounding may then fall to the other side, as with another --batch-size.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from vidshard.models.tokenizer import Tokenizer
+from vidshard.models.vidtok.lengths import Padding
+from vidshard.models.vidtok.tiling import Tiling
+from vidshard.pipeline.encode import encode_clips, encode_spans, make_reproducible
+from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
+from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
+from vidshard.schemas.rejections import Reason, Stage, VideoError
+from vidshard.schemas.tokens import Payload
+from vidshard.schemas.video import ClipSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderSpec:
+    """What an encoder needs to know; small enough to travel to every actor."""
+
+    source: TokenizerSource
+    """The tokenizer; an encoder refuses to start with other weights than it names."""
+    precision: str
+    num_frames: int
+    """Frames of every clip."""
+    payload: Payload
+    """Columns that a clip becomes; frames of another size give other shapes of the same columns."""
+    batch_size: int
+    """Clips per forward pass."""
+    num_threads: int
+    """CPU threads of one encoder; ignored on a GPU."""
+    padding: Padding | None = None
+    """Place of the copies that make clips as long as the tokenizer takes; None where they are."""
+    tiling: Tiling | None = None
+    """None to encode whole frames."""
+    continuous: ClipSpec | None = None
+    """Rule by which the clips of a span are one stream; None where each is encoded by itself."""
+
+
+MEMORY_MESSAGES = (
+    "can't allocate memory",  # PyTorch's CPU allocator on Linux and macOS
+    "not enough memory",  # and on Windows
+    "std::bad_alloc",
+    "out of memory",  # the CUDA runtime itself: pinned memory, a library's workspace
+    "_ALLOC_FAILED",  # cuBLAS, cuDNN
+)
+"""What a RuntimeError says that is about memory; PyTorch has a class of its own only for its CUDA allocator."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory, so that a smaller one may succeed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES)
+
+
+def free_caches() -> None:
+    """Give back what no tensor uses: after a failure, cached blocks may be of no use to the next, smaller batch."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """What goes into a batch as a whole: a clip, or a span whose clips are one stream."""
+
+    row: int
+    clips: Sequence[np.ndarray]
+    num_own: int
+    """Without those of its halo."""
+
+
+class ClipEncoder:
+    """The actor of the encoding stage: rows of decoded spans in, rows with tokens out.
+
+    Called by Ray Data, one batch of rows at a time. Rejections pass untouched. A row with a clip for which there is
+    no memory, not even by itself, becomes a rejection; any other exception is a bug and ends the run.
+
+    The first call loads the model, not the constructor: a death while loading then counts as an attempt of that
+    task, of which there are few, and not as a restart of the actor, of which there are many (`pipeline.flow`).
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._spec = spec
+        self._model: Tokenizer | None = None
+        self._batch_sizes: dict[tuple[int, int], int] = {}
+        """For each frame size that did not fit at the spec's batch size, what did."""
+        self._idle_since: float | None = None
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Encode the clips of all rows together."""
+        tokenizer = self._tokenizer()
+        started = time.monotonic()
+        waited = started - self._idle_since if self._idle_since is not None else 0.0
+        spec = self._spec
+        spans = clip_frames(rows, spec.num_frames)
+        counts = clip_counts(rows)
+        sizes = frame_sizes(rows)
+        encoded: list[dict[str, list[np.ndarray]]] = [{column.name: [] for column in spec.payload} for _ in sizes]
+        errors: dict[int, VideoError] = {}
+        num_slots = 0
+        # rows of one frame size are neighbours: the plan is sorted by it
+        for size, group in groupby(range(rows.num_rows), key=lambda row: sizes[row]):
+            units: list[_Unit] = []
+            for row in group:
+                if spec.continuous is None:
+                    units += [_Unit(row=row, clips=[clip], num_own=1) for clip in spans[row]]
+                elif counts[row]:
+                    units.append(_Unit(row=row, clips=spans[row], num_own=counts[row]))
+            num_slots += self._encode(tokenizer, units, size, encoded, errors)
+        for row in errors:
+            encoded[row] = {column.name: [] for column in spec.payload}
+        values = {column.name: [clip for row in encoded for clip in row[column.name]] for column in spec.payload}
+        self._idle_since = time.monotonic()
+        stats = EncodeStats(seconds=self._idle_since - started, wait_seconds=waited, num_slots=num_slots)
+        return add_payload(refuse(rows, errors, Stage.ENCODE), values, spec.payload, stats)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self._model is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            make_reproducible(device, self._spec.num_threads)
+            self._model = self._spec.source.load(device, PRECISIONS[self._spec.precision])
+        return self._model
+
+    def _encode(
+        self,
+        tokenizer: Tokenizer,
+        units: Sequence[_Unit],
+        size: tuple[int, int],
+        encoded: Sequence[Mapping[str, list[np.ndarray]]],
+        errors: dict[int, VideoError],
+    ) -> int:
+        """Encode units of one frame size, in batches that memory holds.
+
+        Args:
+            encoded: of each row and for each payload column the clips; those of the units are appended.
+            errors: of rows with a unit that does not fit; their further units are left out.
+
+        Returns:
+            Clips that the forward passes had room for.
+        """
+        batch_size = self._batch_sizes.get(size, self._spec.batch_size)
+        num_slots = start = 0
+        has_freed = False
+        while start < len(units):
+            if units[start].row in errors:
+                start += 1
+                continue
+            batch = units[start : start + batch_size]
+            values, shortage = _unless_out_of_memory(partial(self._encode_batch, tokenizer, batch, batch_size))
+            if values is not None:
+                _share_out(values, batch, encoded)
+                num_slots += max(len(unit.clips) for unit in batch) * batch_size
+                start += len(batch)
+                has_freed = False
+                continue
+            free_caches()
+            what = f"{self._spec.num_frames}x{size[0]}x{size[1]} frames"
+            if batch_size > 1:
+                self._batch_sizes[size] = batch_size = batch_size // 2
+                log.warning("out of memory (%s): from now on %d clips of %s at once", shortage, batch_size, what)
+            elif not has_freed:
+                has_freed = True  # caches of other shapes may have been what was in the way
+            else:
+                streams = " as a stream" if self._spec.continuous is not None else ""
+                errors[units[start].row] = VideoError(
+                    Reason.OUT_OF_MEMORY,
+                    f"one clip of {what}{streams} does not fit by itself in {self._spec.precision}: {shortage}",
+                )
+                log.warning("out of memory (%s): not even one clip of %s fits", shortage, what)
+                has_freed = False
+        return num_slots
+
+    def _encode_batch(self, tokenizer: Tokenizer, units: Sequence[_Unit], batch_size: int) -> dict[str, np.ndarray]:
+        """The units' own clips, in order."""
+        spec = self._spec
+        if spec.continuous is not None:
+            spans, counts = [unit.clips for unit in units], [unit.num_own for unit in units]
+            return encode_spans(tokenizer, spans, counts, spec.payload, spec.continuous, batch_size=batch_size)
+        clips = [clip for unit in units for clip in unit.clips]
+        return encode_clips(
+            tokenizer, clips, spec.payload, batch_size=batch_size, padding=spec.padding, tiling=spec.tiling
+        )
+
+
+def _unless_out_of_memory(
+    encode: Callable[[], dict[str, np.ndarray]],
+) -> tuple[dict[str, np.ndarray] | None, str]:
+    """What a function gives; None and the allocator's words, a line, where there was not enough memory.
+
+    A function of its own, as an exception's traceback keeps every tensor of the failed pass alive: it must be gone
+    before caches are freed and the next attempt begins.
+    """
+    try:
+        return encode(), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _share_out(
+    values: Mapping[str, np.ndarray], units: Sequence[_Unit], encoded: Sequence[Mapping[str, list[np.ndarray]]]
+) -> None:
+    """Append each unit's clips to those of its row."""
+    for name, clips in values.items():
+        start = 0
+        for unit in units:
+            encoded[unit.row][name].extend(clips[start : start + unit.num_own])
+            start += unit.num_own

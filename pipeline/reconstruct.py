@@ -1,0 +1,155 @@
+"""Stored rows back to frames, with the tokenizer that made them; and the same clips from their sources again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vidshard.models.tokenizer import Past, Tokenizer, output_to_frames
+from vidshard.models.vidtok.lengths import Padding, pad
+from vidshard.models.vidtok.tiling import Tiling
+from vidshard.pipeline.decode_stage import decode_again
+from vidshard.pipeline.encode import make_reproducible
+from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, read_clips
+from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.pipeline.rows import row_part
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.video import ClipSpec
+
+Row = tuple[str, str]
+"""A row of an output: the path of its shard and its clip id."""
+
+
+def load_decoder(resolved: ResolvedRun, *, precision: str = "float32") -> Tokenizer:
+    """The tokenizer that made an output, on a GPU where there is one.
+
+    Args:
+        precision: decoding is float32 whatever the run was encoded in.
+
+    Raises:
+        UserError: the weights are missing, or not those that made the output.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make_reproducible(device, torch.get_num_threads())
+    try:
+        return resolved.load_tokenizer(device, precision=precision)
+    except UserError as error:
+        raise UserError(f"{error} (--weights FILE names another place)") from error
+
+
+def reconstruct(
+    clip: StoredClip, tokenizer: Tokenizer, *, padding: Padding | None = None, tiling: Tiling | None = None
+) -> np.ndarray:
+    """The clip's frames as the tokenizer remembers them: uint8 (T, H, W, 3), as many as were sampled.
+
+    Args:
+        padding: place of the copies that made the clip as long as the tokenizer takes; None where it was.
+        tiling: for large frames.
+    """
+    num_frames = len(clip.values["frame_pts_seconds"])
+    no_pixels = torch.empty(1, 3, num_frames, 0, 0)  # only the lengths matter
+    padded = pad(no_pixels, tokenizer.config, padding or Padding.REPEAT_LAST)
+    with torch.inference_mode():
+        decoded_BCTHW = tokenizer.decode_payload(
+            to_tensors(clip.payload, tokenizer), padded.frames.shape[2], tiling=tiling
+        )
+        return output_to_frames(padded.cut(decoded_BCTHW))[0].cpu().numpy()
+
+
+def reconstruct_row(clip: StoredClip, paths: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """The frames of a row of a continuous sequence, as in the whole video: uint8 (T, H, W, 3).
+
+    It is decoded with the rows before it that its frames depend on and, for an interpolating model, the one after it.
+    Where one of them is missing, the sequence is taken to begin, or to end, there.
+
+    Args:
+        paths: shards of the output.
+    """
+    config = tokenizer.config
+    index = int(clip.values["clip_index"])
+    rows = dict(rows_of_video(paths, clip.clip_id.rsplit("-", 1)[0]))
+    num_latents = _num_latents(clip.payload)
+    first = index
+    while first - 1 in rows and (index - first) * num_latents < config.history_latents:
+        first -= 1
+    payloads = [stored_clip(rows[number]).payload for number in range(first, index)] + [clip.payload]
+    if config.lookahead_latents and index + 1 in rows:
+        after = stored_clip(rows[index + 1]).payload
+        payloads.append({k: np.take(v, range(config.lookahead_latents), axis=-3) for k, v in after.items()})
+    joined = {name: np.concatenate([payload[name] for payload in payloads], axis=-3) for name in clip.payload}
+    with torch.inference_mode():
+        decoded = tokenizer.decode_payload(to_tensors(joined, tokenizer), config.decoded_frames(_num_latents(joined)))
+    before = config.decoded_frames((index - first) * num_latents) if index > first else 0
+    return output_to_frames(decoded)[0][before : before + len(clip.values["frame_pts_seconds"])].cpu().numpy()
+
+
+def reconstruct_video(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The frames of a continuous sequence one by one, uint8 (H, W, 3), in memory that does not grow with its length.
+
+    Args:
+        rows: every row in order.
+    """
+    past: Past = ()
+    wanted = 0
+    for number, row in enumerate(rows, start=1):
+        clip = stored_clip(row)
+        wanted += clip.values["num_valid_frames"]
+        with torch.inference_mode():
+            decoded, past = tokenizer.decode_payload_stream(
+                to_tensors(clip.payload, tokenizer), past, last=number == len(rows)
+            )
+        frames = output_to_frames(decoded)[0].cpu().numpy()
+        yield from frames[:wanted]
+        wanted -= len(frames)
+
+
+def rows_of_video(paths: Sequence[str], sequence: str) -> list[tuple[int, Row]]:
+    """(clip index, row) of every row of a video, or of a part of one, in order.
+
+    Args:
+        sequence: what the rows' ids have in common: all but the index.
+    """
+    rows = find_clips(paths, f"{sequence}-")
+    return sorted((int(clip_id.rsplit("-", 1)[1]), (path, clip_id)) for path, clip_id in rows)
+
+
+def stored_clip(row: Row) -> StoredClip:
+    """The row with its payload."""
+    return next(read_clips(*row))
+
+
+def to_tensors(payload: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+    """Payload columns of one clip as a batch: int64 tokens, float32 latents, each (1, *shape)."""
+    return {
+        name: torch.from_numpy(values.astype(np.int64 if values.dtype.kind == "u" else np.float32))[None].to(
+            tokenizer.device
+        )
+        for name, values in payload.items()
+    }
+
+
+def _num_latents(payload: Mapping[str, np.ndarray]) -> int:
+    return int(next(iter(payload.values())).shape[-3])
+
+
+def source_frames(clip: StoredClip, resolved: ResolvedRun) -> np.ndarray:
+    """The clip decoded again from its source: uint8 (T, H, W, 3).
+
+    Raises:
+        VideoError: the source is gone, was replaced, or no longer decodes.
+    """
+    values = clip.values
+    spec = replace(stored_spec(resolved, values), halo_clips=0)
+    uri, video_id, part = values["uri"], values["video_id"], row_part(values)
+    source = decode_again(uri, video_id, values["clip_index"], spec, part, resolved.run.limits)[-1]
+    return source.frames[source.lead_frames :]
+
+
+def stored_spec(resolved: ResolvedRun, values: Mapping[str, Any]) -> ClipSpec:
+    """Rule by which a stored row's clip was made."""
+    specs = {spec.bucket: spec for spec in resolved.clip_specs}
+    return specs[values["bucket"]] if "bucket" in values else next(iter(specs.values()))

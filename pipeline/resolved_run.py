@@ -1,0 +1,276 @@
+"""A tokenization run, resolved: the settings, the tokenizer that they name, and what both mean together.
+
+The same value is made from a request before a run (`ResolvedRun.of`) and from what an output records
+(`ResolvedRun.from_provenance`), so that tokenize, decode, verify and evaluate cannot read a setting in two ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from vidshard.models.tokenizer import Tokenizer, TokenizerConfig, get_preset, parse_config
+from vidshard.models.vidtok.lengths import Padding
+from vidshard.models.vidtok.tiling import Tiling
+from vidshard.models.weights import SHIPPED, load_weights, preset_in_name
+from vidshard.pipeline import storage
+from vidshard.pipeline.clip_specs import clip_specs_of, encoded_frames, padding_of, payload_of, requested_tiling
+from vidshard.pipeline.encode_stage import EncoderSpec
+from vidshard.pipeline.plan import clips_per_span
+from vidshard.pipeline.rows import INTERNAL_COLUMNS
+from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
+from vidshard.pipeline.versions import code_version, library_versions
+from vidshard.pipeline.video.signals import signal_fields
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.runs import TokenizeRun, identity_settings
+from vidshard.schemas.tokens import Payload, Provenance
+from vidshard.schemas.video import ClipSpec
+
+RANDOM_WEIGHTS_NOTICE = (
+    "RANDOM WEIGHTS: this tokenizer was never trained (seed {seed}). Its tokens mean nothing and its "
+    "reconstructions look like noise; they only show that the machinery works."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run with everything looked up."""
+
+    run: TokenizeRun
+    source: TokenizerSource
+    notice: str | None
+    """A warning for readers, such as that the weights are random."""
+
+    @classmethod
+    def of(cls, run: TokenizeRun) -> Self:
+        """Look up what the settings name, and refuse what cannot be.
+
+        Raises:
+            UserError: unknown tokenizer, impossible clip length or size, missing or foreign weights.
+        """
+        run = _with_shipped_weights(run)
+        if run.out != storage.public_uri(run.out):
+            out = storage.public_uri(run.out)
+            raise UserError(f"--out {out}: put the credentials into the environment, not the URL")
+        config = _config_of(run)
+        _refuse_impossible(run, config)
+        run = _with_weights(run, config)
+        absolute = {"out": storage.absolute(run.out), "inputs": [storage.absolute(i) for i in run.inputs]}
+        run = run.model_copy(update=absolute)
+        source = TokenizerSource(config=config, weights=run.weights, ema=run.ema, seed=run.random_weights)
+        notice = None if run.weights else RANDOM_WEIGHTS_NOTICE.format(seed=run.random_weights)
+        return cls(run=run, source=source.with_digest(), notice=notice)
+
+    @classmethod
+    def from_provenance(cls, provenance: Provenance, *, weights: str | None = None) -> Self:
+        """The run that made a shard.
+
+        Args:
+            weights: where its weights are now; None for where the shard says.
+
+        Raises:
+            UserError: settings or a tokenizer that this vidshard does not know.
+        """
+        run = stored_run(provenance.run)
+        try:
+            config = parse_config(provenance.tokenizer)
+        except ValueError as error:
+            raise UserError(f"the shards were made by a tokenizer that this vidshard does not know: {error}") from error
+        source = TokenizerSource.stored(
+            config, source=provenance.weights_source, ema=run.ema, sha256=provenance.weights_sha256, weights=weights
+        )
+        return cls(run=run, source=source, notice=provenance.notice)
+
+    @property
+    def config(self) -> TokenizerConfig:
+        """The tokenizer, described completely."""
+        return self.source.config
+
+    @cached_property
+    def clip_specs(self) -> list[ClipSpec]:
+        """Rules by which videos become clips of this tokenizer, one for each frame size."""
+        return clip_specs_of(self.run, self.config)
+
+    @property
+    def largest(self) -> ClipSpec:
+        """Rule of the clips that take most memory."""
+        return max(self.clip_specs, key=lambda spec: spec.clip_bytes)
+
+    @property
+    def clips_per_span(self) -> int:
+        """Clips in one unit of work."""
+        return clips_per_span(self.largest, self.run.clips_per_span)
+
+    @property
+    def payload(self) -> Payload:
+        """Columns that a clip of the first frame size becomes."""
+        return payload_of(self.run, self.config, *self.run.sizes[0])
+
+    def payload_of(self, spec: ClipSpec) -> Payload:
+        """Columns that a clip of one frame size becomes."""
+        return payload_of(self.run, self.config, spec.height, spec.width)
+
+    @property
+    def encoded_frames(self) -> int:
+        """Frames of a clip as the tokenizer gets it, copies included."""
+        return encoded_frames(self.run, self.config)
+
+    @property
+    def padding(self) -> Padding | None:
+        """Place of the copies that make clips as long as the tokenizer takes; None where they are that long."""
+        return padding_of(self.run, self.config)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """Tiles in which frames are encoded; None where a frame is no larger than one."""
+        tiling = requested_tiling(self.run, self.config)
+        return None if tiling is None or all(tiling.fits(*size) for size in self.run.sizes) else tiling
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Settings that decide what a token means; an output holds one set of them."""
+        return {
+            "tokenizer": self.config.identity,
+            "weights_sha256": self.source.sha256,
+            # units of work are what a resumed run compares: others would lose clips, or write them twice
+            "clips_per_span": self.clips_per_span,
+            **identity_settings(self.run, padded=self.padding is not None, tiled=self.tiling is not None),
+        }
+
+    @property
+    def provenance(self) -> Provenance:
+        """What every shard says of itself."""
+        weights = self.run.weights
+        return Provenance(
+            tokenizer=self.config.model_dump(mode="json"),
+            weights_sha256=self.source.sha256,
+            weights_source=storage.public_uri(weights) if weights else f"seed:{self.run.random_weights}",
+            payload=self.payload,
+            run=public_record(self.run),
+            identity=self.identity,
+            code_version=code_version(),
+            libraries=library_versions(),
+            notice=self.notice,
+        )
+
+    def load_tokenizer(self, device: str, *, precision: str | None = None) -> Tokenizer:
+        """The tokenizer with its weights.
+
+        Args:
+            precision: None for that of the run.
+
+        Raises:
+            UserError: the weights are gone, or others.
+        """
+        return self.source.load(device, PRECISIONS[precision or self.run.precision])
+
+    def encoder_spec(self, *, batch_size: int, num_threads: int) -> EncoderSpec:
+        """What the encoders get to know of the run."""
+        return EncoderSpec(
+            source=self.source,
+            precision=self.run.precision,
+            num_frames=self.largest.num_frames,
+            continuous=self.largest if self.run.continuous else None,
+            payload=self.payload,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            padding=self.padding,
+            tiling=self.tiling,
+        )
+
+
+def stored_run(record: Any) -> TokenizeRun:
+    """The settings that an output records.
+
+    Raises:
+        UserError: some that this vidshard does not know.
+    """
+    try:
+        return TokenizeRun.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"the output was made with a setting that this vidshard does not know: {name}: {first['msg']}; use the "
+            "vidshard that wrote it (`vidshard inspect` shows its code_version) or a newer one"
+        ) from error
+
+
+def stated_config(weights: str, *, ema: bool = False) -> TokenizerConfig:
+    """The model that a weights file itself names.
+
+    Raises:
+        UserError: there is no such file, or it names none; then the file's own name may suggest one.
+    """
+    try:
+        with storage.local_copy(storage.absolute(weights)) as path:
+            assert path is not None
+            return load_weights(path, ema=ema)[0]
+    except ValueError as error:
+        named = preset_in_name(weights)
+        hint = f"by its name it is --tokenizer {named}" if named else "--tokenizer NAME says which model it is"
+        raise UserError(f"{error} ({hint})") from error
+    except (FileNotFoundError, storage.StorageError) as error:
+        raise UserError(str(error)) from error
+
+
+def _with_shipped_weights(run: TokenizeRun) -> TokenizeRun:
+    """The run with the weights that come with the package, where it asks for their model or for none."""
+    if run.tokenizer not in (None, SHIPPED) or run.weights is not None or run.random_weights is not None:
+        return run
+    return run.model_copy(update={"tokenizer": SHIPPED, "weights": f"{storage.SHIPPED_SCHEME}{SHIPPED}"})
+
+
+def _config_of(run: TokenizeRun) -> TokenizerConfig:
+    if run.tokenizer is not None:
+        try:
+            return get_preset(run.tokenizer)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if run.weights is None:
+        raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`), or give --weights that do")
+    return stated_config(run.weights, ema=run.ema)
+
+
+def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
+    """Raise for settings that do not go with the tokenizer, or with one another."""
+    if run.keep_logvar and not config.has_logvar:
+        raise UserError(f"--keep-logvar is for KL tokenizers; {config.name} gives tokens")
+    try:
+        for size in run.sizes:
+            payload_of(run, config, *size)
+        requested_tiling(run, config)
+        clip_specs_of(run, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    columns = [field.name for name, rule in run.signals or [] for field in signal_fields(name, rule)]
+    taken = [name for name in columns if name in INTERNAL_COLUMNS or columns.count(name) > 1]
+    if taken:
+        raise UserError(f"--signals: the shards have another column '{taken[0]}': rename the manifest's")
+
+
+def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
+    """The run with its weights named so that every node finds the same ones, or with a seed."""
+    if run.weights is not None:
+        try:
+            return run.model_copy(update={"weights": storage.pinned(storage.absolute(run.weights))})
+        except storage.StorageError as error:
+            raise UserError(str(error)) from error
+    if run.random_weights is None:
+        if not config.name.startswith("tiny"):
+            raise UserError(
+                f"no weights for {config.name}: give --weights FILE (.safetensors or .ckpt), or --random-weights 0 "
+                f"to try the machinery with random ones; {SHIPPED} comes with its own"
+            )
+        return run.model_copy(update={"random_weights": 0})
+    return run
+
+
+def public_record(run: TokenizeRun) -> dict[str, Any]:
+    """The run's settings as they may be shown and stored: no credentials in any URL."""
+    record = run.model_dump(mode="json")
+    record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
+    return record | {name: storage.public_uri(record[name]) for name in ("out", "weights") if record[name]}

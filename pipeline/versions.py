@@ -1,0 +1,42 @@
+"""Versions of the code and of the libraries that made an output."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import av
+import pyarrow as pa
+import torch
+
+
+@cache
+def code_version() -> str:
+    """Version of this code, with the commit where it runs from a checkout."""
+    version = importlib.metadata.version("vidshard")
+    commit = os.environ.get("VIDSHARD_COMMIT", "")
+    root = Path(__file__).resolve().parents[1]
+    if not commit and (root / ".git").exists():
+        git = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
+        except (OSError, subprocess.SubprocessError):
+            commit = ""
+    return f"{version}+{commit}" if commit else version
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes frames and tokens, and of what stores them."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": importlib.metadata.version("ray"),
+        "pyarrow": pa.__version__,
+        "av": av.__version__,
+        "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
+        "libswscale": ".".join(map(str, av.library_versions["libswscale"])),
+    }
