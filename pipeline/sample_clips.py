@@ -8,8 +8,8 @@ from fractions import Fraction
 from typing import Literal
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.video.container import open_file
 from vidshard.pipeline.video.decode import stream_clips
+from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.video import (

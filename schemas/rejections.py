@@ -80,7 +80,7 @@ REMEDIES: dict[Reason, str] = {
         "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
     ),
 }
-"""For each reason, the advice that is printed with it."""
+"""Advice that is printed with each reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ class Rejection:
     kept_clips: int | None = 0
     """Clips of the span that were kept beside what is missing. None in outputs written before this was recorded."""
     place: str | None = None
-    """For a whole video, hex digest of its full address: addresses with the same public ``uri`` may differ in it."""
+    """Hex digest of a whole video's full address: addresses with the same public ``uri`` may differ in it."""
 
 
 class VideoError(VidshardError):

@@ -318,7 +318,7 @@ class SpanClips:
     """The result of decoding one span."""
 
     clips: list[Clip]
-    """In order, those of the halo first; empty where the span was refused."""
+    """Clips in order, those of the halo first; empty where the span was refused."""
     error: VideoError | None = None
     """Reason for refusing the span, or for the clips that are missing where the others were kept."""
     num_errors: int = 0

@@ -22,7 +22,7 @@ from vidshard.pipeline.storage.retry import StorageError, errors_named, storage_
 from vidshard.schemas.uris import public_uri
 
 _UPLOAD_PART_BYTES = 50 << 20
-"""On S3, content of twice this size and more is uploaded in parts of this size."""
+"""Part size of multipart uploads to S3, which are used for content of at least twice this size."""
 
 
 def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:

@@ -213,55 +213,64 @@ def with_retries(path: str, operation: Callable[[], Result], retry_seconds: floa
     """
     if is_local(path):
         return operation()
-    limit = RETRY_SECONDS if retry_seconds is None else retry_seconds
-    host = "/".join(path.split("/", 3)[:3])
-    started = time.monotonic()
+    return _Attempts(path, RETRY_SECONDS if retry_seconds is None else retry_seconds).call(operation)
 
-    def once() -> Result:
+
+class _Attempts:
+    """The attempts at one operation on remote storage."""
+
+    def __init__(self, path: str, limit_seconds: float) -> None:
+        self._path, self._limit = path, limit_seconds
+        self._host = "/".join(path.split("/", 3)[:3])
+        self._started = time.monotonic()
+
+    def call(self, operation: Callable[[], Result]) -> Result:
+        """The operation's result, or the error of its last attempt."""
+        retrying = Retrying(
+            stop=self._is_over,
+            # anything up to a bound that doubles, which spreads many workers best (Brooker, "Exponential Backoff And
+            # Jitter", AWS Architecture Blog 2015, "full jitter")
+            wait=wait_random_exponential(
+                multiplier=min(_FIRST_PAUSE_SECONDS, self._limit / 20), max=min(20.0, max(0.1, self._limit / 6))
+            ),
+            retry=retry_if_exception(is_transient),
+            before_sleep=self._warn,
+            reraise=True,
+        )
+        try:
+            return retrying(lambda: self._once(operation))
+        except storage_errors() as error:
+            if is_transient(error):
+                tries = retrying.statistics.get("attempt_number", 1)
+                error.add_note(f"tried {tries} times in {time.monotonic() - self._started:.0f} s")
+                error.add_note(
+                    "check the network, the endpoint and whether the store is up; "
+                    f"{RETRY_SECONDS_VARIABLE}={2 * self._limit:g} tries for longer"
+                )
+            raise
+
+    def _once(self, operation: Callable[[], Result]) -> Result:
         try:
             result = operation()
         except storage_errors() as error:
             if not _is_unreachable(error):
-                _reached.add(host)
+                _reached.add(self._host)
             raise
-        _reached.add(host)
+        _reached.add(self._host)
         return result
 
-    def stop(state: RetryCallState) -> bool:
+    def _is_over(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
-        elapsed = time.monotonic() - started
-        if error is not None and host not in _reached and _is_unreachable(error):
-            return elapsed >= limit * _FIRST_CONTACT_SHARE
-        return elapsed >= limit and (state.attempt_number >= _MIN_ATTEMPTS or limit == 0)
+        elapsed = time.monotonic() - self._started
+        if error is not None and self._host not in _reached and _is_unreachable(error):
+            return elapsed >= self._limit * _FIRST_CONTACT_SHARE
+        return elapsed >= self._limit and (state.attempt_number >= _MIN_ATTEMPTS or self._limit == 0)
 
-    def warn(state: RetryCallState) -> None:
+    def _warn(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         pause = state.next_action.sleep if state.next_action else 0.0
         text = describe(error) if error is not None else ""
-        _log.warning("%s: %s; attempt %d, again in %.1f s", public_uri(path), text, state.attempt_number, pause)
-
-    retrying = Retrying(
-        stop=stop,
-        # anything up to a bound that doubles, which spreads many workers best (Brooker, "Exponential Backoff And
-        # Jitter", AWS Architecture Blog 2015, "full jitter")
-        wait=wait_random_exponential(
-            multiplier=min(_FIRST_PAUSE_SECONDS, limit / 20), max=min(20.0, max(0.1, limit / 6))
-        ),
-        retry=retry_if_exception(is_transient),
-        before_sleep=warn,
-        reraise=True,
-    )
-    try:
-        return retrying(once)
-    except storage_errors() as error:
-        if is_transient(error):
-            tries = retrying.statistics.get("attempt_number", 1)
-            error.add_note(f"tried {tries} times in {time.monotonic() - started:.0f} s")
-            error.add_note(
-                "check the network, the endpoint and whether the store is up; "
-                f"{RETRY_SECONDS_VARIABLE}={2 * limit:g} tries for longer"
-            )
-        raise
+        _log.warning("%s: %s; attempt %d, again in %.1f s", public_uri(self._path), text, state.attempt_number, pause)
 
 
 # Messages.

@@ -185,7 +185,7 @@ class ClipBuilder:
         self._clips: list[_PartialClip] = []  # in order, the full ones too
         self._open: list[_PartialClip] = []  # those of them that are not full
         self._num_taken = 0
-        self._end_pts: int | None = None  # where the video ended, once that is known
+        self._end_pts: int | None = None  # the end of the video, once that is known
         self._error: VideoError | None = None
 
     @property

@@ -3,20 +3,15 @@
 FFmpeg gets a file object and a list of allowed container formats that hold their own pictures. Playlists and scripts
 (HLS, DASH, concat, SDP) are never opened, and no protocol is allowed, so a file can reach nothing but its own bytes.
 
-Files report trouble of the storage as OSError, or as a VidshardError when they are opened. Only these and FFmpeg's
-exceptions become a VideoError; any other is a bug and propagates.
+Only FFmpeg's own exceptions become a VideoError here; any other is a bug and propagates.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import BinaryIO, Literal, Protocol, cast, runtime_checkable
+from typing import Literal, cast
 
 import av
 from av.container import InputContainer
@@ -25,9 +20,8 @@ from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.h264 import usability_of
-from vidshard.schemas.errors import VidshardError
+from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Limits
 
 ThreadType = Literal["NONE", "SLICE", "FRAME", "AUTO"]
@@ -45,112 +39,6 @@ Audio is opened so that it is refused as audio, with a helpful reason.
 _READ_BYTES = 1 << 16
 
 _MAX_STREAMS = 200
-
-
-@runtime_checkable
-class RangeReader(Protocol):
-    """A file that reads several ranges side by side, as a remote one can."""
-
-    def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
-        """``num_bytes`` bytes from each offset, fewer at the end of the file; raises OSError."""
-        ...
-
-
-@dataclass(slots=True)
-class WatchedFile:
-    """The file object FFmpeg reads from; it records storage errors, as FFmpeg mistakes some for the end of the file."""
-
-    file: BinaryIO
-    error: BaseException | None = None
-    """The first storage error; None while there was none."""
-    num_bytes: int = 0
-    limits: Limits = field(default_factory=Limits)
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        """At most this many bytes."""
-        try:
-            return self.file.read(num_bytes)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """The new position; a negative number, as FFmpeg wants it, where the position is outside of the file."""
-        try:
-            return self.file.seek(offset, whence)
-        except (OSError, ValueError) as error:  # files in memory refuse negative positions with a ValueError
-            if self._is_outside(offset, whence):
-                return -errno.EINVAL
-            if not isinstance(error, ValueError):
-                self.error = self.error or error
-            raise
-
-    def _is_outside(self, offset: int, whence: int) -> bool:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.num_bytes}[whence]
-        return not 0 <= base + offset <= self.num_bytes
-
-    def tell(self) -> int:
-        """The position."""
-        return self.file.tell()
-
-    def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
-        """``num_bytes`` bytes from each offset, fewer only at the end of the file. The position is lost."""
-        if isinstance(self.file, RangeReader):
-            try:
-                return self.file.samples(offsets, num_bytes)
-            except OSError as error:
-                self.error = self.error or error
-                raise
-        parts = []
-        for offset in offsets:
-            self.seek(offset)
-            parts.append(read_exactly(self, num_bytes))
-        return parts
-
-
-def open_file(uri: str, open_input: Callable[[str], BinaryIO]) -> BinaryIO:
-    """Open a file with the caller's function.
-
-    Raises:
-        VideoError: UNREADABLE: the storage refused.
-    """
-    try:
-        return open_input(uri)
-    except (OSError, VidshardError) as error:
-        raise VideoError(Reason.UNREADABLE, one_line(error)) from error
-
-
-@contextmanager
-def opened(source: str | BinaryIO) -> Iterator[BinaryIO]:
-    """A local path opened, and closed at the end; an open file is passed through.
-
-    Raises:
-        VideoError: UNREADABLE: the file cannot be opened.
-    """
-    if not isinstance(source, str):
-        yield source
-        return
-    with open_file(source, lambda path: open(path, "rb")) as file:
-        yield file
-
-
-@contextmanager
-def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iterator[WatchedFile]:
-    """Watch a file while it is decoded, and blame the storage for whatever fails after the storage did.
-
-    Raises:
-        VideoError: UNREADABLE: reading failed, whatever FFmpeg or a decoder made of it.
-    """
-    watched = WatchedFile(file, limits=limits or Limits())
-    try:
-        watched.num_bytes = watched.seek(0, os.SEEK_END)
-        yield watched
-    except (VideoError, OSError) as error:
-        if watched.error is None:
-            raise
-        raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from error
-    if watched.error is not None:
-        raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from watched.error
 
 
 @contextmanager
@@ -396,21 +284,3 @@ def pixel_aspect(stream: VideoStream) -> Fraction | None:
     if may_change_aspect(stream):
         return stream.codec_context.sample_aspect_ratio or stream.sample_aspect_ratio
     return stream.sample_aspect_ratio
-
-
-# Helpers.
-
-
-def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:
-    """``num_bytes`` bytes, fewer only at the end of the file."""
-    parts = []
-    while num_bytes > 0 and (part := file.read(num_bytes)):
-        parts.append(part)
-        num_bytes -= len(part)
-    return b"".join(parts)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line, with URIs stripped of user names, passwords and signatures."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda match: public_uri(match[0]), words, flags=re.IGNORECASE)

@@ -16,15 +16,9 @@ from contextlib import closing, suppress
 from typing import BinaryIO
 
 from vidshard.pipeline.video.clip_builder import ClipBuilder
-from vidshard.pipeline.video.container import (
-    ThreadType,
-    WatchedFile,
-    opened,
-    refuse_large,
-    refuse_long,
-    storage_failures_named,
-)
+from vidshard.pipeline.video.container import ThreadType, refuse_large, refuse_long
 from vidshard.pipeline.video.frames import TimedFrame, frames_after, frames_covering
+from vidshard.pipeline.video.input_file import WatchedFile, opened, storage_failures_named
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.timestamps import Clock
 from vidshard.schemas.rejections import Reason, VideoError

@@ -16,7 +16,6 @@ from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.container import (
     ThreadType,
-    WatchedFile,
     codec_name,
     ffmpeg_failures_as,
     may_change_aspect,
@@ -25,6 +24,7 @@ from vidshard.pipeline.video.container import (
     refuse_long,
 )
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
+from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
 from vidshard.pipeline.video.packets import (
     NoKeyframeError,
@@ -49,8 +49,8 @@ class TimedFrame:
     frame: VideoFrame
     pts: int
     end_pts: int
-    """By the frame's own duration, unless the next frame comes earlier; where only wanted frames are decoded, the next
-    frame's time."""
+    """The next frame's time where that is known, else by the frame's own duration; a frame that follows may start
+    earlier."""
     stream: VideoStream | ImageArchive
     pixel_aspect: Fraction | None = None
     """Pixel aspect ratio; None for squares. Kept here, as the last frame outlives its container."""

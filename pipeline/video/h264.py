@@ -247,8 +247,8 @@ class PictureNumbers:
     def __init__(self, extradata: bytes) -> None:
         """Follow a stream with these parameter sets in its header; its packets may bring others."""
         self._sets = ParameterSets(extradata)
-        self._frame_num: int | None = None  # of the last reference picture; None where it is not known
-        self._slice = b""  # the beginning of that picture's first slice
+        self._frame_num: int | None = None  # the last reference picture's; None where it is not known
+        self._slice = b""  # the start of that picture's first slice
 
     def is_one_missing(self, data: bytes, is_keyframe: bool) -> bool:
         """Whether a reference picture is missing before a packet's picture; packets come in decoding order.

@@ -26,7 +26,8 @@ from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
-from vidshard.pipeline.video.container import WatchedFile, allocated_pixels, read_exactly, refuse_large, refuse_long
+from vidshard.pipeline.video.container import allocated_pixels, refuse_large, refuse_long
+from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 

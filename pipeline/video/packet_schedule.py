@@ -29,11 +29,11 @@ Needed = Callable[[int, int], bool]
 FOREVER = 1 << 62
 """A tick after all others: reading ends where nothing from some tick until here is wanted."""
 
-# How far ahead to look for the next wanted picture; what lies further counts as wanted.
+# Limits of the read-ahead for the next wanted picture; a picture further ahead counts as wanted.
 _MAX_PACKETS_AHEAD = 600
 _MAX_BYTES_AHEAD = 32 << 20
 
-# How often to ask whether anything later is wanted.
+# Interval of the check whether anything later is wanted.
 _PACKETS_PER_CHECK = 8
 
 # Every codec here holds back 16 pictures at most.
@@ -98,7 +98,7 @@ class _Lookahead:
         self._first_pts = first_pts
         self._num_bytes = 0
         self._undecided: list[_Waiting] = []
-        self._times: list[int] = []  # of the last packets read, sorted
+        self._times: list[int] = []  # sorted times of the last packets read
         self._last_dts: int | None = None
 
     @property

@@ -14,8 +14,9 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vidshard.pipeline.video.container import WatchedFile, refuse_large, refuse_long
+from vidshard.pipeline.video.container import refuse_large, refuse_long
 from vidshard.pipeline.video.h264 import PictureNumbers
+from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.timestamps import TickConverter, time_base_of
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits

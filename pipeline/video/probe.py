@@ -9,16 +9,11 @@ from contextlib import closing
 from fractions import Fraction
 from typing import BinaryIO
 
-from vidshard.pipeline.video.container import (
-    WatchedFile,
-    codec_name,
-    open_file,
-    refuse_long,
-    storage_failures_named,
-)
+from vidshard.pipeline.video.container import codec_name, refuse_long
 from vidshard.pipeline.video.frames import decode_from, seconds_from_packets
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
+from vidshard.pipeline.video.input_file import WatchedFile, open_file, storage_failures_named
 from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.render import orientation_of
 from vidshard.pipeline.video.timestamps import Clock, seconds_from_header, time_base_of

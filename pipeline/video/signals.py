@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vidshard.pipeline.video.container import one_line, open_file
+from vidshard.pipeline.video.input_file import one_line, open_file
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Clip, SignalRule
@@ -88,7 +88,7 @@ class Aligned:
     seconds: Seconds | None = None
     """Times of the samples, for ``window`` only: float64 (M,)."""
     offsets: npt.NDArray[np.int64] | None = None
-    """For ``window`` only: int64 (T + 1,); frame t has the samples ``offsets[t]`` up to ``offsets[t + 1]``."""
+    """Bounds, for ``window`` only: int64 (T + 1,); frame t has samples ``offsets[t]`` up to ``offsets[t + 1]``."""
 
 
 # Reading.

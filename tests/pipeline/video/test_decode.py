@@ -30,9 +30,9 @@ from tests.support.videos import (
     write_without_frames,
 )
 from vidshard.pipeline.storage import WHOLE_BYTES, open_video
-from vidshard.pipeline.video.container import WatchedFile
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.geometry import Orientation, display_size, plan_geometry
+from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.probe import fingerprint, probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError

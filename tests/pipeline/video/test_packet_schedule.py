@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from tests.support.videos import Recipe, write_damaged, write_truncated, write_video
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video import container, decode, frames
-from vidshard.pipeline.video.container import WatchedFile, codec_name, open_video, pixel_aspect, storage_failures_named
+from vidshard.pipeline.video.container import codec_name, open_video, pixel_aspect
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.frames import decode_from, frames_covering
 from vidshard.pipeline.video.h264 import PictureNumbers, Usability, usability_of
+from vidshard.pipeline.video.input_file import WatchedFile, storage_failures_named
 from vidshard.pipeline.video.packet_info import _H264, UNKNOWN, PacketFacts, _Hevc
 from vidshard.pipeline.video.packet_schedule import FOREVER, Schedule, Step
 from vidshard.pipeline.video.packets import SeekPoint

@@ -21,9 +21,9 @@ import pytest
 
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.storage import open_video
-from vidshard.pipeline.video.container import storage_failures_named
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.frames import decode_from
+from vidshard.pipeline.video.input_file import storage_failures_named
 from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.render import Renderer
