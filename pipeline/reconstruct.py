@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,24 @@ def load_decoder(resolved: ResolvedRun, *, precision: str = "float32") -> Tokeni
         return resolved.load_tokenizer(device, precision=precision)
     except UserError as error:
         raise UserError(f"{error} (--weights FILE names another place)") from error
+
+
+def clip_decoder(
+    resolved: ResolvedRun, paths: Sequence[str], *, tiling: Tiling | None
+) -> Callable[[StoredClip], np.ndarray]:
+    """Make the function that decodes single clips of an output: stored row to uint8 (T, H, W, 3).
+
+    Args:
+        paths: shards of the output; a row of a continuous sequence is decoded with the rows around it.
+        tiling: for large frames; None for whole frames.
+
+    Raises:
+        UserError: as `load_decoder`.
+    """
+    tokenizer = load_decoder(resolved)
+    if resolved.run.continuous:
+        return lambda clip: reconstruct_row(clip, paths, tokenizer)
+    return lambda clip: reconstruct(clip, tokenizer, padding=resolved.padding, tiling=tiling)
 
 
 def reconstruct(

@@ -17,9 +17,8 @@ from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, open_shard, output_shards, read_clips
 from vidshard.pipeline.reconstruct import (
     Row,
+    clip_decoder,
     load_decoder,
-    reconstruct,
-    reconstruct_row,
     reconstruct_video,
     rows_of_video,
     source_frames,
@@ -70,18 +69,8 @@ def decode_output(request: DecodeRun, console: Console) -> list[Path]:
         warn(console, resolved.notice)
     if request.video_id is not None:
         return [_decode_video(request, request.video_id, paths, resolved, console)]
-    return _decode_clips(request, rows, _clip_decoder(request, resolved, paths), resolved, console)
-
-
-def _clip_decoder(
-    request: DecodeRun, resolved: ResolvedRun, paths: Sequence[str]
-) -> Callable[[StoredClip], np.ndarray]:
-    """Decoder of single clips: stored row to uint8 (T, H, W, 3)."""
-    tiling = tiling_for(request, resolved)
-    tokenizer = load_decoder(resolved)
-    if resolved.run.continuous:
-        return lambda clip: reconstruct_row(clip, paths, tokenizer)
-    return lambda clip: reconstruct(clip, tokenizer, padding=resolved.padding, tiling=tiling)
+    decode = clip_decoder(resolved, paths, tiling=tiling_for(request, resolved))
+    return _decode_clips(request, rows, decode, resolved, console)
 
 
 def _decode_clips(
