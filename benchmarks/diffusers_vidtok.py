@@ -1,12 +1,15 @@
-"""The other implementation of VidTok: ``AutoencoderVidTok`` of Hugging Face diffusers, on our weights.
+"""``AutoencoderVidTok`` of Hugging Face diffusers on our weights: an independent implementation to compare with.
 
-An independent oracle for the tests and the measure for `benchmarks.encode`. It comes with the ``dev`` extra. Where it
-differs from the original (measured with 0.42): it knows the rules of v1.1 alone, so that causal v1.0 weights give other
-latents there; its callers put the copies before a clip themselves; not causal, it decodes multiples of four latents and
-drops the rest without a word. In chunks (``enable_tiling``) both take sixteen frames after the first latent's and
-interpolate inexactly where the second chunk begins, but it joins a short last chunk to the one before where the
-original repeats frames in the middle of the stream; of 49 frames, frames 1 to 13 decode differently in chunks there,
-by up to 0.08, where `VidTok.decode_stream` gives what the whole gives to 1e-5.
+It serves as an oracle for tests and as the baseline of `benchmarks.encode`, and comes with the ``dev`` extra. It
+differs from the original in these points (diffusers 0.42):
+
+* It implements the rules of v1.1 only, so causal v1.0 weights give other latents.
+* Its callers put the copies before a clip themselves.
+* Not causal, it decodes multiples of four latents and silently drops the rest.
+* In chunks (``enable_tiling``) both take sixteen frames after the first latent's and interpolate inexactly where the
+  second chunk begins. Diffusers joins a short last chunk to the one before; the original repeats frames in the middle
+  of the stream. Of 49 frames, frames 1 to 13 decode differently in chunks, by up to 0.08. Our streaming decoder equals
+  the whole pass within 1e-5.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Our encoder and decoder beside those of diffusers: the same weights, clips and precision, in one process.
+"""Speed and memory of our encoder and decoder beside those of diffusers, with the same weights, clips and precision.
 
     python -m benchmarks.encode                                   both models at 128 and 256
     python -m benchmarks.encode --sizes 128 --repeats 3 --json encode.json
 
-Milliseconds are medians over the repeats, which go round all implementations in turn. Memory is the peak above what
-the process held before the call, weights not included, so it does not depend on who else is loaded. FLOPs are the
-network's as published, two for each multiplication of a convolution or matrix product (counted by torch on their
-model); the share is of what a large matrix product reaches in the same run. An implementation that saves
-multiplications can thus show more than 100 %.
+* Milliseconds are medians over the repeats, which alternate between the implementations in one process.
+* Memory is the peak above what the process held before the call, so it includes no weights.
+* FLOPs are those of the published network, two for each multiplication of a convolution or matrix product, counted by
+  torch on the diffusers model. Their share is relative to a large matrix product in the same run. An implementation
+  that saves multiplications can show more than 100 %.
 
-Diffusers computes causal models by the rules of v1.1 only, so ours is measured twice: as the named model, and by
+Diffusers computes causal models by the rules of v1.1 only. Ours is therefore measured twice: as the named model, and by
 those rules, where both must agree. Needs diffusers (``pip install -e '.[dev]'``).
 """
 
@@ -87,7 +87,7 @@ def compare(
     *,
     ours_only: bool,
 ) -> list[Row]:
-    """The rows of one model at one size."""
+    """Measure the rows of one model at one size."""
     v1_1 = config.model_copy(update={"variant": "causal-v1.1"})
     ours = load_tokenizer(config, None, seed=0, device=device)
     same_rules = VidTok(v1_1).to(device).eval().requires_grad_(False)
@@ -130,7 +130,7 @@ def compare(
 
 
 def measure(contender: Contender, device: str) -> None:
-    """One call: its time, its memory above what was held before, its result."""
+    """Measure one call: its time, its memory above what was held before, and its result."""
     contender.output = None
     gc.collect()
     before = reset_peak(device)
@@ -144,7 +144,7 @@ def measure(contender: Contender, device: str) -> None:
 
 
 def reset_peak(device: str) -> int:
-    """Give freed memory back to the system and count the peak anew; bytes held now."""
+    """Return freed memory to the system and reset the peak; gives the bytes held now."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -155,7 +155,7 @@ def reset_peak(device: str) -> int:
 
 
 def read_peak(device: str) -> int:
-    """Bytes held at most since `reset_peak`."""
+    """Peak of the bytes held since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
 
 
@@ -165,7 +165,7 @@ def _status_bytes(name: str) -> int:
 
 
 def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two 4096 x 4096 matrices by the fastest library at hand, the best of five."""
+    """Measure FLOP/s of a product of two 4096 x 4096 matrices by the fastest library available, best of five."""
     a_BTHWC, b = torch.randn(1, 8, 8, 64, 4096).to(device, dtype), torch.randn(4096, 4096).to(device, dtype)
     seconds = []
     for _ in range(5):
@@ -178,7 +178,7 @@ def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
 
 
 def published_flops(config: VidTokConfig, side: int) -> dict[str, float]:
-    """FLOPs of encoding and of decoding a clip, as their model computes it."""
+    """Count FLOPs of encoding and of decoding a clip with the diffusers model."""
     model = diffusers_model(config, None)
     padded = -(-NUM_FRAMES // config.time_stride) * config.time_stride
     latent_grid = config.latent_shape(NUM_FRAMES, side, side)[-3:]
@@ -195,7 +195,7 @@ def published_flops(config: VidTokConfig, side: int) -> dict[str, float]:
 
 
 def equal_positions(one: Contender, other: Contender) -> float:
-    """The share of positions whose latents are equal in all channels: the same token, where codes stand for tokens."""
+    """Compute the share of positions whose latents are equal in all channels; for codes, the share of equal tokens."""
     assert one.output is not None
     assert other.output is not None
     return float((one.output == other.output).all(dim=1).float().mean())
@@ -209,7 +209,7 @@ def rows_of(
     flops: float,
     peaks: dict[torch.dtype, float],
 ) -> list[Row]:
-    """A row for each contender, with ratios to diffusers where it took part."""
+    """Make a row for each implementation, with ratios to diffusers where it took part."""
     by_name = {contender.name: contender for contender in contenders}
     theirs = by_name.get("diffusers")
     medians = {c.name: statistics.median(c.milliseconds) for c in contenders}

@@ -1,11 +1,11 @@
-"""What the pipeline costs: the whole job's clips per second beside its encoder alone and its decoder alone.
+"""Overhead of the pipeline: clips per second of the whole job, of its encoder alone and of its decoder alone.
 
-All three on this machine, in one run, on one generated corpus of 640x360 h264 at 30 frames per second, sampled at 8
-to clips of 17. The decoder alone runs in as many processes as there are cores, the encoder alone as the job runs it
-(same threads, same environment, frames in memory). The job can at best be as fast as the slower of the two; on a
-machine without a GPU both share the cores, so it is further from it the nearer the two are to each other.
+    python -m benchmarks.pipeline [--tokenizer NAME] [--size N] [--clips N] [--json PATH]
 
-Run: python -m benchmarks.pipeline [--tokenizer NAME] [--size N] [--clips N] [--json PATH]
+All three run on the same generated corpus: 640x360 h264 at 30 frames per second, sampled at 8 to clips of 17 frames.
+The decoder alone runs in one process per core. The encoder alone runs as in the job, with the same threads and
+environment, on frames in memory. The job can at best be as fast as the slower of the two. Without a GPU both share the
+cores, so the job falls further behind the closer their speeds are.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def row(name: str, clips_per_second: float, slower: float) -> Row:
-    """A line of the table."""
+    """Make one row of the table."""
     return {
         "what": name,
         "clips_per_s": round(clips_per_second, 3),
@@ -74,7 +74,7 @@ def row(name: str, clips_per_second: float, slower: float) -> Row:
 
 
 def make_corpus(folder: Path, num_clips: int, spec: ClipSpec) -> list[Path]:
-    """Videos that hold so many clips together."""
+    """Make videos that hold this many clips together."""
     folder.mkdir()
     seconds = float(CLIPS_PER_VIDEO * spec.clip_seconds)
     videos = []
@@ -87,7 +87,7 @@ def make_corpus(folder: Path, num_clips: int, spec: ClipSpec) -> list[Path]:
 
 
 def time_decoder(videos: list[Path], spec: ClipSpec) -> float:
-    """Clips per second of the decoder in one process a core, whole corpus."""
+    """Measure clips per second of the decoder, one process per core, over the whole corpus."""
     spans = []
     for video in videos:
         probe = probe_video(VideoRef(uri=str(video), num_bytes=-1), open_binary)
@@ -105,7 +105,7 @@ def _decode(work: tuple[Span, ClipSpec]) -> int:
 
 
 def time_encoder_apart(arguments: argparse.Namespace) -> float:
-    """Clips per second of the encoder in a process with the environment that the job gives it."""
+    """Measure clips per second of the encoder in a process with the environment that the job gives it."""
     command = [sys.executable, "-m", "benchmarks.pipeline", "--encoder-alone", "--tokenizer", arguments.tokenizer]
     command += ["--size", str(arguments.size), "--encoder-clips", str(arguments.encoder_clips)]
     environment = os.environ | ENCODER_ENVIRONMENT
@@ -114,7 +114,7 @@ def time_encoder_apart(arguments: argparse.Namespace) -> float:
 
 
 def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
-    """Clips per second of the encoder on frames in memory, one warm-up pass aside."""
+    """Measure clips per second of the encoder on frames in memory, after one warm-up pass."""
     import numpy as np
     import torch
 
@@ -138,7 +138,7 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
 
 
 def time_job(videos: Path, out: Path, arguments: argparse.Namespace) -> tuple[float, float, int]:
-    """Seconds of the whole command, seconds of its tokenizing phase, and clips."""
+    """Measure seconds of the whole command, seconds of its tokenizing phase, and clips."""
     command = [
         sys.executable,
         "-m",

@@ -1,16 +1,16 @@
-"""How the driver's cost grows: planning and resuming a thousand to a million videos, shards, and the sink.
+"""Cost of the driver as a corpus grows: planning and resuming a thousand to a million videos, shards, and the sink.
 
     python -m benchmarks.scale                     10^3 to 10^6 videos of ten clips, ten minutes
     python -m benchmarks.scale --videos 1000,10000
     python -m benchmarks.scale --json scale.json
 
-Nothing is decoded: a synthetic manifest names videos that do not exist, and what opening them would give is written
-as the job writes it. Each step runs in a process of its own that has loaded all that the job's driver has, so that its
-peak of memory is the driver's, but for the weights of a tokenizer.
+Nothing is decoded: a synthetic manifest names videos that do not exist, and the results of opening them are made up
+and written as the job writes them. Each step runs in its own process, which imports all that the job's driver imports,
+so that its peak memory is the driver's, but for the weights of a tokenizer.
 
-``plan`` is everything the driver does for a new corpus but wait for the workers that open the videos; ``resume 99 %``
-and ``resume, all done`` are the same command again, when so much is in shards. Shards are real Parquet files without
-rows, as their ends are all that is read of them.
+``plan`` is everything that the driver does for a new corpus, without the wait for workers that open videos. ``resume
+99 %`` and ``resume, all done`` are the same command again, with that much in shards. Shards are real Parquet files
+without rows, since a resumed run reads only their footers.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def main(sizes: str, json_path: str | None, step: str | None, folder: str | None
 
 
 def names_of(size: int) -> list[str]:
-    """Plausible lengths of names; they are on remote storage, which is not asked about what a manifest names."""
+    """Make a name of plausible length, on remote storage, which is not asked about the files that a manifest names."""
     return [f"s3://a-bucket/some/folder/of/videos/{number % 1000:03d}/{number:012d}.mp4" for number in range(size)]
 
 
 def make_manifest(folder: Path, size: int) -> None:
-    """N videos with a caption."""
+    """Write a manifest of N videos with captions."""
     table = pa.table({"uri": names_of(size), "caption": [f"what is seen in video {n}" for n in range(size)]})
     pq.write_table(table, folder / "manifest.parquet")
 
@@ -117,7 +117,7 @@ def span_of(number: int) -> Span:
 
 
 def make_shards(folder: Path, size: int, share: float) -> None:
-    """Ends of shards that list so many of the spans."""
+    """Write shards without rows whose footers list this many of the spans."""
     (folder / "out" / SHARDS).mkdir(parents=True, exist_ok=True)
     done = [span_of(number).span_id for number in range(int(size * share))]
     empty = pa.table({"clip_id": pa.array([], pa.string())})
@@ -127,14 +127,14 @@ def make_shards(folder: Path, size: int, share: float) -> None:
 
 
 def plan(folder: Path) -> Row:
-    """A new corpus."""
+    """Measure planning a new corpus."""
     template = pa.Table.from_pylist(
         [span_row(span_of(0), SPEC, '1234567-"d41d8cd98f00b204e9800998ecf8427e"')],
         schema=WORK_SCHEMA,
     )
 
     def opened(videos: pa.Table, first: int) -> pa.Table:
-        """What the workers would give."""
+        """Make the results of the workers."""
         rows = pa.concat_tables([template] * videos.num_rows).combine_chunks()
         spans = [span_of(first + n) for n in range(videos.num_rows)]
         columns = {
@@ -165,7 +165,7 @@ def plan(folder: Path) -> Row:
 
 
 def resume(folder: Path) -> Row:
-    """The same command again."""
+    """Measure the same command again."""
     out = str(folder / "out")
     started = time.monotonic()
     found = discover([str(folder / "manifest.parquet")])
@@ -184,7 +184,7 @@ def _laid_out(out: str, videos: pa.Table, started: float) -> Row:
 
 
 def account(folder: Path) -> Row:
-    """What became of everything, as `vidshard verify` adds it up after reading the shards."""
+    """Measure the audit that `vidshard verify` adds up after reading the shards."""
     from vidshard.pipeline.output.audit import make_audit
 
     out = str(folder / "out")
@@ -199,7 +199,7 @@ def _cost(started: float) -> Row:
 
 
 def _peak_mib() -> int:
-    """Of this process alone: what getrusage says includes that of the one it was started by."""
+    """Peak memory of this process alone; getrusage would include that of its parent before the fork."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) >> 10
 
@@ -214,7 +214,7 @@ STEPS: dict[str, Callable[[Path], Row]] = {
 
 
 def measure_shards(count: int, spans_per_shard: int = 100) -> Row:
-    """Listing so many shards on this disk, and reading which spans they hold."""
+    """Measure listing this many shards on the local disk and reading which spans they hold."""
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / SHARDS
         shards.mkdir()
@@ -239,7 +239,7 @@ def measure_shards(count: int, spans_per_shard: int = 100) -> Row:
 
 
 def measure_sink(clips_per_span: int, num_clips: int = 20_000) -> Row:
-    """Rows of the encoder into shards on this disk."""
+    """Measure writing rows of the encoder into shards on the local disk."""
     rows = [encoded_row(number, clips_per_span) for number in range(32)]
     span_ids = pa.array([f"{number:024x}-000000-end" for number in range(num_clips // clips_per_span)])
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +268,7 @@ def measure_sink(clips_per_span: int, num_clips: int = 20_000) -> Row:
 
 
 def encoded_row(number: int, num_clips: int) -> pa.Table:
-    """What an encoder gives for a span."""
+    """Make an encoder's rows for one span."""
     rng = np.random.default_rng(number)
     span = span_of(number)
     clips = [

@@ -1,7 +1,7 @@
-"""How good a tokenizer's reconstructions are, and how the weights that come with the package are written.
+"""Recipe of the weights that come with the package, and the quality of a tokenizer's reconstructions.
 
-The whole recipe, from nothing. PHOTOS and CLIPS are folders of material whose licences allow training on it; without
-them there is generated material alone.
+The recipe starts from nothing. PHOTOS and CLIPS are folders of material whose licenses allow training on it; without
+them all material is generated.
 
     python -m benchmarks.motion_corpus corpus/64 --videos 6000 --crop 64 --photos PHOTOS --clips CLIPS
     python -m benchmarks.motion_corpus corpus/128 --videos 600 --crop 128 --photos PHOTOS --clips CLIPS --seed 1
@@ -13,9 +13,10 @@ them there is generated material alone.
     vidshard tokenize UNSEEN --out measured --weights trained.safetensors
     python -m benchmarks.shipped_tokenizer measure measured
 
-``spread`` widens what huddles around one level: see `spread`. ``write`` rounds the weights to float16 and puts them,
-with the config, their digest and what ``trained.json`` says, into a file beside it; ``measure`` compares the clips of
-an output with their sources.
+* ``spread`` scales up encoder channels that use few of FSQ's levels, see `spread`.
+* ``write`` rounds the weights to float16 and writes them beside ``trained.json``, with the config, their digest and the
+  content of that file.
+* ``measure`` compares the clips of an output with their sources.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ def write(weights: Path, summary: Path) -> None:
 
 
 SPREAD_LEVELS = 2.0
-"""Standard deviation of a channel of eight levels that are in use alike: 2.3."""
+"""Standard deviation of a channel that uses its eight levels equally: 2.3."""
 
 
 def spread(weights: Path, target: Path, videos: Path, *, most: int = 64) -> None:
-    """Multiply encoder channels whose values lie within few of FSQ's levels, and divide where the decoder reads them.
+    """Scale up encoder channels that use few of FSQ's levels, and scale down the decoder's input weights to match.
 
     The entropy's term leaves channels that nearly always give the middle level: what they could tell, rounding takes.
     With the factor undone in the decoder's first layer the picture stays about what it was, and training goes on from

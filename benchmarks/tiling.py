@@ -1,8 +1,10 @@
-"""What tiles cost in exactness, and what a pass takes in memory.
+"""Error of tiling, and peak memory of a pass.
 
-``python -m benchmarks.tiling --video FILE``: encode and decode one clip of a video whole and in tiles; without a video
-that of a seeded pattern. ``--memory``: the peak memory of one encode and one decode of several models, each in a fresh
-process, in copies of the largest map as `models.vidtok.tiling.pass_bytes` counts them.
+    python -m benchmarks.tiling [--video FILE]    encode and decode one clip whole and in tiles
+    python -m benchmarks.tiling --memory          peak memory of one encode and one decode of several models
+
+Without a video, the clip is a seeded pattern. Each memory figure comes from a fresh process, and is also given in
+copies of the largest map, as `models.vidtok.tiling.pass_bytes` counts them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.video import ClipSpec, VideoRef
 
 TILES = ((128, 0), (144, 32), (160, 64), (192, 128))
-"""(side, overlap): on 256 x 256 always two by two tiles, so that the overlap is exactly that."""
+"""(side, overlap) in pixels: two by two tiles on 256 x 256, so that the overlap is exact."""
 
 MEMORY_CASES = (
     ("fsq_causal_488_32768", 17, 64),
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def pattern(num_frames: int, size: int) -> Tensor:
-    """(1, 3, T, H, W) in [-1, 1]: seeded blobs of two scales that drift by two pixels a frame."""
+    """Make a clip of seeded blobs of two scales that drift by two pixels a frame: (1, 3, T, H, W) in [-1, 1]."""
     random = torch.Generator().manual_seed(0)
     total = torch.zeros(3, size + 2 * num_frames, size + 2 * num_frames)
     for scale in (32, 8):
@@ -77,7 +79,7 @@ def pattern(num_frames: int, size: int) -> Tensor:
 
 
 def first_clip(path: str, num_frames: int, size: int) -> Tensor:
-    """(1, 3, T, H, W) in [-1, 1] of a video's beginning at 8 frames per second."""
+    """Read the beginning of a video at 8 frames per second: (1, 3, T, H, W) in [-1, 1]."""
     spec = ClipSpec(fps=Fraction(8), num_frames=num_frames, height=size, width=size)
     span = plan_spans(probe_video(VideoRef(uri=path, num_bytes=-1), open_binary), spec, 1)[0]
     frames = decode_span(span, spec, path, max_clips=100)[0].frames
@@ -86,7 +88,7 @@ def first_clip(path: str, num_frames: int, size: int) -> Tensor:
 
 @torch.inference_mode()
 def compare(tokenizer: VidTok, x_BCTHW: Tensor) -> list[Row]:
-    """One row for each kind of tiles."""
+    """Measure one row for each kind of tiles."""
     whole = tokenizer.encode(x_BCTHW)
     assert whole.tokens is not None
     assert whole.pre_quantized is not None
@@ -122,7 +124,7 @@ def compare(tokenizer: VidTok, x_BCTHW: Tensor) -> list[Row]:
 
 
 def without_attention(tokenizer: VidTok) -> None:
-    """Let attention add nothing: what is left of the error is what lies beyond the tiles' edges."""
+    """Make attention add nothing, so that the remaining error comes from the tiles' edges."""
     for module in tokenizer.modules():
         if isinstance(module, FrameAttention):
             for parameter in module.proj_out.parameters():
@@ -130,12 +132,12 @@ def without_attention(tokenizer: VidTok) -> None:
 
 
 def psnr(frames: Tensor, reference: Tensor) -> float:
-    """Decibels between frames in [0, 255]."""
+    """Compute PSNR in dB between frames in [0, 255]."""
     return 10 * math.log10(255**2 / (frames - reference).square().mean().item())
 
 
 def measure_memory() -> list[Row]:
-    """One row for each case, encode and decode."""
+    """Measure one row for each case, encode and decode."""
     rows: list[Row] = []
     for name, num_frames, side in MEMORY_CASES:
         for action in ("encode", "decode"):
@@ -156,7 +158,7 @@ def measure_memory() -> list[Row]:
 
 @torch.inference_mode()
 def grown_bytes(name: str, action: str, num_frames: int, side: int) -> int:
-    """By how much a pass raises this process's peak memory above what it held before."""
+    """Measure by how much a pass raises this process's peak memory above what it held before."""
     config = PRESETS[name]
     tokenizer = load_tokenizer(config, None, seed=0)
     x_BCTHW = torch.zeros(1, 3, num_frames, side, side)
@@ -171,7 +173,7 @@ def grown_bytes(name: str, action: str, num_frames: int, side: int) -> int:
 
 
 def memory_bytes(key: str) -> int:
-    """A line of /proc/self/status in bytes. getrusage would count what the parent had when it forked."""
+    """Read a line of /proc/self/status in bytes; getrusage would include the parent's memory at the fork."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 

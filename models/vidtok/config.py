@@ -23,20 +23,20 @@ class VidTokConfig(TokenizerConfig):
 
     family: Literal["vidtok"] = "vidtok"
     variant: Literal["causal-v1.0", "causal-v1.1", "non-causal"] = "causal-v1.0"
-    """How time is padded and resampled, see `TIME_RULES`. Weights do not tell the causal ones apart: they share names
-    and shapes."""
+    """Rule of padding and resampling in time, see `TIME_RULES`. Weights of the two causal variants have the same names
+    and shapes, so a file cannot tell them apart."""
     architecture: Literal["released", "fully-3d", "no-blend", "no-3d"] = Field(
         default="released", json_schema_extra=IDENTITY_WHEN_SET
     )
-    """Where convolutions see space and time at once, see `ARCHITECTURES`: as released, or an ablation of the paper."""
+    """Released structure or an ablation of the paper, see `ARCHITECTURES`."""
     head: Literal["fsq", "kl", "lfq", "vq"]
-    """What makes tokens, or for KL latents, of what the encoder gives."""
+    """Quantizer: fsq, lfq and vq give tokens, kl gives latents."""
     latent_channels: int = Field(ge=1)
-    """Channels that the decoder takes."""
+    """Channels of the decoder input."""
     fsq_levels: tuple[int, ...] = ()
-    """FSQ: levels of each latent channel; empty for others."""
+    """FSQ: number of levels of each latent channel; empty for other heads."""
     vq_codebook_size: int | None = Field(default=None, ge=2, le=2**31 - 1, json_schema_extra=IDENTITY_WHEN_SET)
-    """VQ: entries of the codebook; None for others. LFQ has 2**latent_channels tokens."""
+    """VQ: number of entries of the codebook; None for other heads. LFQ has 2**latent_channels tokens."""
     base_width: int = Field(default=128, ge=1)
     """Channels of level 0."""
     width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -47,11 +47,11 @@ class VidTokConfig(TokenizerConfig):
     encoder_space_levels: tuple[int, ...] = (0, 1, 2)
     """Levels after which the encoder halves height and width."""
     encoder_time_levels: tuple[int, ...] = (1, 2)
-    """Those of them after which it halves the frames too."""
+    """Space levels after which the encoder also halves the frames."""
     decoder_space_levels: tuple[int, ...] = (1, 2, 3)
     """Levels after which the decoder, which runs from the last level to 0, doubles height and width."""
     decoder_time_levels: tuple[int, ...] = (1, 2)
-    """Those of them after which it doubles the frames too."""
+    """Space levels after which the decoder also doubles the frames."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,17 +91,17 @@ class VidTokConfig(TokenizerConfig):
 
     @property
     def is_causal(self) -> bool:
-        """Whether no latent depends on frames after its own."""
+        """No latent depends on frames after its own."""
         return TIME_RULES[self.variant].causal
 
     @property
     def time_stride(self) -> int:
-        """Frames for each latent; the first one of a causal model may stand for fewer."""
+        """Frames per latent; the first latent of a causal model may hold fewer."""
         return 1 << len(self.encoder_time_levels)
 
     @property
     def space_stride(self) -> int:
-        """Pixels for each latent, along height and along width."""
+        """Pixels per latent, along height and along width."""
         return 1 << len(self.encoder_space_levels)
 
     @property
@@ -112,7 +112,7 @@ class VidTokConfig(TokenizerConfig):
 
     @property
     def has_tokens(self) -> bool:
-        """Whether clips become tokens; otherwise continuous latents."""
+        """Clips become tokens; otherwise continuous latents."""
         return self.codebook_size is not None
 
     @property
@@ -122,7 +122,7 @@ class VidTokConfig(TokenizerConfig):
 
     @property
     def history_frames(self) -> int:
-        """How many frames before its own last one a latent can depend on, summed over the encoder's layers.
+        """Number of frames before its own last one that a latent can depend on, summed over the encoder's layers.
 
         Encoding that starts at a multiple of time_stride at least this many frames early gives the whole video's
         latents, once those of the early frames are dropped.
@@ -134,12 +134,12 @@ class VidTokConfig(TokenizerConfig):
 
     @property
     def future_frames(self) -> int:
-        """How many frames after its own last one a latent can depend on; 0 in causal models."""
+        """Number of frames after its own last one that a latent can depend on; 0 in causal models."""
         return 0 if self.is_causal else self._reach(1, 1)
 
     @property
     def history_latents(self) -> int:
-        """How many latents before its own a frame can depend on, summed over the decoder's layers; causal models only.
+        """Latents before its own that a frame of a causal model can depend on, summed over the decoder's layers.
 
         Decoding that starts at least this many latents early gives the whole video's frames, once those of the early
         latents are dropped. In v1.1 a frame can depend on one latent after its own too, see `lookahead_latents`.
@@ -156,11 +156,11 @@ class VidTokConfig(TokenizerConfig):
 
     @property
     def lookahead_latents(self) -> int:
-        """How many latents after its own a frame of a causal model depends on."""
+        """Number of latents after its own that a frame of a causal model depends on."""
         return int(TIME_RULES[self.variant].upsampling == "linear")
 
     def _reach(self, conv: int, down: int) -> int:
-        """Frames that the encoder sees on one side of a latent's own, given what its layers see at their rate."""
+        """Frames that the encoder sees on one side of a latent's own, from what each layer sees at its rate."""
         reach = conv  # conv_in
         rate = 1
         for level in range(len(self.width_multipliers)):
@@ -171,7 +171,7 @@ class VidTokConfig(TokenizerConfig):
         return reach + (2 * 2 + 1) * conv * rate  # two units of the middle block and the output convolution
 
     def _lengths(self) -> tuple[int, int]:
-        """The shortest clip that the model takes, and the step to the next longer ones."""
+        """Shortest clip that the model takes, and the step to longer ones, both in frames."""
         return {
             "causal-v1.0": (1, self.time_stride),  # the first frame stands alone
             "causal-v1.1": (1, 1),  # the first latent stands for the frames that the others leave over
@@ -179,7 +179,7 @@ class VidTokConfig(TokenizerConfig):
         }[self.variant]
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip: one for each time_stride frames, and one for what is left over.
+        """Number of latent frames of a clip: its frames divided by time_stride, rounded up.
 
         Raises:
             ValueError: for a length that the model does not take, naming the nearest that it does. Causal v1.0 takes
@@ -197,11 +197,11 @@ class VidTokConfig(TokenizerConfig):
         return -(-num_frames // self.time_stride)
 
     def decoded_frames(self, latent_frames: int) -> int:
-        """Frames of a clip of so many latents, if nothing else is known: 1 for the first latent of a causal model."""
+        """Number of frames of a clip with this many latent frames, counting 1 for the first one of a causal model."""
         return latent_frames * self.time_stride - (self.time_stride - 1 if self.is_causal else 0)
 
     def valid_frames(self, num_frames: int) -> int:
-        """The shortest length that the model takes and that is not below num_frames.
+        """Shortest length that the model takes and that is not below num_frames.
 
         Raises:
             ValueError: for num_frames below 1.
@@ -212,7 +212,7 @@ class VidTokConfig(TokenizerConfig):
         return first + -(-max(num_frames - first, 0) // step) * step
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """What is stored of a clip: (T', H', W') tokens, or (C, T', H', W') latents for KL.
+        """Shape of a clip's stored values: (T', H', W') tokens, or (C, T', H', W') latents for KL.
 
         Raises:
             ValueError: for a length or size that the strides do not divide.
@@ -227,7 +227,7 @@ class VidTokConfig(TokenizerConfig):
 
     @property
     def has_logvar(self) -> bool:
-        """Whether the model gives a log-variance beside its latents."""
+        """The model gives a log-variance beside its latents."""
         return self.head == "kl"
 
     def payload(self, num_frames: int, height: int, width: int, *, keep_logvar: bool = False) -> Payload:

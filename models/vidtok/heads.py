@@ -1,8 +1,7 @@
-"""What turns an encoder's output into what is stored: tokens of FSQ, LFQ or VQ, or KL latents.
+"""Heads: encoder output to stored values, which are tokens (FSQ, LFQ, VQ) or latents (KL).
 
-Heads keep no state, and only VQ has weights, its codebook; they compute in float32 whatever the encoder's dtype,
-since rounding decides tokens. Each gives the terms by which training can regularise it, without weights: to train
-without one is not to add it.
+Heads are stateless and compute in float32 whatever the encoder's dtype, since rounding decides tokens. Only VQ has
+weights, its codebook. Each head returns its regularization terms unweighted; training weighs and adds those it wants.
 """
 
 # B batch, K FSQ dimensions, C latent channels, T H W the latent grid; N = B * T * H * W positions; "..." further axes
@@ -22,18 +21,18 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Encoded:
-    """What an encoder and its head make of a batch of clips."""
+    """Result of encoding a batch of clips."""
 
     latents: Tensor
-    """float32 (B, C, T', H', W'): what decode takes. FSQ: the codes, in [-1, 1]; LFQ: -1 or 1; VQ: entries of the
-    codebook. KL: the mean."""
+    """float32 (B, C, T', H', W'), the input of decode. FSQ: codes in [-1, 1]; LFQ: -1 or 1; VQ: entries of the
+    codebook; KL: the mean."""
     tokens: Tensor | None = None
     """int32 (B, T', H', W') in [0, codebook_size); None for KL."""
     logvar: Tensor | None = None
     """KL: float32 like latents, in [-30, 20]."""
     pre_quantized: Tensor | None = None
-    """FSQ: float32 like latents, the bounded value before rounding, in units of one level. A token may differ
-    between machines only where this lies next to a half. LFQ, VQ: what the encoder gave."""
+    """float32 like latents. FSQ: the bounded value before rounding, in units of one level; a token may differ between
+    machines only where this lies next to a half. LFQ, VQ: the encoder output."""
 
     @property
     def payload(self) -> dict[str, Tensor]:
@@ -60,26 +59,26 @@ class Encoded:
 
 
 MeanOverWorkers = Callable[[Tensor], Tensor]
-"""The mean of a tensor without gradient over all workers; every worker calls it equally often."""
+"""Function that averages a tensor without gradient over all workers; every worker must call it equally often."""
 
 
 def alone(value: Tensor) -> Tensor:
-    """The mean over workers where there is one."""
+    """Return the value itself: the mean over a single worker."""
     return value
 
 
 class Head(Protocol):
-    """The border between an encoder and what is stored."""
+    """Conversion between encoder output and stored values."""
 
     encoder_channels: int
-    """Channels that the encoder must give."""
+    """Channels of the encoder output."""
     latent_channels: int
-    """Channels that the decoder takes."""
+    """Channels of the decoder input."""
     codebook_size: int | None
     """Number of tokens; None where latents are continuous."""
 
     def quantize(self, z_BCTHW: Tensor) -> Encoded:
-        """Turn encoder output (B, encoder_channels, T', H', W') into latents, the same each time."""
+        """Turn encoder output (B, encoder_channels, T', H', W') into latents and tokens, deterministically."""
         ...
 
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
@@ -93,16 +92,17 @@ class Head(Protocol):
     def regularization(
         self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
     ) -> dict[str, Tensor]:
-        """The terms of a training loss by which the head holds its encoder, by name.
+        """Compute the head's terms of a training loss, by name.
 
         Args:
-            z_BCTHW: what the encoder gave.
-            encoded: what `quantize` made of it.
-            mean_over_workers: how workers with a part of the batch each find the mean of a tensor over all of them.
-                Only ``codebook_entropy`` needs it: the others are means, which workers take of the terms themselves.
+            z_BCTHW: the encoder output.
+            encoded: the result of `quantize` for it.
+            mean_over_workers: averages a tensor over workers that each hold a part of the batch. Only
+                ``codebook_entropy`` needs it: the other terms are means, which workers average themselves.
 
         Returns:
-            float32 scalars with gradients, unweighted. ``codebook_entropy`` is to be large, the others small.
+            float32 scalars with gradients, unweighted. Training maximizes ``codebook_entropy`` and minimizes the
+            others.
         """
         ...
 
@@ -111,8 +111,8 @@ class FSQ:
     """Finite scalar quantization: each channel is rounded to one of a few levels.
 
     Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023, appendix A.1. One difference: the
-    rounded value is clamped to its levels. The paper's margin of 0.1 % lets saturated channels round past the
-    outermost level from about a thousand levels on; below that the clamp changes nothing.
+    rounded value is clamped to its levels. With the paper's margin of 0.1 %, saturated channels of about a thousand
+    levels or more round past the outermost level; with fewer levels the clamp changes nothing.
     """
 
     def __init__(self, levels: Sequence[int]) -> None:
@@ -139,7 +139,7 @@ class FSQ:
         return torch.tanh(z.float() + shift) * half - offset
 
     def quantize(self, z_BCTHW: Tensor) -> Encoded:
-        """Round to codes and tokens; gradients pass the rounding unchanged.
+        """Round to codes and tokens; gradients pass through the rounding unchanged.
 
         Raises:
             ValueError: if the channels are not one for each dimension.
@@ -149,20 +149,20 @@ class FSQ:
         lowest = _per_channel([-(level // 2) for level in self.levels], bounded)
         highest = _per_channel([(level - 1) // 2 for level in self.levels], bounded)
         rounded = bounded.detach().round().clamp(lowest, highest)
-        # The difference is exactly zero, so the codes are exact, and its gradient is one.
+        # Straight-through gradient: the difference is exactly zero, so the codes are exact, and its gradient is one.
         codes = (rounded + (bounded - bounded.detach())) / self._half_widths(bounded)
         return Encoded(latents=codes, tokens=self.codes_to_indices(codes.detach()), pre_quantized=bounded.detach())
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """Number the codes: int32 (B, ...) from float32 (B, K, ...), the first channel least significant."""
+        """Convert codes, float32 (B, K, ...), to indices, int32 (B, ...); the first channel is least significant."""
         half_width = self._half_widths(codes)
-        # Summed as integers: float32 would merge indices above 2**24.
+        # Summed as integers: float32 cannot tell indices above 2**24 apart.
         digits = ((codes.float() * half_width).round() + half_width).to(torch.int64)
         index = (digits * _per_channel(self._basis(), digits)).sum(dim=1)
         return index.to(torch.int32)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Give the codes of integers (B, ...): float32 (B, K, ...) in [-1, 1].
+        """Convert indices, integers (B, ...), to codes, float32 (B, K, ...) in [-1, 1].
 
         Raises:
             ValueError: for floats, or an index outside [0, codebook_size).
@@ -180,7 +180,7 @@ class FSQ:
     def regularization(
         self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
     ) -> dict[str, Tensor]:
-        """``token_entropy``, ``codebook_entropy`` and ``commitment`` of the unbounded encoder output, as in VidTok."""
+        """Compute ``token_entropy``, ``codebook_entropy`` and ``commitment`` of the unbounded encoder output."""
         values = [[(digit - level // 2) / (level // 2) for digit in range(level)] for level in self.levels]
         return _entropies(z_BCTHW, values, mean_over_workers) | {"commitment": _commitment(z_BCTHW, encoded)}
 
@@ -192,7 +192,7 @@ class FSQ:
 
 
 class LFQ:
-    """Lookup-free quantization: each channel is one bit, its sign, so K channels make 2**K tokens.
+    """Lookup-free quantization: the sign of each channel is one bit, so K channels give 2**K tokens.
 
     Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", 2023, section 3.1. The first
     channel is the least significant bit; zero counts as negative.
@@ -211,7 +211,7 @@ class LFQ:
         return f"LFQ(latent_channels={self.latent_channels})"
 
     def quantize(self, z_BCTHW: Tensor) -> Encoded:
-        """Take the signs; gradients pass them unchanged.
+        """Take the signs; gradients pass through unchanged.
 
         Raises:
             ValueError: if the channels are not one for each bit.
@@ -236,7 +236,7 @@ class LFQ:
     def regularization(
         self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
     ) -> dict[str, Tensor]:
-        """``token_entropy``, ``codebook_entropy`` and ``commitment``; formulas as for FSQ, with codes of -1 and 1."""
+        """Compute ``token_entropy``, ``codebook_entropy`` and ``commitment`` as FSQ does, with codes -1 and 1."""
         values = [[-1.0, 1.0]] * self.latent_channels
         return _entropies(z_BCTHW, values, mean_over_workers) | {"commitment": _commitment(z_BCTHW, encoded)}
 
@@ -244,14 +244,14 @@ class LFQ:
 class VQ(nn.Module):
     """Vector quantization: the nearest entry of a learned codebook.
 
-    van den Oord et al., "Neural Discrete Representation Learning", 2017, sections 3.1 and 3.2, with a codebook that
-    learns by its own loss term, not by averages. Our own few lines and not `vector-quantize-pytorch`: that keeps
-    flags, counts and uninitialised averages in its state dict beside the codebook, which neither a weight file nor
-    a digest over weights should hold, and brings five more packages.
+    van den Oord et al., "Neural Discrete Representation Learning", 2017, sections 3.1 and 3.2. The codebook learns by
+    its own loss term, not by moving averages. `vector-quantize-pytorch` is not used: its state dict holds flags, counts
+    and uninitialized averages beside the codebook, which belong neither in a weights file nor in a digest of weights,
+    and it brings five more packages.
     """
 
     BLOCK_VALUES = 1 << 24
-    """Distances computed at a time, 64 MiB of them."""
+    """Number of distances computed at a time: 64 MiB in float32."""
 
     def __init__(self, codebook_size: int, latent_channels: int) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class VQ(nn.Module):
         return self
 
     def quantize(self, z_BCTHW: Tensor) -> Encoded:
-        """Take the nearest entries; gradients pass unchanged, and none reaches the codebook.
+        """Take the nearest entries; gradients pass through unchanged, and none reaches the codebook.
 
         Raises:
             ValueError: if the channels are not those of the entries.
@@ -295,7 +295,7 @@ class VQ(nn.Module):
         return Encoded(latents=latents, tokens=tokens, pre_quantized=z_BCTHW.detach())
 
     def _nearest(self, z_NC: Tensor) -> Tensor:
-        """Number of the nearest entry, the first of equally near ones: int32 (N,)."""
+        """Find the index of the nearest entry, the first of equally near ones: int32 (N,)."""
         codebook = self.codebook.detach().float()
         half_squares = codebook.square().sum(dim=1) / 2
         rows = max(1, self.BLOCK_VALUES // codebook.shape[0])
@@ -325,14 +325,14 @@ class VQ(nn.Module):
         *,
         mean_over_workers: MeanOverWorkers = alone,  # noqa: ARG002 - only entropies need it
     ) -> dict[str, Tensor]:
-        """``commitment`` draws the encoder to the entries, ``codebook`` the entries to the encoder."""
+        """Compute ``commitment``, which pulls the encoder to the entries, and ``codebook``, which pulls the entries."""
         assert encoded.tokens is not None
         codebook = (self._entries(encoded.tokens) - z_BCTHW.detach().float()).square().mean()
         return {"commitment": _commitment(z_BCTHW, encoded), "codebook": codebook}
 
 
 class KL:
-    """A Gaussian posterior, stored as its mean. Sampling belongs to training."""
+    """Gaussian posterior, stored as its mean; only training samples from it."""
 
     codebook_size: int | None = None
 
@@ -346,7 +346,7 @@ class KL:
         return f"KL(latent_channels={self.latent_channels})"
 
     def quantize(self, z_BCTHW: Tensor) -> Encoded:
-        """Split mean and log variance, the latter clamped to [-30, 20].
+        """Split the channels into mean and log-variance, the latter clamped to [-30, 20].
 
         Raises:
             ValueError: if the channels are not twice `latent_channels`.
@@ -365,36 +365,38 @@ class KL:
         *,
         mean_over_workers: MeanOverWorkers = alone,  # noqa: ARG002 - only entropies need it
     ) -> dict[str, Tensor]:
-        """``kl``: the divergence from N(0, 1), in nats for each clip."""
+        """Compute ``kl``: the divergence from N(0, 1), in nats per clip."""
         assert encoded.logvar is not None
         mean, logvar = encoded.latents, encoded.logvar
         return {"kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / z_BCTHW.shape[0]}
 
 
 INVERSE_TEMPERATURE = 100.0
-"""Of the softmax over codes whose entropies training weighs."""
+"""Inverse temperature of the softmax over codes in `_entropies`."""
 
 
 def _entropies(
     z_BCTHW: Tensor, values: Sequence[Sequence[float]], mean_over_workers: MeanOverWorkers
 ) -> dict[str, Tensor]:
-    """Entropies in nats of each position's choice of a code, and of the choice that all make together.
+    """Compute entropies in nats: the mean over the positions' soft assignments, and that of the mean assignment.
 
-    Affinity to a code is twice the dot product with it, and the softmax over the codes runs at `INVERSE_TEMPERATURE`,
-    as VidTok trains. The codebook is a product of the channels' values, so that softmax is a product of softmaxes,
-    one a channel: entropies of positions add up over channels, and the mean over positions of the joint probability is
-    a matrix product of two halves of the channels. Nothing of the size positions x codes is made. For 5120 positions
-    and 262,144 codes, value and gradient take 0.6 s and 60 MiB on two cores; one such array alone has 5.4 GB. VidTok
-    cuts probabilities below 1e-5 within the logarithm and we do not: its codebook entropy cannot pass 11.5 nats, where
-    262,144 codes have 12.5.
+    The affinity to a code is twice the dot product with it, and the softmax over the codes runs at
+    `INVERSE_TEMPERATURE`, as in VidTok's training. The codebook is a product of the channels' values, so the softmax is
+    a product of one softmax a channel. Entropies of positions then add up over channels, and the mean over positions of
+    the joint probability is a matrix product of two halves of the channels: no array of positions x codes is built.
+    For 5120 positions and 262,144 codes, value and gradient take 0.6 s and 60 MiB on two cores; one such array alone
+    has 5.4 GB.
+
+    VidTok clamps probabilities at 1e-5 within the logarithm, which limits its codebook entropy to 11.5 nats; 262,144
+    codes have 12.5. We do not clamp.
 
     Args:
-        values: what a code can be in each channel.
-        mean_over_workers: makes the choice that all make together that of all workers' positions. The gradient is
-            that of the whole batch where gradients are averaged over workers, which VidTok's is not.
+        values: the possible values of each channel.
+        mean_over_workers: averages the assignment over all workers' positions. Where gradients are averaged over
+            workers, the result is the gradient of the whole batch, unlike in VidTok.
     """
     z_NC = z_BCTHW.float().movedim(1, -1).reshape(-1, len(values))
-    # An outer sum of logarithms would do as well, but products of probabilities need half the memory for gradients.
+    # Products of probabilities need half the memory for gradients of an outer sum of logarithms.
     by_channel: list[Tensor] = []
     token_entropy = z_NC.new_zeros(())
     for channel, codes in enumerate(values):
@@ -418,11 +420,11 @@ def _entropies(
 
 
 ENTROPY_BLOCK = 1 << 22
-"""Codes whose mean probabilities exist at a time; where there are more, gradients compute them again."""
+"""Number of codes whose mean probabilities exist at a time; with more codes, the backward pass computes them again."""
 
 
 def _joint(by_channel: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Probabilities of all combinations of some channels' values: (N, product of their numbers)."""
+    """Compute joint probabilities of all combinations of some channels' values: (N, product of their numbers)."""
     joint = like.new_ones(like.shape[0], 1)
     for p in by_channel:
         joint = (p[:, :, None] * joint[:, None, :]).flatten(1)
@@ -431,14 +433,14 @@ def _joint(by_channel: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _entropy_of_mean(first_NA: Tensor, second_NB: Tensor, mean_over_workers: MeanOverWorkers) -> Tensor:
     mean_AB = first_NA.T @ second_NB / first_NA.shape[0]
-    # The value of all workers, the gradient of our own part in it.
+    # The value is that of all workers, the gradient that of this worker's part in it.
     mean_AB = mean_AB + (mean_over_workers(mean_AB.detach()) - mean_AB.detach())
-    # Codes whose probability underflows add nothing, and an infinite slope would spoil all gradients.
+    # Codes whose probability underflows add nothing; without the clamp their infinite slope makes gradients NaN.
     return -(mean_AB * mean_AB.clamp_min(torch.finfo(mean_AB.dtype).tiny).log()).sum()
 
 
 def _commitment(z_BCTHW: Tensor, encoded: Encoded) -> Tensor:
-    """Mean squared distance of the encoder's output from the codes, which have no gradient."""
+    """Compute the mean squared distance of the encoder output from the codes, which get no gradient."""
     return (z_BCTHW.float() - encoded.latents.detach()).square().mean()
 
 
@@ -460,7 +462,7 @@ def _check_tokens(tokens: Tensor, codebook_size: int) -> None:
 
 
 def _per_channel(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """One value per channel, shaped to meet (B, K, ...)."""
+    """Make a tensor of one value per channel that broadcasts with (B, K, ...)."""
     if dtype is None:
         dtype = torch.float32 if like.dtype.is_floating_point else torch.int64
     return torch.tensor(values, dtype=dtype, device=like.device).view(-1, *(1,) * (like.ndim - 2))

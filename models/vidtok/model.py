@@ -25,7 +25,7 @@ from vidshard.models.vidtok.tiling import Tiling, map_tiles
 class VidTok(nn.Module):
     """A video tokenizer of the VidTok family.
 
-    Freshly made it has random weights; `models.weights.load_tokenizer` gives one that is ready to use. Results for a
+    A new instance has random weights; `models.weights.load_tokenizer` returns one that is ready to use. Results for a
     clip do not depend on the other clips of its batch nor on its place among them. Encoding and decoding are
     deterministic.
     """
@@ -56,7 +56,7 @@ class VidTok(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in; the head computes in float32."""
+        """Dtype that the network computes in; the head computes in float32."""
         return self.encoder.conv_in.conv.weight.dtype
 
     @property
@@ -121,18 +121,18 @@ class VidTok(nn.Module):
         return self.head.quantize(z_BCTHW), next_past
 
     def encoder_output(self, x_BCTHW: Tensor, *, recompute: bool = False) -> Tensor:
-        """What the head takes of whole clips: (B, encoder_channels, T', H', W').
+        """Compute the input of the head for whole clips: (B, encoder_channels, T', H', W').
 
         Args:
-            recompute: compute layers again for gradients rather than keep them, see `run_to_features`.
+            recompute: recompute activations in the backward pass, see `run_to_features`.
         """
         return self._encode(x_BCTHW, (), keep_past=False, recompute=recompute)[0]
 
     def _encode(self, x_BCTHW: Tensor, past: Past, *, keep_past: bool, recompute: bool = False) -> tuple[Tensor, Past]:
-        """What the head takes."""
+        """Compute the input of the head for a chunk."""
         x_BTHWC = x_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
         if not past:
-            # A first latent that stands for fewer frames than the others is filled with copies of the first frame.
+            # A first latent with fewer frames than the others is filled with copies of the first frame.
             first_BTHWC = x_BTHWC[:, :1].expand(-1, -x_BTHWC.shape[1] % self.config.time_stride, -1, -1, -1)
             x_BTHWC = torch.cat([first_BTHWC, x_BTHWC], dim=1)
         z_BTHWC, next_past = self.encoder(x_BTHWC, past, keep_past=keep_past, recompute=recompute)
@@ -205,7 +205,7 @@ class VidTok(nn.Module):
         return x_BCTHW if past else x_BCTHW[:, :, self.config.time_stride - first_frames :], next_past
 
     def _decode(self, z_BCTHW: Tensor, past: Past, *, keep_past: bool, last: bool) -> tuple[Tensor, Past]:
-        """All frames, with those that `_encode` put before the video."""
+        """Decode all frames, with those that `_encode` put before the video."""
         z_BTHWC = z_BCTHW.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
         x_BTHWC, next_past = self.decoder(z_BTHWC, past, keep_past=keep_past, last=last)
         return x_BTHWC.permute(0, 4, 1, 2, 3), next_past
@@ -254,7 +254,7 @@ def _decodable(payload: Mapping[str, Tensor]) -> Tensor:
 
 
 def head_of(config: VidTokConfig) -> Head:
-    """The head that a config describes."""
+    """Make the head that a config describes."""
     if config.head == "fsq":
         return FSQ(config.fsq_levels)
     if config.head == "lfq":

@@ -1,12 +1,13 @@
-"""Frames too large for the memory at hand: run a network tile by tile in space and blend what it gives.
+"""Spatial tiling: run a network tile by tile and blend the results, for frames too large for memory.
 
-Tiles overlap and lie on the latent grid. Within an overlap each tile's share falls linearly towards its edge; encoding
-blends the encoder's output before the head rounds it, so tokens come of blended latents, and decoding blends frames.
-The memory is that of one tile and of the whole result. It is an approximation: a tile sees zeros beyond its edges, and
-its attention only its own positions (`FrameAttention` looks at the whole frame). docs/performance.md gives the error.
-A frame that fits one tile takes the same path as without tiling, to the bit.
+Tiles overlap and lie on the latent grid. Within an overlap, each tile's weight falls linearly towards its edge.
+Encoding blends the encoder output before the head rounds it, and decoding blends frames. Memory holds one tile's pass
+and the whole result.
 
-Only whole clips are tiled. A stream would have to keep the past of every tile.
+Tiling is an approximation: a tile is padded with zeros at its edges, and `FrameAttention` sees the tile instead of the
+whole frame. docs/performance.md gives the error. A frame that fits one tile gives the same bits as without tiling.
+
+Only whole clips are tiled: a stream would have to keep the past of every tile.
 """
 
 # B batch, C channels, T frames, H height, W width; a prime in text (T', H', W') is the latent grid
@@ -25,17 +26,17 @@ from vidshard.models.config import TokenizerConfig
 from vidshard.models.vidtok.config import VidTokConfig
 
 DEFAULT_OVERLAP = 64
-"""Pixels; a multiple of every preset's space stride. What it costs and gains: docs/performance.md."""
+"""Default overlap in pixels, a multiple of every preset's space stride; docs/performance.md has its cost and gain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiling:
-    """Tiles of one size, in pixels of the video; each side a multiple of the model's space stride."""
+    """Size and overlap of tiles, in pixels of the video; each side is a multiple of the model's space stride."""
 
     height: int
     width: int
     overlap: int = DEFAULT_OVERLAP
-    """Neighbours share at least so many rows or columns; more where the tiles do not divide the frame."""
+    """Rows or columns that neighbors share at least; more where the tiles do not divide the frame."""
 
     def __post_init__(self) -> None:
         if self.overlap < 0 or min(self.height, self.width) <= self.overlap:
@@ -48,10 +49,10 @@ class Tiling:
     def within(
         cls, budget_bytes: int, config: VidTokConfig, num_frames: int, *, overlap: int = DEFAULT_OVERLAP
     ) -> Tiling:
-        """The largest square tiles that one clip's float32 pass fits a budget with, see `pass_bytes`.
+        """Choose the largest square tiles whose float32 pass over one clip fits a budget, see `pass_bytes`.
 
         Raises:
-            ValueError: for a budget below the smallest tile that the overlap allows, or an overlap that cannot be.
+            ValueError: for a budget below the smallest tile that the overlap allows, or an impossible overlap.
         """
         stride = config.space_stride
         side = overlap // stride * stride + stride
@@ -68,10 +69,10 @@ class Tiling:
         return tiling
 
     def check(self, config: TokenizerConfig) -> None:
-        """Refuse tiles that do not lie on the model's latent grid.
+        """Check that the tiles lie on the model's latent grid.
 
         Raises:
-            ValueError: naming the nearest sizes that do.
+            ValueError: they do not; the message names the nearest sizes that do.
         """
         stride = config.space_stride
         for name, pixels in (("tile height", self.height), ("tile width", self.width), ("overlap", self.overlap)):
@@ -83,21 +84,21 @@ class Tiling:
                 )
 
     def fits(self, height: int, width: int) -> bool:
-        """Whether a frame of this size is one tile."""
+        """Tell whether a frame of this size fits one tile."""
         return height <= self.height and width <= self.width
 
 
 PEAK_COPIES = 9
-"""Copies of its largest map that a pass holds at its peak, at most. Measured: 5.3 to 6.4 to encode and 6.7 to 8.9 to
-decode, the most in small tiles, where some 130 MB that do not depend on the tile count (python -m benchmarks.tiling
+"""Upper bound on the peak memory of a pass, in copies of its largest map. Measured: 5.3 to 6.4 to encode and 6.7 to 8.9
+to decode; most in small tiles, where some 130 MB independent of the tile count (python -m benchmarks.tiling
 --memory)."""
 
 
 def pass_bytes(config: VidTokConfig, num_frames: int, height: int, width: int) -> int:
-    """About what encoding or decoding one float32 clip on a CPU takes at its peak, without weights, clip and result.
+    """Estimate the peak memory of encoding or decoding one float32 clip on a CPU, without weights, clip and result.
 
-    That is `PEAK_COPIES` of the map with the most values, of the levels of the network and with the frames that
-    encoding adds to a first latent; for fsq_causal_488_32768 4608 bytes a pixel of each of 20 frames that 17 become.
+    It is `PEAK_COPIES` times the largest map of any level, with the frames that encoding adds to the first latent. For
+    fsq_causal_488_32768 it is 4608 bytes for each pixel of the 20 frames that 17 become.
     """
     most_values, sides = 0.0, 1
     for level, multiplier in enumerate(config.width_multipliers):
@@ -110,7 +111,7 @@ def pass_bytes(config: VidTokConfig, num_frames: int, height: int, width: int) -
 def map_tiles(
     network: Callable[[Tensor], Tensor], x_BCTHW: Tensor, tiling: Tiling | None, *, cell_in: int, cell_out: int
 ) -> Tensor:
-    """Run a network over the tiles of its input and blend what it gives; over the whole where that is one tile.
+    """Run a network over the tiles of its input and blend the results; over the whole input if that is one tile.
 
     Args:
         network: takes (B, C, T, h, w) and gives the same patch at its own resolution, with any channels and frames.
@@ -118,7 +119,7 @@ def map_tiles(
             to encode, 1 and the stride to decode.
 
     Returns:
-        What the network gives, in its dtype; blended in float32.
+        The blended output, in the network's dtype; blending is in float32.
     """
     stride = max(cell_in, cell_out)
     rows, columns = (size // cell_in for size in x_BCTHW.shape[3:])
@@ -143,10 +144,10 @@ def map_tiles(
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles of one axis begin: as few as cover it, spread evenly, the last one ending where it ends.
+    """Place the tiles of one axis: as few as cover it, evenly spread, the last one ending at its end.
 
-    Spreading costs nothing and gives every pair of neighbours the overlap that a last tile shifted inwards would have
-    for itself.
+    Even spreading costs nothing and shares the surplus overlap among all pairs of neighbors; otherwise the last pair
+    would have all of it.
     """
     if size <= tile:
         return [0]
@@ -155,10 +156,10 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def tile_shares(starts: Sequence[int], tile: int, cell: int) -> Tensor:
-    """How much each tile counts at each of its positions along one axis; at every position the shares add up to 1.
+    """Compute the blending weight of each tile at each of its positions along one axis; weights sum to 1 everywhere.
 
-    A share falls linearly over what a tile has in common with its neighbour, and is divided by the sum over all
-    tiles there, which matters where three meet.
+    A weight falls linearly over the overlap with a neighbor, and is divided by the sum over all tiles at the position,
+    which matters where three overlap.
 
     Args:
         cell: positions of one latent.
@@ -181,5 +182,5 @@ def tile_shares(starts: Sequence[int], tile: int, cell: int) -> Tensor:
 
 
 def cut(start: int, tile: int, cell: int) -> slice:
-    """The positions of a tile, given in latents, on an axis with ``cell`` positions for each."""
+    """Slice of a tile, given in latents, on an axis with ``cell`` positions per latent."""
     return slice(start * cell, (start + tile) * cell)
