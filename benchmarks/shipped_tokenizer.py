@@ -7,8 +7,8 @@ them all material is generated.
     python -m benchmarks.motion_corpus corpus/128 --videos 600 --crop 128 --photos PHOTOS --clips CLIPS --seed 1
     vidshard train stage1 --preset small --videos corpus/64 --out runs/small
     python -m benchmarks.shipped_tokenizer spread runs/small/stage1/tokenizer.safetensors spread.safetensors corpus/64
-    vidshard train finetune --preset small --videos corpus/64 --out runs/small17 --from spread.safetensors
-    vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --from runs/small17/finetune
+    vidshard train finetune --preset small --videos corpus/64 --out runs/small17 --init-from spread.safetensors
+    vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --init-from runs/small17/finetune
     python -m benchmarks.shipped_tokenizer write runs/small2/stage2/tokenizer.safetensors trained.json
     vidshard tokenize UNSEEN --out measured --weights trained.safetensors
     python -m benchmarks.shipped_tokenizer measure measured

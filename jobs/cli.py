@@ -24,6 +24,7 @@ from vidshard.schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig,
 if TYPE_CHECKING:
     from vidshard.jobs.shards.verify import Verification
     from vidshard.jobs.tokenization.summary import Summary
+    from vidshard.jobs.training.summary import Result
 
 # The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
 
@@ -275,8 +276,8 @@ def train() -> None:
     vidshard train two_stage --videos clips/ --out runs/mine           both stages of the VidTok paper
     vidshard train two_stage --videos clips/ --out runs/try --preset tiny    a tiny model on a CPU, in minutes
     vidshard train stage1 --videos a/=0.7 --videos b/=0.3 --out runs/one --steps 20000
-    vidshard train stage2 --from runs/one/stage1 --videos clips/ --out runs/two
-    vidshard train finetune --from hf://OWNER/REPO/PATH --tokenizer NAME --videos domain/ --out runs/domain
+    vidshard train stage2 --init-from runs/one/stage1 --videos clips/ --out runs/two
+    vidshard train finetune --init-from hf://OWNER/REPO/PATH --tokenizer NAME --videos domain/ --out runs/domain
     vidshard train resume runs/mine
 
     The same command again goes on where a run stopped, as `resume` does.
@@ -286,11 +287,11 @@ def train() -> None:
 def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str) -> None:
     """Add ``vidshard train KIND``: flags and file over a preset, of which it takes some stages."""
 
-    def run_command(config_path: Path | None, **flags: Any) -> None:
+    def run_command(config_path: Path | None, **flags: Any) -> Result:
         run = training_run(preset, stages, flags, config_path)
-        from vidshard.jobs.training.job import run_and_report
+        from vidshard.jobs.training.job import train as run_job
 
-        sys.exit(run_and_report(run, _console()))
+        return run_job(run, _console())
 
     from vidshard.jobs.training.presets import TRAININGS
 
@@ -299,14 +300,14 @@ def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str
     defaults |= {name: [getattr(usual, name)] for name in RunSettings.model_fields if name not in ("videos", "out")}
     defaults["preset"] = [preset]
     several = {"videos": "--videos", **{name: f"--{name}" for name in ("stage1", "stage2") if len(stages) > 1}}
-    left_out = frozenset({"videos", "start_from", "stage1", "stage2"})
+    left_out = frozenset({"videos", "stage1", "stage2"})
     function = options_of(TrainFlags, leave_out=left_out, defaults=defaults)(run_command)
-    for name, flag in {**several, "start_from": "--from"}.items():
+    for name, flag in several.items():
         field = TrainFlags.model_fields[name]
         function = click.option(
             flag,
             name,
-            multiple=name != "start_from",
+            multiple=True,
             cls=SectionedOption,
             section=setting_of(field).section,
             metavar=setting_of(field).metavar,
@@ -355,11 +356,22 @@ def training_run(
         if stage not in base.stages:
             raise SettingsError(f"--preset {name} has no {stage}; it has {', '.join(base.stages)}")
         values = base.stages[stage].model_dump() | {k: v for k, v in given.items() if k in StageConfig.model_fields}
-        chosen[stage] = resolve_settings(StageConfig, values | (given.get(stage) or {}), None)
+        chosen[stage] = resolve_settings(StageConfig, values | _renamed(stage, given.get(stage) or {}), None)
     changes = {key: value for key, value in given.items() if key in RunSettings.model_fields}
-    if said.start_from is not None and not said.start_from.endswith(WEIGHT_SUFFIXES):
+    if said.init_from is not None and not said.init_from.endswith(WEIGHT_SUFFIXES):
         changes.setdefault("tokenizer", None)  # that of the stage it goes on from
     return resolve_settings(TrainRun, {**dict(base), **changes, "stages": chosen}, None)
+
+
+def _renamed(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one stage by their present names, with a note for each former one."""
+    former = StageConfig.former_names()
+    for alias in former.keys() & values.keys():
+        click.echo(f"note: {stage}: {alias} is now {former[alias]}", err=True)
+    try:
+        return StageConfig.current_names(values)
+    except ValueError as error:
+        raise SettingsError(f"{stage}: {error}") from error
 
 
 _training_command(
@@ -379,13 +391,13 @@ _training_command(
     "stage2",
     "paper_stage2",
     ("stage2",),
-    "Train the decoder alone, at full resolution, from a first stage (--from): tokens stay valid.",
+    "Train the decoder alone, at full resolution, from a first stage (--init-from): tokens stay valid.",
 )
 _training_command(
     "finetune",
     "domain",
     ("finetune",),
-    "Adapt a trained tokenizer (--from) to a domain of one's own; with --preset long_video, to long sequences.",
+    "Adapt a trained tokenizer (--init-from) to a domain of one's own; with --preset long_video, to long sequences.",
 )
 
 
@@ -395,11 +407,11 @@ _training_command(
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of a worker on CPUs.")
 @click.option("--ray-address", metavar="ADDRESS", help="Cluster to run on.")
 @click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
-def resume(out: str, **changes: Any) -> None:
-    """Go on with a run from its folder alone, from its last checkpoint."""
-    from vidshard.jobs.training.job import resume as go_on
+def resume(out: str, **changes: Any) -> Result:
+    """Resume a training run from its folder alone, at its last checkpoint."""
+    from vidshard.jobs.training.job import resume as run_job
 
-    sys.exit(go_on(out, {name: value for name, value in changes.items() if value is not None}, _console()))
+    return run_job(out, {name: value for name, value in changes.items() if value is not None}, _console())
 
 
 @vidshard.command()

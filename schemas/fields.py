@@ -332,6 +332,34 @@ def identity_names(settings: Settings, kinds: Mapping[str, bool]) -> list[str]:
     return [name for name in fields if counts(name)]
 
 
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Compare two records of settings, given as JSON values.
+
+    Nested mappings are compared field by field under dotted names, such as ``stages.stage1.steps``.
+
+    Args:
+        before: Stored record.
+        now: Record to compare with it.
+        defaults: Values of fields that one of the records leaves out; None without it.
+
+    Returns:
+        ``NAME: VALUE there, VALUE now`` for each field that differs, sorted by name.
+    """
+    known, old, new = _flat(defaults or {}), _flat(before), _flat(now)
+    pairs = {name: (old.get(name, known.get(name)), new.get(name, known.get(name))) for name in old.keys() | new.keys()}
+    return [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in sorted(pairs.items()) if old != new]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level of dotted names; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+    return flat
+
+
 class ClusterSettings(Settings):
     """Settings of the Ray cluster, shared by every job that runs on one."""
 

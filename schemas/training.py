@@ -1,7 +1,8 @@
-"""What people configure of a training: of one stage (the defaults are stage 1 of the paper), and of the whole run.
+"""Settings of training: of one stage, of a whole run, and of the ``vidshard train`` commands.
 
-Tang et al., "VidTok: A Versatile and Open-Source Video Tokenizer", 2024, and the configurations released with it.
-Stage 2 is ``trainable="decoder"`` at a higher resolution. All steps are batches, see `StageConfig.gan_start`.
+The defaults are stage 1 of Tang et al., "VidTok: A Versatile and Open-Source Video Tokenizer", 2024, with the
+configurations released with it. Stage 2 is ``trainable="decoder"`` at a higher resolution. Steps are always counted in
+batches; see ``gan_start`` for the one place where the released code counts otherwise.
 """
 
 from __future__ import annotations
@@ -13,68 +14,120 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from vidshard.schemas.fields import ClusterSettings, FrameSize, Rate, Settings, setting
+from vidshard.schemas.fields import ClusterSettings, FrameSize, Rate, Settings, setting, setting_of
 from vidshard.schemas.video import ClipSpec
 
 
 def parse_betas(value: object) -> object:
-    """Two numbers from ``0.9,0.999``; other values as they are."""
+    """Split ``0.9,0.999`` into its two numbers; other values stay as they are."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
+"""Decay rates of Adam's two moment estimates, each in [0, 1)."""
 
 
-class StageConfig(Settings):
-    """Everything that decides one stage, but for the tokenizer and the videos."""
+# One stage
+
+
+class ClipSettings(Settings):
+    """Clips and batches of a stage."""
 
     trainable: Literal["all", "decoder"] = setting(
         "all",
-        section="Stage",
-        help="What learns: all of the tokenizer, or its decoder alone. With 'decoder', encoder and head keep their "
-        "bytes, so tokens made before stay valid.",
+        section="Model",
+        help="Weights that are trained. With 'decoder', encoder and quantizer keep their weights, so tokens made "
+        "before stay valid.",
     )
-    frames: int = setting(17, section="Stage", ge=1, metavar="T", help="Frames of a clip.")
-    size: FrameSize = setting((128, 128), section="Stage", metavar="SIZE", help="Frame size: 128, or height x width.")
+    frames: int = setting(17, section="Data", ge=1, metavar="T", common=True, help="Number of frames of a clip.")
+    size: FrameSize = setting(
+        (128, 128), section="Data", metavar="SIZE", common=True, help="Frame size: 128, or HEIGHTxWIDTH."
+    )
     fps: Rate = setting(
-        Fraction(3), section="Stage", metavar="RATE", help="Frames per second of the clips; the paper found 3 best."
+        Fraction(3),
+        section="Data",
+        metavar="RATE",
+        common=True,
+        help="Frame rate of the clips, in frames per second. The VidTok paper found 3 best.",
     )
-    steps: int = setting(50_000, section="Stage", ge=1, metavar="N", help="Steps of the stage, one batch each.")
-    clips_per_step: int = setting(
-        16, section="Stage", ge=1, metavar="N", help="Clips of a batch, over all workers together."
+    steps: int = setting(
+        50_000, section="Optimizer", ge=1, metavar="N", common=True, help="Number of training steps, one batch each."
     )
-    accumulate: int = setting(
-        1,
-        section="Stage",
+    batch_size: int = setting(
+        16,
+        section="Optimizer",
         ge=1,
         metavar="N",
-        help="Take each worker's part of a batch in N pieces one after the other, where memory does not hold it. The "
-        "entropy of the codebook, the adaptive weight and batch norm then see a piece at a time.",
+        common=True,
+        aliases=("clips_per_step",),
+        help="Number of clips in a batch, over all workers together.",
     )
-    seed: int = setting(0, section="Stage", ge=0, lt=1 << 63, metavar="SEED", help="Of everything random in a stage.")
+    gradient_accumulation: int = setting(
+        1,
+        section="Optimizer",
+        ge=1,
+        metavar="N",
+        common=True,
+        aliases=("accumulate",),
+        help="Gradient accumulation: each worker's part of a batch is split into N micro-batches, to save memory. "
+        "Codebook entropy, adaptive weight and batch norm then see one micro-batch at a time.",
+    )
+    seed: int = setting(
+        0, section="Execution", ge=0, lt=1 << 63, metavar="SEED", help="Seed of all random choices of a stage."
+    )
 
-    learning_rate: float = setting(1e-5, section="Optimizer", gt=0, metavar="RATE", help="Of Adam, for the tokenizer.")
+
+class OptimizerSettings(Settings):
+    """Adam, its learning rates, and the moving average of the weights."""
+
+    learning_rate: float = setting(
+        1e-5,
+        section="Optimizer",
+        gt=0,
+        metavar="RATE",
+        common=True,
+        help="Adam learning rate of the tokenizer.",
+    )
     discriminator_learning_rate: float | None = setting(
-        None, section="Optimizer", gt=0, metavar="RATE", help="For the discriminator. Default: the tokenizer's."
+        None,
+        section="Optimizer",
+        gt=0,
+        metavar="RATE",
+        help="Adam learning rate of the discriminator. Default: the tokenizer's.",
     )
     adam_betas: Betas = setting(
-        (0.9, 0.999), section="Optimizer", metavar="A,B", help="Decay of Adam's two averages, for both networks."
+        (0.9, 0.999),
+        section="Optimizer",
+        metavar="A,B",
+        help="Adam betas of both networks: decay rates of the two moment estimates.",
     )
     warmup_steps: int = setting(
         0,
         section="Optimizer",
         ge=0,
         metavar="N",
-        help="The rate rises linearly over so many steps; the discriminator's from --gan-start on.",
+        help="Number of steps of linear learning rate warm-up. The discriminator's warm-up begins at --gan-start.",
     )
     schedule: Literal["constant", "cosine"] = setting(
-        "constant", section="Optimizer", help="After that: as it is, or down along a cosine until the last step."
+        "constant",
+        section="Optimizer",
+        help="Learning rate schedule after the warm-up: constant, or a cosine decay until the last step.",
     )
     final_rate_share: float = setting(
-        0.0, section="Optimizer", ge=0, le=1, metavar="SHARE", help="Where the cosine ends, as a share of the rate."
+        0.0,
+        section="Optimizer",
+        ge=0,
+        le=1,
+        metavar="SHARE",
+        help="Learning rate at the end of the cosine schedule, as a share of the full rate.",
     )
-    clip_norm: float = setting(
-        20.0, section="Optimizer", gt=0, metavar="NORM", help="Longest gradient of either network; longer ones are cut."
+    max_grad_norm: float = setting(
+        20.0,
+        section="Optimizer",
+        gt=0,
+        metavar="NORM",
+        aliases=("clip_norm",),
+        help="Gradient clipping: the largest gradient norm of either network.",
     )
     ema_decay: float = setting(
         0.999,
@@ -82,107 +135,172 @@ class StageConfig(Settings):
         ge=0,
         lt=1,
         metavar="DECAY",
-        help="Keep an average of the weights over about 1 / (1 - DECAY) steps, with a quicker one at the start; 0 for "
-        "none.",
+        help="Decay of the moving average (EMA) of the weights, which is what a stage exports. With 0 no average is "
+        "kept.",
     )
 
-    l1_weight: float = setting(1.0, section="Losses", ge=0, metavar="WEIGHT", help="Of the absolute difference.")
+
+class LossSettings(Settings):
+    """Weights of the reconstruction and regularization losses."""
+
+    l1_weight: float = setting(1.0, section="Losses", ge=0, metavar="WEIGHT", help="Weight of the L1 loss.")
     perceptual_weight: float = setting(
-        1.0, section="Losses", ge=0, metavar="WEIGHT", help="Of LPIPS with VGG, from the lpips package; 0 for none."
+        1.0,
+        section="Losses",
+        ge=0,
+        metavar="WEIGHT",
+        common=True,
+        help="Weight of the LPIPS loss (VGG16, from the package lpips). With 0 LPIPS is not loaded.",
     )
     vgg_weights: str | None = setting(
         None,
         section="Losses",
         metavar="FILE",
-        help="torchvision's vgg16 weights for LPIPS. Default: torchvision downloads them once, 528 MB.",
+        help="File with torchvision's vgg16 weights for LPIPS. Default: torchvision downloads them once, 528 MB.",
     )
     learn_logvar: bool = setting(
-        True, section="Losses", help="Learn how large the differences are, one number that weighs L1 and LPIPS."
+        True,
+        section="Losses",
+        help="Learn the log variance of the reconstruction loss, one number that scales L1 and LPIPS.",
     )
-    kl_weight: float = setting(1e-6, section="Losses", ge=0, metavar="WEIGHT", help="KL: of the divergence of a clip.")
+    kl_weight: float = setting(
+        1e-6,
+        section="Losses",
+        ge=0,
+        metavar="WEIGHT",
+        help="Weight of the KL divergence of a clip's latents, for KL tokenizers.",
+    )
     entropy_weight: float = setting(
         0.1,
         section="Losses",
         ge=0,
         metavar="WEIGHT",
-        help="FSQ, LFQ: of the entropy of tokens less that of the codebook.",
+        help="Weight of the entropy loss of FSQ and LFQ: token entropy minus codebook entropy.",
     )
     entropy_start_factor: float = setting(
-        3.0, section="Losses", ge=0, metavar="FACTOR", help="It begins at so many times that weight, and falls"
+        3.0,
+        section="Losses",
+        ge=0,
+        metavar="FACTOR",
+        help="Entropy weight at step 0, as a multiple of --entropy-weight.",
     )
-    entropy_anneal_steps: int = setting(2000, section="Losses", ge=0, metavar="N", help="linearly over so many steps.")
+    entropy_anneal_steps: int = setting(
+        2000,
+        section="Losses",
+        ge=0,
+        metavar="N",
+        help="Number of steps over which the entropy weight falls linearly to --entropy-weight.",
+    )
     codebook_entropy_share: float = setting(
-        1.0, section="Losses", ge=0, metavar="SHARE", help="The codebook's part in it: more spreads tokens more evenly."
+        1.0,
+        section="Losses",
+        ge=0,
+        metavar="SHARE",
+        help="Factor of the codebook entropy within the entropy loss. A larger one spreads tokens more evenly.",
     )
     commitment_weight: float = setting(
         0.25,
         section="Losses",
         ge=0,
         metavar="WEIGHT",
-        help="FSQ, LFQ, VQ: of the encoder's squared distance from its codes.",
+        help="Weight of the commitment loss of FSQ, LFQ and VQ: squared distance of the encoder's output to its codes.",
     )
     codebook_weight: float = setting(
-        1.0, section="Losses", gt=0, metavar="WEIGHT", help="VQ: of the codebook's squared distance from the encoder."
+        1.0,
+        section="Losses",
+        gt=0,
+        metavar="WEIGHT",
+        help="Weight of the codebook loss of VQ: squared distance of the codes to the encoder's output.",
     )
 
+
+class DiscriminatorSettings(Settings):
+    """The discriminator and its losses."""
+
     discriminator: Literal["2d", "3d"] = setting(
-        "2d", section="Adversary", help="Whether the discriminator sees single frames or whole clips."
+        "2d",
+        section="Discriminator",
+        help="Kind of discriminator: 2d sees single frames, 3d sees whole clips.",
     )
     gan_weight: float = setting(
         0.2,
-        section="Adversary",
+        section="Discriminator",
         ge=0,
         metavar="WEIGHT",
-        help="Of the adversarial term, after it was made as strong as the others at the decoder's last layer; 0 for no "
-        "discriminator.",
+        help="Weight of the adversarial loss, after its gradient is scaled to that of the reconstruction loss. With 0 "
+        "there is no discriminator.",
     )
     gan_start: int = setting(
         20_001,
-        section="Adversary",
+        section="Discriminator",
         ge=0,
         metavar="STEP",
-        help="Steps without it at the start. Steps are batches: the reference counts two for each, so its 20001 is "
-        "10000 here.",
+        help="Step at which the discriminator starts, counted in batches. The released VidTok code counts two per "
+        "batch, so its 20001 is 10000 here.",
     )
-    """In batches, like every number of steps here. The reference's threshold is the same 20,001, but it is compared
-    with Lightning's ``global_step``, which two optimizers raise twice a batch, so its adversary begins after some
-    10,000 batches. Whoever wants what it does sets 10000; the paper's words mean what stands here. The annealing of
-    the entropy was halved there, and is in batches in both."""
+    """Counted in batches, like all steps. The released code has the same threshold, 20,001, but compares it with
+    Lightning's ``global_step``, which two optimizers raise twice per batch: its discriminator starts after about
+    10,000 batches. The default follows the words of the paper; 10000 does what the released code does. The entropy's
+    annealing was halved in the released code, and is counted in batches in both."""
     gan_loss: Literal["softplus", "hinge"] = setting(
         "softplus",
-        section="Adversary",
-        help="How the tokenizer meets it: non-saturating over a frame's mean score, or the mean score itself.",
+        section="Discriminator",
+        help="Adversarial loss of the tokenizer: softplus is non-saturating over a frame's mean score, hinge is the "
+        "negative mean score.",
     )
     discriminator_width: int = setting(
-        64, section="Adversary", ge=1, metavar="N", help="Channels of the discriminator's first layer."
+        64, section="Discriminator", ge=1, metavar="N", help="Number of channels of the discriminator's first layer."
     )
     lecam_weight: float = setting(
-        0.005, section="Adversary", ge=0, metavar="WEIGHT", help="Of the discriminator's LeCam regularisation."
+        0.005,
+        section="Discriminator",
+        ge=0,
+        metavar="WEIGHT",
+        help="Weight of the LeCam regularization of the discriminator.",
     )
     lecam_decay: float = setting(
-        0.999, section="Adversary", ge=0, lt=1, metavar="DECAY", help="Of the average scores it holds to."
+        0.999,
+        section="Discriminator",
+        ge=0,
+        lt=1,
+        metavar="DECAY",
+        help="Decay of the moving averages of scores that LeCam uses.",
     )
+
+
+class ComputeSettings(Settings):
+    """Precision and memory of a stage, and when it counts as diverged."""
 
     precision: Literal["float32", "bfloat16"] = setting(
         "bfloat16",
         section="Execution",
-        help="What convolutions compute in. Weights, losses, quantizer and averages are float32 in either.",
+        common=True,
+        help="Compute type of convolutions and attention. Weights, losses, quantizer and averages are float32 in "
+        "either case.",
     )
-    recompute: bool = setting(
+    activation_checkpointing: bool = setting(
         False,
         section="Execution",
-        help="Compute layers again for gradients rather than keep what they gave: a third more work, far less memory.",
+        common=True,
+        aliases=("recompute",),
+        help="Activation checkpointing: layers are computed again in the backward pass. A third more work, far less "
+        "memory.",
     )
     divergence_l1: float = setting(
         1.0,
         section="Execution",
         gt=0,
         metavar="L1",
-        help="Stop when the average L1 passes this; grey frames alone have at most 1.",
+        help="Average L1 loss above which a run stops as diverged. Plain gray frames have at most 1.",
     )
     divergence_after: int = setting(
-        500, section="Execution", ge=1, metavar="STEPS", help="Steps before that is looked at."
+        500, section="Execution", ge=1, metavar="STEPS", help="Number of steps before --divergence-l1 is checked."
     )
+
+
+# pydantic orders fields from the last base to the first.
+class StageConfig(ComputeSettings, DiscriminatorSettings, LossSettings, OptimizerSettings, ClipSettings):
+    """Everything that decides one training stage, except for the tokenizer and the videos."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -190,21 +308,22 @@ class StageConfig(Settings):
             raise ValueError(f"adam_betas must lie in [0, 1), got {self.adam_betas}")
         if self.l1_weight == self.perceptual_weight == 0:
             raise ValueError("l1_weight and perceptual_weight are both 0: nothing would hold the reconstruction")
-        if self.clips_per_step % self.accumulate:
+        if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"clips_per_step must be a multiple of accumulate, got {self.clips_per_step} and {self.accumulate}"
+                f"batch_size must be a multiple of gradient_accumulation, got {self.batch_size} and "
+                f"{self.gradient_accumulation}"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps, got {self.warmup_steps} of {self.steps}")
         return self
 
     @property
-    def has_adversary(self) -> bool:
-        """Whether the discriminator ever matters."""
+    def has_discriminator(self) -> bool:
+        """Whether the stage ever uses its discriminator."""
         return self.gan_weight > 0 and self.gan_start < self.steps
 
     def clip_spec(self, *, clips_per_video: int, placement: Literal["even", "random"] = "random") -> ClipSpec:
-        """How videos become clips of this stage: whole ones only, at so many places of each video."""
+        """Clip specification of this stage: full clips only, a given number at places of each video."""
         return ClipSpec(
             fps=self.fps,
             num_frames=self.frames,
@@ -216,15 +335,18 @@ class StageConfig(Settings):
         )
 
 
+# A whole run
+
+
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
-"""By which a file of weights is told from the folder of a stage."""
+"""File suffixes that tell weights from the folder of a stage."""
 
 
 def split_weight(text: str) -> tuple[str, float | None]:
-    """A path and its weight, from ``clips/=0.7``; without a number behind the last ``=`` all of it is the path.
+    """Split ``clips/=0.7`` into a path and its weight; without a number after the last ``=`` all of it is the path.
 
     Raises:
-        ValueError: a weight that is not positive.
+        ValueError: the weight is not positive and finite.
     """
     match = re.fullmatch(r"(.+)=((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
     if match is None:
@@ -235,99 +357,206 @@ def split_weight(text: str) -> tuple[str, float | None]:
 
 
 def join_weight(path: str, weight: float | None) -> str:
-    """The text that `split_weight` makes these of, but for a ``/`` behind a folder that looks as if it had a weight."""
+    """Join a path and its weight to the text that `split_weight` takes apart.
+
+    A folder without weight whose name looks like one with a weight gets a ``/`` at its end.
+    """
     if weight is not None:
         return f"{path}={weight!r}"
     return path if split_weight(path)[1] is None else f"{path}/"
 
 
 Metric = Literal["psnr", "ssim", "lpips", "l1", "codebook_utilisation", "codebook_entropy_bits", "codebook_perplexity"]
-"""What is measured on held-out clips, where it can be: SSIM of frames as large as its window, LPIPS where it is trained
-with, the use of a codebook where there is one that can be counted."""
+"""Metric of held-out clips. SSIM needs frames as large as its window, LPIPS a stage that trains with it, and the last
+three a codebook that can be counted."""
 
 LOWER_IS_BETTER = frozenset(["l1", "lpips"])
-"""Of what is measured on held-out clips; of everything else more is better."""
+"""Metrics of held-out clips of which less is better; of all others more is."""
 
 
-class RunSettings(ClusterSettings):
-    """What decides a training run beside its stages."""
+class DataSettings(Settings):
+    """Videos of a training run, and what is trained on them."""
 
     videos: list[str] = setting(
         section="Data",
         min_length=1,
         metavar="PATH[=WEIGHT]",
-        help="Videos: a file, folder, glob or manifest, local or any URL that fsspec opens. Give it once for each "
-        "corpus; a/=0.7 and b/=0.3 draw so many of the clips from each. Without weights every video is drawn as often.",
+        identity=True,
+        common=True,
+        help="Videos to train on: a file, folder, glob or manifest, local or any URL that fsspec opens. Repeat it for "
+        "several corpora; a/=0.7 and b/=0.3 set each corpus's share of the clips. Without weights every video is drawn "
+        "equally often.",
     )
-    held_out: float = setting(
+    validation_share: float = setting(
         0.05,
         section="Data",
         ge=0,
         lt=1,
         metavar="SHARE",
-        help="Share of the videos, at least one, that is never trained on: a reconstruction is measured on them. "
-        "Chosen by content, so copies cannot leak; a second stage measures on none that the first trained on.",
+        identity=True,
+        common=True,
+        aliases=("held_out",),
+        help="Share of the videos held out for validation, at least one. They are chosen by content, so copies cannot "
+        "leak; a later stage holds out no video that an earlier one trained on.",
     )
     clips_per_video: int = setting(
-        1, section="Data", ge=1, metavar="N", help="Random clips of each video in an epoch; each epoch takes others."
+        1,
+        section="Data",
+        ge=1,
+        metavar="N",
+        identity=True,
+        help="Number of random clips drawn from each video per epoch. Each epoch draws others.",
     )
+    # A cache saves decoding, but every epoch then has the same clips: the identity holds whether there is one.
     cache: str | None = setting(
         None,
         section="Data",
         metavar="FOLDER",
-        help="Decode the clips of one epoch once, keep them there as uint8 Parquet, and take these in every epoch.",
+        identity="resolved",
+        help="Folder for decoded clips, uint8 in Parquet. The clips of one epoch are decoded once and used in every "
+        "epoch.",
     )
     tokenizer: str | None = setting(
-        None, section="Model", metavar="NAME", help="What to train: a name from `vidshard tokenizers`."
+        None,
+        section="Model",
+        metavar="NAME",
+        identity=True,
+        common=True,
+        help="Tokenizer to train: a name from `vidshard tokenizers`.",
     )
-    start_from: str | None = setting(
+    init_from: str | None = setting(
         None,
         section="Model",
         metavar="FROM",
-        help="Begin with a finished stage, such as runs/mine/stage1, or with weights: a file, URL or hf://OWNER/REPO/"
-        "PATH. In YAML: start_from.",
+        identity=True,
+        common=True,
+        aliases=("start_from", "from"),
+        help="Stage or weights to start from: a finished stage such as runs/mine/stage1, or a weights file, URL or "
+        "hf://OWNER/REPO/PATH.",
     )
-    out: str = setting(section="Output", metavar="FOLDER", help="Folder of the run, local or remote.")
+
+
+class CheckpointSettings(Settings):
+    """Output folder, checkpoints, evaluation and logging of a training run."""
+
+    out: str = setting(
+        section="Output",
+        metavar="FOLDER",
+        identity=False,
+        common=True,
+        help="Folder of the training run, local or remote.",
+    )
     checkpoint_steps: int = setting(
         1000,
         section="Output",
         ge=1,
         metavar="N",
-        help="Keep a checkpoint every N steps: what an interruption can cost.",
+        identity=False,
+        help="Number of steps between checkpoints. An interruption loses at most so many.",
     )
-    keep_last: int = setting(2, section="Output", ge=1, metavar="K", help="Keep so many of the last checkpoints,")
-    best_by: Metric = setting("psnr", section="Output", help="and the best by this figure of held-out clips.")
+    keep_last: int = setting(
+        2,
+        section="Output",
+        ge=1,
+        metavar="K",
+        identity=False,
+        help="Number of most recent checkpoints to keep.",
+    )
+    best_by: Metric = setting(
+        "psnr",
+        section="Output",
+        identity=False,
+        help="Validation metric that selects the best checkpoint, which is also kept.",
+    )
     evaluate_steps: int = setting(
-        1000, section="Watching", ge=1, metavar="N", help="Look at held-out clips every N steps."
+        1000,
+        section="Evaluation and logging",
+        ge=1,
+        metavar="N",
+        identity=False,
+        help="Number of steps between evaluations on held-out clips.",
     )
-    eval_clips: int = setting(64, section="Watching", ge=1, metavar="N", help="How many of them at most.")
-    pictures: int = setting(4, section="Watching", ge=0, metavar="N", help="Of so many, draw the frames side by side.")
+    eval_clips: int = setting(
+        64,
+        section="Evaluation and logging",
+        ge=1,
+        metavar="N",
+        identity=False,
+        help="Largest number of held-out clips in an evaluation.",
+    )
+    pictures: int = setting(
+        4,
+        section="Evaluation and logging",
+        ge=0,
+        metavar="N",
+        identity=False,
+        help="Number of held-out clips drawn beside their reconstructions at each evaluation.",
+    )
     log_steps: int = setting(
-        10, section="Watching", ge=1, metavar="N", help="Write down losses and speed every N steps."
+        10,
+        section="Evaluation and logging",
+        ge=1,
+        metavar="N",
+        identity=False,
+        help="Number of steps between records of losses and speed.",
     )
     wandb: str | None = setting(
-        None, section="Watching", metavar="PROJECT", help="Also log to this project of Weights & Biases."
+        None,
+        section="Evaluation and logging",
+        metavar="PROJECT",
+        identity=False,
+        help="Weights & Biases project to log to as well.",
     )
+
+
+class WorkerSettings(ClusterSettings):
+    """Processes of a training run."""
+
     workers: int | None = setting(
-        None, section="Execution", ge=1, metavar="N", help="Training processes. Default: one for each GPU, or one."
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        identity=False,
+        common=True,
+        help="Number of training processes. Default: one per GPU, or one without GPUs.",
     )
     threads: int | None = setting(
-        None, section="Execution", ge=1, metavar="N", help="Threads of a worker on CPUs. Default: CPUs by workers."
+        None,
+        section="Execution",
+        ge=1,
+        metavar="N",
+        identity=False,
+        help="Number of threads of a worker on CPUs. Default: the CPUs divided by the workers.",
     )
     parallel: Literal["ddp", "fsdp"] = setting(
-        "ddp", section="Execution", help="Whole weights on every worker, or the tokenizer's sharded (FSDP2)."
+        "ddp",
+        section="Execution",
+        identity=False,
+        help="Distribution of the weights: whole on every worker (DDP), or the tokenizer's sharded (FSDP2).",
     )
     compile: bool = setting(
         False,
         section="Execution",
-        help="Compile the tokenizer: torch.compile. For GPUs: on a CPU it takes many minutes.",
+        identity=False,
+        help="Compile the tokenizer with torch.compile, for GPUs. On a CPU this takes many minutes.",
     )
     max_failures: int = setting(
-        3, section="Execution", ge=0, metavar="N", help="Go on from the last checkpoint so often after a worker died."
+        3,
+        section="Execution",
+        ge=0,
+        metavar="N",
+        identity=False,
+        help="Number of restarts from the last checkpoint after workers died.",
     )
 
+
+# pydantic orders fields from the last base to the first.
+class RunSettings(WorkerSettings, CheckpointSettings, DataSettings):
+    """Settings of a training run beside those of its stages."""
+
     @model_validator(mode="after")
-    def _corpora_that_can_be(self) -> Self:
+    def _check_weights(self) -> Self:
         weights = [weight for _, weight in self.corpora]
         if None in weights and any(weight is not None for weight in weights):
             raise ValueError("give every --videos a weight, as in a/=0.7 and b/=0.3, or none of them")
@@ -335,41 +564,52 @@ class RunSettings(ClusterSettings):
 
     @property
     def corpora(self) -> list[tuple[str, float | None]]:
-        """Paths and their weights."""
+        """Path and weight of each corpus."""
         return [split_weight(text) for text in self.videos]
 
 
-IDENTITY = ("videos", "held_out", "clips_per_video", "tokenizer", "start_from")
-"""Settings that decide what a run computes; with other ones it is another run. A cache only saves decoding, but its
-clips are the same in every epoch."""
-
-
 class TrainRun(RunSettings):
-    """A complete training run, as presets return it and as it is stored."""
+    """A complete training run, as presets return it and ``run.json`` stores it."""
 
     stages: dict[str, StageConfig]
-    """One after the other: each goes on with the tokenizer of the one before."""
+    """Stages by name, in order; each one starts from the tokenizer of the one before."""
 
     @property
     def identity(self) -> dict[str, object]:
-        """What must be the same for a run to go on."""
+        """Settings that decide what a run computes, as JSON values; a run resumes only with the same ones."""
         record = self.model_dump(mode="json")
-        return {name: record[name] for name in (*IDENTITY, "stages")} | {"cached": self.cache is not None}
+        names = [name for name, field in RunSettings.model_fields.items() if setting_of(field).identity is True]
+        return {name: record[name] for name in (*names, "stages")} | {"cached": self.cache is not None}
+
+
+# The commands
 
 
 class TrainFlags(RunSettings, StageConfig):
-    """What the command line and a YAML file say: of what they don't, the preset decides."""
+    """Flags and YAML keys of ``vidshard train``; the preset decides what they leave out."""
 
     preset: str | None = setting(
         None,
         section="Settings",
         metavar="NAME",
-        help="Where everything starts that is not said: tiny, small, paper_stage1, paper_stage2, paper, long_video or "
-        "domain.",
+        identity=False,
+        common=True,
+        help="Preset that gives every setting not given here: tiny, small, paper_stage1, paper_stage2, paper, "
+        "long_video or domain.",
     )
     stage1: dict[str, object] = setting(
-        {}, section="Settings", metavar="KEY=VALUE", help="A setting of stage 1 alone, such as steps=1000."
+        {},
+        section="Settings",
+        metavar="KEY=VALUE",
+        identity=False,
+        common=True,
+        help="Setting of stage 1 alone, such as steps=1000. May be repeated.",
     )
     stage2: dict[str, object] = setting(
-        {}, section="Settings", metavar="KEY=VALUE", help="A setting of stage 2 alone, such as size=256."
+        {},
+        section="Settings",
+        metavar="KEY=VALUE",
+        identity=False,
+        common=True,
+        help="Setting of stage 2 alone, such as size=256. May be repeated.",
     )

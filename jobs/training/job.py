@@ -1,16 +1,16 @@
-"""The companion job: raw videos in, a trained tokenizer out that ``vidshard tokenize --weights`` takes.
+"""Training job: raw videos in, a trained tokenizer out, for ``vidshard tokenize --weights``.
 
-Read :func:`main` for the whole of it, and ``jobs.training.worker`` for what the workers do. Everything that can be
-wrong is found out before the first step. The folder of a run explains it:
+:func:`train` is the main line; ``jobs.training.worker`` is what each worker does. Everything that can be checked is
+checked before the first step. The folder of a run:
 
-    run.json                 the complete resolved run, code version, libraries
-    rejects.json             videos that were passed over, and why
-    summary.md               what was done and what came of it, for people
-    STAGE/tokenizer.safetensors     what the stage gave: averaged weights, with the model's configuration
-    STAGE/checkpoints/       what it can be gone on from
+    run.json                          complete resolved run, versions of code and libraries
+    rejects.json                      videos that were rejected, and why
+    summary.md                        what was done and its result, for people
+    STAGE/tokenizer.safetensors       result of the stage: averaged weights, with the model's configuration
+    STAGE/checkpoints/                states that the stage can resume from
     STAGE/metrics.jsonl, tensorboard/, pictures/
-    STAGE/videos.parquet, held_out.parquet      what it is trained on, and measured by
-    STAGE/result.json        figures of the stage, and digests of its videos and of its first and last weights
+    STAGE/videos.parquet, held_out.parquet      videos that it trains on, clips that it is evaluated on
+    STAGE/result.json                 metrics of the stage, digests of its videos and of its first and last weights
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -33,20 +34,19 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
-from vidshard.jobs.runtime.errors import cause_of, exit_code_of, print_error
+from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.recorder import read_metrics
 from vidshard.jobs.training.resolve import ResolvedTraining, begin_run, plan_resources, print_run, read_record, resolve
 from vidshard.jobs.training.status import RunStatus
-from vidshard.jobs.training.summary import REJECTS, Result, StageResult, print_stage, write_summary
+from vidshard.jobs.training.summary import REJECTS, Result, StageResult, print_result, write_summary
 from vidshard.jobs.training.worker import EXPORT, HELD_OUT, StageJob, train_worker
 from vidshard.pipeline import storage
-from vidshard.pipeline.discover import InputError
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
-from vidshard.pipeline.output.lease import Lease, LeaseHeldError, LeaseLostError
+from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.training_data.cache import fill_cache
-from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
+from vidshard.pipeline.training_data.checkpoints import Checkpoints
 from vidshard.pipeline.training_data.loader import ClipReader, decode_held_out, rows_per_block, training_clips
 from vidshard.pipeline.training_data.sampler import ClipSampler
 from vidshard.pipeline.training_data.videos import (
@@ -55,7 +55,7 @@ from vidshard.pipeline.training_data.videos import (
     open_training_videos,
     read_training_videos,
 )
-from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, UserError
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.training import StageConfig, TrainRun
 from vidshard.schemas.video import Limits
@@ -67,13 +67,34 @@ _LEASE_SECONDS = 60.0
 _FAILED_TO_DECODE = (RayError, UserCodeException)
 
 
-def main(training: ResolvedTraining, console: Console) -> Result:
-    """Train the stages that are not finished yet.
+def train(run: TrainRun, console: Console) -> Result:
+    """Train the stages of a run that are not finished yet, and print the result.
 
     Raises:
-        UserError, InputError, UnusableError, StorageError, LeaseHeldError, CheckpointError: the request cannot be
-            carried out as it stands; nothing was trained.
+        VidshardError: the run cannot be carried out as it stands; nothing was trained.
     """
+    training = resolve(run)
+    result = _train_stages(training, console)
+    print_result(result, training.run.out, console)
+    return result
+
+
+def resume(out: str, changes: dict[str, Any], console: Console) -> Result:
+    """Resume a run from its folder alone, and print the result.
+
+    Args:
+        out: folder of the run.
+        changes: settings of its execution that differ from the stored ones, such as ``workers``.
+
+    Raises:
+        VidshardError: there is no run in the folder, or as `train` raises.
+    """
+    out = storage.absolute(out)
+    record = read_record(out)
+    return train(TrainRun.model_validate({**record["run"], **changes, "out": out}), console)
+
+
+def _train_stages(training: ResolvedTraining, console: Console) -> Result:
     run = training.run
     storage.check_writable(run.out)
     lease = Lease.acquire(run.out, ttl_seconds=_LEASE_SECONDS, on_wait=lambda text: console.print(text, markup=False))
@@ -91,142 +112,82 @@ def main(training: ResolvedTraining, console: Console) -> Result:
                 result.stages.append(done)
                 console.print(f"{name} is finished: {storage.join(run.out, name, EXPORT)}", highlight=False)
                 continue
-            corpora, draws = prepare_data(training, name, stage, cluster, console)
+            videos, sampler = prepare_data(training, name, stage, cluster, console)
             job = StageJob(
                 run=run,
                 name=name,
                 run_id=training.run_id,
                 tokenizer=training.tokenizer,
-                epoch_length=draws.epoch_length,
+                epoch_length=sampler.epoch_length,
                 threads=run.threads or max(1, cluster.num_cpus // cluster.num_nodes // workers),
-                board=RunStatus(),
+                status=RunStatus(),
                 **_start_of(training, name),
             )
-            _write_rejects(job, corpora.rejections)
+            _write_rejects(job, videos.rejections)
             lease.check()
-            outcome = train_stage(job, draws, workers, cluster, lease, result, console)
-            outcome.digests["videos_sha256"] = corpora.digest
+            outcome = _train_stage(job, sampler, workers, cluster, lease, result, console)
+            outcome.digests["videos_sha256"] = videos.digest
             result.stages.append(outcome)
             storage.write_atomic(storage.join(job.folder, STAGE_RESULT), json.dumps(asdict(outcome), indent=1).encode())
-            _write_rejects(job, corpora.rejections)
-            write_summary(training, result, corpora)
+            _write_rejects(job, videos.rejections)
+            write_summary(training, result, videos)
             if result.problem or result.interruption or not outcome.is_finished:
                 break
     return result
 
 
-def run_and_report(run: TrainRun, console: Console) -> int:
-    """Train, say what came of it, and give the exit code."""
-    try:
-        result = main(resolve(run), console)
-    except (
-        UserError,
-        InputError,
-        UnusableError,
-        storage.StorageError,
-        LeaseHeldError,
-        LeaseLostError,
-        CheckpointError,
-    ) as error:
-        print_error(error)
-        return EXIT_REFUSED
-    except KeyboardInterrupt as interrupt:
-        console.print("interrupted; run the same command again to go on", highlight=False)
-        return exit_code_of(interrupt)
-    for stage in result.stages:
-        print_stage(stage, console)
-    again = f"vidshard train resume {run.out}"
-    if result.problem is not None:
-        warn(console, result.problem)
-        console.print(f"the last good checkpoint is kept; to go on: {again}", highlight=False)
-        return EXIT_FAILED
-    if result.interruption is not None:
-        console.print(f"interrupted; to go on: {again}", style="bold", highlight=False)
-        return exit_code_of(result.interruption)
-    last = storage.join(run.out, result.stages[-1].name, EXPORT)
-    console.print(f"\nnext: vidshard tokenize VIDEOS --out tokens/ --weights {last}", style="bold", highlight=False)
-    return 0
-
-
-def resume(out: str, changes: dict[str, Any], console: Console) -> int:
-    """Go on with a run from its folder alone; gives the exit code.
-
-    Args:
-        changes: of how it is executed, such as ``workers``.
-    """
-    try:
-        record = read_record(storage.absolute(out))
-    except (UserError, storage.StorageError) as error:
-        print_error(error)
-        return EXIT_REFUSED
-    run = TrainRun.model_validate({**record["run"], **changes, "out": storage.absolute(out)})
-    return run_and_report(run, console)
-
-
-# The videos.
+# The videos
 
 
 def prepare_data(
     training: ResolvedTraining, name: str, stage: StageConfig, cluster: Cluster, console: Console
 ) -> tuple[TrainingVideos, ClipSampler]:
-    """Open the videos, set some aside and decode a clip of each of these, and fill the cache if there is to be one.
+    """Open the videos of a stage, decode one clip of each held-out video, and fill the cache if there is to be one.
 
-    A stage that has a checkpoint goes on with the videos that it began with, as its clips are numbered by them: newer
-    ones play no part, and those that are gone are rejections.
+    A stage with a checkpoint keeps the videos that it began with, since its clips are numbered by them: newer videos
+    play no part, and those that are gone are rejections.
 
     Raises:
-        UnusableError: nothing usable, or too few videos for a batch.
+        UnusableError: no video can be used, or too few for a batch.
     """
     run = training.run
-    folder = storage.join(run.out, name)
     spec = stage.clip_spec(clips_per_video=run.clips_per_video)
     try:
-        corpora = _videos_of(training, name, stage, cluster, console)
-        items, limits = corpora.train, Limits()
-        if items.num_rows < stage.clips_per_step:
+        videos = _videos_of(training, name, stage, cluster, console)
+        if videos.train.num_rows < stage.batch_size:
             raise UnusableError(
-                f"{name}: {items.num_rows} clips in an epoch of {corpora.num_videos} videos "
-                f"({corpora.held_out.num_rows} held out), fewer than a batch of {stage.clips_per_step}: give more "
-                "videos, raise --clips-per-video, or lower --clips-per-step"
+                f"{name}: {videos.train.num_rows} clips in an epoch of {videos.num_videos} videos "
+                f"({videos.held_out.num_rows} held out), fewer than a batch of {stage.batch_size}: give more "
+                "videos, raise --clips-per-video, or lower --batch-size"
             )
-        if run.cache is not None:
-            cache = storage.join(run.cache, f"{spec.num_frames}x{spec.bucket}-{spec.digest()}")
-            with PhaseProgress(console, "caching clips", items.num_rows) as display:
-                items, broken = fill_cache(
-                    cache,
-                    items,
-                    spec,
-                    limits,
-                    stage.seed,
-                    lambda n: display.update(n, f"{n} of {items.num_rows} clips"),
-                )
-            corpora.rejections.extend(broken)
-        shown = corpora.held_out.slice(0, run.eval_clips)
-        middle = stage.clip_spec(clips_per_video=1, placement="even")
-        held_out, broken = decode_held_out(shown, middle, limits)
-        corpora.rejections.extend(broken)
+        items = videos.train if run.cache is None else _cached(run.cache, videos, run, stage, console)
+        held_out, broken = decode_held_out(
+            videos.held_out.slice(0, run.eval_clips), stage.clip_spec(clips_per_video=1, placement="even"), Limits()
+        )
     except _FAILED_TO_DECODE as error:
         raise UnusableError(f"{name}: {cause_of(error)}") from error
-    weights = [weight for _, weight in run.corpora]
-    given = [weight for weight in weights if weight is not None]
-    draws = ClipSampler(items=items, weights=tuple(given) if given else None, seed=stage.seed)
+    videos.rejections.extend(broken)
+    weights = [weight for _, weight in run.corpora if weight is not None]
+    sampler = ClipSampler(items=items, weights=tuple(weights) or None, seed=stage.seed)
     console.print(
-        f"{corpora.num_videos} videos: {draws.epoch_length} clips an epoch of {spec.num_frames}x{spec.bucket} at "
-        f"{spec.fps} per second, {held_out.num_rows} held-out clips, {len(corpora.rejections)} rejections",
+        f"{videos.num_videos} videos: {sampler.epoch_length} clips an epoch of {spec.num_frames}x{spec.bucket} at "
+        f"{spec.fps} per second, {held_out.num_rows} held-out clips, {len(videos.rejections)} rejections",
         highlight=False,
     )
-    if corpora.held_out.num_rows and not held_out.num_rows:
+    if videos.held_out.num_rows and not held_out.num_rows:
         warn(console, f"{name}: no held-out video can be decoded, so nothing will be measured; see {REJECTS}")
-    corpora.write(storage.join(folder, VIDEOS))
+    folder = storage.join(run.out, name)
+    videos.write(storage.join(folder, VIDEOS))
     buffer = pa.BufferOutputStream()
     pq.write_table(held_out, buffer, compression="lz4", row_group_size=8)
     storage.write_atomic(storage.join(folder, HELD_OUT), buffer.getvalue().to_pybytes())
-    return corpora, draws
+    return videos, sampler
 
 
 def _videos_of(
     training: ResolvedTraining, name: str, stage: StageConfig, cluster: Cluster, console: Console
 ) -> TrainingVideos:
+    """Videos that the stage began with, if it has a checkpoint; otherwise those that the run names now."""
     run = training.run
     folder = storage.join(run.out, name)
     kept = storage.join(folder, VIDEOS)
@@ -239,15 +200,28 @@ def _videos_of(
         return open_training_videos(
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
-            validation_share=run.held_out,
+            validation_share=run.validation_share,
             num_tasks=4 * cluster.num_cpus,
             before=read_training_videos(before) if before and storage.exists(before) else None,
             on_video=lambda done, total: display.update(1000 * done / total, f"{done} of {total}"),
         )
 
 
+def _cached(folder: str, videos: TrainingVideos, run: TrainRun, stage: StageConfig, console: Console) -> pa.Table:
+    """Fill the cache of a stage's clips; returns the items that have a clip, and adds rejections of the others."""
+    spec = stage.clip_spec(clips_per_video=run.clips_per_video)
+    path = storage.join(folder, f"{spec.num_frames}x{spec.bucket}-{spec.digest()}")
+    total = videos.train.num_rows
+    with PhaseProgress(console, "caching clips", total) as display:
+        items, broken = fill_cache(
+            path, videos.train, spec, Limits(), stage.seed, lambda n: display.update(n, f"{n} of {total} clips")
+        )
+    videos.rejections.extend(broken)
+    return items
+
+
 def _write_rejects(job: StageJob, rejections: list[Rejection]) -> None:
-    """What was rejected when opened, and what broke when it was to be trained on."""
+    """Add to ``rejects.json``: videos rejected when opened, and clips that could not be decoded during training."""
     path = storage.join(job.run.out, REJECTS)
     entries = {}
     if storage.exists(path):
@@ -261,16 +235,16 @@ def _write_rejects(job: StageJob, rejections: list[Rejection]) -> None:
     for r in rejections:
         entry = {"uri": storage.public_uri(r.uri), "video_id": r.video_id, "reason": str(r.reason), "detail": r.detail}
         entries.setdefault((entry["uri"] or "", entry["reason"] or ""), entry)
-    for seen in job.board.read()["rejected"]:
+    for seen in job.status.read()["rejected"]:
         entries.setdefault((seen["uri"], seen["reason"]), seen)
     storage.write_atomic(path, json.dumps(list(entries.values()), indent=1).encode())
 
 
-# The training.
+# The stages
 
 
 def _start_of(training: ResolvedTraining, name: str) -> dict[str, Any]:
-    """What a stage starts with: the one before it, or what the run was given."""
+    """What a stage starts from, as arguments of `StageJob`: the stage before it, or what ``--init-from`` names."""
     names = list(training.run.stages)
     at = names.index(name)
     if at == 0:
@@ -279,10 +253,10 @@ def _start_of(training: ResolvedTraining, name: str) -> dict[str, Any]:
 
 
 def _finished(training: ResolvedTraining, name: str) -> StageResult | None:
-    """The result of a stage that is done: it has its tokenizer, and a checkpoint of its last step.
+    """Result of a stage that is finished: its tokenizer is there, and a result or checkpoint says so.
 
     Raises:
-        UserError: its result is damaged, and no checkpoint tells how far it is.
+        UserError: its result is damaged, and there is no checkpoint either.
     """
     folder = storage.join(training.run.out, name)
     if not storage.exists(storage.join(folder, EXPORT)):
@@ -300,110 +274,118 @@ def _finished(training: ResolvedTraining, name: str) -> StageResult | None:
                 ) from error
         else:
             if known.is_finished:
-                return known  # even if its checkpoints were deleted, which are large
+                return known  # even if its checkpoints, which are large, were deleted
     if mark is None or mark.step < training.run.stages[name].steps:
         return None
     return StageResult(name=name, steps=mark.step, measured=mark.metrics, is_finished=True)
 
 
-def train_stage(
+def _train_stage(
     job: StageJob,
-    draws: ClipSampler,
+    sampler: ClipSampler,
     workers: int,
     cluster: Cluster,
     lease: Lease,
     result: Result,
     console: Console,
 ) -> StageResult:
-    """Have the workers train a stage, and show how far they are."""
-    trainer = trainer_of(job, draws, workers, cluster)
-    failure: list[BaseException] = []
+    """Train a stage on the workers, with progress, and stop it in order on an interrupt or a lost lease.
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # noqa: BLE001  looked at where the thread is waited for
-            failure.append(error)
-
+    Args:
+        result: gets the problem or interruption that ended the stage.
+    """
+    fit = _Background(trainer_of(job, sampler, workers, cluster).fit)
     mark = job.checkpoints.latest()
     start = mark.step if mark else 0
     outcome = StageResult(name=job.name, steps=start)
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     began = time.monotonic()
     with Interrupts() as interrupts, PhaseProgress(console, job.name, job.stage.steps - start) as display:
-        thread.start()
+        fit.start()
         asked = False
-        while thread.is_alive():
-            thread.join(0.5)
-            note = job.board.read()
+        while fit.runs(0.5):
+            note = job.status.read()
             if note["latest"]:
-                display.update(note["latest"]["step"] - start, _figures(note, job.stage))
+                display.update(note["latest"]["step"] - start, _progress_text(note, job.stage))
             if note["held_out"].get("step") == 0:
                 outcome.before = note["held_out"]
             if interrupts.first is not None and not asked:
-                job.board.stop()
+                job.status.stop()
                 asked = True
                 console.print("interrupted: keeping a checkpoint; once more to end at once", highlight=False)
             try:
                 lease.check(now=False)
             except LeaseLostError as error:
-                job.board.stop()
+                job.status.stop()
                 result.problem = str(error)
         result.interruption = interrupts.first
-    note = job.board.read()
-    ended = note["outcome"]
     outcome.seconds = time.monotonic() - began
+    ended = _fill_outcome(outcome, job)
+    if "failed" in ended:
+        result.problem = f"{job.name} stopped: {ended['failed']}"
+    elif fit.failure is not None and result.interruption is None:
+        result.problem = f"{job.name} stopped after {outcome.restarts} restarts: {cause_of(fit.failure)}"
+    return outcome
+
+
+class _Background:
+    """A function run in a thread; what it raises is kept."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.failure: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:  # noqa: BLE001  read by who waits for the thread
+            self.failure = error
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def runs(self, seconds: float) -> bool:
+        """Whether it still runs, after waiting for its end at most so many seconds."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+
+def _fill_outcome(outcome: StageResult, job: StageJob) -> dict[str, Any]:
+    """Complete a stage's result from the workers' last reports, and return how they said that it ended."""
+    note = job.status.read()
+    ended: dict[str, Any] = note["outcome"]
     outcome.restarts = max(0, note["starts"] - 1)
     outcome.is_finished = bool(ended.get("finished"))
-    outcome.steps = ended.get("step", note["latest"].get("step", start))
+    outcome.steps = ended.get("step", note["latest"].get("step", outcome.steps))
     outcome.measured = ended.get("measured") or note["held_out"]
     outcome.metrics = ended.get("metrics") or note["latest"]
     outcome.digests = ended.get("digests", {})
     if not outcome.before:
         outcome.before = _measured_at_first(job)
-    if "failed" in ended:
-        result.problem = f"{job.name} stopped: {ended['failed']}"
-    elif failure and result.interruption is None:
-        result.problem = f"{job.name} stopped after {outcome.restarts} restarts: {cause_of(failure[0])}"
-    return outcome
+    return ended
 
 
 def _measured_at_first(job: StageJob) -> dict[str, float]:
-    """What was measured before the first step, by a run before this one."""
+    """Metrics before the first step, as an earlier run of the command recorded them."""
     lines = read_metrics(job.folder)
     first = next((line for line in lines if line["group"] == "held_out" and line["step"] == 0), {})
     return {name: value for name, value in first.items() if name != "group"}
 
 
-def trainer_of(job: StageJob, draws: ClipSampler, workers: int, cluster: Cluster) -> Any:
-    """Ray Train's trainer: where workers run, what they are fed, and what happens when one dies."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")  # is asked for when it is imported
+def trainer_of(job: StageJob, sampler: ClipSampler, workers: int, cluster: Cluster) -> Any:
+    """Ray Train's trainer of a stage: resources of its workers, their clips, and restarts."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")  # read when ray.train is imported
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # a minute is short where many import torch
     if cluster.is_own:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody preempts it: a process less
+        os.environ.setdefault(
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
+        )  # our own Ray is not preempted: one process less
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     stage, on_gpu = job.stage, cluster.num_gpus > 0
-    reader = ClipReader(spec=stage.clip_spec(clips_per_video=job.run.clips_per_video), limits=Limits())
-    known = ray.put(draws)
-    block = rows_per_block(stage.clips_per_step // workers, reader.spec)
-    checkpoints, total = job.checkpoints, stage.steps * stage.clips_per_step
-
-    def clips() -> Dataset:
-        """Called whenever workers start: what comes after the checkpoint that they will go on from."""
-        mark = checkpoints.latest()
-        start = mark.step * stage.clips_per_step if mark else 0
-        return training_clips(known, reader, min(start, total - 1), total, rows_per_block=block)
-
     resources = {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": cpus_per_worker(job.threads, workers, cluster)}
-    folder = storage.join(job.folder, "ray")
-    where: dict[str, Any] = {"storage_path": folder}
-    if not storage.is_local(folder):
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        fs, inner = storage.filesystem(folder)
-        where = {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -412,20 +394,49 @@ def trainer_of(job: StageJob, draws: ClipSampler, workers: int, cluster: Cluster
             name=f"start-{uuid.uuid4().hex[:8]}",
             failure_config=FailureConfig(max_failures=job.run.max_failures),
             worker_runtime_env={"env_vars": {} if on_gpu else ENCODER_ENVIRONMENT},
-            **where,
+            **_ray_storage(storage.join(job.folder, "ray")),
         ),
-        datasets={"train": clips},
+        datasets={"train": _clips_of(job, sampler, rows_per_worker=stage.batch_size // workers)},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
 
 
+def _clips_of(job: StageJob, sampler: ClipSampler, rows_per_worker: int) -> Callable[[], Dataset]:
+    """Factory of the dataset of clips, which Ray Train calls whenever workers start.
+
+    The dataset begins after the checkpoint that the workers will resume from.
+    """
+    stage, checkpoints = job.stage, job.checkpoints
+    reader = ClipReader(spec=stage.clip_spec(clips_per_video=job.run.clips_per_video), limits=Limits())
+    known = ray.put(sampler)
+    block = rows_per_block(rows_per_worker, reader.spec)
+    total = stage.steps * stage.batch_size
+
+    def clips() -> Dataset:
+        mark = checkpoints.latest()
+        start = mark.step * stage.batch_size if mark else 0
+        return training_clips(known, reader, min(start, total - 1), total, rows_per_block=block)
+
+    return clips
+
+
+def _ray_storage(folder: str) -> dict[str, Any]:
+    """Arguments of Ray Train's ``RunConfig`` for a folder of its own, local or remote."""
+    if storage.is_local(folder):
+        return {"storage_path": folder}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, inner = storage.filesystem(folder)
+    return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
 def cpus_per_worker(threads: int, workers: int, cluster: Cluster) -> float:
-    """CPUs kept from decoding for each worker; one is left however many workers there are."""
+    """CPUs that each worker keeps from decoding; one CPU is left to decode however many workers there are."""
     cpus = min(max(1, threads - 1), (cluster.num_cpus - 1) / workers)
     return cpus if cpus < 1 else float(int(cpus))
 
 
-def _figures(note: dict[str, Any], stage: StageConfig) -> str:
+def _progress_text(note: dict[str, Any], stage: StageConfig) -> str:
     latest, held_out = note["latest"], note["held_out"]
     parts = [f"step {latest['step']} of {stage.steps}"]
     for name in ("l1", "perceptual", "gan", "hinge"):

@@ -1,4 +1,4 @@
-"""Complete runs as functions: read one to know what it does, change it by ``model_copy(update=...)``."""
+"""Presets: complete runs as functions. Read one to know what it does; change it with ``model_copy(update=...)``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from vidshard.schemas.training import StageConfig, TrainRun
 
 
 def cpu_demo(videos: list[str], out: str) -> TokenizeRun:
-    """The small model that comes with vidshard, at 256x256: recognisable pictures, in a minute on two cores."""
+    """Tokenize at 256x256 with the small model in the package: recognizable pictures, a minute on two cores."""
     return TokenizeRun(inputs=videos, out=out, size=(256, 256), resize="crop")
 
 
 def tiny(videos: list[str], out: str) -> TrainRun:
-    """Both stages of the tiny model on a CPU, in minutes: shows that training works, and gives a blurred picture."""
+    """Both stages of the tiny model on a CPU, in minutes. Shows that training works; reconstructions are blurred."""
     first = StageConfig(
         frames=5,
         size=(48, 48),
         steps=400,
-        clips_per_step=4,
+        batch_size=4,
         learning_rate=3e-3,
         warmup_steps=10,
         schedule="cosine",
         final_rate_share=0.1,
         ema_decay=0.99,
         perceptual_weight=0,
-        # likelihoods are sums over a frame: with less of it the codebook is not used for the first hundreds of steps
+        # The likelihood is a sum over a frame: with a smaller weight the codebook is unused for hundreds of steps.
         entropy_weight=100,
         commitment_weight=0,
         entropy_anneal_steps=100,
@@ -45,7 +45,7 @@ def tiny(videos: list[str], out: str) -> TrainRun:
         tokenizer="tiny",
         stages={"stage1": first, "stage2": second},
         clips_per_video=4,
-        held_out=0.1,
+        validation_share=0.1,
         checkpoint_steps=100,
         evaluate_steps=50,
         eval_clips=16,
@@ -53,24 +53,24 @@ def tiny(videos: list[str], out: str) -> TrainRun:
 
 
 def small(videos: list[str], out: str) -> TrainRun:
-    """The small model that comes with vidshard, from crops, on two CPU cores in two to three hours.
+    """The small model in the package, trained from crops on two CPU cores in two to three hours.
 
-    Without LPIPS and adversary, as PSNR is all it is after. For videos as small as the clips, see
-    `benchmarks.motion_corpus`: larger ones would be shrunk, and their detail is not that of whole frames. The entropy
-    gets the codebook into use, and is in the way later: ``finetune``, of clips of 17 frames and most of the training,
-    is without it.
+    Uses neither LPIPS nor a discriminator, since it aims at PSNR alone. The videos should be as small as the clips
+    (`benchmarks.motion_corpus`): larger ones would be shrunk, and their detail differs from that of full frames. The
+    entropy loss brings the codebook into use and hinders later: ``finetune``, which has 17 frames and most of the
+    steps, is without it.
     """
     first = StageConfig(
         frames=9,
         size=(64, 64),
         fps=Fraction(8),
         steps=3500,
-        clips_per_step=8,
+        batch_size=8,
         learning_rate=5e-4,
         warmup_steps=150,
         schedule="cosine",
         final_rate_share=0.2,
-        clip_norm=60_000,  # of sums over a clip's pixels: only outliers are cut
+        max_grad_norm=60_000,  # losses are sums over a clip's pixels: only outliers are clipped
         ema_decay=0.998,
         perceptual_weight=0,
         gan_weight=0,
@@ -83,7 +83,7 @@ def small(videos: list[str], out: str) -> TrainRun:
         update={
             "frames": 17,
             "steps": 4600,
-            "clips_per_step": 6,
+            "batch_size": 6,
             "learning_rate": 4e-4,
             "warmup_steps": 100,
             "final_rate_share": 0.04,
@@ -91,7 +91,7 @@ def small(videos: list[str], out: str) -> TrainRun:
         }
     )
     second = longer.model_copy(
-        update={"trainable": "decoder", "size": (128, 128), "steps": 600, "clips_per_step": 4, "learning_rate": 2e-4}
+        update={"trainable": "decoder", "size": (128, 128), "steps": 600, "batch_size": 4, "learning_rate": 2e-4}
     )
     return TrainRun(
         videos=videos,
@@ -99,7 +99,7 @@ def small(videos: list[str], out: str) -> TrainRun:
         tokenizer="fsq_causal_488_small",
         stages={"stage1": first, "finetune": longer, "stage2": second},
         clips_per_video=2,
-        held_out=0.01,
+        validation_share=0.01,
         checkpoint_steps=250,
         evaluate_steps=250,
         eval_clips=48,
@@ -108,7 +108,7 @@ def small(videos: list[str], out: str) -> TrainRun:
 
 
 def paper_stage1(videos: list[str], out: str) -> TrainRun:
-    """Everything at low resolution: 128x128, 17 frames at 3 per second, 50,000 steps of 16 clips.
+    """Stage 1 of the paper: all weights at 128x128, 17 frames at 3 per second, 50,000 steps of 16 clips.
 
     Tang et al., "VidTok", 2024, section 4.1, with the rates and weights of the released configurations.
     """
@@ -116,8 +116,8 @@ def paper_stage1(videos: list[str], out: str) -> TrainRun:
 
 
 def paper_stage2(videos: list[str], out: str) -> TrainRun:
-    """The decoder alone at full resolution: 256x256, 30,000 steps of 8 clips, from a first stage."""
-    second = StageConfig(trainable="decoder", size=(256, 256), steps=30_000, clips_per_step=8)
+    """Stage 2 of the paper: the decoder alone at 256x256, 30,000 steps of 8 clips, from a first stage."""
+    second = StageConfig(trainable="decoder", size=(256, 256), steps=30_000, batch_size=8)
     return TrainRun(videos=videos, out=out, tokenizer="fsq_causal_488_32768", stages={"stage2": second})
 
 
@@ -128,29 +128,29 @@ def paper(videos: list[str], out: str) -> TrainRun:
 
 
 def long_video(videos: list[str], out: str) -> TrainRun:
-    """From weights of v1.0 to a v1.1 model for long sequences: 33 frames, everything trained.
+    """Fine-tune v1.0 weights to a v1.1 model for long sequences: all weights, clips of 33 frames.
 
-    VidTok 1.1 was fine-tuned so; its resolution, steps and batch are not published, and those here are ours.
+    VidTok 1.1 was fine-tuned so. Its resolution, steps and batch size are not published; those here are ours.
     """
     stage = StageConfig(
         frames=33,
         size=(256, 256),
         steps=20_000,
-        clips_per_step=8,
+        batch_size=8,
         warmup_steps=500,
         entropy_start_factor=1.0,
         gan_start=0,
-        recompute=True,
+        activation_checkpointing=True,
     )
     return TrainRun(videos=videos, out=out, tokenizer="fsq_causal_488_32768_v1_1", stages={"finetune": stage})
 
 
 def domain(videos: list[str], out: str) -> TrainRun:
-    """From released weights to a domain of one's own: everything trained, gently, and no entropy to be annealed."""
+    """Fine-tune released weights to a domain: all weights, a gentle learning rate, no annealing of the entropy."""
     stage = StageConfig(
         size=(256, 256),
         steps=10_000,
-        clips_per_step=8,
+        batch_size=8,
         warmup_steps=200,
         schedule="cosine",
         final_rate_share=0.1,
@@ -163,4 +163,4 @@ def domain(videos: list[str], out: str) -> TrainRun:
 TRAININGS: dict[str, Callable[[list[str], str], TrainRun]] = {
     preset.__name__: preset for preset in (tiny, small, paper_stage1, paper_stage2, paper, long_video, domain)
 }
-"""By name."""
+"""Training presets by name."""

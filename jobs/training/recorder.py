@@ -1,4 +1,4 @@
-"""What a training writes down of itself while it runs: figures, pictures, speed. Nothing here decides anything."""
+"""Recorder of a running stage: metrics, pictures and speed. Nothing here influences the training."""
 
 from __future__ import annotations
 
@@ -31,13 +31,21 @@ _GROUPS = {
 
 
 class Recorder:
-    """Writes figures to ``metrics.jsonl``, TensorBoard events and, if wanted, Weights & Biases; pictures as PNG.
+    """Writes metrics to ``metrics.jsonl``, TensorBoard and optionally Weights & Biases, and pictures as PNG.
 
-    Local folders are written to as it goes. Object stores cannot append: there all is put whole by :meth:`flush`.
+    A local folder is written continuously. Object stores cannot append, so :meth:`flush` uploads all files whole.
     """
 
     def __init__(self, folder: str, *, from_step: int, run: Mapping[str, Any], name: str, wandb: str | None) -> None:
-        """Go on at a step; what was written down of later ones, before a restart, is taken back."""
+        """Open the records of a stage.
+
+        Args:
+            folder: folder of the stage.
+            from_step: step to continue from; records of later steps, from before a restart, are removed.
+            run: settings of the run, for Weights & Biases.
+            name: name and id of the run at Weights & Biases.
+            wandb: Weights & Biases project; None logs nothing there.
+        """
         self._folder = folder
         self._local: tempfile.TemporaryDirectory[str] | None = None
         if storage.is_local(folder):
@@ -58,7 +66,7 @@ class Recorder:
             self._wandb = package.init(project=wandb, name=name, config=dict(run), resume="allow", id=name)
 
     def write(self, step: int, figures: Mapping[str, float], *, group: str = "train") -> None:
-        """Figures after so many steps; ``group`` says what they are of."""
+        """Write figures of a step; ``group`` is "train" or "held_out"."""
         named = {f"{_group_of(name, group)}/{name}": value for name, value in figures.items()}
         for name, value in named.items():
             self._events.add_scalar(name, value, step)
@@ -68,7 +76,7 @@ class Recorder:
             self._wandb.log(named, step=step)
 
     def picture(self, step: int, real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.uint8]) -> None:
-        """Clips and their reconstructions as strips: a clip above its reconstruction, frames from left to right."""
+        """Draw clips above their reconstructions, frames from left to right; both uint8 (B, T, H, W, 3)."""
         if not len(real_BTHWC):
             return
         strip = picture_strip(real_BTHWC, fake_BTHWC)
@@ -78,7 +86,7 @@ class Recorder:
         self._events.add_image("held out: clip above, reconstruction below", strip, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Put everything where it can be read."""
+        """Make everything written so far readable in the folder."""
         self._events.flush()
         if self._local is not None:
             for path in self._root.rglob("*"):
@@ -99,7 +107,7 @@ class Recorder:
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """Lines that were written down in a stage's folder, but for one that a kill cut off: step, group and figures."""
+    """Read a stage's ``metrics.jsonl``: step, group and figures of each line; a line that a kill cut off is skipped."""
     path = storage.join(folder, METRICS)
     known = []
     for line in storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else ():
@@ -113,10 +121,11 @@ def _group_of(name: str, group: str) -> str:
 
 
 MAX_STRIP_FRAMES = 9
+"""Most frames of a clip in a picture."""
 
 
 def picture_strip(real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Rows of frames: each clip, evenly thinned to nine frames, above its reconstruction; uint8 (H', W', 3)."""
+    """Picture of each clip, at most nine frames evenly apart, above its reconstruction: uint8 (H', W', 3)."""
     num_frames = real_BTHWC.shape[1]
     shown = np.unique(np.linspace(0, num_frames - 1, min(num_frames, MAX_STRIP_FRAMES)).round().astype(int))
     rows = [
@@ -128,7 +137,7 @@ def picture_strip(real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.
 
 
 def png(picture: npt.NDArray[np.uint8]) -> bytes:
-    """A picture, uint8 (H, W, 3), as a file."""
+    """Encode a picture, uint8 (H, W, 3), as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -137,25 +146,30 @@ def png(picture: npt.NDArray[np.uint8]) -> bytes:
 
 
 class Speed:
-    """Throughput of a training."""
+    """Throughput of a stage: clips and steps per second, share of time spent waiting for data, and MFU."""
 
     def __init__(self, flops_per_clip: float, peak_flops: float, workers: int) -> None:
-        """The first two are 0.0 where nobody knows; ``peak_flops`` is that of one worker."""
+        """Start counting.
+
+        Args:
+            flops_per_clip: floating-point operations of a step per clip; 0.0 if unknown.
+            peak_flops: peak FLOP/s of one worker; 0.0 if unknown.
+            workers: number of workers.
+        """
         self._flops, self._peak = flops_per_clip, peak_flops * workers
         self._now = _Count(began=time.perf_counter())
         self._whole: _Count | None = None
 
     def step(self, clips: int, wait_seconds: float) -> None:
-        """Another step, of so many clips over all workers, for which this one waited."""
+        """Count a step: clips of the batch over all workers, and seconds that this worker waited for its part."""
         for count in (self._now, self._whole):
             if count is not None:
                 count.steps += 1
                 count.clips += clips
                 count.waited += wait_seconds
 
-    def lately(self) -> dict[str, float]:
-        """Since it was last asked: clips and steps a second, share of the time waited for data, and share of the
-        devices' peak (MFU)."""
+    def recent(self) -> dict[str, float]:
+        """Throughput since the last call; ``mfu``, the share of the devices' peak, only where it is known."""
         figures = self._figures(self._now)
         self._now = _Count(began=time.perf_counter())
         if self._whole is None:
@@ -163,7 +177,10 @@ class Speed:
         return figures
 
     def overall(self) -> dict[str, float]:
-        """The same of the whole training but for its beginning, in which pipelines fill and kernels are chosen."""
+        """Throughput since the first call of `recent`; empty before.
+
+        Until then pipelines fill and kernels are chosen.
+        """
         return self._figures(self._whole) if self._whole is not None and self._whole.steps else {}
 
     def _figures(self, count: _Count) -> dict[str, float]:

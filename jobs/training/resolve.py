@@ -1,6 +1,4 @@
-"""What a training run asks for, looked up and checked: everything that can be wrong without the videos is found out
-here; and the record of the run, ``run.json``.
-"""
+"""Resolved training run: settings looked up and checked before any video is opened; and its record, ``run.json``."""
 
 from __future__ import annotations
 
@@ -27,11 +25,13 @@ from vidshard.models.tokenizer import TokenizerConfig, get_preset
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.training.state import Generator, check_stage
 from vidshard.models.vidtok.config import VidTokConfig
-from vidshard.models.weights import count_parameters, differences, load_weights
+from vidshard.models.weights import count_parameters, load_weights
+from vidshard.models.weights import differences as network_differences
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
 from vidshard.pipeline.versions import code_version
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.fields import differences
 from vidshard.schemas.training import WEIGHT_SUFFIXES, Metric, StageConfig, TrainRun, join_weight
 
 _FORMAT = 1
@@ -39,41 +39,32 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedTraining:
-    """A run with everything looked up that can be without its videos."""
+    """A training run whose settings are checked, with absolute paths and the tokenizer's configuration."""
 
     run: TrainRun
     tokenizer: VidTokConfig
     run_id: str
+    """Id of the run in its folder; empty until `begin_run`."""
     previous: tuple[str, str] | None
-    """Folder and run id of the stage that ``--from`` names."""
+    """Folder and run id of the stage that ``--init-from`` names; None without one."""
     weights: str | None
-    """Or the weights."""
+    """Weights file that ``--init-from`` names; None without one."""
 
 
 def resolve(run: TrainRun) -> ResolvedTraining:
-    """Look up what the settings name, and refuse what cannot be.
+    """Look up what the settings name, and refuse what cannot work.
 
     Raises:
-        UserError: unknown models, impossible clips, what a stage starts with missing or of another architecture.
+        UserError: an unknown tokenizer, clips that it does not accept, a start (``--init-from``) that is missing or of
+            another architecture, losses that cannot be loaded, or URLs with credentials.
     """
     _refuse_credentials(run)
-    if "://" not in run.out:
-        run = run.model_copy(update={"out": storage.absolute(run.out)})
     if run.checkpoint_steps % run.evaluate_steps and run.evaluate_steps % run.checkpoint_steps:
         raise UserError(
             f"one of --checkpoint-steps {run.checkpoint_steps} and --evaluate-steps {run.evaluate_steps} must be a "
             "multiple of the other: the best checkpoint is one that was measured"
         )
-    stages = {
-        name: stage.model_copy(update={"vgg_weights": storage.absolute(stage.vgg_weights)})
-        if stage.vgg_weights
-        else stage
-        for name, stage in run.stages.items()
-    }
-    texts = [join_weight(storage.absolute(path), weight) for path, weight in run.corpora]
-    cache = None if run.cache is None else storage.absolute(run.cache)
-    start_from = None if run.start_from is None else storage.absolute(run.start_from)
-    run = run.model_copy(update={"stages": stages, "videos": texts, "cache": cache, "start_from": start_from})
+    run = _with_absolute_paths(run)
     previous, weights, tokenizer = _look_up_start(run)
     for name, stage in run.stages.items():
         try:
@@ -84,7 +75,7 @@ def resolve(run: TrainRun) -> ResolvedTraining:
     first = next(iter(run.stages.values()))
     if first.trainable == "decoder" and previous is None and weights is None:
         raise UserError(
-            "a stage that trains the decoder alone needs a trained encoder: give --from RUN/stage1 or weights"
+            "a stage that trains the decoder alone needs a trained encoder: give --init-from RUN/stage1 or weights"
         )
     _check_losses(run)
     if run.wandb is not None:
@@ -95,10 +86,29 @@ def resolve(run: TrainRun) -> ResolvedTraining:
     return ResolvedTraining(run=run, tokenizer=tokenizer, run_id="", previous=previous, weights=weights)
 
 
+def _with_absolute_paths(run: TrainRun) -> TrainRun:
+    """The run as it can be resumed from any folder."""
+    stages = {
+        name: stage.model_copy(update={"vgg_weights": storage.absolute(stage.vgg_weights)})
+        if stage.vgg_weights
+        else stage
+        for name, stage in run.stages.items()
+    }
+    return run.model_copy(
+        update={
+            "stages": stages,
+            "videos": [join_weight(storage.absolute(path), weight) for path, weight in run.corpora],
+            "out": run.out if "://" in run.out else storage.absolute(run.out),
+            "cache": None if run.cache is None else storage.absolute(run.cache),
+            "init_from": None if run.init_from is None else storage.absolute(run.init_from),
+        }
+    )
+
+
 def _refuse_credentials(run: TrainRun) -> None:
-    """The record of a run says where everything was, and is there for all to read."""
+    """Refuse URLs with credentials: ``run.json`` stores all paths, and whoever has the folder can read it."""
     vgg = [stage.vgg_weights for stage in run.stages.values()]
-    for uri in (run.out, run.cache, run.start_from, *vgg, *(path for path, _ in run.corpora)):
+    for uri in (run.out, run.cache, run.init_from, *vgg, *(path for path, _ in run.corpora)):
         if uri is not None and uri != storage.public_uri(uri):
             raise UserError(
                 f"{storage.public_uri(uri)}: the URL carries credentials, which no record of a training may hold; put "
@@ -125,14 +135,19 @@ def _trainable(config: TokenizerConfig) -> VidTokConfig:
 
 
 def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, VidTokConfig]:
-    """What the run starts with, and the model that is trained."""
+    """Look up ``--init-from`` and ``--tokenizer``.
+
+    Returns:
+        Folder and run id of the earlier stage, the weights file, and the configuration of the tokenizer to train. One
+        of the first two at most is not None.
+    """
     try:
         named = None if run.tokenizer is None else _trainable(get_preset(run.tokenizer))
-        if run.start_from is None:
+        if run.init_from is None:
             if named is None:
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
             return None, None, named
-        source = run.start_from
+        source = run.init_from
         if source.endswith(WEIGHT_SUFFIXES):
             source = storage.pinned(source)
             with storage.local_copy(source) as local:
@@ -143,10 +158,10 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, V
             return None, source, named
         folder, record = _stage_folder(source)
         there = VidTokConfig.model_validate(record["tokenizer"])
-        if named is not None and (differing := differences(there, named)):
+        if named is not None and (differing := network_differences(there, named)):
             raise UserError(
-                f"--from {run.start_from} is of {there.name}, not {named.name} ({differing}): a stage goes on with the "
-                "tokenizer of the one before it"
+                f"--init-from {run.init_from} is of {there.name}, not {named.name} ({differing}): a stage goes on with "
+                "the tokenizer of the one before it"
             )
         Checkpoints(folder, record["run_id"]).latest() or last_state(folder, record["run_id"])
     except (ValueError, FileNotFoundError, storage.StorageError, CheckpointError) as error:
@@ -155,21 +170,25 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, V
 
 
 def _stage_folder(source: str) -> tuple[str, dict[str, Any]]:
-    """The folder of a finished stage, from itself or from that of its run, and the record of the run."""
+    """Folder of an earlier stage, and the record of its run.
+
+    Args:
+        source: folder of the stage, or of its run, whose last stage is meant.
+    """
     if storage.exists(storage.join(source, RUN)):
         record = read_record(source)
         return storage.join(source, list(record["run"]["stages"])[-1]), record
     run_folder, _, _ = source.rstrip("/").rpartition("/")
     if not storage.exists(storage.join(run_folder, RUN)):
         raise UserError(
-            f"--from {storage.public_uri(source)} is neither a stage of a run, such as runs/mine/stage1, nor weights "
-            f"({', '.join(WEIGHT_SUFFIXES)})"
+            f"--init-from {storage.public_uri(source)} is neither a stage of a run, such as runs/mine/stage1, nor "
+            f"weights ({', '.join(WEIGHT_SUFFIXES)})"
         )
     return source.rstrip("/"), read_record(run_folder)
 
 
 def _check_losses(run: TrainRun) -> None:
-    """Load LPIPS once where it is wanted: better no training than one that ends at its first step."""
+    """Load LPIPS once where it is used, so that a missing file is noticed before the first step."""
     for vgg in {stage.vgg_weights for stage in run.stages.values() if stage.perceptual_weight}:
         try:
             with storage.local_copy(vgg) as local:
@@ -179,20 +198,22 @@ def _check_losses(run: TrainRun) -> None:
 
 
 def plan_resources(training: ResolvedTraining, cluster: Cluster) -> int:
-    """How many workers.
+    """Number of training workers on a cluster.
 
     Raises:
-        UserError: batches do not divide among them, there are too few GPUs, or weights do not fit the memory.
+        UserError: batches do not divide among the workers, there are too few GPUs, or the training does not fit into
+            memory.
     """
     run = training.run
     workers = run.workers or int(cluster.num_gpus) or 1
     if cluster.num_gpus and workers > cluster.num_gpus:
         raise UserError(f"--workers {workers}, and there are {cluster.num_gpus:g} GPUs: one for each worker")
     for name, stage in run.stages.items():
-        if stage.clips_per_step % (workers * stage.accumulate):
+        micro_batches = workers * stage.gradient_accumulation
+        if stage.batch_size % micro_batches:
             raise UserError(
-                f"{name}: --clips-per-step {stage.clips_per_step} does not divide among {workers} workers that "
-                f"accumulate {stage.accumulate}: take a multiple of {workers * stage.accumulate}"
+                f"{name}: --batch-size {stage.batch_size} does not divide among {workers} workers with "
+                f"--gradient-accumulation {stage.gradient_accumulation}: take a multiple of {micro_batches}"
             )
         if not cluster.num_gpus and cluster.num_nodes == 1:
             _check_memory(training.tokenizer, name, stage, workers)
@@ -200,21 +221,23 @@ def plan_resources(training: ResolvedTraining, cluster: Cluster) -> int:
 
 
 def _check_memory(tokenizer: VidTokConfig, name: str, stage: StageConfig, workers: int) -> None:
-    """Refuse what this machine cannot hold: weights, gradients, two moments, averages, and one clip of what is kept."""
+    """Refuse a stage whose weights, optimizer state, averages and activations exceed this machine's memory."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # float32: weights, gradients, two moments and averages
     fixed = 4 * 5 * count_parameters(tokenizer)
-    clips = stage.clips_per_step // workers // stage.accumulate
-    kept = 0 if fixed < 64 << 20 or stage.recompute else clips * activation_bytes(tokenizer, stage)
+    clips = stage.batch_size // workers // stage.gradient_accumulation
+    kept = 0 if fixed < 64 << 20 or stage.activation_checkpointing else clips * activation_bytes(tokenizer, stage)
     if workers * (fixed + kept) > total:
         raise UserError(
             f"{name} does not fit this machine: {workers} workers take about {workers * fixed / 2**30:.1f} GiB for "
             f"weights and {workers * kept / 2**30:.1f} GiB for {clips} clips each at a time, and it has "
-            f"{total / 2**30:.1f} GiB. Take a GPU, --recompute, more --accumulate, or a smaller --tokenizer or --size"
+            f"{total / 2**30:.1f} GiB. Take a GPU, --activation-checkpointing, more --gradient-accumulation, or a "
+            "smaller --tokenizer or --size"
         )
 
 
 def activation_bytes(tokenizer: VidTokConfig, stage: StageConfig) -> int:
-    """What one clip's forward pass keeps for its gradients, found by a pass over tensors without storage."""
+    """Bytes that one clip's forward pass keeps for its gradients, measured with tensors that have no storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to load
 
     from vidshard.models.vidtok.model import VidTok
@@ -239,10 +262,10 @@ def activation_bytes(tokenizer: VidTokConfig, stage: StageConfig) -> int:
 
 
 def read_record(out: str) -> dict[str, Any]:
-    """The record of the run in a folder.
+    """Read the record of the run in a folder; settings with former names get their present ones.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no record, or it is not that of a training run.
         StorageError: it cannot be read.
     """
     path = storage.join(out, RUN)
@@ -255,16 +278,24 @@ def read_record(out: str) -> dict[str, Any]:
         known = isinstance(record["run_id"], str) and isinstance(record["starts"], list)
         if not known or not isinstance(record["identity"]["stages"], dict) or record["format"] != _FORMAT:
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+        record["identity"] = _with_present_names(record["identity"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the record of a training run: choose another --out") from error
     return record
 
 
+def _with_present_names(identity: dict[str, Any]) -> dict[str, Any]:
+    stages = {name: StageConfig.current_names(stage) for name, stage in identity["stages"].items()}
+    return {**TrainRun.current_names(identity), "stages": stages}
+
+
 def begin_run(training: ResolvedTraining) -> ResolvedTraining:
-    """Write ``run.json``, or find that the folder is this run's; a run that has no checkpoint yet may be another.
+    """Write ``run.json``, with the run id: that of the folder's run if its identity is the same, or a new one.
+
+    A folder whose run has no checkpoint yet may be taken by another run.
 
     Raises:
-        UserError: it is that of another run; the message lists the differences.
+        UserError: the folder belongs to another run; the message lists the differences.
     """
     run = training.run
     path = storage.join(run.out, RUN)
@@ -272,16 +303,15 @@ def begin_run(training: ResolvedTraining) -> ResolvedTraining:
     record: dict[str, Any] | None = None
     if storage.exists(path):
         record = read_record(run.out)
-        there, here = _flat(record["identity"]), _flat(_identity(run))
-        changed = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-        if changed and not _has_checkpoint(run.out, record):
-            record = None
-        elif changed:
-            lines = "\n".join(f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in changed)
+        changed = differences(record["identity"], _identity(run))
+        if changed and _has_checkpoint(run.out, record):
+            lines = "\n".join(f"  {line}" for line in changed)
             raise UserError(
                 f"{storage.public_uri(run.out)} is the run of other settings:\n{lines}\nchoose another --out, or go on "
                 f"with it: vidshard train resume {storage.public_uri(run.out)}"
             )
+        if changed:
+            record = None
     if record is None:
         record = {
             "format": _FORMAT,
@@ -315,13 +345,8 @@ def _identity(run: TrainRun) -> dict[str, Any]:
     return identity
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in values.items() if key != "stages"}
-    return flat | {f"{name}.{key}": v for name, stage in values["stages"].items() for key, v in stage.items()}
-
-
 def print_run(training: ResolvedTraining, cluster: Cluster, workers: int, console: Console) -> None:
-    """Print the complete resolved run."""
+    """Print the complete resolved run, with warnings."""
     record = training.run.model_dump(mode="json")
     console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
     config = training.tokenizer
@@ -331,11 +356,11 @@ def print_run(training: ResolvedTraining, cluster: Cluster, workers: int, consol
         highlight=False,
     )
     for name, stage in training.run.stages.items():
-        if stage.gan_weight and not stage.has_adversary:
+        if stage.gan_weight and not stage.has_discriminator:
             warn(
                 console,
-                f"{name} has no adversary: it would begin at step {stage.gan_start}, and there are {stage.steps}. Give "
-                "a lower --gan-start, or --gan-weight 0 if none is wanted",
+                f"{name} has no discriminator: it would start at step {stage.gan_start}, and there are {stage.steps}. "
+                "Give a lower --gan-start, or --gan-weight 0 if none is wanted",
             )
     if training.previous is not None:
         folder, run_id = training.previous

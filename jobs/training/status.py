@@ -1,4 +1,7 @@
-"""Where the workers of a training and its driver leave each other notes: how far it is, what broke, whether to stop."""
+"""Status of a running stage: an actor through which workers report progress and the driver asks them to stop.
+
+The module loads neither torch nor the models, which would take seconds and 300 MB of the actor's process.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-
-# Without torch, which would take seconds and 300 MB of the board's process.
 
 
 class _StatusActor:
@@ -53,39 +54,50 @@ class _StatusActor:
 
 
 class RunStatus:
-    """Where workers and driver leave each other notes; a process of its own that takes no CPU."""
+    """Handle of a stage's status actor, for the driver and every worker; the actor takes no CPU of the cluster."""
 
     def __init__(self) -> None:
         self._actor: Any = ray.remote(_StatusActor).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote()
 
     def begin(self, is_first: bool) -> bool:
-        """A worker has started, perhaps again; whether there is no use in that."""
+        """Report that a worker has started, perhaps again.
+
+        Args:
+            is_first: whether it is the first worker, whose starts are counted.
+
+        Returns:
+            Whether the stage has failed for good, so that the worker must return.
+        """
         return bool(ray.get(self._actor.begin.remote(is_first)))
 
     def show(self, latest: Mapping[str, Any]) -> bool:
-        """How far it is; whether the driver wants an end."""
+        """Report the figures of the latest step.
+
+        Returns:
+            Whether the driver asks to stop. False if the actor does not answer within 30 s.
+        """
         try:
             return bool(ray.get(self._actor.show.remote(dict(latest)), timeout=30))
         except (RayError, TimeoutError):
             return False
 
     def measured(self, figures: Mapping[str, float]) -> None:
-        """Of held-out clips."""
+        """Report metrics of held-out clips, with their ``step``."""
         self._actor.measured.remote(dict(figures))
 
     def reject(self, entries: list[dict[str, Any]]) -> None:
-        """Videos that were passed over."""
+        """Report clips that could not be decoded: uri, video_id, reason and detail of each."""
         self._actor.reject.remote(entries)
 
     def end(self, **outcome: Any) -> None:
-        """How it ended, in a way that starting again would not change."""
+        """Report how the stage ended: ``finished`` and its figures, or ``failed`` with what a restart would repeat."""
         ray.get(self._actor.end.remote(outcome))
 
     def stop(self) -> None:
-        """Ask the workers to end at their next look."""
+        """Ask the workers to stop at their next report."""
         self._actor.stop.remote()
 
     def read(self) -> dict[str, Any]:
-        """What the driver shows: latest, held_out, outcome, starts, rejected."""
+        """Everything reported so far: latest, held_out, outcome, starts, rejected."""
         note: dict[str, Any] = ray.get(self._actor.read.remote())
         return note

@@ -1,4 +1,4 @@
-"""What came of a training run: in lines on the terminal, and in ``summary.md`` for people."""
+"""Result of a training run: its data, the lines on the terminal, and ``summary.md``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from vidshard.jobs.runtime.errors import exit_code_of
+from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.training.resolve import ResolvedTraining
 from vidshard.jobs.training.worker import EXPORT, RUN
 from vidshard.models.weights import count_parameters
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.videos import TrainingVideos
 from vidshard.pipeline.versions import code_version
+from vidshard.schemas.errors import EXIT_FAILED
 
 SUMMARY = "summary.md"
 REJECTS = "rejects.json"
@@ -19,29 +22,59 @@ REJECTS = "rejects.json"
 
 @dataclass(kw_only=True)
 class StageResult:
-    """What came of one stage."""
+    """Result of one stage; ``result.json`` stores it."""
 
     name: str
     steps: int = 0
+    """Steps done."""
     before: dict[str, float] = field(default_factory=dict)
+    """Metrics of held-out clips before the first step."""
     measured: dict[str, float] = field(default_factory=dict)
+    """Metrics of held-out clips after the last step."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """Losses of the last step, and overall speed."""
     digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the videos and of the first, frozen and last weights."""
     restarts: int = 0
+    """Restarts after a worker died."""
     seconds: float = 0.0
     is_finished: bool = False
 
 
 @dataclass(kw_only=True)
 class Result:
-    """What came of the run."""
+    """Result of a training run."""
 
     stages: list[StageResult] = field(default_factory=list)
     problem: str | None = None
+    """Why the run stopped early; None if nothing went wrong."""
     interruption: KeyboardInterrupt | None = None
+    """Ctrl-C or SIGTERM that ended the run in order."""
+
+    @property
+    def exit_code(self) -> int:
+        """0; 1 after a problem; 130 or 143 after an interruption."""
+        if self.problem is not None:
+            return EXIT_FAILED
+        return 0 if self.interruption is None else exit_code_of(self.interruption)
 
 
-def print_stage(stage: StageResult, console: Console) -> None:
+def print_result(result: Result, out: str, console: Console) -> None:
+    """Print the result of each stage, and the command that comes next."""
+    for stage in result.stages:
+        _print_stage(stage, console)
+    again = f"vidshard train resume {out}"
+    if result.problem is not None:
+        warn(console, result.problem)
+        console.print(f"the last good checkpoint is kept; to go on: {again}", highlight=False)
+    elif result.interruption is not None:
+        console.print(f"interrupted; to go on: {again}", style="bold", highlight=False)
+    else:
+        last = storage.join(out, result.stages[-1].name, EXPORT)
+        console.print(f"\nnext: vidshard tokenize VIDEOS --out tokens/ --weights {last}", style="bold", highlight=False)
+
+
+def _print_stage(stage: StageResult, console: Console) -> None:
     def change(name: str, digits: int) -> str:
         now = stage.measured.get(name)
         if now is None:
@@ -54,8 +87,8 @@ def print_stage(stage: StageResult, console: Console) -> None:
     console.print(f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s{restarts}{changes}", highlight=False)
 
 
-def write_summary(training: ResolvedTraining, result: Result, corpora: TrainingVideos) -> None:
-    """Write ``summary.md``."""
+def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVideos) -> None:
+    """Write ``summary.md`` into the folder of the run."""
     run = training.run
     lines = [
         f"# Training run {training.run_id}",
@@ -63,8 +96,8 @@ def write_summary(training: ResolvedTraining, result: Result, corpora: TrainingV
         f"`{training.tokenizer.name}`, {count_parameters(training.tokenizer):,} weights, by vidshard {code_version()}. "
         f"The complete settings stand in `{RUN}`.",
         "",
-        f"Videos: {corpora.num_videos} usable ({', '.join(storage.public_uri(text) for text in run.videos)}), "
-        f"{len({row['video_id'] for row in corpora.held_out.select(['video_id']).to_pylist()})} of them held out; "
+        f"Videos: {videos.num_videos} usable ({', '.join(storage.public_uri(text) for text in run.videos)}), "
+        f"{len({row['video_id'] for row in videos.held_out.select(['video_id']).to_pylist()})} of them held out; "
         f"rejections stand in `{REJECTS}`.",
         "",
         "| stage | trains | clips | steps | PSNR dB | SSIM | LPIPS | codebook used | clips/s | waiting | MFU "
@@ -76,7 +109,7 @@ def write_summary(training: ResolvedTraining, result: Result, corpora: TrainingV
         cells = [
             stage.name,
             config.trainable,
-            f"{config.frames}x{config.size[0]}x{config.size[1]} at {config.fps} fps, {config.clips_per_step} a step",
+            f"{config.frames}x{config.size[0]}x{config.size[1]} at {config.fps} fps, {config.batch_size} a step",
             f"{stage.steps} of {config.steps}",
             *(_before_and_after(stage, name, form) for name, form in _COLUMNS),
             *(f"{stage.metrics[name]:{form}}" if name in stage.metrics else "" for name, form in _SPEEDS),

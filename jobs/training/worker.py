@@ -1,19 +1,20 @@
-"""What each training worker does; read :func:`train_worker` for the whole of it.
+"""Training worker: the loop that every worker of a stage runs; :func:`train_worker` is its entry point.
 
-Ray Train starts it on every worker, and starts all of them again when one dies: they then go on from the last
-checkpoint, with the clip that comes after it. Checkpoints are our own (``pipeline.training_data.checkpoints``)
-rather than Ray's, as the last few and the best are to be kept, on any storage that fsspec knows, and gone on from by
-another run of Ray.
+Ray Train starts it on every worker, and restarts all of them when one dies. They then resume from the last checkpoint,
+with the clip that comes after it. Checkpoints are our own (``pipeline.training_data.checkpoints``) rather than Ray's:
+they keep the last few and the best, lie on any storage that fsspec supports, and outlive the Ray cluster.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from vidshard.models.training.state import Generator, TrainState, begin_stage, s
 from vidshard.models.training.step import DivergedError, NonFiniteError, train_step
 from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.model import VidTok
-from vidshard.models.weights import differences, load_weights, preset_in_name, save_tokenizer, weights_digest
+from vidshard.models.weights import differences as network_differences
+from vidshard.models.weights import load_weights, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
 from vidshard.pipeline.training_data.loader import Batch, batches
@@ -53,41 +55,41 @@ RUN = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """One stage of a run, as the workers get it."""
+    """One stage of a run, as the driver sends it to the workers."""
 
     run: TrainRun
     name: str
     run_id: str
     tokenizer: VidTokConfig
     previous: tuple[str, str] | None
-    """Folder and run id of the stage whose last checkpoint this one starts with."""
+    """Folder and run id of the stage whose last checkpoint this one starts from; None without one."""
     weights: str | None
-    """Or the weights it starts with; None for fresh ones."""
+    """Weights file that the stage starts from; None without one."""
     epoch_length: int
-    """Clips of an epoch."""
+    """Number of clips in an epoch."""
     threads: int
-    """Of a worker on a CPU."""
-    board: RunStatus
+    """Number of threads of a worker on CPUs."""
+    status: RunStatus
 
     @property
     def stage(self) -> StageConfig:
-        """Its settings."""
+        """Settings of the stage."""
         return self.run.stages[self.name]
 
     @property
     def folder(self) -> str:
-        """Where it writes."""
+        """Folder that the stage writes to."""
         return storage.join(self.run.out, self.name)
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """Its own."""
+        """Checkpoints of the stage."""
         return Checkpoints(self.folder, self.run_id, keep_last=self.run.keep_last, best_by=self.run.best_by)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Which of the workers this is."""
+    """Rank and device of this worker."""
 
     rank: int
     count: int
@@ -95,34 +97,34 @@ class Worker:
 
     @property
     def is_first(self) -> bool:
-        """Whether it writes things down."""
+        """Whether this worker writes checkpoints, metrics and the result."""
         return self.rank == 0
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """Train a stage to its end, from its last checkpoint if there is one.
 
-    How it ended stands on the board: finished, stopped because it was asked to, or failed in a way that a restart would
-    repeat. Anything else that is raised makes Ray start the workers again.
+    The stage's status says how it ended: finished, stopped on request, or failed in a way that a restart would repeat.
+    Any other exception makes Ray Train restart the workers.
     """
     job: StageJob = config["job"]
     worker = _this_worker(job)
-    if job.board.begin(worker.is_first):
-        return  # it failed, for good
+    if job.status.begin(worker.is_first):
+        return  # it failed before, and would fail again
     try:
         _train(job, worker)
     except (NonFiniteError, DivergedError) as error:  # on all workers at once
-        job.board.end(failed=str(error))
+        job.status.end(failed=str(error))
     except torch.OutOfMemoryError as error:
-        job.board.end(failed=_does_not_fit(job, error))
+        job.status.end(failed=_out_of_memory_text(job, error))
         raise
     except CheckpointError as error:
-        job.board.end(failed=str(error))
+        job.status.end(failed=str(error))
         raise
     except RayTaskError as error:
         cause = cause_of(error)
         if cause.startswith(UnusableError.__name__):  # the same clip would not be there after a restart either
-            job.board.end(failed=cause.partition(": ")[2])
+            job.status.end(failed=cause.partition(": ")[2])
         raise
 
 
@@ -133,41 +135,42 @@ def _train(job: StageJob, worker: Worker) -> None:
     flops = 0.0 if state.device.type == "cpu" and run.compile else flops_per_clip(state, stage)
     speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count)
     tables = ray.train.get_dataset_shard("train").iter_batches(
-        batch_size=stage.clips_per_step // worker.count, batch_format="pyarrow", prefetch_batches=2
+        batch_size=stage.batch_size // worker.count, batch_format="pyarrow", prefetch_batches=2
     )
-    feed = batches(iter(tables), stage.clip_spec(clips_per_video=1), first=state.step * stage.clips_per_step)
+    feed = batches(iter(tables), stage.clip_spec(clips_per_video=1), first=state.step * stage.batch_size)
     with ExitStack() as at_end:
         recorder = at_end.enter_context(_recorder(job, state.step)) if worker.is_first else None
         writer = at_end.enter_context(CheckpointWriter(job.checkpoints))
-        measured = look(job, worker, state, held_out, recorder) if state.step == 0 else {}
+        measured = evaluate(job, worker, state, held_out, recorder) if state.step == 0 else {}
         metrics: dict[str, float] = {}
         is_last, stopping = state.step >= stage.steps, False
-        if is_last:  # it was ended between its last checkpoint and what it gives
-            measured = look(job, worker, state, held_out, None)
+        if is_last:  # an earlier start ended between the last checkpoint and the export
+            measured = evaluate(job, worker, state, held_out, None)
         while not is_last and not stopping:
             batch = next(feed, None)
             if batch is None:
                 raise RuntimeError(f"the clips ended at step {state.step} of {stage.steps}")
-            _check_place(batch, state, stage)
+            _check_position(batch, state, stage)
             metrics = train_step(state, torch.from_numpy(batch.frames))
-            speed.step(stage.clips_per_step, batch.wait_seconds)
+            speed.step(stage.batch_size, batch.wait_seconds)
             if batch.rejected:
-                job.board.reject(batch.rejected)
+                job.status.reject(batch.rejected)
             is_last = state.step >= stage.steps
             if is_last or state.step % run.log_steps == 0:
-                metrics |= speed.lately()
+                metrics |= speed.recent()
                 metrics["epoch"] = batch.samples[-1] / job.epoch_length
                 stopping = _report(job, worker, state, metrics, recorder)
             if is_last or state.step % run.evaluate_steps == 0:
-                measured = look(job, worker, state, held_out, recorder)
+                measured = evaluate(job, worker, state, held_out, recorder)
             if is_last or stopping or state.step % run.checkpoint_steps == 0:
-                save(job, worker, state, writer, digests, measured if _is_fresh(run, stage, state.step) else {})
+                was_measured = is_last or state.step % run.evaluate_steps == 0
+                save(job, worker, state, writer, digests, measured if was_measured else {})
                 if recorder is not None:
                     recorder.flush()
         writer.wait()
         figures = export(job, worker, state, digests) if is_last else {}
     if worker.is_first:
-        job.board.end(
+        job.status.end(
             finished=is_last, step=state.step, metrics=metrics | speed.overall(), measured=measured, **figures
         )
 
@@ -188,15 +191,18 @@ def _this_worker(job: StageJob) -> Worker:
     return worker
 
 
-# The beginning
+# Starting and resuming
 
 
 def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
-    """The state to go on with, and digests: of the weights that the stage began with, and of those it must not change.
+    """Restore the stage's last checkpoint, or make its first state.
+
+    Returns:
+        The state, and digests of the weights that the stage began with and of those that it must not change.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another run.
-        ValueError: what the stage starts with does not fit.
+        ValueError: the earlier stage or the weights that this one starts from do not fit.
     """
     stage = job.stage
     perceptual = None
@@ -233,10 +239,10 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
 
 
 def last_state(folder: str, run_id: str) -> dict[str, Any]:
-    """The last checkpoint of a stage.
+    """Load the last checkpoint of a stage.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the stage has none, or it is damaged.
     """
     checkpoints = Checkpoints(folder, run_id)
     mark = checkpoints.latest()
@@ -246,12 +252,12 @@ def last_state(folder: str, run_id: str) -> dict[str, Any]:
 
 
 def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:
-    """Weights from a file to start a model with.
+    """Load weights from a file to start training from, named as in the model's state dict.
 
-    They may be of another version (v1.0, v1.1) of the same network: that is how v1.1 came about.
+    They may belong to another version (v1.0, v1.1) of the same network, since v1.1 was fine-tuned from v1.0.
 
     Raises:
-        ValueError: they are of another architecture.
+        ValueError: the weights belong to another architecture.
         StorageError, FileNotFoundError: there is no such file.
     """
     with storage.local_copy(path) as local:
@@ -263,7 +269,7 @@ def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:
                 raise
             stated, weights = load_weights(local, PRESETS.get(preset_in_name(path) or "", config))
     variant = getattr(stated, "variant", config.variant)
-    differing = differences(stated, config.model_copy(update={"variant": variant}))
+    differing = network_differences(stated, config.model_copy(update={"variant": variant}))
     if differing:
         raise ValueError(
             f"{storage.public_uri(path)} is of {stated.name}, not {config.name} ({differing}): --tokenizer says which "
@@ -273,10 +279,10 @@ def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:
 
 
 def flops_per_clip(state: TrainState, stage: StageConfig) -> float:
-    """Floating-point operations of the tokenizer for one clip of a step: forward, and twice that for each gradient.
+    """Floating-point operations of the tokenizer per clip of a step: one forward pass, and two for the backward pass.
 
-    Without the losses' own networks, and without what is computed twice to save memory: the usual count for MFU. 0.0
-    where counting would take long (a large model on a CPU).
+    The usual count for MFU leaves out the networks of the losses and what activation checkpointing computes again.
+    0.0 where counting would take long (a large model on a CPU).
     """
     if state.device.type == "cpu" and sum(p.numel() for p in state.tokenizer.parameters()) > 20_000_000:
         return 0.0
@@ -290,17 +296,17 @@ def flops_per_clip(state: TrainState, stage: StageConfig) -> float:
 
 
 _PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "B200": 2250e12}
-"""Dense bfloat16 products a second, twice, as their makers state them (V100: float16)."""
+"""Peak dense bfloat16 throughput in FLOP/s, as the vendors state it (V100: float16)."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """What the device could do; for a CPU measured by matrix products; 0.0 where nobody knows."""
+    """Peak throughput of a device in FLOP/s, measured by matrix products on a CPU; 0.0 for an unknown GPU."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         peak = next((peak for known, peak in _PEAKS.items() if known in name), 0.0)
         return peak if precision == "bfloat16" else peak / 2
     best = math.inf
-    # some CPUs have units for bfloat16, others are slower with it
+    # some CPUs have units for bfloat16, others are slower with it; the faster type counts
     for dtype in (torch.float32, torch.bfloat16)[: 2 if precision == "bfloat16" else 1]:
         a = torch.ones(512, 512, dtype=dtype)
         for _ in range(8):
@@ -310,26 +316,22 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return 2 * 512**3 / best
 
 
-def _does_not_fit(job: StageJob, error: BaseException) -> str:
+def _out_of_memory_text(job: StageJob, error: BaseException) -> str:
     text = str(error).split(".")[0]
     stage = job.stage
     return (
-        f"{job.name} does not fit the device ({text}): {stage.clips_per_step} clips of {stage.frames}x{stage.size[0]}x"
-        f"{stage.size[1]}. Take more --workers, --accumulate, --recompute, or smaller clips"
+        f"{job.name} does not fit the device ({text}): {stage.batch_size} clips of {stage.frames}x{stage.size[0]}x"
+        f"{stage.size[1]}. Take more --workers, --gradient-accumulation, --activation-checkpointing, or smaller clips"
     )
 
 
-# On the way
+# During training
 
 
-def _check_place(batch: Batch, state: TrainState, stage: StageConfig) -> None:
-    first = state.step * stage.clips_per_step
-    if not all(first <= sample < first + stage.clips_per_step for sample in batch.samples):
+def _check_position(batch: Batch, state: TrainState, stage: StageConfig) -> None:
+    first = state.step * stage.batch_size
+    if not all(first <= sample < first + stage.batch_size for sample in batch.samples):
         raise RuntimeError(f"step {state.step} takes clips from {first} on, got {batch.samples}")
-
-
-def _is_fresh(run: TrainRun, stage: StageConfig, step: int) -> bool:
-    return step >= stage.steps or step % run.evaluate_steps == 0
 
 
 def _recorder(job: StageJob, from_step: int) -> Recorder:
@@ -341,11 +343,15 @@ def _recorder(job: StageJob, from_step: int) -> Recorder:
 def _report(
     job: StageJob, worker: Worker, state: TrainState, metrics: Mapping[str, float], recorder: Recorder | None
 ) -> bool:
-    """Write figures down, and find out whether to stop: all workers the same."""
+    """Record metrics of a step, and ask the driver whether to stop.
+
+    Returns:
+        Whether to stop; the same on all workers.
+    """
     stopping = False
     if recorder is not None:
         recorder.write(state.step, metrics)
-        stopping = job.board.show({"step": state.step, **metrics})
+        stopping = job.status.show({"step": state.step, **metrics})
     if worker.count > 1:
         flag = torch.tensor(float(stopping), device=worker.device)
         dist.broadcast(flag, 0)
@@ -353,42 +359,55 @@ def _report(
     return stopping
 
 
-def look(
+def evaluate(
     job: StageJob, worker: Worker, state: TrainState, held_out: npt.NDArray[np.uint8], recorder: Recorder | None
 ) -> dict[str, float]:
-    """Measure the averaged weights on held-out clips, shared among the workers, and draw some; nothing without any."""
+    """Measure the averaged weights on held-out clips, shared among the workers, and record metrics and pictures.
+
+    Args:
+        held_out: clips, uint8 (N, T, H, W, 3); the same on all workers.
+        recorder: None on workers that record nothing.
+
+    Returns:
+        Metrics by name, the same on all workers; empty without held-out clips.
+    """
     if not len(held_out):
         return {}
-    size = max(1, job.stage.clips_per_step // worker.count // job.stage.accumulate)
-    total: Evaluation | None = None
+    shown = held_out[: job.run.pictures]
     with state.averaged():
-        for at in range(worker.rank * size, _rounded_up(len(held_out), size * worker.count), size * worker.count):
-            part = held_out[at : at + size]
-            # Every worker takes part in each round, as sharded weights need all of them.
-            evaluation = evaluate_batch(state, torch.from_numpy(part if len(part) else held_out[:1]))
-            if len(part):
-                total = evaluation if total is None else total + evaluation
-        shown = held_out[: job.run.pictures]
+        own = _evaluate_share(job, worker, state, held_out)
         fakes = []
         for clip in shown:
             _, video_BCTHW, _ = reconstruct(state, torch.from_numpy(clip[None]))
             fakes.append(output_to_frames(video_BCTHW).cpu().numpy()[0])
-    all_totals = [total]
+    all_shares = [own]
     if worker.count > 1:
         gathered: list[Evaluation | None] = [None] * worker.count
-        dist.all_gather_object(gathered, total)
-        all_totals = gathered
-    measured: Evaluation | None = None
-    for other in all_totals:
-        if other is not None:
-            measured = other if measured is None else measured + other
-    assert measured is not None
-    figures = measured.metrics()
+        dist.all_gather_object(gathered, own)
+        all_shares = gathered
+    figures = reduce(operator.add, (share for share in all_shares if share is not None)).metrics()
     if recorder is not None:
         recorder.write(state.step, figures, group="held_out")
         recorder.picture(state.step, shown, np.stack(fakes) if fakes else shown)
-        job.board.measured({"step": state.step, **figures})
+        job.status.measured({"step": state.step, **figures})
     return figures
+
+
+def _evaluate_share(
+    job: StageJob, worker: Worker, state: TrainState, held_out: npt.NDArray[np.uint8]
+) -> Evaluation | None:
+    """Evaluate this worker's share of the held-out clips; None if it has none.
+
+    Every worker takes part in every round, as sharded weights need all of them; one without a clip takes the first.
+    """
+    size = max(1, job.stage.batch_size // worker.count // job.stage.gradient_accumulation)
+    total: Evaluation | None = None
+    for at in range(worker.rank * size, _rounded_up(len(held_out), size * worker.count), size * worker.count):
+        part = held_out[at : at + size]
+        evaluation = evaluate_batch(state, torch.from_numpy(part if len(part) else held_out[:1]))
+        if len(part):
+            total = evaluation if total is None else total + evaluation
+    return total
 
 
 def _rounded_up(count: int, multiple: int) -> int:
@@ -396,7 +415,7 @@ def _rounded_up(count: int, multiple: int) -> int:
 
 
 def _read_held_out(job: StageJob) -> npt.NDArray[np.uint8]:
-    """uint8 (N, T, H, W, 3)."""
+    """Read the stage's held-out clips: uint8 (N, T, H, W, 3)."""
     stage = job.stage
     with storage.open_binary(storage.join(job.folder, HELD_OUT)) as file:
         frames = pq.ParquetFile(file).read(columns=["frames"])["frames"].to_pylist()
@@ -404,7 +423,7 @@ def _read_held_out(job: StageJob) -> npt.NDArray[np.uint8]:
     return np.frombuffer(bytearray().join(frames), np.uint8).reshape(shape) if frames else np.empty(shape, np.uint8)
 
 
-# What is kept
+# Checkpoints and the result
 
 
 def save(
@@ -415,22 +434,29 @@ def save(
     digests: Mapping[str, str],
     measured: Mapping[str, float],
 ) -> None:
-    """Begin to write a checkpoint; the first worker does, and sharded weights need all of them for it."""
+    """Start writing a checkpoint on the first worker; sharded weights need every worker to take part.
+
+    Args:
+        measured: metrics of held-out clips at this step; empty where none were taken.
+    """
     if not worker.is_first and job.run.parallel != "fsdp":
         return
     kept = state.state_dict()
     if worker.is_first:
-        sample = state.step * job.stage.clips_per_step
+        sample = state.step * job.stage.batch_size
         epoch, count = divmod(sample, job.epoch_length)
         data = {"sample": sample, "epoch": epoch, "count": count}
         writer.save({"state": kept, "stage": job.name, "data": data, "digests": dict(digests)}, state.step, measured)
 
 
 def export(job: StageJob, worker: Worker, state: TrainState, digests: Mapping[str, str]) -> dict[str, Any]:
-    """Write the averaged weights as a tokenizer that ``vidshard tokenize --weights`` takes; gives digests.
+    """Write the averaged weights as a tokenizer for ``vidshard tokenize --weights``.
+
+    Returns:
+        Digests of the weights, on the first worker; empty on the others.
 
     Raises:
-        RuntimeError: something changed that must not.
+        RuntimeError: weights changed that the stage does not train.
     """
     if state.frozen_digest() != digests["frozen_sha256"]:
         raise RuntimeError(f"{job.name} changed weights that it must leave alone: this is a bug")

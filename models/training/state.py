@@ -33,7 +33,9 @@ from vidshard.models.training.distributed import (
 from vidshard.models.training.perceptual import Perceptual
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
-from vidshard.models.weights import differences, weights_digest
+from vidshard.models.weights import differences as network_differences
+from vidshard.models.weights import weights_digest
+from vidshard.schemas.fields import differences
 from vidshard.schemas.training import StageConfig
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -71,7 +73,7 @@ class Generator(nn.Module):
         self.tokenizer = set_trainable(tokenizer, config.trainable)
         self.logvar = nn.Parameter(torch.zeros(1), requires_grad=config.learn_logvar)
         self.trains_encoder = config.trainable == "all"
-        self.activation_checkpointing = config.recompute
+        self.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, x_BCTHW: Tensor, noise_BCTHW: Tensor | None = None) -> dict[str, Tensor]:
         """Encode, quantize in float32 and decode.
@@ -211,16 +213,14 @@ class TrainState:
         """
         check_format(state)
         stored_tokenizer = VidTokConfig.model_validate_json(state["tokenizer"])
-        if differing := differences(stored_tokenizer, self.tokenizer.config):
+        if differing := network_differences(stored_tokenizer, self.tokenizer.config):
             raise ValueError(
                 f"the checkpoint is of {stored_tokenizer.name}, not {self.tokenizer.config.name} ({differing})"
             )
-        ours = json.loads(self.config.model_dump_json(exclude={"steps"}))
-        theirs = json.loads(state["config"])
-        if differing := "; ".join(
-            f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]
-        ):
-            raise ValueError(f"the checkpoint is of another stage of training ({differing})")
+        stored_stage = StageConfig.current_names(json.loads(state["config"]))
+        stage = json.loads(self.config.model_dump_json())
+        if changed := differences({**stored_stage, "steps": 0}, {**stage, "steps": 0}):
+            raise ValueError(f"the checkpoint is of another stage of training ({'; '.join(changed)})")
         load_full_state(self.bare_generator, state["generator"])
         copy_full_tensors(self.averages, state["averages"])
         if self.bare_discriminator is not None:
@@ -352,13 +352,13 @@ def check_stage(config: StageConfig, tokenizer: VidTokConfig) -> None:
     """
     tokenizer.latent_shape(config.frames, *config.size)
     smallest = Discriminator.MIN_SIZE
-    if config.has_adversary and config.discriminator == "3d" and config.frames <= 4 and max(config.size) <= 8:
+    if config.has_discriminator and config.discriminator == "3d" and config.frames <= 4 and max(config.size) <= 8:
         # The last layers would see a single value per clip, and batch norm of one clip needs more.
         raise ValueError(
             f"a 3d discriminator needs clips of more than 4 frames, or frames larger than 8 x 8, got {config.frames} "
             f"of {config.size}: take larger ones, or gan_weight 0"
         )
-    if config.has_adversary and config.discriminator == "2d" and min(config.size) < smallest:
+    if config.has_discriminator and config.discriminator == "2d" and min(config.size) < smallest:
         raise ValueError(
             f"a 2d discriminator needs frames of at least {smallest} x {smallest}, got {config.size}: take larger "
             "frames, the 3d one, or gan_weight 0"
@@ -387,7 +387,7 @@ def init_from_stage(
     """
     check_format(previous)
     there, here = VidTokConfig.model_validate_json(previous["tokenizer"]), generator.tokenizer.config
-    if differing := differences(there, here):
+    if differing := network_differences(there, here):
         raise ValueError(
             f"a stage goes on with the tokenizer of the one before it, which is {there.name}, not {here.name} "
             f"({differing})"
@@ -405,7 +405,7 @@ def init_from_stage(
 
 
 def _new_discriminator(config: StageConfig) -> Discriminator | None:
-    if not config.has_adversary:
+    if not config.has_discriminator:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

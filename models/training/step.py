@@ -37,8 +37,8 @@ from vidshard.models.training.state import TrainState, video_of
 from vidshard.schemas.training import StageConfig
 
 _REMEDY = (
-    "A new run --from this stage begins with the weights of its last checkpoint: give it a lower learning rate, more "
-    "warm-up"
+    "A new run with --init-from this stage begins with the weights of its last checkpoint: give it a lower learning "
+    "rate, more warm-up"
 )
 
 
@@ -55,7 +55,7 @@ def train_step(state: TrainState, frames_BTHWC: Tensor) -> dict[str, float]:
 
     Args:
         frames_BTHWC: this worker's part of the batch, uint8 (B, T, H, W, 3) on any device; B is a multiple of
-            ``accumulate`` and the same on all workers.
+            ``gradient_accumulation`` and the same on all workers.
 
     Returns:
         Unweighted losses by term, gradient norms before clipping, and learning rates; means over all workers.
@@ -68,10 +68,10 @@ def train_step(state: TrainState, frames_BTHWC: Tensor) -> dict[str, float]:
     discriminator = state.discriminator if state.step >= config.gan_start else None
     terms = _accumulate_gradients(state, discriminator, frames_BTHWC)
     values = mean_over_workers(torch.stack(list(terms.values())))
-    norms = {"grad_norm_generator": _clip_gradients(state.generator_optimizer, config.clip_norm)}
+    norms = {"grad_norm_generator": _clip_gradients(state.generator_optimizer, config.max_grad_norm)}
     if discriminator is not None:
         assert state.discriminator_optimizer is not None
-        norms["grad_norm_discriminator"] = _clip_gradients(state.discriminator_optimizer, config.clip_norm)
+        norms["grad_norm_discriminator"] = _clip_gradients(state.discriminator_optimizer, config.max_grad_norm)
     # The one place where the CPU waits for the device.
     numbers = torch.cat([values, torch.stack(list(norms.values()))]).tolist()
     metrics = dict(zip([*terms, *norms], numbers, strict=True))
@@ -108,17 +108,17 @@ def _accumulate_gradients(
         This worker's mean of each term, without gradient; scalars.
     """
     config = state.config
-    if frames_BTHWC.shape[0] == 0 or frames_BTHWC.shape[0] % config.accumulate:
+    if frames_BTHWC.shape[0] == 0 or frames_BTHWC.shape[0] % config.gradient_accumulation:
         raise ValueError(
-            f"a worker's part of a batch must be a multiple of accumulate, {config.accumulate}, "
+            f"a worker's part of a batch must be a multiple of gradient_accumulation, {config.gradient_accumulation}, "
             f"got {frames_BTHWC.shape[0]} clips"
         )
     state.generator_optimizer.zero_grad()
     if state.discriminator_optimizer is not None:
         state.discriminator_optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
-    for micro_batch, part_BTHWC in enumerate(frames_BTHWC.chunk(config.accumulate)):
-        is_last = micro_batch == config.accumulate - 1
+    for micro_batch, part_BTHWC in enumerate(frames_BTHWC.chunk(config.gradient_accumulation)):
+        is_last = micro_batch == config.gradient_accumulation - 1
         x_BCTHW = frames_to_input(part_BTHWC.to(state.device)).contiguous()
         with gradient_sync(state.generator, is_last):
             video_BCTHW, terms = _generator_gradients(state, x_BCTHW, micro_batch, discriminator is not None)
@@ -126,7 +126,7 @@ def _accumulate_gradients(
             with gradient_sync(discriminator, is_last):
                 terms |= _discriminator_gradients(state, discriminator, x_BCTHW, video_BCTHW)
         for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.detach().float() / config.accumulate
+            sums[name] = sums.get(name, 0.0) + term.detach().float() / config.gradient_accumulation
     return sums
 
 
@@ -139,7 +139,7 @@ def _generator_gradients(
         The reconstruction, float32 (B, 3, T, H, W) without gradient, and the terms.
     """
     config = state.config
-    share = 1 / config.accumulate
+    share = 1 / config.gradient_accumulation
     with state.autocast():
         made = state.generator(x_BCTHW, _noise(state, x_BCTHW, micro_batch))
         decoded_BTHWC = made["decoded_BTHWC"].detach().requires_grad_()
@@ -148,7 +148,7 @@ def _generator_gradients(
         real_FCHW, fake_FCHW = frames_of(x_BCTHW), frames_of(video_BCTHW)
         perceptual_F = None
         if state.perceptual is not None:
-            at_once = x_BCTHW.shape[2] if config.recompute else None
+            at_once = x_BCTHW.shape[2] if config.activation_checkpointing else None
             perceptual_F = state.perceptual(real_FCHW, fake_FCHW, frames_at_once=at_once)
     nll, l1, perceptual = reconstruction_loss(
         real_FCHW,
@@ -205,7 +205,7 @@ def _discriminator_gradients(
     with state.autocast():
         real_FP, fake_FP = discriminator(x_BCTHW, video_BCTHW)
     terms = {"hinge": hinge_loss(real_FP, fake_FP), "lecam": state.lecam.penalty(real_FP, fake_FP)}
-    ((terms["hinge"] + config.lecam_weight * terms["lecam"]) / config.accumulate).backward()  # type: ignore[no-untyped-call]
+    ((terms["hinge"] + config.lecam_weight * terms["lecam"]) / config.gradient_accumulation).backward()  # type: ignore[no-untyped-call]
     return terms | {"score_real": real_FP.mean(), "score_fake": fake_FP.mean()}
 
 

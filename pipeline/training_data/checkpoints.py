@@ -1,10 +1,10 @@
-"""Checkpoints of a training: written beside it, whole or absent, on any storage; the last few and the best are kept.
+"""Checkpoints of a training stage: written atomically to any storage; the last few and the best are kept.
 
-    checkpoints/step-00001000.pt      the state, as torch saves it
-    checkpoints/step-00001000.json    that it is whole, whose it is, and how good
+    checkpoints/step-00001000.pt      state, as torch saves it
+    checkpoints/step-00001000.json    record: step, run, digest of the state, metrics
 
-The second file is written after the first and removed before it: a checkpoint is there if its second file is. Reading
-executes nothing (``weights_only``).
+The record is written after the state and removed before it, so a checkpoint exists if its record does. Loading executes
+no code (``weights_only``).
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ CHECKPOINTS = "checkpoints"
 
 
 class CheckpointError(VidshardError):
-    """A checkpoint cannot be gone on from; the message says why and what to do."""
+    """A checkpoint cannot be resumed from; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What is known of a checkpoint without reading it."""
+    """Record of a checkpoint, known without loading it."""
 
     step: int
     run_id: str
-    """Of the run that wrote it."""
+    """Id of the run that wrote it."""
     digest: str
-    """BLAKE2b of the file."""
+    """BLAKE2b of the state's file, 16 bytes in hex."""
     metrics: dict[str, float]
-    """Of held-out clips at that step; empty where nobody looked."""
+    """Metrics of held-out clips at that step; empty where none were taken."""
 
 
 class Checkpoints:
     """The checkpoints of one stage of one run.
 
     Args:
-        folder: of the stage.
-        run_id: of the run; checkpoints of others are refused.
-        keep_last: so many of the last ones are kept,
-        best_by: and the best one by this metric.
+        folder: folder of the stage.
+        run_id: id of the run; checkpoints of other runs are refused.
+        keep_last: number of most recent checkpoints to keep.
+        best_by: metric that selects the best checkpoint, which is also kept.
     """
 
     def __init__(self, folder: str, run_id: str, *, keep_last: int = 2, best_by: str = "psnr") -> None:
@@ -62,11 +62,11 @@ class Checkpoints:
         self._best_by = best_by
 
     def marks(self) -> list[CheckpointInfo]:
-        """All of them, by step.
+        """Records of all checkpoints, by step.
 
         Raises:
-            CheckpointError: one is of another run.
-            StorageError: they cannot be listed or read.
+            CheckpointError: a checkpoint belongs to another run, or its record is damaged.
+            StorageError: the records cannot be listed or read.
         """
         marks = []
         for path in storage.list_files(self._folder, ".json"):
@@ -83,11 +83,11 @@ class Checkpoints:
         return sorted(marks, key=lambda mark: mark.step)
 
     def latest(self) -> CheckpointInfo | None:
-        """The last one."""
+        """The checkpoint of the last step; None without any."""
         return max(self.marks(), key=lambda mark: mark.step, default=None)
 
     def best(self) -> CheckpointInfo | None:
-        """The best one by the metric; None where none has it."""
+        """The best checkpoint by the metric; None where none was measured."""
         return self._best_of(self.marks())
 
     def _best_of(self, marks: list[CheckpointInfo]) -> CheckpointInfo | None:
@@ -96,11 +96,11 @@ class Checkpoints:
         return max(measured, key=lambda mark: (sign * mark.metrics[self._best_by], mark.step), default=None)
 
     def load(self, mark: CheckpointInfo) -> dict[str, Any]:
-        """What was saved.
+        """Load a checkpoint's state, on the CPU.
 
         Raises:
             CheckpointError: the file is damaged or gone.
-            StorageError: it cannot be read.
+            StorageError: the file cannot be read.
         """
         path, record = self._path(mark.step, ".pt"), self._path(mark.step, ".json")
         if not storage.exists(path):
@@ -112,16 +112,16 @@ class Checkpoints:
         return loaded
 
     def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:
-        """Write one, then remove those that need not be kept.
+        """Write a checkpoint, then remove those that need not be kept.
 
         Raises:
-            StorageError: it could not be written; nothing of it counts then, and all others are still there.
+            StorageError: it could not be written; it then does not exist, and all others are still there.
         """
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         data = buffer.getbuffer()
         mark = CheckpointInfo(step=step, run_id=self._run_id, digest=_digest(data), metrics=dict(metrics))
-        storage.remove(self._path(step, ".json"))  # of an attempt before a restart
+        storage.remove(self._path(step, ".json"))  # left by an attempt before a restart
         storage.write_atomic(self._path(step, ".pt"), data)
         storage.write_atomic(self._path(step, ".json"), json.dumps(asdict(mark), indent=1).encode())
         self._prune()
@@ -134,7 +134,7 @@ class Checkpoints:
         for mark in marks:
             if mark.step not in kept:
                 for suffix in (".json", ".pt"):
-                    with suppress(storage.StorageError):  # it takes room, no more
+                    with suppress(storage.StorageError):  # it only takes space
                         storage.remove(self._path(mark.step, suffix))
 
     def _path(self, step: int, suffix: str) -> str:
@@ -142,7 +142,7 @@ class Checkpoints:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, while training goes on; waits for the last one at its end."""
+    """Writes checkpoints in a thread, one at a time, while training goes on; leaving the context waits for the last."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
@@ -150,16 +150,16 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:
-        """Begin to write a state, which must not be changed any more; waits for the one before.
+        """Start writing a state, which must not change any more; waits for the checkpoint before.
 
         Raises:
-            StorageError: that one could not be written.
+            StorageError: the checkpoint before could not be written.
         """
         self.wait()
         self._pending = self._thread.submit(self._checkpoints.save, state, step, metrics)
 
     def wait(self) -> None:
-        """Until what was begun is on the storage.
+        """Wait until the last checkpoint is on the storage.
 
         Raises:
             StorageError: it could not be written.

@@ -32,14 +32,16 @@ from tests.support.processes import processes_below
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.jobs.cli import training_run, vidshard
 from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.errors import cause_of
+from vidshard.jobs.runtime.errors import cause_of, print_error
 from vidshard.jobs.settings import SettingsError
 from vidshard.jobs.shards.decode import DecodeRun, decode_output
 from vidshard.jobs.tokenization.job import tokenize
-from vidshard.jobs.training.job import prepare_data, resume, run_and_report
+from vidshard.jobs.training import job
+from vidshard.jobs.training.job import prepare_data
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.recorder import Recorder, Speed, picture_strip, read_metrics
 from vidshard.jobs.training.resolve import activation_bytes, plan_resources, read_record, resolve
+from vidshard.jobs.training.summary import Result
 from vidshard.jobs.training.worker import start_weights
 from vidshard.models.training.state import start_tokenizer
 from vidshard.models.vidtok.config import PRESETS
@@ -47,7 +49,7 @@ from vidshard.models.weights import load_weights, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import UserError, VidshardError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import StageConfig, TrainRun
 
@@ -93,7 +95,7 @@ SMALL = {
     "threads": 1,
     "eval_clips": 8,
     "pictures": 2,
-    "held_out": 0.2,
+    "validation_share": 0.2,
 }
 
 
@@ -101,11 +103,25 @@ def run_of(videos: Path | str, out: Path | str, stages: tuple[str, ...] = ("stag
     return training_run("tiny", stages, {"videos": [str(videos)], "out": str(out), **SMALL, **changes})
 
 
+def exit_code_of(result: Callable[[], Result]) -> int:
+    """The exit code of a job, as the command ends with it."""
+    try:
+        return result().exit_code
+    except VidshardError as error:
+        print_error(error)
+        return error.exit_code
+
+
 def train(run: TrainRun) -> tuple[int, str]:
     """The exit code and what was printed."""
     text = io.StringIO()
-    code = run_and_report(run, Console(file=text, width=200))
+    code = exit_code_of(lambda: job.train(run, Console(file=text, width=200)))
     return code, text.getvalue()
+
+
+def resume(out: str, changes: dict[str, Any], console: Console) -> int:
+    """The exit code."""
+    return exit_code_of(lambda: job.resume(out, changes, console))
 
 
 def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dict[str, float]]:
@@ -328,7 +344,7 @@ def test_a_damaged_list_of_rejections_is_named(
 def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, list[str]], videos: Path) -> None:
     out, _ = trained
     start = str(out / "stage1")
-    flags = {"videos": [str(videos)], "out": str(out) + "2", "start_from": start, "preset": "tiny"}
+    flags = {"videos": [str(videos)], "out": str(out) + "2", "init_from": start, "preset": "tiny"}
     with pytest.raises(Exception, match=r"is of tiny, not tiny_kl .*head: fsq there, kl here"):
         resolve(training_run("tiny", ("stage2",), flags | {"tokenizer": "tiny_kl"}))
     training = resolve(training_run("tiny", ("stage2",), flags))
@@ -393,8 +409,8 @@ def test_a_sharded_run_with_lpips_on_an_object_store(
     asked: dict[str, Any] = {
         "workers": 2,
         "parallel": "fsdp",
-        "accumulate": 2,
-        "recompute": True,
+        "gradient_accumulation": 2,
+        "activation_checkpointing": True,
         "perceptual_weight": 0.1,
         "vgg_weights": str(vgg_file),
         "steps": 4,
@@ -410,7 +426,7 @@ def test_a_sharded_run_with_lpips_on_an_object_store(
     code, text = train(run_of(videos, out, **asked))
     assert code == 0, text
     assert weights_digest(load_weights_from(out + "/stage1/tokenizer.safetensors")) == made
-    code, text = train(run_of(videos, out + "2", ("stage2",), **asked, start_from=out + "/stage1"))
+    code, text = train(run_of(videos, out + "2", ("stage2",), **asked, init_from=out + "/stage1"))
     assert code == 0, text
     lines = [json.loads(line) for line in storage.read_bytes(out + "/stage1/metrics.jsonl").decode().splitlines()]
     assert [line["step"] for line in lines if line["group"] == "held_out"] == [0, 2, 4]
@@ -447,7 +463,7 @@ def test_a_run_that_can_measure_nothing_says_so(tmp_path: Path, ray_session: Non
     for number in range(4):
         video = write_video(tmp_path / f"{number}.mp4", Recipe(num_frames=96 + number, rate=Fraction(24), gop=4))
         write_damaged(video, video, share=0.3, num_bytes=video.stat().st_size // 3)
-    training = resolve(run_of(tmp_path, tmp_path / "run", clips_per_step=1))
+    training = resolve(run_of(tmp_path, tmp_path / "run", batch_size=1))
     cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
     text = io.StringIO()
     corpora, _ = prepare_data(training, "stage1", training.run.stages["stage1"], cluster, Console(file=text, width=200))
@@ -455,10 +471,10 @@ def test_a_run_that_can_measure_nothing_says_so(tmp_path: Path, ray_session: Non
     assert {rejection.uri for rejection in corpora.rejections} == set(corpora.held_out["uri"].to_pylist())
 
 
-def test_an_adversary_that_never_begins_is_warned_of(videos: Path, tmp_path: Path, ray_session: None) -> None:
-    code, text = train(run_of(videos, tmp_path / "out", steps=40, gan_start=40, clips_per_step=400))
+def test_a_discriminator_that_never_begins_is_warned_of(videos: Path, tmp_path: Path, ray_session: None) -> None:
+    code, text = train(run_of(videos, tmp_path / "out", steps=40, gan_start=40, batch_size=400))
     assert code == 2
-    assert "stage1 has no adversary: it would begin at step 40, and there are 40" in " ".join(text.split())
+    assert "stage1 has no discriminator: it would start at step 40, and there are 40" in " ".join(text.split())
 
 
 # Bad input
@@ -471,10 +487,10 @@ def test_an_adversary_that_never_begins_is_warned_of(videos: Path, tmp_path: Pat
         ({"frames": 6}, "stage1: .*frames"),
         ({"size": "30"}, "stage1: .*30"),
         ({"perceptual_weight": 1.0, "vgg_weights": "/nowhere.pth"}, "nowhere.pth.*--perceptual-weight 0"),
-        ({"start_from": "/nowhere/stage1"}, "neither a stage of a run, such as runs/mine/stage1, nor weights"),
-        ({"start_from": "/nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"init_from": "/nowhere/stage1"}, "neither a stage of a run, such as runs/mine/stage1, nor weights"),
+        ({"init_from": "/nowhere.safetensors"}, "nowhere.safetensors"),
         ({"checkpoint_steps": 7, "evaluate_steps": 3}, "must be a multiple of the other"),
-        ({"trainable": "decoder"}, "needs a trained encoder: give --from"),
+        ({"trainable": "decoder"}, "needs a trained encoder: give --init-from"),
         ({"wandb": "project"}, "pip install wandb"),
         ({"cache": "s3://key:SECRET@bucket/x"}, r"s3://bucket/x: the URL carries credentials"),
         ({"videos": ["https://host/v.mp4?sig=SECRET"]}, r"https://host/v.mp4: the URL carries credentials"),
@@ -538,8 +554,8 @@ def test_too_few_videos_batches_that_do_not_divide_and_unreachable_storage_are_r
     blocked = tmp_path / "file"
     blocked.write_text("")
     for changes, message in (
-        ({"clips_per_step": 400}, "fewer than a batch of 400: give more videos, raise --clips-per-video"),
-        ({"clips_per_step": 3, "workers": 2}, "does not divide among 2 workers"),
+        ({"batch_size": 400}, "fewer than a batch of 400: give more videos, raise --clips-per-video"),
+        ({"batch_size": 3, "workers": 2}, "does not divide among 2 workers"),
         ({"out": str(blocked / "run")}, "cannot write"),
         ({"videos": [str(tmp_path / "nothing")]}, "no such file, or the folder is empty"),
     ):
@@ -552,11 +568,11 @@ def test_too_few_videos_batches_that_do_not_divide_and_unreachable_storage_are_r
 def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("videos: [a/, b/]\npreset: tiny\nsteps: 50\nstage2: {size: 64, steps: 70}\nperceptual_weight: 0\n")
-    flags = {"out": "x", "stage1": ("clips_per_step=8",), "gan_start": "20"}
+    flags = {"out": "x", "stage1": ("batch_size=8",), "gan_start": "20"}
     run = training_run("paper", ("stage1", "stage2"), flags, file)
     assert run.videos == ["a/", "b/"]
     assert (run.stages["stage1"].steps, run.stages["stage2"].steps) == (50, 70)
-    assert (run.stages["stage1"].clips_per_step, run.stages["stage2"].clips_per_step) == (8, 4)
+    assert (run.stages["stage1"].batch_size, run.stages["stage2"].batch_size) == (8, 4)
     assert run.stages["stage1"].gan_start == run.stages["stage2"].gan_start == 20
     assert run.stages["stage2"].trainable == "decoder"
     for changes, message in (
@@ -595,14 +611,14 @@ def test_presets_are_complete_runs(name: str) -> None:
 def test_the_presets_of_the_paper_are_its_stages() -> None:
     run = TRAININGS["paper"](["videos"], "out")
     first, second = run.stages.values()
-    assert (first.size, first.frames, first.fps, first.steps, first.clips_per_step) == (
+    assert (first.size, first.frames, first.fps, first.steps, first.batch_size) == (
         (128, 128),
         17,
         Fraction(3),
         50_000,
         16,
     )
-    assert (second.size, second.steps, second.clips_per_step, second.trainable) == ((256, 256), 30_000, 8, "decoder")
+    assert (second.size, second.steps, second.batch_size, second.trainable) == ((256, 256), 30_000, 8, "decoder")
 
 
 # Its parts
@@ -629,8 +645,10 @@ def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
 def test_what_cannot_fit_the_machine_is_refused_before_it_starts() -> None:
     cpus = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=True)
     run = TRAININGS["paper_stage1"](["clips"], "out")
-    batch = {"stage1": run.stages["stage1"].model_copy(update={"clips_per_step": 4096, "perceptual_weight": 0})}
-    with pytest.raises(UserError, match=r"stage1 does not fit this machine: .* 4096 clips each .* --recompute"):
+    batch = {"stage1": run.stages["stage1"].model_copy(update={"batch_size": 4096, "perceptual_weight": 0})}
+    with pytest.raises(
+        UserError, match=r"stage1 does not fit this machine: .* 4096 clips each .* --activation-checkpointing"
+    ):
         plan_resources(resolve(run.model_copy(update={"stages": batch})), cpus)
     many = run.model_copy(update={"workers": 1024, "stages": batch})
     with pytest.raises(UserError, match=r"1024 workers take about \d{4}\.\d GiB for weights"):
@@ -672,7 +690,7 @@ def test_the_first_steps_do_not_count_in_the_overall_speed() -> None:
     speed = Speed(flops_per_clip=1e9, peak_flops=1e12, workers=2)
     assert speed.overall() == {}
     speed.step(4, 100.0)
-    assert speed.lately()["waiting"] > 1
+    assert speed.recent()["waiting"] > 1
     speed.step(4, 0.0)
     figures = speed.overall()
     assert figures["waiting"] == 0

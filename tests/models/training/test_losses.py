@@ -116,7 +116,7 @@ def test_the_codebook_entropy_of_two_workers_is_that_of_one_with_both_parts() ->
         torch.testing.assert_close(own[0] / 2, gradient[index], atol=1e-5, rtol=1e-4)
 
 
-# The adversary
+# The discriminator
 
 RELEASED_2D = {
     "0.weight": (64, 3, 4, 4),

@@ -48,7 +48,7 @@ SMALL = StageConfig(
     frames=5,
     size=(32, 32),
     steps=100,
-    clips_per_step=2,
+    batch_size=2,
     learning_rate=1e-3,
     perceptual_weight=0,
     gan_start=2,
@@ -134,7 +134,7 @@ def test_a_tiny_tokenizer_learns() -> None:
 
 @pytest.mark.parametrize("tokenizer", [TINY, TINY_KL, TINY_VQ], ids=lambda config: config.name)
 def test_the_gradients_are_those_of_the_whole_loss(tokenizer: Any) -> None:
-    config = small(gan_start=0, clip_norm=1e9)
+    config = small(gan_start=0, max_grad_norm=1e9)
     state = state_of(config, tokenizer)
     batch = clips(2)
     reference = state_of(config, tokenizer)
@@ -190,7 +190,10 @@ class Distance(nn.Module):
 
 def test_recomputing_layers_changes_nothing() -> None:
     states = [
-        state_of(small(recompute=recompute, gan_start=0, perceptual_weight=1.0), perceptual=Perceptual(Distance()))
+        state_of(
+            small(activation_checkpointing=recompute, gan_start=0, perceptual_weight=1.0),
+            perceptual=Perceptual(Distance()),
+        )
         for recompute in (False, True)
     ]
     kept, recomputed = (train_step(state, clips(2)) for state in states)
@@ -214,19 +217,19 @@ def test_compiling_takes_the_network_as_one_graph_and_changes_nothing() -> None:
 
 def test_a_batch_in_pieces_is_the_batch() -> None:
     # What is no mean over clips is left out: entropy over a codebook, the adaptive weight, batch norm.
-    config = small(entropy_weight=0, gan_weight=0, clips_per_step=4)
+    config = small(entropy_weight=0, gan_weight=0, batch_size=4)
     whole = state_of(config)
-    in_pieces = state_of(small(entropy_weight=0, gan_weight=0, clips_per_step=4, accumulate=2))
+    in_pieces = state_of(small(entropy_weight=0, gan_weight=0, batch_size=4, gradient_accumulation=2))
     expected, metrics = train_step(whole, clips(4)), train_step(in_pieces, clips(4))
     for name in ("nll", "l1", "commitment", "grad_norm_generator"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
     assert_same(gradients(in_pieces.bare_generator), gradients(whole.bare_generator))
-    with pytest.raises(ValueError, match="multiple of accumulate, 2, got 3 clips"):
+    with pytest.raises(ValueError, match="multiple of gradient_accumulation, 2, got 3 clips"):
         train_step(in_pieces, clips(3))
 
 
-def test_pieces_work_with_the_adversary_too() -> None:
-    state = state_of(small(clips_per_step=4, accumulate=2, gan_start=0))
+def test_pieces_work_with_the_discriminator_too() -> None:
+    state = state_of(small(batch_size=4, gradient_accumulation=2, gan_start=0))
     metrics = train_step(state, clips(4))
     assert {"hinge", "lecam", "adaptive_weight", "grad_norm_discriminator"} <= {*metrics}
     assert state.lecam.real.item() == pytest.approx(0.001 * metrics["score_real"], rel=1e-3)
@@ -244,7 +247,7 @@ def test_bfloat16_steps_are_near_those_of_float32(tokenizer: str, discriminator:
         assert metrics["bfloat16"][name] == pytest.approx(metrics["float32"][name], rel=0.05)
 
 
-def test_the_adversary_begins_at_its_batch_and_costs_nothing_before() -> None:
+def test_the_discriminator_begins_at_its_batch_and_costs_nothing_before() -> None:
     state = state_of(small(gan_start=2, warmup_steps=4))
     assert state.bare_discriminator is not None
     before = {name: value.clone() for name, value in state.bare_discriminator.state_dict().items()}
@@ -265,7 +268,7 @@ def test_without_weight_there_is_no_discriminator() -> None:
 
 
 def test_gradients_are_cut_to_the_norm() -> None:
-    state = state_of(small(gan_weight=0, clip_norm=0.5))
+    state = state_of(small(gan_weight=0, max_grad_norm=0.5))
     metrics = train_step(state, clips(2))
     total = math.sqrt(sum(float(g.square().sum()) for g in gradients(state.bare_generator).values()))
     assert metrics["grad_norm_generator"] > 1
@@ -365,7 +368,7 @@ def test_a_stage_that_cannot_be_is_refused(changes: dict[str, object], tokenizer
     ("changes", "message"),
     [
         ({"l1_weight": 0}, "nothing would hold the reconstruction"),
-        ({"clips_per_step": 3, "accumulate": 2}, "multiple of accumulate"),
+        ({"batch_size": 3, "gradient_accumulation": 2}, "multiple of gradient_accumulation"),
         ({"warmup_steps": 100}, "warmup_steps must be below steps"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
         ({"leraning_rate": 1}, "Extra inputs"),
@@ -378,9 +381,9 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, object], message:
 
 def test_the_defaults_are_the_first_stage_of_the_paper() -> None:
     config = StageConfig()
-    assert (config.frames, config.size, config.steps, config.clips_per_step) == (17, (128, 128), 50_000, 16)
+    assert (config.frames, config.size, config.steps, config.batch_size) == (17, (128, 128), 50_000, 16)
     assert config.fps == Fraction(3)
-    assert (config.learning_rate, config.clip_norm, config.gan_weight, config.gan_start) == (1e-5, 20, 0.2, 20_001)
+    assert (config.learning_rate, config.max_grad_norm, config.gan_weight, config.gan_start) == (1e-5, 20, 0.2, 20_001)
     again = StageConfig.model_validate_json(config.model_dump_json())
     assert again == config
 
@@ -485,11 +488,19 @@ def test_each_stage_trains_the_released_names(path: Path) -> None:
     [
         ("tiny", {"warmup_steps": 3, "schedule": "cosine"}),
         ("tiny_kl", {"precision": "bfloat16"}),
-        ("tiny", {"trainable": "decoder", "accumulate": 2, "recompute": True, "discriminator": "3d"}),
+        (
+            "tiny",
+            {
+                "trainable": "decoder",
+                "gradient_accumulation": 2,
+                "activation_checkpointing": True,
+                "discriminator": "3d",
+            },
+        ),
     ],
     ids=["fsq", "kl, bfloat16", "decoder"],
 )
-@pytest.mark.parametrize("stop", [1, 3], ids=["before the adversary", "with it"])
+@pytest.mark.parametrize("stop", [1, 3], ids=["before the discriminator", "with it"])
 def test_a_resumed_run_is_the_same_run_bit_by_bit(tokenizer: str, changes: dict[str, object], stop: int) -> None:
     config = small(**changes)
     whole = state_of(config, tokenizer)
@@ -536,7 +547,7 @@ def test_a_state_of_another_run_is_refused() -> None:
     kept = state_of(SMALL).state_dict()
     with pytest.raises(ValueError, match=r"of tiny, not tiny_kl"):
         state_of(SMALL, "tiny_kl").load_state_dict(kept)
-    with pytest.raises(ValueError, match=r"another stage of training \(size: 32x32 there, 48x48 here\)"):
+    with pytest.raises(ValueError, match=r"another stage of training \(size: '32x32' there, '48x48' now\)"):
         state_of(small(size=(48, 48))).load_state_dict(kept)
     state_of(small(steps=200)).load_state_dict(kept)
     with pytest.raises(ValueError, match="format 1 is needed, got None"):
@@ -610,8 +621,8 @@ def joined(rank: int, work: Callable[[int, str], None], folder: str) -> None:
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": shard_generator}
-TWO_WORKERS = small(gan_weight=0, clip_norm=1e9)
-WITH_ADVERSARY = small(gan_start=1, accumulate=2, clips_per_step=4)
+TWO_WORKERS = small(gan_weight=0, max_grad_norm=1e9)
+WITH_DISCRIMINATOR = small(gan_start=1, gradient_accumulation=2, batch_size=4)
 
 
 def both_wrappings(rank: int, folder: str) -> None:
@@ -620,17 +631,17 @@ def both_wrappings(rank: int, folder: str) -> None:
         metrics = train_step(state, clips(2)[rank : rank + 1])
         grads = {n: p.grad for n, p in state.bare_generator.named_parameters()}
         whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items() if g is not None}
-        # and on through a checkpoint, with an adversary and in pieces
-        state = state_of(WITH_ADVERSARY, wrap=wrap)
+        # and on through a checkpoint, with a discriminator and in pieces
+        state = state_of(WITH_DISCRIMINATOR, wrap=wrap)
         batches = [clips(4, seed=step)[2 * rank : 2 * rank + 2] for step in range(2)]
         curve = [train_step(state, batches[0])]
         kept = state.state_dict()
         curve += [train_step(state, batch) for batch in batches[1:]]
-        again = begin_stage(WITH_ADVERSARY, start_tokenizer(TINY, 9), wrap=wrap)
+        again = begin_stage(WITH_DISCRIMINATOR, start_tokenizer(TINY, 9), wrap=wrap)
         again.load_state_dict(kept)
         resumed = [train_step(again, batch) for batch in batches[1:]]
         # looking on changes nothing
-        state = state_of(WITH_ADVERSARY, wrap=wrap)
+        state = state_of(WITH_DISCRIMINATOR, wrap=wrap)
         watched = []
         for batch in batches:
             watched.append(train_step(state, batch))

@@ -38,7 +38,7 @@ from vidshard.schemas.rejections import Reason
 from vidshard.schemas.training import RunSettings, StageConfig, join_weight, split_weight
 from vidshard.schemas.video import ClipSpec, Limits
 
-STAGE = StageConfig(frames=3, size=(32, 32), fps=Fraction(4), clips_per_step=4)
+STAGE = StageConfig(frames=3, size=(32, 32), fps=Fraction(4), batch_size=4)
 SPEC = STAGE.clip_spec(clips_per_video=2)
 
 
