@@ -1,7 +1,9 @@
-"""The ``vidshard`` command: one sub-command a job.
+"""The ``vidshard`` command: one sub-command per job.
 
-Exit codes: 0 done; 1 the run failed or something is missing from its result; 2 the request cannot be carried out
-as it stands; 130 interrupted (Ctrl-C); 143 terminated.
+This module is the door of every job: it turns arguments into settings, calls the job, and turns its result or its error
+into output and an exit code. Errors for users and interrupts are caught here and nowhere else. Exit codes: 0 done;
+1 the job ran and failed, or its output is incomplete or damaged; 2 the request cannot be carried out; 130 interrupted
+(Ctrl-C); 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -26,32 +28,27 @@ if TYPE_CHECKING:
     from vidshard.jobs.tokenization.summary import Summary
     from vidshard.jobs.training.summary import Result
 
-# The jobs themselves are imported where they run: `vidshard --help` need not wait seconds for torch and Ray.
+# Each command imports its job when it runs: `vidshard --help` must not wait seconds for torch and Ray.
 
 
 def main() -> None:
     """Entry point of the console command."""
     signal.signal(signal.SIGTERM, terminate)
-    try:
-        sys.exit(vidshard.main(standalone_mode=False))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort as error:
-        cause = error.__cause__ or error.__context__
-        interrupt = cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()
-        click.echo("interrupted before anything was done; run the same command again", err=True)
-        sys.exit(exit_code_of(interrupt))
+    vidshard()
 
 
 class ReportingGroup(click.Group):
-    """The place where every command's errors and interrupts become a message and an exit code."""
+    """The root command, where every job's result, error or interrupt becomes a message and an exit code."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Sub-commands in the order in which a newcomer meets them."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command.
+        """Run the sub-command.
 
         Raises:
-            SystemExit: with the code that the error, the interrupt or the command's result stands for.
+            SystemExit: always, with the exit code of the error, of the interrupt, or of the job's result.
         """
         try:
             result = super().invoke(ctx)
@@ -59,7 +56,7 @@ class ReportingGroup(click.Group):
             print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt as interrupt:
-            click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
+            click.echo("interrupted; run the same command again to continue", err=True)
             sys.exit(exit_code_of(interrupt))
         sys.exit(result if isinstance(result, int) else getattr(result, "exit_code", 0))
 
@@ -67,18 +64,36 @@ class ReportingGroup(click.Group):
 @click.group(cls=ReportingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="vidshard")
 def vidshard() -> None:
-    """Turn large video corpora into Parquet shards of tokens, and tokens back into video.
+    """Turn large video corpora into Parquet shards of tokens or latents, and tokens back into video.
 
     \b
-    vidshard demo                                       see the whole machine work
-    vidshard tokenizers                                 the models it knows
-    vidshard tokenize clips/ --out tokens/ ...          videos to token shards
-    vidshard inspect tokens/                            what is in there
-    vidshard verify tokens/                             is it what it says it is?
-    vidshard decode tokens/ --clip ID --to clip.mp4     tokens back to video
-    vidshard convert model.ckpt model.safetensors ...   weights that say which model they are
-    vidshard train two_stage --videos clips/ ...        a tokenizer of one's own
+    Start here:
+      vidshard demo                                     see it work, in a minute
+      vidshard tokenize clips/ --out tokens/            videos to token shards
+      vidshard verify tokens/                           check the output
+      vidshard decode tokens/ --clip ID --to clip.mp4   tokens back to video
+
+    \b
+    Exit codes:
+      0     done
+      1     the job failed, or its output is incomplete or damaged
+      2     the request cannot be carried out; nothing was done
+      130   interrupted (Ctrl-C); the same command continues
+      143   terminated (SIGTERM); the same command continues
     """
+
+
+@vidshard.command()
+@click.argument("videos", nargs=-1, metavar="[VIDEOS]...")
+@click.option("--out", default="demo-out", show_default=True, metavar="FOLDER", help="Output folder.")
+def demo(videos: tuple[str, ...], out: str) -> int:
+    """Tokenize and reconstruct a sample corpus, or your VIDEOS.
+
+    Takes about a minute, and shows every step on the way.
+    """
+    from vidshard.jobs.demo import run_demo
+
+    return run_demo(videos, out, _console())
 
 
 @vidshard.command(cls=SectionedCommand)
@@ -86,24 +101,24 @@ def vidshard() -> None:
 @options_of(TokenizeRun, leave_out=frozenset({"inputs"}))
 @click.option(
     "--local",
+    is_flag=True,
     cls=SectionedOption,
     section="Execution",
-    is_flag=True,
+    common=True,
     help="Run every stage in this process, without Ray: for debugging and small machines.",
 )
 def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
-    """Turn videos into Parquet token shards.
+    """Turn videos into Parquet shards of tokens or latents.
 
-    VIDEOS are files, folders (searched recursively), globs, or manifests: a .parquet, .csv or .jsonl file with a
-    'uri' column, whose further columns travel to the token rows. Local paths, or any URL that fsspec opens
-    (s3://bucket/clips/*.mp4; credentials come from the environment).
+    VIDEOS are files, folders, globs or manifests (.parquet, .csv or .jsonl with a 'uri' column), local or at any URL
+    that fsspec opens. A manifest's other columns are copied to the token rows.
 
-    Every video comes out as tokens or as a row in rejects/, with the reason and what to do about it. Running the
-    same command again tokenizes what is not finished yet, and nothing twice.
+    Every video becomes tokens or a row in rejects/ with the reason. The same command again continues what is
+    unfinished.
 
     \b
-    vidshard tokenize ~/clips --out tokens/ --tokenizer fsq_causal_488_32768 --weights model.safetensors
-    vidshard tokenize s3://bucket/*.mp4 --out s3://bucket/tokens --config run.yaml --fps 3
+    vidshard tokenize clips/ --out tokens/
+    vidshard tokenize s3://bucket/*.mp4 --out s3://bucket/tokens --config run.yaml
     """
     run = resolve_settings(TokenizeRun, flags, config_path)
     from vidshard.jobs.tokenization.job import tokenize as run_job
@@ -113,12 +128,22 @@ def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
 
 @vidshard.command()
 @click.argument("out", metavar="OUTPUT")
-@click.option("--rows", default=3, show_default=True, metavar="N", help="Show so many rows.")
+@click.option("--rows", default=3, show_default=True, metavar="N", help="Number of rows to print.")
 def inspect(out: str, rows: int) -> None:
-    """Show what an output folder or a single shard holds: counts, schema, provenance, rejects, a few rows."""
+    """Show what an output holds.
+
+    Prints counts, schema, provenance, rejections and some rows. OUTPUT is the folder of a run, or a single shard.
+    """
     from vidshard.jobs.shards.show import inspect_output
 
     inspect_output(out, _console(), num_rows=rows)
+
+
+_moved_weights = click.option(
+    "--weights",
+    metavar="FILE",
+    help="Weights to use if they have moved since the run: a path, a URL or hf://OWNER/REPO/PATH.",
+)
 
 
 @vidshard.command()
@@ -127,36 +152,35 @@ def inspect(out: str, rows: int) -> None:
     "--exact",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
-    help="Encode this share of the clips again from their sources, 0.01 for one in a hundred, and compare.",
+    help="Share of the clips to encode again from their sources and compare, such as 0.01.",
 )
-@click.option("--seed", default=0, show_default=True, help="Which clips --exact takes.")
-@click.option(
-    "--weights",
-    metavar="FILE",
-    help="Weights, where they are no longer where the shard says: a path, a URL, or hf://OWNER/REPO/PATH.",
-)
+@click.option("--seed", default=0, show_default=True, help="Random seed of the clips that --exact takes.")
+@_moved_weights
 @click.option(
     "--repair",
     is_flag=True,
-    help="Take out what is broken: damaged shards, clips that stand in two, those of videos that were replaced. The "
-    "same `vidshard tokenize` then fills it in again. Refused while a run is going on.",
+    help="Remove damaged shards, duplicate clips and clips of replaced videos, unless a run holds the lease. The same "
+    "`vidshard tokenize` then fills the gaps.",
 )
 @click.option(
     "--account",
     "account_file",
     metavar="FILE",
-    help="Write what became of each video, seconds, reasons and remedies: FILE.parquet or FILE.csv.",
+    help="Write the fate of each video to FILE.parquet or FILE.csv: seconds, reasons of rejections and remedies.",
 )
 def verify(
     out: str, exact: float | None, seed: int, weights: str | None, repair: bool, account_file: str | None
 ) -> Verification:
-    """Check that an output is what it says it is.
+    """Check that an output is complete and undamaged.
 
-    Reads every shard whole: checksums, schema, values, ids that stand there twice, other settings than run.json's; and
-    holds them against the plan: what was tokenized, rejected, or is left to do, in videos and in seconds. Exit code 1
-    if anything is broken; what is merely left to do is not. With --exact, clips are decoded and
-    encoded again, cut otherwise than the run cut them: in float32 on a CPU every token must be the same, but for those
-    whose value lies at a tie of rounding. On a GPU, or in bfloat16, the share that differs is printed.
+    Reads every shard in full and checks checksums, schema, values, duplicate ids and the settings of run.json. Then
+    compares the shards with the plan: what is tokenized, rejected or left to do, in videos and in seconds.
+
+    The exit code is 1 if anything is damaged; work that is left to do is no damage.
+
+    With --exact, clips are decoded and encoded again in other groups than during the run. In float32 on a CPU every
+    token must be equal, except where a value lies at a rounding tie. On a GPU, or in bfloat16, the share of different
+    tokens is printed.
 
     \b
     vidshard verify tokens/
@@ -172,22 +196,21 @@ def verify(
 
 @vidshard.command()
 @click.argument("out", metavar="OUTPUT")
-@click.option("--clip", "clip_id", metavar="ID", help="Decode this clip; the beginning of its id is enough.")
-@click.option("--to", "target", metavar="FILE", help="Where the clip goes, for example clip.mp4.")
-@click.option(
-    "--video", "video_id", metavar="ID", help="Decode this whole video of a --continuous output into --to FILE."
-)
+@click.option("--clip", "clip_id", metavar="ID", help="Clip to decode; the beginning of its id is enough.")
+@click.option("--video", "video_id", metavar="ID", help="Video to decode as a whole, from an output of --continuous.")
+@click.option("--to", "target", metavar="FILE", help="Video file to write for --clip or --video, such as clip.mp4.")
 @click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="With --all: the first N clips only.")
-@click.option("--side-by-side", is_flag=True, help="Put the source beside the reconstruction where it can be read.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Decode only the first N clips of --all.")
 @click.option(
-    "--weights",
-    metavar="FILE",
-    help="Weights, where they are no longer where the shard says: a path, a URL, or hf://OWNER/REPO/PATH.",
+    "--side-by-side", is_flag=True, help="Show the source beside the reconstruction, if the source can be read."
 )
+@_moved_weights
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
 @click.option(
-    "--tile-overlap", type=click.IntRange(min=0), metavar="PIXELS", help="What they share. Default: as encoded."
+    "--tile-overlap",
+    type=click.IntRange(min=0),
+    metavar="PIXELS",
+    help="Minimum overlap of neighboring tiles. Default: as encoded.",
 )
 def decode(
     out: str,
@@ -201,9 +224,10 @@ def decode(
     tile_size: str | None,
     tile_overlap: int | None,
 ) -> None:
-    """Turn tokens back into video, with the tokenizer and the weights that made them.
+    """Turn tokens back into video.
 
-    Weights with another digest than the shard's are refused.
+    The tokenizer and the weights are those that made the tokens. Weights whose digest differs from the shard's are
+    refused.
 
     \b
     vidshard decode tokens/ --clip 3f2a --to clip.mp4 --side-by-side
@@ -212,7 +236,7 @@ def decode(
     if [clip_id, video_id, folder].count(None) != 2:
         raise click.UsageError("give --clip ID or --video ID with --to FILE, or --all DIR")
     if folder is None and target is None:
-        raise click.UsageError("--clip and --video need --to FILE: where the video goes")
+        raise click.UsageError("--clip and --video need --to FILE, the video file to write")
     try:
         tiles = None if tile_size is None else parse_size(tile_size)
     except ValueError as error:
@@ -236,7 +260,7 @@ def decode(
 
 @vidshard.command()
 def tokenizers() -> None:
-    """List the models it knows."""
+    """List the tokenizers that vidshard knows."""
     from vidshard.jobs.shards.show import print_tokenizers
 
     print_tokenizers(_console())
@@ -245,18 +269,20 @@ def tokenizers() -> None:
 @vidshard.command()
 @click.argument("source", metavar="CHECKPOINT")
 @click.argument("target", metavar="FILE.safetensors")
-@click.option("--tokenizer", metavar="NAME", help="Which model the checkpoint holds, unless it says so itself.")
-@click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights beside those of training's last step.")
+@click.option("--tokenizer", metavar="NAME", help="Tokenizer in the checkpoint. Needed unless the checkpoint names it.")
+@click.option("--ema", is_flag=True, help="Take the averaged (EMA) weights instead of those of the last training step.")
 def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
-    """Turn a published checkpoint into a safetensors file that says which model it holds.
+    """Convert a published checkpoint to safetensors.
 
-    CHECKPOINT is a .ckpt, .pt, .pth or .safetensors file, read without executing anything in it: local, any URL
-    that fsspec opens, or a file of the Hugging Face Hub, hf://OWNER/REPO/PATH or hf://OWNER/REPO@REVISION/PATH
-    (kept in its cache; HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT as everywhere). From then on `--weights
-    FILE.safetensors` alone is enough for `vidshard tokenize`.
+    The new file also holds the configuration of the tokenizer: `vidshard tokenize --weights FILE.safetensors` needs no
+    --tokenizer.
 
-    v1.0 and v1.1 of a model cannot be told apart by content: name the one that you downloaded. A file that is
-    called after another model than the one named is refused.
+    CHECKPOINT is a .ckpt, .pt, .pth or .safetensors file: local, at any URL that fsspec opens, or on the Hugging Face
+    Hub as hf://OWNER/REPO[@REVISION]/PATH. Nothing in it is executed. The Hub's cache and its variables HF_TOKEN,
+    HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are used as by other tools.
+
+    Versions 1.0 and 1.1 of a published tokenizer have the same tensors: name the one that you downloaded. A file
+    named after another tokenizer is refused.
 
     \b
     vidshard convert vidtok_fsq_causal_488_32768.ckpt fsq.safetensors --tokenizer fsq_causal_488_32768
@@ -270,7 +296,7 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
 
 @vidshard.group()
 def train() -> None:
-    """Train a tokenizer on raw videos, on one machine or a Ray cluster.
+    """Train a tokenizer on raw videos.
 
     \b
     vidshard train two_stage --videos clips/ --out runs/mine           both stages of the VidTok paper
@@ -412,16 +438,6 @@ def resume(out: str, **changes: Any) -> Result:
     from vidshard.jobs.training.job import resume as run_job
 
     return run_job(out, {name: value for name, value in changes.items() if value is not None}, _console())
-
-
-@vidshard.command()
-@click.argument("videos", nargs=-1, metavar="[VIDEOS]...")
-@click.option("--out", default="demo-out", show_default=True, metavar="FOLDER", help="Where the result goes.")
-def demo(videos: tuple[str, ...], out: str) -> None:
-    """See the whole machine work: a sample corpus, or VIDEOS, to tokens and back, in about a minute."""
-    from vidshard.jobs.demo import run_demo
-
-    sys.exit(run_demo(videos, out, _console()))
 
 
 def _console() -> Console:

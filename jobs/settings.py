@@ -1,7 +1,7 @@
-"""Settings of a run from flags, from a YAML file, or from both, all defined by one pydantic model.
+"""Settings of a run from flags, a YAML file or both, and the help of the commands that take them.
 
-A field of the model is a flag (``reject_share`` is ``--reject-share``) and a key of the file. What a person wrote
-wrongly is refused with the place it was written and the nearest valid name.
+One settings model defines all three: the field ``max_reject_share`` is the flag ``--max-reject-share`` and the key
+``max_reject_share`` of the file. A mistake is refused with the place where it was written and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -17,37 +17,101 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vidshard.schemas.fields import Settings, setting_of
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.fields import Setting, Settings, setting_of
 
 Model = TypeVar("Model", bound=Settings)
 
+_SHOW_ALL = "vidshard.show_all"
+_LAST_SECTIONS = ("Execution", "Settings file")
 
-class SettingsError(click.UsageError):
-    """A setting is unknown, missing or has an impossible value."""
 
-
-class SectionedCommand(click.Command):
-    """A command whose ``--help`` lists its options under the sections of the model's fields."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one block of options for each section, in the order of the fields."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
-            if record is not None:
-                section = getattr(parameter, "section", "Settings")
-                sections.setdefault(section, []).append(record)
-        for section, records in sections.items():
-            with formatter.section(section):
-                formatter.write_dl(records)
+class SettingsError(UserError):
+    """A setting is unknown, missing, given twice, or has an impossible value."""
 
 
 class SectionedOption(click.Option):
-    """An option that knows the section of ``--help`` it belongs to."""
+    """An option with a section of ``--help-all``.
 
-    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+    Args:
+        section: heading that the option stands under.
+        common: whether ``--help`` lists the option.
+    """
+
+    def __init__(self, *args: Any, section: str, common: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
+        self.common = common
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Names and help text; a switch that is off by default is listed without its ``--no-`` form."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.secondary_opts or "[default: " in record[1]:
+            return record
+        return record[0].split(" / ")[0], record[1]
+
+
+class SectionedCommand(click.Command):
+    """A command with many options: ``--help`` lists the common ones, ``--help-all`` all of them by section."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        show_all = click.Option(
+            ["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_all,
+            help="Show all options, by section.",
+        )
+        self.params.append(show_all)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the common options, or every section in the order of the fields."""
+        options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
+        listed: dict[str, list[tuple[str, str]]] = {}
+        left_out = 0
+        show_all = bool(ctx.meta.get(_SHOW_ALL))
+        for option in sorted(options, key=_section_rank if show_all else _common_rank):
+            record = option.get_help_record(ctx)
+            if record is None:
+                continue
+            if show_all:
+                listed.setdefault(_section(option), []).append(record)
+            elif not isinstance(option, SectionedOption) or option.common:
+                listed.setdefault("Common options", []).append(record)
+            else:
+                left_out += 1
+        for section, records in listed.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+        formatter.write_paragraph()
+        if left_out:
+            formatter.write_text(f"{left_out} more options: {ctx.command_path} --help-all")
+        elif show_all:
+            formatter.write_text("Every switch has a --no- form, which turns it off where a settings file turns it on.")
+
+
+def _section(option: click.Option) -> str:
+    return option.section if isinstance(option, SectionedOption) else "Help"
+
+
+def _section_rank(option: click.Option) -> int:
+    """Sort key that keeps the order of the fields, and puts how a run executes and the help last."""
+    ranks = (*_LAST_SECTIONS, "Help")
+    return 1 + ranks.index(_section(option)) if _section(option) in ranks else 0
+
+
+def _common_rank(option: click.Option) -> int:
+    """Sort key that puts required options first, and otherwise does as :func:`_section_rank`."""
+    return -1 if (option.help or "").endswith("[required]") else _section_rank(option)
+
+
+def _print_all(ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:
+    if is_given and not ctx.resilient_parsing:
+        ctx.meta[_SHOW_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
 
 
 def options_of(
@@ -56,90 +120,111 @@ def options_of(
     leave_out: frozenset[str] = frozenset(),
     defaults: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[[Any], Any]:
-    """Decorator that gives a click command one option for each field of a model, and ``--config``.
+    """Decorator that gives a click command one option per field of a model, and ``--config``.
 
-    Values arrive as text, None where the flag was not given; :func:`resolve_settings` makes the model of them.
+    Values arrive as text, None or an empty tuple where the flag was not given; :func:`resolve_settings` builds the
+    model from them. Former names of a field are hidden options.
 
     Args:
-        model: whose fields they are.
+        model: settings model.
         leave_out: fields without an option.
-        defaults: what the help shows in place of the model's defaults: those of each stage of the work, in order.
+        defaults: defaults to show instead of the model's: one value, or one per stage of a training.
     """
 
     def decorate(function: Any) -> Any:
+        function = click.option(
+            "--config",
+            "config_path",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
+            cls=SectionedOption,
+            section="Settings file",
+            common=True,
+            help="YAML file of settings; its keys are the flags with _ for -. Flags win over the file.",
+        )(function)
         for name, field in reversed(model.model_fields.items()):
             if name not in leave_out:
                 known = defaults[name] if defaults and name in defaults else [field.default]
                 function = _option(name, field, known)(function)
                 for alias in setting_of(field).aliases:
                     function = _hidden_option(alias, field)(function)
-        return click.option(
-            "--config",
-            "config_path",
-            type=click.Path(dir_okay=False, path_type=Path),
-            metavar="FILE",
-            cls=SectionedOption,
-            section="Settings",
-            help="Read settings from a YAML file; its keys are the flags with _ for -. Flags win.",
-        )(function)
+        return function
 
     return decorate
 
 
 def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[Any], Any]:
     setting = setting_of(field)
-    flag = _flag(name)
-    text = (field.description or "") + ("" if field.annotation is bool else _default_text(defaults))
-    shared: dict[str, Any] = {"cls": SectionedOption, "section": setting.section, "default": None}
-    if field.annotation is bool:
-        short = (setting.short,) if setting.short else ()
-        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, *short, help=text, **shared)
-    if setting.without_value is not None:
-        shared |= {"is_flag": False, "flag_value": setting.without_value}
-    if get_origin(field.annotation) is Literal:
-        metavar = "|".join(get_args(field.annotation))
-    else:
-        metavar = setting.metavar or "VALUE"
-    return click.option(flag, name, metavar=metavar, help=text, **shared)
+    return click.option(
+        *_flags(name, field),
+        name,
+        cls=SectionedOption,
+        section=setting.section,
+        common=setting.common,
+        help=f"{field.description}{_default_text(defaults, setting)}",
+        **_value_of(field, setting),
+    )
 
 
 def _hidden_option(alias: str, field: FieldInfo) -> Callable[[Any], Any]:
     """The flag of a former name: it works, and the help does not list it."""
-    flag = _flag(alias)
+    return click.option(*_flags(alias, field), alias, hidden=True, **_value_of(field, setting_of(field)))
+
+
+def _flags(name: str, field: FieldInfo) -> tuple[str, ...]:
+    if field.annotation is not bool:
+        return (_flag(name),)
+    short = setting_of(field).short
+    return (f"{_flag(name)}/--no-{_flag(name).removeprefix('--')}", *([short] if short else ()))
+
+
+def _value_of(field: FieldInfo, setting: Setting) -> dict[str, Any]:
+    """Click's description of the value: which one, how often, and what stands for it in the help."""
     if field.annotation is bool:
-        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", alias, default=None, hidden=True)
-    return click.option(flag, alias, default=None, hidden=True)
+        return {"default": None}
+    if get_origin(field.annotation) is Literal:
+        return {"default": None, "metavar": "|".join(get_args(field.annotation))}
+    value: dict[str, Any] = {"default": None, "metavar": setting.metavar or "VALUE"}
+    if setting.without_value is not None:
+        return value | {"is_flag": False, "flag_value": setting.without_value}
+    return value | {"multiple": get_origin(field.annotation) in (list, dict)}
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _default_text(defaults: Sequence[Any]) -> str:
+def _default_text(defaults: Sequence[Any], setting: Setting) -> str:
     if PydanticUndefined in defaults:
         return "  [required]"
-    texts = ["none" if value is None else _text_of(value) for value in defaults]
-    if set(texts) == {"none"}:
+    texts = list(dict.fromkeys(_text_of(value, setting) for value in defaults))
+    if texts in (["none"], ["off"]):
         return ""
-    return f"  [default: {texts[0] if len(set(texts)) == 1 else ', then '.join(texts)}]"
+    return f"  [default: {', then '.join(texts)}]"
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: Any, setting: Setting) -> str:
+    if value is None or value in ({}, []):
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, tuple):
         return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1 << 20:
-        return f"{value >> 20}MiB"
-    return str(value)
+    if setting.metavar == "BYTES":
+        return f"{value >> 30}GiB" if value >= 1 << 30 else f"{value >> 20}MiB"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: Path | None) -> Model:
-    """Build the model from a YAML file and flags, flags winning.
+    """Build a model from a YAML file and flags, flags winning. Former names work, with a note on stderr.
 
     Args:
-        flags: by field name; None, or an empty tuple, for what was not given.
+        model: settings model.
+        flags: values by field name; None or an empty tuple where a flag was not given.
+        config_path: YAML file, or None.
 
     Raises:
-        SettingsError: with one line for each thing that is wrong.
+        SettingsError: with one line per mistake.
     """
     from_file = _read_yaml(config_path) if config_path else {}
     given = {name: value for name, value in flags.items() if value not in (None, ())}
@@ -157,7 +242,7 @@ def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: 
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_explain(model, dict(item), given, config_path) for item in error.errors(include_url=False)]
-        raise SettingsError("\n".join(lines)) from error
+        raise SettingsError("\n       ".join(lines)) from error  # each below the first, behind "error: "
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -176,7 +261,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
-    """YAML forbids a key that stands twice; the library takes the last one and says nothing."""
+    """Refuse a key that stands twice: YAML forbids it, and the library silently takes the last one."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -195,7 +280,7 @@ def _explain(model: type[Settings], item: Mapping[str, Any], given: Mapping[str,
     flag = _flag(name)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(model.model_fields)}"
+        hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all of them"
         return f"{_line_of(path, name)}: unknown setting '{name}'; {hint}"
     if item["type"] == "missing":
         where = "the command" if path is None else f"the command or {path}"
@@ -209,7 +294,7 @@ def _explain(model: type[Settings], item: Mapping[str, Any], given: Mapping[str,
 
 
 def _line_of(path: Path | None, key: str) -> str:
-    """``file:line`` of a key in a YAML file."""
+    """``file:line`` of a key in a YAML file, or the flag where there is no file."""
     if path is None:
         return _flag(key)
     root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)

@@ -132,8 +132,8 @@ class TokenizerSettings(Settings):
         identity="resolved",
         common=True,
         metavar="NAME",
-        help="Tokenizer: a name listed by `vidshard tokenizers`. Default: the one named in --weights; without "
-        "--weights, fsq_causal_488_small with the weights that come with vidshard.",
+        help="Tokenizer: a name listed by `vidshard tokenizers`. Default: the one that --weights names, or the "
+        "included fsq_causal_488_small.",
     )
     weights: str | None = setting(
         None,
@@ -141,8 +141,8 @@ class TokenizerSettings(Settings):
         identity="resolved",
         common=True,
         metavar="FILE",
-        help="Weights of the tokenizer: a .safetensors or .ckpt file, local, at a URL, or "
-        "hf://OWNER/REPO[@REVISION]/PATH on the Hugging Face Hub. Every tensor must match the tokenizer.",
+        help="Weights of the tokenizer: a .safetensors or .ckpt file, a URL, or hf://OWNER/REPO[@REVISION]/PATH on "
+        "the Hugging Face Hub. They must fit the tokenizer exactly.",
     )
     ema: bool = setting(
         False,
@@ -234,7 +234,6 @@ class SamplingSettings(Settings):
         "crop",
         section="Sampling",
         identity=True,
-        common=True,
         help="Resize policy: 'crop' fills the frame and cuts the edges, 'pad' adds black bars, 'stretch' ignores the "
         "aspect ratio.",
     )
@@ -242,7 +241,6 @@ class SamplingSettings(Settings):
         "pad",
         section="Sampling",
         identity=True,
-        common=True,
         help="Last clip of a video if it is incomplete: 'pad' repeats its last frame and records num_valid_frames, "
         "'drop' leaves it out.",
     )

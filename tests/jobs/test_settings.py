@@ -102,7 +102,7 @@ def test_yaml_that_wants_to_build_objects_is_refused(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_setting_with_its_default() -> None:
-    result = run("tokenize", "--help")
+    result = run("tokenize", "--help-all")
     assert result.exit_code == 0
     text = " ".join(result.output.split())
     for name, field in TokenizeRun.model_fields.items():

@@ -595,7 +595,7 @@ def test_help_states_the_defaults_of_the_command() -> None:
         ("two_stage", ["[default: 128x128, then 256x256]", "[default: 50000, then 30000]"]),
         ("finetune", ["[default: cosine]", "[default: 10000]"]),
     ):
-        result = CliRunner().invoke(vidshard, ["train", command, "--help"], terminal_width=200)
+        result = CliRunner().invoke(vidshard, ["train", command, "--help-all"], terminal_width=200)
         assert all(word in " ".join(result.output.split()) for word in words), result.output
 
 
