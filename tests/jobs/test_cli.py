@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from vidshard.jobs.cli import vidshard
 from vidshard.jobs.runtime.errors import Terminated
-from vidshard.jobs.shards import show
+from vidshard.jobs.shards import verify
 from vidshard.schemas.errors import RunFailedError, UserError
 
 
@@ -38,8 +38,8 @@ def test_how_a_job_ends_is_the_exit_code_of_its_command(
             raise ending
         return ending
 
-    monkeypatch.setattr(show, "inspect_output", job)
-    result = CliRunner().invoke(vidshard, ["inspect", "tokens/"])
+    monkeypatch.setattr(verify, "verify_output", job)
+    result = CliRunner().invoke(vidshard, ["verify", "tokens/"])
     assert result.exit_code == code
     assert result.stderr == words
     assert result.stdout == ""
@@ -49,5 +49,5 @@ def test_a_defect_is_not_taken_for_a_mistake_of_the_user(monkeypatch: pytest.Mon
     def job(*_arguments: object, **_options: object) -> None:
         raise ValueError("shapes do not match")
 
-    monkeypatch.setattr(show, "inspect_output", job)
-    assert isinstance(CliRunner().invoke(vidshard, ["inspect", "tokens/"]).exception, ValueError)
+    monkeypatch.setattr(verify, "verify_output", job)
+    assert isinstance(CliRunner().invoke(vidshard, ["verify", "tokens/"]).exception, ValueError)

@@ -25,7 +25,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 COMMANDS = {path: command for path, command in commands(vidshard) if path[0] != "train"}
 SECTIONED = [path for path, command in COMMANDS.items() if isinstance(command, SectionedCommand)]
-TEXTS = {
+TEXTS: dict[tuple[str, ...], str] = {
     **{("vidshard", *path): command.help or "" for path, command in COMMANDS.items()},
     **{
         ("vidshard", *path, option.opts[0]): re.sub(r"  \[.*\]$", "", option.help or "")
