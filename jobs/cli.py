@@ -17,11 +17,12 @@ import click
 from rich.console import Console
 
 from vidshard.jobs.runtime.errors import exit_code_of, print_error, terminate
-from vidshard.jobs.settings import SectionedCommand, SectionedOption, SettingsError, options_of, resolve_settings
+from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
+from vidshard.jobs.training.settings import preset_defaults, training_run
 from vidshard.schemas.errors import VidshardError
-from vidshard.schemas.fields import parse_size, setting_of
+from vidshard.schemas.fields import parse_size
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
+from vidshard.schemas.training import TrainFlags
 
 if TYPE_CHECKING:
     from vidshard.jobs.shards.verify import Verification
@@ -37,12 +38,16 @@ def main() -> None:
     vidshard()
 
 
-class ReportingGroup(click.Group):
-    """The root command, where every job's result, error or interrupt becomes a message and an exit code."""
+class OrderedGroup(click.Group):
+    """A group whose help lists sub-commands in the order in which a newcomer meets them."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        """Sub-commands in the order in which a newcomer meets them."""
+        """Names of the sub-commands in the order of their definition."""
         return list(self.commands)
+
+
+class ReportingGroup(OrderedGroup):
+    """The root command, where every job's result, error or interrupt becomes a message and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the sub-command.
@@ -294,24 +299,31 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
     convert_weights(source, target, tokenizer, _console(), ema=ema)
 
 
-@vidshard.group()
+@vidshard.group(cls=OrderedGroup)
 def train() -> None:
     """Train a tokenizer on raw videos.
 
-    \b
-    vidshard train two_stage --videos clips/ --out runs/mine           both stages of the VidTok paper
-    vidshard train two_stage --videos clips/ --out runs/try --preset tiny    a tiny model on a CPU, in minutes
-    vidshard train stage1 --videos a/=0.7 --videos b/=0.3 --out runs/one --steps 20000
-    vidshard train stage2 --init-from runs/one/stage1 --videos clips/ --out runs/two
-    vidshard train finetune --init-from hf://OWNER/REPO/PATH --tokenizer NAME --videos domain/ --out runs/domain
-    vidshard train resume runs/mine
+    A run uses one machine or a Ray cluster. The same command again, or `vidshard train resume`, continues a run where
+    it stopped.
 
-    The same command again goes on where a run stopped, as `resume` does.
+    \b
+    Both stages of the VidTok paper, or a tiny tokenizer on a CPU in minutes:
+      vidshard train two_stage --videos clips/ --out runs/mine
+      vidshard train two_stage --videos clips/ --out runs/try --preset tiny
+
+    \b
+    One stage at a time, on two corpora:
+      vidshard train stage1 --videos a/=0.7 --videos b/=0.3 --out runs/one
+      vidshard train stage2 --init-from runs/one/stage1 --videos a/ --out runs/two
+
+    \b
+    Adapt published weights to your videos:
+      vidshard train finetune --init-from fsq.safetensors --videos a/ --out runs/a
     """
 
 
 def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str) -> None:
-    """Add ``vidshard train KIND``: flags and file over a preset, of which it takes some stages."""
+    """Add ``vidshard train KIND``: flags and file, laid over some stages of a preset."""
 
     def run_command(config_path: Path | None, **flags: Any) -> Result:
         run = training_run(preset, stages, flags, config_path)
@@ -319,85 +331,10 @@ def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str
 
         return run_job(run, _console())
 
-    from vidshard.jobs.training.presets import TRAININGS
-
-    usual = TRAININGS[preset](["videos"], "out")
-    defaults = {name: [getattr(usual.stages[stage], name) for stage in stages] for name in StageConfig.model_fields}
-    defaults |= {name: [getattr(usual, name)] for name in RunSettings.model_fields if name not in ("videos", "out")}
-    defaults["preset"] = [preset]
-    several = {"videos": "--videos", **{name: f"--{name}" for name in ("stage1", "stage2") if len(stages) > 1}}
-    left_out = frozenset({"videos", "stage1", "stage2"})
-    function = options_of(TrainFlags, leave_out=left_out, defaults=defaults)(run_command)
-    for name, flag in several.items():
-        field = TrainFlags.model_fields[name]
-        function = click.option(
-            flag,
-            name,
-            multiple=True,
-            cls=SectionedOption,
-            section=setting_of(field).section,
-            metavar=setting_of(field).metavar,
-            help=field.description,
-        )(function)
-    function.__doc__ = text
-    train.command(kind, cls=SectionedCommand)(function)
-
-
-def training_run(
-    preset: str, stages: tuple[str, ...], flags: dict[str, Any], config_path: Path | None = None
-) -> TrainRun:
-    """A complete run: what flags and file say, and the preset for the rest.
-
-    Args:
-        preset: unless they name another one.
-        stages: that the run shall have, where the preset has more.
-
-    Raises:
-        SettingsError: for what is unknown or impossible.
-    """
-    from vidshard.jobs.training.presets import TRAININGS
-
-    for name in ("stage1", "stage2"):
-        pairs = flags.pop(name, None) or ()
-        if bad := next((pair for pair in pairs if "=" not in pair), None):
-            raise SettingsError(f"--{name}: give KEY=VALUE, such as steps=1000, got {bad!r}")
-        if pairs:
-            flags[name] = dict(pair.split("=", 1) for pair in pairs)
-    if flags.get("videos"):
-        flags["videos"] = list(flags["videos"])
-    said = resolve_settings(TrainFlags, flags, config_path)
-    name = said.preset or preset
-    if name not in TRAININGS:
-        raise SettingsError(f"--preset: no preset {name!r}; these are: {', '.join(TRAININGS)}")
-    base = TRAININGS[name](said.videos, said.out)
-    given = {key: getattr(said, key) for key in said.model_fields_set}
-    for key in ("stage1", "stage2"):
-        if key in given and (key not in stages or len(stages) == 1):
-            raise SettingsError(
-                f"{key}: settings of one stage of several are for `vidshard train two_stage`; here they stand by "
-                "themselves, as steps: 1000"
-            )
-    chosen = {}
-    for stage in stages:
-        if stage not in base.stages:
-            raise SettingsError(f"--preset {name} has no {stage}; it has {', '.join(base.stages)}")
-        values = base.stages[stage].model_dump() | {k: v for k, v in given.items() if k in StageConfig.model_fields}
-        chosen[stage] = resolve_settings(StageConfig, values | _renamed(stage, given.get(stage) or {}), None)
-    changes = {key: value for key, value in given.items() if key in RunSettings.model_fields}
-    if said.init_from is not None and not said.init_from.endswith(WEIGHT_SUFFIXES):
-        changes.setdefault("tokenizer", None)  # that of the stage it goes on from
-    return resolve_settings(TrainRun, {**dict(base), **changes, "stages": chosen}, None)
-
-
-def _renamed(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of one stage by their present names, with a note for each former one."""
-    former = StageConfig.former_names()
-    for alias in former.keys() & values.keys():
-        click.echo(f"note: {stage}: {alias} is now {former[alias]}", err=True)
-    try:
-        return StageConfig.current_names(values)
-    except ValueError as error:
-        raise SettingsError(f"{stage}: {error}") from error
+    run_command.__doc__ = text
+    own_stages = frozenset[str]() if len(stages) > 1 else frozenset({"stage1", "stage2"})
+    options = options_of(TrainFlags, leave_out=own_stages, defaults=preset_defaults(preset, stages))
+    train.command(kind, cls=SectionedCommand)(options(run_command))
 
 
 _training_command(
@@ -406,35 +343,52 @@ _training_command(
     ("stage1", "stage2"),
     """Train both stages, one after the other.
 
-    First everything at low resolution, then the decoder alone at full resolution. A flag goes for both stages;
-    --stage1 KEY=VALUE and --stage2 KEY=VALUE for one of them (stage1: and stage2: in a YAML file).
+    Stage 1 trains everything at low resolution; stage 2 trains the decoder at full resolution. A flag applies to both
+    stages. --stage1 and --stage2 set values for one of them, as do the keys stage1 and stage2 of a YAML file.
     """,
 )
 _training_command(
-    "stage1", "paper_stage1", ("stage1",), "Train everything, at low resolution: the first stage of the paper."
+    "stage1",
+    "paper_stage1",
+    ("stage1",),
+    """Train everything at low resolution.
+
+    This is the first stage of the VidTok paper.
+    """,
 )
 _training_command(
     "stage2",
     "paper_stage2",
     ("stage2",),
-    "Train the decoder alone, at full resolution, from a first stage (--init-from): tokens stay valid.",
+    """Train the decoder at full resolution.
+
+    This is the second stage of the VidTok paper. Its starting point is a first stage, given with --init-from. Encoder
+    and quantizer stay as they are, so existing tokens stay valid.
+    """,
 )
 _training_command(
     "finetune",
     "domain",
     ("finetune",),
-    "Adapt a trained tokenizer (--init-from) to a domain of one's own; with --preset long_video, to long sequences.",
+    """Adapt a trained tokenizer to your own videos.
+
+    The tokenizer is given with --init-from. With --preset long_video, it is adapted to longer sequences.
+    """,
 )
 
 
 @train.command()
 @click.argument("out", metavar="RUN")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Other than it began with.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of a worker on CPUs.")
-@click.option("--ray-address", metavar="ADDRESS", help="Cluster to run on.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Number of training processes from now on.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads of a worker on CPUs.")
+@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to run on, such as 'auto' or ray://head:10001.")
 @click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
 def resume(out: str, **changes: Any) -> Result:
-    """Resume a training run from its folder alone, at its last checkpoint."""
+    """Resume a training run from its folder.
+
+    RUN is the folder that an earlier command named with --out. The run continues at its last checkpoint, with the
+    settings that the folder holds.
+    """
     from vidshard.jobs.training.job import resume as run_job
 
     return run_job(out, {name: value for name, value in changes.items() if value is not None}, _console())

@@ -21,6 +21,7 @@ from vidshard.schemas.errors import UserError
 from vidshard.schemas.fields import Setting, Settings, setting_of
 
 Model = TypeVar("Model", bound=Settings)
+T = TypeVar("T")
 
 _SHOW_ALL = "vidshard.show_all"
 _LAST_SECTIONS = ("Execution", "Settings file")
@@ -228,21 +229,33 @@ def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: 
     """
     from_file = _read_yaml(config_path) if config_path else {}
     given = {name: value for name, value in flags.items() if value not in (None, ())}
-    former = model.former_names()
-    for alias in former.keys() & given.keys():
-        click.echo(f"note: {_flag(alias)} is now {_flag(former[alias])}", err=True)
-    for alias in former.keys() & from_file.keys():
-        click.echo(f"note: {_line_of(config_path, alias)}: {alias} is now {former[alias]}", err=True)
-    try:
-        given = model.current_names(given)
-        values = {**model.current_names(from_file), **given}
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    given = renamed(model, given, note=lambda old, new: f"{_flag(old)} is now {_flag(new)}")
+    from_file = renamed(model, from_file, note=lambda old, new: f"{_line_of(config_path, old)}: {old} is now {new}")
+    values = {**from_file, **given}
     try:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_explain(model, dict(item), given, config_path) for item in error.errors(include_url=False)]
         raise SettingsError("\n       ".join(lines)) from error  # each below the first, behind "error: "
+
+
+def renamed(model: type[Settings], values: Mapping[str, T], *, note: Callable[[str, str], str]) -> dict[str, T]:
+    """The values by the present names of their fields, with a note on stderr for each former name.
+
+    Args:
+        note: gives the text of the note for a former name and the present one.
+
+    Raises:
+        SettingsError: a field is given by two of its names.
+    """
+    former = model.former_names()
+    for old in values:
+        if old in former:
+            click.echo(f"note: {note(old, former[old])}", err=True)
+    try:
+        return model.current_names(values)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -289,7 +302,7 @@ def _explain(model: type[Settings], item: Mapping[str, Any], given: Mapping[str,
     if not name:
         return message
     where = flag if name in given else _line_of(path, name)
-    got = "" if repr(item["input"]) in message else f", got {item['input']!r}"
+    got = "" if repr(item["input"]) in message or isinstance(item["input"], tuple) else f", got {item['input']!r}"
     return f"{where}: {message}{got}"
 
 

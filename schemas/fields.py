@@ -95,6 +95,19 @@ def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
     return signals
 
 
+def parse_pairs(value: object) -> object:
+    """A mapping, from texts such as ``steps=1000``; other values stay as they are.
+
+    Raises:
+        ValueError: a text has no ``=``.
+    """
+    if not isinstance(value, (list, tuple)):
+        return value
+    if any("=" not in str(pair) for pair in value):
+        raise ValueError("give KEY=VALUE, such as steps=1000")
+    return dict(str(pair).split("=", 1) for pair in value)
+
+
 def parse_reasons(value: object) -> list[Reason]:
     """Reasons of rejections, from ``decode_timeout,unreadable`` or a list; ``all`` and an empty list give no reason.
 
@@ -148,6 +161,8 @@ Signals = Annotated[list[tuple[str, SignalRule]], BeforeValidator(parse_signals)
 """(name, rule) of each signal, at least one."""
 Reasons = Annotated[list[Reason], BeforeValidator(parse_reasons), PlainSerializer(_reasons_text)]
 """Reasons of rejections; an empty list means every reason."""
+Pairs = Annotated[dict[str, object], BeforeValidator(parse_pairs)]
+"""Settings by name, whose values are not parsed yet."""
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 """A positive number of bytes."""
 

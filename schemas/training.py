@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from vidshard.schemas.fields import ClusterSettings, FrameSize, Rate, Settings, setting, setting_of
+from vidshard.schemas.fields import ClusterSettings, FrameSize, Pairs, Rate, Settings, setting, setting_of
 from vidshard.schemas.video import ClipSpec
 
 
@@ -47,7 +47,6 @@ class ClipSettings(Settings):
         Fraction(3),
         section="Data",
         metavar="RATE",
-        common=True,
         help="Frame rate of the clips, in frames per second. The VidTok paper found 3 best.",
     )
     steps: int = setting(
@@ -67,7 +66,6 @@ class ClipSettings(Settings):
         section="Optimizer",
         ge=1,
         metavar="N",
-        common=True,
         aliases=("accumulate",),
         help="Gradient accumulation: each worker's part of a batch is split into N micro-batches, to save memory. "
         "Codebook entropy, adaptive weight and batch norm then see one micro-batch at a time.",
@@ -149,7 +147,6 @@ class LossSettings(Settings):
         section="Losses",
         ge=0,
         metavar="WEIGHT",
-        common=True,
         help="Weight of the LPIPS loss (VGG16, from the package lpips). With 0 LPIPS is not loaded.",
     )
     vgg_weights: str | None = setting(
@@ -274,14 +271,12 @@ class ComputeSettings(Settings):
     precision: Literal["float32", "bfloat16"] = setting(
         "bfloat16",
         section="Execution",
-        common=True,
         help="Compute type of convolutions and attention. Weights, losses, quantizer and averages are float32 in "
         "either case.",
     )
     activation_checkpointing: bool = setting(
         False,
         section="Execution",
-        common=True,
         aliases=("recompute",),
         help="Activation checkpointing: layers are computed again in the backward pass. A third more work, far less "
         "memory.",
@@ -383,9 +378,8 @@ class DataSettings(Settings):
         metavar="PATH[=WEIGHT]",
         identity=True,
         common=True,
-        help="Videos to train on: a file, folder, glob or manifest, local or any URL that fsspec opens. Repeat it for "
-        "several corpora; a/=0.7 and b/=0.3 set each corpus's share of the clips. Without weights every video is drawn "
-        "equally often.",
+        help="Videos to train on: a file, folder, glob or manifest, local or at any URL that fsspec opens. Repeat it "
+        "for several corpora, all with weights such as a/=0.7 and b/=0.3, or all without.",
     )
     validation_share: float = setting(
         0.05,
@@ -394,7 +388,6 @@ class DataSettings(Settings):
         lt=1,
         metavar="SHARE",
         identity=True,
-        common=True,
         aliases=("held_out",),
         help="Share of the videos held out for validation, at least one. They are chosen by content, so copies cannot "
         "leak; a later stage holds out no video that an earlier one trained on.",
@@ -509,7 +502,7 @@ class CheckpointSettings(Settings):
     )
 
 
-class WorkerSettings(ClusterSettings):
+class WorkerSettings(Settings):
     """Processes of a training run."""
 
     workers: int | None = setting(
@@ -552,7 +545,7 @@ class WorkerSettings(ClusterSettings):
 
 
 # pydantic orders fields from the last base to the first.
-class RunSettings(WorkerSettings, CheckpointSettings, DataSettings):
+class RunSettings(ClusterSettings, WorkerSettings, CheckpointSettings, DataSettings):
     """Settings of a training run beside those of its stages."""
 
     @model_validator(mode="after")
@@ -590,24 +583,24 @@ class TrainFlags(RunSettings, StageConfig):
 
     preset: str | None = setting(
         None,
-        section="Settings",
+        section="Preset",
         metavar="NAME",
         identity=False,
         common=True,
         help="Preset that gives every setting not given here: tiny, small, paper_stage1, paper_stage2, paper, "
         "long_video or domain.",
     )
-    stage1: dict[str, object] = setting(
+    stage1: Pairs = setting(
         {},
-        section="Settings",
+        section="Preset",
         metavar="KEY=VALUE",
         identity=False,
         common=True,
         help="Setting of stage 1 alone, such as steps=1000. May be repeated.",
     )
-    stage2: dict[str, object] = setting(
+    stage2: Pairs = setting(
         {},
-        section="Settings",
+        section="Preset",
         metavar="KEY=VALUE",
         identity=False,
         common=True,

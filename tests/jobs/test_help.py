@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from vidshard.jobs.cli import vidshard
 from vidshard.jobs.settings import SectionedCommand
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.training import TrainFlags
 
 MAX_WORDS = 25
 
@@ -23,7 +24,7 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield from commands(command, (*path, name))
 
 
-COMMANDS = {path: command for path, command in commands(vidshard) if path[0] != "train"}
+COMMANDS = dict(commands(vidshard))
 SECTIONED = [path for path, command in COMMANDS.items() if isinstance(command, SectionedCommand)]
 TEXTS: dict[tuple[str, ...], str] = {
     **{("vidshard", *path): command.help or "" for path, command in COMMANDS.items()},
@@ -35,7 +36,7 @@ TEXTS: dict[tuple[str, ...], str] = {
     },
     **{
         (model.__name__, name): field.description or ""
-        for model in (TokenizeRun,)
+        for model in (TokenizeRun, TrainFlags)
         for name, field in model.model_fields.items()
     },
 }

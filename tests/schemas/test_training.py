@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vidshard.jobs.cli import training_run
 from vidshard.jobs.training.resolve import begin_run, read_record, resolve
+from vidshard.jobs.training.settings import training_run
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.fields import differences, setting_of
 from vidshard.schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun

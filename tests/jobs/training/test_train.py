@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.held_status import HeldStatus
 from tests.support.processes import processes_below
 from tests.support.videos import Recipe, write_damaged, write_video
-from vidshard.jobs.cli import training_run, vidshard
+from vidshard.jobs.cli import vidshard
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.errors import cause_of, print_error
 from vidshard.jobs.settings import SettingsError
@@ -41,6 +41,7 @@ from vidshard.jobs.training.job import prepare_data
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.recorder import Recorder, Speed, picture_strip, read_metrics
 from vidshard.jobs.training.resolve import activation_bytes, plan_resources, read_record, resolve
+from vidshard.jobs.training.settings import training_run
 from vidshard.jobs.training.summary import Result
 from vidshard.jobs.training.worker import start_weights
 from vidshard.models.training.state import start_tokenizer
