@@ -183,9 +183,9 @@ def verify(
 
     The exit code is 1 if anything is damaged; work that is left to do is no damage.
 
-    With --exact, clips are decoded and encoded again in other groups than during the run. In float32 on a CPU every
-    token must be equal, except where a value lies at a rounding tie. On a GPU, or in bfloat16, the share of different
-    tokens is printed.
+    With --exact, clips are decoded and encoded again, cut into other pieces than in the run. In float32 on a CPU
+    every token must be equal, except where a value lies at a rounding tie. On a GPU, or in bfloat16, the share of
+    different tokens is printed.
 
     \b
     vidshard verify tokens/
@@ -290,9 +290,10 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
     named after another tokenizer is refused.
 
     \b
-    vidshard convert vidtok_fsq_causal_488_32768.ckpt fsq.safetensors --tokenizer fsq_causal_488_32768
-    vidshard convert hf://microsoft/VidTok/checkpoints/vidtok_fsq_causal_488_32768.ckpt fsq.safetensors \\
-        --tokenizer fsq_causal_488_32768
+    vidshard convert model.ckpt fsq.safetensors --tokenizer fsq_causal_488_32768
+    vidshard convert \\
+        hf://microsoft/VidTok/checkpoints/vidtok_fsq_causal_488_32768.ckpt \\
+        fsq.safetensors --tokenizer fsq_causal_488_32768
     """
     from vidshard.jobs.convert_weights import convert_weights
 

@@ -216,26 +216,38 @@ def _text_of(value: Any, setting: Setting) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def resolve_settings(model: type[Model], flags: Mapping[str, Any], config_path: Path | None) -> Model:
+def resolve_settings(
+    model: type[Model],
+    flags: Mapping[str, Any],
+    config_path: Path | None,
+    *,
+    spell: Callable[[str], str] | None = None,
+) -> Model:
     """Build a model from a YAML file and flags, flags winning. Former names work, with a note on stderr.
 
     Args:
         model: settings model.
         flags: values by field name; None or an empty tuple where a flag was not given.
         config_path: YAML file, or None.
+        spell: gives the text that messages name a field by; None for its flag.
 
     Raises:
         SettingsError: with one line per mistake.
     """
-    from_file = _read_yaml(config_path) if config_path else {}
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     given = renamed(model, given, note=lambda old, new: f"{_flag(old)} is now {_flag(new)}")
-    from_file = renamed(model, from_file, note=lambda old, new: f"{_line_of(config_path, old)}: {old} is now {new}")
+    from_file = _read_settings(model, config_path) if config_path else {}
     values = {**from_file, **given}
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(model, dict(item), given, config_path) for item in error.errors(include_url=False)]
+
+        def place(name: str) -> str:
+            if config_path is None or name in given:
+                return (spell or _flag)(name)
+            return _line_of(config_path, name)
+
+        lines = [_explain(model, dict(item), place, config_path) for item in error.errors(include_url=False)]
         raise SettingsError("\n       ".join(lines)) from error  # each below the first, behind "error: "
 
 
@@ -256,6 +268,11 @@ def renamed(model: type[Settings], values: Mapping[str, T], *, note: Callable[[s
         return model.current_names(values)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def _read_settings(model: type[Settings], path: Path) -> dict[str, Any]:
+    """The settings of a YAML file by their present names."""
+    return renamed(model, _read_yaml(path), note=lambda old, new: f"{_line_of(path, old)}: {old} is now {new}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -287,29 +304,27 @@ def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
             _refuse_repeated(path, value)
 
 
-def _explain(model: type[Settings], item: Mapping[str, Any], given: Mapping[str, Any], path: Path | None) -> str:
+def _explain(
+    model: type[Settings], item: Mapping[str, Any], place: Callable[[str], str], config_path: Path | None
+) -> str:
     """One validation error for a person: where it was written, what is wrong, what would do."""
     name = str(item["loc"][0]) if item["loc"] else ""
-    flag = _flag(name)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all of them"
-        return f"{_line_of(path, name)}: unknown setting '{name}'; {hint}"
+        return f"{place(name)}: unknown setting '{name}'; {hint}"
     if item["type"] == "missing":
-        where = "the command" if path is None else f"the command or {path}"
-        return f"{'VIDEOS' if name == 'inputs' else flag} is missing: give it on {where} (see --help)"
+        where = "the command" if config_path is None else f"the command or {config_path}"
+        return f"{'VIDEOS' if name == 'inputs' else _flag(name)} is missing: give it on {where} (see --help)"
     message = str(item["msg"]).removeprefix("Value error, ")
     if not name:
         return message
-    where = flag if name in given else _line_of(path, name)
     got = "" if repr(item["input"]) in message or isinstance(item["input"], tuple) else f", got {item['input']!r}"
-    return f"{where}: {message}{got}"
+    return f"{place(name)}: {message}{got}"
 
 
-def _line_of(path: Path | None, key: str) -> str:
-    """``file:line`` of a key in a YAML file, or the flag where there is no file."""
-    if path is None:
-        return _flag(key)
+def _line_of(path: Path, key: str) -> str:
+    """``file:line`` of a key in a YAML file."""
     root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     for node, _ in root.value if isinstance(root, yaml.MappingNode) else ():
         if node.value == key:

@@ -63,4 +63,5 @@ def _stage(name: str, base: StageConfig, given: Mapping[str, Any]) -> StageConfi
     """One stage: its own settings over those of all stages, over the preset's."""
     of_all = {key: value for key, value in given.items() if key in StageConfig.model_fields}
     own = renamed(StageConfig, given.get(name, {}), note=lambda old, new: f"{name}: {old} is now {new}")
-    return resolve_settings(StageConfig, {**base.model_dump(), **of_all, **own}, None)
+    values = {**base.model_dump(), **of_all, **own}
+    return resolve_settings(StageConfig, values, None, spell=lambda key: f"{name}: {key}")

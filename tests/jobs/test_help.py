@@ -86,3 +86,9 @@ def test_the_help_of_the_program_names_every_command_and_exit_code_on_one_screen
     assert len(text.splitlines()) <= 45
     for word in (*vidshard.commands, "130", "143"):
         assert re.search(rf"^ +{word}\b", text, re.MULTILINE), word
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_no_line_of_help_is_wider_than_a_terminal(path: tuple[str, ...]) -> None:
+    text = CliRunner().invoke(vidshard, [*path, "--help"], terminal_width=80, prog_name="vidshard").output
+    assert [line for line in text.splitlines() if len(line) > 80] == []

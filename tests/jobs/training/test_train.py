@@ -579,7 +579,7 @@ def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
     for changes, message in (
         ({"preset": "large"}, "no preset 'large'; these are: tiny"),
         ({"stage1": ("steps",)}, "give KEY=VALUE"),
-        ({"stage1": ("stepz=1",)}, "unknown setting 'stepz'; did you mean 'steps'"),
+        ({"stage1": ("stepz=1",)}, "stage1: stepz: unknown setting 'stepz'; did you mean 'steps'"),
         ({"steps": "many"}, "--steps: .*integer"),
         ({"preset": "domain"}, "has no stage1; it has finetune"),
         ({"best_by": "wombat"}, "--best-by"),
