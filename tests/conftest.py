@@ -13,6 +13,7 @@ import ray
 import torch
 from click.testing import CliRunner
 
+from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
 from tests.support.processes import RUN, only_the_text_is_rejected, tokens_by_clip
 from tests.support.videos import (
@@ -24,6 +25,9 @@ from tests.support.videos import (
     write_without_frames,
 )
 from vidshard.jobs.cli import vidshard
+from vidshard.models.vidtok.config import PRESETS
+from vidshard.models.vidtok.model import VidTok
+from vidshard.models.weights import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -86,26 +90,6 @@ def ray_session(s3: str) -> Iterator[None]:
     ray.shutdown()
 
 
-GOOD_VIDEOS = {
-    "a.mp4": Recipe(num_frames=50, rate=Fraction(25)),
-    "b.mkv": Recipe(codec="libvpx-vp9", num_frames=40, rate=Fraction(30000, 1001), width=64, height=96),
-    "deep/c.avi": Recipe(codec="mpeg4", num_frames=31, rate=Fraction(15), width=80, height=80),
-    "deep/d.mp4": Recipe(num_frames=90, rate=Fraction(24), b_frames=2),
-    "e.mp4": Recipe(num_frames=6, rate=Fraction(10)),
-}
-"""Their frames carry numbers; together 10 clips of 5 frames at 4 per second."""
-
-BAD_VIDEOS = {
-    "empty.mp4": "empty_file",
-    "text.mp4": "not_a_video",
-    "sound.mp4": "no_video_stream",
-    "no_frames.avi": "no_frames",
-    "cut.mp4": "truncated",
-    "damaged.mp4": "decode_error",
-}
-"""And the reason that each is rejected for."""
-
-
 @pytest.fixture(scope="session")
 def good_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``GOOD_VIDEOS``, a hidden file, and a file that is no video."""
@@ -166,3 +150,18 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     torch.save(weights, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: on busy cores two that wait for each other take 0.4 s for a clip, one takes 4 ms."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> VidTok:
+    """The preset ``tiny`` with the random weights of seed 0."""
+    return load_tokenizer(PRESETS["tiny"], None, seed=0)

@@ -18,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster as RayCluster
 from ray.exceptions import RayTaskError
 
-from tests.pipeline.test_encode_memory import clip_spec, decoded_row, encoder_spec
+from tests.support.encoding import clip_spec, decoded_row, encoder_spec
 from tests.support.held_back import held_back
 from tests.support.processes import (
     COMMITTED_AT_ONCE,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.models.test_lengths import small
 from tests.support.held_back import held_back
+from tests.support.models import small
 from tests.support.processes import (
     COMMITTED_AT_ONCE,
     RUN,

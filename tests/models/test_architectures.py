@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,16 +15,10 @@ from vidshard.models.vidtok.layers import TIME_RULES, RepeatedTimeUp, TimeDown, 
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import checkpoint_name, count_parameters, load_tokenizer, seeded_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = PRESETS["tiny"]
 ABLATIONS = [name for name in ARCHITECTURES if name != "released"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(architecture: str, **changes: object) -> VidTokConfig:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.models import EACH_VARIANT, small, stored
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.models.tokenizer import Past, frames_to_input, output_to_frames
-from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.heads import Encoded
 from vidshard.models.vidtok.lengths import PaddedClips, Padding, pad
 from vidshard.models.vidtok.model import VidTok
@@ -35,39 +36,14 @@ from vidshard.pipeline.reconstruct import reconstruct
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.runs import TokenizeRun
 
-RELEASED = (
-    "fsq_causal_488_262144",
-    "kl_causal_288_8chn",
-    "fsq_causal_41616_262144",
-    "fsq_causal_488_32768_v1_1",
-    "kl_causal_288_8chn_v1_1",
-    "fsq_causal_888_32768_v1_1",
-    "kl_causal_41616_16chn_v1_1",
-    "fsq_noncausal_488_262144",
-    "kl_noncausal_41616_4chn",
-)
-"""Each variant with each of its strides and of its topologies."""
-CAUSAL = tuple(name for name in RELEASED if "noncausal" not in name)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CAUSAL = tuple(name for name in EACH_VARIANT if "noncausal" not in name)
 TOLERANCE = 1e-5
 """Of rounding units before the quantizer, or of the largest value of a decoded video (which is not clamped: 2 to 5)."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On busy cores two threads that wait for each other take 0.4 s for a clip for which one takes 4 ms."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def small(name: str) -> VidTokConfig:
-    """The preset with few channels and units; else as released."""
-    narrow = {"base_width": 4, "encoder_pairs": 1, "decoder_pairs": 1}
-    return VidTokConfig.model_validate(PRESETS[name].model_dump() | narrow)
-
-
-@lru_cache(maxsize=len(RELEASED))
+@lru_cache(maxsize=len(EACH_VARIANT))
 def model_of(name: str) -> VidTok:
     return load_tokenizer(small(name), None, seed=0)
 
@@ -77,11 +53,7 @@ def clips(config: VidTokConfig, num_frames: int, batch: int = 1) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(num_frames)) * 2 - 1
 
 
-def stored(encoded: Encoded) -> Tensor:
-    return encoded.latents if encoded.tokens is None else encoded.tokens
-
-
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_every_length_is_taken_or_refused_with_its_valid_neighbours(name: str) -> None:
     config = small(name)
     stride = config.time_stride
@@ -99,7 +71,7 @@ def test_every_length_is_taken_or_refused_with_its_valid_neighbours(name: str) -
         assert config.valid_frames(num_frames) == nearest[-1]
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_a_model_takes_no_clip_without_frames(name: str) -> None:
     with pytest.raises(ValueError, match=r"num_frames must be .*, got 0; nearest: "):
         small(name).latent_frames(0)
@@ -108,7 +80,7 @@ def test_a_model_takes_no_clip_without_frames(name: str) -> None:
 
 
 @pytest.mark.parametrize("padding", Padding)
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_what_comes_out_of_decode_is_as_long_as_what_went_in(name: str, padding: Padding) -> None:
     model = model_of(name)
     for num_frames in range(1, 41):
@@ -135,7 +107,7 @@ def test_padding_that_does_not_fit_is_refused() -> None:
         pad(torch.zeros(1, 3, 5, 8, 8), small("kl_causal_288_8chn")).cut(torch.zeros(1, 3, 4, 8, 8))
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_decode_refuses_a_length_that_the_latents_do_not_have(name: str) -> None:
     model = model_of(name)
     longest = 3 * model.config.time_stride
@@ -222,7 +194,7 @@ def test_what_is_kept_between_chunks_does_not_grow(name: str) -> None:
     assert len(sizes) == 2
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if name not in CAUSAL])
+@pytest.mark.parametrize("name", [name for name in EACH_VARIANT if name not in CAUSAL])
 def test_a_model_that_looks_ahead_is_refused_for_streaming(name: str) -> None:
     model = model_of(name)
     x_BCTHW = clips(model.config, 8)
@@ -244,7 +216,7 @@ def test_a_first_latent_that_stands_for_more_frames_than_it_can_is_refused(name:
 # What a latent sees
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_a_latent_sees_exactly_the_frames_that_the_layers_add_up_to(name: str) -> None:
     # Gradients tell which frames count at all, where values may differ by less than float32 shows.
     model = model_of(name)
@@ -267,7 +239,7 @@ def vidshard_exits(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(name: str) -> None:
     model = model_of(name)
     config = model.config

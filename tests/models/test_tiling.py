@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.models.test_lengths import RELEASED, small
+from tests.support.models import EACH_VARIANT, small, stored
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.vidtok.config import PRESETS
-from vidshard.models.vidtok.heads import Encoded
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtok.tiling import Tiling, cut, map_tiles, pass_bytes, tile_shares, tile_starts
 from vidshard.models.weights import load_tokenizer
@@ -32,24 +30,12 @@ from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.schemas.video import ClipSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AXES = st.integers(1, 12).flatmap(
     lambda tile: st.tuples(st.integers(1, 60), st.just(tile), st.integers(0, tile - 1), st.sampled_from([1, 2, 8]))
 )
 """(size, tile, overlap) of one axis in latents, and positions of one latent."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small maps are faster without threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> VidTok:
-    return load_tokenizer(PRESETS["tiny"], None, seed=0)
 
 
 def smooth_video(num_frames: int, height: int, width: int) -> Tensor:
@@ -57,10 +43,6 @@ def smooth_video(num_frames: int, height: int, width: int) -> Tensor:
     t, y, x = torch.meshgrid(torch.arange(num_frames), torch.arange(height), torch.arange(width), indexing="ij")
     waves = [torch.sin(x / (5 + c) + t / 3) * torch.cos(y / (7 - c) - t / 5) for c in range(3)]
     return torch.stack(waves)[None]
-
-
-def stored(encoded: Encoded) -> Tensor:
-    return encoded.latents if encoded.tokens is None else encoded.tokens
 
 
 # Where tiles lie and what they count
@@ -142,7 +124,7 @@ def test_a_frame_that_fits_one_tile_is_not_tiled_to_the_bit(name: str) -> None:
     assert torch.equal(model.decode(stored(whole), tiling=tiling), model.decode(stored(whole)))
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", EACH_VARIANT)
 def test_every_model_takes_tiles_at_every_size(name: str) -> None:
     model = load_tokenizer(small(name), None, seed=0)
     stride = model.config.space_stride

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +18,8 @@ from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import checkpoint_name, count_parameters, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME_TABLES = SHARED / "reference" / "state_dict"
 TINY = PRESETS["tiny"]
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
@@ -30,20 +31,6 @@ RELEASED = [
     for name, config in PRESETS.items()
     if config.base_width == 128 and config.architecture == "released" and config.head in ("fsq", "kl")
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On busy cores two threads that wait for each other take 0.4 s for a clip for which one takes 4 ms."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> VidTok:
-    return load_tokenizer(TINY, None, seed=0)
 
 
 def clips(batch: int, num_frames: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:

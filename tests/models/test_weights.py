@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,8 @@ from vidshard.models.weights import (
     weights_digest,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = PRESETS["tiny"]
 TINY_KL = TINY.model_copy(update={"name": "tiny_kl", "head": "kl", "latent_channels": 3, "fsq_levels": ()})
 TINY_LFQ = TINY.model_copy(update={"name": "tiny_lfq", "head": "lfq", "latent_channels": 10, "fsq_levels": ()})
@@ -36,20 +38,6 @@ def video(batch: int, num_frames: int) -> Tensor:
 
 
 CLIP = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On busy cores two threads that wait for each other take 0.4 s for a clip for which one takes 4 ms."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> VidTok:
-    return load_tokenizer(TINY, None, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.models.test_lengths import small
+from tests.support.models import small
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.models.tokenizer import frames_to_input, output_to_frames
@@ -34,20 +34,12 @@ from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.schemas.video import ClipSpec, Part, VideoRef
 
 MODELS = ("fsq_causal_488_262144", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn_v1_1")
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("one_thread", "ray_session")
 
 SIZE = 16
 NUM_FRAMES = 9
 NUM_SAMPLED = 221
 """So many that the last units of work begin with a halo and not with the video."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import GOOD_VIDEOS
+from tests.support.corpus import GOOD_VIDEOS
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import InputError, discover
 

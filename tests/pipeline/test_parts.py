@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +19,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.decoding import assert_same
 from tests.support.videos import Recipe, read_frame_number, write_damaged, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.pipeline.output.layout import shard_paths
@@ -88,14 +88,6 @@ def by_definition(starts: Sequence[Fraction], spec: ClipSpec, part: Part) -> lis
         times = [start + n / spec.fps for n in range(spec.num_frames)]
         clips.append([math.floor((time + early) * RATE) for time in times if time < end])
     return clips
-
-
-def assert_same(some: Sequence[Clip], others: Sequence[Clip]) -> None:
-    assert [clip.clip_index for clip in some] == [clip.clip_index for clip in others]
-    for one, other in zip(some, others, strict=True):
-        assert np.array_equal(one.frames, other.frames), one
-        assert np.array_equal(one.frame_pts_seconds, other.frame_pts_seconds), one
-        assert (one.start_seconds, one.num_valid_frames) == (other.start_seconds, other.num_valid_frames)
 
 
 PARTS = [Part(), Part.of(3.3, None), Part.of(None, 9.5), Part.of(2.04, 2.5), Part.of(26.9, 40.0)]

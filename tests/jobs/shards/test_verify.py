@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from tests.models.test_lengths import small
+from tests.support.models import small
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.models.weights import load_tokenizer, save_tokenizer

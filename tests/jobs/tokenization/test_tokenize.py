@@ -21,7 +21,7 @@ import pytest
 import ray
 from click.testing import CliRunner, Result
 
-from tests.conftest import BAD_VIDEOS, GOOD_VIDEOS
+from tests.support.corpus import BAD_VIDEOS, GOOD_VIDEOS
 from tests.support.shared import SHARED
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
@@ -71,11 +71,6 @@ def output(good_videos: Path, bad_videos: Path, tmp_path_factory: pytest.TempPat
     result = tokenize(good_videos, bad_videos, "--out", out, *SMALL)
     assert result.exit_code == 0, result.output
     return out
-
-
-@pytest.fixture(scope="module")
-def tiny() -> VidTok:
-    return load_tokenizer(PRESETS["tiny"], None, seed=0)
 
 
 def expected_clips(recipe: Recipe) -> int:

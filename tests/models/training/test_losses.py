@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,9 @@ from vidshard.models.vidtok.heads import FSQ
 from vidshard.models.vidtok.layers import TIME_RULES, TimeConv
 from vidshard.schemas.training import StageConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME_TABLES = SHARED / "reference" / "state_dict"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

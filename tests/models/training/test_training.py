@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import checkpoint_name, load_tokenizer, weights_digest
 from vidshard.schemas.training import StageConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME_TABLES = SHARED / "reference" / "state_dict"
 TINY, TINY_KL = PRESETS["tiny"], PRESETS["tiny_kl"]
 TINY_VQ = TINY.model_copy(update={"name": "tiny_vq", "head": "vq", "fsq_levels": (), "vq_codebook_size": 50})
@@ -55,14 +57,6 @@ SMALL = StageConfig(
     discriminator_width=4,
     precision="float32",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small(**changes: object) -> StageConfig:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
+from tests.support.decoding import SPEC, assert_same, decode, expected, numbers, probe, rejection
 from tests.support.shared import SHARED
 from tests.support.videos import (
     BLUE,
@@ -36,30 +37,13 @@ from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.probe import fingerprint, probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.video import Clip, ClipSpec, ResizePolicy, VideoProbe, VideoRef
+from vidshard.schemas.video import ClipSpec, ResizePolicy, VideoRef
 
 CLIPS = SHARED / "videos"
 needs_shared = [
     pytest.mark.shared,
     pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no clips in {CLIPS.name}/ beside the repository"),
 ]
-SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=48, width=48)
-
-
-def probe(path: Path) -> VideoProbe:
-    return probe_video(VideoRef(uri=str(path), num_bytes=path.stat().st_size), lambda uri: open(uri, "rb"))
-
-
-def decode(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000, max_clips: int = 1000) -> list[Clip]:
-    spans = plan_spans(probe(path), spec, clips_per_span)
-    return [clip for span in spans for clip in decode_span(span, spec, str(path), max_clips=max_clips)]
-
-
-def rejection(path: Path, spec: ClipSpec = SPEC) -> VideoError:
-    with pytest.raises(VideoError) as caught:
-        decode(path, spec)
-    assert "\n" not in caught.value.detail
-    return caught.value
 
 
 def with_absurd_index(mp4: bytes) -> bytes:
@@ -74,30 +58,6 @@ def outcome(path: Path) -> Reason | None:
     except VideoError as error:
         return error.reason
     return None
-
-
-def numbers(clips: list[Clip]) -> list[int]:
-    return [read_frame_number(frame) for clip in clips for frame in clip.frames[: clip.num_valid_frames]]
-
-
-def expected(times: list[Fraction], end: Fraction, fps: Fraction) -> list[int]:
-    """Straight from the definition: for each grid time, the last frame not after it."""
-    result: list[int] = []
-    while (time := times[0] + len(result) / fps) < end:
-        result.append(max(n for n, shown in enumerate(times) if shown <= time))
-    return result
-
-
-def assert_same(some: list[Clip], others: list[Clip]) -> None:
-    assert [clip.clip_index for clip in some] == [clip.clip_index for clip in others]
-    for one, other in zip(some, others, strict=True):
-        assert np.array_equal(one.frames, other.frames), one
-        assert np.array_equal(one.frame_pts_seconds, other.frame_pts_seconds), one
-        assert (one.start_seconds, one.num_valid_frames, one.geometry) == (
-            other.start_seconds,
-            other.num_valid_frames,
-            other.geometry,
-        )
 
 
 CODECS_AND_CONTAINERS = [

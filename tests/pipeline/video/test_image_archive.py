@@ -21,7 +21,8 @@ from av.video.codeccontext import VideoCodecContext
 from click.testing import CliRunner
 from PIL import Image, ImageCms
 
-from tests.support.videos import Pixels, numbered_frame, read_frame_number
+from tests.support.decoding import numbers
+from tests.support.videos import Pixels, numbered_frame
 from vidshard.jobs.cli import vidshard
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
@@ -85,10 +86,6 @@ def spans_of(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000, limi
 def clips_of(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000, limits: Limits | None = None) -> list[Clip]:
     spans = spans_of(path, spec, clips_per_span, limits)
     return [clip for span in spans for clip in decode_span(span, spec, str(path), max_clips=1000, limits=limits)]
-
-
-def numbers(clips: Sequence[Clip]) -> list[int]:
-    return [read_frame_number(frame) for clip in clips for frame in clip.frames[: clip.num_valid_frames]]
 
 
 def refusal(path: Path, limits: Limits | None = None) -> VideoError:

@@ -15,7 +15,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 
-from tests.pipeline.video.test_decode import assert_same, decode, probe
+from tests.support.decoding import assert_same, decode, probe
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.video.color import Color, Transfer, color_of, nits_to_pq, pq_to_nits, tone_mapped
 from vidshard.pipeline.video.frames import TimedFrame

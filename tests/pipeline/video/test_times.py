@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.pipeline.video.test_decode import assert_same, decode, expected, numbers, rejection
+from tests.support.decoding import assert_same, decode, expected, numbers, rejection
 from tests.support.videos import Recipe, read_frame_number, write_video
 from vidshard.pipeline.video.timestamps import TickConverter
 from vidshard.schemas.rejections import Reason
