@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from click.testing import CliRunner
 
+from tests.support.cli import SMALL, tokenize, tokenize_on_ray
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
-from tests.support.processes import RUN, only_the_text_is_rejected, tokens_by_clip
+from tests.support.processes import RUN, only_the_text_is_rejected
+from tests.support.shards import Tokens, tokens_by_clip
 from tests.support.videos import (
     Recipe,
     write_audio_only,
@@ -24,7 +25,6 @@ from tests.support.videos import (
     write_video,
     write_without_frames,
 )
-from vidshard.jobs.cli import vidshard
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
@@ -117,6 +117,15 @@ def bad_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def output(good_videos: Path, bad_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good and bad videos tokenized once, in this process, for the tests that only look."""
+    out = tmp_path_factory.mktemp("output") / "tokens"
+    result = tokenize(good_videos, bad_videos, "--out", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="session")
 def many_spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With ``tests.support.processes.RUN`` 36 clips in as many spans, and a file that is no video."""
     folder = tmp_path_factory.mktemp("many")
@@ -127,10 +136,10 @@ def many_spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(many_spans: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> dict[str, bytes]:
+def undisturbed(many_spans: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Tokens:
     """What a run on ``many_spans`` gives: the tokens of each clip."""
     out = tmp_path_factory.mktemp("undisturbed") / "tokens"
-    result = CliRunner().invoke(vidshard, ["tokenize", str(many_spans), "--out", str(out), *RUN])
+    result = tokenize_on_ray(many_spans, "--out", out, *RUN)
     assert result.exit_code == 0, result.output
     assert only_the_text_is_rejected(out)
     return tokens_by_clip(out)

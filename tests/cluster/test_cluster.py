@@ -32,9 +32,9 @@ from tests.support.processes import (
     kill_one,
     only_the_text_is_rejected,
     started,
-    tokens_by_clip,
     until,
 )
+from tests.support.shards import Tokens, tokens_by_clip
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder
@@ -46,9 +46,7 @@ from vidshard.pipeline.rows import WORK_SCHEMA
 
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [ENCODING, DECODING])
-def test_a_killed_worker_costs_no_clip(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path, work: str
-) -> None:
+def test_a_killed_worker_costs_no_clip(many_spans: Path, undisturbed: Tokens, tmp_path: Path, work: str) -> None:
     out = tmp_path / "tokens"
     with (
         held_back(many_spans / "2.mp4", out) as held,
@@ -75,9 +73,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @pytest.mark.slow
-def test_a_lost_node_costs_no_clip(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path, cluster: RayCluster
-) -> None:
+def test_a_lost_node_costs_no_clip(many_spans: Path, undisturbed: Tokens, tmp_path: Path, cluster: RayCluster) -> None:
     out = tmp_path / "tokens"
     node = cluster.add_node(num_cpus=2)  # all decoders, the encoder and all blocks are there
     arguments: tuple[str | Path, ...] = ("--out", out, *RUN, *COMMITTED_AT_ONCE, "--ray-address", cluster.address)

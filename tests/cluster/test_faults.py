@@ -22,8 +22,8 @@ from tests.support.processes import (
     inputs,
     only_the_text_is_rejected,
     started,
-    tokens_by_clip,
 )
+from tests.support.shards import Tokens, tokens_by_clip
 from vidshard.jobs.tokenization.job import tokenize
 from vidshard.pipeline import storage
 from vidshard.schemas.runs import TokenizeRun
@@ -31,7 +31,7 @@ from vidshard.schemas.runs import TokenizeRun
 
 @pytest.mark.usefixtures("ray_session")
 def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_undisturbed(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
     with held_back(many_spans / "2.mp4", out) as held, ThreadPoolExecutor(1) as beside:
@@ -52,7 +52,7 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_undisturb
 
 
 def test_a_run_on_object_storage_that_misbehaves_gives_what_any_run_gives(
-    many_spans: Path, undisturbed: dict[str, bytes], faulty_s3: FaultyS3, tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, faulty_s3: FaultyS3, tmp_path: Path
 ) -> None:
     root = f"s3://videos/{tmp_path.name}"
     for name in ("0.mp4", "text.mp4"):
@@ -80,7 +80,7 @@ def test_a_run_on_object_storage_that_misbehaves_gives_what_any_run_gives(
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_in_order_and_it_goes_on_when_there_is_space(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

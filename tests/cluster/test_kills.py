@@ -32,14 +32,12 @@ from tests.support.processes import (
     processes_below,
     read_rows,
     started,
-    tokens_by_clip,
     until,
 )
+from tests.support.shards import Tokens, tokens_by_clip
 
 
-def kill_in_turn(
-    many_spans: Path, folder: Path, undisturbed: dict[str, bytes], *, num_kills: int, seed: int
-) -> Counter[str]:
+def kill_in_turn(many_spans: Path, folder: Path, undisturbed: Tokens, *, num_kills: int, seed: int) -> Counter[str]:
     """Kill ``num_kills`` processes of runs on one output after another; gives what was killed how often, and found."""
     rng = random.Random(seed)
     victims = ["driver", "encoder", "decoder"]
@@ -94,7 +92,7 @@ def kill_in_turn(
 
 
 def test_a_run_whose_driver_encoder_and_decoder_are_killed_gives_what_an_undisturbed_one_gives(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
     with held_back(many_spans / "2.mp4", out) as held:
@@ -121,7 +119,7 @@ def test_a_run_whose_driver_encoder_and_decoder_are_killed_gives_what_an_undistu
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_runs_that_are_killed_dozens_of_times_give_what_undisturbed_ones_give(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:
     figures = kill_in_turn(many_spans, tmp_path, undisturbed, num_kills=30, seed=2)
     print(figures)

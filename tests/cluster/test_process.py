@@ -20,9 +20,9 @@ from tests.support.processes import (
     only_the_text_is_rejected,
     read_until,
     started,
-    tokens_by_clip,
     until,
 )
+from tests.support.shards import Tokens, tokens_by_clip
 from tests.support.videos import Recipe, write_video
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.committed import committed_spans
@@ -30,7 +30,7 @@ from vidshard.pipeline.output.layout import shard_paths
 
 
 def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
-    many_spans: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"
     with held_back(many_spans / "2.mp4", out) as held:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from vidshard.jobs.cli import vidshard
+from tests.support.cli import run
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import load_weights, seeded_weights, weights_digest
 
@@ -16,7 +16,7 @@ TINY = PRESETS["tiny"]
 
 
 def convert(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(vidshard, ["convert", *map(str, arguments)], catch_exceptions=False)
+    return run("convert", *arguments)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_weights_that_name_no_model_are_answered_with_the_one_of_the_files_name(
         "convert": [str(tmp_path / name), str(target)],
         "tokenize": ["clips", "--out", str(tmp_path / "tokens"), "--weights", str(tmp_path / name)],
     }
-    result = CliRunner().invoke(vidshard, [command, *arguments[command]])
+    result = run(command, *arguments[command])
     assert result.exit_code == 2
     assert "does not say which model it holds" in result.stderr
     assert words in result.stderr

@@ -6,18 +6,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from vidshard.jobs.cli import vidshard
+from tests.support.cli import run
 from vidshard.jobs.settings import SettingsError, resolve_settings
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.runs import TokenizeRun
 
 REQUIRED = {"inputs": ("clips",), "out": "tokens", "tokenizer": "tiny"}
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(vidshard, arguments)
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

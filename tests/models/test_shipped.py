@@ -12,19 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from vidshard.jobs.cli import vidshard
+from tests.support.cli import run
 from vidshard.jobs.demo import Sample, write_sample
 from vidshard.models.metrics import psnr
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import SHIPPED, load_weights, shipped_weights, training_summary, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
 
 
 def test_they_are_small_and_say_how_they_came_about() -> None:
@@ -57,12 +52,11 @@ def test_other_presets_have_none() -> None:
         pass
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_without_a_model_they_make_the_tokens_and_the_picture_again(tmp_path: Path) -> None:
     sample = Sample(name="a.mp4", codec="libx264", width=192, height=128, rate=Fraction(8), seconds=9 / 8)
     write_sample(tmp_path / "a.mp4", sample, seed=3)
     out = tmp_path / "tokens"
-    result = run("tokenize", tmp_path / "a.mp4", "--out", out, "--size", "128", "--frames", "9")
+    result = run("tokenize", tmp_path / "a.mp4", "--out", out, "--size", "128", "--frames", "9", "--local")
     assert result.exit_code == 0, result.output
     assert "RANDOM" not in result.output
     (shard,) = shard_paths(str(out))

@@ -166,3 +166,10 @@ def test_an_unreachable_bucket_is_one_clear_message(s3: str) -> None:
 )
 def test_no_secret_of_a_url_is_shown(uri: str, shown: str) -> None:
     assert storage.public_uri(uri) == shown
+
+
+@pytest.mark.parametrize("column", ["a_source", "a_seconds"])
+def test_a_manifest_whose_own_column_stands_where_a_signal_goes_is_refused(tmp_path: Path, column: str) -> None:
+    (tmp_path / "m.csv").write_text(f"uri,a,{column}\nv.mp4,s.npy,1\n")
+    with pytest.raises(InputError, match=f"'{column}' is where signal 'a' goes"):
+        discover([str(tmp_path / "m.csv")], signals=["a"])

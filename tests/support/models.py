@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.heads import Encoded
+from vidshard.models.vidtok.model import VidTok
+from vidshard.models.weights import load_tokenizer
 
 EACH_VARIANT = (
     "fsq_causal_488_262144",
@@ -25,6 +29,12 @@ def small(name: str) -> VidTokConfig:
     """The preset with few channels and units; else as released."""
     narrow = {"base_width": 4, "encoder_pairs": 1, "decoder_pairs": 1}
     return VidTokConfig.model_validate(PRESETS[name].model_dump() | narrow)
+
+
+@lru_cache(maxsize=len(EACH_VARIANT))
+def model_of(name: str) -> VidTok:
+    """A `small` model with the random weights of seed 0, the same one for every caller: copy it before changing it."""
+    return load_tokenizer(small(name), None, seed=0)
 
 
 def stored(encoded: Encoded) -> Tensor:

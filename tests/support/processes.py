@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from tests.support.held_back import HeldBack
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
-from vidshard.pipeline.output.shard_reader import check_shard
 
 SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64, "clips_per_span": 1}
 RUN = tuple(text for key, value in SETTINGS.items() for text in (f"--{key.replace('_', '-')}", str(value)))
@@ -57,17 +56,6 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
         if words in line:
             return text
     raise AssertionError(f"the process ended without a line with {words!r}:\n{text}")
-
-
-def tokens_by_clip(out: Path) -> dict[str, bytes]:
-    """Of every row; fails where a clip stands twice."""
-    tokens: dict[str, bytes] = {}
-    for path in shard_paths(str(out)):
-        check_shard(path)
-        for row in pq.read_table(path, columns=["clip_id", "tokens"]).to_pylist():
-            assert row["clip_id"] not in tokens
-            tokens[row["clip_id"]] = repr(row["tokens"]).encode()
-    return tokens
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:

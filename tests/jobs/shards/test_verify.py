@@ -10,15 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 
+from tests.support.cli import run, vidshard_exits
 from tests.support.models import small
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.cli import vidshard
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.layout import shard_paths
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 CASES: dict[str, tuple[str, list[Any]]] = {
     "clips": ("fsq_causal_488_262144", ["--frames", 9]),
@@ -28,11 +25,6 @@ CASES: dict[str, tuple[str, list[Any]]] = {
     "tiled": ("fsq_causal_488_262144", ["--frames", 9, "--size", 32, "--tile-size", 24, "--tile-overlap", 8]),
     "latents": ("kl_causal_288_8chn_v1_1", ["--frames", 8]),
 }
-
-
-def vidshard_exits(*arguments: Any) -> tuple[int, str]:
-    result = CliRunner().invoke(vidshard, [str(argument) for argument in arguments], catch_exceptions=False)
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +37,7 @@ def tokenized(case: str, video: Path, folder: Path) -> Path:
     save_tokenizer(folder / "small.safetensors", load_tokenizer(small(name), None, seed=0))
     size = [] if "--size" in settings else ["--size", 16]
     run = [video, "--out", folder / "out", "--weights", folder / "small.safetensors", "--fps", 8, *size, *settings]
-    code, printed = vidshard_exits("tokenize", *run)
+    code, printed = vidshard_exits("tokenize", *run, "--local")
     assert code == 0, printed
     return folder / "out"
 
@@ -100,3 +92,13 @@ def test_a_share_lies_between_nothing_and_all(tmp_path: Path, share: Any) -> Non
     code, printed = vidshard_exits("verify", tmp_path, "--exact", share)
     assert code == 2
     assert "--exact" in json.dumps(printed)
+
+
+def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: Path) -> None:
+    (path,) = shard_paths(str(output))
+    (tmp_path / "shards").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "shards" / f"{name}.parquet").write_bytes(Path(path).read_bytes())
+    result = run("verify", tmp_path)
+    assert result.exit_code == 1
+    assert "stand in another shard too" in result.output

@@ -11,13 +11,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.cli import vidshard_exits
 from tests.support.models import small
+from tests.support.shards import clips_of
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.cli import vidshard
 from vidshard.models.tokenizer import frames_to_input, output_to_frames
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
@@ -34,7 +34,7 @@ from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.schemas.video import ClipSpec, Part, VideoRef
 
 MODELS = ("fsq_causal_488_262144", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn_v1_1")
-pytestmark = pytest.mark.usefixtures("one_thread", "ray_session")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 16
 NUM_FRAMES = 9
@@ -46,16 +46,6 @@ NUM_SAMPLED = 221
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("video") / "long.mp4"
     return write_video(path, Recipe(num_frames=2 * NUM_SAMPLED - 1, rate=Fraction(16)))
-
-
-def vidshard_exits(*arguments: Any) -> tuple[int, str]:
-    result = CliRunner().invoke(vidshard, [str(argument) for argument in arguments], catch_exceptions=False)
-    return result.exit_code, result.output
-
-
-def rows_of(out: Path) -> list[Any]:
-    rows = [clip for path in shard_paths(str(out)) for clip in read_clips(path)]
-    return sorted(rows, key=lambda clip: clip.values["clip_index"])
 
 
 def sampled_frames(video: Path) -> torch.Tensor:
@@ -99,7 +89,7 @@ def outputs(model: VidTok, video: Path, tmp_path_factory: pytest.TempPathFactory
 
 def command(folder: Path, video: Path, out: Path) -> list[Any]:
     sampling = ["--continuous", "--fps", 8, "--frames", NUM_FRAMES, "--size", SIZE]
-    return ["tokenize", video, "--out", out, "--weights", folder / "small.safetensors", *sampling]
+    return ["tokenize", video, "--out", out, "--weights", folder / "small.safetensors", *sampling, "--local"]
 
 
 def test_rows_of_any_units_of_work_are_those_of_the_whole_video(model: VidTok, video: Path, outputs: Output) -> None:
@@ -110,7 +100,7 @@ def test_rows_of_any_units_of_work_are_those_of_the_whole_video(model: VidTok, v
         encoded = model.encode(x_BCTHW)
     whole = (encoded.latents if encoded.tokens is None else encoded.tokens)[0].numpy()
     for clips_per_span in (100, 3):
-        rows = rows_of(outputs(clips_per_span))
+        rows = clips_of(outputs(clips_per_span))
         joined = np.concatenate([next(iter(row.payload.values())) for row in rows], axis=-3)
         assert [row.values["clip_index"] for row in rows] == list(range(len(rows)))
         assert [row.values["continues_previous"] for row in rows] == [False] + [True] * (len(rows) - 1)
@@ -133,7 +123,7 @@ def test_rows_of_any_units_of_work_are_those_of_the_whole_video(model: VidTok, v
 
 def test_a_whole_video_and_any_row_of_it_decode_to_the_same_frames(model: VidTok, outputs: Output) -> None:
     out = outputs(3)
-    rows = rows_of(out)
+    rows = clips_of(out)
     paths = shard_paths(str(out))
     stored = np.concatenate([next(iter(row.payload.values())) for row in rows], axis=-3)
     tokens = torch.from_numpy(stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64))[None]
@@ -154,7 +144,7 @@ def test_a_whole_video_and_any_row_of_it_decode_to_the_same_frames(model: VidTok
 
 def test_the_command_line_writes_whole_videos_and_rows(outputs: Output, tmp_path: Path) -> None:
     out = outputs(3)
-    rows = rows_of(out)
+    rows = clips_of(out)
     video_id = rows[0].values["video_id"]
     for arguments, expected in (
         (("--video", video_id[:8]), NUM_SAMPLED),
@@ -182,7 +172,7 @@ def test_a_second_run_writes_nothing_and_other_settings_are_refused(
 
 def test_a_model_that_is_not_causal_is_refused(video: Path, tmp_path: Path) -> None:
     run = ("--tokenizer", "fsq_noncausal_488_262144", "--random-weights", 0, "--frames", 16)
-    code, printed = vidshard_exits("tokenize", video, "--out", tmp_path / "out", *run, "--continuous")
+    code, printed = vidshard_exits("tokenize", video, "--out", tmp_path / "out", *run, "--continuous", "--local")
     assert code == 2
     assert "fsq_noncausal_488_262144 is not causal" in printed
     assert not (tmp_path / "out").exists()

@@ -15,47 +15,26 @@ from typing import Any
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 
+from tests.support.cli import SMALL, printed_by, run
+from tests.support.shards import rows_of, shard_bytes, tokens_by_clip
 from tests.support.videos import Recipe, write_damaged, write_video
-from vidshard.jobs.cli import vidshard
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.resume import retry_rejected
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
-SMALL = ("--tokenizer", "tiny", "--fps", "4", "--frames", "5", "--size", "32")
-
-
-def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(vidshard, [str(argument) for argument in arguments], catch_exceptions=False)
-
 
 def tokenize(*arguments: Any, code: int = 0) -> str:
-    result = run("tokenize", *arguments, *SMALL)
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
+    return printed_by("tokenize", *arguments, *SMALL, "--local", code=code)
 
 
-def tokens(out: Path) -> dict[str, list[int]]:
-    rows = [row for path in shard_paths(str(out)) for row in pq.read_table(path).to_pylist()]
-    found = {row["clip_id"]: row["tokens"] for row in rows}
-    assert len(found) == len(rows), "a clip stands there twice"
-    return found
+def verified(out: Path, *arguments: Any, code: int = 0) -> str:
+    return printed_by("verify", out, *arguments, code=code)
 
 
-def clips_of(out: Path) -> Counter[str]:
-    return Counter(
-        Path(uri).name
-        for path in shard_paths(str(out))
-        for uri in pq.read_table(path, columns=["uri"])["uri"].to_pylist()
-    )
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {path: Path(path).read_bytes() for path in shard_paths(str(out))}
+def clips_by_video(out: Path) -> Counter[str]:
+    return Counter(Path(row["uri"]).name for row in rows_of(out))
 
 
 def video(folder: Path, name: str, seconds: int, **recipe: Any) -> Path:
@@ -63,23 +42,17 @@ def video(folder: Path, name: str, seconds: int, **recipe: Any) -> Path:
     return write_video(folder / name, Recipe(num_frames=10 * seconds, rate=Fraction(10), **recipe))
 
 
-def verified(out: Path, *arguments: Any, code: int = 0) -> str:
-    result = run("verify", out, *arguments)
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
-
-
 def test_videos_that_are_added_replaced_touched_or_removed_later(tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     for number, name in enumerate(("kept.mp4", "gone.mp4", "replaced.mp4", "touched.mp4")):
         video(videos, name, 5 + number)
     tokenize(videos, "--out", out)
-    first, shards = tokens(out), files(out)
-    assert clips_of(out) == {"kept.mp4": 4, "gone.mp4": 5, "replaced.mp4": 6, "touched.mp4": 7}
+    first, shards = tokens_by_clip(out), shard_bytes(out)
+    assert clips_by_video(out) == {"kept.mp4": 4, "gone.mp4": 5, "replaced.mp4": 6, "touched.mp4": 7}
 
     printed = tokenize(videos, "--out", out)
     assert "4 of 4 videos are known from an earlier run; of 4 planned spans 4 are finished" in printed
-    assert files(out) == shards
+    assert shard_bytes(out) == shards
 
     video(videos, "added.mp4", 3)
     (videos / "gone.mp4").unlink()
@@ -88,15 +61,16 @@ def test_videos_that_are_added_replaced_touched_or_removed_later(tmp_path: Path)
     printed = tokenize(videos, "--out", out)
     assert "1 of 4 videos are known" in printed
     assert "1 videos were replaced since: 1 spans of theirs are taken out" in printed
-    assert clips_of(out) == {"kept.mp4": 4, "gone.mp4": 5, "replaced.mp4": 2, "touched.mp4": 7, "added.mp4": 3}
-    now = tokens(out)
+    assert clips_by_video(out) == {"kept.mp4": 4, "gone.mp4": 5, "replaced.mp4": 2, "touched.mp4": 7, "added.mp4": 3}
+    now = tokens_by_clip(out)
     assert {clip: now[clip] for clip in now if clip in first} == {clip: first[clip] for clip in first if clip in now}
     assert len(set(now) - set(first)) == 5
     assert "5 videos = 5 tokenized" in verified(out)
 
     fresh = tmp_path / "fresh"
     tokenize(videos, "--out", fresh)
-    assert {clip: now[clip] for clip in tokens(fresh)} == tokens(fresh)  # all but what is gone, which stays
+    made_anew = tokens_by_clip(fresh)
+    assert {clip: now[clip] for clip in made_anew} == made_anew  # all but what is gone, which stays
     record = json.loads((out / "run.json").read_text())
     assert [entry["starts"] for entry in record["runs"]] == [3]
 
@@ -106,18 +80,18 @@ def test_a_video_that_comes_back_takes_its_place_again(tmp_path: Path) -> None:
     path = video(videos, "a.mp4", 3)
     first, stamp = path.read_bytes(), path.stat().st_mtime_ns
     tokenize(videos, "--out", out)
-    before = tokens(out)
+    before = tokens_by_clip(out)
     video(videos, "a.mp4", 2, gop=5)
     tokenize(videos, "--out", out)
-    assert not tokens(out).keys() & before.keys()
+    assert not tokens_by_clip(out).keys() & before.keys()
     path.write_bytes(first)
     os.utime(path, ns=(stamp, stamp))
     tokenize(videos, "--out", out)
-    assert tokens(out) == before
+    assert tokens_by_clip(out) == before
     assert "1 videos = 1 tokenized" in verified(out)
     path.write_bytes(b"no video any more")
     tokenize(videos, "--out", out)  # the clips of what was there stay
-    assert tokens(out) == before
+    assert tokens_by_clip(out) == before
     assert "1 videos = 1 tokenized in part" in verified(out)
 
 
@@ -153,13 +127,13 @@ def test_addresses_that_differ_in_their_query_are_places_of_their_own(tmp_path: 
             lines = "".join(f"{root}/get?id={n}&sig=SECRET\n" for n in ids)
             (tmp_path / f"{name}.csv").write_text(f"uri\n{lines}")
         tokenize(tmp_path / "a.csv", "--out", out)
-        first = tokens(out)
+        first = tokens_by_clip(out)
         assert len(first) == 2 + 3
         tokenize(tmp_path / "a.csv", "--out", out)
         tokenize(tmp_path / "b.csv", "--out", out)
         server.shutdown()
-    assert first.items() <= tokens(out).items()
-    assert len(tokens(out)) == 2 + 3 + 4
+    assert first.items() <= tokens_by_clip(out).items()
+    assert len(tokens_by_clip(out)) == 2 + 3 + 4
     assert [r["reason"] for r in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
     assert "4 videos = 3 tokenized + 1 rejected" in verified(out)
     assert not [path for path in out.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
@@ -170,12 +144,12 @@ def test_a_copy_takes_the_place_of_what_it_is_a_copy_of(tmp_path: Path) -> None:
     video(videos, "a.mp4", 3)
     (videos / "b.mp4").write_bytes((videos / "a.mp4").read_bytes())
     tokenize(videos, "--out", out)
-    first = tokens(out)
+    first = tokens_by_clip(out)
     assert [Path(r["uri"]).name for r in read_rejects(str(out)).to_pylist()] == ["b.mp4"]
     assert "2 videos = 1 tokenized + 1 copies of others" in verified(out)
     video(videos, "a.mp4", 2, gop=5)  # what b holds is no copy any more
     tokenize(videos, "--out", out)
-    assert first.keys() < tokens(out).keys()
+    assert first.keys() < tokens_by_clip(out).keys()
     assert read_rejects(str(out)).num_rows == 0
     assert "2 videos = 2 tokenized" in verified(out)
 
@@ -187,28 +161,27 @@ def test_rejected_videos_and_stretches_are_tried_again_when_asked(tmp_path: Path
     write_damaged(videos / "damaged.mp4", whole)
     big = write_video(videos / "big.mp4", Recipe(num_frames=20, rate=Fraction(10), width=256, height=192))
     tokenize(videos, "--out", out, "--max-pixels", "20000")
-    before = files(out)
+    before = shard_bytes(out)
     reasons = {Path(r["uri"]).name: r["reason"] for r in read_rejects(str(out)).to_pylist()}
     assert reasons == {"damaged.mp4": "decode_error", big.name: "over_limit"}
     assert "3 videos = 1 tokenized + 2 rejected" in verified(out)
 
     tokenize(videos, "--out", out)  # rejected is done, also when the limit is another one
-    assert files(out) == before
+    assert shard_bytes(out) == before
     video(videos, "later.mp4", 2)
     printed = tokenize(videos, "--out", out, "--retry-rejected", "over_limit")
     assert "trying again 0 rejected spans and 1 rejected videos" in printed
-    assert clips_of(out) == {"good.mp4": 4, "big.mp4": 2}  # those, and nothing else
+    assert clips_by_video(out) == {"good.mp4": 4, "big.mp4": 2}  # those, and nothing else
     assert [r["reason"] for r in read_rejects(str(out)).to_pylist()] == ["decode_error"]
 
     printed = tokenize(videos, "--out", out, "--retry-rejected")
     assert "trying again 1 rejected spans and 0 rejected videos" in printed
     assert [r["reason"] for r in read_rejects(str(out)).to_pylist()] == ["decode_error"]
     tokenize(videos, "--out", out)
-    assert clips_of(out) == {"good.mp4": 4, "big.mp4": 2, "later.mp4": 2}
+    assert clips_by_video(out) == {"good.mp4": 4, "big.mp4": 2, "later.mp4": 2}
     assert good.exists()
-    result = run("tokenize", videos, "--out", out, *SMALL, "--retry-rejected", "no_such_reason")
-    assert result.exit_code == 2
-    assert "'no_such_reason' is no reason of a rejection; these are: unreadable" in " ".join(result.output.split())
+    refused = tokenize(videos, "--out", out, "--retry-rejected", "no_such_reason", code=2)
+    assert "'no_such_reason' is no reason of a rejection; these are: unreadable" in refused
 
 
 def test_clips_kept_of_a_damaged_video_are_taken_out_and_made_again_by_a_retry(tmp_path: Path) -> None:
@@ -217,20 +190,20 @@ def test_clips_kept_of_a_damaged_video_are_taken_out_and_made_again_by_a_retry(t
     write_damaged(tmp_path / "damaged.mp4", whole)
     arguments = (tmp_path / "damaged.mp4", "--out", out, "--damaged", "keep")
     tokenize(*arguments)
-    first = tokens(out)
+    first = tokens_by_clip(out)
     [reject] = read_rejects(str(out)).to_pylist()
     assert reject["kept_clips"] == len(first) > 0
     assert "1 videos = 1 tokenized in part" in verified(out)
     other = video(tmp_path / "other", "other.mp4", 2)
     tokenize(other, "--out", out, "--damaged", "keep", "--retry-rejected")  # what cannot be tried now is left as it is
-    assert tokens(out) == first
+    assert tokens_by_clip(out) == first
     assert read_rejects(str(out)).to_pylist() == [reject]
     retry_rejected(str(out), None, {reject["uri"]})  # and then the run was killed
-    assert not tokens(out)
+    assert not tokens_by_clip(out)
     printed = tokenize(*arguments, "--retry-rejected")
     assert "trying again 1 rejected spans" in printed
     assert not (out / "retry.json").exists()
-    assert tokens(out) == first
+    assert tokens_by_clip(out) == first
     assert read_rejects(str(out)).to_pylist() == [reject]
 
 
@@ -266,7 +239,7 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     (videos / "text.mp4").write_text("no video")
     arguments = (videos, "--out", out, "--clips-per-span", "2", "--shard-size", "300")
     tokenize(*arguments)
-    everything = tokens(out)
+    everything = tokens_by_clip(out)
     printed = verified(out, "--account", tmp_path / "account.csv")
     assert "7 videos = 6 tokenized + 1 rejected" in printed
     assert "45.000 s of video planned = 45.000 s in clips + 0.000 s rejected + 0.000 s pending" in printed
@@ -295,12 +268,12 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     assert "planned spans are left to do" in printed
     assert not list((out / "shards").glob(".*"))
     tokenize(*arguments)
-    assert tokens(out) == everything
+    assert tokens_by_clip(out) == everything
     assert "6 tokenized + 1 rejected" in verified(out)
 
     foreign = out / "shards" / "zzz.parquet"  # of a newer version, or of other settings: said, and left alone
     table = pq.read_table(shard_paths(str(out))[0])
-    for name, value in ((b"vidshard.format_version", b"2"), (b"vidshard.identity", b"{}")):
+    for name, value in ((b"vidshard.format_version", b"99"), (b"vidshard.identity", b"{}")):
         pq.write_table(table.replace_schema_metadata(table.schema.metadata | {name: value}), foreign)
         assert "repaired" not in verified(out, "--repair", code=1)
         assert foreign.exists()
@@ -316,9 +289,9 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
         assert "vidshard verify --repair" in tokenize(*arguments, code=2)
         assert run("verify", out).exit_code == 1
     assert "1 of 1 repaired" in verified(out, "--repair", code=1)
-    before = files(out)
+    before = shard_bytes(out)
     tokenize(*arguments)
-    assert files(out) == before
+    assert shard_bytes(out) == before
 
     record.unlink()  # the shards say it too
     assert "resize: 'crop' there, 'pad' now" in tokenize(*arguments, "--resize", "pad", code=2)
@@ -327,5 +300,5 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     assert "written anew" in verified(out, "--repair", code=1)
     assert "6 tokenized + 1 rejected" in verified(out)
     tokenize(*arguments)
-    assert files(out) == before
+    assert shard_bytes(out) == before
     assert committed_spans(str(out))

@@ -1,76 +1,36 @@
-"""The job end to end, through the command line, on real files, real Ray and a real S3 protocol."""
+"""The job end to end, through the command line, on real files, in this process (``--local``)."""
 
 from __future__ import annotations
 
 import json
-import re
-import threading
 from fractions import Fraction
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
 import numpy as np
 import polars
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
-from click.testing import CliRunner, Result
 
+from tests.support.cli import SMALL, run, tokenize
 from tests.support.corpus import BAD_VIDEOS, GOOD_VIDEOS
+from tests.support.shards import rows_of, tokens_by_clip
 from tests.support.shared import SHARED
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.cli import vidshard
-from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.executor import ClusterExecutor
-from vidshard.jobs.tokenization.resources import plan_resources
-from vidshard.models.tokenizer import frames_to_input, output_to_frames
+from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, seeded_weights, weights_digest
-from vidshard.pipeline.decode_stage import SpanDecoder
-from vidshard.pipeline.flow import build_flow
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
-from vidshard.pipeline.output.shard_reader import read_clips
-from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import ClipSpec, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(4), num_frames=5, height=32, width=32)
-SMALL = ("--tokenizer", "tiny", "--fps", "4", "--frames", "5", "--size", "32")
-
-pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-def tokenize(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(vidshard, ["tokenize", *map(str, arguments)], catch_exceptions=False)
-
-
-def rows_of(out: str | Path) -> list[dict[str, Any]]:
-    tables = [pq.read_table(open_binary(path)) for path in shard_paths(str(out))]
-    return sorted(pa.concat_tables(tables).to_pylist(), key=lambda r: r["clip_id"]) if tables else []
-
-
-def tokens_by_clip(out: str | Path) -> dict[str, list[int]]:
-    return {row["clip_id"]: row["tokens"] for row in rows_of(out)}
-
-
-@pytest.fixture(scope="module")
-def output(good_videos: Path, bad_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good and bad videos tokenized once, for the tests that only look."""
-    out = tmp_path_factory.mktemp("output") / "tokens"
-    result = tokenize(good_videos, bad_videos, "--out", out, *SMALL)
-    assert result.exit_code == 0, result.output
-    return out
 
 
 def expected_clips(recipe: Recipe) -> int:
@@ -122,24 +82,6 @@ def test_stored_tokens_are_those_of_the_plain_functions(output: Path, good_video
         assert stored[SPEC.clip_id(clip.video_id, clip.clip_index)] == encoded.tokens.flatten().tolist()
 
 
-def test_decoding_stored_tokens_equals_reconstructing_directly(output: Path, tiny: VidTok, tmp_path: Path) -> None:
-    import torch
-
-    from vidshard.pipeline.output.shard_reader import open_shard
-    from vidshard.pipeline.reconstruct import load_decoder, reconstruct
-
-    (path,) = shard_paths(str(output))
-    with open_shard(path) as (_, provenance):
-        loaded = load_decoder(ResolvedRun.from_provenance(provenance))
-    clip = next(read_clips(path))
-    source = str(clip.values["uri"])
-    (span,) = plan_spans(probe_video(VideoRef(uri=source, num_bytes=-1), open_binary), SPEC, 100)
-    frames = torch.from_numpy(decode_span(span, SPEC, source, max_clips=100)[0].frames)[None]
-    with torch.inference_mode():
-        direct = output_to_frames(tiny.decode(tiny.encode(frames_to_input(frames)).latents))[0].numpy()
-    np.testing.assert_array_equal(reconstruct(clip, loaded), direct)
-
-
 def test_a_second_run_writes_nothing_new(output: Path, good_videos: Path, bad_videos: Path) -> None:
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for d in ("shards", "rejects") for p in (output / d).iterdir()}
     result = tokenize(good_videos, bad_videos, "--out", output, *SMALL)
@@ -159,19 +101,6 @@ def test_what_is_missing_is_filled_in_by_the_same_command(
     assert len(rows_of(out)) == len(tokens_by_clip(out))
     rejects = [Path(r["uri"]).name for r in read_rejects(str(out)).to_pylist()]
     assert sorted(rejects) == sorted(BAD_VIDEOS)
-
-
-@pytest.mark.parametrize(
-    "workers", [("--encode-workers", "2"), ("--decode-workers", "1", "--clips-per-span", "1", "--shard-size", "1")]
-)
-def test_other_workers_spans_and_shards_give_the_same_bytes(
-    output: Path, good_videos: Path, tmp_path: Path, workers: tuple[str, ...]
-) -> None:
-    result = tokenize(good_videos, "--out", tmp_path / "tokens", *SMALL, *workers)
-    assert result.exit_code == 0, result.output
-    assert tokens_by_clip(tmp_path / "tokens") == tokens_by_clip(output)
-    if "--shard-size" in workers:
-        assert len(shard_paths(str(tmp_path / "tokens"))) > 1
 
 
 def test_another_batch_size_changes_nothing_but_near_ties(
@@ -224,20 +153,6 @@ def test_copies_of_a_video_are_tokenized_once_and_the_others_named(good_videos: 
     assert "one.mp4" in copy["detail"]
 
 
-def test_videos_on_s3_become_the_same_tokens_on_s3(s3: str, output: Path, good_videos: Path) -> None:
-    for name in GOOD_VIDEOS:
-        with fsspec.open(f"s3://videos/flow/{name}", "wb") as file:
-            file.write((good_videos / name).read_bytes())
-    result = tokenize("s3://videos/flow", "--out", "s3://videos/flow-tokens", *SMALL)
-    assert result.exit_code == 0, result.output
-    assert tokens_by_clip("s3://videos/flow-tokens") == tokens_by_clip(output)
-    assert all(r["uri"].startswith("s3://videos/flow/") for r in rows_of("s3://videos/flow-tokens"))
-    again = tokenize("s3://videos/flow", "--out", "s3://videos/flow-tokens", *SMALL)
-    assert "finished by an earlier run" in again.output
-    for path in shard_paths("s3://videos/flow-tokens"):
-        assert b"a-secret-that-must-not-be-seen" not in open_binary(path).read()
-
-
 def test_other_settings_for_an_output_are_refused_with_the_difference(output: Path, good_videos: Path) -> None:
     result = tokenize(good_videos, "--out", output, *SMALL, "--fps", "3")
     assert result.exit_code == 2
@@ -248,38 +163,6 @@ def test_other_units_of_work_for_an_output_are_refused(output: Path, good_videos
     result = tokenize(good_videos, "--out", output, *SMALL, "--clips-per-span", "1")
     assert result.exit_code == 2
     assert "clips_per_span" in result.output
-
-
-def test_an_output_without_a_clip_can_be_inspected(bad_videos: Path, tmp_path: Path) -> None:
-    assert tokenize(bad_videos / "text.mp4", "--out", tmp_path / "tokens", *SMALL).exit_code == 0
-    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path / "tokens")])
-    assert result.exit_code == 0, result.output
-    assert "not_a_video" in result.output
-
-
-def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: Path) -> None:
-    (path,) = shard_paths(str(output))
-    (tmp_path / "shards").mkdir()
-    for name in ("one", "two"):
-        (tmp_path / "shards" / f"{name}.parquet").write_bytes(Path(path).read_bytes())
-    result = CliRunner().invoke(vidshard, ["verify", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "stand in another shard too" in result.output
-
-
-def test_no_credentials_of_a_video_are_stored(good_videos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "tokens"
-    handler = partial(SimpleHTTPRequestHandler, directory=str(good_videos))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        result = tokenize(f"http://127.0.0.1:{server.server_port}/e.mp4?sig=SECRET", "--out", out, *SMALL)
-        server.shutdown()
-    assert result.exit_code == 0, result.output
-    assert len(rows_of(out)) == 1
-    stored = [path for path in out.rglob("*") if path.is_file()]
-    assert not [path for path in stored if b"SECRET" in path.read_bytes()]
-    assert "SECRET" not in pq.read_table(out / "plan")["uri"][0].as_py()
-    assert "SECRET" not in result.stdout  # the server here logs to stderr
 
 
 def test_too_many_rejects_fail_the_run(good_videos: Path, bad_videos: Path, tmp_path: Path) -> None:
@@ -326,7 +209,7 @@ def test_the_demos_notice_stands_in_summary_and_shards(output: Path, good_videos
     metadata = pq.read_schema(path).metadata
     assert metadata[b"vidshard.notice"].startswith(b"RANDOM WEIGHTS")
     assert json.loads((output / "summary.json").read_text())["notice"].startswith("RANDOM WEIGHTS")
-    assert "RANDOM WEIGHTS" in CliRunner().invoke(vidshard, ["inspect", str(output)]).output
+    assert "RANDOM WEIGHTS" in run("inspect", output).output
 
 
 def test_shards_say_how_they_were_made(output: Path) -> None:
@@ -362,7 +245,6 @@ def test_the_readers_of_the_readme_read_the_shards(output: Path) -> None:
     check(list(zip(frame["clip_id"].to_list(), frame["tokens"].to_list(), strict=True)))
     dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(output / "hf"))
     check([(row["clip_id"], row["tokens"]) for row in dataset])
-    check([(row["clip_id"], row["tokens"]) for row in ray.data.read_parquet(f"{output}/shards").take_all()])
 
 
 def test_latents_are_stored_as_float16_and_read_everywhere(good_videos: Path, tmp_path: Path) -> None:
@@ -394,93 +276,11 @@ def test_latents_are_stored_as_float16_and_read_everywhere(good_videos: Path, tm
     check([tuple(row[n] for n in names) for row in polars.read_parquet(files).to_dicts()])
     dataset = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
     check([tuple(row[n] for n in names) for row in dataset])
-    check([tuple(row[n] for n in names) for row in ray.data.read_parquet(f"{out}/shards").take_all()])
     assert pq.read_schema(shard_paths(str(out))[0]).field("latents").metadata[b"shape"] == b"[4, 2, 4, 4]"
     target = tmp_path / "clip.mp4"
     clip_id = next(iter(expected))
-    decoded = CliRunner().invoke(vidshard, ["decode", str(out), "--clip", clip_id, "--to", str(target)])
+    decoded = run("decode", out, "--clip", clip_id, "--to", target)
     assert decoded.exit_code == 0, decoded.output
-
-
-def test_decode_writes_a_playable_clip_beside_its_source(output: Path, tmp_path: Path) -> None:
-    import av
-
-    clip_id = rows_of(output)[0]["clip_id"]
-    target = tmp_path / "clip.mp4"
-    result = CliRunner().invoke(
-        vidshard, ["decode", str(output), "--clip", clip_id, "--to", str(target), "--side-by-side"]
-    )
-    assert result.exit_code == 0, result.output
-    with av.open(str(target)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert container.streams.video[0].average_rate == 4
-    assert len(frames) == rows_of(output)[0]["num_valid_frames"]
-    assert frames[0].shape == (32, 64, 3)
-
-
-def test_decode_all_writes_every_clip(output: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(vidshard, ["decode", str(output), "--all", str(tmp_path / "clips")])
-    assert result.exit_code == 0, result.output
-    assert {p.stem for p in (tmp_path / "clips").iterdir()} == set(tokens_by_clip(output))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--clip", "zzz", "--to", "/nowhere/a.mp4"), "no clip whose id begins with 'zzz'"),
-        (("--clip", "", "--to", "/nowhere/a.mp4"), "give more of the id"),
-        (("--clip", "x"), "--to FILE"),
-        ((), "--all DIR"),
-    ],
-)
-def test_decode_refuses_what_it_cannot_do(output: Path, arguments: tuple[str, ...], words: str) -> None:
-    result = CliRunner().invoke(vidshard, ["decode", str(output), *arguments])
-    assert result.exit_code == 2
-    assert words in result.output
-
-
-def test_decode_refuses_other_weights_than_the_shards(output: Path, tmp_path: Path) -> None:
-    from vidshard.models.weights import save_tokenizer
-
-    other = tmp_path / "other.safetensors"
-    save_tokenizer(other, load_tokenizer(PRESETS["tiny"], None, seed=1))
-    clip_id = rows_of(output)[0]["clip_id"]
-    result = CliRunner().invoke(
-        vidshard, ["decode", str(output), "--clip", clip_id, "--to", str(tmp_path / "a.mp4"), "--weights", str(other)]
-    )
-    assert result.exit_code == 2
-    assert "not those expected" in result.output
-
-
-def test_inspect_shows_and_verifies(output: Path) -> None:
-    shown, verified = (CliRunner().invoke(vidshard, [command, str(output)]) for command in ("inspect", "verify"))
-    assert (shown.exit_code, verified.exit_code) == (0, 0), shown.output + verified.output
-    for words in ("10 clips of 5 videos", "shape [2, 4, 4]", "truncated"):
-        assert words in shown.output
-    assert "verified 1 of 1 shards, 10 clips" in verified.output
-    tokens = np.concatenate([np.ravel(row["tokens"]) for row in rows_of(output)])
-    share = np.unique(tokens, return_counts=True)[1] / tokens.size
-    entropy = -(share * np.log2(share)).sum()
-    expected = f"{share.size} of 32,768 tokens used ({share.size / 32768:.1%}), entropy {entropy:.2f} bits"
-    assert f"codebook: {expected}" in shown.output
-
-
-def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:
-    (path,) = shard_paths(str(output))
-    data = bytearray(Path(path).read_bytes())
-    data[len(data) // 8 : len(data) // 4] = bytes(len(data) // 4 - len(data) // 8)
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "broken.parquet").write_bytes(data)
-    result = CliRunner().invoke(vidshard, ["verify", str(tmp_path)])
-    assert result.exit_code in (1, 2)
-    assert "broken.parquet" in result.output
-
-
-@pytest.mark.parametrize("name", ["nowhere", "."])
-def test_inspecting_something_else_is_refused(tmp_path: Path, name: str) -> None:
-    result = CliRunner().invoke(vidshard, ["inspect", str(tmp_path / name)])
-    assert result.exit_code == 2
-    assert "no token shards" in result.output
 
 
 def test_a_long_video_is_cut_into_spans_that_join_without_a_seam(tmp_path: Path) -> None:
@@ -500,8 +300,7 @@ def test_a_converted_checkpoint_says_which_model_it_is(
 
     released, converted = tmp_path / "released.ckpt", tmp_path / "tiny.safetensors"
     torch.save({"state_dict": tiny.state_dict() | {"loss.logvar": torch.zeros(1)}, "epoch": 3}, released)
-    command = ["convert", str(released), str(converted), "--tokenizer", "tiny"]
-    result = CliRunner().invoke(vidshard, command)
+    result = run("convert", released, converted, "--tokenizer", "tiny")
     assert result.exit_code == 0, result.output
     sampling = ("--fps", "4", "--frames", "5", "--size", "32")
     result = tokenize(good_videos / "a.mp4", "--out", tmp_path / "tokens", *sampling, "--weights", converted)
@@ -534,39 +333,18 @@ def test_averaged_weights_are_recorded_and_decoded_with(good_videos: Path, tmp_p
     assert record["weights_sha256"] == weights_digest(averages)
 
     converted = tmp_path / "averages.safetensors"
-    convert = ["convert", str(files["both"]), str(converted), "--tokenizer", "tiny", "--ema"]
-    assert CliRunner().invoke(vidshard, convert).exit_code == 0
-    decode = ["decode", str(out), "--all", str(tmp_path / "videos"), "--limit", "1"]
-    for weights in ([], ["--weights", str(files["both"])], ["--weights", str(converted)]):
-        result = CliRunner().invoke(vidshard, decode + weights)
+    assert run("convert", files["both"], converted, "--tokenizer", "tiny", "--ema").exit_code == 0
+    decode = ("decode", out, "--all", tmp_path / "videos", "--limit", "1")
+    for weights in ((), ("--weights", files["both"]), ("--weights", converted)):
+        result = run(*decode, *weights)
         assert result.exit_code == 0, result.output
-    result = CliRunner().invoke(vidshard, [*decode, "--weights", str(files["last"])])
+    result = run(*decode, "--weights", files["last"])
     assert result.exit_code == 2
     assert "not those expected" in result.output
 
     again = tokenize(*command[:-1], "--weights", converted)  # the same weights from another file: nothing is left to do
     assert again.exit_code == 0, again.output
     assert json.loads((out / "summary.json").read_text())["written"]["num_clips"] == 0
-
-
-def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> None:
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    for number in range(10):
-        write_video(folder / f"{number}.mp4", Recipe(num_frames=20 + number, rate=Fraction(25)))
-    result = tokenize(folder, "--out", tmp_path / "tokens", *SMALL, "--batch-size", "5")
-    assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "tokens" / "summary.json").read_text())["batch_fill"] == 1.0  # 10 clips in 2 batches
-    plan = str(tmp_path / "tokens" / "todo.parquet")
-    run = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
-    cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
-    resources, encoder = plan_resources(ResolvedRun.of(run), 10, 1.0, ClusterExecutor(cluster=cluster))
-    decoder = SpanDecoder(spec=run.clip_specs[0], max_clips=10, clips_per_pass=1)
-    flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources).materialize()
-    assert flow.count() == 10
-    tasks = re.search(r"MapBatches\(SpanDecoder\)[^\n]*: (\d+) tasks executed", flow.stats())
-    assert tasks is not None, flow.stats()
-    assert int(tasks[1]) == 10
 
 
 @pytest.mark.shared

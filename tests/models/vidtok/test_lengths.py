@@ -6,46 +6,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from fractions import Fraction
-from functools import lru_cache
-from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support.models import EACH_VARIANT, small, stored
-from tests.support.videos import Recipe, write_video
-from vidshard.jobs.cli import vidshard
-from vidshard.models.tokenizer import Past, frames_to_input, output_to_frames
+from tests.support.models import EACH_VARIANT, model_of, small, stored
+from vidshard.models.tokenizer import Past
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.heads import Encoded
 from vidshard.models.vidtok.lengths import PaddedClips, Padding, pad
 from vidshard.models.vidtok.model import VidTok
-from vidshard.models.weights import load_tokenizer, save_tokenizer
-from vidshard.pipeline.decode_stage import decode_again
-from vidshard.pipeline.encode import encode_clips
-from vidshard.pipeline.output.layout import shard_paths
-from vidshard.pipeline.output.shard_reader import StoredClip, open_shard, read_clips
-from vidshard.pipeline.reconstruct import reconstruct
-from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.schemas.runs import TokenizeRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAUSAL = tuple(name for name in EACH_VARIANT if "noncausal" not in name)
 TOLERANCE = 1e-5
 """Of rounding units before the quantizer, or of the largest value of a decoded video (which is not clamped: 2 to 5)."""
-
-
-@lru_cache(maxsize=len(EACH_VARIANT))
-def model_of(name: str) -> VidTok:
-    return load_tokenizer(small(name), None, seed=0)
 
 
 def clips(config: VidTokConfig, num_frames: int, batch: int = 1) -> Tensor:
@@ -229,119 +208,3 @@ def test_a_latent_sees_exactly_the_frames_that_the_layers_add_up_to(name: str) -
     seen = gradient.abs().amax(dim=(0, 1, 3, 4)).nonzero().flatten().tolist()
     own_last = (middle + 1) * stride - 1
     assert seen == list(range(own_last - config.history_frames, own_last + config.future_frames + 1))
-
-
-# The job
-
-
-def vidshard_exits(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
-    return result.exit_code, result.output
-
-
-@pytest.mark.parametrize("name", EACH_VARIANT)
-def test_stored_clips_of_every_length_are_reconstructed_as_long_as_they_were(name: str) -> None:
-    model = model_of(name)
-    config = model.config
-    height, width = config.space_stride, 2 * config.space_stride
-    for num_frames in range(1, 41):
-        padding = list(Padding)[num_frames % 2]
-        (column,) = payload = config.payload(config.valid_frames(num_frames), height, width)
-        frames = np.random.default_rng(num_frames).integers(0, 256, (num_frames, height, width, 3), np.uint8)
-        (values,) = encode_clips(model, [frames], payload, batch_size=1, padding=padding).values()
-        times = {"frame_pts_seconds": [0.0] * num_frames}
-        clip = StoredClip(values=times, payload={column.name: values[0].reshape(column.shape)})
-        assert reconstruct(clip, model, padding=padding).shape == frames.shape
-
-
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(
-    ("name", "num_frames", "policy", "encoded_frames"),
-    [
-        ("fsq_causal_488_262144", 16, "repeat-last", 17),
-        ("fsq_noncausal_488_262144", 16, "refuse", 16),
-        ("kl_noncausal_41616_4chn", 3, "repeat-first", 4),
-        ("fsq_causal_488_32768_v1_1", 18, "refuse", 18),
-        ("lfq_causal_488_262144", 5, "refuse", 5),
-        ("vq_causal_488_262144", 5, "refuse", 5),
-        ("kl_causal_488_4chn_no_3d", 5, "refuse", 5),
-    ],
-)
-def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
-    tmp_path: Path, name: str, num_frames: int, policy: str, encoded_frames: int
-) -> None:
-    model = model_of(name)
-    save_tokenizer(tmp_path / "small.safetensors", model)
-    video = write_video(tmp_path / "v.mp4", Recipe(num_frames=2 * num_frames - 1, rate=Fraction(8)))
-    run = ["--weights", tmp_path / "small.safetensors", "--frames", num_frames, "--size", "16x32"]
-    code, printed = vidshard_exits(
-        "tokenize", video, "--out", tmp_path / "out", *run, "--fps", 8, "--pad-frames", policy
-    )
-    assert code == 0, printed
-    assert (f"each clip is encoded as {encoded_frames} frames: {policy}" in printed) == (policy != "refuse")
-
-    (path,) = shard_paths(str(tmp_path / "out"))
-    with open_shard(path) as (_, provenance):
-        recorded = ResolvedRun.from_provenance(provenance)
-    assert recorded.run.pad_frames == policy
-    assert provenance.identity.get("pad_frames", "refuse") == policy
-    code, printed = vidshard_exits("decode", tmp_path / "out", "--all", tmp_path / "clips")
-    assert code == 0, printed
-    clips = list(read_clips(path))
-    assert [clip.values["num_valid_frames"] for clip in clips] == [num_frames, num_frames - 1]
-    for clip in clips:
-        assert len(clip.values["frame_pts_seconds"]) == num_frames
-        [spec] = recorded.clip_specs
-        source = decode_again(str(video), clip.values["video_id"], clip.values["clip_index"], spec)[0]
-        x_BCTHW = frames_to_input(torch.from_numpy(source.frames)[None])
-        copies = encoded_frames - num_frames
-        first, last = (copies, 0) if policy == "repeat-first" else (0, copies)
-        edges = x_BCTHW[:, :, :1].expand(-1, -1, first, -1, -1), x_BCTHW[:, :, -1:].expand(-1, -1, last, -1, -1)
-        with torch.inference_mode():
-            expected = stored(model.encode(torch.cat([edges[0], x_BCTHW, edges[1]], dim=2)))
-            (values,) = clip.payload.values()
-            np.testing.assert_array_equal(values, expected[0].numpy().astype(values.dtype))
-            payload = torch.from_numpy(values.astype(expected.numpy().dtype))[None]
-            frames = output_to_frames(model.decode(payload, encoded_frames))[0, first : first + num_frames]
-        assert len(frames) == num_frames
-        np.testing.assert_array_equal(reconstruct(clip, model, padding=recorded.padding), frames)
-        with av.open(str(tmp_path / "clips" / f"{clip.clip_id}.mp4")) as container:
-            assert len(list(container.decode(video=0))) == clip.values["num_valid_frames"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--frames", 16), "num_frames must be 1 + a multiple of 4 (1, 5, 9 ...), got 16; nearest: 13 or 17"),
-        (("--frames", 16), "--pad-frames repeat-last"),
-        (("--size", "256x100"), "width must be divisible by 8, got 100; nearest: 96 or 104"),
-        (("--pad-frames", "repeat"), "repeat-last"),
-    ],
-)
-def test_the_job_refuses_a_length_or_size_with_its_valid_neighbours(
-    tmp_path: Path, arguments: tuple[object, ...], words: str
-) -> None:
-    preset = ("--tokenizer", "fsq_causal_488_32768", "--random-weights", 0)
-    code, printed = vidshard_exits("tokenize", "v.mp4", "--out", tmp_path / "out", *preset, *arguments)
-    assert code == 2
-    assert words in " ".join(printed.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_policy_that_has_nothing_to_do_leaves_the_identity_of_a_run_as_it_was(tmp_path: Path) -> None:
-    def identity(frames: int, policy: str) -> dict[str, object]:
-        settings = {"inputs": ["v.mp4"], "out": str(tmp_path), "tokenizer": "tiny"}
-        return ResolvedRun.of(TokenizeRun.model_validate({**settings, "frames": frames, "pad_frames": policy})).identity
-
-    assert identity(17, "repeat-last") == identity(17, "repeat-first") == identity(17, "refuse")
-    assert identity(16, "repeat-last") != identity(16, "repeat-first")
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_an_output_holds_clips_of_one_policy(tmp_path: Path) -> None:
-    video = write_video(tmp_path / "v.mp4", Recipe(num_frames=8, rate=Fraction(8)))
-    run = ("tokenize", video, "--out", tmp_path / "out", "--tokenizer", "tiny", "--frames", 8, "--size", 16)
-    assert vidshard_exits(*run, "--pad-frames", "repeat-last")[0] == 0
-    code, printed = vidshard_exits(*run, "--pad-frames", "repeat-first")
-    assert code == 2
-    assert "pad_frames: 'repeat-last' there, 'repeat-first' now" in printed

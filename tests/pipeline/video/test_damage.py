@@ -10,13 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from tests.support.videos import Recipe, write_damaged, write_truncated, write_video
-from vidshard.jobs.cli import vidshard
-from vidshard.pipeline.output.layout import shard_paths
-from vidshard.pipeline.output.rejects import read_rejects
-from vidshard.pipeline.output.shard_reader import read_clips
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_spans
 from vidshard.pipeline.video.probe import probe_video
@@ -139,39 +134,3 @@ def test_overlapping_and_sparse_clips_are_kept_likewise(folder: Path) -> None:
         original, clips = clips_of(kept(whole, 1000, spec)), clips_of(kept(damaged, 1000, spec))
         assert len(original) * 0.7 < len(clips) < len(original)
         assert all(np.array_equal(clip.frames, original[index].frames) for index, clip in clips.items())
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_the_job_keeps_or_rejects_and_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    write_damaged(videos / "damaged.mp4", whole_video(folder, "mp4"), share=0.5, num_bytes=900)
-    common = ("--tokenizer", "tiny", "--fps", "10", "--frames", "5", "--size", "32", "--clips-per-span", "8")
-
-    def tokenize(out: Path, *flags: str) -> str:
-        result = CliRunner().invoke(vidshard, ["tokenize", str(videos), "--out", str(out), *common, *flags])
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    tokenize(tmp_path / "strict")
-    output = tokenize(tmp_path / "kept", "--damaged", "keep")
-    assert "2 as tokens (1 of them with clips missing)" in output or "3 as tokens (1 of them" in output
-    rows = {
-        name: {
-            clip.clip_id.rsplit("-", 1)[1]: clip
-            for path in shard_paths(str(tmp_path / name))
-            for clip in read_clips(path)
-        }
-        for name in ("strict", "kept")
-    }
-    assert len(rows["strict"]) == 16
-    assert 16 < len(rows["kept"]) < NUM_CLIPS
-    for index, clip in rows["strict"].items():
-        assert np.array_equal(clip.payload["tokens"], rows["kept"][index].payload["tokens"])
-        assert clip.values["decode_errors"] == 0
-    errors = [clip.values["decode_errors"] for index, clip in rows["kept"].items() if index not in rows["strict"]]
-    assert set(errors) == {1}
-    [reject] = read_rejects(str(tmp_path / "kept")).to_pylist()
-    assert reject["reason"] == "decode_error"
-    assert "clips beside one damaged place" in reject["detail"]
-    assert "0 written" in tokenize(tmp_path / "kept", "--damaged", "keep")

@@ -6,27 +6,21 @@ import gc
 import io
 import struct
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
 import pytest
-from av.video.codeccontext import VideoCodecContext
-from click.testing import CliRunner
 from PIL import Image, ImageCms
 
+from tests.support.archives import ENCODERS, HEIGHT, WIDTH, image, sequence, write_archive
 from tests.support.decoding import numbers
-from tests.support.videos import Pixels, numbered_frame
-from vidshard.jobs.cli import vidshard
-from vidshard.pipeline.output.layout import shard_paths
-from vidshard.pipeline.output.rejects import read_rejects
-from vidshard.pipeline.output.shard_reader import read_clips
+from tests.support.videos import numbered_frame
 from vidshard.pipeline.storage import open_binary, open_video, write_atomic
 from vidshard.pipeline.video.decode import decode_span, decode_spans
 from vidshard.pipeline.video.probe import probe_video
@@ -35,44 +29,6 @@ from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Span, VideoProbe, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(24), num_frames=5, height=48, width=48)
-WIDTH, HEIGHT = 96, 64
-ENCODERS = {
-    "png": ("png", "rgb24"),
-    "jpg": ("mjpeg", "yuvj444p"),
-    "webp": ("libwebp", "yuv420p"),
-    "bmp": ("bmp", "bgr24"),
-    "tif": ("tiff", "rgb24"),
-    "ppm": ("ppm", "rgb24"),
-}
-
-
-def image(number: int, suffix: str = "png", picture: Pixels | None = None) -> bytes:
-    picture = numbered_frame(number, WIDTH, HEIGHT) if picture is None else picture
-    codec, pixel_format = ENCODERS[suffix]
-    context = cast(VideoCodecContext, av.CodecContext.create(codec, "w"))
-    context.height, context.width = picture.shape[:2]
-    context.pix_fmt, context.time_base = pixel_format, Fraction(1, 24)
-    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
-    frame.pts = 0
-    return b"".join(map(bytes, [*context.encode(frame), *context.encode(None)]))
-
-
-def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
-    if path.suffix == ".tar":
-        with tarfile.open(path, "w") as tar:
-            for name, data in members:
-                entry = tarfile.TarInfo(name)
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
-    else:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in members:
-                archive.writestr(name, data)
-    return path
-
-
-def sequence(count: int, suffix: str = "png") -> list[tuple[str, bytes]]:
-    return [(f"shot/frame{number}.{suffix}", image(number, suffix)) for number in range(count)]
 
 
 def probe(path: Path, limits: Limits | None = None) -> VideoProbe:
@@ -524,30 +480,3 @@ def test_webp_files_are_refused_by_name(tmp_path: Path, animated: bool) -> None:
     assert error.reason is Reason.NOT_A_VIDEO
     assert error.detail.startswith("a WebP picture: ")
     assert ".zip" in error.detail
-
-
-# The whole job.
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_archives_are_tokenized_and_verified(tmp_path: Path) -> None:
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    write_archive(folder / "images.tar", sequence(50))
-    write_archive(folder / "none.zip", [("a.txt", b"")])
-    out = tmp_path / "out"
-    command = ["tokenize", str(folder), "--out", str(out), "--tokenizer", "tiny", "--fps", "5", "--frames", "5"]
-    command += ["--size", "32", "--image-fps", "10"]
-    result = CliRunner().invoke(vidshard, command, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    rows = [clip.values for path in shard_paths(str(out)) for clip in read_clips(path)]
-    assert sorted(row["start_seconds"] for row in rows) == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert {(row["source_codec"], row["source_fps"]) for row in rows} == {("png", 10.0)}
-    [reject] = read_rejects(str(out)).to_pylist()
-    assert reject["reason"] == "not_a_video"
-    verified = CliRunner().invoke(vidshard, ["verify", str(out), "--exact", "1"], catch_exceptions=False)
-    assert verified.exit_code == 0, verified.output
-    assert "encoded 5 clips again" in verified.output
-    changed = CliRunner().invoke(vidshard, [*command[:-1], "12"], catch_exceptions=False)
-    assert changed.exit_code == 2
-    assert "image_fps" in changed.output

@@ -3,9 +3,10 @@
     python tests/models/vidtok/golden/remake.py FOLDER_OF_THE_LARGER_SET
 
 The larger set was computed with the original VidTok implementation (microsoft/VidTok at d6ad92d) in float32 on the
-CPU, with `models.weights.seeded_weights(config, 0)` as weights and the clips of `tests/models/vidtok/test_golden.py: video` as
-inputs. KL was decoded from the mean. For each configuration and case there are the encoder's output before the head
-(``enc``), the decoded clip (``dec``), and for FSQ the tokens (``indices``) and four times the codes (``codes``).
+CPU, with `models.weights.seeded_weights(config, 0)` as weights and the clips of `video` in
+`tests/models/vidtok/test_golden.py` as inputs. KL was decoded from the mean. For each configuration and case there are
+the encoder's output before the head (``enc``), the decoded clip (``dec``), and for FSQ the tokens (``indices``) and
+four times the codes (``codes``).
 """
 
 from __future__ import annotations

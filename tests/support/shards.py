@@ -13,6 +13,9 @@ from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import StoredClip, check_shard, read_clips
 from vidshard.pipeline.storage import open_binary
 
+Tokens = dict[str, list[int]]
+"""Token indices by clip id."""
+
 
 def rows_of(out: str | Path) -> list[dict[str, Any]]:
     """Every row of every shard, in the order of clip ids."""
@@ -20,7 +23,7 @@ def rows_of(out: str | Path) -> list[dict[str, Any]]:
     return sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["clip_id"]) if tables else []
 
 
-def tokens_by_clip(out: str | Path) -> dict[str, list[int]]:
+def tokens_by_clip(out: str | Path) -> Tokens:
     """The tokens of each clip; fails where a shard is damaged or a clip stands in an output twice."""
     for path in shard_paths(str(out)):
         check_shard(path)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import torch
 from click.testing import CliRunner, Result
 
 from vidshard.jobs.cli import vidshard
@@ -16,7 +17,11 @@ SMALL = ("--tokenizer", "tiny", "--fps", "4", "--frames", "5", "--size", "32")
 
 def run(*arguments: object) -> Result:
     """Run a command; an exception that is no exit ends the test."""
-    return CliRunner().invoke(vidshard, [str(argument) for argument in arguments], catch_exceptions=False)
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner().invoke(vidshard, [str(argument) for argument in arguments], catch_exceptions=False)
+    finally:
+        torch.set_num_threads(threads)  # an encoder in this process sets its own number
 
 
 def vidshard_exits(*arguments: object) -> tuple[int, str]:

@@ -1,0 +1,42 @@
+"""Runs on damaged videos: rejected whole, or their undamaged clips kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.cli import printed_by
+from tests.support.shards import clips_of
+from tests.support.videos import Recipe, write_damaged, write_video
+from vidshard.pipeline.output.rejects import read_rejects
+
+NUM_CLIPS = 24
+
+
+def test_the_job_keeps_or_rejects_and_says_what_is_missing(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    whole = write_video(tmp_path / "whole.mp4", Recipe(num_frames=300, gop=25, width=160, height=96))
+    write_damaged(videos / "damaged.mp4", whole, share=0.5, num_bytes=900)
+    common = ("--tokenizer", "tiny", "--fps", "10", "--frames", "5", "--size", "32", "--clips-per-span", "8")
+
+    command = ("tokenize", videos, *common, "--local")
+    printed_by(*command, "--out", tmp_path / "strict")
+    output = printed_by(*command, "--out", tmp_path / "kept", "--damaged", "keep")
+    assert "2 as tokens (1 of them with clips missing)" in output or "3 as tokens (1 of them" in output
+    rows = {
+        name: {clip.clip_id.rsplit("-", 1)[1]: clip for clip in clips_of(tmp_path / name)}
+        for name in ("strict", "kept")
+    }
+    assert len(rows["strict"]) == 16
+    assert 16 < len(rows["kept"]) < NUM_CLIPS
+    for index, clip in rows["strict"].items():
+        assert np.array_equal(clip.payload["tokens"], rows["kept"][index].payload["tokens"])
+        assert clip.values["decode_errors"] == 0
+    errors = [clip.values["decode_errors"] for index, clip in rows["kept"].items() if index not in rows["strict"]]
+    assert set(errors) == {1}
+    [reject] = read_rejects(str(tmp_path / "kept")).to_pylist()
+    assert reject["reason"] == "decode_error"
+    assert "clips beside one damaged place" in reject["detail"]
+    assert "0 written" in printed_by(*command, "--out", tmp_path / "kept", "--damaged", "keep")
