@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 
+from tests.support import budget
 from tests.support.cli import SMALL, tokenize, tokenize_on_ray
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
@@ -174,3 +175,9 @@ def one_thread() -> Iterator[None]:
 def tiny() -> VidTok:
     """The preset ``tiny`` with the random weights of seed 0."""
     return load_tokenizer(PRESETS["tiny"], None, seed=0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tests took longer than their budget."""
+    for line in budget.summary(terminalreporter.stats, config.rootpath):
+        terminalreporter.write_line(line)
