@@ -16,64 +16,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.held_status import HeldStatus
 from tests.support.processes import processes_below
+from tests.support.training import SMALL, resume, run_of, train, write_motion
 from tests.support.videos import Recipe, write_damaged, write_video
-from vidshard.jobs.cli import vidshard
 from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.errors import cause_of, print_error
-from vidshard.jobs.settings import SettingsError
 from vidshard.jobs.shards.decode import DecodeRun, decode_output
 from vidshard.jobs.tokenization.job import tokenize
-from vidshard.jobs.training import job
 from vidshard.jobs.training.job import prepare_data
-from vidshard.jobs.training.presets import TRAININGS
-from vidshard.jobs.training.recorder import Recorder, Speed, picture_strip, read_metrics
-from vidshard.jobs.training.resolve import activation_bytes, plan_resources, read_record, resolve
+from vidshard.jobs.training.resolve import read_record, resolve
 from vidshard.jobs.training.settings import training_run
-from vidshard.jobs.training.summary import Result
-from vidshard.jobs.training.worker import start_weights
-from vidshard.models.training.state import start_tokenizer
-from vidshard.models.vidtok.config import PRESETS
-from vidshard.models.weights import load_weights, save_tokenizer, weights_digest
+from vidshard.models.weights import load_weights, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
-from vidshard.schemas.errors import UserError, VidshardError
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.training import StageConfig, TrainRun
-
-
-def write_motion(path: Path, seed: int) -> Path:
-    """Four seconds at night: a dark gradient that drifts, and a disc on its orbit."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:48, :64] / 48
-    waves = random.uniform(0.1, 0.5, (3, 4))
-    disc = random.uniform(0.2, 0.5, 3)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=6)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.options = {"preset": "ultrafast", "crf": "18"}
-        for number in range(24):
-            t = number / 6
-            colors = [0.15 + 0.1 * np.sin(2 * np.pi * (a * x + b * y + c) + d * t) for a, b, c, d in waves]
-            picture = np.stack(colors, axis=-1)
-            picture[(x - 0.7 - 0.3 * np.cos(t + seed)) ** 2 + (y - 0.5 - 0.3 * np.sin(t)) ** 2 < 0.03] = disc
-            frame = av.VideoFrame.from_ndarray((picture * 255).astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
+from vidshard.schemas.training import TrainRun
 
 
 @pytest.fixture(scope="module")
@@ -84,45 +52,6 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_motion(folder / f"v{number:02d}.mp4", number)
     (folder / "junk.mp4").write_text("no video")
     return folder
-
-
-SMALL = {
-    "size": "32",
-    "learning_rate": 3e-3,
-    "ema_decay": 0.9,
-    "warmup_steps": 3,
-    "discriminator_width": 4,
-    "log_steps": 1,
-    "threads": 1,
-    "eval_clips": 8,
-    "pictures": 2,
-    "validation_share": 0.2,
-}
-
-
-def run_of(videos: Path | str, out: Path | str, stages: tuple[str, ...] = ("stage1",), **changes: Any) -> TrainRun:
-    return training_run("tiny", stages, {"videos": [str(videos)], "out": str(out), **SMALL, **changes})
-
-
-def exit_code_of(result: Callable[[], Result]) -> int:
-    """The exit code of a job, as the command ends with it."""
-    try:
-        return result().exit_code
-    except VidshardError as error:
-        print_error(error)
-        return error.exit_code
-
-
-def train(run: TrainRun) -> tuple[int, str]:
-    """The exit code and what was printed."""
-    text = io.StringIO()
-    code = exit_code_of(lambda: job.train(run, Console(file=text, width=200)))
-    return code, text.getvalue()
-
-
-def resume(out: str, changes: dict[str, Any], console: Console) -> int:
-    """The exit code."""
-    return exit_code_of(lambda: job.resume(out, changes, console))
 
 
 def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dict[str, float]]:
@@ -478,59 +407,6 @@ def test_a_discriminator_that_never_begins_is_warned_of(videos: Path, tmp_path: 
     assert "stage1 has no discriminator: it would start at step 40, and there are 40" in " ".join(text.split())
 
 
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer": "tiny_xl"}, "tiny_xl"),
-        ({"frames": 6}, "stage1: .*frames"),
-        ({"size": "30"}, "stage1: .*30"),
-        ({"perceptual_weight": 1.0, "vgg_weights": "/nowhere.pth"}, "nowhere.pth.*--perceptual-weight 0"),
-        ({"init_from": "/nowhere/stage1"}, "neither a stage of a run, such as runs/mine/stage1, nor weights"),
-        ({"init_from": "/nowhere.safetensors"}, "nowhere.safetensors"),
-        ({"checkpoint_steps": 7, "evaluate_steps": 3}, "must be a multiple of the other"),
-        ({"trainable": "decoder"}, "needs a trained encoder: give --init-from"),
-        ({"wandb": "project"}, "pip install wandb"),
-        ({"cache": "s3://key:SECRET@bucket/x"}, r"s3://bucket/x: the URL carries credentials"),
-        ({"videos": ["https://host/v.mp4?sig=SECRET"]}, r"https://host/v.mp4: the URL carries credentials"),
-        ({"best_by": "lpips"}, "best by lpips: LPIPS is measured only where --perceptual-weight"),
-        ({"best_by": "codebook_utilisation", "tokenizer": "tiny_kl"}, "tiny_kl has no codebook"),
-        ({"discriminator": "3d", "frames": 1, "size": "8"}, "3d discriminator needs clips of more than 4 frames, or"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_starts(
-    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    [videos] = changes.pop("videos", [tmp_path])
-    code, _ = train(run_of(videos, tmp_path / "out", **changes))
-    assert code == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert re.search(message, error), error
-    assert "SECRET" not in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_causes_are_found_below_what_ray_puts_around_them() -> None:
-    text = """ray::MapBatches(ClipReader)() (pid=1, ip=127.0.0.1)
-  File "pipeline/training_data.py", line 400, in _row
-    raise UnusableError(
-pipeline.training_data.loader.UnusableError: none of 16 places can be decoded: a.mp4: changed.
-Take these videos away
-
-The above exception was the direct cause of the following exception:
-
-ray.data.exceptions.UserCodeException: UDF failed to process a data block."""
-    failure = RuntimeError("training failed")
-    failure.__cause__ = ValueError(text)
-    assert cause_of(failure) == (
-        "UnusableError: none of 16 places can be decoded: a.mp4: changed. Take these videos away"
-    )
-    assert cause_of(OSError("no room")) == "OSError: no room"
-    assert cause_of(KeyError()) == "KeyError"
-
-
 def test_a_record_that_is_none_is_refused(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
     whole = json.loads((trained[0] / "run.json").read_text())
     spoilers: list[Callable[[dict[str, Any]], object]] = [
@@ -564,135 +440,3 @@ def test_too_few_videos_batches_that_do_not_divide_and_unreachable_storage_are_r
         run = training_run("tiny", ("stage1",), flags)
         assert train(run)[0] == 2
         assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("videos: [a/, b/]\npreset: tiny\nsteps: 50\nstage2: {size: 64, steps: 70}\nperceptual_weight: 0\n")
-    flags = {"out": "x", "stage1": ("batch_size=8",), "gan_start": "20"}
-    run = training_run("paper", ("stage1", "stage2"), flags, file)
-    assert run.videos == ["a/", "b/"]
-    assert (run.stages["stage1"].steps, run.stages["stage2"].steps) == (50, 70)
-    assert (run.stages["stage1"].batch_size, run.stages["stage2"].batch_size) == (8, 4)
-    assert run.stages["stage1"].gan_start == run.stages["stage2"].gan_start == 20
-    assert run.stages["stage2"].trainable == "decoder"
-    for changes, message in (
-        ({"preset": "large"}, "no preset 'large'; these are: tiny"),
-        ({"stage1": ("steps",)}, "give KEY=VALUE"),
-        ({"stage1": ("stepz=1",)}, "stage1: stepz: unknown setting 'stepz'; did you mean 'steps'"),
-        ({"steps": "many"}, "--steps: .*integer"),
-        ({"preset": "domain"}, "has no stage1; it has finetune"),
-        ({"best_by": "wombat"}, "--best-by"),
-    ):
-        with pytest.raises(SettingsError, match=message):
-            training_run("paper", ("stage1", "stage2"), {"out": "x", **changes}, file)
-    with pytest.raises(SettingsError, match="stage2: settings of one stage of several are for `vidshard train two_"):
-        training_run("paper_stage1", ("stage1",), {"out": "x"}, file)
-
-
-def test_help_states_the_defaults_of_the_command() -> None:
-    for command, words in (
-        ("stage2", ["[default: 256x256]", "[default: decoder]", "[default: paper_stage2]"]),
-        ("two_stage", ["[default: 128x128, then 256x256]", "[default: 50000, then 30000]"]),
-        ("finetune", ["[default: cosine]", "[default: 10000]"]),
-    ):
-        result = CliRunner().invoke(vidshard, ["train", command, "--help-all"], terminal_width=200)
-        assert all(word in " ".join(result.output.split()) for word in words), result.output
-
-
-@pytest.mark.parametrize("name", TRAININGS)
-def test_presets_are_complete_runs(name: str) -> None:
-    run = TRAININGS[name](["videos"], "out")
-    assert run.tokenizer in PRESETS
-    for stage in run.stages.values():
-        PRESETS[run.tokenizer or ""].latent_shape(stage.frames, *stage.size)
-    assert TrainRun.model_validate_json(run.model_dump_json()) == run
-
-
-def test_the_presets_of_the_paper_are_its_stages() -> None:
-    run = TRAININGS["paper"](["videos"], "out")
-    first, second = run.stages.values()
-    assert (first.size, first.frames, first.fps, first.steps, first.batch_size) == (
-        (128, 128),
-        17,
-        Fraction(3),
-        50_000,
-        16,
-    )
-    assert (second.size, second.steps, second.batch_size, second.trainable) == ((256, 256), 30_000, 8, "decoder")
-
-
-# Its parts
-
-
-def test_weights_of_another_version_of_the_network_may_start_a_training(tmp_path: Path) -> None:
-    old, new = PRESETS["tiny"], PRESETS["tiny"].model_copy(update={"name": "new", "variant": "causal-v1.1"})
-    path = tmp_path / "old.safetensors"
-    save_tokenizer(path, start_tokenizer(old, 0))
-    weights = start_weights(str(path), new)
-    start_tokenizer(new, 1).load_state_dict(weights)
-    with pytest.raises(ValueError, match="is of tiny, not tiny_kl"):
-        start_weights(str(path), PRESETS["tiny_kl"])
-
-
-def test_what_a_pass_keeps_in_memory_is_known_without_making_it() -> None:
-    stage = StageConfig(frames=5, size=(32, 32))
-    one = activation_bytes(PRESETS["tiny"], stage)
-    assert one > 5 << 20
-    larger = activation_bytes(PRESETS["tiny"], stage.model_copy(update={"size": (64, 64)}))
-    assert 3 < larger / one < 4.5
-
-
-def test_what_cannot_fit_the_machine_is_refused_before_it_starts() -> None:
-    cpus = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=True)
-    run = TRAININGS["paper_stage1"](["clips"], "out")
-    batch = {"stage1": run.stages["stage1"].model_copy(update={"batch_size": 4096, "perceptual_weight": 0})}
-    with pytest.raises(
-        UserError, match=r"stage1 does not fit this machine: .* 4096 clips each .* --activation-checkpointing"
-    ):
-        plan_resources(resolve(run.model_copy(update={"stages": batch})), cpus)
-    many = run.model_copy(update={"workers": 1024, "stages": batch})
-    with pytest.raises(UserError, match=r"1024 workers take about \d{4}\.\d GiB for weights"):
-        plan_resources(resolve(many), cpus)
-    assert plan_resources(resolve(TRAININGS["tiny"](["clips"], "out")), cpus) == 1
-
-
-def test_figures_go_on_where_a_kill_cut_them_off(tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    with Recorder(folder, from_step=0, run={}, name="x", wandb=None) as recorder:
-        recorder.write(0, {"psnr": 8.0}, group="held_out")
-        for step in range(1, 5):
-            recorder.write(step, {"l1": 1 / step})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "gro')
-    with Recorder(folder, from_step=3, run={}, name="x", wandb=None) as recorder:
-        recorder.write(4, {"l1": 0.5})
-    assert [(line["step"], line.get("l1")) for line in read_metrics(folder)] == [
-        (0, None),
-        (1, 1.0),
-        (2, 0.5),
-        (3, 1 / 3),
-        (4, 0.5),
-    ]
-    with Recorder(folder, from_step=0, run={}, name="x", wandb=None) as recorder:  # from the beginning, after all
-        recorder.write(0, {"psnr": 9.0}, group="held_out")
-    assert read_metrics(folder) == [{"step": 0, "group": "held_out", "psnr": 9.0}]
-
-
-def test_strips_show_a_clip_above_its_reconstruction() -> None:
-    real = np.arange(17, dtype=np.uint8)[None, :, None, None, None].repeat(8, 2).repeat(8, 3).repeat(3, 4)
-    strip = picture_strip(real, real + 100)
-    assert strip.shape == (16, 9 * 8, 3)
-    assert strip[0, ::8, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16]
-    assert strip[8, ::8, 0].tolist() == [n + 100 for n in strip[0, ::8, 0].tolist()]
-
-
-def test_the_first_steps_do_not_count_in_the_overall_speed() -> None:
-    speed = Speed(flops_per_clip=1e9, peak_flops=1e12, workers=2)
-    assert speed.overall() == {}
-    speed.step(4, 100.0)
-    assert speed.recent()["waiting"] > 1
-    speed.step(4, 0.0)
-    figures = speed.overall()
-    assert figures["waiting"] == 0
-    assert figures["mfu"] == pytest.approx(figures["clips_per_second"] * 1e9 / 2e12)

@@ -23,7 +23,6 @@ from vidshard.pipeline.training_data.loader import (
     ClipReader,
     batches,
     decode_held_out,
-    rows_per_block,
     training_clips,
 )
 from vidshard.pipeline.training_data.sampler import ClipSampler
@@ -35,7 +34,7 @@ from vidshard.pipeline.training_data.videos import (
     read_training_videos,
 )
 from vidshard.schemas.rejections import Reason
-from vidshard.schemas.training import RunSettings, StageConfig, join_weight, split_weight
+from vidshard.schemas.training import StageConfig
 from vidshard.schemas.video import ClipSpec, Limits
 
 STAGE = StageConfig(frames=3, size=(32, 32), fps=Fraction(4), batch_size=4)
@@ -66,74 +65,6 @@ def opened(
     return open_training_videos(
         [str(f) for f in folders], spec=spec, validation_share=held_out, num_tasks=2, before=before
     )
-
-
-def items(*sizes: int) -> pa.Table:
-    """Made-up items of corpora of so many items each."""
-    rows = []
-    for corpus, size in enumerate(sizes):
-        for number in range(size):
-            row = dict.fromkeys(ITEM_SCHEMA.names, 0) | {"corpus": corpus, "number": number, "part_start_seconds": None}
-            text = dict.fromkeys(("span_id", "video_id", "uri", "source_codec", "fingerprint"), "x")
-            rows.append(row | text | {"part_end_seconds": None, "shard": None, "shard_row": None})
-    return pa.Table.from_pylist(rows, schema=ITEM_SCHEMA)
-
-
-# In which order
-
-
-def test_every_epoch_shows_every_clip_once_in_another_order() -> None:
-    draws = ClipSampler(items=items(30), weights=None, seed=1)
-    first, second = draws.epoch(0)[0], draws.epoch(1)[0]
-    assert sorted(first) == sorted(second) == list(range(30))
-    assert list(first) != list(second)
-    assert list(first) != list(ClipSampler(items=items(30), weights=None, seed=2).epoch(0)[0])
-
-
-def test_weights_are_kept_and_a_corpus_repeats_nothing_before_it_is_through() -> None:
-    draws = ClipSampler(items=items(40, 10), weights=(0.3, 0.7), seed=0)
-    shown = np.concatenate([draws.epoch(number)[0] for number in range(8)])
-    per_epoch = [int((draws.epoch(number)[0] < 40).sum()) for number in range(8)]
-    assert per_epoch == [15] * 8  # 0.3 of 50
-    large, small = np.bincount(shown[shown < 40], minlength=40), np.bincount(shown[shown >= 40] - 40)
-    assert set(large) == {3}  # 120 draws of 40
-    assert set(small) == {28}  # 280 of 10
-
-
-def test_a_corpus_of_little_weight_has_its_turn_in_the_end() -> None:
-    draws = ClipSampler(items=items(20, 20, 3), weights=(0.985, 0.01, 0.005), seed=0)
-    counts = np.zeros(3, int)
-    for number in range(200):
-        shown = draws.epoch(number)[0]
-        assert len(shown) == 43
-        counts += np.bincount(np.digitize(shown, (20, 40)), minlength=3)
-        assert np.abs(counts - np.array(draws.weights) * 43 * (number + 1)).max() < 1
-    assert counts.tolist() == [8471, 86, 43]
-
-
-def test_rounds_of_a_corpus_take_other_places() -> None:
-    draws = ClipSampler(items=items(4), weights=None, seed=0)
-    seeds = [row["candidates"][0]["placement_seed"] for row in draws.rows(range(12)).to_pylist()]
-    assert [len(set(seeds[at : at + 4])) for at in (0, 4, 8)] == [1, 1, 1]
-    assert len(set(seeds)) == 3
-
-
-def test_draws_do_not_depend_on_what_was_asked_before() -> None:
-    draws = ClipSampler(items=items(7, 5), weights=(1.0, 2.0), seed=0)
-    whole = draws.rows(range(100)).to_pylist()
-    assert ClipSampler(items=items(7, 5), weights=(1.0, 2.0), seed=0).rows(range(61, 73)).to_pylist() == whole[61:73]
-
-
-def test_a_path_may_have_a_weight() -> None:
-    assert split_weight("a/=0.7") == ("a/", 0.7)
-    assert split_weight("s3://b/x=y/") == ("s3://b/x=y/", None)
-    for path, weight in (("a", 1e6), ("a", 1e-5), ("a", 1 / 3), ("a=5", 2.0), ("a=5", None), ("a", None)):
-        again = split_weight(join_weight(path, weight))
-        assert (again[0].rstrip("/"), again[1]) == (path, weight)
-    with pytest.raises(ValueError, match="positive"):
-        split_weight("a=0")
-    with pytest.raises(ValueError, match="every --videos a weight"):
-        RunSettings(videos=["a=1", "b"], out="x")
 
 
 # Which videos
@@ -287,13 +218,6 @@ def test_a_video_that_breaks_is_counted_and_another_takes_its_place(tmp_path: Pa
         streamed(draws, 0, 2, workers=1)
 
 
-def test_what_stands_in_for_a_clip_is_another_one_each_time() -> None:
-    for row in ClipSampler(items=items(100, 5), weights=None, seed=0).rows(range(60)).to_pylist():
-        candidates = [(item["corpus"], item["number"]) for item in row["candidates"]]
-        assert len(set(candidates)) == len(candidates) == (16 if candidates[0][0] == 0 else 5)
-        assert len({corpus for corpus, _ in candidates}) == 1
-
-
 def test_a_video_that_was_touched_is_what_it_was_and_one_that_was_replaced_is_not(
     tmp_path: Path, ray_session: None
 ) -> None:
@@ -365,25 +289,3 @@ def test_a_cache_on_an_object_store_works_too(corpora: TrainingVideos) -> None:
     reader = ClipReader(spec=SPEC, limits=Limits())
     for item in filled.to_pylist():
         assert len(reader.frames_of(item | {"placement_seed": 0})) == SPEC.clip_bytes
-
-
-def test_blocks_divide_a_batch_and_stay_small() -> None:
-    assert rows_per_block(4, SPEC) == 4
-    large = StageConfig(frames=17, size=(1024, 1024)).clip_spec(clips_per_video=1)  # 53 MB a clip
-    assert rows_per_block(4, large) == 1
-    middle = StageConfig(frames=17, size=(384, 384)).clip_spec(clips_per_video=1)  # 7.5 MB: four fit
-    assert rows_per_block(6, middle) == 3
-
-
-def test_batches_know_how_long_they_were_waited_for_and_begin_where_they_shall() -> None:
-    def table(first: int) -> pa.Table:
-        rows = [
-            {"sample": first + n, "video_id": "v", "uri": "u", "frames": bytes(SPEC.clip_bytes), "rejected": []}
-            for n in range(2)
-        ]
-        return pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
-
-    times = iter([0.0, 1.0, 5.0, 5.5, 6.0, 6.25, 9.0, 9.0])
-    got = list(batches(iter([table(4), table(6), table(8)]), SPEC, first=6, clock=lambda: next(times)))
-    assert [batch.samples for batch in got] == [[6, 7], [8, 9]]
-    assert [batch.wait_seconds for batch in got] == [0.5, 0.25]

@@ -13,7 +13,7 @@ from vidshard.jobs.training.resolve import begin_run, read_record, resolve
 from vidshard.jobs.training.settings import training_run
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.fields import differences, setting_of
-from vidshard.schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun
+from vidshard.schemas.training import RunSettings, StageConfig, TrainFlags, TrainRun, join_weight, split_weight
 
 FORMER_STAGE = {
     "batch_size": "clips_per_step",
@@ -125,3 +125,15 @@ def test_differences_name_nested_fields_and_know_defaults() -> None:
         "empty: {} there, None now",
         "empty.a: None there, 1 now",
     ]
+
+
+def test_a_path_may_have_a_weight() -> None:
+    assert split_weight("a/=0.7") == ("a/", 0.7)
+    assert split_weight("s3://b/x=y/") == ("s3://b/x=y/", None)
+    for path, weight in (("a", 1e6), ("a", 1e-5), ("a", 1 / 3), ("a=5", 2.0), ("a=5", None), ("a", None)):
+        again = split_weight(join_weight(path, weight))
+        assert (again[0].rstrip("/"), again[1]) == (path, weight)
+    with pytest.raises(ValueError, match="positive"):
+        split_weight("a=0")
+    with pytest.raises(ValueError, match="every --videos a weight"):
+        RunSettings(videos=["a=1", "b"], out="x")
