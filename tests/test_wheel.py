@@ -47,6 +47,20 @@ with DecodeSandbox() as sandbox:
     print(json.dumps([files(), sandbox.run(files, timeout_seconds=60)]))
 """
 
+RUN = """
+import sys
+import models.where
+import vidshard
+
+if __name__ == "__main__":
+    small = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64}
+    run = vidshard.TokenizeRun(inputs=["clip.mp4"], out="through-ray", **small)
+    summary = vidshard.tokenize(run)
+    output = vidshard.open_output("through-ray")
+    [clip] = output.clips()
+    print("ray" in sys.modules, summary.written.num_clips, output.reconstruct(clip).shape)
+"""
+
 
 def call(*command: str | Path, cwd: Path) -> str:
     """Run a command without what would lead it back to this checkout; gives its standard output."""
@@ -117,7 +131,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / room).mkdir()
         (folder / room / "__init__.py").write_text("")
     (folder / "models" / "where.py").write_text(WHERE)
-    write_video(folder / "clip.mp4", Recipe(num_frames=20))
+    write_video(folder / "clip.mp4", Recipe(num_frames=17))
     return folder
 
 
@@ -156,14 +170,18 @@ def test_the_sandbox_child_finds_the_users_packages_and_ours(installed: Environm
         assert file == str(home.joinpath(*name.split("."), "__init__.py"))
 
 
-def test_the_command_tokenizes_through_ray_beside_packages_of_the_same_names(
+def test_the_command_tokenizes_beside_packages_of_the_same_names(installed: Environment, project: Path) -> None:
+    settings = ("--tokenizer", "tiny", "--fps", "25", "--frames", "17", "--size", "64")
+    call(installed.bin / "vidshard", "tokenize", "clip.mp4", "--out", "tokens", "--local", *settings, cwd=project)
+    assert "clip.mp4" in call(installed.bin / "vidshard", "inspect", "tokens", cwd=project)
+
+
+def test_a_script_tokenizes_through_ray_beside_packages_of_the_same_names(
     installed: Environment, project: Path
 ) -> None:
-    settings = ("--tokenizer", "tiny", "--random-weights", "1", "--fps", "25", "--frames", "17", "--size", "64")
-    call(installed.bin / "vidshard", "tokenize", "clip.mp4", "--out", "tokens", *settings, cwd=project)
-    shown = call(installed.bin / "vidshard", "inspect", "tokens", cwd=project)
-    assert "clip.mp4" in shown
-    assert len(list((project / "tokens" / "shards").iterdir())) == 1
+    (project / "run.py").write_text(RUN)
+    said = call(installed.bin / "python", "run.py", cwd=project)
+    assert said.splitlines()[-1] == "True 1 (17, 64, 64, 3)"
 
 
 def test_an_editable_install_uses_the_checkout_under_the_same_name(
