@@ -4,6 +4,7 @@
 #   make test-slow               run the slow tests
 #   make check                   check format, lint and types
 #   make format                  format the code and apply safe lint fixes
+#   make docs                    rewrite the tables of the documentation that come from the code
 #   make bench                   run the benchmarks; compare figures of one run only
 #   make constraints             pin the newest version of every dependency in constraints.txt
 #   make clean                   remove the virtual environment and build outputs
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench constraints clean
+.PHONY: help demo test test-slow check format docs bench constraints clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -51,6 +52,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/python -m tests.docs.generate
 
 bench: $(BENCH_READY)
 	$(BIN)/python -m benchmarks.storage

@@ -1,0 +1,79 @@
+"""Imports point one way: jobs, pipeline, models; schemas below all; no module imports itself through others."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.support.markdown import ROOT
+
+MAY_IMPORT = {
+    "schemas": {"schemas"},
+    "models": {"schemas", "models"},
+    "pipeline": {"schemas", "models", "pipeline"},
+    "jobs": {"schemas", "models", "pipeline", "jobs"},
+}
+
+
+def _modules() -> dict[str, Path]:
+    files = [path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py") if "__pycache__" not in path.parts]
+    return {_name(path): path for path in files}
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("vidshard", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def _imports(path: Path, modules: dict[str, Path], *, inside_functions: bool) -> set[str]:
+    """Modules of vidshard that a file imports: when it is loaded, or also inside functions and conditions."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree)) if inside_functions else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if names <= modules.keys() else names | {node.module}  # a folder, or names out of a module
+    return found & modules.keys()
+
+
+def test_rooms_import_only_rooms_below_them() -> None:
+    modules = _modules()
+    for name, path in modules.items():
+        for target in _imports(path, modules, inside_functions=True):
+            room = name.split(".")[1]
+            assert target.split(".")[1] in MAY_IMPORT[room], f"{name} imports {target}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    modules = _modules()
+    arrows = {name: _imports(path, modules, inside_functions=False) - {name} for name, path in modules.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " imports ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for target in arrows[name]:
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())
+
+
+def test_decoding_a_video_imports_neither_ray_nor_torch() -> None:
+    modules = _modules()
+    reached: set[str] = set()
+    wanted = [name for name in modules if name.startswith("vidshard.pipeline.video")]
+    while wanted:
+        name = wanted.pop()
+        if name not in reached:
+            reached.add(name)
+            wanted += _imports(modules[name], modules, inside_functions=False)
+    for name in reached:
+        for node in ast.parse(modules[name].read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"ray", "torch"} & {name.split(".")[0] for name in names}, name
