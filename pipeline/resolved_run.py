@@ -132,13 +132,14 @@ class ResolvedRun:
     @property
     def identity(self) -> dict[str, Any]:
         """Settings that decide what a token means; an output holds one set of them."""
-        return {
+        identity = {
             "tokenizer": self.config.identity,
             "weights_sha256": self.source.sha256,
             # units of work are what a resumed run compares: others would lose clips, or write them twice
             "clips_per_span": self.clips_per_span,
             **identity_settings(self.run, padded=self.padding is not None, tiled=self.tiling is not None),
         }
+        return in_stored_order(identity, _IDENTITY_ORDER)
 
     @property
     def provenance(self) -> Provenance:
@@ -271,6 +272,30 @@ def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
 
 def public_record(run: TokenizeRun) -> dict[str, Any]:
     """The run's settings as they may be shown and stored: no credentials in any URL."""
-    record = run.model_dump(mode="json")
+    record = in_stored_order(run.model_dump(mode="json"), _RUN_ORDER)
     record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
     return record | {name: storage.public_uri(record[name]) for name in ("out", "weights") if record[name]}
+
+
+def in_stored_order(record: dict[str, Any], order: str) -> dict[str, Any]:
+    """A record with its keys in the order that shards have had since format version 1, later ones behind.
+
+    The settings may be regrouped in the code; the same run still gives the same bytes.
+    """
+    names = order.split()
+    return {name: record[name] for name in sorted(record, key=lambda n: names.index(n) if n in names else len(names))}
+
+
+_RUN_ORDER = """
+inputs signals image_fps limit out shard_size commit_minutes keep_logvar max_reject_share tokenizer weights ema
+random_weights precision tile_size tile_overlap fps frames pad_frames continuous start end stride_seconds
+clips_per_video clip_placement clip_seed min_seconds tail size damaged buckets resize retry_rejected recheck
+grace_seconds lease_seconds batch_size encode_workers gpus_per_worker encode_threads decode_workers decode_timeout
+decode_seconds_per_second decode_memory max_pixels max_seconds max_frames clips_per_span ray_address object_store
+verbose
+"""
+_IDENTITY_ORDER = """
+tokenizer weights_sha256 clips_per_span precision fps frames tail resize keep_logvar size buckets pad_frames tile_size
+tile_overlap continuous start end stride_seconds clips_per_video signals clip_placement clip_seed min_seconds image_fps
+damaged
+"""
