@@ -1,0 +1,101 @@
+"""Every precision through every command: tokenize, verify, decode, and a second run that goes on."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from click.testing import CliRunner
+
+from tests.support.videos import Recipe, write_video
+from vidshard.jobs.cli import vidshard
+from vidshard.models.tokenizer import get_preset
+from vidshard.models.weights import load_tokenizer, save_tokenizer, weights_digest
+from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.shard_reader import open_shard, read_clips
+from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.runs import TokenizeRun
+
+ALL_PRECISIONS = get_args(TokenizeRun.model_fields["precision"].annotation)
+SMALL = ("--fps", "4", "--frames", "5", "--size", "32", "--local")
+
+
+def exits(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for name, num_frames in (("a.mp4", 40), ("b.mp4", 25)):
+        write_video(folder / name, Recipe(num_frames=num_frames, rate=Fraction(10)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Flags that name a tokenizer: weights from the box, of a file, and a seed."""
+    folder = tmp_path_factory.mktemp("weights")
+    flags = {"shipped": [], "seeded": ["--tokenizer", "tiny_kl", "--random-weights", "3"]}
+    for name in ("tiny", "tiny_kl"):
+        path = folder / f"{name}.safetensors"
+        save_tokenizer(path, load_tokenizer(get_preset(name), None, seed=1))
+        flags[f"file of {name}"] = ["--weights", str(path)]
+    return flags
+
+
+def test_the_setting_names_the_precisions_that_there_are() -> None:
+    assert set(ALL_PRECISIONS) == set(PRECISIONS)
+
+
+@pytest.mark.parametrize("precision", ALL_PRECISIONS)
+@pytest.mark.parametrize("source", ["shipped", "seeded", "file of tiny", "file of tiny_kl"])
+def test_every_precision_tokenizes_goes_on_verifies_and_decodes(
+    source: str, precision: str, videos: Path, weights: dict[str, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    run = ("tokenize", "--out", out, *weights[source], "--precision", precision, *SMALL)
+    code, printed = exits(*run, videos / "a.mp4")
+    assert code == 0, printed
+    first = {path: Path(path).read_bytes() for path in shard_paths(str(out))}
+    code, printed = exits(*run, videos)
+    assert code == 0, printed
+    after = {path: Path(path).read_bytes() for path in shard_paths(str(out))}
+    assert first.items() < after.items()
+    code, printed = exits(*run, videos)
+    assert code == 0, printed
+    assert "0 written in 0 shards" in printed
+    code, printed = exits("verify", out, "--exact", 1)
+    assert code == 0, printed
+    assert "encoded 4 clips again" in printed
+    code, printed = exits("decode", out, "--all", tmp_path / "clips")
+    assert code == 0, printed
+    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 4
+
+
+@pytest.mark.parametrize("precision", ALL_PRECISIONS)
+def test_the_digest_is_that_of_the_float32_weights_in_every_precision(precision: str) -> None:
+    config = get_preset("tiny")
+    digest = weights_digest(load_tokenizer(config, None, seed=0).state_dict())
+    source = TokenizerSource(config=config, weights=None, seed=0).with_digest()
+    assert source.sha256 == digest
+    assert source.load("cpu", PRECISIONS[precision]).dtype is PRECISIONS[precision]
+    other = TokenizerSource(config=config, weights=None, seed=1, sha256=digest)
+    with pytest.raises(UserError, match="not those expected"):
+        other.load("cpu", PRECISIONS[precision])
+
+
+def test_precisions_do_not_mix_in_an_output(videos: Path, tmp_path: Path) -> None:
+    run = ("tokenize", videos / "a.mp4", "--out", tmp_path / "tokens", "--tokenizer", "tiny", *SMALL)
+    assert exits(*run)[0] == 0
+    code, printed = exits(*run, "--precision", "bfloat16")
+    assert code == 2
+    assert "precision: 'float32' there, 'bfloat16' now" in printed
+    [path] = shard_paths(str(tmp_path / "tokens"))
+    with open_shard(path) as (_, provenance):
+        assert provenance.identity["precision"] == "float32"
+    assert len(list(read_clips(path))) == 2
