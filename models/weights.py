@@ -27,6 +27,7 @@ from torch import Tensor
 from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, TokenizerConfig, parse_config
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
+from vidshard.schemas.fields import differences
 
 SHIPPED = "fsq_causal_488_small"
 """The preset whose trained weights are part of the package: what is used where nobody names a model."""
@@ -365,14 +366,14 @@ def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Te
 
 
 def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
-    if differing := differences(stated, config):
+    if differing := network_differences(stated, config):
         raise ValueError(f"{path} holds {stated.name}, not {config.name} ({differing})")
 
 
 def _check_name(path: Path, config: TokenizerConfig) -> None:
     """Refuse what only the file's name can tell: v1.0 and v1.1 weights fit each other's network and spoil the video."""
     named = PRESETS.get(preset_in_name(path) or "", config)
-    differing = differences(named, config)
+    differing = network_differences(named, config)
     if differing and _checkpoint_shapes(named) == _checkpoint_shapes(config):
         raise ValueError(
             f"{path} is called after {named.name}, not {config.name}: these networks take each other's weights and "
@@ -381,10 +382,10 @@ def _check_name(path: Path, config: TokenizerConfig) -> None:
         )
 
 
-def differences(there: TokenizerConfig, here: TokenizerConfig) -> str:
-    """How two networks differ, whatever they are called; empty where they do not."""
+def network_differences(there: TokenizerConfig, here: TokenizerConfig) -> str:
+    """Fields in which two networks differ, whatever they are called; empty where they do not."""
     theirs, ours = (json.loads(config.model_dump_json(exclude={"name"})) for config in (there, here))
-    return "; ".join(f"{key}: {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
+    return "; ".join(differences(theirs, ours))
 
 
 def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerConfig) -> None:

@@ -25,6 +25,7 @@ from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.encode import encode_clips, encode_spans, make_reproducible
 from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.rejections import Reason, Stage, VideoError
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import ClipSpec
@@ -215,7 +216,7 @@ def _unless_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None, " ".join(str(error).split())[:300] or type(error).__name__
+        return None, one_line(error, 300)
 
 
 def _share_out(

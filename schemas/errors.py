@@ -7,7 +7,10 @@ it is printed without a traceback. Any other exception is a defect of vidshard. 
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+from vidshard.schemas.uris import public_uri
 
 EXIT_FAILED = 1
 """The job ran, and its result is not what was asked for."""
@@ -30,3 +33,13 @@ class RunFailedError(VidshardError):
     """The job ran and failed; the message says what broke and what to do next."""
 
     exit_code = EXIT_FAILED
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An error's message on one line, or its type where it has none; URIs are stripped of credentials.
+
+    Args:
+        limit: characters at most; None for all of them.
+    """
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda m: public_uri(m[0]), words, flags=re.IGNORECASE)[:limit]

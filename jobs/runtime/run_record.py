@@ -13,6 +13,7 @@ from vidshard.pipeline.output.layout import RUN, shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.fields import differences
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import FORMAT_VERSIONS, Provenance, payload_record
 
@@ -77,7 +78,7 @@ def check_output(resolved: ResolvedRun) -> Sequence[Mapping[str, Any]]:
         return []
     if record.identity != resolved.identity:
         raise UserError(
-            f"{out} holds the result of other settings:\n{_differences(record.identity, resolved.identity)}\n"
+            f"{out} holds the result of other settings:\n{_listed(record.identity, resolved.identity)}\n"
             "choose another --out, or the settings of that run"
         )
     return record.runs
@@ -108,15 +109,7 @@ def record_of(provenance: Provenance) -> dict[str, Any]:
     return {**asdict(provenance), "payload": payload, "format_version": provenance.format_version}
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    both = before.keys() | now.keys()
-
-    def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in values.items() if k != "tokenizer"} | {
-            f"tokenizer.{k}": v for k, v in values.get("tokenizer", {}).items()
-        }
-
+def _listed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     defaults = TokenizeRun.model_construct().model_dump(mode="json")
-    old, new = ({**{name: defaults.get(name) for name in both}, **flat(values)} for values in (before, now))
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
+    relevant = {name: value for name, value in defaults.items() if name in before.keys() | now.keys()}
+    return "\n".join(f"  {line}" for line in differences(before, now, defaults=relevant))

@@ -25,8 +25,7 @@ from vidshard.models.tokenizer import TokenizerConfig, get_preset
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.training.state import Generator, check_stage
 from vidshard.models.vidtok.config import VidTokConfig
-from vidshard.models.weights import count_parameters, load_weights
-from vidshard.models.weights import differences as network_differences
+from vidshard.models.weights import count_parameters, load_weights, network_differences
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
 from vidshard.pipeline.versions import code_version

@@ -40,8 +40,7 @@ from vidshard.models.training.state import Generator, TrainState, begin_stage, s
 from vidshard.models.training.step import DivergedError, NonFiniteError, train_step
 from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.model import VidTok
-from vidshard.models.weights import differences as network_differences
-from vidshard.models.weights import load_weights, preset_in_name, save_tokenizer, weights_digest
+from vidshard.models.weights import load_weights, network_differences, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
 from vidshard.pipeline.training_data.loader import Batch, batches

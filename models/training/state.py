@@ -33,8 +33,7 @@ from vidshard.models.training.distributed import (
 from vidshard.models.training.perceptual import Perceptual
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
-from vidshard.models.weights import differences as network_differences
-from vidshard.models.weights import weights_digest
+from vidshard.models.weights import network_differences, weights_digest
 from vidshard.schemas.fields import differences
 from vidshard.schemas.training import StageConfig
 

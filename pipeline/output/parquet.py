@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, one_line
 
 _ROW_GROUP_ROWS = 1 << 16
 
@@ -47,6 +47,6 @@ def named_if_damaged(path: str) -> Iterator[None]:
         raise  # it has its own message; storage that fails says nothing about the file
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise ShardError(
-            f"{path} is damaged ({' '.join(str(error).split())[:200]}): `vidshard verify --repair` takes it "
+            f"{path} is damaged ({one_line(error, 200)}): `vidshard verify --repair` takes it "
             "out, and the same command again fills it in"
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from vidshard.pipeline.storage.paths import is_local
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.uris import public_uri
 
 Result = TypeVar("Result")
@@ -294,12 +293,12 @@ def describe(error: BaseException) -> str:
     code = error_code(error)
     if isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey", "NoSuchBucket"):
         return "no such file or bucket"
-    text = re.sub(r"\b[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda match: public_uri(match[0]), " ".join(str(error).split()))
+    text = one_line(error)
     if isinstance(error, PermissionError) or code in ("403", "401", "AccessDenied"):
         return f"permission denied ({text})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}: make space, then run the same command again"
-    return text or type(error).__name__
+    return text
 
 
 def error_code(error: BaseException) -> str | None:

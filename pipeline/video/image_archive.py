@@ -28,6 +28,7 @@ from av.video.frame import VideoFrame
 
 from vidshard.pipeline.video.container import allocated_pixels, refuse_large, refuse_long
 from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
@@ -296,8 +297,7 @@ def _damage_named(what: str, errors: tuple[type[Exception], ...]) -> Iterator[No
     try:
         yield
     except errors as error:
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise VideoError(Reason.DECODE_ERROR, f"{what}: {_readable(words)}") from error
+        raise VideoError(Reason.DECODE_ERROR, f"{what}: {_readable(one_line(error))}") from error
 
 
 def _readable(name: str) -> str:

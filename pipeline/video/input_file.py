@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Limits
 
 
@@ -133,9 +131,3 @@ def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:
         parts.append(part)
         num_bytes -= len(part)
     return b"".join(parts)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line, with URIs stripped of user names, passwords and signatures."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda match: public_uri(match[0]), words, flags=re.IGNORECASE)

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vidshard.pipeline.video.input_file import one_line, open_file
+from vidshard.pipeline.video.input_file import open_file
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Clip, SignalRule
@@ -231,7 +232,7 @@ def _parquet_columns(
                 raise _BadSignalError(f"more than {max_bytes} bytes of content; split it, or store fewer channels")
             batches.append(batch)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise _BadSignalError(f"not readable as Parquet: {_words(error)}; write it again") from error
+        raise _BadSignalError(f"not readable as Parquet: {one_line(error, 200)}; write it again") from error
     if not batches:
         raise _BadSignalError("no samples; leave the signal out")
     table = pa.Table.from_batches(batches)
@@ -287,7 +288,7 @@ def _npz_columns(data: bytes, max_bytes: int) -> tuple[str, npt.NDArray[Any], li
             "it must hold the arrays seconds and values; np.savez(path, seconds=, values=)"
         ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise _BadSignalError(f"not readable as .npz: {_words(error)}; write it again") from error
+        raise _BadSignalError(f"not readable as .npz: {one_line(error, 200)}; write it again") from error
     return "seconds", arrays["seconds"], [(None, arrays["values"])]
 
 
@@ -322,11 +323,7 @@ def _npy_array(data: bytes) -> npt.NDArray[Any]:
     except _BadSignalError:
         raise
     except (ValueError, EOFError, TypeError, SyntaxError, OverflowError) as error:
-        raise _BadSignalError(f"not readable as .npy: {_words(error)}; write it again") from error
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise _BadSignalError(f"not readable as .npy: {one_line(error, 200)}; write it again") from error
 
 
 # Aligning.

@@ -92,7 +92,7 @@ def test_files_of_models_that_are_not_causal_have_their_shorter_names(tmp_path: 
     assert not any(".conv.conv." in name or "conv_in.conv" in name for name in stored)
     again = load_tokenizer(NON_CAUSAL, tmp_path / "weights.safetensors")
     assert weights_digest(again.state_dict()) == weights_digest(model.state_dict())
-    with pytest.raises(ValueError, match=r"variant: non-causal there, causal-v1\.0 here"):
+    with pytest.raises(ValueError, match=r"variant: 'non-causal' there, 'causal-v1\.0' now"):
         load_weights(tmp_path / "weights.safetensors", TINY)
     with pytest.raises(ValueError, match=r"missing: encoder\.conv_in\.conv\.weight"):
         load_weights(written(tmp_path / "weights.ckpt", stored), TINY)

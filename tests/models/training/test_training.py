@@ -438,9 +438,11 @@ def test_a_stage_goes_on_with_the_discriminator_and_scale_of_the_one_before() ->
 def test_a_stage_refuses_another_architecture() -> None:
     first = state_of(SMALL, "tiny").state_dict()
     v1_1 = TINY.model_copy(update={"name": "tiny_v1_1", "variant": "causal-v1.1"})
-    with pytest.raises(ValueError, match=r"is tiny, not tiny_v1_1 \(variant: causal-v1\.0 there, causal-v1\.1 here\)"):
+    with pytest.raises(
+        ValueError, match=r"is tiny, not tiny_v1_1 \(variant: 'causal-v1\.0' there, 'causal-v1\.1' now\)"
+    ):
         begin_stage(SMALL, start_tokenizer(v1_1, 0), previous=first)
-    with pytest.raises(ValueError, match=r"is tiny, not tiny_kl \(head: fsq there, kl here"):
+    with pytest.raises(ValueError, match=r"is tiny, not tiny_kl \(head: 'fsq' there, 'kl' now"):
         begin_stage(SMALL, start_tokenizer(TINY_KL, 0), previous=first)
 
 
