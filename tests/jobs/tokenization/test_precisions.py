@@ -71,10 +71,10 @@ def test_every_precision_tokenizes_goes_on_verifies_and_decodes(
     assert "0 written in 0 shards" in printed
     code, printed = exits("verify", out, "--exact", 1)
     assert code == 0, printed
-    assert "encoded 4 clips again" in printed
+    assert "encoded 6 clips again" in printed
     code, printed = exits("decode", out, "--all", tmp_path / "clips")
     assert code == 0, printed
-    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 4
+    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 6
 
 
 @pytest.mark.parametrize("precision", ALL_PRECISIONS)
@@ -98,4 +98,4 @@ def test_precisions_do_not_mix_in_an_output(videos: Path, tmp_path: Path) -> Non
     [path] = shard_paths(str(tmp_path / "tokens"))
     with open_shard(path) as (_, provenance):
         assert provenance.identity["precision"] == "float32"
-    assert len(list(read_clips(path))) == 2
+    assert len(list(read_clips(path))) == 4
