@@ -275,7 +275,7 @@ def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, 
     out, _ = trained
     start = str(out / "stage1")
     flags = {"videos": [str(videos)], "out": str(out) + "2", "init_from": start, "preset": "tiny"}
-    with pytest.raises(Exception, match=r"is of tiny, not tiny_kl .*head: fsq there, kl here"):
+    with pytest.raises(Exception, match=r"is of tiny, not tiny_kl .*head: 'fsq' there, 'kl' now"):
         resolve(training_run("tiny", ("stage2",), flags | {"tokenizer": "tiny_kl"}))
     training = resolve(training_run("tiny", ("stage2",), flags))
     assert training.previous == (start, read_record(str(out))["run_id"])
