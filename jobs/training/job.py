@@ -196,14 +196,14 @@ def _videos_of(
         return read_training_videos(kept)
     previous, _ = _start_of(training, name)["previous"] or (None, None)
     before = storage.join(previous, VIDEOS) if previous else None
-    with PhaseProgress(console, f"{name}: opening videos", 1000) as display:
+    with PhaseProgress(console, f"{name}: opening videos", 1000) as progress:
         return open_training_videos(
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
             validation_share=run.validation_share,
             num_tasks=4 * cluster.num_cpus,
             before=read_training_videos(before) if before and storage.exists(before) else None,
-            on_video=lambda done, total: display.update(1000 * done / total, f"{done} of {total}"),
+            on_video=lambda done, total: progress.update(1000 * done / total, f"{done} of {total}"),
         )
 
 
@@ -212,9 +212,9 @@ def _cached(folder: str, videos: TrainingVideos, run: TrainRun, stage: StageConf
     spec = stage.clip_spec(clips_per_video=run.clips_per_video)
     path = storage.join(folder, f"{spec.num_frames}x{spec.bucket}-{spec.digest()}")
     total = videos.train.num_rows
-    with PhaseProgress(console, "caching clips", total) as display:
+    with PhaseProgress(console, "caching clips", total) as progress:
         items, broken = fill_cache(
-            path, videos.train, spec, Limits(), stage.seed, lambda n: display.update(n, f"{n} of {total} clips")
+            path, videos.train, spec, Limits(), stage.seed, lambda n: progress.update(n, f"{n} of {total} clips")
         )
     videos.rejections.extend(broken)
     return items
@@ -244,7 +244,7 @@ def _write_rejects(job: StageJob, rejections: list[Rejection]) -> None:
 
 
 def _start_of(training: ResolvedTraining, name: str) -> dict[str, Any]:
-    """What a stage starts from, as arguments of `StageJob`: the stage before it, or what ``--init-from`` names."""
+    """Start of a stage, as arguments of `StageJob`: the stage before it, or what ``--init-from`` names."""
     names = list(training.run.stages)
     at = names.index(name)
     if at == 0:
@@ -262,12 +262,12 @@ def _finished(training: ResolvedTraining, name: str) -> StageResult | None:
     if not storage.exists(storage.join(folder, EXPORT)):
         return None
     path = storage.join(folder, STAGE_RESULT)
-    mark = Checkpoints(folder, training.run_id).latest()
+    checkpoint = Checkpoints(folder, training.run_id).latest()
     if storage.exists(path):
         try:
             known = TypeAdapter(StageResult).validate_json(storage.read_bytes(path))
         except ValidationError as error:
-            if mark is None:
+            if checkpoint is None:
                 raise UserError(
                     f"{storage.public_uri(path)} is damaged, and there is no checkpoint that tells whether {name} is "
                     f"finished. To train it anew, take {storage.public_uri(folder)} away"
@@ -275,9 +275,9 @@ def _finished(training: ResolvedTraining, name: str) -> StageResult | None:
         else:
             if known.is_finished:
                 return known  # even if its checkpoints, which are large, were deleted
-    if mark is None or mark.step < training.run.stages[name].steps:
+    if checkpoint is None or checkpoint.step < training.run.stages[name].steps:
         return None
-    return StageResult(name=name, steps=mark.step, measured=mark.metrics, is_finished=True)
+    return StageResult(name=name, steps=checkpoint.step, measured=checkpoint.metrics, is_finished=True)
 
 
 def _train_stage(
@@ -295,17 +295,17 @@ def _train_stage(
         result: gets the problem or interruption that ended the stage.
     """
     fit = _Background(trainer_of(job, sampler, workers, cluster).fit)
-    mark = job.checkpoints.latest()
-    start = mark.step if mark else 0
+    checkpoint = job.checkpoints.latest()
+    start = checkpoint.step if checkpoint else 0
     outcome = StageResult(name=job.name, steps=start)
     began = time.monotonic()
-    with Interrupts() as interrupts, PhaseProgress(console, job.name, job.stage.steps - start) as display:
+    with Interrupts() as interrupts, PhaseProgress(console, job.name, job.stage.steps - start) as progress:
         fit.start()
         asked = False
         while fit.runs(0.5):
             note = job.status.read()
             if note["latest"]:
-                display.update(note["latest"]["step"] - start, _progress_text(note, job.stage))
+                progress.update(note["latest"]["step"] - start, _progress_text(note, job.stage))
             if note["held_out"].get("step") == 0:
                 outcome.before = note["held_out"]
             if interrupts.first is not None and not asked:
@@ -413,8 +413,8 @@ def _clips_of(job: StageJob, sampler: ClipSampler, rows_per_worker: int) -> Call
     total = stage.steps * stage.batch_size
 
     def clips() -> Dataset:
-        mark = checkpoints.latest()
-        start = mark.step * stage.batch_size if mark else 0
+        checkpoint = checkpoints.latest()
+        start = checkpoint.step * stage.batch_size if checkpoint else 0
         return training_clips(known, reader, min(start, total - 1), total, rows_per_block=block)
 
     return clips

@@ -364,7 +364,10 @@ def print_run(training: ResolvedTraining, cluster: Cluster, workers: int, consol
     if training.previous is not None:
         folder, run_id = training.previous
         record = read_record(folder.rpartition("/")[0])
-        mark = Checkpoints(folder, run_id).latest()
+        checkpoint = Checkpoints(folder, run_id).latest()
         steps = record["run"]["stages"][folder.rpartition("/")[2]]["steps"]
-        if mark is not None and mark.step < steps:
-            warn(console, f"{storage.public_uri(folder)} is not finished: this begins at step {mark.step} of {steps}")
+        if checkpoint is not None and checkpoint.step < steps:
+            warn(
+                console,
+                f"{storage.public_uri(folder)} is not finished: this begins at step {checkpoint.step} of {steps}",
+            )

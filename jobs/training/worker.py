@@ -209,11 +209,11 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
         with storage.local_copy(stage.vgg_weights) as vgg:
             perceptual = load_perceptual(vgg)
     tokenizer = start_tokenizer(job.tokenizer, stage.seed)
-    mark = job.checkpoints.latest()
+    checkpoint = job.checkpoints.latest()
     previous = None
-    if mark is None and job.previous is not None:
+    if checkpoint is None and job.previous is not None:
         previous = last_state(*job.previous)["state"]
-    elif mark is None and job.weights is not None:
+    elif checkpoint is None and job.weights is not None:
         tokenizer.load_state_dict(start_weights(job.weights, job.tokenizer))
 
     def wrap(network: nn.Module) -> nn.Module:
@@ -226,10 +226,10 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
         return DistributedDataParallel(network, device_ids=[worker.device] if worker.device.type == "cuda" else None)
 
     state = begin_stage(stage, tokenizer, perceptual=perceptual, device=worker.device, wrap=wrap, previous=previous)
-    if mark is None:
+    if checkpoint is None:
         started = weights_digest(state.weights(averaged=False))
         return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}
-    saved = job.checkpoints.load(mark)
+    saved = job.checkpoints.load(checkpoint)
     try:
         state.load_state_dict(saved["state"])
     except ValueError as error:
@@ -244,10 +244,10 @@ def last_state(folder: str, run_id: str) -> dict[str, Any]:
         CheckpointError: the stage has none, or it is damaged.
     """
     checkpoints = Checkpoints(folder, run_id)
-    mark = checkpoints.latest()
-    if mark is None:
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
         raise CheckpointError(f"{storage.public_uri(folder)} has no checkpoint: train that stage first")
-    return checkpoints.load(mark)
+    return checkpoints.load(checkpoint)
 
 
 def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:

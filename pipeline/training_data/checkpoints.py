@@ -61,52 +61,52 @@ class Checkpoints:
         self._keep_last = keep_last
         self._best_by = best_by
 
-    def marks(self) -> list[CheckpointInfo]:
+    def infos(self) -> list[CheckpointInfo]:
         """Records of all checkpoints, by step.
 
         Raises:
             CheckpointError: a checkpoint belongs to another run, or its record is damaged.
             StorageError: the records cannot be listed or read.
         """
-        marks = []
+        infos = []
         for path in storage.list_files(self._folder, ".json"):
             try:
-                mark = CheckpointInfo(**json.loads(storage.read_bytes(path)))
+                info = CheckpointInfo(**json.loads(storage.read_bytes(path)))
             except (ValueError, TypeError) as error:
                 raise CheckpointError(f"{path} is no record of a checkpoint: choose another --out") from error
-            if mark.run_id != self._run_id:
+            if info.run_id != self._run_id:
                 raise CheckpointError(
-                    f"{self._folder} holds checkpoints of another run ({mark.run_id}, and this is {self._run_id}): "
+                    f"{self._folder} holds checkpoints of another run ({info.run_id}, and this is {self._run_id}): "
                     "choose another --out"
                 )
-            marks.append(mark)
-        return sorted(marks, key=lambda mark: mark.step)
+            infos.append(info)
+        return sorted(infos, key=lambda info: info.step)
 
     def latest(self) -> CheckpointInfo | None:
         """The checkpoint of the last step; None without any."""
-        return max(self.marks(), key=lambda mark: mark.step, default=None)
+        return max(self.infos(), key=lambda info: info.step, default=None)
 
     def best(self) -> CheckpointInfo | None:
         """The best checkpoint by the metric; None where none was measured."""
-        return self._best_of(self.marks())
+        return self._best_of(self.infos())
 
-    def _best_of(self, marks: list[CheckpointInfo]) -> CheckpointInfo | None:
+    def _best_of(self, infos: list[CheckpointInfo]) -> CheckpointInfo | None:
         sign = -1 if self._best_by in LOWER_IS_BETTER else 1
-        measured = [mark for mark in marks if self._best_by in mark.metrics]
-        return max(measured, key=lambda mark: (sign * mark.metrics[self._best_by], mark.step), default=None)
+        measured = [info for info in infos if self._best_by in info.metrics]
+        return max(measured, key=lambda info: (sign * info.metrics[self._best_by], info.step), default=None)
 
-    def load(self, mark: CheckpointInfo) -> dict[str, Any]:
+    def load(self, info: CheckpointInfo) -> dict[str, Any]:
         """Load a checkpoint's state, on the CPU.
 
         Raises:
             CheckpointError: the file is damaged or gone.
             StorageError: the file cannot be read.
         """
-        path, record = self._path(mark.step, ".pt"), self._path(mark.step, ".json")
+        path, record = self._path(info.step, ".pt"), self._path(info.step, ".json")
         if not storage.exists(path):
             raise CheckpointError(f"{path} is gone: delete {record} too, then go on from the one before it")
         data = storage.read_bytes(path)
-        if _digest(data) != mark.digest:
+        if _digest(data) != info.digest:
             raise CheckpointError(f"{path} is damaged: delete it and {record}, then go on from the one before it")
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return loaded
@@ -120,22 +120,22 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         data = buffer.getbuffer()
-        mark = CheckpointInfo(step=step, run_id=self._run_id, digest=_digest(data), metrics=dict(metrics))
+        info = CheckpointInfo(step=step, run_id=self._run_id, digest=_digest(data), metrics=dict(metrics))
         storage.remove(self._path(step, ".json"))  # left by an attempt before a restart
         storage.write_atomic(self._path(step, ".pt"), data)
-        storage.write_atomic(self._path(step, ".json"), json.dumps(asdict(mark), indent=1).encode())
+        storage.write_atomic(self._path(step, ".json"), json.dumps(asdict(info), indent=1).encode())
         self._prune()
 
     def _prune(self) -> None:
-        marks = self.marks()
-        kept = {mark.step for mark in marks[-self._keep_last :]}
-        if best := self._best_of(marks):
+        infos = self.infos()
+        kept = {info.step for info in infos[-self._keep_last :]}
+        if best := self._best_of(infos):
             kept.add(best.step)
-        for mark in marks:
-            if mark.step not in kept:
+        for info in infos:
+            if info.step not in kept:
                 for suffix in (".json", ".pt"):
                     with suppress(storage.StorageError):  # it only takes space
-                        storage.remove(self._path(mark.step, suffix))
+                        storage.remove(self._path(info.step, suffix))
 
     def _path(self, step: int, suffix: str) -> str:
         return storage.join(self._folder, f"step-{step:08d}{suffix}")

@@ -27,8 +27,8 @@ class ClipSampler:
     """The endless sequence of draws: which item clip ``n`` of a training run shows.
 
     An epoch has as many draws as there are items. Without weights it is a permutation of the items. With weights each
-    corpus gets its share of the draws, exact to a clip over all epochs up to any of them, and goes through all of its
-    items, shuffled anew each round, before it repeats one.
+    corpus gets its share of the draws, exact to a clip over all epochs up to any of them. A corpus goes through all of
+    its items, shuffled anew each round, before it repeats one.
     """
 
     items: pa.Table

@@ -198,9 +198,9 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> Non
         assert tag in tags
     picture = Image.open(out / "stage1" / "pictures" / "step-00000040.png")
     assert picture.size == (5 * 32, 2 * 2 * 32)  # two clips above their reconstructions
-    marks = Checkpoints(str(out / "stage1"), record["run_id"], keep_last=2).marks()
-    assert [mark.step for mark in marks][-1] == 40
-    assert len(marks) <= 3  # and the best
+    infos = Checkpoints(str(out / "stage1"), record["run_id"], keep_last=2).infos()
+    assert [info.step for info in infos][-1] == 40
+    assert len(infos) <= 3  # and the best
 
 
 def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, list[str]], videos: Path, tmp_path: Path) -> None:
@@ -297,8 +297,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     states: list[list[torch.Tensor]] = []
     for out in (killed, whole):
         checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
-        [mark] = [mark for mark in checkpoints.marks() if mark.step == 30]
-        state = checkpoints.load(mark)["state"]
+        [info] = [info for info in checkpoints.infos() if info.step == 30]
+        state = checkpoints.load(info)["state"]
         del state["rng"]  # with which numbers a process begins is its own affair, and FSQ draws none
         states.append(tensors_of(state))
     assert len(states[0]) > 200  # weights, averages, and what the optimizers keep
@@ -328,7 +328,7 @@ def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(u
     assert "1 restarts" not in text  # starting again would only repeat it
     assert "**Not finished:**" in (out / "summary.md").read_text()
     checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
-    assert checkpoints.marks()[-1].step == 30
+    assert checkpoints.infos()[-1].step == 30
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What training minimises is what the formulas say, by hand and against autograd."""
+"""What training minimizes is what the formulas say, by hand and against autograd."""
 
 from __future__ import annotations
 

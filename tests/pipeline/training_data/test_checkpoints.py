@@ -16,7 +16,7 @@ def state(step: int) -> dict[str, object]:
 
 
 def steps(checkpoints: Checkpoints) -> list[int]:
-    return [mark.step for mark in checkpoints.marks()]
+    return [info.step for info in checkpoints.infos()]
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -52,16 +52,16 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path: Path) -> No
 def test_a_damaged_checkpoint_and_that_of_another_run_are_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "run")
     checkpoints.save(state(1), 1, {})
-    [mark] = checkpoints.marks()
+    [info] = checkpoints.infos()
     path = tmp_path / "checkpoints" / "step-00000001.pt"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"step-00000001\.pt is damaged: delete it"):
-        checkpoints.load(mark)
+        checkpoints.load(info)
     path.unlink()
     with pytest.raises(
         CheckpointError, match=r"is gone: delete .*step-00000001\.json too, then go on from the one before"
     ):
-        checkpoints.load(mark)
+        checkpoints.load(info)
     with pytest.raises(CheckpointError, match="of another run \\(run, and this is mine\\): choose another --out"):
         Checkpoints(str(tmp_path), "mine").latest()
 
@@ -84,5 +84,5 @@ def test_object_stores_hold_checkpoints_too(s3: str) -> None:
     checkpoints = Checkpoints("s3://videos/runs/a", "run", keep_last=1)
     for step in range(3):
         checkpoints.save(state(step), step, {})
-    [mark] = checkpoints.marks()
-    assert checkpoints.load(mark)["step"] == 2
+    [info] = checkpoints.infos()
+    assert checkpoints.load(info)["step"] == 2
