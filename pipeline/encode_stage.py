@@ -1,8 +1,8 @@
-"""The encoding stage as Ray calls it: rows of decoded spans in, rows with payloads out.
+"""Encode stage: rows of decoded spans in, rows with payloads out.
 
-A batch that memory cannot hold is tried again at half its size, down to one clip. That is another shape: on the CPUs
-and in the tests at hand it gives the same bytes, but kernels may sum in another order, and a value at a tie of
-rounding may then fall to the other side, as with another --batch-size.
+A batch that does not fit in memory is retried at half its size, down to one clip. A smaller batch has another shape.
+Tests on CPUs give the same bytes, but kernels may sum in another order: a value at a rounding tie may then round
+the other way, as with another --batch-size.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderSpec:
-    """What an encoder needs to know; small enough to travel to every actor."""
+    """Settings of an encoder, small enough to send to every actor."""
 
     source: TokenizerSource
-    """The tokenizer; an encoder refuses to start with other weights than it names."""
+    """Source of the tokenizer; an encoder refuses to start if the weights have another digest."""
     precision: str
     num_frames: int
-    """Frames of every clip."""
+    """Frames per clip."""
     payload: Payload
-    """Columns that a clip becomes; frames of another size give other shapes of the same columns."""
+    """Payload columns of a clip; the frame size changes their shapes, not their names or dtypes."""
     batch_size: int
     """Clips per forward pass."""
     num_threads: int
     """CPU threads of one encoder; ignored on a GPU."""
     padding: Padding | None = None
-    """Place of the copies that make clips as long as the tokenizer takes; None where they are."""
+    """Placement of the frames that pad clips to a valid length; None if their length is valid."""
     tiling: Tiling | None = None
-    """None to encode whole frames."""
+    """Tiles in which frames are encoded; None for whole frames."""
     continuous: ClipSpec | None = None
-    """Rule by which the clips of a span are one stream; None where each is encoded by itself."""
+    """Clip settings if the clips of a span form one stream; None if each clip is encoded by itself."""
 
 
 MEMORY_MESSAGES = (
     "can't allocate memory",  # PyTorch's CPU allocator on Linux and macOS
     "not enough memory",  # and on Windows
     "std::bad_alloc",
-    "out of memory",  # the CUDA runtime itself: pinned memory, a library's workspace
+    "out of memory",  # the CUDA runtime: pinned memory, workspace of a library
     "_ALLOC_FAILED",  # cuBLAS, cuDNN
 )
-"""What a RuntimeError says that is about memory; PyTorch has a class of its own only for its CUDA allocator."""
+"""Messages of out-of-memory RuntimeErrors; PyTorch has an exception class only for its CUDA allocator."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation failed for want of memory, so that a smaller one may succeed."""
+    """Whether a computation failed because memory ran out, so that a smaller one may succeed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES)
 
 
 def free_caches() -> None:
-    """Give back what no tensor uses: after a failure, cached blocks may be of no use to the next, smaller batch."""
+    """Release unused memory: blocks cached for a failed batch may not fit the next, smaller one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -82,29 +82,30 @@ def free_caches() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Unit:
-    """What goes into a batch as a whole: a clip, or a span whose clips are one stream."""
+    """Indivisible entry of a batch: a clip, or a span whose clips form one stream."""
 
     row: int
     clips: Sequence[np.ndarray]
+    """uint8 (T, H, W, 3) each, halo first."""
     num_own: int
-    """Without those of its halo."""
+    """Number of clips without the halo."""
 
 
 class ClipEncoder:
-    """The actor of the encoding stage: rows of decoded spans in, rows with tokens out.
+    """Encoder of the encode stage: rows of decoded spans in, rows with payloads out.
 
-    Called by Ray Data, one batch of rows at a time. Rejections pass untouched. A row with a clip for which there is
-    no memory, not even by itself, becomes a rejection; any other exception is a bug and ends the run.
+    Each call takes one batch of rows. Rejections pass unchanged. A row with a clip that does not fit in memory
+    even by itself becomes a rejection; any other exception is a defect and ends the run.
 
-    The first call loads the model, not the constructor: a death while loading then counts as an attempt of that
-    task, of which there are few, and not as a restart of the actor, of which there are many (`pipeline.flow`).
+    The model is loaded by the first call, not by the constructor. A crash while loading then counts as an attempt
+    of that task, which are limited, and not as a restart of the actor, which are not (`pipeline.attempts`).
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
         self._spec = spec
         self._model: Tokenizer | None = None
         self._batch_sizes: dict[tuple[int, int], int] = {}
-        """For each frame size that did not fit at the spec's batch size, what did."""
+        """Reduced batch size, by frame size (height, width) that did not fit at the spec's batch size."""
         self._idle_since: float | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -119,7 +120,7 @@ class ClipEncoder:
         encoded: list[dict[str, list[np.ndarray]]] = [{column.name: [] for column in spec.payload} for _ in sizes]
         errors: dict[int, VideoError] = {}
         num_slots = 0
-        # rows of one frame size are neighbours: the plan is sorted by it
+        # rows of one frame size are adjacent: the plan is sorted by it
         for size, group in groupby(range(rows.num_rows), key=lambda row: sizes[row]):
             units: list[_Unit] = []
             for row in group:
@@ -150,14 +151,14 @@ class ClipEncoder:
         encoded: Sequence[Mapping[str, list[np.ndarray]]],
         errors: dict[int, VideoError],
     ) -> int:
-        """Encode units of one frame size, in batches that memory holds.
+        """Encode units of one frame size, in batches that fit in memory.
 
         Args:
-            encoded: of each row and for each payload column the clips; those of the units are appended.
-            errors: of rows with a unit that does not fit; their further units are left out.
+            encoded: clips of each row, by payload column; results are appended to it.
+            errors: failures by row; rows with a unit that does not fit are added, and their other units skipped.
 
         Returns:
-            Clips that the forward passes had room for.
+            Capacity of the forward passes, in clips.
         """
         batch_size = self._batch_sizes.get(size, self._spec.batch_size)
         num_slots = start = 0
@@ -180,7 +181,7 @@ class ClipEncoder:
                 self._batch_sizes[size] = batch_size = batch_size // 2
                 log.warning("out of memory (%s): from now on %d clips of %s at once", shortage, batch_size, what)
             elif not has_freed:
-                has_freed = True  # caches of other shapes may have been what was in the way
+                has_freed = True  # memory cached for other shapes may have been the obstacle: retry once without it
             else:
                 streams = " as a stream" if self._spec.continuous is not None else ""
                 errors[units[start].row] = VideoError(
@@ -192,7 +193,7 @@ class ClipEncoder:
         return num_slots
 
     def _encode_batch(self, tokenizer: Tokenizer, units: Sequence[_Unit], batch_size: int) -> dict[str, np.ndarray]:
-        """The units' own clips, in order."""
+        """Encode one batch: by payload column, an array (clips without halos, values per clip), in order."""
         spec = self._spec
         if spec.continuous is not None:
             spans, counts = [unit.clips for unit in units], [unit.num_own for unit in units]
@@ -206,10 +207,10 @@ class ClipEncoder:
 def _unless_out_of_memory(
     encode: Callable[[], dict[str, np.ndarray]],
 ) -> tuple[dict[str, np.ndarray] | None, str]:
-    """What a function gives; None and the allocator's words, a line, where there was not enough memory.
+    """Call a function; return its result, or None and the allocator's message in one line if memory ran out.
 
-    A function of its own, as an exception's traceback keeps every tensor of the failed pass alive: it must be gone
-    before caches are freed and the next attempt begins.
+    This is a separate function because a traceback keeps every tensor of the failed pass alive. The exception must
+    be gone before caches are freed and the next attempt starts.
     """
     try:
         return encode(), ""
@@ -222,7 +223,7 @@ def _unless_out_of_memory(
 def _share_out(
     values: Mapping[str, np.ndarray], units: Sequence[_Unit], encoded: Sequence[Mapping[str, list[np.ndarray]]]
 ) -> None:
-    """Append each unit's clips to those of its row."""
+    """Append the clips of each unit to its row."""
     for name, clips in values.items():
         start = 0
         for unit in units:

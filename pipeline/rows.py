@@ -1,15 +1,15 @@
-"""How the records of ``schemas`` stand in Arrow rows while Ray carries them from stage to stage.
+"""Arrow layout of the rows that Ray carries from stage to stage, and its conversion to the records of ``schemas``.
 
-One row is one span, from the plan to the sink: stages add columns and never add or drop rows, so that rows can
-be counted. Columns of the user's manifest ride along untouched. Only this module knows the layout.
+One row is one span, from the plan to the sink. Stages add columns and never add or drop rows, so that rows can
+be counted. Manifest columns are carried unchanged. Only this module knows the layout.
 
 ==========  ==================================================================
 after       columns
 ==========  ==================================================================
 plan        ``PLAN_FIELDS``, manifest columns
-decode      and ``frames``, ``clips``, ``rejection``, ``decode_seconds``
-encode      ``frames`` gives way to the payload (``tokens`` or ``latents`` …), and
-            the columns of :class:`EncodeStats`
+decode      adds ``frames``, ``clips``, ``rejection``, ``decode_seconds``
+encode      replaces ``frames`` by the payload (``tokens`` or ``latents`` …), and
+            adds the columns of :class:`EncodeStats`
 ==========  ==================================================================
 """
 
@@ -55,7 +55,7 @@ PLAN_FIELDS = (
 WORK_SCHEMA = pa.schema(PLAN_FIELDS)
 
 WORK_NUMBER = pa.field("todo_number", pa.int64())
-"""Which of the rows that a run is to do; by it the driver knows what has come out."""
+"""Position of the row in the work list, from 0; the driver uses it to tell which rows have come out."""
 
 CLIP_TYPE = pa.struct(
     [
@@ -78,13 +78,13 @@ DECODE_SECONDS = pa.field("decode_seconds", pa.float64(), nullable=False)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeStats:
-    """What one call of an encoder took; stands in the first row of the call, zeros in the others."""
+    """Cost of one encoder call, stored in the call's first row; its other rows hold zeros."""
 
     seconds: float
     wait_seconds: float
-    """Idle since the call before, waiting for decoded frames."""
+    """Idle time since the previous call, spent waiting for decoded frames."""
     num_slots: int
-    """Clips that the forward passes had room for; more than there were where the last one was not full."""
+    """Capacity of the forward passes, in clips; it exceeds the number of clips if the last pass was not full."""
 
 
 _STATS_COLUMNS = {"seconds": "encode_seconds", "wait_seconds": "encode_wait_seconds", "num_slots": "encode_slots"}
@@ -105,20 +105,20 @@ INTERNAL_COLUMNS = (
         WORK_NUMBER.name,
     }
 )
-"""Names that a manifest's own columns must not have on the way."""
+"""Column names of the flow and the shards, which manifest columns must not use."""
 
 
 def manifest_fields(schema: pa.Schema) -> list[pa.Field]:
-    """The user's columns among those of a row, in order."""
+    """Manifest columns of a row's schema, in order."""
     return [field for field in schema if field.name not in INTERNAL_COLUMNS]
 
 
 def span_row(span: Span, spec: ClipSpec, fingerprint: str | None) -> dict[str, Any]:
-    """A span as a row of the plan.
+    """Convert a span to a row of the plan.
 
     Args:
-        spec: how its clips are made, frame size included.
-        fingerprint: of the file's state on its storage, None where that says nothing.
+        spec: clip settings of the span, including its frame size.
+        fingerprint: state of the file on its storage; None if the storage reports none.
     """
     part = span.part
     return {
@@ -146,7 +146,7 @@ def span_row(span: Span, spec: ClipSpec, fingerprint: str | None) -> dict[str, A
 
 
 def row_span(row: dict[str, Any]) -> Span:
-    """The span of a row; inverse of :func:`span_row`."""
+    """Convert a row of the plan to its span; inverse of :func:`span_row`."""
     return Span(
         video_id=row["video_id"],
         uri=row["uri"],
@@ -167,17 +167,17 @@ def row_span(row: dict[str, Any]) -> Span:
 
 
 def row_part(row: Mapping[str, Any]) -> Part:
-    """The part of the video that a row of a plan or a shard is about; older shards know only whole videos."""
+    """Part of the video that a plan or shard row belongs to; older shards have whole videos only."""
     return Part.of(row.get("part_start_seconds"), row.get("part_end_seconds"))
 
 
 def row_spec(row: Mapping[str, Any], spec: ClipSpec) -> ClipSpec:
-    """How the clips of a row of the plan are made: a run's settings, in the row's own frame size."""
+    """Clip settings of a plan row: those of the run, with the row's own frame size."""
     return replace(spec, height=row["frame_height"], width=row["frame_width"])
 
 
 def rejection_row(rejection: Rejection) -> dict[str, Any]:
-    """A rejection as a row of ``rejects/``, with its remedy."""
+    """Convert a rejection to a row of ``rejects/``, with its remedy."""
     return {
         "uri": rejection.uri,
         "video_id": rejection.video_id,
@@ -193,14 +193,14 @@ def rejection_row(rejection: Rejection) -> dict[str, Any]:
 
 
 def row_rejection(row: dict[str, Any]) -> Rejection:
-    """Inverse of :func:`rejection_row`."""
+    """Convert a row of ``rejects/`` to its rejection; inverse of :func:`rejection_row`."""
     names = ("uri", "video_id", "span_id", "start_seconds", "detail", "kept_clips", "place")
     values = {name: row[name] for name in names}
     return Rejection(**values, stage=Stage(row["stage"]), reason=Reason(row["reason"]))
 
 
 def rejections_table(rejections: Sequence[Rejection]) -> pa.Table:
-    """Rows of ``rejects/``."""
+    """Convert rejections to a table of ``REJECT_SCHEMA``."""
     return pa.Table.from_pylist([rejection_row(r) for r in rejections], schema=REJECT_SCHEMA)
 
 
@@ -213,16 +213,16 @@ def add_clips(
     seconds: float,
     continuous: bool = False,
 ) -> pa.Table:
-    """One row of the plan, with what decoding it gave.
+    """Add the result of decoding to one row of the plan.
 
     Args:
-        plan: one row.
-        outcome: the span's clips after those of its halo, of which the row gets the frames alone; its error, which
-            may say what is missing beside them.
-        uri: how rejections name the video.
-        start_seconds: where the span begins, in seconds after the first frame.
-        seconds: what decoding took.
-        continuous: whether clips carry on from one another.
+        plan: table of one row.
+        outcome: clips of the halo, then of the span, and an error, which may accompany clips if some are missing.
+            Only the frames of halo clips are stored.
+        uri: URI of the video in rejections.
+        start_seconds: start of the span, in seconds after the first frame.
+        seconds: decoding time.
+        continuous: whether each clip continues the previous one.
     """
     row = plan.to_pylist()[0]
     rejection = None
@@ -240,7 +240,7 @@ def add_clips(
         )
     own = [clip for clip in outcome.clips if clip.clip_index >= row["first_clip"]]
     clips = [_clip_row(clip, continuous and clip.clip_index > 0, outcome.num_errors) for clip in own]
-    # the only copy between the decoder's process and the object store
+    # the only copy of frames between the decoder's process and the object store
     flat = [clip.frames.reshape(-1) for clip in outcome.clips]
     buffer = pa.py_buffer(np.concatenate(flat) if flat else b"")
     offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
@@ -253,12 +253,17 @@ def add_clips(
 
 
 def signal_source(name: str) -> str:
-    """The column in which the path of a signal's file travels, as its values take the signal's own name."""
+    """Column with the path of a signal's file; the signal's own name is the column of its values."""
     return f"{name}_source"
 
 
 def add_signals(row: pa.Table, columns: Sequence[tuple[pa.Field, pa.Array]]) -> pa.Table:
-    """One row of the plan with the values of its clips, as lists, under the signals' names."""
+    """Add signal columns to one row of the plan.
+
+    Args:
+        row: table of one row.
+        columns: field and values of each column, one value per clip; they are stored as a list.
+    """
     for field, values in columns:
         row = row.append_column(field.name, pa.ListArray.from_arrays(_offsets([len(values)]), values))
     return row
@@ -284,10 +289,10 @@ def _clip_row(clip: Clip, continues: bool, decode_errors: int) -> dict[str, Any]
 
 
 def clip_frames(rows: pa.Table, num_frames: int) -> list[list[np.ndarray]]:
-    """Row by row every clip in order, those of its halo first: uint8 (T, H, W, 3), views of the rows' own memory.
+    """Clips of each row in order, halo first: uint8 (T, H, W, 3), views of the rows' memory.
 
     Args:
-        num_frames: of each clip; its height and width stand in its row.
+        num_frames: frames per clip; height and width are columns of the row.
     """
     flats = [np.frombuffer(scalar.as_buffer(), np.uint8) for scalar in rows["frames"]]
     return [
@@ -297,12 +302,12 @@ def clip_frames(rows: pa.Table, num_frames: int) -> list[list[np.ndarray]]:
 
 
 def frame_sizes(rows: pa.Table) -> list[tuple[int, int]]:
-    """Row by row the (height, width) of its clips."""
+    """Frame size (height, width) of each row."""
     return list(zip(rows["frame_height"].to_pylist(), rows["frame_width"].to_pylist(), strict=True))
 
 
 def clip_counts(rows: pa.Table) -> list[int]:
-    """Row by row the number of clips, without those of halos."""
+    """Number of clips of each row, without the halo."""
     counts: list[int] = pc.list_value_length(rows["clips"]).to_pylist()
     return counts
 
@@ -310,11 +315,11 @@ def clip_counts(rows: pa.Table) -> list[int]:
 def add_payload(
     rows: pa.Table, values: Mapping[str, Sequence[np.ndarray]], payload: Payload, stats: EncodeStats
 ) -> pa.Table:
-    """The rows with their frames replaced by what the encoder made of them.
+    """Replace the frames of rows by the payload.
 
     Args:
-        values: for each payload column, by name, and each clip of all rows an array (values,) of the column's dtype.
-            Frames of another size give another number of values, so these are lists of any length until stored.
+        values: by payload column, one array (values per clip,) of the column's dtype for each clip of all rows.
+            The number of values depends on the frame size, so they are lists of variable length until stored.
     """
     counts = np.diff(rows["clips"].combine_chunks().offsets.to_numpy())
     rows = rows.drop_columns(["frames"])
@@ -330,13 +335,13 @@ def add_payload(
 
 
 def refuse(rows: pa.Table, errors: Mapping[int, VideoError], stage: Stage) -> pa.Table:
-    """Decoded rows, of which some turned out to be of no use: a rejection of the whole span in place of the clips.
+    """Replace the clips of failed rows by a rejection of the whole span.
 
-    What decoding said of such a row, clips missing among those that it gave, is covered by that and replaced.
+    An earlier rejection of such a row, for clips missing after decoding, is replaced, as the new one covers it.
 
     Args:
-        errors: by row number, of rows with clips.
-        stage: where they arose.
+        errors: failures by row number; these rows have clips.
+        stage: stage that failed.
     """
     if not errors:
         return rows
@@ -379,19 +384,19 @@ def explode(
     fps: float,
     signals: Sequence[str] = (),
 ) -> pa.Table:
-    """Encoded rows (one a span, all of one frame size) as shard rows (one a clip).
+    """Convert encoded rows (one per span, all of one frame size) to shard rows (one per clip).
 
     Args:
-        schema: of the shard; manifest columns are taken from the rows by name, null where a row has none.
-        clip_ids: one for each clip, in order.
-        fps: rate of the grid.
-        signals: columns with a value for each clip.
+        schema: schema of the shard; manifest columns are taken from the rows by name, or null if absent.
+        clip_ids: id of each clip, in order.
+        fps: frames per second of the grid.
+        signals: columns with one value per clip.
     """
     rows = rows.combine_chunks()
     lists = rows["clips"].combine_chunks()
     clips = lists.flatten()
-    # of a clip's span only what is stored with the clip: its payload beside each of its clips, ten for instance, took
-    # ten times a shard's memory, and the sink 540 clips/s instead of 3,850 (benchmarks/scale.py)
+    # Columns with one value per clip are left out before rows are repeated for each clip: repeating the payload of a
+    # span of ten clips took ten times a shard's memory, and the sink 540 clips/s instead of 3,850 (benchmarks/scale.py)
     own = {*(column.name for column in payload), *signals}
     kept = [f.name for f in schema if f.name in rows.schema.names and f.name not in own]
     parents = rows.select([*dict.fromkeys(["frame_height", "frame_width", *kept])]).take(lists.value_parent_indices())

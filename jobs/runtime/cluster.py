@@ -1,4 +1,4 @@
-"""Ray for the length of a job: a cluster that is there, or one of our own on this machine."""
+"""Ray for the duration of a job: joins an existing cluster, or starts a local one and stops it at the end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _JOINING_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """What there is to compute with."""
+    """Resources of a Ray cluster."""
 
     num_cpus: int
     num_gpus: float
     num_nodes: int
     is_own: bool
-    """Started by this process, and stopped with it."""
+    """Whether this process started the cluster, and stops it."""
 
     def __str__(self) -> str:
         gpus = f", {self.num_gpus:g} GPUs" if self.num_gpus else ", no GPU"
@@ -42,15 +42,15 @@ class Cluster:
 
 @contextmanager
 def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose: bool) -> Iterator[Cluster]:
-    """Connect to Ray, or start one, and stop at the end what was started here.
+    """Join a Ray cluster, or start a local one and stop it at the end.
 
     Args:
-        address: of a cluster, or "local" for a Ray of our own; None for ``$RAY_ADDRESS`` or else one of our own.
-        object_store_bytes: memory for objects of a Ray of our own; None for Ray's default.
-        verbose: let Ray's own log and progress through.
+        address: address of a cluster, or "local" to start one; None for ``$RAY_ADDRESS`` if set, otherwise "local".
+        object_store_bytes: size of the object store of a local cluster; None for Ray's default.
+        verbose: show Ray's log and progress.
 
     Raises:
-        StorageError: there is no cluster at the address, it does not let us in, or Ray cannot be started here.
+        StorageError: no cluster answers at the address, it refuses the connection, or Ray cannot be started.
     """
     started = not ray.is_initialized()
     if started:
@@ -73,7 +73,7 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
             problem = "Ray cannot be started on this machine" if own else f"cannot join a Ray cluster at {where}"
             raise StorageError(f"{problem}: {cause_of(error)}") from error
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)  # Ray has put a handler there that aborts the process
+            signal.signal(signal.SIGTERM, terminate)  # replaces Ray's handler, which aborts the process
     else:
         own = False
     _quiet(verbose)
@@ -91,10 +91,10 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
 
 
 def _check_listening(address: str) -> None:
-    """Find out that nothing listens at HOST:PORT, where Ray would try for minutes without a word."""
+    """Raise StorageError if nothing listens at HOST:PORT; Ray itself would retry for minutes without a message."""
     host, _, port = address.rpartition(":")
     if "/" in host or not host or not port.isdigit():
-        return  # "auto" and the like, which Ray looks up
+        return  # "auto" and other forms that Ray resolves
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENING_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -106,7 +106,7 @@ def _check_listening(address: str) -> None:
 
 @contextmanager
 def _not_for_ever(address: str | None, stderr: int) -> Iterator[None]:
-    """End the process where Ray still tries to join a cluster after minutes, in C++ code that heeds no signal."""
+    """End the process if Ray has not joined the cluster after ``_JOINING_SECONDS``: its C++ code ignores signals."""
 
     def give_up() -> None:
         os.write(
@@ -114,7 +114,7 @@ def _not_for_ever(address: str | None, stderr: int) -> Iterator[None]:
             f"error: no Ray cluster answered at {address} in {_JOINING_SECONDS:.0f} s, though something listens: is it "
             f"the port of `ray start --head` (6379 as a rule, not 8265 or 10001)?\n".encode(),
         )
-        os._exit(EXIT_REFUSED)  # as if killed: the lease runs out, and the same command goes on
+        os._exit(EXIT_REFUSED)  # no cleanup, as after a kill: a lease expires, and the same command resumes
 
     timer = threading.Timer(_JOINING_SECONDS, give_up)
     timer.daemon = True
@@ -128,9 +128,10 @@ def _not_for_ever(address: str | None, stderr: int) -> Iterator[None]:
 
 @contextmanager
 def _no_chatter() -> Iterator[int]:
-    """Keep what Ray's C++ core writes to stderr while it starts from the terminal; exceptions still come through.
+    """Redirect stderr to /dev/null while Ray's C++ core starts; exceptions still propagate.
 
-    Gives the descriptor that still leads there.
+    Yields:
+        A file descriptor of the original stderr.
     """
     sys.stderr.flush()
     kept = os.dup(2)
@@ -147,9 +148,9 @@ def _quiet(verbose: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
-    context.memory_usage_poll_interval_s = None  # walks the page tables of every worker each second, for a statistic
-    # bounding retries is only possible through arguments that Ray 2.64 will drop; until it says how else
+    context.memory_usage_poll_interval_s = None  # for one statistic it walks every worker's page tables each second
+    # retries can only be bounded by arguments that Ray 2.64 will remove, and no replacement is documented yet
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises as well
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it also raises

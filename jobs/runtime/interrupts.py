@@ -1,4 +1,4 @@
-"""Ending a job in order: the first Ctrl-C or SIGTERM is noted, a second one ends it at once."""
+"""Graceful interruption: the first Ctrl-C or SIGTERM is recorded, a second one ends the job at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Item = TypeVar("Item")
 
 
 class Interrupts:
-    """Notes the first SIGINT or SIGTERM while it is entered; the second is raised as before.
+    """Context manager that records the first SIGINT or SIGTERM, and raises the second as KeyboardInterrupt.
 
-    Outside the main thread, where signals cannot be caught, it notes nothing.
+    Outside the main thread, where signals cannot be caught, it records nothing.
     """
 
     def __init__(self) -> None:
         self.first: KeyboardInterrupt | None = None
-        """What the first one would have raised."""
+        """Exception for the first signal; None before it."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -44,7 +44,7 @@ class Interrupts:
 
 
 class Feed(Generic[Item]):
-    """Items of an iterator that a thread runs, one ahead, so that they can be waited for with a time limit."""
+    """Iterator that a thread reads one item ahead, so that taking an item can time out."""
 
     _END = object()
 
@@ -60,7 +60,7 @@ class Feed(Generic[Item]):
                 if self._stopped.is_set():
                     return
             self._put((self._END, None))
-        except BaseException as error:  # noqa: BLE001  raised again where the items are taken
+        except BaseException as error:  # noqa: BLE001  raised again by take()
             self._put((self._END, error))
 
     def _put(self, entry: tuple[Any, BaseException | None]) -> None:
@@ -70,11 +70,11 @@ class Feed(Generic[Item]):
                 return
 
     def take(self, seconds: float) -> Item | None:
-        """The next item, or None if there is none yet after so long.
+        """Return the next item, or None if none came within ``seconds``.
 
         Raises:
-            StopIteration: there are no more.
-            BaseException: what the iterator raised.
+            StopIteration: the iterator has ended.
+            BaseException: any exception of the iterator.
         """
         try:
             item, error = self._queue.get(timeout=seconds)
@@ -87,5 +87,5 @@ class Feed(Generic[Item]):
         return item  # type: ignore[no-any-return]
 
     def stop(self) -> None:
-        """Take no more; the iterator is left at its next item."""
+        """Stop reading; the thread leaves the iterator after its next item."""
         self._stopped.set()

@@ -1,4 +1,4 @@
-"""What a running job shows: one calm live line on a terminal, a plain line now and then otherwise."""
+"""Progress display of a job: one live line on a terminal, otherwise a plain line about every ten seconds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.text import Text
 
 PLAIN_INTERVAL_SECONDS = 10.0
+"""Shortest time between two lines where the output is not a terminal."""
 
 
 class PhaseProgress:
@@ -47,15 +48,15 @@ class PhaseProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the phase began."""
+        """Seconds since the start of the phase."""
         return time.monotonic() - self._started
 
     def update(self, done: float, figures: str) -> None:
-        """Show how far it is.
+        """Update the display.
 
         Args:
-            done: of the total; never shown beyond it.
-            figures: the rest of the line.
+            done: units completed; values above the total are shown as the total.
+            figures: text after the bar.
         """
         self._done = min(done, self._total)
         left = self.seconds * (self._total - self._done) / self._done if self._done else None
@@ -76,5 +77,5 @@ def _duration(seconds: float) -> str:
 
 
 def warn(console: Console, text: str) -> None:
-    """Print a warning that stands out with or without colors."""
+    """Print a warning, marked by ``!!`` and by color."""
     console.print(Text(f"!! {text}", style="bold yellow"))

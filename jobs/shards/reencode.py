@@ -1,8 +1,8 @@
-"""A share of an output's clips encoded again from their sources, and compared with what is stored.
+"""Encode a share of an output's clips again from their sources, and compare the result with the stored payload.
 
-Encoding again takes another cut than the run did: streams piece by piece where clips were encoded at once, another halo
-and other pieces where they were streams. In float32 on a CPU the tokens are the same, but for values that lie at a tie
-of rounding; on a GPU, or in bfloat16, the share that differs is what is reported.
+The computation is chunked differently from the run: clips that were encoded at once become streams of single latents,
+and streams get a longer halo and other chunks. In float32 on a CPU tokens may differ only at rounding ties. On a GPU,
+or in bfloat16, the share of values that differ is reported.
 """
 
 from __future__ import annotations
@@ -30,45 +30,46 @@ from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.video import Clip
 
 TIE = 1e-4
-"""A value so near to the middle between two levels, in units of one, may round to either: sums of float32 in another
-order differ by some 1e-5."""
+"""Tolerance of a rounding tie: distance from the midpoint between two levels, in levels. Summing float32 in another
+order changes values by about 1e-5."""
 
 
 @dataclass(kw_only=True)
 class Comparison:
-    """Stored clips beside what encoding them again gives."""
+    """Difference between stored clips and the same clips encoded again."""
 
     num_clips: int = 0
     num_values: int = 0
     num_different: int = 0
-    """Tokens that differ; latents that differ by more than a unit in the last place of float16."""
+    """Number of tokens that differ, or of latents that differ by more than a unit in the last place of float16."""
     num_ties: int = 0
-    """Of these, tokens that lie at a tie of rounding."""
+    """Number of differing tokens at rounding ties."""
     largest_difference: float = 0.0
-    """Of latents."""
+    """Largest absolute difference of a latent."""
     must_be_equal: bool = False
-    """Whether encoding again may differ at ties of rounding alone: float32 on a CPU."""
+    """Whether only rounding ties may differ: true for float32 on a CPU."""
     different_clips: list[str] = field(default_factory=list)
+    """Ids of clips with differing values."""
     gone: list[str] = field(default_factory=list)
-    """Clips whose source cannot be read any more, and why."""
+    """Clips whose source can no longer be read, each with the reason."""
 
     @property
     def is_broken(self) -> bool:
-        """Whether values differ that must not."""
+        """Whether values differ that must be equal."""
         return self.must_be_equal and self.num_different > self.num_ties
 
 
 def encode_again(paths: Sequence[str], console: Console, *, share: float, seed: int, weights: str | None) -> Comparison:
-    """Encode a share of the clips of some shards again, and print how they differ from what is stored.
+    """Encode a share of the clips of some shards again, and print how they differ from the stored payload.
 
     Args:
-        paths: of the shards.
-        share: of all their clips, in (0, 1].
-        seed: chooses which ones.
-        weights: where the weights are now; None for where the shards say.
+        paths: paths of the shards.
+        share: share of all their clips, in (0, 1].
+        seed: random seed that selects the clips.
+        weights: present location of the weights; None for the location that the shards record.
 
     Raises:
-        VidshardError: the weights are missing, or others.
+        VidshardError: the weights are missing, or have another digest.
     """
     with open_shard(paths[0]) as (_, provenance):
         resolved = ResolvedRun.from_provenance(provenance, weights=weights)
@@ -92,16 +93,19 @@ def encode_again(paths: Sequence[str], console: Console, *, share: float, seed: 
 
 @dataclass(frozen=True, kw_only=True)
 class Reencoded:
-    """Payload of one clip, encoded again, and where its tokens lie at a tie of rounding."""
+    """Payload of one clip that was encoded again, with its rounding ties."""
 
     payload: dict[str, Tensor]
-    """Each column (*shape)."""
+    """Payload columns by name, each (*shape)."""
     near_ties: dict[str, Tensor]
-    """bool (*shape), for columns of tokens."""
+    """Masks of rounding ties by token column, each bool (*shape)."""
 
 
 def encode_by_another_cut(tokenizer: Tokenizer, resolved: ResolvedRun, values: Mapping[str, Any]) -> Reencoded:
-    """The clip of a stored row from its source, computed otherwise than the run did.
+    """Encode the clip of a stored row again from its source, with other chunks than the run used.
+
+    Args:
+        values: columns of the stored row.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
@@ -143,7 +147,7 @@ def _in_pieces(tokenizer: Tokenizer, x_BCTHW: Tensor) -> Reencoded:
 
 
 def _of_batch(encoded: EncodedClips, number: int) -> Reencoded:
-    """One clip of a batch."""
+    """Result of one clip of a batch, on the CPU."""
     ties = encoded.near_ties(TIE)
     return Reencoded(
         payload={name: values[number].cpu() for name, values in encoded.payload.items()},
@@ -159,7 +163,7 @@ def _changed(parts: Sequence[Reencoded], change: Callable[[list[Tensor]], Tensor
 
 
 def compare(stored: Mapping[str, np.ndarray], again: Reencoded, result: Comparison, clip_id: str) -> None:
-    """Count where a clip's stored tokens or latents are not those of encoding it again."""
+    """Compare the stored payload of a clip with its new one, and add the counts to ``result``."""
     result.num_clips += 1
     num_different = 0
     for name, values in stored.items():
@@ -172,7 +176,7 @@ def compare(stored: Mapping[str, np.ndarray], again: Reencoded, result: Comparis
         else:
             difference = np.abs(computed - values.astype(np.float32))
             result.largest_difference = max(result.largest_difference, float(difference.max()))
-            # near zero, where a unit of float16 is smaller than the noise of float32, the noise counts
+            # near zero a unit in the last place of float16 is smaller than the noise of float32: the bound is 1e-4
             different = difference > np.maximum(np.abs(np.spacing(values)).astype(np.float32), 1e-4)
         num_different += int(different.sum())
     result.num_different += num_different

@@ -1,5 +1,6 @@
-"""Is an output what it says it is? Every shard read whole, and laid against the plan; with ``--repair`` what is broken
-is taken out, so that the same ``vidshard tokenize`` fills it in again.
+"""Verify an output: reads every shard whole and compares it with the plan.
+
+With ``--repair`` broken files and clips are removed, so that the same ``vidshard tokenize`` makes them again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX
 
 @dataclass(kw_only=True)
 class _Findings:
-    """What is wrong, and what is done about it."""
+    """Problems found so far; printed, and repaired if asked for."""
 
     repair: bool
     console: Console
@@ -47,7 +48,7 @@ class _Findings:
     wrong_paths: set[str] = field(default_factory=set)
 
     def wrong(self, text: str, mend: Callable[[], object] | None = None, done: str = "") -> None:
-        """Say what is wrong; with ``--repair`` mend it."""
+        """Report a problem; with ``--repair`` call ``mend`` and report ``done``."""
         self.num_wrong += 1
         self.console.print(Text(f"broken: {text}", style="bold red"))
         if self.repair and mend is not None:
@@ -58,17 +59,17 @@ class _Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Result of a check."""
+    """Result of a verification."""
 
     num_wrong: int
-    """Broken things that were found."""
+    """Number of problems found."""
     num_repaired: int
     comparison: Comparison | None
-    """Clips encoded again beside what is stored, where that was asked for and nothing else was broken."""
+    """Comparison with clips encoded again; None if not requested, or if other problems were found."""
 
     @property
     def exit_code(self) -> int:
-        """0 where nothing is broken, otherwise 1."""
+        """0 if no problem was found, otherwise 1."""
         differs = self.comparison is not None and self.comparison.is_broken
         return EXIT_FAILED if self.num_wrong or differs else 0
 
@@ -83,17 +84,17 @@ def verify_output(
     repair: bool = False,
     account_file: str | None = None,
 ) -> Verification:
-    """Check an output folder, or a single shard, and print what is broken.
+    """Verify an output folder, or a single shard, and print the problems found.
 
     Args:
-        exact: also encode this share of the clips again, in (0, 1].
-        seed: chooses which ones.
-        weights: where the weights are now; None for where the shard says.
-        repair: take out what is broken.
-        account_file: write what became of each video there, as ``.parquet`` or ``.csv``.
+        exact: share of the clips to encode again, in (0, 1]; None for none.
+        seed: random seed that selects these clips.
+        weights: present location of the weights; None for the location that the shard records.
+        repair: remove broken files and clips.
+        account_file: path of a table with the status of each video, ``.parquet`` or ``.csv``; None for none.
 
     Raises:
-        VidshardError: there is no such output, it cannot be reached, or, with ``repair``, a run is at work on it.
+        VidshardError: the output does not exist or cannot be reached, or, with ``repair``, a run holds its lease.
     """
     folder = storage.absolute(out)
     if account_file and not account_file.endswith((".parquet", ".csv")):
@@ -134,7 +135,7 @@ def _report_account(
 
 
 def _paths(folder: str, findings: _Findings) -> list[str]:
-    """Shards of an output; damaged files of its plan and rejections, and what a killed writer left, are found here."""
+    """List the shards of an output. Reports damaged plan and rejects files; a repair also removes unfinished files."""
     for path, why in damaged_files(folder):
         findings.wrong(why, partial(storage.remove, path), f"{path} is taken out")
     left = (
@@ -148,7 +149,7 @@ def _paths(folder: str, findings: _Findings) -> list[str]:
 
 
 def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings) -> list[ShardSpans]:
-    """Read every shard; gives what those that are whole say of their spans."""
+    """Read every shard; returns the span lists of those that are whole."""
     identity = None if folder is None else _record(folder, paths, findings)["identity"]
     clips = 0
     seen: set[str] = set()
@@ -182,14 +183,14 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
 
 
 def _is_ours(path: str, identity: dict[str, Any] | None) -> bool:
-    """Whether a broken shard may be taken out: not what another vidshard, another run or somebody else wrote."""
+    """Whether a broken shard may be removed: it has a known format version and the run's identity, or no footer."""
     try:
         with storage.open_binary(path) as file:
             metadata = pq.read_metadata(file).metadata or {}
     except storage.StorageError:
         raise
     except (pa.ArrowException, OSError):
-        return True  # not even its end can be read
+        return True  # the Parquet footer cannot be read
     version = metadata.get(f"{METADATA_PREFIX}format_version".encode(), b"").decode(errors="replace")
     if version not in map(str, FORMAT_VERSIONS):
         return False
@@ -197,10 +198,10 @@ def _is_ours(path: str, identity: dict[str, Any] | None) -> bool:
 
 
 def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, ShardSpans]:
-    """Read a shard whole; the number of its clips, and of what spans they are.
+    """Read a shard whole; returns its number of clips and its spans.
 
     Raises:
-        ShardError: damaged, or not what its metadata or the run says.
+        ShardError: the shard is damaged, or contradicts its metadata or the run.
     """
     num_clips = check_shard(path)
     with open_shard(path) as (parquet, provenance):
@@ -228,10 +229,10 @@ def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, Shard
 
 
 def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str, Any]:
-    """``run.json``, or what a shard says, where that is damaged.
+    """Read ``run.json``, or restore its values from a shard's provenance if it is damaged.
 
     Raises:
-        UserError: no shard can say it either.
+        UserError: no shard can be read either.
     """
     path = storage.join(folder, RUN)
     try:
@@ -253,7 +254,7 @@ def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str,
 
 
 def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings) -> Audit | None:
-    """Hold what the shards say against the plan."""
+    """Compare the spans of the shards with the plan; None if there is no plan to compare with."""
     record = _record(folder, [path for path in paths if storage.exists(path)], findings)
     try:
         specs = clip_specs_of(stored_run(record["run"]), parse_config(record["tokenizer"]))
@@ -300,7 +301,7 @@ def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans
 
 
 def print_account(account: Audit, console: Console) -> None:
-    """Print what became of videos and of their time."""
+    """Print the number of videos by status, and the seconds of video by outcome."""
     statuses = account.statuses
     order = ("tokenized", "partly", "rejected", "copy", "pending")
     named = {"copy": "copies of others", "partly": "tokenized in part"}

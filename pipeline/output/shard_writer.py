@@ -1,7 +1,7 @@
-"""Token shards on storage: written whole, named after what is in them, and listed again.
+"""Shard writer: gathers encoded rows and commits them as shards and rejections.
 
-A shard's name is a digest of the spans it completes, and its metadata lists them, so that what is finished can be
-read from the files alone (``pipeline.output.committed`` does).
+Shards are written atomically. A shard's name is a digest of its span ids, and its metadata lists them, so
+``pipeline.output.committed`` reads the finished spans from the files alone.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from vidshard.schemas.tokens import Payload, Provenance, payload_bytes, shard_sc
 from vidshard.schemas.video import ClipSpec
 
 ROW_GROUP_BYTES = 1 << 20
-"""Payload in one row group: what a reader of one clip has to fetch and decompress."""
+"""Payload bytes per row group: a reader of one clip fetches and decompresses a whole row group."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WriteStats:
-    """What went into files."""
+    """Counts of what was committed."""
 
     num_shards: int = 0
     num_spans: int = 0
-    """Spans that came out as tokens."""
+    """Spans in shards."""
     num_rejected_spans: int = 0
-    """And those that did not."""
+    """Spans that were rejected whole."""
     num_damaged_spans: int = 0
-    """Of the first, those with clips missing."""
+    """Spans in shards with some clips missing, a subset of ``num_spans``."""
     num_clips: int = 0
     num_values: int = 0
     """Tokens, or latent values."""
     payload_bytes: int = 0
-    """Compressed, in all shards."""
+    """Compressed payload of all shards, in bytes."""
     file_bytes: int = 0
     seconds: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     rejected_uris: set[str] = field(default_factory=set)
     last_clip_id: str | None = None
-    """Id of a clip that was committed last; None before the first."""
+    """Id of the last clip of the latest shard; None before the first."""
 
     def add(self, other: WriteStats) -> None:
-        """Add another task's figures to these."""
+        """Add the counts of a later write to these, in place."""
         self.last_clip_id = other.last_clip_id or self.last_clip_id
         for counts in fields(self):
             if counts.name == "rejected_uris":
@@ -65,25 +65,25 @@ class WriteStats:
 
 @dataclass(kw_only=True, slots=True)
 class _Bucket:
-    """What a shard of one frame size is like, and the rows that wait for theirs."""
+    """Shard settings of one bucket, and its rows that wait to be committed."""
 
     spec: ClipSpec
     payload: Payload
     schema: pa.Schema
     signals: Sequence[str]
-    """Columns of signals."""
+    """Names of the signal columns."""
     prefix: str
-    """Beginning of its shards' names, so that a pattern picks those of one shape."""
+    """Prefix of its shards' names, so that a glob can select one payload shape."""
     clips_per_shard: int
     rows: list[pa.Table] = field(default_factory=list)
     num_clips: int = 0
 
 
 class TokenShardSink:
-    """Gathers encoded rows and commits them as shards, rejections as rejects.
+    """Gathers encoded rows and commits them as shards, and rejections as files of ``rejects/``.
 
-    A shard is committed when it is full; all are when the oldest row has waited for ``commit_seconds``, and at
-    :meth:`close`. Compressing and uploading happen on a thread of their own, at most two shards behind.
+    A shard is committed when it is full. Everything is committed when the oldest row has waited ``commit_seconds``,
+    and at :meth:`close`. Compression and upload run on a separate thread, at most two shards behind.
     """
 
     def __init__(
@@ -98,16 +98,17 @@ class TokenShardSink:
         commit_seconds: float,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make an empty one; nothing is written yet.
+        """Create an empty sink; nothing is written yet.
 
         Args:
-            buckets: for each frame size how clips are made, and what one becomes. A shard holds one size.
-            provenance: of all shards, but for the payload.
-            manifest_fields: the user's own columns.
-            signal_fields: columns of signals.
-            shard_bytes: payload of a full shard, before compression.
-            commit_seconds: how long a finished clip may wait.
-            before_commit: called before each file is written, on the writer's thread; what it raises ends the writing.
+            out: output folder.
+            buckets: clip settings and payload of each bucket. A shard holds one bucket.
+            provenance: provenance of all shards; each bucket's payload replaces its own.
+            manifest_fields: manifest columns.
+            signal_fields: signal columns.
+            shard_bytes: payload of a full shard in bytes, before compression.
+            commit_seconds: longest time that an encoded clip waits for its commit.
+            before_commit: called on the writer's thread before each file is written; an exception stops the writing.
         """
         self._out = out
         self._buckets = {
@@ -128,10 +129,10 @@ class TokenShardSink:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._pending: deque[Future[WriteStats]] = deque()
         self.committed = WriteStats()
-        """What stands in files by now."""
+        """Counts of what is committed so far."""
 
     def add(self, rows: pa.Table) -> None:
-        """Take rows of the encoder; commit when it is time.
+        """Take encoded rows, and commit what is full or due.
 
         Raises:
             storage.StorageError: an earlier shard could not be written.
@@ -151,7 +152,7 @@ class TokenShardSink:
         self.commit_if_due()
 
     def commit_if_due(self) -> None:
-        """Commit all when the oldest row has waited for long enough.
+        """Commit everything if the oldest row has waited ``commit_seconds``.
 
         Raises:
             storage.StorageError: as :meth:`add`.
@@ -162,7 +163,7 @@ class TokenShardSink:
             self.commit()
 
     def commit(self) -> None:
-        """Hand all that is held to the writer."""
+        """Submit all held rows and rejections to the writer's thread."""
         for bucket in self._buckets.values():
             if bucket.rows:
                 self._submit(bucket)
@@ -171,7 +172,7 @@ class TokenShardSink:
         self._oldest = None
 
     def _submit(self, bucket: _Bucket | None) -> None:
-        """Hand the rows of one frame size to the writer, and all rejections."""
+        """Submit the rows of one bucket, and all rejections, to the writer's thread."""
         rejections, self._rejections = self._rejections, []
         rows: list[pa.Table] = []
         if bucket is not None:
@@ -185,10 +186,10 @@ class TokenShardSink:
             self.committed.add(self._pending.popleft().result())
 
     def close(self) -> None:
-        """Commit the rest and wait until everything stands in files.
+        """Commit the rest and wait until everything is written.
 
         Raises:
-            storage.StorageError: a shard could not be written; those before it are whole.
+            storage.StorageError: a shard could not be written; earlier shards are whole.
         """
         try:
             self.commit()
@@ -206,13 +207,14 @@ def write_rows(
     *,
     before_commit: Callable[[], None],
 ) -> WriteStats:
-    """Write encoder rows of one frame size as a shard, and rejections, theirs included, before it.
+    """Write rejections, including those of damaged rows, then encoded rows of one bucket as a shard.
 
-    Rejections go first: clips beside which something is missing must not stand there without a word about it.
+    Rejections are written first, so that an incomplete span is never committed without its rejection.
 
     Args:
-        rows: encoder rows; empty without a bucket.
-        before_commit: called before each file; what it raises ends the writing.
+        rows: encoded rows; empty without a bucket.
+        rejections: rejections of whole spans.
+        before_commit: called before each file is written; an exception stops the writing.
     """
     started = time.monotonic()
     stats = WriteStats(num_rejected_spans=len(rejections))
@@ -234,7 +236,7 @@ def write_rows(
 
 
 def _partial_rejections(rows: pa.Table) -> list[Rejection]:
-    """Rejections of rows that gave some clips all the same."""
+    """Rejections of rows that still have some clips."""
     counts = pc.list_value_length(rows["clips"]).to_pylist()
     return [
         replace(row_rejection(rejection), kept_clips=clips)
@@ -260,7 +262,7 @@ def _write_shard(out: str, bucket: _Bucket, rows: pa.Table) -> WriteStats:
 
 
 def shard_table(bucket: _Bucket, rows: pa.Table) -> pa.Table:
-    """Rows of a shard (one a clip, by id) from rows of the encoder (one a span); the metadata lists the spans."""
+    """Convert encoded rows (one per span) to shard rows (one per clip, sorted by id) whose metadata lists the spans."""
     spec = bucket.spec
     clip_ids = [
         spec.clip_id(row["video_id"], clip["clip_index"], row_part(row))
@@ -285,12 +287,12 @@ def _rejections_of(rows: pa.Table) -> list[Rejection]:
 
 
 def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:
-    """A shard as Parquet.
+    """Serialize a shard as Parquet.
 
-    Byte-stream-split with zstd, as measured by benchmarks/storage.py on uniform tokens: 15.1 bits for 15-bit ids
-    (dictionary 16.3, plain 19.6), 18.7 for 18-bit ones (28.1, 23.0), 12.2 for 12-bit ones (12.2, 17.2).
-    On skewed tokens it is the best or within 3 % of it. Normal float16 latents would take 13.6 bits that way, but
-    DuckDB (2.0) cannot read it for float16: they are stored plain, 14.7 bits.
+    Tokens are byte-stream-split with zstd. Measured by benchmarks/storage.py on uniform tokens: 15.1 bits for 15-bit
+    ids (dictionary 16.3, plain 19.6), 18.7 for 18-bit ones (28.1, 23.0), 12.2 for 12-bit ones (12.2, 17.2).
+    On skewed tokens it is the best encoding or within 3 % of it. Normal float16 latents would take 13.6 bits this
+    way, but DuckDB (2.0) cannot read that for float16. They are stored plain, at 14.7 bits.
     """
     sink = pa.BufferOutputStream()
     encodings = {
@@ -314,7 +316,7 @@ def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:
 
 
 def compressed_bytes(data: pa.Buffer, columns: Sequence[str]) -> int:
-    """Bytes that some columns take in a Parquet file."""
+    """Compressed size of some columns of a Parquet file, in bytes."""
     metadata = pq.read_metadata(pa.BufferReader(data))
     groups = (metadata.row_group(g) for g in range(metadata.num_row_groups))
     chunks = (group.column(c) for group in groups for c in range(metadata.num_columns))
