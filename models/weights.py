@@ -1,8 +1,7 @@
-"""The weights of a tokenizer: read from the files that people publish, checked, digested, written; and the trained ones
-that come with the package.
+"""Weights of a tokenizer: loading published files, checking, digest, saving; and the trained weights of the package.
 
-Nothing in a file is executed. A network gets exactly the weights that it has names for, or none; weights are told
-apart by a digest over their values, whatever file they came from.
+No code in a file is executed. The entries of a file must match the network exactly, or loading fails. A digest over
+the values identifies weights, independent of the file format.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from vidshard.models.vidtok.model import VidTok
 from vidshard.schemas.fields import differences
 
 SHIPPED = "fsq_causal_488_small"
-"""The preset whose trained weights are part of the package: what is used where nobody names a model."""
+"""Preset whose trained weights are part of the package; the default tokenizer."""
 
 
 class NoAveragesError(ValueError):
-    """A file holds no averaged weights, though they were asked for."""
+    """A file has no averaged (EMA) weights, but they were requested."""
 
 
 def shipped_weights(name: str = SHIPPED) -> Path:
-    """The file of the trained weights that come with the package.
+    """Path of the trained weights in the package.
 
     Raises:
-        FileNotFoundError: none come with it for that preset.
+        FileNotFoundError: the package has no weights of that preset.
     """
     path = Path(__file__).parent / "shipped" / f"{name}.safetensors"
     if name != SHIPPED or not path.is_file():
@@ -50,10 +49,10 @@ def shipped_weights(name: str = SHIPPED) -> Path:
 
 
 def training_summary(path: str | Path) -> dict[str, Any]:
-    """How the weights in a ``.safetensors`` file came about and what was measured of them; empty where it says nothing.
+    """Training summary stored in a ``.safetensors`` file: training settings and measured quality; empty if absent.
 
     Raises:
-        ValueError: if it is not a readable safetensors file.
+        ValueError: the file is not readable as safetensors, or its summary is not JSON.
     """
     metadata = _read_metadata(Path(path))
     try:
@@ -64,15 +63,16 @@ def training_summary(path: str | Path) -> dict[str, Any]:
 
 
 def count_parameters(config: TokenizerConfig) -> int:
-    """Number of weights, without making them."""
+    """Number of parameters of the network; no weights are allocated."""
     return sum(math.prod(shape) for shape in _expected_shapes(config).values())
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     """SHA-256 in hex over names, shapes and float32 values: the same weights give the same digest from any file.
 
-    Take the weights as `load_weights` returns them: training leftovers and name prefixes are gone there. Weights
-    that were rounded to another dtype have another digest.
+    Args:
+        state_dict: weights as `load_weights` returns them, without training state and name prefixes. Weights that
+            were rounded to another dtype have another digest.
     """
     digest = hashlib.sha256()
     for name in sorted(state_dict):
@@ -84,14 +84,14 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def checkpoint_name(name: str, config: TokenizerConfig) -> str:
-    """Name that files give to a weight which the network calls ``name``, by the rule of its family."""
+    """Name in published files of the weight that the network calls ``name``, by the rule of its family."""
     return FAMILIES[config.family].checkpoint_name(name, config)
 
 
 def preset_in_name(path: str | Path) -> str | None:
-    """The preset that a weights file is called after, the longest one where names contain each other.
+    """Preset whose name occurs in the name of a weights file, the longest if several do; None if there is none.
 
-    ``vidtok_fsq_causal_488_32768_v1.1.ckpt`` is called after ``fsq_causal_488_32768_v1_1``.
+    Example: ``vidtok_fsq_causal_488_32768_v1.1.ckpt`` contains ``fsq_causal_488_32768_v1_1``.
     """
     stem = re.sub(r"[-.]", "_", Path(path).stem.lower())
     found = [name for name in PRESETS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", stem)]
@@ -99,14 +99,17 @@ def preset_in_name(path: str | Path) -> str | None:
 
 
 def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
-    """Random float32 weights that depend on names, shapes and the seed alone, not on the machine or torch.
+    """Random float32 weights that depend only on names, shapes and the seed, not on the machine or torch.
 
-    Each entry has its own generator, numpy's frozen `RandomState` of the name's CRC-32 started at the seed.
-    Kernels are N(0, 1) times 1.5 / sqrt(inputs), which keeps maps at unit size; gains 1 and biases 0 vary by 0.1.
-    The names are those of `checkpoint_name`.
+    Each entry has its own generator: numpy's frozen `RandomState`, seeded by the CRC-32 of its `checkpoint_name`
+    started at the seed. Kernels are N(0, 1) * 1.5 / sqrt(inputs), which keeps feature maps at unit scale. Gains are
+    N(1, 0.1) and biases N(0, 0.1), by mean and standard deviation; mix factors are uniform in [-1, 1).
 
     Args:
         seed: in [0, 2**32).
+
+    Raises:
+        ValueError: the seed is out of range.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
@@ -156,15 +159,17 @@ def load_tokenizer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tokenizer:
-    """A tokenizer with weights, ready for inference: in eval mode, no gradients recorded.
+    """Build a tokenizer and load its weights, for inference: eval mode, no gradients.
 
     Args:
-        weights: a file that `load_weights` takes; None together with a seed.
-        seed: makes `seeded_weights` instead, for tests and demos.
-        ema: take the averaged weights of the file, see `load_weights`.
+        weights: path of a file for `load_weights`; None with a seed.
+        seed: seed of `seeded_weights` instead of a file, for tests and demos.
+        ema: load the averaged weights of the file, see `load_weights`.
+        device: device of the weights.
+        dtype: precision of the network; quantizers compute in float32.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_weights`; or unless exactly one of weights and seed is given.
+        ValueError, FileNotFoundError: as `load_weights`; or not exactly one of weights and seed is given.
     """
     if ema and weights is None:
         raise ValueError("averaged weights come from a file, got none")
@@ -185,22 +190,23 @@ def load_weights(
 ) -> tuple[TokenizerConfig, dict[str, Tensor]]:
     """Read the weights of a tokenizer and check that they are exactly those of a config.
 
-    Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` with nothing in them executed, bare or under
-    ``state_dict``. Files name weights as `checkpoint_name` does. Names that begin with ``loss.`` or ``model_ema.``
-    are left out, ``module.`` and ``_orig_mod.`` segments are taken off.
+    Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` without executing code in them. Weights may lie at the
+    top level or under ``state_dict``, named as by `checkpoint_name`. Names that start with ``loss.`` or ``model_ema.``
+    are ignored; ``module.`` and ``_orig_mod.`` segments are removed.
 
     Args:
-        config: what the weights are for; None takes the config that `save_tokenizer` wrote into the file.
-        ema: take the moving average of the weights that training kept beside them, under ``model_ema.``.
+        config: config of the weights; None for the config that `save_tokenizer` stored in the file.
+        ema: load the moving average that training stored under ``model_ema.``.
 
     Returns:
         The config, and float32 tensors on the CPU by name.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a weights file, would execute code, states another config than the given one, is
-            called after another preset that its content cannot be told from, lacks entries or has foreign or
-            mis-shaped ones, holds values that are not finite, or (NoAveragesError) no average though it is asked for.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is unreadable or would execute code, it states another config, or none though none is
+            given. Also if entries are missing, foreign, mis-shaped or not finite, or if the file is named after
+            another preset whose weights have the same names and shapes.
+        NoAveragesError: averages are requested, but the file has none; a ValueError.
     """
     path = Path(path)
     if not path.is_file():
@@ -229,13 +235,13 @@ def load_weights(
 
 
 def save_tokenizer(path: str | Path, tokenizer: Tokenizer, *, summary: Mapping[str, object] | None = None) -> None:
-    """Write weights and config to one ``.safetensors`` file, whole or not at all, in the dtype that they have.
+    """Write weights and config to one ``.safetensors`` file, atomically; the weights keep their dtype.
 
     Args:
-        summary: what `training_summary` shall give, as JSON can hold it.
+        summary: JSON values for `training_summary` to return; None for none.
 
     Raises:
-        ValueError: if the name ends otherwise.
+        ValueError: the path does not end in ``.safetensors``.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -261,7 +267,7 @@ _EMA_PREFIX = "model_ema."
 
 
 def _empty(config: TokenizerConfig) -> torch.nn.Module:
-    """The network without storage for its weights."""
+    """Build the network without storage for its weights."""
     with torch.device("meta"):
         return FAMILIES[config.family].build(config)
 
@@ -271,7 +277,7 @@ def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _checkpoint_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    """The same under the names that files use."""
+    """Expected shapes by the names in published files."""
     return {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
 
 
@@ -294,7 +300,7 @@ def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, obj
         return None, entries
     try:
         return parse_config(json.loads(metadata[_CONFIG_KEY])), entries
-    except ValueError as error:  # pydantic's among them
+    except ValueError as error:  # including pydantic's ValidationError
         raise ValueError(f"{path} states a tokenizer config that this version does not know: {error}") from error
 
 
@@ -302,7 +308,7 @@ def _read_pickle(path: Path) -> dict[str, object]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch names what the file asks for, among advice to load it unsafely that nobody should see
+        # torch's message names the requested object, but also advises to load the file unsafely: only the name is kept
         asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks for {asked_for[1]}" if asked_for else "it is broken, or holds more than tensors"
         raise ValueError(
@@ -310,7 +316,7 @@ def _read_pickle(path: Path) -> dict[str, object]:
             "trust it."
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        # what the unpickler raises on bytes that are no pickle
+        # the unpickler raises any of these on bytes that are not a pickle
         raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
@@ -320,12 +326,12 @@ def _read_pickle(path: Path) -> dict[str, object]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says, without what torch adds below it."""
+    """First line of an exception's message, without torch's additions."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
-    """Drop what is not of the tokenizer, and what wrappers put into names."""
+    """Weights of the tokenizer alone, without the segments that wrappers add to names."""
     bare: dict[str, object] = {}
     for full_name, value in entries.items():
         name = _unwrapped(full_name)
@@ -338,14 +344,14 @@ def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig) -> dict[str, Tensor]:
-    """The averaged weights under the names of the others. Training writes their names without the dots."""
+    """Averaged weights by `checkpoint_name`; training stores them under names without dots."""
     names = [checkpoint_name(name, config) for name in _expected_shapes(config)]
     by_joined_name = {name.replace(".", ""): name for name in names}
     assert len(by_joined_name) == len(names)
     averages: dict[str, object] = {}
     for full_name, value in entries.items():
         name = _unwrapped(full_name)
-        # Beside the averages lie the decay and a counter; averages of the loss are nothing to us.
+        # ignored: the decay and the update counter, and averages of the loss
         joined_name = name.removeprefix(_EMA_PREFIX).replace("_orig_mod", "")
         if name.startswith(_EMA_PREFIX) and joined_name not in ("decay", "num_updates") and joined_name[:4] != "loss":
             averages[by_joined_name.get(joined_name, name)] = value
@@ -371,7 +377,10 @@ def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerCo
 
 
 def _check_name(path: Path, config: TokenizerConfig) -> None:
-    """Refuse what only the file's name can tell: v1.0 and v1.1 weights fit each other's network and spoil the video."""
+    """Refuse weights of another preset with equal shapes, told by the file's name alone.
+
+    Weights of v1.0 and v1.1 load into each other's network without an error and give wrong video.
+    """
     named = PRESETS.get(preset_in_name(path) or "", config)
     differing = network_differences(named, config)
     if differing and _checkpoint_shapes(named) == _checkpoint_shapes(config):
@@ -383,7 +392,7 @@ def _check_name(path: Path, config: TokenizerConfig) -> None:
 
 
 def network_differences(there: TokenizerConfig, here: TokenizerConfig) -> str:
-    """Fields in which two networks differ, whatever they are called; empty where they do not."""
+    """List the config fields in which two networks differ, except the name; empty if they are equal."""
     theirs, ours = (json.loads(config.model_dump_json(exclude={"name"})) for config in (there, here))
     return "; ".join(differences(theirs, ours))
 

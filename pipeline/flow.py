@@ -1,11 +1,11 @@
-"""The whole Ray Data graph of a tokenization run, and nothing else.
+"""Flow of a tokenization run: the Ray Data graph from the work list to the driver.
 
     todo.parquet ──▶ SpanDecoder ──▶ EncoderActor ──▶ rows for the driver's TokenShardSink
-     one row a span   CPU tasks        actor pool      shards/, rejects/
+     row per span     CPU tasks        actor pool      shards/, rejects/
 
-Every stage gives one row for each it takes. Frames cross the object store as uint8. Token rows are small (10 kB a
-clip where its frames were 3.3 MB), so one process gathers them: it alone knows when a shard is full, when it is
-time to commit, and what to save when the user interrupts.
+Every stage returns one row for each row it takes. Frames cross the object store as uint8. Token rows are small
+(10 kB per clip, whose frames take 3.3 MB), so one process, the driver, gathers them. It alone decides when a shard is
+full, when to commit, and what to save after an interrupt.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from vidshard.pipeline.encode_stage import ClipEncoder, EncoderSpec
 from vidshard.pipeline.resources import StageResources
 
 ENCODER_ENVIRONMENT = {
-    # glibc hands large blocks back to the system at once and faults every page in again at the next clip. Kept, a
-    # 17x128x128 clip of the tiny model takes 84 ms instead of 108 (two cores, medians of 20). One arena, as threads
-    # other than the main one, which Ray's are, get arenas that cannot hold such blocks: 4.9 s instead of 7.5 for
-    # fsq_causal_488_32768.
+    # By default glibc returns large blocks to the system at once, and every page faults again at the next clip. If
+    # they are kept, a 17x128x128 clip of the tiny model takes 84 ms instead of 108 (two cores, medians of 20).
+    # One arena, because Ray's threads are not the main thread, and their own arenas cannot hold such blocks: 4.9 s
+    # instead of 7.5 for fsq_causal_488_32768.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_ARENA_MAX": "1",
-    # threads that spin at the end of every operator take the core that a decoder needs: 275 ms instead of 142 for
-    # the same clip beside one busy process
+    # By default threads spin at the end of every operator and take the core that a decoder needs: the same clip
+    # beside one busy process then takes 275 ms instead of 142.
     "OMP_WAIT_POLICY": "passive",
 }
-"""What an encoder's process starts with."""
+"""Environment variables of an encoder's process."""
 
 
 class EncoderActor:
-    """`ClipEncoder` in a pool of actors, where a batch that ends its process is not tried for ever."""
+    """`ClipEncoder` as a Ray actor, with a limit on the attempts at a batch that kills its process."""
 
     def __init__(self, spec: EncoderSpec, attempts: ActorHandle) -> None:
         self._encode = ClipEncoder(spec)
         self._attempts = attempts
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """As `ClipEncoder`.
+        """Encode rows, as `ClipEncoder`.
 
         Raises:
-            RuntimeError: the process or its node died in all earlier attempts at these rows.
+            RuntimeError: the process or its node died in all ``MAX_ATTEMPTS`` earlier attempts at these rows.
         """
         spans = rows["span_id"].to_pylist()
         attempt = ray.get(self._attempts.begin.remote(spans[0]))
@@ -68,7 +68,7 @@ class EncoderActor:
 
 
 def map_videos(tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """Tables of videos through the probing stage, as tasks of the cluster, in no order."""
+    """Run the probe stage on tables of videos as Ray tasks; results come in any order."""
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         probe, batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
     )
@@ -78,12 +78,12 @@ def map_videos(tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]
 def build_flow(
     plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
 ) -> Dataset:
-    """The graph up to the sink, as a lazy dataset.
+    """Build the flow up to the encoded rows, as a lazy dataset.
 
     Args:
-        plan: its Parquet file; or its rows, where URIs carry credentials that no file may hold.
+        plan: path of the work list's Parquet file, or its rows if URIs carry credentials, which no file may hold.
     """
-    # otherwise an error of a stage comes without its own message: Ray Data's wrapper loses its cause on the way
+    # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
     DataContext.get_current().raise_original_map_exception = True
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     attempts = Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -117,7 +117,7 @@ def build_flow(
 
 
 def _rows_of(plan: str | pa.Table) -> Dataset:
-    """The plan's rows. Read by our own storage rather than Ray's reader, which gives up at the first answer of 503."""
+    """Rows of the work list, read through pipeline.storage because Ray's Parquet reader does not retry HTTP 503."""
     if isinstance(plan, pa.Table):
         return ray.data.from_arrow(plan.combine_chunks())
     with storage.open_binary(plan) as file:
