@@ -1,4 +1,4 @@
-"""Conversion of a published checkpoint to a safetensors file that says which model it holds."""
+"""Conversion of a published checkpoint to a safetensors file that states its model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from vidshard.schemas.errors import UserError
 
 
 def convert_weights(source: str, target: str, preset: str | None, console: Console, *, ema: bool = False) -> None:
-    """Write the weights of ``source`` with the model's configuration in the header.
+    """Write the weights of ``source`` to a ``.safetensors`` file with the model's configuration in its header.
 
     Args:
         source: a local path, a URL, or a file of the Hugging Face Hub.
-        preset: name of the model that they are of; None where the file says so itself.
-        ema: take the averaged weights.
+        target: local path of the new file.
+        preset: name of the weights' preset; None if the file states its model.
+        ema: write the averaged (EMA) weights.
 
     Raises:
-        VidshardError: the weights cannot be read, are of another model, or the target cannot be written.
+        VidshardError: the weights cannot be read or are of another model, or the target cannot be written.
     """
     if not storage.is_local(target):
         raise UserError(f"{storage.public_uri(target)}: converted weights are written to a local file")
     try:
-        config = get_preset(preset) if preset is not None else None  # a wrong name is known before the download
+        config = get_preset(preset) if preset is not None else None  # first, to refuse a wrong name before the download
         source = storage.pinned(storage.absolute(source))
         with storage.local_copy(source) as path:
             tokenizer = load_tokenizer(config or stated_config(source, ema=ema), path, ema=ema)

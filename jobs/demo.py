@@ -1,7 +1,7 @@
-"""The whole machine in a minute: a sample corpus, its token shards, and a few reconstructions to open.
+"""Demo: tokenizes a sample corpus in about a minute and writes a few reconstructions.
 
-The corpus is made here, so that the demo needs no download: moving pictures in several codecs, sizes and frame
-rates, and one broken file among them.
+The corpus is generated here, so the demo needs no download: moving pictures in several codecs, sizes and frame
+rates, and one broken file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_RECONSTRUCTIONS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One video of the sample corpus."""
+    """Description of one video of the sample corpus."""
 
     name: str
     codec: str
@@ -52,14 +52,18 @@ SAMPLES = (
 
 
 def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
-    """Tokenize a sample corpus, or the user's videos, and write some reconstructions; gives the exit code.
+    """Tokenize a sample corpus, or the user's videos, and write some reconstructions; returns the exit code.
+
+    Args:
+        videos: files or folders; empty for the sample corpus.
+        out: folder for videos, tokens and reconstructions.
 
     Raises:
-        VidshardError: the videos cannot be tokenized, or their tokens not decoded.
+        VidshardError: the videos cannot be tokenized, or their tokens cannot be decoded.
     """
     folder = Path(out)
     if videos:
-        folder /= Path(videos[0]).stem or "own"  # beside the sample's result, not into it
+        folder /= Path(videos[0]).stem or "own"  # apart from the result of the sample corpus
     else:
         console.print(f"making a sample corpus in {folder / 'videos'}", highlight=False)
         make_corpus(folder / "videos")
@@ -78,7 +82,7 @@ def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
 
 
 def _some_clips(tokens: str) -> list[str]:
-    """The first clips of as many videos as are shown."""
+    """Ids of the first clip of each of the first ``NUM_RECONSTRUCTIONS`` videos."""
     first: dict[str, str] = {}
     for _, clip_id in sorted(find_clips(output_shards(tokens), ""), key=lambda found: found[1]):
         first.setdefault(clip_id.split("-")[0], clip_id)
@@ -86,7 +90,7 @@ def _some_clips(tokens: str) -> list[str]:
 
 
 def make_corpus(folder: Path) -> None:
-    """Write the sample videos and a broken one; those that are there already are left alone."""
+    """Write the sample videos and a broken one; existing sample videos are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(SAMPLES):
         target = folder / sample.name
@@ -97,7 +101,7 @@ def make_corpus(folder: Path) -> None:
 
 
 def write_sample(target: Path, sample: Sample, seed: int) -> None:
-    """Encode one sample; whole or absent."""
+    """Encode one sample video, atomically."""
     unfinished = target.with_name(f"unfinished-{target.name}")
     with av.open(str(unfinished), "w") as container:
         stream = container.add_stream(sample.codec, rate=sample.rate)
@@ -117,7 +121,7 @@ def write_sample(target: Path, sample: Sample, seed: int) -> None:
 
 
 def _picture(sample: Sample, seconds: float, seed: int) -> np.ndarray:
-    """A frame at a moment: a panning gradient with texture, and three discs on their orbits."""
+    """Draw one frame, uint8 (H, W, 3): a panning gradient with texture, and three orbiting discs."""
     y, x = np.mgrid[: sample.height, : sample.width].astype(np.float32) / sample.height
     phase = seconds * 0.6 + seed
     picture = np.stack(

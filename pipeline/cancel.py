@@ -1,4 +1,4 @@
-"""A token that every worker of a run can see: begin nothing new, so that what is begun can be finished."""
+"""Cancellation token shared by all workers of a run: after it is set, started work is finished and none is started."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any, Protocol
 
 
 class CancelToken(Protocol):
-    """Set by the driver, looked at by workers before each piece of work."""
+    """Cancellation token: the driver sets it, workers check it before each piece of work."""
 
     def cancel(self) -> None:
-        """From now on nothing new is begun."""
+        """Tell workers to start no further work."""
         ...
 
     def is_cancelled(self) -> bool:
-        """Whether nothing new is to be begun; False where nobody can say."""
+        """Whether workers must start no further work; False if the state cannot be read."""
         ...
 
 
 class LocalCancelToken:
-    """A token for workers of this process."""
+    """Cancellation token for workers in this process."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
 
     def cancel(self) -> None:
-        """From now on nothing new is begun."""
+        """Tell workers to start no further work."""
         self._event.set()
 
     def is_cancelled(self) -> bool:
-        """Whether nothing new is to be begun."""
+        """Whether workers must start no further work."""
         return self._event.is_set()
 
 
@@ -45,20 +45,20 @@ class _CancelActor:
 
 
 class ClusterCancelToken:
-    """A token for workers of a Ray cluster; a look takes half a millisecond."""
+    """Cancellation token for workers of a Ray cluster; a check takes half a millisecond."""
 
     def __init__(self) -> None:
-        import ray  # decoders of a local run load no Ray
+        import ray  # here, so that decoders of a local run do not load Ray
 
-        # it takes no CPU, and goes with the driver that made it; should its node be lost, another is made, not set
+        # the actor reserves no CPU and ends with its driver; if its node is lost, Ray restarts it with the token unset
         self._actor: Any = ray.remote(_CancelActor).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote()
 
     def cancel(self) -> None:
-        """From now on nothing new is begun."""
+        """Tell workers to start no further work."""
         self._actor.cancel.remote()
 
     def is_cancelled(self) -> bool:
-        """Whether nothing new is to be begun; False where nobody can say."""
+        """Whether workers must start no further work; False if the actor does not answer within 5 s."""
         import ray
         from ray.exceptions import RayError
 

@@ -1,4 +1,4 @@
-"""Clips of a run as its tokenizer takes them: the length of a clip, its padding, its tiles, its payload."""
+"""Clip settings of a run for its tokenizer: length, padding, tiling and payload of a clip."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vidshard.schemas.video import ClipSpec
 
 
 def clip_specs_of(run: TokenizeRun, config: TokenizerConfig) -> list[ClipSpec]:
-    """Rules by which a run makes clips for its tokenizer, one for each frame size.
+    """Clip settings of a run for its tokenizer, one per bucket.
 
     Raises:
-        ValueError: a continuous sequence that the tokenizer or another setting does not allow.
+        ValueError: the run is continuous, and the tokenizer or another setting does not allow it.
     """
     specs = run.clip_specs
     if not run.continuous:
@@ -31,13 +31,13 @@ def clip_specs_of(run: TokenizeRun, config: TokenizerConfig) -> list[ClipSpec]:
 
 
 def continuous_spec(spec: ClipSpec, config: TokenizerConfig) -> ClipSpec:
-    """Clips of a video as one sequence: as many latents in each as in a clip of ``spec`` by itself.
+    """Clip settings for a continuous sequence, with as many latents per clip as a single clip of ``spec`` has.
 
-    A causal model's first latent stands for the first frame alone, every other one for time_stride frames. With
-    time_stride - 1 copies before the first frame, which is what the model itself puts there, all clips are alike.
+    The first latent of a causal model covers the first frame alone, every other one time_stride frames. All clips
+    become alike by time_stride - 1 copies before the first frame, which is the model's own padding.
 
     Raises:
-        ValueError: the model is not causal, or takes no clips of this length.
+        ValueError: the model is not causal, or does not take clips of this length.
     """
     if not config.is_causal:
         raise ValueError(
@@ -61,10 +61,10 @@ def continuous_spec(spec: ClipSpec, config: TokenizerConfig) -> ClipSpec:
 
 
 def encoded_frames(run: TokenizeRun, config: TokenizerConfig) -> int:
-    """Frames of a clip as the tokenizer gets it.
+    """Number of frames of a clip as it is encoded, padding included.
 
     Raises:
-        ValueError: the tokenizer takes no clips of this length, and they are not to be padded.
+        ValueError: the tokenizer does not take clips of this length, and padding is off.
     """
     if run.pad_frames != "refuse":
         return config.valid_frames(run.frames)
@@ -76,16 +76,16 @@ def encoded_frames(run: TokenizeRun, config: TokenizerConfig) -> int:
 
 
 def padding_of(run: TokenizeRun, config: TokenizerConfig) -> Padding | None:
-    """Place of the copies that make clips as long as the tokenizer takes; None where they are that long."""
+    """Placement of the frames that pad clips to a valid length; None if they are not padded."""
     is_valid = config.valid_frames(run.frames) == run.frames
     return None if is_valid or run.continuous or run.pad_frames == "refuse" else Padding(run.pad_frames)
 
 
 def requested_tiling(run: TokenizeRun, config: TokenizerConfig) -> Tiling | None:
-    """Tiles that the settings ask for, whether or not a frame is larger than one.
+    """Tiles of the settings, even if frames are no larger than a tile; None for whole frames.
 
     Raises:
-        ValueError: tiles that do not lie on the model's latent grid, or are not larger than their overlap.
+        ValueError: the tiles do not lie on the model's latent grid, or are not larger than their overlap.
     """
     if run.tile_size is None:
         return None
@@ -96,10 +96,10 @@ def requested_tiling(run: TokenizeRun, config: TokenizerConfig) -> Tiling | None
 
 
 def payload_of(run: TokenizeRun, config: TokenizerConfig, height: int, width: int) -> Payload:
-    """Columns that a clip of one frame size becomes.
+    """Payload of a clip of one frame size.
 
     Raises:
-        ValueError: as :func:`encoded_frames`, for a size that the strides do not divide, or a log-variance to keep
-            where there is none.
+        ValueError: as :func:`encoded_frames`; or the strides do not divide the size, or a log-variance is to be kept
+            but the tokenizer has none.
     """
     return config.payload(encoded_frames(run, config), height, width, keep_logvar=run.keep_logvar)

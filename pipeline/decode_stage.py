@@ -1,8 +1,8 @@
-"""The CPU stages as Ray calls them: rows in, rows out, and every failure of a video a value in its row.
+"""Probe and decode stages on the CPU: rows in, rows out; a failure of a video is a value in its row.
 
-``pipeline.video.decode`` does the work and knows nothing of Ray; here rows become its arguments and its results become
-rows. FFmpeg runs in a child process of each Ray worker (``pipeline.video.sandbox``), so that a hostile file costs one
-row and no worker. Nothing in here loads torch, which takes 1.1 s and 180 MB of each worker.
+This module translates between rows and ``pipeline.video.decode``, which does the work and does not know Ray. FFmpeg
+runs in the sandbox, a child process of each worker (``pipeline.video.sandbox``), so that a hostile file costs one row
+and no worker. Nothing here imports torch, which takes 1.1 s and 180 MB in each worker.
 """
 
 from __future__ import annotations
@@ -28,32 +28,38 @@ from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
 
 PROBE_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
-"""Opening a file and decoding its first frame; slow object stores included."""
+"""Time limit for opening a file and decoding its first frame, including retries of slow object stores."""
 
 _crashes: dict[str, VideoError] = {}
-"""Videos at which this worker's decoder died, by id: not tried again, as a new decoder and a core dump each cost."""
+"""Crash of this worker's decoder by video id; such a video is not tried again, as each try costs a new decoder and a
+core dump."""
 
 
 def read_groups(groups: pa.Table, plan: str) -> pa.Table:
-    """Row groups of a plan's Parquet file, by their numbers in the column ``group``."""
+    """Read row groups of a work list's Parquet file.
+
+    Args:
+        groups: the column ``group`` holds their numbers.
+        plan: path of the file.
+    """
     with storage.open_binary(plan) as file:
         return pq.ParquetFile(file).read_row_groups(groups["group"].to_pylist())
 
 
 @cache
 def _sandbox(memory_bytes: int) -> DecodeSandbox:
-    """This worker process's own, started at its first video and reused for all that follow."""
+    """Sandbox of this worker process, started at its first video and reused for all later ones."""
     return DecodeSandbox(memory_limit_bytes=memory_bytes)
 
 
 @lru_cache(maxsize=2)
 def _signal(path: str, memory_bytes: int) -> Signal:
-    """A signal, kept for the other rows of its video; read in the sandbox, as it comes from whoever made the video."""
+    """Read a signal in the sandbox, as it is no more trusted than its video; cached for the video's other rows."""
     return _sandbox(memory_bytes).run(read_signal, path, storage.open_binary, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
-    """Open a video and read what its header says, in the sandbox."""
+    """Open a video in the sandbox and read its header; an error is returned, not raised."""
     limits = limits or Limits()
     try:
         return _sandbox(limits.memory_bytes).run(
@@ -71,7 +77,14 @@ def _decode_in_child(
     keep_undamaged: bool,
     fingerprint: str | None = None,
 ) -> list[SpanClips]:
-    """Decode spans of one video, whose file must still be in the state that it was planned in."""
+    """Decode spans of one video in the sandbox's child process.
+
+    Args:
+        fingerprint: state of the file when it was planned; None to skip the check.
+
+    Raises:
+        VideoError: the file cannot be read, or has changed since it was planned.
+    """
     decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     uri = spans[0].uri
     if fingerprint is not None:
@@ -95,24 +108,28 @@ def _decode_in_child(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanDecoder:
-    """The decoding stage: a row of the plan in, the row with its frames, or with its rejection, out."""
+    """Decode stage: adds frames, or a rejection, to each row of the plan."""
 
     spec: ClipSpec
-    """How clips are made; their size is that of each row."""
+    """Clip settings; each row gives its own frame size."""
     max_clips: int
-    """Clips that one row may hold; an open-ended last span beyond it is rejected."""
+    """Largest number of clips in one row; an open-ended last span with more is rejected."""
     clips_per_pass: int
-    """Clips that rows of one video may hold together to be decoded in one pass."""
+    """Largest total number of clips of rows of one video that are decoded in one pass."""
     limits: Limits = field(default_factory=Limits)
     keep_undamaged: bool = False
-    """Of damaged stretches of video, give the clips that are whole."""
+    """Whether to keep the undamaged clips of a damaged stretch of video."""
     signals: tuple[tuple[str, SignalRule], ...] = ()
-    """Names and rules of the signals that each clip receives."""
+    """Names and rules of the signals."""
     stop: CancelToken | None = None
-    """Rows met after it is raised give nothing: their run is ending, and the next one does them."""
+    """Cancellation token; rows after it is set are skipped and left to the next run."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Decode the rows' spans: those of one video together, as many as memory shall hold."""
+        """Decode the spans of the rows, consecutive ones of one video together, up to ``clips_per_pass``.
+
+        Yields:
+            One table of one row for each row of the plan.
+        """
         plan = rows.to_pylist()
         number = 0
         while number < len(plan):
@@ -146,7 +163,12 @@ class SpanDecoder:
     def _with_signals(
         self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec
     ) -> tuple[SpanClips, list[tuple[pa.Field, pa.Array]]]:
-        """The outcome and, for each column of a signal, the values of the row's own clips; or that a signal is bad."""
+        """Add signals to the outcome of a row.
+
+        Returns:
+            The outcome, and each signal column with one value per clip (without the halo). If a signal is bad, the
+            outcome is its error, without clips.
+        """
         span = row_span(row)
         first_seconds = float(span.grid_start_pts * span.time_base)
         columns: list[tuple[pa.Field, pa.Array]] = []
@@ -190,7 +212,7 @@ class SpanDecoder:
             )
         except VideoError as error:
             of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
-            if len(spans) > 1 and not of_the_file:  # which of them it was, nobody knows
+            if len(spans) > 1 and not of_the_file:  # the span that failed is unknown: try each by itself
                 return [result for span in spans for result in self._decode([span], spec, fingerprint)]
             if error.reason is Reason.DECODER_CRASHED:
                 _crashes[video_id] = error
@@ -204,10 +226,13 @@ def _start_seconds(span: Span, spec: ClipSpec) -> float:
 
 
 def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str | None = None) -> Clip:
-    """The first clip of a span, decoded by itself.
+    """Decode the first clip of a span by itself.
+
+    Args:
+        fingerprint: state of the file when it was planned; None to skip the check.
 
     Raises:
-        VideoError: it cannot be had, or there is none.
+        VideoError: the clip cannot be decoded, or the span has none.
     """
     if span.video_id in _crashes:
         raise _crashes[span.video_id]
@@ -237,11 +262,18 @@ def decode_again(
     part: Part | None = None,
     limits: Limits | None = None,
 ) -> list[Clip]:
-    """One clip of a video that was tokenized before, after those of its halo, straight from its source.
+    """Decode a clip of a tokenized video again from its source.
 
     Args:
-        part: which part of the video its index counts in; None for the whole.
-        limits: those of its run, which hold the rate of images in an archive.
+        uri: location of the source.
+        video_id: id that the source must have.
+        clip_index: index of the clip in its part.
+        spec: clip settings of its run, frame size included.
+        part: part of the video; None for the whole video.
+        limits: limits of its run, which include the frame rate of image archives.
+
+    Returns:
+        The clips of the halo, then the clip itself.
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.

@@ -1,8 +1,8 @@
-"""Clips to tokens or latents: full batches through a tokenizer, as arrays in and arrays out.
+"""Batch encoding: arrays of frames in, arrays of tokens or latents out.
 
-The forward pass always has the same shape: a short last batch is filled up and the surplus dropped. A clip's
-result then depends on the clip alone and not on which clips happened to travel with it, which is what makes two
-runs equal, and fixed shapes are what compilers and graph capture want.
+Every forward pass has the same shape: a short last batch is filled up and the surplus dropped. The result of a clip
+then does not depend on the other clips of its batch, which makes two runs equal. Compilers and graph capture also
+need fixed shapes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from vidshard.schemas.video import ClipSpec
 
 
 def make_reproducible(device: str, num_threads: int) -> None:
-    """Process-wide settings that make the same clip give the same bits in every run."""
+    """Set process-wide options so that the same clip gives the same bits in every run on the same hardware.
+
+    Args:
+        device: "cpu" or "cuda".
+        num_threads: CPU threads of PyTorch.
+    """
     torch.set_num_threads(num_threads)
     if device == "cuda":
-        torch.backends.cudnn.benchmark = False  # timing-based choice of kernels differs from run to run
+        torch.backends.cudnn.benchmark = False  # it chooses kernels by timing, which differs between runs
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -43,12 +48,13 @@ def encode_clips(
 
     Args:
         clips: each uint8 (T, H, W, 3).
-        batch_size: clips per forward pass; the last one is filled up by repeating a clip.
-        padding: makes clips of another length than the tokenizer takes as long as it does.
-        tiling: for large frames.
+        payload: payload columns to return.
+        batch_size: clips per forward pass; the last batch is filled up by repeating a clip.
+        padding: placement of frames that pad clips to a valid length; None if their length is valid.
+        tiling: tiles for large frames; None for whole frames.
 
     Returns:
-        For each payload column an array (number of clips, values per clip), flattened in C order.
+        By payload column, an array (number of clips, values per clip), flattened in C order.
 
     Raises:
         FloatingPointError: a latent is not a finite float16.
@@ -79,16 +85,20 @@ def encode_spans(
     *,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """Encode spans of continuous sequences, several streams side by side, each clip carrying on from the one before.
+    """Encode spans of continuous sequences as parallel streams, in which each clip continues the previous one.
 
     Args:
-        spans: the clips of each span, uint8 (T, H, W, 3), those of its halo first.
-        counts: the number of each span's own clips: the last ones.
-        spec: from `continuous_spec`.
-        batch_size: streams at once; the last batch is filled up by repeating one.
+        spans: clips of each span, uint8 (T, H, W, 3), halo first.
+        counts: number of clips of each span without the halo.
+        payload: payload columns to return.
+        spec: clip settings from `continuous_spec`.
+        batch_size: streams per forward pass; the last batch is filled up by repeating a stream.
 
     Returns:
-        As `encode_clips`, for the spans' own clips.
+        As `encode_clips`, for the clips without halos.
+
+    Raises:
+        FloatingPointError: as `encode_clips`.
     """
     rows = _Rows(payload, sum(counts))
     ends = np.cumsum(counts)
@@ -104,7 +114,7 @@ def encode_spans(
                 encoded, past = tokenizer.encode_stream(x_BCTHW if past else x_BCTHW[:, :, spec.lead_frames :], past)
             places = {}
             for slot, number in enumerate(group):
-                row = ends[number] - len(spans[number]) + step  # below the span's first row: a clip of its halo
+                row = ends[number] - len(spans[number]) + step  # a clip of the halo lies below the span's first row
                 if step < len(spans[number]) and row >= ends[number] - counts[number]:
                     places[slot] = int(row)
             rows.take(encoded, places)
@@ -112,21 +122,25 @@ def encode_spans(
 
 
 class _Rows:
-    """Payload columns in the making: one row a clip, of as many values as its frame size gives."""
+    """Payload columns under construction: one row per clip, whose number of values depends on the frame size."""
 
     def __init__(self, payload: Payload, num_rows: int) -> None:
         self._payload = payload
         self._rows: dict[str, list[np.ndarray]] = {column.name: [np.empty(0)] * num_rows for column in payload}
 
     def take(self, encoded: EncodedClips, places: dict[int, int]) -> None:
-        """Store results of a forward pass: the clip of each slot of the batch at a row."""
+        """Store the results of a forward pass.
+
+        Args:
+            places: row by slot of the batch; other slots are dropped.
+        """
         for column in self._payload:
             values = _to_numpy(encoded.payload[column.name], column)
             for slot, row in places.items():
                 self._rows[column.name][row] = values[slot]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The columns, (number of clips, values per clip).
+        """Return each column as an array (number of clips, values per clip).
 
         Raises:
             FloatingPointError: a latent is not a finite float16.

@@ -1,7 +1,6 @@
-"""The stages of a run in one process, without Ray: for debugging, small machines, and most tests.
+"""Local flow: the stages of a run in one process, without Ray, for debugging, small machines and most tests.
 
-The same callables as in ``pipeline.flow``, one after the other. Videos are decoded in the sandbox's child process as
-everywhere.
+It calls the same callables as ``pipeline.flow``, one after the other. Videos are still decoded in the sandbox.
 """
 
 from __future__ import annotations
@@ -23,12 +22,14 @@ def run_locally(
     rows_per_task: int,
     rows_per_batch: int,
 ) -> Iterator[pa.Table]:
-    """Encoded rows of a work list, as they come.
+    """Decode and encode a work list; yields encoded rows as they are finished.
 
     Args:
         work: path of its Parquet file, or its rows.
-        rows_per_task: spans that the decoder takes at once.
-        rows_per_batch: spans whose clips the encoder batches together.
+        decoder: decode stage.
+        encoder: settings of the encoder.
+        rows_per_task: spans per call of the decoder.
+        rows_per_batch: spans per call of the encoder.
     """
     encode = ClipEncoder(encoder)
     waiting: list[pa.Table] = []

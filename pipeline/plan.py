@@ -1,7 +1,7 @@
-"""Planning: every video opened once, its stretches as rows of a table, its failures as rejections.
+"""Planning: opens every video once and lists its spans as rows, and its failures as rejections.
 
-Ids come from content and settings, so the same videos give the same rows on any machine and in any order. What is
-made of the rows, and which of them are left to do, is ``pipeline.output.resume``'s.
+Ids come from content and settings, so the same videos give the same rows on any machine and in any order.
+``pipeline.output.resume`` stores the rows and selects those that are left to process.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from vidshard.schemas.rejections import Rejection, Stage, VideoError
 from vidshard.schemas.video import ClipSpec, Limits, Part, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
-"""Frames in one unit of work, unless the user says how many clips: some units fit one of Ray's 128 MiB blocks,
-and at 256x256 a unit is some 20 s of video, which keeps the share of seeking to its keyframe low."""
+"""Default size of the frames of a span: several spans fit one of Ray's 128 MiB blocks, and at 256x256 a span is about
+20 s of video, which keeps the share of time spent seeking to its keyframe low."""
 
 _MAX_VIDEOS_PER_TASK = 64
 _MAX_TASKS = 4096
-"""Before tasks get more videos than that: each costs the driver an object in Ray's store."""
+"""Number of probe tasks above which tasks get more videos instead: each task costs the driver an object in Ray's
+store."""
 
 
 def clips_per_span(spec: ClipSpec, wanted: int | None) -> int:
-    """Clips in one unit of work: as the user wants, or as many as fit ``SPAN_BYTES``.
+    """Number of clips per span: ``wanted`` if set, otherwise as many as fit ``SPAN_BYTES``, at least one.
 
-    In a continuous sequence at least four times the halo, which then adds a quarter to the work.
+    In a continuous sequence the default is at least four times the halo, so that the halo adds at most a quarter to
+    the work.
     """
     return wanted or max(1, SPAN_BYTES // spec.clip_bytes, 4 * spec.halo_clips)
 
@@ -49,19 +51,19 @@ def open_videos(
     map_videos: Callable[[Sequence[pa.Table], Callable[[pa.Table], pa.Table]], Iterator[pa.Table]],
     limits: Limits | None = None,
 ) -> Iterator[pa.Table]:
-    """Open every video and lay out its spans; gives rows as they come, in no order.
+    """Open every video and plan its spans; yields tables of rows in any order.
 
-    Each is of ``ledger.PLAN_SCHEMA`` with a column ``rejection``; a video that cannot be opened has one row, with
+    Rows have ``plan_store.PLAN_SCHEMA`` and a column ``rejection``. A video that cannot be opened has one row, with
     its rejection and without a span.
 
     Args:
-        videos: as ``pipeline.discover`` lists them, with their entries.
-        specs: how clips are made, one for each frame size; a video gets that of the nearest aspect ratio.
-        part: which part of each video that does not say so itself.
-        span_clips: clips in one unit of work.
-        num_tasks: tasks that the work should at least be spread over.
-        map_videos: runs a stage over tables of videos, as an executor does.
-        limits: what one video may cost.
+        videos: rows of ``pipeline.discover``, with their entries.
+        specs: clip settings, one per bucket; a video gets the bucket nearest to its aspect ratio.
+        part: part of each video whose row names none.
+        span_clips: clips per span.
+        num_tasks: smallest number of tasks to spread the videos over, if there are enough.
+        map_videos: function that runs a stage over tables of videos, as an executor does.
+        limits: resource limits for one video; None for the defaults.
     """
     most = max(_MAX_VIDEOS_PER_TASK, videos.num_rows // _MAX_TASKS)
     size = max(1, min(most, -(-videos.num_rows // num_tasks)))
@@ -73,7 +75,7 @@ def open_videos(
 
 @dataclass(frozen=True)
 class VideoPlanner:
-    """The probing stage: videos in, their spans out, or one row with a rejection."""
+    """Probe stage: rows of videos in, rows of their spans out, or one row with a rejection."""
 
     specs: tuple[ClipSpec, ...]
     part: Part
@@ -91,7 +93,7 @@ class VideoPlanner:
         ref = VideoRef(uri=video["uri"], num_bytes=video["num_bytes"])
         uri = storage.public_uri(ref.uri)
         if ref.uri not in probes:
-            # before it is opened: what is replaced in between counts as changed, not as known
+            # taken before the video is opened: a file that is replaced in between then counts as changed
             fingerprint = storage.fingerprint(ref.uri)
             probes[ref.uri] = probe(ref, self.limits), fingerprint
         result, fingerprint = probes[ref.uri]

@@ -1,4 +1,4 @@
-"""Stored rows back to frames, with the tokenizer that made them; and the same clips from their sources again."""
+"""Reconstruction: decodes stored rows to frames with their tokenizer, and reads the same clips from their sources."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Row = tuple[str, str]
 
 
 def load_decoder(resolved: ResolvedRun, *, precision: str = "float32") -> Tokenizer:
-    """The tokenizer that made an output, on a GPU where there is one.
+    """Load the tokenizer that made an output, on a GPU if there is one.
 
     Args:
-        precision: decoding is float32 whatever the run was encoded in.
+        precision: precision to compute in; by default float32, whatever the run used.
 
     Raises:
-        UserError: the weights are missing, or not those that made the output.
+        UserError: the weights are missing, or have another digest than the output records.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make_reproducible(device, torch.get_num_threads())
@@ -44,11 +44,11 @@ def load_decoder(resolved: ResolvedRun, *, precision: str = "float32") -> Tokeni
 def clip_decoder(
     resolved: ResolvedRun, paths: Sequence[str], *, tiling: Tiling | None
 ) -> Callable[[StoredClip], np.ndarray]:
-    """Make the function that decodes single clips of an output: stored row to uint8 (T, H, W, 3).
+    """Make a function that decodes single clips of an output: stored row to uint8 (T, H, W, 3).
 
     Args:
-        paths: shards of the output; a row of a continuous sequence is decoded with the rows around it.
-        tiling: for large frames; None for whole frames.
+        paths: paths of the shards; a row of a continuous sequence is decoded with the rows around it.
+        tiling: tiles for large frames; None for whole frames.
 
     Raises:
         UserError: as `load_decoder`.
@@ -62,11 +62,11 @@ def clip_decoder(
 def reconstruct(
     clip: StoredClip, tokenizer: Tokenizer, *, padding: Padding | None = None, tiling: Tiling | None = None
 ) -> np.ndarray:
-    """The clip's frames as the tokenizer remembers them: uint8 (T, H, W, 3), as many as were sampled.
+    """Decode a stored clip: uint8 (T, H, W, 3), as many frames as were sampled.
 
     Args:
-        padding: place of the copies that made the clip as long as the tokenizer takes; None where it was.
-        tiling: for large frames.
+        padding: placement of the frames that padded the clip before encoding; None if it was not padded.
+        tiling: tiles for large frames; None for whole frames.
     """
     num_frames = len(clip.values["frame_pts_seconds"])
     no_pixels = torch.empty(1, 3, num_frames, 0, 0)  # only the lengths matter
@@ -79,13 +79,13 @@ def reconstruct(
 
 
 def reconstruct_row(clip: StoredClip, paths: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """The frames of a row of a continuous sequence, as in the whole video: uint8 (T, H, W, 3).
+    """Decode a row of a continuous sequence, as in the whole video: uint8 (T, H, W, 3).
 
-    It is decoded with the rows before it that its frames depend on and, for an interpolating model, the one after it.
-    Where one of them is missing, the sequence is taken to begin, or to end, there.
+    The rows before it that its frames depend on are decoded with it and, for an interpolating model, the one after
+    it. If one of them is missing, the sequence starts, or ends, there.
 
     Args:
-        paths: shards of the output.
+        paths: paths of the shards.
     """
     config = tokenizer.config
     index = int(clip.values["clip_index"])
@@ -106,10 +106,10 @@ def reconstruct_row(clip: StoredClip, paths: Sequence[str], tokenizer: Tokenizer
 
 
 def reconstruct_video(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The frames of a continuous sequence one by one, uint8 (H, W, 3), in memory that does not grow with its length.
+    """Decode a continuous sequence frame by frame, each uint8 (H, W, 3); memory does not grow with its length.
 
     Args:
-        rows: every row in order.
+        rows: all rows of the sequence, in order.
     """
     past: Past = ()
     wanted = 0
@@ -126,22 +126,22 @@ def reconstruct_video(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[np.
 
 
 def rows_of_video(paths: Sequence[str], sequence: str) -> list[tuple[int, Row]]:
-    """(clip index, row) of every row of a video, or of a part of one, in order.
+    """List (clip index, row) of all rows of a video or part, in order.
 
     Args:
-        sequence: what the rows' ids have in common: all but the index.
+        sequence: common prefix of their clip ids, without "-" and the index.
     """
     rows = find_clips(paths, f"{sequence}-")
     return sorted((int(clip_id.rsplit("-", 1)[1]), (path, clip_id)) for path, clip_id in rows)
 
 
 def stored_clip(row: Row) -> StoredClip:
-    """The row with its payload."""
+    """Read a row with its payload."""
     return next(read_clips(*row))
 
 
 def to_tensors(payload: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-    """Payload columns of one clip as a batch: int64 tokens, float32 latents, each (1, *shape)."""
+    """Convert the payload of one clip to a batch of one: int64 tokens, float32 latents, each (1, *shape)."""
     return {
         name: torch.from_numpy(values.astype(np.int64 if values.dtype.kind == "u" else np.float32))[None].to(
             tokenizer.device
@@ -155,7 +155,7 @@ def _num_latents(payload: Mapping[str, np.ndarray]) -> int:
 
 
 def source_frames(clip: StoredClip, resolved: ResolvedRun) -> np.ndarray:
-    """The clip decoded again from its source: uint8 (T, H, W, 3).
+    """Decode a stored clip again from its source: uint8 (T, H, W, 3).
 
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
@@ -168,6 +168,6 @@ def source_frames(clip: StoredClip, resolved: ResolvedRun) -> np.ndarray:
 
 
 def stored_spec(resolved: ResolvedRun, values: Mapping[str, Any]) -> ClipSpec:
-    """Rule by which a stored row's clip was made."""
+    """Clip settings of a stored row."""
     specs = {spec.bucket: spec for spec in resolved.clip_specs}
     return specs[values["bucket"]] if "bucket" in values else next(iter(specs.values()))

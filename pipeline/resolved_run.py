@@ -1,7 +1,7 @@
-"""A tokenization run, resolved: the settings, the tokenizer that they name, and what both mean together.
+"""Resolved tokenization run: the settings, their tokenizer, and all values that follow from both.
 
-The same value is made from a request before a run (`ResolvedRun.of`) and from what an output records
-(`ResolvedRun.from_provenance`), so that tokenize, decode, verify and evaluate cannot read a setting in two ways.
+The same class is made from the settings of a new run (`ResolvedRun.of`) and from a stored output
+(`ResolvedRun.from_provenance`), so that tokenize, decode, verify and evaluate interpret every setting alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RANDOM_WEIGHTS_NOTICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """A run with everything looked up."""
+    """Tokenization run with its tokenizer and weights resolved."""
 
     run: TokenizeRun
     source: TokenizerSource
@@ -46,10 +46,11 @@ class ResolvedRun:
 
     @classmethod
     def of(cls, run: TokenizeRun) -> Self:
-        """Look up what the settings name, and refuse what cannot be.
+        """Resolve the settings of a new run, and refuse impossible ones.
 
         Raises:
-            UserError: unknown tokenizer, impossible clip length or size, missing or foreign weights.
+            UserError: the tokenizer is unknown, the clip length or size is impossible, or the weights are missing or
+                of another model.
         """
         run = _with_shipped_weights(run)
         if run.out != storage.public_uri(run.out):
@@ -66,13 +67,13 @@ class ResolvedRun:
 
     @classmethod
     def from_provenance(cls, provenance: Provenance, *, weights: str | None = None) -> Self:
-        """The run that made a shard.
+        """Resolve the run that made a shard.
 
         Args:
-            weights: where its weights are now; None for where the shard says.
+            weights: present location of its weights; None for the location in the provenance.
 
         Raises:
-            UserError: settings or a tokenizer that this vidshard does not know.
+            UserError: this vidshard does not know a setting or the tokenizer.
         """
         run = stored_run(provenance.run)
         try:
@@ -86,56 +87,56 @@ class ResolvedRun:
 
     @property
     def config(self) -> TokenizerConfig:
-        """The tokenizer, described completely."""
+        """Complete configuration of the tokenizer."""
         return self.source.config
 
     @cached_property
     def clip_specs(self) -> list[ClipSpec]:
-        """Rules by which videos become clips of this tokenizer, one for each frame size."""
+        """Clip settings for this tokenizer, one per bucket."""
         return clip_specs_of(self.run, self.config)
 
     @property
     def largest(self) -> ClipSpec:
-        """Rule of the clips that take most memory."""
+        """Clip settings of the bucket whose clips take most memory."""
         return max(self.clip_specs, key=lambda spec: spec.clip_bytes)
 
     @property
     def clips_per_span(self) -> int:
-        """Clips in one unit of work."""
+        """Number of clips per span."""
         return clips_per_span(self.largest, self.run.clips_per_span)
 
     @property
     def payload(self) -> Payload:
-        """Columns that a clip of the first frame size becomes."""
+        """Payload of a clip of the first frame size."""
         return payload_of(self.run, self.config, *self.run.sizes[0])
 
     def payload_of(self, spec: ClipSpec) -> Payload:
-        """Columns that a clip of one frame size becomes."""
+        """Payload of a clip of one bucket."""
         return payload_of(self.run, self.config, spec.height, spec.width)
 
     @property
     def encoded_frames(self) -> int:
-        """Frames of a clip as the tokenizer gets it, copies included."""
+        """Number of frames of a clip as it is encoded, padding included."""
         return encoded_frames(self.run, self.config)
 
     @property
     def padding(self) -> Padding | None:
-        """Place of the copies that make clips as long as the tokenizer takes; None where they are that long."""
+        """Placement of the frames that pad clips to a valid length; None if they are not padded."""
         return padding_of(self.run, self.config)
 
     @property
     def tiling(self) -> Tiling | None:
-        """Tiles in which frames are encoded; None where a frame is no larger than one."""
+        """Tiles in which frames are encoded; None if no frame is larger than a tile."""
         tiling = requested_tiling(self.run, self.config)
         return None if tiling is None or all(tiling.fits(*size) for size in self.run.sizes) else tiling
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Settings that decide what a token means; an output holds one set of them."""
+        """Identity: the settings that decide what a token means, as JSON values."""
         identity = {
             "tokenizer": self.config.identity,
             "weights_sha256": self.source.sha256,
-            # units of work are what a resumed run compares: others would lose clips, or write them twice
+            # a resumed run compares spans: spans of another length would lose clips, or write them twice
             "clips_per_span": self.clips_per_span,
             **identity_settings(self.run, padded=self.padding is not None, tiled=self.tiling is not None),
         }
@@ -143,7 +144,7 @@ class ResolvedRun:
 
     @property
     def provenance(self) -> Provenance:
-        """What every shard says of itself."""
+        """Provenance for the metadata of every shard."""
         weights = self.run.weights
         return Provenance(
             tokenizer=self.config.model_dump(mode="json"),
@@ -158,18 +159,24 @@ class ResolvedRun:
         )
 
     def load_tokenizer(self, device: str, *, precision: str | None = None) -> Tokenizer:
-        """The tokenizer with its weights.
+        """Load the tokenizer with its weights.
 
         Args:
-            precision: None for that of the run.
+            device: device of the weights.
+            precision: a key of ``PRECISIONS``; None for that of the run.
 
         Raises:
-            UserError: the weights are gone, or others.
+            UserError: the weights are missing, or have another digest than expected.
         """
         return self.source.load(device, PRECISIONS[precision or self.run.precision])
 
     def encoder_spec(self, *, batch_size: int, num_threads: int) -> EncoderSpec:
-        """What the encoders get to know of the run."""
+        """Settings of the run's encoders.
+
+        Args:
+            batch_size: clips per forward pass.
+            num_threads: CPU threads of one encoder.
+        """
         return EncoderSpec(
             source=self.source,
             precision=self.run.precision,
@@ -184,10 +191,10 @@ class ResolvedRun:
 
 
 def stored_run(record: Any) -> TokenizeRun:
-    """The settings that an output records.
+    """Parse the settings that an output records.
 
     Raises:
-        UserError: some that this vidshard does not know.
+        UserError: this vidshard does not know one of them.
     """
     try:
         return TokenizeRun.model_validate(record)
@@ -201,10 +208,10 @@ def stored_run(record: Any) -> TokenizeRun:
 
 
 def stated_config(weights: str, *, ema: bool = False) -> TokenizerConfig:
-    """The model that a weights file itself names.
+    """Read the config that a weights file states.
 
     Raises:
-        UserError: there is no such file, or it names none; then the file's own name may suggest one.
+        UserError: there is no such file, or it states no config; the message then suggests one from the file's name.
     """
     try:
         with storage.local_copy(storage.absolute(weights)) as path:
@@ -219,7 +226,7 @@ def stated_config(weights: str, *, ema: bool = False) -> TokenizerConfig:
 
 
 def _with_shipped_weights(run: TokenizeRun) -> TokenizeRun:
-    """The run with the weights that come with the package, where it asks for their model or for none."""
+    """Add the weights of the package to a run that names their preset or no tokenizer, and no weights."""
     if run.tokenizer not in (None, SHIPPED) or run.weights is not None or run.random_weights is not None:
         return run
     return run.model_copy(update={"tokenizer": SHIPPED, "weights": f"{storage.SHIPPED_SCHEME}{SHIPPED}"})
@@ -237,7 +244,7 @@ def _config_of(run: TokenizeRun) -> TokenizerConfig:
 
 
 def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
-    """Raise for settings that do not go with the tokenizer, or with one another."""
+    """Raise UserError for settings that contradict the tokenizer or one another."""
     if run.keep_logvar and not config.has_logvar:
         raise UserError(f"--keep-logvar is for KL tokenizers; {config.name} gives tokens")
     try:
@@ -254,7 +261,7 @@ def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
 
 
 def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
-    """The run with its weights named so that every node finds the same ones, or with a seed."""
+    """Pin the run's weights so that every node loads the same file, or choose seed 0 for a tiny tokenizer."""
     if run.weights is not None:
         try:
             return run.model_copy(update={"weights": storage.pinned(storage.absolute(run.weights))})
@@ -271,16 +278,19 @@ def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
 
 
 def public_record(run: TokenizeRun) -> dict[str, Any]:
-    """The run's settings as they may be shown and stored: no credentials in any URL."""
+    """Settings of a run for display and storage, without credentials in URLs."""
     record = in_stored_order(run.model_dump(mode="json"), _RUN_ORDER)
     record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
     return record | {name: storage.public_uri(record[name]) for name in ("out", "weights") if record[name]}
 
 
 def in_stored_order(record: dict[str, Any], order: str) -> dict[str, Any]:
-    """A record with its keys in the order that shards have had since format version 1, later ones behind.
+    """Sort the keys of a record as shards have had them since format version 1, other keys last.
 
-    The settings may be regrouped in the code; the same run still gives the same bytes.
+    The bytes of a shard then do not depend on how the settings are grouped in the code.
+
+    Args:
+        order: names separated by white space.
     """
     names = order.split()
     return {name: record[name] for name in sorted(record, key=lambda n: names.index(n) if n in names else len(names))}

@@ -1,4 +1,4 @@
-"""Resources of a run's stages, as ``pipeline.flow`` tells them to Ray."""
+"""Resources of the stages of a run, which ``pipeline.flow`` passes to Ray."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResources:
-    """Workers of each stage, and how much work each of them gets at once."""
+    """Number of workers of each stage, and the amount of work per call."""
 
     encode_workers: int
     gpus_per_worker: float
-    """0 on machines without GPUs."""
+    """GPUs reserved for each encoder, or a fraction of one; 0 without GPUs."""
     cpus_per_worker: float
-    """CPUs kept from the other stages for each encoder; 0 where it has a GPU."""
+    """CPUs reserved for each encoder; 0 on a GPU."""
     decode_workers: int | None
-    """At most so many decoding tasks at once; None for as many as there are CPUs."""
+    """Largest number of decode tasks at once; None for no limit but the CPUs."""
     rows_per_task: int
-    """Spans that one decoding task takes."""
+    """Spans per decode task."""
     rows_per_batch: int
-    """Spans whose clips an encoder batches together."""
+    """Spans per call of an encoder, which batches their clips."""

@@ -1,4 +1,4 @@
-"""Where a tokenizer's weights come from, and the one place that loads them and takes their digest."""
+"""Source of a tokenizer's weights; the only module that loads them for the pipeline and takes their digest."""
 
 from __future__ import annotations
 
@@ -13,45 +13,48 @@ from vidshard.pipeline import storage
 from vidshard.schemas.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes that encoders compute in, by the name of the setting."""
+"""Dtypes that tokenizers can compute in, by name of the precision setting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSource:
-    """A tokenizer that can be loaded anywhere: its config, its weights, and what they must be."""
+    """Tokenizer that any process can load: config, location of the weights, and their expected digest."""
 
     config: TokenizerConfig
     weights: str | None
-    """Path or URL; None for seeded random weights. A file of the Hub is named by its commit, so that all processes load
-    the same one."""
+    """Path or URL; None for seeded random weights. A file of the Hugging Face Hub is pinned to its commit, so that all
+    processes load the same one."""
     ema: bool = False
-    """Whether to take the averaged weights of the file."""
+    """Whether to load the averaged weights of the file."""
     seed: int | None = None
     """Seed of random weights; None with a file."""
     sha256: str = ""
-    """Digest that the weights must have; empty before they were first loaded."""
+    """Digest that the weights must have; empty to accept any."""
 
     @classmethod
     def stored(
         cls, config: TokenizerConfig, *, source: str, ema: bool, sha256: str, weights: str | None = None
     ) -> TokenizerSource:
-        """The source that an output records.
+        """Make the source that an output records.
 
         Args:
+            config: config of its tokenizer.
             source: ``weights_source`` of its provenance: a path, a URL, or ``seed:N``.
-            weights: where the weights are now; None for where the output says.
+            ema: whether its run loaded averaged weights.
+            sha256: digest of its weights.
+            weights: present location of the weights; None for ``source``.
         """
         if weights is None and source.startswith("seed:"):
             return cls(config=config, weights=None, seed=int(source.removeprefix("seed:")), sha256=sha256)
         return cls(config=config, weights=weights or source, ema=ema, sha256=sha256)
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Tokenizer:
-        """The tokenizer, ready to encode and decode.
+        """Load the tokenizer, ready to encode and decode.
 
-        The digest is taken of the float32 weights, before any cast: it is the same in every precision.
+        The digest is taken of the float32 weights, before any cast, so it is the same in every precision.
 
         Raises:
-            UserError: no such file, weights that do not fit the config, or others than expected.
+            UserError: there is no such file, its weights do not fit the config, or they have another digest.
         """
         try:
             tokenizer, digest = self._load()
@@ -65,7 +68,7 @@ class TokenizerSource:
         return tokenizer.set_precision(dtype).to(device)
 
     def with_digest(self) -> Self:
-        """The same source, bound to the weights that it holds now.
+        """Copy of this source with the digest of its present weights.
 
         Raises:
             UserError: as :meth:`load`.
@@ -82,6 +85,6 @@ class TokenizerSource:
             except NoAveragesError:
                 if not self.sha256:
                     raise
-                # `vidshard convert --ema` keeps nothing but the averages; the digest tells whether these are they
+                # `vidshard convert --ema` keeps only the averages, as plain weights; the caller checks the digest
                 tokenizer = load_tokenizer(self.config, path, seed=self.seed)
         return tokenizer, weights_digest(tokenizer.state_dict())

@@ -16,7 +16,7 @@ import torch
 
 @cache
 def code_version() -> str:
-    """Version of this code, with the commit where it runs from a checkout."""
+    """Version of vidshard; in a checkout followed by ``+`` and the commit."""
     version = importlib.metadata.version("vidshard")
     commit = os.environ.get("VIDSHARD_COMMIT", "")
     root = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ def code_version() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what computes frames and tokens, and of what stores them."""
+    """Versions, by name, of Python and of the libraries that compute and store frames and tokens."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""How a job ends when it does not simply succeed: the errors and exit codes that all jobs share."""
+"""Failures of jobs: error messages, signals and exit codes that all jobs share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vidshard.schemas.errors import VidshardError
 
 
 def cause_of(error: BaseException) -> str:
-    """The innermost exception of a failure, in a line; of one of Ray's, what its text says was raised first."""
+    """Describe the innermost exception of a failure in one line; it is searched for in the text of a Ray error."""
     cause = error
     while (inner := _inner(cause)) is not None:
         cause = inner
     if isinstance(cause, VidshardError):
-        return str(cause)  # written for people, without the name of a class
-    root = str(cause).split("The above exception was")[0].split("\nFailed to apply UDF")[0]  # Ray's advice
+        return str(cause)  # its message is for users and needs no class name
+    root = str(cause).split("The above exception was")[0].split("\nFailed to apply UDF")[0]  # without Ray's advice
     lines = [line.strip() for line in root.splitlines()]
     named = [at for at, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
     if named:
@@ -29,24 +29,24 @@ def _inner(error: BaseException) -> BaseException | None:
     failures = getattr(error, "worker_failures", None)
     if failures:
         return next(iter(failures.values()))  # type: ignore[no-any-return]
-    cause = getattr(error, "cause", None)  # a RayTaskError's own, without the worker's traceback
+    cause = getattr(error, "cause", None)  # RayTaskError keeps the original here, without the worker's traceback
     return cause if isinstance(cause, BaseException) else error.__cause__
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a job as Ctrl-C does, with an exit code of its own."""
+    """SIGTERM was received; it ends a job like Ctrl-C, with another exit code."""
 
 
 def terminate(_signum: int, _frame: FrameType | None) -> None:
-    """Signal handler for SIGTERM."""
+    """Signal handler for SIGTERM: raises Terminated."""
     raise Terminated
 
 
 def exit_code_of(interrupt: KeyboardInterrupt) -> int:
-    """130 after Ctrl-C, 143 after SIGTERM, as shells have it."""
+    """Exit code after an interrupt: 130 for Ctrl-C, 143 for SIGTERM (128 + signal number, as in shells)."""
     return 143 if isinstance(interrupt, Terminated) else 130
 
 
 def print_error(text: object) -> None:
-    """Say on stderr why a job cannot be done."""
+    """Print an error message on stderr."""
     click.secho(f"error: {text}", fg="red", bold=True, err=True)

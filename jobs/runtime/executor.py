@@ -1,6 +1,6 @@
-"""Where a run's stages are carried out: on a Ray cluster, or in this process.
+"""Executors: run the stages on a Ray cluster, or in this process.
 
-Jobs know this interface alone. Ray's own errors end here: what a job gets is `StageFailedError` in our words.
+Jobs use only this interface. It converts Ray's errors to `StageFailedError`.
 """
 
 from __future__ import annotations
@@ -27,53 +27,59 @@ if TYPE_CHECKING:
 
 
 class StageFailedError(RunFailedError):
-    """A stage broke in a way that is no rejection: a defect, or a worker that died again and again."""
+    """A stage failed by a defect, or because a worker died repeatedly; not by a rejection."""
 
 
 class Executor(Protocol):
-    """Runs the stages."""
+    """Runs the stages of a run."""
 
     @property
     def num_cpus(self) -> int:
-        """CPUs for all stages together."""
+        """Number of CPUs for all stages together."""
         ...
 
     @property
     def num_gpus(self) -> float:
-        """GPUs for encoders."""
+        """Number of GPUs for encoders."""
         ...
 
     @property
     def num_nodes(self) -> int:
-        """Machines that the CPUs belong to."""
+        """Number of machines that have these CPUs."""
         ...
 
     def cancel_token(self) -> CancelToken:
-        """A new token that the stages can see."""
+        """Make a cancellation token that the stages can read."""
         ...
 
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-        """Tables of videos through the probing stage, in no order.
+        """Run the probe stage on tables of videos; results come in any order.
 
         Raises:
-            StageFailedError: it broke.
+            StageFailedError: the stage failed.
         """
         ...
 
     def run(
         self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
     ) -> Iterator[pa.Table]:
-        """Encoded rows of a work list as they come out; the stages start at the first one.
+        """Run all stages; yields encoded rows as they are finished. The stages start when the first one is requested.
+
+        Args:
+            work: path of the work list's Parquet file, or its rows.
+            decoder: decode stage.
+            encoder: settings of the encoders.
+            resources: workers of each stage.
 
         Raises:
-            StageFailedError: a stage broke.
+            StageFailedError: a stage failed.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalExecutor:
-    """Every stage in this process, one after the other; FFmpeg in its sandbox."""
+    """Runs every stage in this process, one after the other; FFmpeg still runs in the sandbox."""
 
     num_cpus: int
     num_gpus: float
@@ -81,7 +87,7 @@ class LocalExecutor:
 
     @classmethod
     def of_this_machine(cls) -> LocalExecutor:
-        """The CPUs that this process may use, and a GPU if PyTorch sees one."""
+        """Make an executor with the CPUs that this process may use, and a GPU if PyTorch finds one."""
         import torch
 
         return cls(num_cpus=len(os.sched_getaffinity(0)), num_gpus=float(torch.cuda.is_available()))
@@ -91,18 +97,18 @@ class LocalExecutor:
         return f"this process alone, without Ray: {self.num_cpus} CPUs{gpus}"
 
     def cancel_token(self) -> CancelToken:
-        """A token of this process."""
+        """Make a cancellation token for this process."""
         return LocalCancelToken()
 
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-        """As `Executor.map_videos`, in order."""
+        """Run the probe stage, as `Executor.map_videos`; results keep their order."""
         with _defects_named():
             yield from map(probe, tables)
 
     def run(
         self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
     ) -> Iterator[pa.Table]:
-        """As `Executor.run`."""
+        """Run all stages, as `Executor.run`."""
         with _defects_named():
             yield from run_locally(
                 work,
@@ -115,34 +121,34 @@ class LocalExecutor:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterExecutor:
-    """A Ray cluster."""
+    """Runs the stages on a Ray cluster."""
 
     cluster: Cluster
 
     @property
     def num_cpus(self) -> int:
-        """CPUs of the cluster."""
+        """Number of CPUs of the cluster."""
         return self.cluster.num_cpus
 
     @property
     def num_gpus(self) -> float:
-        """GPUs of the cluster."""
+        """Number of GPUs of the cluster."""
         return self.cluster.num_gpus
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the cluster."""
+        """Number of nodes of the cluster."""
         return self.cluster.num_nodes
 
     def __str__(self) -> str:
         return str(self.cluster)
 
     def cancel_token(self) -> CancelToken:
-        """A token for the workers of the cluster."""
+        """Make a cancellation token for the workers of the cluster."""
         return ClusterCancelToken()
 
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-        """As `Executor.map_videos`."""
+        """Run the probe stage, as `Executor.map_videos`."""
         from vidshard.pipeline.flow import map_videos
 
         with _ray_failures_named():
@@ -151,7 +157,7 @@ class ClusterExecutor:
     def run(
         self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
     ) -> Iterator[pa.Table]:
-        """As `Executor.run`."""
+        """Run all stages, as `Executor.run`."""
         from vidshard.pipeline.flow import build_flow
 
         with _ray_failures_named():
@@ -161,18 +167,18 @@ class ClusterExecutor:
 
 @contextmanager
 def open_executor(run: TokenizeRun, *, local: bool) -> Iterator[LocalExecutor | ClusterExecutor]:
-    """The executor of a run for as long as it is entered; a Ray that was started for it is stopped at the end.
+    """Open the executor of a run; at the end a Ray that was started for it is stopped.
 
     Args:
-        local: every stage in this process.
+        local: run every stage in this process, without Ray.
 
     Raises:
-        StorageError: there is no cluster at the address, or Ray cannot be started here.
+        StorageError: no cluster answers at the address, or Ray cannot be started.
     """
     if local:
         yield LocalExecutor.of_this_machine()
         return
-    from vidshard.jobs.runtime.cluster import ray_cluster  # seconds that a local run need not wait
+    from vidshard.jobs.runtime.cluster import ray_cluster  # imports Ray, which takes seconds that a local run can save
 
     with ray_cluster(address=run.ray_address, object_store_bytes=run.object_store, verbose=run.verbose) as cluster:
         yield ClusterExecutor(cluster=cluster)
@@ -180,7 +186,7 @@ def open_executor(run: TokenizeRun, *, local: bool) -> Iterator[LocalExecutor | 
 
 @contextmanager
 def _defects_named() -> Iterator[None]:
-    """Turn a defect of a stage in this process into the error that it is on a cluster."""
+    """Convert a defect of a stage to StageFailedError, as a cluster reports it."""
     try:
         yield
     except VidshardError:

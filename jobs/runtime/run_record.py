@@ -1,4 +1,4 @@
-"""``run.json`` of an output: the run that it belongs to, and the versions of the code that wrote there."""
+"""Run record, ``run.json`` of an output: identity and provenance of its run, and the code versions that wrote to it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vidshard.schemas.tokens import FORMAT_VERSIONS, Provenance, payload_record
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What an output says of the run that it belongs to."""
+    """Contents of ``run.json`` that later runs need."""
 
     identity: Mapping[str, Any]
     code_version: str
     runs: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    """Versions that wrote to the output, one entry for each set of them, with times and the number of starts."""
+    """Sets of code and library versions that wrote to the output in turn, each with times and its number of starts."""
 
 
 def read_run_record(out: str) -> RunRecord | None:
-    """The record of an output, or what its shards say where it is missing; None for a folder without either.
+    """Read the run record of an output, or the provenance of a shard if it is missing; None without either.
 
     Raises:
-        UserError: the record is damaged, or of another format version.
-        ShardError: there is none, and a shard cannot be read.
+        UserError: the record is damaged, or has an unknown format version.
+        ShardError: there is no record, and the shard cannot be read.
     """
     path = storage.join(out, RUN)
     if not storage.exists(path):
@@ -65,11 +65,11 @@ def read_run_record(out: str) -> RunRecord | None:
 
 
 def check_output(resolved: ResolvedRun) -> Sequence[Mapping[str, Any]]:
-    """Refuse a folder that holds the result of other settings; gives the versions that wrote to it before.
+    """Refuse an output with another identity; returns the versions that wrote to it before.
 
     Raises:
-        UserError: it does; the message lists the differences.
-        StorageError: it cannot be reached.
+        UserError: the identity differs (the message lists the differences), or the run record cannot be used.
+        StorageError: the output cannot be reached or written.
     """
     out = resolved.run.out
     storage.check_writable(out)
@@ -88,7 +88,7 @@ def write_run_record(resolved: ResolvedRun, before: Sequence[Mapping[str, Any]])
     """Write ``run.json``.
 
     Args:
-        before: versions that wrote to the output before, as `check_output` gives them.
+        before: versions that wrote to the output before, from `check_output`.
     """
     provenance = resolved.provenance
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -103,7 +103,7 @@ def write_run_record(resolved: ResolvedRun, before: Sequence[Mapping[str, Any]])
 
 
 def record_of(provenance: Provenance) -> dict[str, Any]:
-    """JSON values of ``run.json`` that follow from a provenance."""
+    """Values of ``run.json`` that follow from a provenance, for JSON."""
     described = payload_record(provenance.payload)
     payload = described.get("payloads") or {"kind": described.pop("payload"), **described}
     return {**asdict(provenance), "payload": payload, "format_version": provenance.format_version}

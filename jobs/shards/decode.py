@@ -1,4 +1,4 @@
-"""Tokens back to video: one clip, one whole video, or all clips of an output, beside their sources if wanted."""
+"""Decoding job: writes clips, or a whole continuous video, of an output as video files."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ from vidshard.schemas.rejections import VideoError
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRun:
-    """What to decode, and where it goes."""
+    """Request to decode clips or a video of an output."""
 
     out: str
-    """The output: a folder, or a single shard."""
+    """Output folder, or a single shard."""
     clip_ids: Sequence[str] = ()
-    """Ids of clips, or their beginnings; none for every clip."""
+    """Clip ids or unique prefixes of them; empty for every clip."""
     video_id: str | None = None
-    """Id of a video of a continuous output, or its beginning: that whole video."""
+    """Video id, or a unique prefix, of a continuous output: decodes the whole video."""
     target: str | None = None
-    """File for a single clip or video."""
+    """File to write for a single clip or video."""
     folder: str | None = None
-    """Folder for clips as ``ID.mp4``, where there is no target."""
+    """Folder for files ``ID.mp4``, used without a target; None for the working directory."""
     limit: int | None = None
-    """Number of clips at most."""
+    """Largest number of clips, if no ids are given; None for all."""
     side_by_side: bool = False
-    """Put the source at the left."""
+    """Whether to show the source at the left."""
     weights: str | None = None
-    """Where the weights are now; None for where the shards say."""
+    """Present location of the weights; None for the location that the shards record."""
     tile_size: tuple[int, int] | None = None
-    """(height, width) of the tiles in which large frames are decoded; None as they were encoded."""
+    """(height, width) in pixels of the tiles in which large frames are decoded; None for that of the run."""
     tile_overlap: int | None = None
-    """Pixels that tiles share; None as they were encoded."""
+    """Overlap of tiles in pixels; None for that of the run."""
 
 
 def decode_output(request: DecodeRun, console: Console) -> list[Path]:
-    """Decode clips of an output; gives the files written.
+    """Decode clips of an output; returns the files written.
 
     Raises:
-        VidshardError: there is no such clip or output, the weights are missing or others, or a file cannot be written.
+        VidshardError: there is no such clip or output, the weights are missing or have another digest, or a file
+            cannot be written.
     """
     paths = output_shards(request.out)
     rows = [_only_clip(paths, clip_id) for clip_id in request.clip_ids] or find_clips(paths, "")[: request.limit]
@@ -112,10 +113,10 @@ def _decode_video(
 
 
 def _whole_video(paths: Sequence[str], prefix: str, resolved: ResolvedRun) -> list[Row]:
-    """Every row of the one video whose id begins so.
+    """List all rows of the only video whose id starts with ``prefix``, in order.
 
     Raises:
-        UserError: none or several, rows are missing, or the output holds clips apart.
+        UserError: no or several videos match, rows are missing, or the output is not continuous.
     """
     if not resolved.run.continuous:
         raise UserError("--video takes an output of --continuous; these clips stand apart: --clip ID, or --all DIR")
@@ -144,7 +145,11 @@ def _watched(frames: Iterable[np.ndarray], display: PhaseProgress) -> Iterator[n
 
 
 def _only_clip(paths: Sequence[str], prefix: str) -> Row:
-    """The row of the one clip whose id begins so."""
+    """Find the only clip whose id starts with ``prefix``.
+
+    Raises:
+        UserError: no clip matches, or several do and none is equal.
+    """
     found = find_clips(paths, prefix)
     if not found:
         example = next(read_clips(paths[0])).clip_id
@@ -157,10 +162,10 @@ def _only_clip(paths: Sequence[str], prefix: str) -> Row:
 
 
 def tiling_for(request: DecodeRun, resolved: ResolvedRun) -> Tiling | None:
-    """Tiles to decode in: those of the request, or those of the run; None for whole frames.
+    """Tiles for decoding, from the request or else from the run; None for whole frames.
 
     Raises:
-        UserError: the tokenizer cannot have such tiles.
+        UserError: the tokenizer does not allow such tiles.
     """
     size = request.tile_size or resolved.run.tile_size
     overlap = resolved.run.tile_overlap if request.tile_overlap is None else request.tile_overlap
@@ -175,7 +180,7 @@ def tiling_for(request: DecodeRun, resolved: ResolvedRun) -> Tiling | None:
 
 
 def _source_or_none(clip: StoredClip, resolved: ResolvedRun, console: Console) -> np.ndarray | None:
-    """The clip from its source again; None, with a word, where that can no longer be read."""
+    """Decode a clip again from its source; prints a note and returns None if the source can no longer be read."""
     try:
         return source_frames(clip, resolved)
     except VideoError as error:
@@ -184,17 +189,18 @@ def _source_or_none(clip: StoredClip, resolved: ResolvedRun, console: Console) -
 
 
 def describe_clip(clip: StoredClip) -> str:
-    """A clip in a line: its source, and its time there."""
+    """Describe a clip in one line: number of frames, source and times."""
     values = clip.values
     times = values["frame_pts_seconds"]
     return f"{values['num_valid_frames']} frames of {values['uri']} from {times[0]:.2f} s to {times[-1]:.2f} s"
 
 
 def write_video(target: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Write frames as h264 in mp4.
+    """Write frames as an H.264 video, atomically.
 
     Args:
-        frames: each uint8 (H, W, 3) RGB, even height and width; at least one.
+        target: path of the file; its extension selects the container.
+        frames: at least one frame, each uint8 (H, W, 3) RGB with even height and width.
         rate: frames per second.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is in an output: counts, schema, provenance, rejects, a few rows; and the table of tokenizers."""
+"""Inspection of an output: counts, schema, codebook use, provenance, rows and rejections; and the tokenizer table."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from vidshard.schemas.tokens import Payload, Provenance
 
 
 def inspect_output(out: str, console: Console, *, num_rows: int) -> None:
-    """Show an output folder or a single shard.
+    """Print the contents of an output folder or a single shard.
+
+    Args:
+        num_rows: number of rows of the first shard to print.
 
     Raises:
-        ShardError, StorageError: there is none, or it cannot be read.
+        ShardError, StorageError: the output does not exist, or cannot be read.
     """
     folder = storage.absolute(out)
     if not out.endswith(".parquet") and storage.exists(storage.join(folder, RUN)) and not shard_paths(folder):
@@ -70,11 +73,11 @@ def _show_counts(paths: list[str], console: Console) -> Provenance:
 
 
 MAX_COUNTED_TOKENS = 1 << 27
-"""Tokens that are read for a look at an output, about 0.3 GB of shards; more would make it wait for the storage."""
+"""Largest number of tokens read to measure codebook use, about 0.3 GB of shards, so that large outputs stay quick."""
 
 
 def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> None:
-    """Say how tokens use their codebook; one row group and the counts are in memory."""
+    """Print how many tokens of the codebook are used, and their entropy; memory holds one row group and the counts."""
     uses = {
         column.name: CodebookUse(column.codebook_size)
         for column in payload
@@ -92,7 +95,7 @@ def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> 
             for name, use in uses.items():
                 use.update(arrays[name])
     except ShardError as error:
-        # `vidshard verify` goes on to name every broken shard
+        # only the first broken shard is named here; `vidshard verify` names all
         console.print(Text(f"codebook: not counted, {error}", style="bold red"))
         return
     for name, use in uses.items():
@@ -149,7 +152,7 @@ def _show_rejects(out: str, console: Console) -> None:
 
 
 def print_tokenizers(console: Console) -> None:
-    """Print the presets as a table."""
+    """Print the tokenizer presets as a table."""
     table = Table(box=None, pad_edge=False)
     for name in (
         "name",

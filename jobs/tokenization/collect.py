@@ -1,4 +1,4 @@
-"""Encoded rows from the stages into shards: counted against the plan, committed, and ended in order."""
+"""Collection of encoded rows: counts them against the plan, commits them as shards, and handles interrupts."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ def tokenize_spans(
     rejected: set[str],
     console: Console,
 ) -> None:
-    """Run the stages into shards, and hold what came out against the plan; the summary takes what happened.
+    """Run the stages, commit their rows as shards, and compare these with the plan.
+
+    Failures and interrupts are recorded in ``summary.problems`` and ``summary.interruption``, not raised.
 
     Args:
-        rejected: URIs of the videos with rejections so far; more are added.
+        work: spans to process, at least one.
+        lease: lease on the output, checked before each commit.
+        summary: summary of the run; updated in place.
+        rejected: URIs of the videos with rejections so far; new ones are added in place.
     """
     counter = SpanCounter(is_awaited=np.ones(work.num_spans, np.bool_))
     sink = _open_sink(resolved, work, lease)
@@ -94,7 +99,7 @@ def _collect(
     rejected: set[str],
     console: Console,
 ) -> None:
-    """Take rows as they come until there are no more, an interrupt, or too many rejections."""
+    """Take encoded rows until all have come, an interrupt, or too many rejections."""
     run = resolved.run
     stop = executor.cancel_token()
     rows_out = run_stages(resolved, work, executor, stop, summary)
@@ -133,7 +138,7 @@ def _close(sink: TokenShardSink, summary: Summary) -> None:
 def run_stages(
     resolved: ResolvedRun, work: WorkList, executor: Executor, stop: CancelToken, summary: Summary
 ) -> Iterator[pa.Table]:
-    """Encoded rows as they come out of the stages, which start at the first one."""
+    """Run the stages; yields encoded rows as they are finished. The stages start when the first one is requested."""
     run = resolved.run
     clips_per_row = summary.expected_clips / summary.planned_spans
     resources, encoder = plan_resources(resolved, work.num_spans, clips_per_row, executor)
@@ -152,7 +157,10 @@ def run_stages(
 def until_interrupted(
     rows: Iterator[pa.Table], interrupts: Interrupts, stop: CancelToken, grace_seconds: float, console: Console
 ) -> Iterator[pa.Table | None]:
-    """The rows, with None each time that none came for a second; after an interrupt, for a while, what is begun."""
+    """Yield rows as they come, and None after each second without one.
+
+    After an interrupt no further work is started, and rows of started work are yielded for ``grace_seconds`` at most.
+    """
     feed = Feed(rows)
     deadline = math.inf
     try:
@@ -174,23 +182,28 @@ def until_interrupted(
 
 @dataclass(kw_only=True)
 class SpanCounter:
-    """What has come out of the flow, held against what was planned."""
+    """Counts of the rows that came out of the flow, compared with the work list."""
 
     is_awaited: npt.NDArray[np.bool_]
-    """For each row of the plan that is to be done whether it has not come out yet."""
+    """bool (number of spans,): whether each span of the work list has not come out yet."""
     clips: int = 0
     videos: int = 0
-    """Videos whose last span came out."""
+    """Number of videos whose last span came out."""
     slots: int = 0
+    """Capacity of all forward passes, in clips."""
     seconds: Counter[str] = field(default_factory=Counter)
+    """Summed time of all workers, by column of the rows."""
 
     def __post_init__(self) -> None:
         self.num_awaited = int(self.is_awaited.sum())
 
     def take(self, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
-        """Count rows of the encoder; gives those that are awaited, each once, and the rejections among them.
+        """Count encoded rows.
 
-        Ray computes again what a lost node held; that a row comes out twice then is not ruled out, only harmless here.
+        Ray recomputes rows that a lost node held, so a row may come out twice; the second one is dropped here.
+
+        Returns:
+            The rows that were still awaited, each once, and the rejections among them.
         """
         for name in ("decode_seconds", "encode_seconds", "encode_wait_seconds"):
             self.seconds[name] += pc.sum(rows[name]).as_py() or 0
@@ -206,9 +219,10 @@ class SpanCounter:
         return rows, [r for r in rows["rejection"].to_pylist() if r is not None]
 
     def report(self, summary: Summary, seconds: float) -> None:
-        """Put the figures into the summary.
+        """Write times and batch fill to the summary.
 
         Args:
+            summary: summary of the run; updated in place.
             seconds: wall time of the phase.
         """
         summary.seconds |= {
@@ -223,7 +237,7 @@ class SpanCounter:
 
 
 def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -> None:
-    """Note a problem when more of the videos were rejected than the user allows."""
+    """Record a problem in the summary if the share of rejected videos exceeds ``max_reject_share``."""
     summary.num_rejected_videos = len(rejected)
     share = len(rejected) / summary.num_videos
     if share > run.max_reject_share:

@@ -1,8 +1,8 @@
-"""The main job: videos in, token shards out.
+"""Tokenization job: videos in, token shards out.
 
-Everything that can be wrong with the request is found out before any work starts; from then on a bad video is a
-rejection and only defects and lost storage end the run. Whatever ends it, the output then says by itself what is
-left to do (``pipeline.output.resume``), and the same command goes on.
+Settings are checked completely before any work starts. After that a bad video is a rejection, and only defects and
+failures of the storage end the run. However it ends, the output records what is left (``pipeline.output.resume``), and
+the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from vidshard.schemas.runs import TokenizeRun
 
 
 def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summary:
-    """Tokenize videos and print what came of it.
+    """Tokenize videos and print a summary.
 
     Args:
         local: run every stage in this process, without Ray.
 
+    Returns:
+        The summary; if the run failed after tokenization had started, its ``problems`` say why.
+
     Raises:
-        VidshardError: the request cannot be carried out as it stands; no video was tokenized. A run that failed later
-            says so in the summary's ``problems``.
-        KeyboardInterrupt: interrupted before anything was tokenized; what was planned is kept.
+        VidshardError: the run cannot start as requested; no video was tokenized.
+        KeyboardInterrupt: interrupted before tokenization started; the plan so far is kept.
     """
     resolved = ResolvedRun.of(run)
     summary = run_job(resolved, console, local=local)
@@ -45,7 +47,7 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
 
 
 def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> Summary:
-    """Discover, plan, tokenize, and save the summary; otherwise as :func:`tokenize`."""
+    """Discover, plan, tokenize, and save the summary without printing it; otherwise as :func:`tokenize`."""
     started = time.monotonic()
     run = resolved.run
     check_output(resolved)
@@ -58,7 +60,7 @@ def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> 
     with lease, open_executor(run, local=local) as executor:
         console.print(f"running on {executor}", highlight=False)
         ready = time.monotonic()
-        write_run_record(resolved, check_output(resolved))  # once more: another first run may just have ended
+        write_run_record(resolved, check_output(resolved))  # checked again: another first run may just have ended
         planned = make_plan(resolved, found, executor, lease, console)
         plan, work, rejected = planned.plan, planned.work, planned.rejected_videos
         summary = Summary(

@@ -1,4 +1,4 @@
-"""Resources of a tokenization run: how many encoders, with how many threads, and how much work each gets at once."""
+"""Resources of a tokenization run: number of encoders, threads of each, and the amount of work per call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from vidshard.pipeline.resources import StageResources
 def plan_resources(
     resolved: ResolvedRun, num_spans: int, clips_per_row: float, executor: Executor
 ) -> tuple[StageResources, EncoderSpec]:
-    """How many encoders with how many threads, and what they are fed at once.
+    """Choose workers and batch sizes from the settings and the executor's CPUs and GPUs.
 
     Args:
-        clips_per_row: in the plan, on average.
+        num_spans: number of spans to process.
+        clips_per_row: mean number of clips per row of the plan.
     """
     run = resolved.run
     on_gpu = executor.num_gpus > 0
@@ -29,18 +30,18 @@ def plan_resources(
     batch_size = run.batch_size or (8 if on_gpu else 1)
     span_clips = resolved.clips_per_span
     span_bytes = (span_clips + resolved.largest.halo_clips) * resolved.largest.clip_bytes
-    # a call of four batches leaves at most one of them not full; 1 GiB if by chance all its spans are long ones
+    # a call of four batches leaves at most one of them partly filled; the bound of 1 GiB holds if all spans are long
     rows_per_batch = max(1, min(math.ceil(4 * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
-    if run.continuous:  # each span is a stream, and a batch takes as many of them
+    if run.continuous:  # each span is a stream, and a batch holds batch_size streams
         rows_per_batch = max(1, min(batch_size, (1 << 30) // span_bytes))
-    # on CPUs one is left for decoding however many encoders are asked for: a pool that takes all stops the run
+    # on CPUs one CPU is always left for decoding: encoders that reserve all of them would stall the run
     cpus = 0.0 if on_gpu else min(max(1, threads - 1), (executor.num_cpus - 1) / workers)
     resources = StageResources(
         encode_workers=workers,
         gpus_per_worker=run.gpus_per_worker if on_gpu else 0.0,
         cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
         decode_workers=run.decode_workers,
-        # eight units of work at most, by their clips: rows of parts may hold a clip or two each
+        # at most as many clips as eight full spans have: rows of short parts may hold only a clip or two each
         rows_per_task=max(
             1, min(math.ceil(8 * span_clips / max(1.0, clips_per_row)), math.ceil(num_spans / (8 * executor.num_cpus)))
         ),

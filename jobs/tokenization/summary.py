@@ -1,4 +1,4 @@
-"""What a tokenization run did: its figures, printed at the end and kept beside the shards."""
+"""Summary of a tokenization run: printed at the end and saved beside the shards."""
 
 from __future__ import annotations
 
@@ -28,50 +28,52 @@ from vidshard.schemas.tokens import Payload, PayloadColumn
 
 @dataclass(kw_only=True)
 class Summary:
-    """What a run did; printed at its end and saved as ``summary.json``."""
+    """Result of a tokenization run, saved as ``summary.json``."""
 
     out: str
     num_videos: int
-    """Videos that the inputs name."""
+    """Number of videos in the inputs."""
     num_rejected_videos: int
-    """Of these, rejected in whole or in part; copies of other videos are not counted."""
+    """Number of these that were rejected in whole or in part, without copies of other videos."""
     planned_spans: int
     expected_clips: int
-    """Of all planned spans, if the headers tell the truth."""
+    """Number of clips of all planned spans, by the headers of the videos."""
     reused_spans: int
-    """Finished by an earlier run."""
+    """Number of spans that an earlier run finished."""
     rejected_before: int
-    """Spans that an earlier run rejected."""
+    """Number of spans that an earlier run rejected."""
     written: WriteStats
     reasons: Counter[str]
-    """Rejections of this run, of spans and of whole videos, by reason."""
+    """Number of rejections of this run, of spans and of whole videos, by reason."""
     seconds: dict[str, float]
     """Wall time by phase, and the summed time of all workers by stage."""
     batch_fill: float
-    """Share of the forward passes' room that held clips; the rest was filled up."""
+    """Share of the forward passes' capacity that held clips, in [0, 1]."""
     example_clip_id: str | None
+    """Id of a clip that the printed summary suggests to decode; None if none was written."""
     notice: str | None
+    """Warning for readers, such as that the weights are random."""
     problems: list[str] = field(default_factory=list)
-    """Why the run failed; empty when it did not."""
+    """Reasons why the run failed; empty if it did not."""
     interruption: KeyboardInterrupt | None = None
-    """Ctrl-C or SIGTERM, when that ended the run."""
+    """Ctrl-C or SIGTERM that ended the run; None otherwise."""
 
     @property
     def exit_code(self) -> int:
-        """0; 1 where the run failed; 130 or 143 where it was interrupted."""
+        """0 for success, 1 for failure, 130 or 143 after an interrupt."""
         if self.interruption is not None:
             return exit_code_of(self.interruption)
         return EXIT_FAILED if self.problems else 0
 
     @property
     def pending_spans(self) -> int:
-        """Of the plan, neither finished nor rejected."""
+        """Number of planned spans that are neither finished nor rejected."""
         done = self.written.num_spans + self.written.num_rejected_spans + self.reused_spans + self.rejected_before
         return self.planned_spans - done
 
 
 def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None:
-    """Print the complete resolved run."""
+    """Print the complete resolved run and its inputs."""
     record = public_record(resolved.run)
     console.print(yaml.safe_dump(record, sort_keys=False).rstrip(), highlight=False, markup=False)
     config = resolved.config
@@ -94,7 +96,7 @@ def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None
 
 
 def describe_column(column: PayloadColumn) -> str:
-    """A payload column in words: its shape, and what it holds."""
+    """Describe a payload column in words: shape, dtype or codebook size, and name."""
     kind = column.name if column.name != "latents" else "latents"
     what = f"float16 {kind}" if column.codebook_size is None else f"{kind} below {column.codebook_size}"
     return f"{list(column.shape)} {what}"
@@ -114,7 +116,7 @@ def save_summary(summary: Summary) -> None:
 
 
 def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
-    """Print what a run did, and how to look at it."""
+    """Print the summary of a run, with commands that show its output."""
     written, seconds = summary.written, summary.seconds
 
     def line(name: str, text: str) -> None:
@@ -156,7 +158,7 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
 
 
 def _on_disk(written: WriteStats, payload: Payload) -> str:
-    """Tokens in bits beside what their codebook needs, latents in bytes beside their raw size."""
+    """Describe the compressed size: bits per token and log2 of the codebook size, or latent bytes and raw bytes."""
     codebook = payload[0].codebook_size
     if codebook is not None:
         bits = 8 * written.payload_bytes / written.num_values

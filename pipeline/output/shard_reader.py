@@ -1,6 +1,6 @@
-"""Token shards read back: what an output holds, one clip of it, or all of them.
+"""Shard reader: lists the shards of an output, and reads one clip, all clips or the payload.
 
-Reading needs pyarrow alone. Only the row groups that can hold a wanted clip are fetched.
+Reading needs only pyarrow. A reader fetches only the row groups that may hold a requested clip.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class StoredClip:
     """One row of a shard."""
 
     values: dict[str, Any]
-    """Every column but the payload."""
+    """All columns except the payload, by name."""
     payload: dict[str, np.ndarray]
-    """Each payload column but log-variances, by name: token ids (T', H', W'), latents (C, T', H', W') as float16."""
+    """Payload columns except log-variances, by name: token ids (T', H', W'), latents float16 (C, T', H', W')."""
 
     @property
     def clip_id(self) -> str:
-        """The row's id."""
+        """Id of the clip."""
         return str(self.values["clip_id"])
 
 
 def output_shards(out: str) -> list[str]:
-    """Paths of the shards of an output folder, of a folder of shards, or of a single shard.
+    """List the paths of the shards of an output folder, of a folder of shards, or of a single shard.
 
     Raises:
-        ShardError: there are none.
+        ShardError: there is no shard.
     """
     out = storage.absolute(out)
     if out.endswith(".parquet"):
@@ -56,23 +56,27 @@ def output_shards(out: str) -> list[str]:
 
 @contextmanager
 def open_shard(path: str) -> Iterator[tuple[pq.ParquetFile, Provenance]]:
-    """A shard as a Parquet file, and what it says of itself.
+    """Open a shard; yields its Parquet file and its provenance.
 
     Raises:
-        ShardError: not a Parquet file, not a token shard, or of an unknown format version.
+        ShardError: the file is not Parquet, not a token shard, or of an unknown format version.
     """
     with storage.open_binary(path) as file:
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             yield parquet, Provenance.from_metadata(parquet.schema_arrow.metadata, name=path)
         except storage.StorageError:
-            raise  # the storage failed, which says nothing of the shard
+            raise  # a failure of the storage does not mean that the shard is damaged
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardError(f"cannot read {path}: {error}") from error
 
 
 def find_clips(paths: Sequence[str], prefix: str) -> list[tuple[str, str]]:
-    """(path, clip id) of every clip whose id begins with ``prefix``; only the id column is read."""
+    """List (path, clip id) of the clips whose id starts with ``prefix``; only the id column is read.
+
+    Raises:
+        ShardError: a shard cannot be read.
+    """
     found: list[tuple[str, str]] = []
     for path in paths:
         with open_shard(path) as (parquet, _):
@@ -83,7 +87,7 @@ def find_clips(paths: Sequence[str], prefix: str) -> list[tuple[str, str]]:
 
 
 def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
-    """The clips of a shard whose ids begin with ``prefix``, row group by row group.
+    """Read the clips of a shard whose ids start with ``prefix``, row group by row group.
 
     Raises:
         ShardError: the shard is damaged, or a value is outside the codebook.
@@ -99,12 +103,12 @@ def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
 
 
 def decodable(payload: Payload) -> Payload:
-    """The columns that decoding takes: all but log-variances."""
+    """Payload columns that decoding needs: all except log-variances."""
     return tuple(column for column in payload if not column.is_logvar)
 
 
 def read_payloads(path: str) -> Iterator[dict[str, np.ndarray]]:
-    """The payload of a shard, a row group at a time: (rows, *shape) by column; no other column is read.
+    """Read the payload of a shard, row group by row group: (rows, *shape) by column; no other column is read.
 
     Raises:
         ShardError: as :func:`read_clips`.
@@ -117,13 +121,14 @@ def read_payloads(path: str) -> Iterator[dict[str, np.ndarray]]:
 
 
 def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> dict[str, np.ndarray]:
-    """Payload columns of a table's rows, each (rows, *shape), tokens checked against their codebook.
+    """Convert the payload columns of a table to arrays (rows, *shape), and check the range of tokens.
 
     Args:
-        name: the file, for the error.
+        payload: payload columns to convert.
+        name: name of the file for the error.
 
     Raises:
-        ValueError: a token id is not below the codebook's size.
+        ValueError: a token id is not below the codebook size.
     """
     arrays: dict[str, np.ndarray] = {}
     for column in payload:
@@ -136,10 +141,10 @@ def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> dict[str,
 
 
 def check_shard(path: str) -> int:
-    """Read a shard whole and hold it against its metadata; gives the number of clips.
+    """Read a shard whole and check it against its metadata; returns its number of clips.
 
     Raises:
-        ShardError: damaged, of another schema, or with impossible values.
+        ShardError: the shard is damaged, has another schema, or has impossible values.
     """
     with open_shard(path) as (parquet, provenance):
         table = parquet.read()
@@ -160,7 +165,7 @@ def check_shard(path: str) -> int:
 
 
 def _groups_with(parquet: pq.ParquetFile, prefix: str) -> list[int]:
-    """Row groups that may hold an id with the prefix, by their statistics; rows are sorted by id."""
+    """Numbers of the row groups that may hold an id with the prefix, by their statistics; rows are sorted by id."""
     if not prefix:
         return list(range(parquet.metadata.num_row_groups))
     column = parquet.schema_arrow.get_field_index("clip_id")
