@@ -1,8 +1,8 @@
-"""Configuration of a tokenizer, as every family has it.
+"""Base class of the tokenizer configs of all families.
 
-A config describes a network completely and says which clips it takes and what they become. The pipeline knows this
-base class alone; each family derives its own (`models.vidtok.config.VidTokConfig`). No weights and no computation stand
-here.
+A config describes a network completely, including the clip lengths that it takes and the payload of a clip. The
+pipeline uses only this base class; each family derives its own (`models.vidtok.config.VidTokConfig`). Configs hold no
+weights and compute nothing.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from vidshard.schemas.tokens import Payload
 
 IDENTITY_WHEN_SET: Final[dict[str, Any]] = {"identity": "when set"}
-"""Mark of a field (``json_schema_extra``) that is part of a tokenizer's identity only where it differs from its
-default, so that outputs from before the field existed stay the same output."""
+"""Mark (``json_schema_extra``) of a field that is part of a tokenizer's identity only if it differs from its default,
+so that outputs from before the field existed keep their identity."""
 
 
 class TokenizerConfig(BaseModel, ABC):
-    """Base of the families' configs: two equal configs are the same network."""
+    """Base class of tokenizer configs: two equal configs describe the same network."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
-    """Name of the model; those of presets follow the released configurations."""
+    """Name of the model; names of presets follow the released configurations."""
     family: str
-    """Tag of the family that the config belongs to, a key of `models.tokenizer.FAMILIES`."""
+    """Tag of the family: a key of `models.tokenizer.FAMILIES`."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """JSON values of the fields that decide what a token means."""
+        """Fields that decide what a token means, as JSON values."""
         record: dict[str, Any] = json.loads(self.model_dump_json())
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
@@ -43,27 +43,27 @@ class TokenizerConfig(BaseModel, ABC):
     @property
     @abstractmethod
     def is_causal(self) -> bool:
-        """Whether no latent depends on frames after its own; only causal models encode streams."""
+        """Whether latents depend on no later frames; only causal models encode streams."""
 
     @property
     @abstractmethod
     def time_stride(self) -> int:
-        """Frames for each latent; the first one of a causal model may stand for fewer."""
+        """Number of frames per latent; the first latent of a causal model may cover fewer."""
 
     @property
     @abstractmethod
     def space_stride(self) -> int:
-        """Pixels for each latent, along height and along width."""
+        """Number of pixels per latent, along height and along width."""
 
     @property
     @abstractmethod
     def codebook_size(self) -> int | None:
-        """Number of different tokens; None where latents are continuous."""
+        """Number of different tokens; None for continuous latents."""
 
     @property
     @abstractmethod
     def head_name(self) -> str:
-        """Kind of latents in a word, for people: fsq, kl ..."""
+        """Kind of latents in one word, for display, such as ``fsq`` or ``kl``."""
 
     @property
     @abstractmethod
@@ -73,42 +73,42 @@ class TokenizerConfig(BaseModel, ABC):
     @property
     @abstractmethod
     def history_frames(self) -> int:
-        """Number of frames before its own last one that a latent can depend on."""
+        """Largest number of frames before its own last frame that a latent depends on."""
 
     @property
     @abstractmethod
     def history_latents(self) -> int:
-        """Number of latents before its own that a frame can depend on; causal models only."""
+        """Largest number of latents before its own that a decoded frame depends on; causal models only."""
 
     @property
     @abstractmethod
     def lookahead_latents(self) -> int:
-        """Number of latents after its own that a frame of a causal model depends on."""
+        """Number of latents after its own that a decoded frame depends on; causal models only."""
 
     @abstractmethod
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip.
+        """Number of latent frames of a clip.
 
         Raises:
-            ValueError: for a length that the model does not take, naming the nearest that it does.
+            ValueError: the model does not take clips of this length; the message names the nearest valid one.
         """
 
     @abstractmethod
     def decoded_frames(self, latent_frames: int) -> int:
-        """Frames of a clip of so many latents, if nothing else is known."""
+        """Number of frames that ``latent_frames`` latents decode to by default."""
 
     @abstractmethod
     def valid_frames(self, num_frames: int) -> int:
-        """The shortest length that the model takes and that is not below num_frames.
+        """Shortest valid clip length that is at least ``num_frames``.
 
         Raises:
-            ValueError: for num_frames below 1, or above the longest clip of the model.
+            ValueError: ``num_frames`` is below 1, or above the longest clip of the model.
         """
 
     @abstractmethod
     def payload(self, num_frames: int, height: int, width: int, *, keep_logvar: bool = False) -> Payload:
-        """Columns that a clip of this size becomes in a shard.
+        """Payload of a clip of this length, and this height and width in pixels.
 
         Raises:
-            ValueError: for a length or size that the model does not take, or a log-variance that it does not give.
+            ValueError: the model does not take this length or size, or has no log-variance to keep.
         """

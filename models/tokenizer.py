@@ -1,7 +1,7 @@
-"""The face of the models: what a tokenizer is to the pipeline, its families, and the presets of all of them.
+"""Public interface of the models: the `Tokenizer` protocol, the families, and their presets.
 
-A family is a row of `FAMILIES`. To add one: a folder beside ``vidtok/`` with a config that derives from
-`models.config.TokenizerConfig`, a network that is a `Tokenizer`, and a table of presets.
+A family is an entry of `FAMILIES`. To add one, make a folder beside ``vidtok/`` with a config that derives from
+`models.config.TokenizerConfig`, a network that implements `Tokenizer`, and a table of presets.
 """
 
 # B batch, C channels, T frames, H height, W width
@@ -44,32 +44,32 @@ class EncodedClips(Protocol):
 
     @property
     def payload(self) -> dict[str, Tensor]:
-        """A tensor (B, *shape) for each payload column that the model gives, log-variances included."""
+        """Tensors (B, *shape) by payload column, log-variances included."""
         ...
 
     def near_ties(self, tolerance: float) -> dict[str, Tensor]:
-        """For columns of tokens: bool (B, *shape), where a value before rounding lies this near to a tie.
+        """Masks of rounding ties, bool (B, *shape) by token column: values that lie within the tolerance of a tie.
 
         Args:
-            tolerance: in units of one level; another order of summation can flip tokens within it.
+            tolerance: distance in levels; summation in another order can change tokens within it.
         """
         ...
 
 
 class Tokenizer(Protocol):
-    """A video tokenizer, as the pipeline uses it. Encoding and decoding are deterministic.
+    """Interface of a video tokenizer. Encoding and decoding are deterministic.
 
-    Results for a clip do not depend on the other clips of its batch nor on its place among them.
+    The result of a clip depends neither on the other clips of its batch nor on its position in it.
     """
 
     @property
     def config(self) -> TokenizerConfig:
-        """The network, described completely."""
+        """Complete configuration of the network."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype that the network computes in; quantizers compute in float32."""
+        """Dtype in which the network computes; quantizers compute in float32."""
         ...
 
     @property
@@ -78,11 +78,11 @@ class Tokenizer(Protocol):
         ...
 
     def set_precision(self, dtype: torch.dtype) -> Self:
-        """Cast what may be computed in another precision, in place."""
+        """Cast the network to a dtype in place, except quantizers, which stay float32."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the weights."""
+        """Move the weights to a device, in place."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -90,55 +90,77 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, x_BCTHW: Tensor, *, tiling: Tiling | None = None) -> EncodedClips:
-        """Encode whole clips, floating (B, 3, T, H, W) in [-1, 1].
+        """Encode whole clips.
+
+        Args:
+            x_BCTHW: floating (B, 3, T, H, W) in [-1, 1].
+            tiling: tiles for large frames; None for whole frames.
 
         Raises:
-            ValueError: for a length, size or tile that the model does not take.
+            ValueError: the model does not take this length, size or tile.
         """
         ...
 
     def encode_stream(self, x_BCTHW: Tensor, past: Past = ()) -> tuple[EncodedClips, Past]:
-        """Encode a chunk of videos, given the past that the chunk before gave.
+        """Encode the next chunk of streams.
+
+        Args:
+            x_BCTHW: floating (B, 3, T, H, W) in [-1, 1].
+            past: state returned with the previous chunk; empty for the first one.
+
+        Returns:
+            The encoded chunk, and the state for the next one.
 
         Raises:
-            ValueError: as `encode`, and for a model that takes whole clips only.
+            ValueError: as `encode`; or the model takes whole clips only.
         """
         ...
 
     def decode_payload(
         self, payload: Mapping[str, Tensor], num_frames: int | None = None, *, tiling: Tiling | None = None
     ) -> Tensor:
-        """Decode whole clips from payload columns, each (B, *shape), into (B, 3, T, H, W), about [-1, 1].
+        """Decode whole clips to floating (B, 3, T, H, W), approximately in [-1, 1].
 
         Args:
-            num_frames: length of the clips; None for what `TokenizerConfig.decoded_frames` gives.
+            payload: payload columns by name, each (B, *shape).
+            num_frames: length of the clips; None for `TokenizerConfig.decoded_frames`.
+            tiling: tiles for large frames; None for whole frames.
 
         Raises:
-            ValueError: for a column of another shape, or a token outside the codebook.
+            ValueError: a column has another shape, or a token is outside the codebook.
         """
         ...
 
     def decode_payload_stream(
         self, payload: Mapping[str, Tensor], past: Past = (), *, last: bool = False
     ) -> tuple[Tensor, Past]:
-        """Decode a chunk of videos, given the past that the chunk before gave; ``last`` ends the videos.
+        """Decode the next chunk of streams.
+
+        Args:
+            payload: payload columns by name, each (B, *shape).
+            past: state returned with the previous chunk; empty for the first one.
+            last: whether this chunk ends the streams.
+
+        Returns:
+            The decoded frames, floating (B, 3, T, H, W), and the state for the next chunk.
 
         Raises:
-            ValueError: as `decode_payload`, and for a model that takes whole clips only.
+            ValueError: as `decode_payload`; or the model takes whole clips only.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of tokenizers: how its configs are read, its networks built, its weights named."""
+    """Family of tokenizers: config class, presets, network, and weight names."""
 
     config: type[TokenizerConfig]
     presets: Mapping[str, TokenizerConfig]
+    """Presets by name."""
     build: Callable[[Any], torch.nn.Module]
-    """Makes a network, which is a `Tokenizer`, with random weights from a config of this family."""
+    """Function from a config of this family to a network with random weights, which implements `Tokenizer`."""
     checkpoint_name: Callable[[str, Any], str]
-    """Name that published files give to a weight, from the network's own name for it and the config."""
+    """Function from the network's name of a weight, and the config, to its name in published files."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -149,7 +171,7 @@ FAMILIES: dict[str, Family] = {
         checkpoint_name=checkpoint_name,
     ),
 }
-"""Every family by the tag that its configs carry."""
+"""All families by the ``family`` tag of their configs."""
 
 
 def _all_presets() -> Iterator[tuple[str, TokenizerConfig]]:
@@ -158,14 +180,14 @@ def _all_presets() -> Iterator[tuple[str, TokenizerConfig]]:
 
 
 PRESETS: dict[str, TokenizerConfig] = dict(_all_presets())
-"""Every known model by its name."""
+"""All presets of all families by name."""
 
 
 def get_preset(name: str) -> TokenizerConfig:
-    """The preset of that name.
+    """Look up a preset by name.
 
     Raises:
-        ValueError: listing all presets, nearest names first.
+        ValueError: there is no such preset; the message lists all, and the nearest names first.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -175,10 +197,13 @@ def get_preset(name: str) -> TokenizerConfig:
 
 
 def parse_config(record: Mapping[str, Any]) -> TokenizerConfig:
-    """The config that a file or a shard states, as JSON values; older ones state no family and are VidTok's.
+    """Parse the config of a file or a shard.
+
+    Args:
+        record: JSON values of the config; without ``family``, as in older ones, the family is ``vidtok``.
 
     Raises:
-        ValueError: an unknown family, or values that are no config of it.
+        ValueError: the family is unknown, or the values are not a valid config of it.
     """
     tag = record.get("family", "vidtok")
     if tag not in FAMILIES:
@@ -187,10 +212,10 @@ def parse_config(record: Mapping[str, Any]) -> TokenizerConfig:
 
 
 def frames_to_input(frames_BTHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn uint8 (B, T, H, W, 3) in [0, 255] into (B, 3, T, H, W) in [-1, 1], on the same device.
+    """Convert uint8 (B, T, H, W, 3) in [0, 255] to ``dtype`` (B, 3, T, H, W) in [-1, 1], on the same device.
 
     Raises:
-        ValueError: for another dtype or shape.
+        ValueError: the frames have another dtype or shape.
     """
     if frames_BTHWC.dtype is not torch.uint8 or frames_BTHWC.ndim != 5 or frames_BTHWC.shape[-1] != 3:
         raise ValueError(f"frames must be uint8 (B, T, H, W, 3), got {frames_BTHWC.dtype} {tuple(frames_BTHWC.shape)}")
@@ -198,6 +223,6 @@ def frames_to_input(frames_BTHWC: Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 def output_to_frames(x_BCTHW: Tensor) -> Tensor:
-    """Turn floating (B, 3, T, H, W) into uint8 (B, T, H, W, 3), rounded and cut to [0, 255]."""
+    """Convert floating (B, 3, T, H, W), nominally in [-1, 1], to uint8 (B, T, H, W, 3), rounded and clipped."""
     frames_BTHWC = (x_BCTHW.permute(0, 2, 3, 4, 1).float() + 1) * 127.5
     return frames_BTHWC.round().clamp(0, 255).to(torch.uint8).contiguous()

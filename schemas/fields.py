@@ -202,7 +202,7 @@ stands in the identity (a digest of the weights for their path). ``With``, ``Wit
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How a field of a settings model stands on the command line and in the identity."""
+    """Command-line flag of a field of a settings model, and its role in the identity."""
 
     section: str
     """Heading of ``--help-all`` that the flag stands under."""
@@ -211,16 +211,16 @@ class Setting:
     short: str | None
     """Short flag, such as ``-v``."""
     without_value: str | None
-    """Value of the flag when it is given without one; None where it needs a value."""
+    """Value of the flag when it is given without one; None if it needs a value."""
     aliases: tuple[str, ...]
     """Former names of the field, still accepted as flags and keys."""
     identity: Identity | None
-    """None where the model has no identity of its own."""
+    """Role in the identity; None if the model has no identity of its own."""
     common: bool
     """Whether ``--help`` lists the flag; ``--help-all`` lists every flag."""
 
     def __call__(self, json_schema: dict[str, Any]) -> None:
-        """Add the section to the field's JSON schema, as pydantic asks of what a field carries along."""
+        """Add the section to the field's JSON schema; pydantic calls this because it is ``json_schema_extra``."""
         json_schema["section"] = self.section
 
 
@@ -237,7 +237,7 @@ def setting(
     common: bool = False,
     **limits: Any,
 ) -> Any:
-    """A documented field of a settings model.
+    """Define a documented field of a settings model.
 
     Args:
         default: Value of the field when nothing is given; the field is required without it.
@@ -281,7 +281,7 @@ class Settings(BaseModel):
 
     @classmethod
     def former_names(cls) -> dict[str, str]:
-        """The present name of each former one."""
+        """Present name of each field by its former names."""
         return {
             alias: name
             for name, field in cls.model_fields.items()
@@ -291,7 +291,7 @@ class Settings(BaseModel):
 
     @classmethod
     def current_names(cls, values: Mapping[str, T]) -> dict[str, T]:
-        """The values by the present names of their fields; unknown names stay.
+        """Rename former names of fields to present ones; unknown names stay.
 
         Raises:
             ValueError: a field is given by two of its names.

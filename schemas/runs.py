@@ -2,7 +2,7 @@
 
 The model is composed of one small model per section of ``--help-all``; their fields form a single flat namespace. Every
 field states ``identity=``: whether it decides what a token means, so that outputs with different values must not mix.
-Only what can be judged without opening a file is checked here; ``jobs.tokenization.resolve`` checks the rest.
+Checks here need no file; ``pipeline.resolved_run`` checks the rest.
 
 To add a setting, add a field to its section. The flag, the YAML key and the help follow from it.
 """
@@ -193,7 +193,7 @@ class TokenizerSettings(Settings):
 
 
 class SamplingSettings(Settings):
-    """How the frames of a video become clips."""
+    """Settings of sampling: frame rate, clip length and frame size."""
 
     fps: Rate = setting(
         Fraction(8),
@@ -273,7 +273,7 @@ class SamplingSettings(Settings):
 
 
 class PartSettings(Settings):
-    """Which part of each video to tokenize, and how densely."""
+    """Settings of the part of each video to tokenize, and of the density of its clips."""
 
     start: Seconds | None = setting(
         None,
@@ -331,7 +331,7 @@ class PartSettings(Settings):
 
     @property
     def part(self) -> Part:
-        """The part of each video that is tokenized where no manifest names another.
+        """Part of each video that is tokenized, unless a manifest names another one.
 
         Raises:
             ValueError: the part is empty.
@@ -527,7 +527,7 @@ class TokenizeRun(
 
     @property
     def clip_specs(self) -> list[ClipSpec]:
-        """How videos become clips, one specification per frame size.
+        """Clip settings, one per frame size.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -551,13 +551,13 @@ class TokenizeRun(
 
 
 def identity_settings(run: TokenizeRun, *, padded: bool, tiled: bool) -> dict[str, Any]:
-    """The settings of a run that belong to the identity of its output, as JSON values.
+    """Settings of a run that belong to the identity of its output, as JSON values.
 
     The tokenizer, the digest of its weights and the resolved length of a span complete the identity; the resolved run
     adds them.
 
     Args:
-        padded: whether clips are filled up for the tokenizer.
+        padded: whether clips are padded for the tokenizer.
         tiled: whether frames are encoded in tiles.
     """
     record = run.model_dump(mode="json")

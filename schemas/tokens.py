@@ -1,8 +1,7 @@
-"""What a token shard holds: its Arrow schema, its format version, and the provenance in its metadata.
+"""Shard format: Arrow schema, payload columns, format version, and provenance in the metadata.
 
-A shard is plain Parquet with Arrow's own types, one row a clip, so that any Parquet reader understands it. What
-a reader cannot see in the columns (which model, which weights, which run) stands in the file's key-value
-metadata under the keys of :class:`Provenance`.
+A shard is plain Parquet with Arrow's own types, one row per clip, so that any Parquet reader can read it. The model,
+the weights and the run are recorded in the file's key-value metadata, under the keys of :class:`Provenance`.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 FORMAT_VERSION = 1
-"""Version of shards with one array for each clip: tokens, or latents with or without their log-variances."""
+"""Format version of shards whose payload is tokens, or latents with or without log-variances."""
 
 FORMAT_VERSIONS = (FORMAT_VERSION, 2)
-"""Versions that this code reads. A new one is added when an old reader would misread a new shard; 2 adds payloads of
-several arrays."""
+"""Format versions that this code reads. Version 2 adds payloads of several arrays. The version is raised when an old
+reader would misread a new shard."""
 
 METADATA_PREFIX = "vidshard."
 
@@ -56,15 +55,15 @@ CLIP_FIELDS: tuple[pa.Field, ...] = (
     pa.field("geometry", GEOMETRY_TYPE, nullable=False),
     pa.field("bucket", pa.string(), nullable=False),
 )
-"""Columns of every shard, before the payload and the manifest's own columns."""
+"""Columns of every shard, before the payload and the manifest columns."""
 
 LATER_COLUMNS = frozenset({"continues_previous", "decode_errors", "part_start_seconds", "part_end_seconds", "bucket"})
-"""Those that older shards of this format version lack. Where ``continues_previous`` is missing, it is false; where
-``decode_errors`` is, 0: the clip is whole, but so many damaged places were met in the stretch decoded with it; where
-the times of a part are, it is the whole video; where ``bucket`` is, the run's only frame size."""
+"""Columns that older shards of these format versions may lack. Their values are then: ``continues_previous`` false;
+``decode_errors`` 0; times of the part null, which is the whole video; ``bucket`` the run's only frame size.
+``decode_errors`` counts damaged places in the stretch that was decoded with the clip; the clip itself is whole."""
 
 PAYLOAD_COLUMNS = frozenset({"tokens", "latents", "latents_logvar"})
-"""Names of payload columns of all families."""
+"""Names of the payload columns of all families."""
 
 RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | PAYLOAD_COLUMNS
 
@@ -82,21 +81,21 @@ REJECT_SCHEMA = pa.schema(
         pa.field("place", pa.string()),
     ]
 )
-"""One row a rejection; see :class:`vidshard.schemas.rejections.Rejection` for the meaning of each."""
+"""Schema of ``rejects/``, one row per rejection; columns as in :class:`vidshard.schemas.rejections.Rejection`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PayloadColumn:
-    """One named array that every clip becomes: token ids or a latent, of one fixed shape."""
+    """Payload column: one array per clip, token ids or latents, of a fixed shape."""
 
     name: str
-    """Column of the shard, such as ``tokens``, ``latents`` or ``latents_logvar``."""
+    """Name of the column, such as ``tokens``, ``latents`` or ``latents_logvar``."""
     shape: tuple[int, ...]
-    """Shape of one clip's values, which are stored flat in C order."""
+    """Shape of one clip's array, which is stored flat in C order."""
     dtype: str
     """Name of the numpy dtype: an unsigned integer for tokens, ``float16`` for latents."""
     codebook_size: int | None = None
-    """Token ids are below this; None for latents."""
+    """Codebook size: token ids lie in [0, codebook_size); None for latents."""
 
     def __post_init__(self) -> None:
         if (np.dtype(self.dtype).kind == "u") != (self.codebook_size is not None):
@@ -106,7 +105,7 @@ class PayloadColumn:
 
     @property
     def num_values(self) -> int:
-        """Values per clip: the product of the shape."""
+        """Number of values per clip: the product of the shape."""
         return math.prod(self.shape)
 
     @property
@@ -116,41 +115,41 @@ class PayloadColumn:
 
     @property
     def arrow_type(self) -> pa.FixedSizeListType:
-        """One clip's values in C order. A plain fixed-size list, since some readers refuse extension types."""
+        """Arrow type of one clip's values: a plain fixed-size list, because some readers refuse extension types."""
         return pa.list_(pa.from_numpy_dtype(np.dtype(self.dtype)), self.num_values)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one clip's values before compression."""
+        """Size of one clip's values in bytes, before compression."""
         return self.num_values * np.dtype(self.dtype).itemsize
 
 
 Payload = tuple[PayloadColumn, ...]
-"""Everything that a clip becomes, one entry for each column of a shard."""
+"""Payload of a clip: one entry per payload column of a shard."""
 
 
 def tokens_payload(shape: tuple[int, ...], codebook_size: int) -> Payload:
-    """Token ids (T', H', W') in the smallest unsigned integer that holds the codebook."""
+    """Payload of token ids (T', H', W'), in the smallest unsigned integer dtype that holds ``codebook_size - 1``."""
     dtype = str(np.min_scalar_type(codebook_size - 1))
     return (PayloadColumn(name="tokens", shape=shape, dtype=dtype, codebook_size=codebook_size),)
 
 
 def latents_payload(shape: tuple[int, ...], *, keep_logvar: bool) -> Payload:
-    """Latents (C, T', H', W') as float16: the mean and, if kept, the log-variance."""
+    """Payload of float16 latents (C, T', H', W'): the mean and, with ``keep_logvar``, the log-variance."""
     names = ("latents", "latents_logvar") if keep_logvar else ("latents",)
     return tuple(PayloadColumn(name=name, shape=shape, dtype="float16") for name in names)
 
 
 def payload_bytes(payload: Payload) -> int:
-    """Bytes of one clip's payload before compression."""
+    """Size of one clip's payload in bytes, before compression."""
     return sum(column.num_bytes for column in payload)
 
 
 def payload_record(payload: Payload) -> dict[str, Any]:
-    """JSON values of a payload, as metadata and ``run.json`` hold them.
+    """Convert a payload to JSON values, for shard metadata and ``run.json``.
 
-    One array of tokens, or of latents with or without their log-variances, is written as format version 1 has it.
-    Anything else is a list of columns, which is format version 2.
+    Tokens, or latents with or without log-variances, are written as in format version 1. Other payloads are written
+    as a list of columns, which is format version 2.
     """
     first = payload[0]
     kind = "tokens" if first.codebook_size is not None else "latents"
@@ -166,10 +165,10 @@ def payload_record(payload: Payload) -> dict[str, Any]:
 
 
 def parse_payload(record: Mapping[str, Any]) -> Payload:
-    """Inverse of :func:`payload_record`.
+    """Convert JSON values to a payload; inverse of :func:`payload_record`.
 
     Raises:
-        ValueError: a payload that cannot be.
+        ValueError: the values describe no valid payload.
     """
     try:
         if "payloads" not in record:
@@ -191,32 +190,32 @@ def _simple_payload(record: Mapping[str, Any]) -> Payload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """How the rows of a shard came about; enough to turn them into video again in years."""
+    """Provenance of a shard's rows: complete enough to decode them years later."""
 
     tokenizer: Mapping[str, Any]
-    """The tokenizer's complete configuration."""
+    """Complete configuration of the tokenizer."""
     weights_sha256: str
-    """Digest of the weights' names, shapes and values, whatever file they came from."""
+    """Digest of the names, shapes and values of the weights, independent of their file."""
     weights_source: str
-    """Where the weights were read (on the Hugging Face Hub by the commit), or ``seed:N`` for seeded random ones."""
+    """Path or URL of the weights (with the commit on the Hugging Face Hub), or ``seed:N`` for seeded random ones."""
     payload: Payload
     run: Mapping[str, Any]
-    """The complete resolved run."""
+    """Settings of the complete resolved run."""
     identity: Mapping[str, Any]
-    """The settings that decide what a token means; outputs with different ones do not mix."""
+    """Settings that decide what a token means; an output holds one identity."""
     code_version: str
     libraries: Mapping[str, str]
-    """Versions of what computed the frames and the tokens."""
+    """Versions of the libraries that computed the frames and the tokens."""
     notice: str | None = None
-    """A warning for readers, such as that the weights are random."""
+    """Warning for readers, such as that the weights are random."""
 
     @property
     def format_version(self) -> int:
-        """Version of the shard format that these rows need: the lowest, so that older readers keep working."""
+        """Lowest format version that can hold these rows, so that older readers keep working."""
         return FORMAT_VERSIONS[-1] if "payloads" in payload_record(self.payload) else FORMAT_VERSION
 
     def to_metadata(self) -> dict[str, str]:
-        """Key-value metadata for Parquet; every value is text, structured ones are JSON."""
+        """Key-value metadata for Parquet; every value is text, and structured values are JSON."""
         values: dict[str, Any] = {
             "format_version": self.format_version,
             **payload_record(self.payload),
@@ -234,13 +233,14 @@ class Provenance:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, *, name: str) -> Provenance:
-        """Read back what :meth:`to_metadata` wrote.
+        """Parse the metadata of a shard; inverse of :meth:`to_metadata`.
 
         Args:
-            name: the file, for the error.
+            metadata: key-value metadata of the Parquet file.
+            name: name of the file for the error.
 
         Raises:
-            ValueError: not a token shard, or of a format version that this code does not know.
+            ValueError: the file is not a token shard, or has an unknown format version.
         """
         prefix = METADATA_PREFIX.encode()
         text = {
@@ -270,9 +270,9 @@ class Provenance:
 
 
 def shard_schema(manifest_fields: Sequence[pa.Field], provenance: Provenance) -> pa.Schema:
-    """Schema of a shard: the clip columns, the payload, then the manifest's own columns.
+    """Schema of a shard: the clip columns, the payload columns, then the manifest columns.
 
-    Each payload column's shape stands in its field's metadata (``shape``, JSON); the file's metadata has it too.
+    The shape of each payload column is JSON in its field's metadata, under ``shape``, and also in the file's metadata.
     """
     payload_fields = [
         pa.field(column.name, column.arrow_type, nullable=False, metadata={"shape": json.dumps(list(column.shape))})
