@@ -6,6 +6,7 @@ Jobs use only this interface. It converts Ray's errors to `StageFailedError`.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,13 +85,15 @@ class LocalExecutor:
     num_cpus: int
     num_gpus: float
     num_nodes: int = 1
+    verbose: bool = False
+    """Print the traceback of a defect."""
 
     @classmethod
-    def of_this_machine(cls) -> LocalExecutor:
+    def of_this_machine(cls, *, verbose: bool = False) -> LocalExecutor:
         """Make an executor with the CPUs that this process may use, and a GPU if PyTorch finds one."""
         import torch
 
-        return cls(num_cpus=len(os.sched_getaffinity(0)), num_gpus=float(torch.cuda.is_available()))
+        return cls(num_cpus=_usable_cpus(), num_gpus=float(torch.cuda.is_available()), verbose=verbose)
 
     def __str__(self) -> str:
         gpus = ", one GPU" if self.num_gpus else ", no GPU"
@@ -102,14 +105,14 @@ class LocalExecutor:
 
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
         """Run the probe stage, as `Executor.map_videos`; results keep their order."""
-        with _defects_named():
+        with _defects_named(self.verbose):
             yield from map(probe, tables)
 
     def run(
         self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
     ) -> Iterator[pa.Table]:
         """Run all stages, as `Executor.run`."""
-        with _defects_named():
+        with _defects_named(self.verbose):
             yield from run_locally(
                 work,
                 decoder=decoder,
@@ -176,7 +179,7 @@ def open_executor(run: TokenizeRun, *, local: bool) -> Iterator[LocalExecutor | 
         StorageError: no cluster answers at the address, or Ray cannot be started.
     """
     if local:
-        yield LocalExecutor.of_this_machine()
+        yield LocalExecutor.of_this_machine(verbose=run.verbose)
         return
     from vidshard.jobs.runtime.cluster import ray_cluster  # imports Ray, which takes seconds that a local run can save
 
@@ -185,14 +188,16 @@ def open_executor(run: TokenizeRun, *, local: bool) -> Iterator[LocalExecutor | 
 
 
 @contextmanager
-def _defects_named() -> Iterator[None]:
+def _defects_named(verbose: bool) -> Iterator[None]:
     """Convert a defect of a stage to StageFailedError, as a cluster reports it."""
     try:
         yield
     except VidshardError:
         raise
     except Exception as error:
-        raise _stage_failed(error) from error
+        if verbose:
+            traceback.print_exception(error)
+        raise _stage_failed(error, "-v or --verbose for the traceback") from error
 
 
 @contextmanager
@@ -203,11 +208,15 @@ def _ray_failures_named() -> Iterator[None]:
     try:
         yield
     except (RayError, UserCodeException) as error:
-        raise _stage_failed(error) from error
+        raise _stage_failed(error, "-v or --verbose for Ray's log") from error
 
 
-def _stage_failed(error: Exception) -> StageFailedError:
+def _stage_failed(error: Exception, more: str) -> StageFailedError:
     return StageFailedError(
-        f"the run stopped: {cause_of(error)}; what is committed is valid. Run the same command again, with -v or "
-        "--verbose for Ray's log"
+        f"the run stopped: {cause_of(error)}; what is committed is valid. Run the same command again, with {more}"
     )
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,6 +24,7 @@ from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.rejects import forget_retried
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
 
 
@@ -40,6 +41,8 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
         VidshardError: the run cannot start as requested; no video was tokenized.
         KeyboardInterrupt: interrupted before tokenization started; the plan so far is kept.
     """
+    if local and run.ray_address is not None:
+        raise UserError("--local runs without Ray: leave --ray-address out, or --local")
     resolved = ResolvedRun.of(run)
     summary = run_job(resolved, console, local=local)
     print_summary(summary, resolved.payload, console)

@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from torch import Tensor
 
-from tests.support.toy_family import LEVELS, NUM_FRAMES, SIZE, TOY, TOY_CONFIG
+from tests.support.toy_family import LEVELS, NUM_FRAMES, SIZE, TOY, TOY_CONFIG, Toy, ToyEncoded
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.cli import vidshard
 from vidshard.models import tokenizer as models
 from vidshard.models.tokenizer import parse_config
+from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard, read_clips
 from vidshard.schemas.tokens import FORMAT_VERSIONS, PayloadColumn, latents_payload, parse_payload, tokens_payload
@@ -152,3 +154,30 @@ def test_a_payload_comes_back_from_its_record(payload: tuple[PayloadColumn, ...]
 def test_a_record_that_describes_no_payload_is_refused(record: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_payload(record)
+
+
+def test_a_local_run_takes_no_cluster(tmp_path: Path) -> None:
+    code, printed = exits("tokenize", "v.mp4", "--out", tmp_path / "out", *RUN, "--ray-address", "auto")
+    assert code == 2
+    assert "--local runs without Ray" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_defect_in_a_local_run_is_named_and_what_is_committed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Toy, x_BCTHW: Tensor, *, tiling: Tiling | None = None) -> ToyEncoded:
+        raise RuntimeError("a layer is missing")
+
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "v.mp4", Recipe(num_frames=30, rate=Fraction(10)))
+    monkeypatch.setattr(Toy, "encode", broken)
+    code, printed = exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
+    assert code == 1
+    assert "the run stopped: RuntimeError: a layer is missing; what is committed is valid" in printed
+    monkeypatch.undo()
+    monkeypatch.setitem(models.FAMILIES, "toy", TOY)
+    monkeypatch.setitem(models.PRESETS, "toy", TOY_CONFIG)
+    code, printed = exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
+    assert code == 0, printed
+    assert "3 written in 1 shards" in printed
