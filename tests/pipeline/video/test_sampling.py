@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidshard.pipeline.video.sampling import Grid, frame_indices, plan_spans
+from tests.support.sampling import frame_indices
+from vidshard.pipeline.video.sampling import Grid, plan_spans
 from vidshard.schemas.video import ClipSpec, VideoProbe, VideoSource
 
 RATES = [Fraction(8), Fraction(10), Fraction(24), Fraction(25), Fraction(30), Fraction(30000, 1001), Fraction(15, 2)]
