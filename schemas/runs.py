@@ -433,7 +433,7 @@ class LimitSettings(Settings):
 
 
 class ExecutionSettings(Settings):
-    """Processes, threads, batch sizes and the unit of work."""
+    """Settings of execution: processes, threads, batch sizes and clips per span."""
 
     batch_size: int | None = setting(
         None,
