@@ -32,18 +32,19 @@ import pyarrow.parquet as pq
 
 import vidshard.jobs.tokenization.job  # noqa: F401  all that the driver loads
 from benchmarks.report import Row, report
-from vidshard.jobs.tokenization.planning import MAX_PLANNED_ROWS
+from vidshard.jobs.tokenization.planning import MAX_PLANNED_ROWS, plan_output
 from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.committed import committed_spans, shard_spans
-from vidshard.pipeline.output.entries import location_keys, with_entries
+from vidshard.pipeline.output.entries import Inputs, location_keys
 from vidshard.pipeline.output.layout import SHARDS, SPANS_KEY, shard_paths
 from vidshard.pipeline.output.plan_store import write_planned
-from vidshard.pipeline.output.rejects import read_rejects, rejected_spans
-from vidshard.pipeline.output.resume import reconcile, settle_rejects, videos_to_open, write_work_list
 from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.pipeline.output.state import OutputState
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
+from vidshard.schemas.rejections import Rejection
+from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import Provenance, payload_bytes, tokens_payload
-from vidshard.schemas.video import Clip, ClipSpec, Geometry, Part, Span, SpanClips, VideoSource
+from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
 CLIPS_PER_VIDEO = 10
 SPANS_PER_SHARD = 1300
@@ -152,44 +153,46 @@ def plan(folder: Path) -> Row:
 
     out = str(folder / "out")
     made = 0.0
-    started = time.monotonic()
-    found = discover([str(folder / "manifest.parquet")])
-    videos, _ = with_entries(found.videos, Part())
-    unknown = videos_to_open(out, videos)
-    for first in range(0, unknown.num_rows, MAX_PLANNED_ROWS):
-        begun = time.monotonic()
-        rows = opened(unknown.slice(first, MAX_PLANNED_ROWS), first)
-        made += time.monotonic() - begun
-        write_planned(out, rows)
-    return _laid_out(out, videos, started + made)
+
+    def open_videos(unknown: pa.Table) -> list[Rejection]:
+        nonlocal made
+        for first in range(0, unknown.num_rows, MAX_PLANNED_ROWS):
+            begun = time.monotonic()
+            rows = opened(unknown.slice(first, MAX_PLANNED_ROWS), first)
+            made += time.monotonic() - begun
+            write_planned(out, rows)
+        return []
+
+    row = _planned(folder, open_videos)
+    return row | {"seconds": round(float(row["seconds"]) - made, 2)}
 
 
 def resume(folder: Path) -> Row:
     """Measure the same command again."""
+
+    def open_videos(_unknown: pa.Table) -> list[Rejection]:
+        raise AssertionError("all videos are known")
+
+    return _planned(folder, open_videos)
+
+
+def _planned(folder: Path, open_videos: Callable[[pa.Table], list[Rejection]]) -> Row:
     out = str(folder / "out")
     started = time.monotonic()
-    found = discover([str(folder / "manifest.parquet")])
-    videos, _ = with_entries(found.videos, Part())
-    unknown = videos_to_open(out, videos)
-    assert not unknown.num_rows
-    return _laid_out(out, videos, started)
-
-
-def _laid_out(out: str, videos: pa.Table, started: float) -> Row:
-    committed = committed_spans(out)
-    laid = reconcile(out, videos, committed, rejected_spans(read_rejects(out)))
-    settle_rejects(out, videos, committed, laid, [])
-    todo = write_work_list(out, videos, laid)
-    return _cost(started) | {"left to do": todo.num_spans, "shards": len(shard_paths(out))}
+    run = TokenizeRun(inputs=[str(folder / "manifest.parquet")], out=out)
+    found = discover(run.inputs)
+    planned = plan_output(run, Inputs.of(found.videos, run.part), open_videos=open_videos)
+    return _cost(started) | {"left to do": planned.work.num_spans, "shards": len(shard_paths(out))}
 
 
 def account(folder: Path) -> Row:
     """Measure the audit that `vidshard verify` adds up after reading the shards."""
-    from vidshard.pipeline.output.audit import make_audit
+    from vidshard.pipeline.output.audit import AUDIT_COLUMNS, make_audit
 
     out = str(folder / "out")
     started = time.monotonic()
-    made = make_audit(out, [shard_spans(path) for path in shard_paths(out)], {(256, 256): SPEC})
+    shards = [shard_spans(path) for path in shard_paths(out)]
+    made = make_audit(OutputState.load(out, columns=AUDIT_COLUMNS, shards=shards), {(256, 256): SPEC})
     return _cost(started) | {"left to do": made.num_pending, "shards": len(shard_paths(out))}
 
 

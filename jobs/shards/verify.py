@@ -25,13 +25,13 @@ from vidshard.jobs.shards.reencode import Comparison, encode_again
 from vidshard.models.tokenizer import parse_config
 from vidshard.pipeline import storage
 from vidshard.pipeline.clip_specs import clip_specs_of
-from vidshard.pipeline.output.audit import Audit, make_audit
+from vidshard.pipeline.output.audit import AUDIT_COLUMNS, Audit, make_audit
 from vidshard.pipeline.output.committed import ShardSpans, drop_repeated_spans, drop_spans, shard_spans, spans_of_rows
 from vidshard.pipeline.output.layout import PLANNED, REJECTS, RUN, SHARDS
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.parquet import ShardError
 from vidshard.pipeline.output.shard_reader import check_shard, open_shard, output_shards
-from vidshard.pipeline.output.state import damaged_files
+from vidshard.pipeline.output.state import OutputState, damaged_files
 from vidshard.pipeline.resolved_run import stored_run
 from vidshard.schemas.errors import EXIT_FAILED, UserError
 from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX
@@ -265,7 +265,8 @@ def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans
         findings.console.print(f"no account: the output has no {PLANNED}/ (a run that goes on writes it)")
         return None
     try:
-        account = make_audit(folder, facts, {(spec.height, spec.width): spec for spec in specs})
+        state = OutputState.load(folder, columns=AUDIT_COLUMNS, shards=facts)
+        account = make_audit(state, {(spec.height, spec.width): spec for spec in specs})
     except ShardError as error:
         if not findings.num_wrong:
             findings.wrong(str(error))

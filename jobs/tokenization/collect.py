@@ -25,8 +25,8 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
-from vidshard.pipeline.output.resume import WorkList
 from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields

@@ -21,7 +21,7 @@ from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
-from vidshard.pipeline.output.rejects import forget_retried
+from vidshard.pipeline.output.rejects import forget_retry_set
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError
@@ -65,15 +65,15 @@ def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> 
         ready = time.monotonic()
         write_run_record(resolved, check_output(resolved))  # checked again: another first run may just have ended
         planned = make_plan(resolved, found, executor, lease, console)
-        plan, work, rejected = planned.plan, planned.work, planned.rejected_videos
+        resume, work, rejected = planned.resume, planned.work, set(planned.resume.rejected_uris)
         summary = Summary(
             out=run.out,
             num_videos=pc.count_distinct(found.videos["uri"]).as_py(),
             num_rejected_videos=0,
-            planned_spans=plan.num_spans,
-            expected_clips=plan.expected_clips,
-            reused_spans=plan.num_committed,
-            rejected_before=plan.num_rejected,
+            planned_spans=resume.num_spans,
+            expected_clips=resume.expected_clips,
+            reused_spans=resume.num_committed,
+            rejected_before=resume.num_rejected,
             written=WriteStats(),
             reasons=Counter(str(r.reason) for r in planned.new_rejections),
             seconds={"start": ready - started, "plan": time.monotonic() - ready},
@@ -88,7 +88,7 @@ def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> 
         try:
             lease.check()
             if not summary.problems and summary.interruption is None:
-                forget_retried(run.out)
+                forget_retry_set(run.out)
             save_summary(summary)
         except (storage.StorageError, LeaseLostError) as error:
             summary.problems += [str(error)] if str(error) not in summary.problems else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,45 +12,38 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.executor import Executor, StageFailedError
 from vidshard.jobs.runtime.progress import PhaseProgress
-from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
-from vidshard.pipeline.output.committed import committed_spans
-from vidshard.pipeline.output.entries import location_keys, with_entries
+from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.output.layout import remove_leftovers
 from vidshard.pipeline.output.lease import Lease
-from vidshard.pipeline.output.plan_store import PLAN_SCHEMA, write_planned
-from vidshard.pipeline.output.rejects import drop_rejects, read_rejects, rejected_spans, write_rejects
-from vidshard.pipeline.output.resume import (
-    Plan,
-    WorkList,
-    reconcile,
-    retry_rejected,
-    settle_rejects,
-    take_out_superseded,
-    videos_to_open,
-    write_work_list,
-)
+from vidshard.pipeline.output.plan_store import record_opened
+from vidshard.pipeline.output.rejects import RetrySet
+from vidshard.pipeline.output.resume import Resume, reconcile, videos_to_open
+from vidshard.pipeline.output.state import OutputState
+from vidshard.pipeline.output.work_list import WorkList, begin_retry, correct_output, write_work_list
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.pipeline.rows import row_rejection, signal_source
+from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import UserError
-from vidshard.schemas.rejections import Reason, Rejection, Stage
+from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.runs import TokenizeRun
 
 MAX_PLANNED_ROWS = 50_000
-"""Rows of the plan that are held before they are written: what a driver that dies has to open again, at most."""
+"""Rows of the plan that are held before they are written: what a driver that is killed has to open again, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """The work of a run, and what planning it found out."""
 
-    plan: Plan
+    resume: Resume
     work: WorkList
     new_rejections: list[Rejection]
     """Videos that were opened, or found to be copies of others, this time."""
-    rejected_videos: set[str]
-    """URIs of all videos of the inputs with rejections, without copies of others."""
+    num_opened: int
+    """Videos that the output did not know."""
+    retry: RetrySet | None
+    """The rejected spans and videos that are tried again, if that was asked for."""
 
 
 def make_plan(resolved: ResolvedRun, found: Discovery, executor: Executor, lease: Lease, console: Console) -> Planned:
@@ -61,55 +55,83 @@ def make_plan(resolved: ResolvedRun, found: Discovery, executor: Executor, lease
         LeaseLostError: another run has taken over the output.
         storage.StorageError: the output could not be read or written.
     """
-    run, out = resolved.run, resolved.run.out
+    inputs = Inputs.of(found.videos, resolved.run.part)
+    planned = plan_output(
+        resolved.run,
+        inputs,
+        open_videos=lambda videos: _open_videos(resolved, videos, executor, lease, console),
+        check_lease=lease.check,
+    )
+    _print_planned(planned, inputs.num_videos, console)
+    return planned
+
+
+def plan_output(
+    run: TokenizeRun,
+    inputs: Inputs,
+    *,
+    open_videos: Callable[[pa.Table], list[Rejection]],
+    check_lease: Callable[[], object] = lambda: None,
+) -> Planned:
+    """Compare the inputs with the output of a run, and write what is left to do.
+
+    Args:
+        run: its output, and what of it is to be tried again.
+        inputs: the videos.
+        open_videos: writes the plan and the rejections of videos that the output does not know; returns the rejections.
+        check_lease: called before files are changed.
+
+    Raises:
+        ShardError: a file of the output is damaged.
+        storage.StorageError: the output could not be read or written.
+    """
+    out = run.out
     remove_leftovers(out)
-    videos, repeated = with_entries(found.videos, run.part)
-    retried = None
+    state = OutputState.load(out)
+    retry = None
     if run.retry_rejected is not None:
-        uris = {storage.public_uri(uri) for uri in videos["uri"].to_pylist()}
-        retried = retry_rejected(out, run.retry_rejected or None, uris)
-    unknown = videos_to_open(out, videos, retried)
-    refused = _open_unknown(resolved, unknown, executor, lease, console) if unknown.num_rows else []
-    committed = committed_spans(out)
-    plan = reconcile(out, videos, committed, rejected_spans(read_rejects(out)), retried, unknown)
-    copies = [*plan.copies, *(_repeated(uri) for uri in repeated)]
-    lease.check()
-    taken_out = take_out_superseded(out, plan.superseded)
-    refused += settle_rejects(out, videos, committed, plan, copies)
-    todo = write_work_list(out, videos, plan, uri_columns(run))
-    if videos.num_rows > unknown.num_rows:
-        console.print(
-            f"{videos.num_rows - unknown.num_rows} of {videos.num_rows} videos are known from an earlier run; of "
-            f"{plan.num_spans} planned spans {plan.num_committed} are finished, {plan.num_rejected} were rejected, "
-            f"{plan.num_left} are to be done now",
-            highlight=False,
-        )
-    if taken_out:
-        console.print(f"{len(plan.superseded)} videos were replaced since: {taken_out} spans of theirs are taken out")
-    if retried is not None:
-        console.print(f"trying again {len(retried.spans)} rejected spans and {len(retried.uris)} rejected videos")
-    return Planned(plan=plan, work=todo, new_rejections=refused, rejected_videos=_rejected_videos(out, videos))
-
-
-def _repeated(uri: str) -> Rejection:
-    [place] = location_keys([uri]).to_pylist()
-    uri = storage.public_uri(uri)
-    return Rejection(
-        uri=uri,
-        video_id=None,
-        span_id=None,
-        start_seconds=None,
-        stage=Stage.DISCOVER,
-        reason=Reason.DUPLICATE,
-        place=place.hex(),
-        detail=f"the same content as {uri}, which the inputs name twice",
+        retry = begin_retry(out, state, inputs, run.retry_rejected or None)
+        state = OutputState.load(out)
+    unknown = videos_to_open(state, inputs, retry)
+    rejections: list[Rejection] = []
+    if unknown.num_rows:
+        rejections = open_videos(unknown)
+        state = state.after_planning(out)
+    resume = reconcile(state, inputs, retry=retry, opened=unknown)
+    check_lease()
+    correct_output(out, state, resume)
+    del state  # some 150 MB for a million spans
+    return Planned(
+        resume=resume,
+        work=write_work_list(out, inputs, resume, uri_columns(run)),
+        new_rejections=[*rejections, *resume.new_rejects],
+        num_opened=unknown.num_rows,
+        retry=retry,
     )
 
 
-def _open_unknown(
+def _print_planned(planned: Planned, num_videos: int, console: Console) -> None:
+    resume, retry = planned.resume, planned.retry
+    if num_videos > planned.num_opened:
+        console.print(
+            f"{num_videos - planned.num_opened} of {num_videos} videos are known from an earlier run; of "
+            f"{resume.num_spans} planned spans {resume.num_committed} are finished, {resume.num_rejected} were "
+            f"rejected, {resume.num_left} are to be done now",
+            highlight=False,
+        )
+    if resume.num_superseded_spans:
+        console.print(
+            f"{len(resume.superseded)} videos were replaced since: {resume.num_superseded_spans} spans of theirs are "
+            "taken out"
+        )
+    if retry is not None:
+        console.print(f"trying again {len(retry.spans)} rejected spans and {len(retry.uris)} rejected videos")
+
+
+def _open_videos(
     resolved: ResolvedRun, videos: pa.Table, executor: Executor, lease: Lease, console: Console
 ) -> list[Rejection]:
-    """Open videos and write their spans to the plan as they come; gives the rejections."""
+    """Open videos and write their spans to the plan as they come; returns the rejections."""
     run = resolved.run
     refused: list[Rejection] = []
     held: list[pa.Table] = []
@@ -120,7 +142,7 @@ def _open_unknown(
         nonlocal oldest
         if held:
             lease.check()
-            refused.extend(_write_planned(run.out, pa.concat_tables(held)))
+            refused.extend(record_opened(run.out, pa.concat_tables(held)))
         held.clear()
         oldest = time.monotonic()
 
@@ -149,27 +171,6 @@ def _open_unknown(
     return refused
 
 
-def _write_planned(out: str, rows: pa.Table) -> list[Rejection]:
-    """Write what opening videos gave; the rejections first, without which a video counts as not opened."""
-    rejections = [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
-    places = {rejection.place for rejection in rejections}
-    if places:
-        former = {row["place"] for row in read_rejects(out).to_pylist() if row["span_id"] is None}
-        if not places.isdisjoint(former):
-            drop_rejects(out, lambda row: row["span_id"] is not None or row["place"] not in places)
-        write_rejects(out, rejections)
-    write_planned(out, rows.select(PLAN_SCHEMA.names))
-    return rejections
-
-
-def _rejected_videos(out: str, videos: pa.Table) -> set[str]:
-    """URIs of those of the videos that have rejections, without copies of others."""
-    rejected = {row["uri"] for row in read_rejects(out).to_pylist() if row["reason"] != Reason.DUPLICATE}
-    if not rejected:
-        return set()
-    return {uri for uri in map(storage.public_uri, videos["uri"].to_pylist()) if uri in rejected}
-
-
 def uri_columns(run: TokenizeRun) -> list[str]:
-    """Columns of the plan that hold paths or URLs, perhaps with credentials."""
+    """Columns of the inputs' videos that hold paths or URLs, perhaps with credentials."""
     return ["uri", *(signal_source(name) for name, _ in run.signals or [])]

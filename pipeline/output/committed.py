@@ -1,14 +1,7 @@
-"""What an output folder holds, and what is left to do.
+"""Finished spans: what the shards of an output say is in them.
 
-    plan/*.parquet      videos that were opened, and the spans they are cut into; a file for each commit of planning
-    shards/*.parquet    spans that are finished; the metadata of each file lists its own
-    rejects/*.parquet   spans, and whole videos, that gave no tokens
-
-These files are all the state there is. What is left to do is what was planned, less what is finished or rejected;
-whoever is killed between two of the writes below leaves a folder from which the next run reads the same. Nothing is
-renamed or locked here: every write puts one whole object, and ``pipeline.output.lease`` sees to it that one process
-writes.
-``pipeline.output.resume`` lays the inputs against it.
+The metadata at the end of each shard lists its spans, so that reading which spans are finished reads no tokens. Spans
+are taken out of a shard by replacing the file.
 """
 
 from __future__ import annotations
@@ -16,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,41 +16,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import (
-    SPAN_CLIPS_KEY,
-    SPAN_SECONDS_KEY,
-    SPANS_KEY,
-    shard_paths,
-)
-from vidshard.pipeline.output.parquet import named_if_damaged
+from vidshard.pipeline.output.layout import SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY, shard_paths
+from vidshard.pipeline.output.parquet import FileRows, named_if_damaged
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.output.shard_writer import parquet_bytes
 from vidshard.pipeline.rows import row_part
 
-_READERS = 16
-"""Files whose ends are read at once: on an object store each is a request or two."""
+COMMITTED_SCHEMA = pa.schema([("span_id", pa.string()), ("num_clips", pa.int64()), ("seconds", pa.float64())])
+"""A span of a shard, its number of clips, and the seconds of video in them. The last two are null for shards written
+before they were recorded."""
 
 
-# What is finished.
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardSpans:
-    """What the metadata of a shard says of the spans in it."""
+    """The spans that the metadata of a shard lists."""
 
     path: str
     spans: list[str]
     num_clips: list[int | None]
-    """Of each span; None in shards of before this was written down."""
+    """Clips of each span; None in shards written before this was recorded."""
     seconds: list[float | None]
-    """Of video in them, likewise."""
+    """Seconds of video in them; None likewise."""
+
+    def to_table(self) -> pa.Table:
+        """The spans as rows of ``COMMITTED_SCHEMA``."""
+        return pa.table([self.spans, self.num_clips, self.seconds], schema=COMMITTED_SCHEMA)
 
 
 def shard_spans(path: str) -> ShardSpans:
-    """The spans of a shard, from its end alone.
+    """Read the spans of a shard from its end.
 
     Raises:
-        ShardError: damaged.
+        ShardError: the shard is damaged.
+        storage.StorageError: it could not be read.
     """
     with named_if_damaged(path), storage.open_binary(path) as file:
         metadata: dict[bytes, Any] = pq.read_metadata(file).metadata or {}
@@ -72,28 +62,33 @@ def shard_spans(path: str) -> ShardSpans:
         )
 
 
-def committed_spans(out: str) -> pa.Array:
-    """Ids of the spans that an output's shards hold, from the files' ends alone: no token is read.
-
-    A span that stands in two shards, as two runs at once might have written it, is taken out of the second.
+def read_committed(out: str) -> FileRows:
+    """Read the ends of an output's shards: a column ``span_id``, one row for each span of each shard.
 
     Raises:
         ShardError: a shard is damaged.
+        storage.StorageError: the output could not be read.
     """
-    paths = shard_paths(out)
-    arrays = [pa.array([], pa.string())]
-    with ThreadPoolExecutor(_READERS) as pool:
-        arrays += pool.map(lambda path: pa.array(shard_spans(path).spans, pa.string()), paths)
-    spans = pa.chunked_array(arrays)
-    unique = spans.unique()
-    if len(unique) < len(spans):
-        drop_repeated_spans(paths)
-    pa.default_memory_pool().release_unused()
-    return unique
+    schema = pa.schema([COMMITTED_SCHEMA.field("span_id")])
+    return FileRows.read(schema, shard_paths(out), lambda path: pa.table([shard_spans(path).spans], schema=schema))
+
+
+def committed_spans(out: str) -> pa.Array:
+    """Ids of the finished spans of an output, each once.
+
+    Raises:
+        ShardError, storage.StorageError: as :func:`read_committed`.
+    """
+    return read_committed(out).table["span_id"].unique()
 
 
 def drop_repeated_spans(paths: Sequence[str]) -> int:
-    """Leave each span in the first of the shards that hold it; gives how many were taken out of others."""
+    """Leave each span in the first of the shards that hold it; returns how many were taken out of others.
+
+    Raises:
+        ShardError: a shard is damaged.
+        storage.StorageError: a shard could not be read or replaced.
+    """
     seen: set[str] = set()
     dropped = 0
     for path in paths:
@@ -107,29 +102,34 @@ def drop_repeated_spans(paths: Sequence[str]) -> int:
 
 
 def drop_spans(path: str, unwanted: Collection[str]) -> None:
-    """Take spans and their rows out of a shard, which is replaced at once, or removed if nothing is left of it."""
-    facts = shard_spans(path)
-    kept = [at for at, span in enumerate(facts.spans) if span not in unwanted]
-    if len(kept) == len(facts.spans):
+    """Take spans and their rows out of a shard: the file is replaced, or removed if nothing is left in it.
+
+    Raises:
+        ShardError: the shard is damaged.
+        storage.StorageError: it could not be read or replaced.
+    """
+    listed = shard_spans(path)
+    kept = [at for at, span in enumerate(listed.spans) if span not in unwanted]
+    if len(kept) == len(listed.spans):
         return
     if not kept:
         storage.remove(path)
         return
     with open_shard(path) as (parquet, provenance):
         table = parquet.read()
-    wanted = {facts.spans[at] for at in kept}
-    table = table.filter(pa.array([span in wanted for span in spans_of_rows(table, facts.spans)], pa.bool_()))
-    listed = {
-        SPANS_KEY: [facts.spans[at] for at in kept],
-        SPAN_CLIPS_KEY: [facts.num_clips[at] for at in kept],
-        SPAN_SECONDS_KEY: [facts.seconds[at] for at in kept],
+    wanted = {listed.spans[at] for at in kept}
+    table = table.filter(pa.array([span in wanted for span in spans_of_rows(table, listed.spans)], pa.bool_()))
+    lists = {
+        SPANS_KEY: [listed.spans[at] for at in kept],
+        SPAN_CLIPS_KEY: [listed.num_clips[at] for at in kept],
+        SPAN_SECONDS_KEY: [listed.seconds[at] for at in kept],
     }
-    metadata = table.schema.metadata | {name.encode(): json.dumps(values).encode() for name, values in listed.items()}
+    metadata = table.schema.metadata | {name.encode(): json.dumps(values).encode() for name, values in lists.items()}
     storage.write_atomic(path, parquet_bytes(table.replace_schema_metadata(metadata), provenance.payload))
 
 
 def spans_of_rows(table: pa.Table, spans: Sequence[str]) -> list[str | None]:
-    """For each row of a shard the span that it belongs to, None if to none of these."""
+    """For each row of a shard the span that it belongs to, None if it belongs to none of these."""
     ranges: dict[str, list[tuple[int, float, str]]] = defaultdict(list)
     for span in spans:
         video, first, end = span.rsplit("-", 2)

@@ -1,21 +1,89 @@
-"""How a video is known again: its entry and its location key.
+"""The videos of the inputs, and how each is recognized again.
 
-The *entry* is a digest of the video's URI, of its size and time stamp as the storage states them, and of the part that
-is asked for. A file that was replaced has another entry. The *location key* is a digest of the URI alone.
+An *entry* is a digest of a video's URI, of its size and time stamp as the storage states them, and of the part that is
+asked for: a file that was replaced has another entry. A *location key* is a digest of the URI alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vidshard.pipeline import storage
 from vidshard.pipeline.output.plan_store import ENTRY_TYPE, PLAN_SCHEMA
 from vidshard.schemas.video import Part
+
+_ROWS_AT_ONCE = 1 << 16
+"""Rows that are Python objects at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """The videos that the inputs of a run name."""
+
+    videos: pa.Table
+    """As ``pipeline.discover`` lists them, with a column ``entry``; each entry once."""
+    repeated: tuple[str, ...] = ()
+    """URIs of rows that repeat an earlier entry."""
+
+    @classmethod
+    def of(cls, videos: pa.Table, default_part: Part) -> Inputs:
+        """Add the entries to the videos of a discovery.
+
+        Args:
+            videos: as ``pipeline.discover`` lists them.
+            default_part: the part of those that name none.
+        """
+        videos = videos.append_column(PLAN_SCHEMA.field("entry"), _entries(videos, default_part))
+        if pc.count_distinct(videos["entry"]).as_py() == videos.num_rows:
+            return cls(videos=videos)
+        numbered = pa.table({"entry": videos["entry"], "number": pa.array(range(videos.num_rows), pa.int32())})
+        is_first = np.zeros(videos.num_rows, np.bool_)
+        is_first[numbered.group_by("entry").aggregate([("number", "min")])["number_min"].to_numpy()] = True
+        return cls(
+            videos=videos.filter(pa.array(is_first)),
+            repeated=tuple(videos["uri"].filter(pa.array(~is_first)).to_pylist()),
+        )
+
+    @property
+    def num_videos(self) -> int:
+        """Rows of ``videos``."""
+        return int(self.videos.num_rows)
+
+    def uri(self, number: int) -> str:
+        """The URI of one video."""
+        return str(self.videos["uri"][number].as_py())
+
+    def public_uris(self) -> Iterator[str]:
+        """The URI of each video without credentials, as plan and rejections name it."""
+        return public_uris(self.videos)
+
+    def location_keys(self) -> Iterator[bytes]:
+        """The location key of each video."""
+        for chunk in self.videos.select(["uri"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+            yield from location_keys(chunk["uri"].to_pylist()).to_pylist()
+
+
+def public_uris(videos: pa.Table) -> Iterator[str]:
+    """The URI of each row without credentials."""
+    for chunk in videos.select(["uri"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        yield from map(storage.public_uri, chunk["uri"].to_pylist())
+
+
+def _entries(videos: pa.Table, default_part: Part) -> pa.ChunkedArray:
+    names = ("uri", "fingerprint", "part_start_seconds", "part_end_seconds")
+    chunks = []
+    for batch in videos.select([n for n in names if n in videos.column_names]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        none = pa.nulls(batch.num_rows)
+        there = batch.schema.names
+        uris, fingerprints, starts, ends = ((batch[n] if n in there else none).to_pylist() for n in names)
+        chunks.append(entry_ids(uris, fingerprints, starts, ends, default_part))
+    return pa.chunked_array(chunks, ENTRY_TYPE)
 
 
 def entry_ids(
@@ -23,23 +91,24 @@ def entry_ids(
     fingerprints: Sequence[str | None],
     starts: Sequence[float | None],
     ends: Sequence[float | None],
-    default: Part,
+    default_part: Part,
 ) -> pa.Array:
-    """``ENTRY_TYPE``, one for each video or part of one: the same when nothing about it has changed.
+    """Digest what is known about videos: binary(16) (videos,), equal where nothing has changed.
 
     Args:
-        uris: where they are. Of a URL with credentials or a query only a digest goes into the entry.
-        fingerprints: what the storage says of their state; None where it was not asked.
-        starts: seconds after the first frame at which the part starts.
-        ends: and at which it ends.
-        default: the part of those that name none.
+        uris: complete, with their credentials and queries; the digest shows none of them.
+        fingerprints: size and time stamp, or tag, as the storage states them; None where it was not asked.
+        starts: start of the part in seconds after the first frame, None for the start of the video.
+        ends: end of the part, None for the end of the video.
+        default_part: the part of those that name none.
     """
-    whole = _part_text(
-        float(default.start_seconds), None if default.end_seconds is None else float(default.end_seconds)
+    default = _part_text(
+        float(default_part.start_seconds),
+        None if default_part.end_seconds is None else float(default_part.end_seconds),
     )
     digests = bytearray()
     for uri, fingerprint, start, end in zip(uris, fingerprints, starts, ends, strict=True):
-        part = whole if not start and end is None else _part_text(start or 0.0, end)
+        part = default if not start and end is None else _part_text(start or 0.0, end)
         digests += hashlib.blake2b(f"{uri}\n{fingerprint}\n{part}".encode(), digest_size=16).digest()
     return pa.FixedSizeBinaryArray.from_buffers(ENTRY_TYPE, len(uris), [None, pa.py_buffer(bytes(digests))])
 
@@ -48,31 +117,7 @@ def _part_text(start: float, end: float | None) -> str:
     return f"{float(start)!r}..{None if end is None else float(end)!r}"
 
 
-def with_entries(videos: pa.Table, default: Part) -> tuple[pa.Table, list[str]]:
-    """The videos of ``pipeline.discover`` with a column ``entry``, and the URIs of rows that repeat an earlier one."""
-    names = ("uri", "fingerprint", "part_start_seconds", "part_end_seconds")
-    parts = []
-    for batch in videos.select([n for n in names if n in videos.column_names]).to_batches(max_chunksize=1 << 16):
-        none = pa.nulls(batch.num_rows)
-        there = batch.schema.names
-        uris, fingerprints, starts, ends = ((batch[n] if n in there else none).to_pylist() for n in names)
-        parts.append(entry_ids(uris, fingerprints, starts, ends, default))
-    videos = videos.append_column(PLAN_SCHEMA.field("entry"), pa.chunked_array(parts, ENTRY_TYPE))
-    if pc.count_distinct(videos["entry"]).as_py() == videos.num_rows:
-        return videos, []
-    numbered = pa.table({"entry": videos["entry"], "number": pa.array(range(videos.num_rows), pa.int32())})
-    first = numbered.group_by("entry").aggregate([("number", "min")])["number_min"].to_numpy()
-    is_first = pa.array(_flags(first, videos.num_rows))
-    return videos.filter(is_first), videos["uri"].filter(pc.invert(is_first)).to_pylist()
-
-
 def location_keys(uris: Sequence[str]) -> pa.Array:
-    """``ENTRY_TYPE``, one for each URI: the same for nothing but the same text."""
+    """Digest URIs: binary(16) (uris,), equal for equal text alone."""
     digests = b"".join(hashlib.blake2b(uri.encode(), digest_size=16).digest() for uri in uris)
     return pa.FixedSizeBinaryArray.from_buffers(ENTRY_TYPE, len(uris), [None, pa.py_buffer(digests)])
-
-
-def _flags(numbers: npt.NDArray[np.int32], length: int) -> npt.NDArray[np.bool_]:
-    found = np.zeros(length, np.bool_)
-    found[numbers] = True
-    return found

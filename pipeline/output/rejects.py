@@ -1,11 +1,13 @@
-"""The rejections of an output: spans, and whole videos, that gave no clips."""
+"""The rejections of an output: spans, and whole videos, that gave no clips or not all, in ``rejects/*.parquet``.
+
+``retry.json`` lists what ``--retry-rejected`` is to try again, until a run has done so.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,76 +16,77 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import REJECTS, RETRY_FILE
-from vidshard.pipeline.output.parquet import named_if_damaged, write_table
+from vidshard.pipeline.output.layout import REJECTS, RETRY_FILE, reject_paths
+from vidshard.pipeline.output.parquet import FileRows, Mask, named_if_damaged, write_table
 from vidshard.pipeline.rows import rejections_table
 from vidshard.schemas.rejections import Reason, Rejection
-
-_READERS = 16
-"""Files read at once: on an object store each is a request or two."""
+from vidshard.schemas.tokens import REJECT_SCHEMA
 
 
 def read_rejects(out: str) -> pa.Table:
-    """All rejections of an output, ``REJECT_SCHEMA``."""
-    paths = storage.list_files(storage.join(out, REJECTS), ".parquet")
-    with ThreadPoolExecutor(_READERS) as pool:
-        return pa.concat_tables([rejections_table([]), *pool.map(_read_rejects_file, paths)])
+    """Read all rejections of an output, ``REJECT_SCHEMA``.
+
+    Raises:
+        ShardError: a file of them is damaged.
+        storage.StorageError: the output could not be read.
+    """
+    return read_reject_files(out).table
 
 
-def _read_rejects_file(path: str) -> pa.Table:
+def read_reject_files(out: str) -> FileRows:
+    """Read all rejections of an output, and which file each is in.
+
+    Raises:
+        ShardError, storage.StorageError: as :func:`read_rejects`.
+    """
+    return FileRows.read(REJECT_SCHEMA, reject_paths(out), _read_file)
+
+
+def _read_file(path: str) -> pa.Table:
     with named_if_damaged(path):
         table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
-        schema = rejections_table([]).schema
-        columns = [table[f.name] if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema]
-        return pa.Table.from_arrays(columns, schema=schema)
+        columns = [  # outputs of before a column was added lack it
+            table[field.name] if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+            for field in REJECT_SCHEMA
+        ]
+        return pa.Table.from_arrays(columns, schema=REJECT_SCHEMA)
 
 
-def drop_rejects(out: str, is_wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Take the rejections that are not wanted out of their files; gives them."""
-    dropped: list[dict[str, Any]] = []
-    for path in storage.list_files(storage.join(out, REJECTS), ".parquet"):
-        table = _read_rejects_file(path)
-        rows = table.to_pylist()
-        keeps = [is_wanted(row) for row in rows]
-        dropped += [row for row, keep in zip(rows, keeps, strict=True) if not keep]
-        if not any(keeps):
+def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
+    """Write rejections as one file, named by a digest of its rows.
+
+    Raises:
+        storage.StorageError: it could not be written.
+    """
+    table = rejections_table(rejections)
+    name = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
+    write_table(storage.join(out, REJECTS, f"{name}.parquet"), table)
+
+
+def update_rejects(rejects: FileRows, kept: Mask) -> None:
+    """Take rejections out of their files; a file without rows left is removed.
+
+    Args:
+        rejects: as they stand in the files now.
+        kept: which of them stay.
+
+    Raises:
+        storage.StorageError: a file could not be replaced.
+    """
+    for path, rows in rejects.touched(~kept):
+        if kept[rows].any():
+            write_table(path, rejects.table.slice(rows.start, rows.stop - rows.start).filter(pa.array(kept[rows])))
+        else:
             storage.remove(path)
-        elif not all(keeps):
-            write_table(path, table.filter(pa.array(keeps)))
-    return dropped
 
 
 def is_partial(reject: Mapping[str, Any]) -> bool:
-    """Whether a rejection says what is missing beside clips that were kept: these make its span a finished one."""
+    """Whether a rejection says what is missing beside clips that were kept; its span then counts as finished."""
     return bool(reject["kept_clips"])
 
 
-def read_retried(out: str) -> RetrySet:
-    """What an earlier run was to try again, and did not come to the end of."""
-    path = storage.join(out, RETRY_FILE)
-    if not storage.exists(path):
-        return RetrySet(spans=frozenset(), uris=frozenset())
-    with named_if_damaged(path):
-        listed = json.loads(storage.read_bytes(path))
-        return RetrySet(spans=frozenset(listed["spans"]), uris=frozenset(listed["uris"]))
-
-
-def forget_retried(out: str) -> None:
-    """Nothing is left of what was to be tried again."""
-    storage.remove(storage.join(out, RETRY_FILE))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrySet:
-    """What is to be tried again, and nothing else."""
-
-    spans: frozenset[str]
-    uris: frozenset[str]
-    """Of whole videos that could not be opened."""
-
-
 def rejected_spans(rejects: pa.Table) -> pa.Array:
-    """Ids of the spans that gave nothing, but for those that are tried again in any case."""
+    """Ids of spans that gave nothing. Spans whose file had changed are left out: they are always tried again."""
     rows = rejects.filter(
         pc.and_(
             pc.and_(pc.is_valid(rejects["span_id"]), pc.equal(pc.fill_null(rejects["kept_clips"], 0), 0)),
@@ -93,10 +96,47 @@ def rejected_spans(rejects: pa.Table) -> pa.Array:
     return rows["span_id"].combine_chunks()
 
 
-def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
-    """Write rejections as one file, named after its rows."""
-    table = rejections_table(rejections)
-    name = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write_atomic(storage.join(out, REJECTS, f"{name}.parquet"), sink.getvalue())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrySet:
+    """Rejected spans and videos that a run tries again, and does nothing else."""
+
+    spans: frozenset[str] = frozenset()
+    uris: frozenset[str] = frozenset()
+    """Whole videos that could not be opened, by their URI without credentials."""
+
+    def with_rejects(self, rejects: Collection[Mapping[str, Any]]) -> RetrySet:
+        """Add what these rejections are about."""
+        return RetrySet(
+            spans=self.spans | {row["span_id"] for row in rejects if row["span_id"] is not None},
+            uris=self.uris | {row["uri"] for row in rejects if row["span_id"] is None},
+        )
+
+
+def read_retry_set(out: str) -> RetrySet:
+    """Read what an earlier run was to try again and did not finish; empty if there is nothing.
+
+    Raises:
+        ShardError: the file is damaged.
+        storage.StorageError: the output could not be read.
+    """
+    path = storage.join(out, RETRY_FILE)
+    if not storage.exists(path):
+        return RetrySet()
+    with named_if_damaged(path):
+        listed = json.loads(storage.read_bytes(path))
+        return RetrySet(spans=frozenset(listed["spans"]), uris=frozenset(listed["uris"]))
+
+
+def write_retry_set(out: str, retry: RetrySet) -> None:
+    """Write what a run is to try again.
+
+    Raises:
+        storage.StorageError: it could not be written.
+    """
+    listed = {"spans": sorted(retry.spans), "uris": sorted(retry.uris)}
+    storage.write_atomic(storage.join(out, RETRY_FILE), json.dumps(listed, indent=1).encode())
+
+
+def forget_retry_set(out: str) -> None:
+    """Remove the list of what is to be tried again: all of it was."""
+    storage.remove(storage.join(out, RETRY_FILE))

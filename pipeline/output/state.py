@@ -1,21 +1,80 @@
-"""The state of an output, read from its files."""
+"""The state of an output as one value: its plan, its finished spans and its rejections, each file read once.
+
+Nothing else is state. What is left to do is what was planned, less what is finished or rejected, and a process that is
+killed between two writes leaves files from which the next run concludes the same (``pipeline.output.resume``).
+``pipeline.output.lease`` makes sure that one process writes.
+
+No Python object is held for each video. A million planned spans with as many finished ones take some 250 MB.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import PLANNED, REJECTS
-from vidshard.pipeline.output.parquet import ShardError, named_if_damaged
-from vidshard.pipeline.output.plan_store import PLAN_SCHEMA
+from vidshard.pipeline.output.committed import COMMITTED_SCHEMA, ShardSpans, read_committed
+from vidshard.pipeline.output.layout import plan_paths, reject_paths
+from vidshard.pipeline.output.parquet import FileRows, ShardError, named_if_damaged, release_memory
+from vidshard.pipeline.output.plan_store import PLAN_SCHEMA, read_planned
+from vidshard.pipeline.output.rejects import read_reject_files
+
+RESUME_COLUMNS = ("entry", "seen_entry", "place", "span_id", "first_clip", "expected_clips")
+"""Columns of the plan that resuming reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputState:
+    """What the files of an output say."""
+
+    plan: pa.Table
+    """Columns of ``PLAN_SCHEMA``, oldest rows first."""
+    committed: FileRows
+    """Spans of shards: ``span_id``, and for an audit the other columns of ``COMMITTED_SCHEMA``."""
+    rejects: FileRows
+    """Rejections, ``REJECT_SCHEMA``."""
+
+    @classmethod
+    def load(
+        cls, out: str, *, columns: Sequence[str] = RESUME_COLUMNS, shards: Sequence[ShardSpans] | None = None
+    ) -> OutputState:
+        """Read the state of an output; nothing is written.
+
+        Args:
+            out: the output.
+            columns: those of the plan that are needed.
+            shards: the shards that count, read already, for an audit; all of the output otherwise.
+
+        Raises:
+            ShardError: a file is damaged.
+            storage.StorageError: the output could not be read.
+        """
+        if shards is None:
+            committed = read_committed(out)
+        else:
+            committed = FileRows.of(COMMITTED_SCHEMA, [(shard.path, shard.to_table()) for shard in shards])
+        state = cls(plan=read_planned(out, columns), committed=committed, rejects=read_reject_files(out))
+        release_memory()
+        return state
+
+    def after_planning(self, out: str) -> OutputState:
+        """Read plan and rejections again, after videos were opened; the shards are as they were.
+
+        Raises:
+            ShardError, storage.StorageError: as :meth:`load`.
+        """
+        plan = read_planned(out, self.plan.column_names)
+        return replace(self, plan=plan, rejects=read_reject_files(out))
 
 
 def damaged_files(out: str) -> list[tuple[str, str]]:
     """(path, what is wrong) of the files of the plan and of the rejections that cannot be read."""
     damaged = []
-    for folder, names in ((PLANNED, PLAN_SCHEMA.names), (REJECTS, [])):
-        for path in storage.list_files(storage.join(out, folder), ".parquet"):
+    for paths, names in ((plan_paths(out), PLAN_SCHEMA.names), (reject_paths(out), [])):
+        for path in paths:
             try:
                 with named_if_damaged(path):
                     data = pa.BufferReader(storage.read_bytes(path))

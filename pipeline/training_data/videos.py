@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery, discover
 from vidshard.pipeline.flow import map_videos
-from vidshard.pipeline.output.entries import with_entries
+from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.rows import WORK_SCHEMA, row_rejection
 from vidshard.schemas.errors import VidshardError
@@ -185,7 +185,7 @@ def _usable_videos(
 
 
 def _opened(found: Discovery, spec: ClipSpec, limits: Limits, num_tasks: int) -> Iterator[dict[str, Any]]:
-    videos, _ = with_entries(found.videos, Part())
+    videos = Inputs.of(found.videos, Part()).videos
     secret = [uri for uri in videos["uri"].to_pylist() if uri != storage.public_uri(uri)]
     if secret:
         raise UnusableError(

@@ -19,10 +19,14 @@ import pytest
 from tests.support.cli import SMALL, printed_by, run
 from tests.support.shards import rows_of, shard_bytes, tokens_by_clip
 from tests.support.videos import Recipe, write_damaged, write_video
+from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.committed import committed_spans
+from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
-from vidshard.pipeline.output.resume import retry_rejected
+from vidshard.pipeline.output.state import OutputState
+from vidshard.pipeline.output.work_list import begin_retry
+from vidshard.schemas.video import Part
 
 
 def tokenize(*arguments: Any, code: int = 0) -> str:
@@ -198,7 +202,8 @@ def test_clips_kept_of_a_damaged_video_are_taken_out_and_made_again_by_a_retry(t
     tokenize(other, "--out", out, "--damaged", "keep", "--retry-rejected")  # what cannot be tried now is left as it is
     assert tokens_by_clip(out) == first
     assert read_rejects(str(out)).to_pylist() == [reject]
-    retry_rejected(str(out), None, {reject["uri"]})  # and then the run was killed
+    found = discover([str(tmp_path / "damaged.mp4")])
+    begin_retry(str(out), OutputState.load(str(out)), Inputs.of(found.videos, Part()), None)  # and then it was killed
     assert not tokens_by_clip(out)
     printed = tokenize(*arguments, "--retry-rejected")
     assert "trying again 1 rejected spans" in printed
