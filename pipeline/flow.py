@@ -11,6 +11,7 @@ full, when to commit, and what to save after an interrupt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidshard.pipeline import storage
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
-from vidshard.pipeline.encode_stage import ClipEncoder, EncoderSpec
 from vidshard.pipeline.resources import StageResources
+
+if TYPE_CHECKING:
+    from vidshard.pipeline.encode_stage import EncoderSpec
 
 ENCODER_ENVIRONMENT = {
     # By default glibc returns large blocks to the system at once, and every page faults again at the next clip. If
@@ -44,6 +47,9 @@ class EncoderActor:
     """`ClipEncoder` as a Ray actor, with a limit on the attempts at a batch that kills its process."""
 
     def __init__(self, spec: EncoderSpec, attempts: ActorHandle) -> None:
+        # here, as it loads torch, and training's workers, which decode, import this module too
+        from vidshard.pipeline.encode_stage import ClipEncoder
+
         self._encode = ClipEncoder(spec)
         self._attempts = attempts
 

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from tests.support import budget
-from tests.support.cli import SMALL, tokenize, tokenize_on_ray
+from tests.support.cli import SMALL, tokenize
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
 from tests.support.processes import RUN, only_the_text_is_rejected
@@ -128,7 +128,7 @@ def output(good_videos: Path, bad_videos: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def many_spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With ``tests.support.processes.RUN`` 36 clips in as many spans, and a file that is no video."""
+    """With ``tests.support.processes.RUN`` 36 clips in 30 spans, and a file that is no video."""
     folder = tmp_path_factory.mktemp("many")
     for number in range(3):
         write_video(folder / f"{number}.mp4", Recipe(num_frames=200 + number, rate=Fraction(25), codec="mpeg4"))
@@ -137,10 +137,10 @@ def many_spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(many_spans: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Tokens:
-    """What a run on ``many_spans`` gives: the tokens of each clip."""
+def undisturbed(many_spans: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    """Tokens of each clip of ``many_spans`` by a run in this process."""
     out = tmp_path_factory.mktemp("undisturbed") / "tokens"
-    result = tokenize_on_ray(many_spans, "--out", out, *RUN)
+    result = tokenize(many_spans, "--out", out, *RUN)
     assert result.exit_code == 0, result.output
     assert only_the_text_is_rejected(out)
     return tokens_by_clip(out)

@@ -118,7 +118,7 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session:
     """Both stages with two workers, one of which is killed twice in the first: the second time ends the command, and
     another goes on. The run's folder, and what each printed."""
     out = tmp_path_factory.mktemp("runs") / "mine"
-    stage2 = ["size=48", "steps=30", "gan_start=25", "learning_rate=0.001"]  # the rate of the preset
+    stage2 = ["size=48", "steps=14", "gan_start=10", "learning_rate=0.001"]  # the rate of the preset
     run = run_of(videos, out, ("stage1", "stage2"), **FIRST_STAGE, max_failures=1, stage2=stage2)
     with workers_killed(tmp_path_factory.mktemp("kills")) as killed:
         code, text = train(run)

@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 from torch import Tensor
 
+from tests.support.cli import vidshard_exits
 from tests.support.toy_family import LEVELS, NUM_FRAMES, SIZE, TOY, TOY_CONFIG, Toy, ToyEncoded
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.cli import vidshard
 from vidshard.models import tokenizer as models
 from vidshard.models.tokenizer import parse_config
 from vidshard.models.vidtok.tiling import Tiling
@@ -38,15 +37,10 @@ def toy_family(monkeypatch: pytest.MonkeyPatch) -> None:
 def output(tmp_path: Path) -> Path:
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "v.mp4", Recipe(num_frames=30, rate=Fraction(10)))
-    code, printed = exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
+    code, printed = vidshard_exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
     assert code == 0, printed
     assert "[3, 4, 4] float16 structure, [4] float16 motion, [4] tokens below 300" in printed
     return tmp_path / "out"
-
-
-def exits(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
-    return result.exit_code, result.output
 
 
 def test_every_payload_is_a_column_with_its_own_type_and_shape(output: Path) -> None:
@@ -73,18 +67,18 @@ def test_every_payload_is_a_column_with_its_own_type_and_shape(output: Path) -> 
 
 def test_all_commands_work_on_several_payloads(output: Path, tmp_path: Path) -> None:
     before = {path: Path(path).read_bytes() for path in shard_paths(str(output))}
-    code, printed = exits("tokenize", tmp_path / "videos", "--out", output, *RUN)
+    code, printed = vidshard_exits("tokenize", tmp_path / "videos", "--out", output, *RUN)
     assert code == 0, printed
     assert {path: Path(path).read_bytes() for path in shard_paths(str(output))} == before
-    code, printed = exits("verify", output, "--exact", 1)
+    code, printed = vidshard_exits("verify", output, "--exact", 1)
     assert code == 0, printed
     assert "encoded 3 clips again" in printed
     assert ": 0 of" in printed
-    code, printed = exits("inspect", output)
+    code, printed = vidshard_exits("inspect", output)
     assert code == 0, printed
     assert all(f"{name} " in printed for name in ("structure", "motion", "tokens"))
     assert "of 300 tokens used" in printed
-    code, printed = exits("decode", output, "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", output, "--all", tmp_path / "clips")
     assert code == 0, printed
     clips = sorted((tmp_path / "clips").glob("*.mp4"))
     assert len(clips) == 3
@@ -102,23 +96,23 @@ def test_a_changed_payload_of_any_name_is_found(output: Path) -> None:
     column = pa.FixedSizeListArray.from_arrays(pa.array(flat), type=table.schema.field("motion").type)
     changed = table.set_column(table.schema.get_field_index("motion"), table.schema.field("motion"), column)
     pq.write_table(changed, path)
-    code, printed = exits("verify", output, "--exact", 1)
+    code, printed = vidshard_exits("verify", output, "--exact", 1)
     assert code == 1, printed
     assert "1 of" in printed
 
 
 def test_a_family_that_is_not_there_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(models.FAMILIES, "toy")
-    code, printed = exits("decode", output, "--all", output / "clips")
+    code, printed = vidshard_exits("decode", output, "--all", output / "clips")
     assert code == 2
     assert "unknown tokenizer family 'toy'" in printed
 
 
 def test_refusals_of_a_family_reach_the_user(tmp_path: Path) -> None:
-    code, printed = exits("tokenize", "v.mp4", "--out", tmp_path, *RUN, "--frames", 5)
+    code, printed = vidshard_exits("tokenize", "v.mp4", "--out", tmp_path, *RUN, "--frames", 5)
     assert code == 2
     assert "toy: clips have 4 frames, got 5" in printed
-    code, printed = exits("tokenize", "v.mp4", "--out", tmp_path, *RUN, "--continuous")
+    code, printed = vidshard_exits("tokenize", "v.mp4", "--out", tmp_path, *RUN, "--continuous")
     assert code == 2
     assert "toy is not causal" in printed
 
@@ -157,7 +151,7 @@ def test_a_record_that_describes_no_payload_is_refused(record: dict[str, object]
 
 
 def test_a_local_run_takes_no_cluster(tmp_path: Path) -> None:
-    code, printed = exits("tokenize", "v.mp4", "--out", tmp_path / "out", *RUN, "--ray-address", "auto")
+    code, printed = vidshard_exits("tokenize", "v.mp4", "--out", tmp_path / "out", *RUN, "--ray-address", "auto")
     assert code == 2
     assert "--local runs without Ray" in printed
     assert not (tmp_path / "out").exists()
@@ -172,12 +166,12 @@ def test_a_defect_in_a_local_run_is_named_and_what_is_committed_stays(
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "v.mp4", Recipe(num_frames=30, rate=Fraction(10)))
     monkeypatch.setattr(Toy, "encode", broken)
-    code, printed = exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
+    code, printed = vidshard_exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
     assert code == 1
     assert "the run stopped: RuntimeError: a layer is missing; what is committed is valid" in printed
     monkeypatch.undo()
     monkeypatch.setitem(models.FAMILIES, "toy", TOY)
     monkeypatch.setitem(models.PRESETS, "toy", TOY_CONFIG)
-    code, printed = exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
+    code, printed = vidshard_exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
     assert code == 0, printed
     assert "3 written in 1 shards" in printed

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from click.testing import CliRunner
 
+from tests.support.cli import vidshard_exits
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.cli import vidshard
 from vidshard.models.tokenizer import get_preset
 from vidshard.models.weights import load_tokenizer, save_tokenizer, weights_digest
 from vidshard.pipeline.output.layout import shard_paths
@@ -21,11 +20,6 @@ from vidshard.schemas.runs import TokenizeRun
 
 ALL_PRECISIONS = get_args(TokenizeRun.model_fields["precision"].annotation)
 SMALL = ("--fps", "4", "--frames", "5", "--size", "32", "--local")
-
-
-def exits(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +53,20 @@ def test_every_precision_tokenizes_goes_on_verifies_and_decodes(
 ) -> None:
     out = tmp_path / "tokens"
     run = ("tokenize", "--out", out, *weights[source], "--precision", precision, *SMALL)
-    code, printed = exits(*run, videos / "a.mp4")
+    code, printed = vidshard_exits(*run, videos / "a.mp4")
     assert code == 0, printed
     first = {path: Path(path).read_bytes() for path in shard_paths(str(out))}
-    code, printed = exits(*run, videos)
+    code, printed = vidshard_exits(*run, videos)
     assert code == 0, printed
     after = {path: Path(path).read_bytes() for path in shard_paths(str(out))}
     assert first.items() < after.items()
-    code, printed = exits(*run, videos)
+    code, printed = vidshard_exits(*run, videos)
     assert code == 0, printed
     assert "0 written in 0 shards" in printed
-    code, printed = exits("verify", out, "--exact", 1)
+    code, printed = vidshard_exits("verify", out, "--exact", 1)
     assert code == 0, printed
     assert "encoded 6 clips again" in printed
-    code, printed = exits("decode", out, "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", out, "--all", tmp_path / "clips")
     assert code == 0, printed
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == 6
 
@@ -91,8 +85,8 @@ def test_the_digest_is_that_of_the_float32_weights_in_every_precision(precision:
 
 def test_precisions_do_not_mix_in_an_output(videos: Path, tmp_path: Path) -> None:
     run = ("tokenize", videos / "a.mp4", "--out", tmp_path / "tokens", "--tokenizer", "tiny", *SMALL)
-    assert exits(*run)[0] == 0
-    code, printed = exits(*run, "--precision", "bfloat16")
+    assert vidshard_exits(*run)[0] == 0
+    code, printed = vidshard_exits(*run, "--precision", "bfloat16")
     assert code == 2
     assert "precision: 'float32' there, 'bfloat16' now" in printed
     [path] = shard_paths(str(tmp_path / "tokens"))

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from vidshard.jobs.cli import vidshard
+from tests.support.cli import vidshard_exits
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard, read_clips
 from vidshard.schemas.tokens import FORMAT_VERSION, latents_payload, tokens_payload
@@ -27,11 +26,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "latents": ("--tokenizer", "tiny_kl", *SMALL, "--keep-logvar"),
     "continuous": ("--tokenizer", "tiny", *SMALL, "--continuous", "--clips-per-span", "4"),
 }
-
-
-def exits(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(vidshard, [*map(str, arguments)], catch_exceptions=False)
-    return result.exit_code, result.output
 
 
 @pytest.fixture(params=RUNS)
@@ -58,29 +52,31 @@ def test_the_payload_of_format_1_is_read(output: Path) -> None:
 def test_the_same_command_continues_an_output_of_the_first_version(output: Path) -> None:
     before = {path: Path(path).read_bytes() for path in shard_paths(str(output))}
     run = ("tokenize", FIXTURE / "videos", "--out", output, *RUNS[output.name], "--local")
-    code, printed = exits(*run)
+    code, printed = vidshard_exits(*run)
     assert code == 0, printed
     after = {path: Path(path).read_bytes() for path in shard_paths(str(output))}
     assert before.items() < after.items()  # a.mp4 is known again by its content, b.mkv is new
     assert len(after) == 2
-    code, printed = exits(*run)
+    code, printed = vidshard_exits(*run)
     assert code == 0, printed
     assert {path: Path(path).read_bytes() for path in shard_paths(str(output))} == after
-    code, printed = exits("verify", output)
+    code, printed = vidshard_exits("verify", output)
     assert code == 0, printed
     assert "verified 2 of 2 shards" in printed
 
 
 def test_an_output_of_the_first_version_is_inspected_and_decoded(output: Path, tmp_path: Path) -> None:
-    code, printed = exits("inspect", output)
+    code, printed = vidshard_exits("inspect", output)
     assert code == 0, printed
-    code, printed = exits("decode", output, "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", output, "--all", tmp_path / "clips")
     assert code == 0, printed
     [path] = shard_paths(str(output))
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == len(list(read_clips(path)))
 
 
 def test_other_settings_than_those_of_the_first_version_are_refused(output: Path) -> None:
-    code, printed = exits("tokenize", FIXTURE / "videos", "--out", output, *RUNS[output.name], "--tail", "drop")
+    code, printed = vidshard_exits(
+        "tokenize", FIXTURE / "videos", "--out", output, *RUNS[output.name], "--tail", "drop"
+    )
     assert code == 2
     assert "tail: 'pad' there, 'drop' now" in printed
