@@ -19,7 +19,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.progress import warn
-from vidshard.jobs.training.worker import RUN, last_state, start_weights
+from vidshard.jobs.training.worker import last_state, start_weights
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
 from vidshard.models.tokenizer import TokenizerConfig, get_preset
 from vidshard.models.training.perceptual import load_perceptual
@@ -27,6 +27,7 @@ from vidshard.models.training.state import Generator, check_stage
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.weights import count_parameters, load_weights, network_differences
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
 from vidshard.pipeline.versions import code_version
 from vidshard.schemas.errors import UserError

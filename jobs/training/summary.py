@@ -9,9 +9,10 @@ from rich.console import Console
 from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.training.resolve import ResolvedTraining
-from vidshard.jobs.training.worker import EXPORT, RUN
+from vidshard.jobs.training.worker import EXPORT
 from vidshard.models.weights import count_parameters
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.videos import TrainingVideos
 from vidshard.pipeline.versions import code_version
 from vidshard.schemas.errors import EXIT_FAILED

@@ -42,6 +42,7 @@ from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_weights, network_differences, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
 from vidshard.pipeline.training_data.loader import Batch, batches
 from vidshard.pipeline.training_data.videos import UnusableError
@@ -49,7 +50,6 @@ from vidshard.schemas.training import StageConfig, TrainRun
 
 EXPORT = "tokenizer.safetensors"
 HELD_OUT = "held_out.parquet"
-RUN = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
