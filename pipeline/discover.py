@@ -1,7 +1,7 @@
-"""Paths, folders, globs and manifests to the list of videos a run is about.
+"""Discovery: turns paths, folders, globs and manifests into the list of videos of a run.
 
-Only names and sizes are read here; no video is opened. A folder gives the files with a video's extension, a
-file that is named is taken whatever its name, a manifest's own columns ride along as they are.
+Only names and sizes are read here; no video is opened. A folder gives the files with a video's extension. A file that
+is named is taken whatever its extension. Columns of a manifest are kept as they are.
 """
 
 from __future__ import annotations
@@ -69,32 +69,35 @@ REF_SCHEMA = pa.schema(
         pa.field("fingerprint", pa.string()),
     ]
 )
-"""Where a video is, its size (-1 where nobody said), and its size and time stamp, or tag, as the storage states them:
-null where it was not asked."""
+"""URI of a video; its size in bytes, -1 where it is unknown; its size and time stamp, or tag, as the storage states
+them, null where the storage was not asked."""
 
 _STAT_THREADS = 16
 _FILES_PER_BATCH = 1 << 16
 
+FoundFile = tuple[str, int, str | None]
+"""A row of ``REF_SCHEMA``: URI, bytes, fingerprint."""
+
 PART_COLUMNS = {"start_seconds": "part_start_seconds", "end_seconds": "part_end_seconds"}
-"""Columns of a manifest that say which part of a video a row is about, in seconds after its first frame, and what they
-are called from then on."""
+"""Columns of a manifest that name the part of a video, in seconds after its first frame, and the columns that they
+become."""
 
 
 class InputError(VidshardError):
-    """The inputs name nothing that could be tokenized; the message says which and what to do."""
+    """The inputs name nothing that could be tokenized; the message names the input and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Discovery:
-    """What the inputs name."""
+    """The videos that the inputs name."""
 
     videos: pa.Table
-    """``REF_SCHEMA`` and the manifests' columns, one row a video; rows of manifests first, no URI twice but
-    where manifests say so."""
+    """``REF_SCHEMA`` and the manifests' columns, one row a video. Rows of manifests come first. No URI is there twice,
+    except where manifests repeat it."""
     renamed_columns: dict[str, str]
-    """Manifest columns that would clash with a shard's own, and the name they got."""
+    """Manifest columns that would clash with a shard's own, and their new names."""
     num_passed_over: int
-    """Files in folders without a video's extension."""
+    """Number of files in folders without a video's extension."""
     passed_over_extensions: tuple[tuple[str, int], ...]
     """Their extensions and counts, the most frequent first."""
 
@@ -104,12 +107,12 @@ def discover(
 ) -> Discovery:
     """List the videos that the inputs name.
 
-    What is listed has its fingerprint from the listing, what a manifest names on this machine from the file system.
+    Files that were listed have their fingerprint from the listing; local files of a manifest are asked one by one.
 
     Args:
         inputs: files, folders, globs and manifests, local or on any file system that fsspec knows.
         signals: columns of manifests that hold paths of signal files; they come back as ``NAME_source``.
-        limit: keep the first so many.
+        limit: keep only so many videos, the first ones.
         ask_remote: also ask object stores for the fingerprint of each file that a manifest names.
 
     Raises:
@@ -134,20 +137,10 @@ def discover(
     for name in signals:
         if not any(signal_source(name) in table.column_names for table in manifests):
             raise InputError(f"no manifest among the inputs has a column '{name}' with the paths of that signal")
-    loose = pa.concat_tables([REF_SCHEMA.empty_table(), *files])
-    if manifests:
-        listed = pa.chunked_array([chunk for table in manifests for chunk in table["uri"].chunks], pa.string())
-        loose = loose.filter(pc.invert(pc.is_in(loose["uri"], listed.combine_chunks())))
-    if len(files) > 1:
-        numbered = loose.append_column("number", pa.array(range(loose.num_rows), pa.int64()))
-        loose = loose.take(numbered.group_by("uri").aggregate([("number", "min")])["number_min"])
-    try:
-        videos = pa.concat_tables([*manifests, loose.sort_by("uri")], promote_options="default")
-    except pa.ArrowException as error:
-        raise InputError(f"the manifests do not agree on their columns' types: {error}") from error
+    videos = _joined(manifests, files)
     if videos.num_rows == 0:
         raise InputError(f"no video in {', '.join(storage.public_uri(i) for i in inputs)}: the manifest has no rows")
-    pa.default_memory_pool().release_unused()  # what reading took, some 100 MB for a million videos
+    pa.default_memory_pool().release_unused()  # reading took some 100 MB for a million videos
     return Discovery(
         videos=_with_fingerprints(videos.slice(0, limit), ask_remote),
         renamed_columns=renamed,
@@ -156,8 +149,27 @@ def discover(
     )
 
 
-def _table(files: Iterator[tuple[str, int, str | None]]) -> pa.Table:
-    """``REF_SCHEMA``, without a Python object for each of what may be a million files."""
+def _joined(manifests: Sequence[pa.Table], files: Sequence[pa.Table]) -> pa.Table:
+    """Rows of manifests, then the files that no manifest names, each once, sorted by URI.
+
+    Raises:
+        InputError: the manifests do not agree on their columns' types.
+    """
+    loose = pa.concat_tables([REF_SCHEMA.empty_table(), *files])
+    if manifests:
+        listed = pa.chunked_array([chunk for table in manifests for chunk in table["uri"].chunks], pa.string())
+        loose = loose.filter(pc.invert(pc.is_in(loose["uri"], listed.combine_chunks())))
+    if len(files) > 1:
+        numbered = loose.append_column("number", pa.array(range(loose.num_rows), pa.int64()))
+        loose = loose.take(numbered.group_by("uri").aggregate([("number", "min")])["number_min"])
+    try:
+        return pa.concat_tables([*manifests, loose.sort_by("uri")], promote_options="default")
+    except pa.ArrowException as error:
+        raise InputError(f"the manifests do not agree on their columns' types: {error}") from error
+
+
+def _table(files: Iterator[FoundFile]) -> pa.Table:
+    """Files as ``REF_SCHEMA``. A million of them are never Python objects at once."""
     batches = []
     while rows := list(islice(files, _FILES_PER_BATCH)):
         batches.append(pa.table([list(column) for column in zip(*rows, strict=True)], schema=REF_SCHEMA))
@@ -165,7 +177,7 @@ def _table(files: Iterator[tuple[str, int, str | None]]) -> pa.Table:
 
 
 def _with_fingerprints(videos: pa.Table, ask_remote: bool) -> pa.Table:
-    """The fingerprint of those that have none yet, as far as it costs little or is asked for."""
+    """Fill in missing fingerprints: of local files, and of remote ones if that is asked for."""
     if videos["fingerprint"].null_count == 0:
         return videos
 
@@ -193,8 +205,12 @@ def _is_glob(path: str) -> bool:
     return glob.has_magic(path) and not path.startswith(("http://", "https://"))
 
 
-def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str | None]]:
-    """(uri, size, fingerprint) of the files that a path, folder or glob names."""
+def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
+    """List the files that a path, folder or glob names.
+
+    Raises:
+        storage.StorageError: the file system cannot be reached.
+    """
     fs, inner = storage.filesystem(path)
     try:
         if _is_glob(path) and not fs.exists(inner):
@@ -212,7 +228,7 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str 
             info = fs.info(inner)
             yield path, _size(info), _fingerprint(fs, inner, info)
     except FileNotFoundError:
-        return  # an object store's way of saying "no such bucket or folder"
+        return  # object stores say so where a bucket or folder does not exist
     except storage.storage_errors() as error:
         raise storage.StorageError(
             f"cannot list {storage.public_uri(path)}: {storage.describe(error)}; check the name, the network and the "
@@ -220,7 +236,7 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str 
         ) from error
 
 
-def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[tuple[str, int, str | None]]:
+def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
     if isinstance(fs, LocalFileSystem):
         yield from _walk_local(folder, passed_over, set())
         return
@@ -230,13 +246,13 @@ def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[tuple[str
             yield _uri(fs, name), _size(info), storage.fingerprint_of(info)
 
 
-def _walk_local(
-    folder: str, passed_over: Counter[str], above: set[tuple[int, int]]
-) -> Iterator[tuple[str, int, str | None]]:
-    """As ``_walk``, a folder at a time: a listing of a million files takes a gigabyte otherwise.
+def _walk_local(folder: str, passed_over: Counter[str], above: set[tuple[int, int]]) -> Iterator[FoundFile]:
+    """List a local folder, one folder at a time: fsspec's listing of a million files takes a gigabyte.
 
     Args:
-        above: device and inode of the folders on the way here, to which a link may lead back.
+        folder: the folder.
+        passed_over: counts the files without a video's extension.
+        above: device and inode of the folders above, to which a link may lead back.
     """
     here = os.stat(folder)
     if (here.st_dev, here.st_ino) in above:
@@ -268,7 +284,7 @@ def _uri(fs: Any, name: str) -> str:
 
 
 def _fingerprint(fs: Any, name: str, info: dict[str, object]) -> str | None:
-    """From the listing; but a local one has its times as floats, which lose digits."""
+    """The fingerprint from a listing. Local files are asked again: fsspec lists times as floats, which lose digits."""
     return storage.fingerprint(name) if isinstance(fs, LocalFileSystem) else storage.fingerprint_of(info)
 
 
@@ -291,26 +307,13 @@ def _nothing_found(path: str, passed_over: Counter[str]) -> str:
 
 
 def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[str, str]]:
-    """A manifest as ``REF_SCHEMA`` and its further columns, and which of those were renamed."""
+    """Read a manifest: ``REF_SCHEMA``, parts and its further columns, and which of those were renamed.
+
+    Raises:
+        InputError: it cannot be read, or does not name videos as it should.
+    """
     shown = storage.public_uri(path)
-    try:
-        data = io.BytesIO(storage.read_bytes(path))
-    except storage.StorageError as error:
-        raise InputError(f"{error} (given as a manifest)") from error
-    try:
-        match _extension(path):
-            case "parquet":
-                # in pieces: reading a million rows at once takes 290 MB for a table of 90, so 200
-                parquet = pq.ParquetFile(data, pre_buffer=False)
-                table = pa.Table.from_batches(
-                    parquet.iter_batches(batch_size=_FILES_PER_BATCH, use_threads=False), parquet.schema_arrow
-                )
-            case "csv":
-                table = pyarrow.csv.read_csv(data)
-            case _:
-                table = pyarrow.json.read_json(data)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"manifest {shown} cannot be read: {error}") from error
+    table = _read_table(path, shown)
     if "uri" not in table.column_names:
         raise InputError(f"manifest {shown} has no column 'uri'; its columns are {', '.join(table.column_names)}")
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
@@ -318,24 +321,8 @@ def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[st
         raise InputError(f"manifest {shown} has more than one column named {', '.join(repeated)}")
     folder = path.rsplit("/", 1)[0]
     uris = _uris(table["uri"], folder, shown)
-    parts = [name for name in PART_COLUMNS if name in table.column_names]
-    for name in set(signals) & set(table.column_names):
-        for other in (signal_source(name), f"{name}_seconds"):
-            if other in table.column_names:
-                raise InputError(f"manifest {shown}: column '{other}' is where signal '{name}' goes: rename it")
-        try:
-            paths = table[name].cast(pa.string()).to_pylist()
-        except pa.ArrowException as error:
-            raise InputError(f"manifest {shown}: '{name}' must hold paths of signal files: {error}") from error
-        resolved = [None if not text or not text.strip() else _resolve(text.strip(), folder) for text in paths]
-        at = table.column_names.index(name)
-        table = table.set_column(at, signal_source(name), pa.array(resolved, pa.string()))
-    extras = table.drop_columns(["uri", *parts])
-    renamed = {name: f"manifest_{name}" for name in extras.column_names if name in INTERNAL_COLUMNS}
-    taken = [name for name in renamed.values() if name in extras.column_names]
-    if taken:
-        raise InputError(f"manifest {shown} has a column '{taken[0]}', which another one would be stored as: rename it")
-    extras = extras.rename_columns([renamed.get(name, name) for name in extras.column_names])
+    table = _with_signal_sources(table, signals, folder, shown)
+    extras, renamed = _further_columns(table, shown)
     refs = pa.Table.from_arrays([uris, pa.repeat(-1, len(uris)), pa.nulls(len(uris), pa.string())], schema=REF_SCHEMA)
     for name, column in zip(PART_COLUMNS.values(), _parts(table, shown), strict=True):
         refs = refs.append_column(name, column)
@@ -348,11 +335,59 @@ def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[st
     return refs, renamed
 
 
+def _read_table(path: str, shown: str) -> pa.Table:
+    """Read a Parquet, CSV or JSON lines file."""
+    try:
+        data = io.BytesIO(storage.read_bytes(path))
+    except storage.StorageError as error:
+        raise InputError(f"{error} (given as a manifest)") from error
+    try:
+        match _extension(path):
+            case "parquet":
+                # in pieces: reading a million rows at once takes 290 MB for a table of 90, so 200
+                parquet = pq.ParquetFile(data, pre_buffer=False)
+                return pa.Table.from_batches(
+                    parquet.iter_batches(batch_size=_FILES_PER_BATCH, use_threads=False), parquet.schema_arrow
+                )
+            case "csv":
+                return pyarrow.csv.read_csv(data)
+            case _:
+                return pyarrow.json.read_json(data)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"manifest {shown} cannot be read: {error}") from error
+
+
+def _with_signal_sources(table: pa.Table, signals: Sequence[str], folder: str, shown: str) -> pa.Table:
+    """Replace each column of a signal by ``NAME_source``, the absolute paths of its files."""
+    for name in set(signals) & set(table.column_names):
+        for other in (signal_source(name), f"{name}_seconds"):
+            if other in table.column_names:
+                raise InputError(f"manifest {shown}: column '{other}' is where signal '{name}' goes: rename it")
+        try:
+            paths = table[name].cast(pa.string()).to_pylist()
+        except pa.ArrowException as error:
+            raise InputError(f"manifest {shown}: '{name}' must hold paths of signal files: {error}") from error
+        resolved = [None if not text or not text.strip() else _resolve(text.strip(), folder) for text in paths]
+        at = table.column_names.index(name)
+        table = table.set_column(at, signal_source(name), pa.array(resolved, pa.string()))
+    return table
+
+
+def _further_columns(table: pa.Table, shown: str) -> tuple[pa.Table, dict[str, str]]:
+    """The user's own columns; those named as columns of ours are renamed to ``manifest_NAME``."""
+    extras = table.drop_columns(["uri", *(name for name in PART_COLUMNS if name in table.column_names)])
+    renamed = {name: f"manifest_{name}" for name in extras.column_names if name in INTERNAL_COLUMNS}
+    taken = [name for name in renamed.values() if name in extras.column_names]
+    if taken:
+        raise InputError(f"manifest {shown} has a column '{taken[0]}', which another one would be stored as: rename it")
+    return extras.rename_columns([renamed.get(name, name) for name in extras.column_names]), renamed
+
+
 def _uris(column: pa.ChunkedArray, folder: str, shown: str) -> pa.ChunkedArray:
-    """A manifest's paths as absolute ones.
+    """Make a manifest's paths absolute.
 
     Raises:
-        InputError: one is none.
+        InputError: a row is not a path or URL.
     """
     chunks = []
     number = 0
@@ -368,7 +403,7 @@ def _uris(column: pa.ChunkedArray, folder: str, shown: str) -> pa.ChunkedArray:
 
 
 def _parts(table: pa.Table, shown: str) -> list[pa.Array]:
-    """Where the part of each row starts and ends, float64, null where that is the video's own start or end.
+    """Start and end of each row's part in seconds, float64, null for the video's own start or end.
 
     Raises:
         InputError: a time is no number, or a part ends before it starts.
@@ -391,7 +426,7 @@ def _parts(table: pa.Table, shown: str) -> list[pa.Array]:
 
 
 def _resolve(uri: str, folder: str) -> str:
-    """A manifest's path as an absolute one: relative paths are relative to the manifest."""
+    """Make a path of a manifest absolute: relative paths are relative to the manifest's folder."""
     if "://" in uri or uri.startswith(("/", "~")):
         return storage.absolute(uri)
     return storage.absolute(f"{folder}/{uri}") if storage.is_local(folder) else f"{folder}/{uri}"

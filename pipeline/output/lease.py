@@ -1,17 +1,16 @@
-"""One run at a time on an output: a lease in files that any storage can hold.
+"""Lease: one run at a time on an output, by files that any storage can hold.
 
     lease/000001.json, lease/000002.json, ...
 
-Whoever creates the next number holds the lease (``storage.create_exclusive``: of two that try, one does) and renews
-it by writing its own file again, every sixth of its time. A run that finds a lease which was not given back watches
-the file: if it changes, its holder is alive, and the run is refused; if it does not for the whole time, its holder is
-dead, and the run creates the next number. Nobody compares clocks of two machines. On the machine of the holder its
-process is looked for instead, so that a killed run is gone on with at once.
+A run takes the lease by creating the file of the next number (``storage.create_exclusive``: of two runs that try, one
+succeeds). It renews the lease by rewriting that file, every sixth of its time. A run that finds a lease not given back
+watches the file. If the file changes, the holder is alive and the run is refused; if it does not change for the whole
+time, the holder is dead and the run creates the next number. No clocks of two machines are compared. On the machine of
+the holder its process is looked for instead, so that a killed run is followed at once.
 
-A holder that was asleep (a suspended machine, a stopped process) finds out before its next write that there is a
-higher number: :meth:`Lease.check`. Between that look and the end of the write lie milliseconds in which it could
-still write one more file; a span that is in two shards for that reason is taken out of one by the next run
-(``pipeline.output.committed``).
+A holder that was asleep (a suspended machine, a stopped process) notices a higher number before its next write
+(:meth:`Lease.check`). In the milliseconds between that check and the end of the write it could still write one more
+file; a span that is in two shards for that reason leaves one of them in the next run (``pipeline.output.resume``).
 """
 
 from __future__ import annotations
@@ -33,11 +32,13 @@ from vidshard.pipeline.output.layout import LEASES
 from vidshard.schemas.errors import EXIT_FAILED, VidshardError
 
 _KEPT = 3
+"""Former leases that stay, for people to look at."""
 _CHECK_SECONDS = 5.0
+"""How long a check of the storage counts, where the caller allows that."""
 
 
 class LeaseHeldError(VidshardError):
-    """Another run is at work on the output; the message says which."""
+    """Another run is at work on the output; the message names it."""
 
 
 class LeaseLostError(VidshardError):
@@ -48,25 +49,26 @@ class LeaseLostError(VidshardError):
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """What a lease says of the process that holds it."""
+    """The process that holds a lease, as the file describes it."""
 
     token: str
-    """Unlike any other's."""
+    """Random, unique to this lease."""
     host: str
     pid: int
     machine: str
-    """Of one boot of one machine, and one space of process ids on it; empty where that cannot be told."""
+    """Id of the machine's boot and of the process ids' namespace; empty where the system does not tell them."""
     process: str
-    """When the process started, in the machine's own terms."""
+    """Start time of the process, in clock ticks since the boot."""
     started_at: str
-    """For people."""
+    """UTC, ISO 8601, for people."""
     beat: int = 0
-    """Raised at each renewal."""
+    """Number of renewals."""
     released: bool = False
+    """Whether the holder gave the lease back."""
 
     @classmethod
     def of_this_process(cls) -> Holder:
-        """A new one."""
+        """Make the holder for a new lease of this process."""
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -77,12 +79,12 @@ class Holder:
         )
 
     def to_bytes(self) -> bytes:
-        """As it stands in the file."""
+        """Encode it as JSON, as in the file."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
     def of_bytes(cls, data: bytes) -> Holder | None:
-        """None if that is no lease: whoever wrote it is not one of us, or died on the way."""
+        """Decode it; None if the file holds no lease, written by another program or by one that died meanwhile."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError):
@@ -90,12 +92,12 @@ class Holder:
 
     @property
     def is_known_dead(self) -> bool:
-        """Whether it was a process of this machine, which is gone."""
+        """Whether the holder was a process of this machine, and has ended."""
         return bool(self.machine) and self.machine == _machine() and _process_start(self.pid) != self.process
 
 
 def _machine() -> str:
-    """One boot of one machine, and the process ids' name space."""
+    """Id of the machine's boot and of the process ids' namespace; empty where the system does not tell them."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -103,7 +105,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """When a process of this machine started, in clock ticks since the boot; empty if there is none."""
+    """Start time of a process of this machine, in clock ticks since the boot; empty if there is no such process."""
     with suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
@@ -111,10 +113,10 @@ def _process_start(pid: int) -> str:
 
 
 class Lease:
-    """Held while it is entered."""
+    """The lease of an output, a context manager: held until its exit. A thread renews it."""
 
     def __init__(self, folder: str, number: int, holder: Holder, ttl_seconds: float) -> None:
-        """Use :meth:`acquire`."""
+        """Start to renew a lease that was just taken; use :meth:`acquire`."""
         self._folder, self._number, self._holder, self._ttl_seconds = folder, number, holder, ttl_seconds
         self._lost: str | None = None
         self._checked = time.monotonic()
@@ -130,8 +132,8 @@ class Lease:
 
         Args:
             out: the output.
-            ttl_seconds: a holder that showed no life for so long is dead; how long finding that out may take.
-            on_wait: told why it takes long.
+            ttl_seconds: a holder that renewed nothing for so long is dead; finding that out may take as long.
+            on_wait: called with the reason when that wait begins.
 
         Raises:
             LeaseHeldError: another run is alive.
@@ -149,7 +151,7 @@ class Lease:
                     if _number(path) <= latest - _KEPT:
                         storage.remove(path)
                 return cls(folder, latest + 1, holder, ttl_seconds)
-            # somebody was faster: the same again, with that one's lease
+            # another run was faster: try again, against its lease
 
     def __enter__(self) -> Lease:
         return self
@@ -158,7 +160,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Give it back, so that the next run need not wait."""
+        """Give the lease back, so that the next run need not wait."""
         self._stop.set()
         self._renewer.join()
         if self._lost is None:
@@ -168,13 +170,13 @@ class Lease:
                     self._write(replace(self._holder, released=True))
 
     def check(self, *, now: bool = True) -> None:
-        """Make sure that it is still held.
+        """Make sure that the lease is still held.
 
         Args:
-            now: look at the storage; otherwise only if that was done more than five seconds ago.
+            now: ask the storage in any case; otherwise only if that was done more than five seconds ago.
 
         Raises:
-            LeaseLostError: it is not; nothing may be written any more.
+            LeaseLostError: it is held no more; nothing may be written.
             storage.StorageError: the storage cannot be asked.
         """
         if self._lost is None and (now or time.monotonic() - self._checked > _CHECK_SECONDS):
@@ -194,7 +196,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._ttl_seconds / 6):
-            with suppress(storage.StorageError):  # the next turn tries again; check() looks by itself
+            with suppress(storage.StorageError):  # the next turn tries again; check() asks the storage by itself
                 self._look()
                 if self._lost is not None:
                     return
@@ -215,10 +217,10 @@ def _number(path: str) -> int:
 
 
 def _make_sure_it_is_over(path: str, ttl_seconds: float, on_wait: Callable[[str], object]) -> None:
-    """Return when whoever holds this lease has given it back, or is dead.
+    """Return when the holder of a lease has given it back or is dead.
 
     Raises:
-        LeaseHeldError: it is alive.
+        LeaseHeldError: the holder is alive.
     """
     first = storage.read_bytes(path)
     holder = Holder.of_bytes(first)
