@@ -4,7 +4,7 @@ Nothing else is state. What is left to do is what was planned, less what is fini
 killed between two writes leaves files from which the next run concludes the same (``pipeline.output.resume``).
 ``pipeline.output.lease`` makes sure that one process writes.
 
-No Python object is held for each video. A million planned spans with as many finished ones take some 250 MB.
+No Python object is held for each video. A million planned spans with as many finished ones take some 150 MB.
 """
 
 from __future__ import annotations

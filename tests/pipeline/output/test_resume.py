@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,15 @@ def test_a_rejection_holds_by_what_the_shards_say(
     resume = reconcile(state, inputs_of(corpus))
     assert bool(left(state, resume)) == is_left
     assert resume.kept_rejects.tolist() == [holds]
+
+
+def test_a_rejected_video_is_opened_again_when_its_rejection_is_gone() -> None:
+    corpus = corpus_of(a=TEXT, b=TEXT)
+    state = state_of(planned(corpus))
+    assert not videos_to_open(state, inputs_of(corpus)).num_rows
+    first = state.rejects.table.slice(0, 1)
+    forgotten = replace(state, rejects=FileRows.of(first.schema, [("rejects/0.parquet", first)]))
+    assert uris(videos_to_open(forgotten, inputs_of(corpus))) == ["b"]
 
 
 def test_a_touched_file_is_opened_again_and_found_to_be_the_same() -> None:
