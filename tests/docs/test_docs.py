@@ -238,7 +238,8 @@ def _exists(code: str) -> bool:
     if re.fullmatch(r"(vidshard|benchmarks|tests)(\.\w+)+", code):
         return code.removeprefix("vidshard.") in METADATA or _importable(code)
     if code.startswith(tuple(f"{folder}/" for folder in TOP_FOLDERS)) and not re.search(r"[*\s]", code):
-        return (ROOT / code).exists()
+        path, _, test = code.partition("::")
+        return (ROOT / path).exists() and (not test or f"def {test}(" in (ROOT / path).read_text())
     if re.fullmatch(r"\w+\.py", code):
         return any(code in files for _, _, files in os.walk(ROOT))
     return True

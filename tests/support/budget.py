@@ -18,18 +18,18 @@ OTHERS = "any other"
 
 
 def read_limits(contributing: str) -> dict[str, int]:
-    """Limits in seconds by test, as ``folder/file.py::test_name`` below ``tests/`` or `OTHERS`."""
+    """Limits in seconds by test, as ``tests/folder/file.py::test_name`` or `OTHERS`."""
     return {row["test"]: int(row["seconds"]) for row in ROW.finditer(contributing)}
 
 
 def seconds_by_test(reports: Iterable[Any]) -> dict[str, float]:
-    """Seconds of each test function below ``tests/``: the slowest of its cases, with what was set up for it first."""
+    """Seconds of each test function: the slowest of its cases, with what was set up for it first."""
     cases: defaultdict[str, float] = defaultdict(float)
     for report in reports:
         cases[report.nodeid] += report.duration
     tests: defaultdict[str, float] = defaultdict(float)
     for nodeid, seconds in cases.items():
-        name = nodeid.partition("[")[0].removeprefix("tests/")
+        name = nodeid.partition("[")[0]
         tests[name] = max(tests[name], seconds)
     return tests
 
