@@ -56,7 +56,7 @@ there was more, or where the last grid time reaches beyond the end."""
 
 @dataclass(kw_only=True)
 class Audit:
-    """What became of everything that an output was to hold."""
+    """Audit of an output: the fate of everything that it was to hold."""
 
     videos: pa.Table
     """``AUDIT_SCHEMA``."""
@@ -141,7 +141,7 @@ def _current_plan(rows: pa.Table) -> _CurrentPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _SpanOutcomes:
-    """What became of each planned span; arrays (spans,)."""
+    """Outcome of each planned span; arrays (spans,)."""
 
     video: pa.Table
     """``place``, ``uri`` and ``video_id`` of the span."""
@@ -255,7 +255,7 @@ def _short(spans: pa.Table, clips: np.ndarray, is_whole: np.ndarray) -> list[str
 
 @dataclass(frozen=True, kw_only=True)
 class _VideoRejects:
-    """What the rejections say, by video."""
+    """Rejections by video."""
 
     remedies: Mapping[str, Mapping[str, str]]
     """By URI the reasons, each with its remedy."""
@@ -282,7 +282,7 @@ class _VideoRejects:
         return ", ".join(self.remedies.get(uri, {})) or None
 
     def remedy(self, uri: str) -> str | None:
-        """What to do about them."""
+        """Remedies of the rejections."""
         return "; ".join(self.remedies.get(uri, {}).values()) or None
 
 

@@ -28,7 +28,7 @@ RESUME_COLUMNS = ("entry", "seen_entry", "place", "span_id", "first_clip", "expe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputState:
-    """What the files of an output say."""
+    """State of an output, as its files say it."""
 
     plan: pa.Table
     """Columns of ``PLAN_SCHEMA``, oldest rows first."""
