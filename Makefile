@@ -38,8 +38,9 @@ $(BENCH_READY): $(READY)
 demo: $(READY)
 	$(BIN)/vidshard demo $(VIDEOS)
 
+# Three processes, as one of them computes while two wait for Ray: tests/support/scheduling.py.
 test: $(READY)
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' --numprocesses 3 --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow

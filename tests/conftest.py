@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+
+# `make test` runs as many processes as there are cores: a second thread in each would only wait for the other's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+# ruff: noqa: E402
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,12 +17,14 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from xdist.remote import Producer
 
 from tests.support import budget
 from tests.support.cli import SMALL, tokenize
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
 from tests.support.processes import RUN, only_the_text_is_rejected
+from tests.support.scheduling import GroupScheduling
 from tests.support.shards import Tokens, tokens_by_clip
 from tests.support.videos import (
     Recipe,
@@ -175,6 +183,11 @@ def one_thread() -> Iterator[None]:
 def tiny() -> VidTok:
     """The preset ``tiny`` with the random weights of seed 0."""
     return load_tokenizer(PRESETS["tiny"], None, seed=0)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling:
+    """Keep what shares fixtures in one process."""
+    return GroupScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
