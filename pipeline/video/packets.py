@@ -34,8 +34,12 @@ class SeekPoint:
     """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
 
 
-_LACKS_REFERENCE = "a reference picture of this packet is missing"
-"""Attached to a packet as its ``opaque`` value."""
+class _MissingReference:
+    """Attached to a packet, as its ``opaque`` value, whose reference picture is missing.
+
+    Each packet gets an object of its own. PyAV keeps these values by their ``id`` and forgets one when the first packet
+    that has it is freed. With one object for all, a packet lost its mark when the garbage collector freed another.
+    """
 
 
 class NoKeyframeError(Exception):
@@ -87,7 +91,7 @@ def read_packets(
             waiting = earliest is not None and (packet.pts is None or (convert or int)(packet.pts) < earliest)
         if not waiting:
             if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
-                packet.opaque = _LACKS_REFERENCE
+                packet.opaque = _MissingReference()
             yield packet
     if waiting and num_packets:
         raise NoKeyframeError
@@ -134,7 +138,7 @@ def decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vide
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
-    if packet.opaque is _LACKS_REFERENCE:
+    if isinstance(packet.opaque, _MissingReference):
         raise _missing_reference(_time_of(packet, stream))
     return _decode(watched, stream, packet)
 

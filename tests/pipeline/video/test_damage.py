@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 
 from tests.support.videos import Recipe, write_damaged, write_truncated, write_video
 from vidshard.pipeline.storage import open_binary
+from vidshard.pipeline.video.container import open_video
 from vidshard.pipeline.video.decode import decode_spans
+from vidshard.pipeline.video.input_file import opened, storage_failures_named
+from vidshard.pipeline.video.packets import SeekPoint, decode_packet, read_packets
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.rejections import Reason
-from vidshard.schemas.video import Clip, ClipSpec, SpanClips, VideoRef
+from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec, Limits, SpanClips, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=48, width=48)
 NUM_CLIPS = 24
@@ -98,6 +102,34 @@ def test_a_picture_that_others_refer_to_and_that_is_missing_is_damage(
     clips = clips_of([result])
     assert 0 < len(clips) < len(original)
     assert all(np.array_equal(clip.frames, original[index].frames) for index, clip in clips.items())
+
+
+def read_marked(path: Path) -> list[bool]:
+    """Whether the decoder refuses each packet of a video; another reader's packets are freed before it is asked."""
+    with ExitStack() as stack:
+        readers = []
+        for _ in range(2):
+            watched = stack.enter_context(storage_failures_named(stack.enter_context(opened(str(path))), None))
+            readers.append((watched, *stack.enter_context(open_video(watched))))
+        (_, other, others_stream), (watched, container, stream) = readers
+        freed = list(read_packets(other, others_stream, SeekPoint(), Limits()))
+        packets = [packet for packet in read_packets(container, stream, SeekPoint(), Limits()) if packet is not None]
+        del freed
+        refused = []
+        for packet in packets:
+            try:
+                decode_packet(watched, stream, packet)
+                refused.append(False)
+            except VideoError:
+                refused.append(True)
+        return refused
+
+
+def test_a_missing_reference_is_seen_whatever_becomes_of_packets_of_other_readers(folder: Path) -> None:
+    whole = write_video(folder / "marked.mkv", Recipe(num_frames=50, gop=25, b_frames=0, width=160, height=96))
+    refused = read_marked(without_packet(folder / "marked-lacking.mkv", whole, 26))
+    assert refused.count(True) >= 1
+    assert not any(read_marked(whole))
 
 
 def test_a_picture_that_none_refers_to_may_be_missing(folder: Path) -> None:
