@@ -9,7 +9,6 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# ruff: noqa: E402
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
