@@ -11,7 +11,8 @@ from functools import cached_property
 import numpy as np
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import RUN, shard_paths
+from vidshard.pipeline.output.layout import REJECTS, RUN, shard_paths
+from vidshard.pipeline.output.parquet import named_if_damaged
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import ShardError, StoredClip, open_shard, output_shards, read_clips
 from vidshard.pipeline.rows import row_rejection
@@ -66,7 +67,10 @@ class Output:
         Raises:
             VidshardError: a file of rejections is damaged.
         """
-        return [row_rejection(row) for row in read_rejects(self.path).to_pylist()] if self._is_folder else []
+        if not self._is_folder:
+            return []
+        with named_if_damaged(storage.join(self.path, REJECTS)):
+            return [row_rejection(row) for row in read_rejects(self.path).to_pylist()]
 
     def reconstruct(self, clip: StoredClip) -> np.ndarray:
         """Decode a clip of this output, on a GPU where there is one; the first call loads the tokenizer.

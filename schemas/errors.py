@@ -7,10 +7,10 @@ it is printed without a traceback. Any other exception is a defect of vidshard. 
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
-from vidshard.schemas.uris import public_uri
+from vidshard.schemas.text import readable
+from vidshard.schemas.uris import without_secrets
 
 EXIT_FAILED = 1
 """The job ran, and its result is not what was asked for."""
@@ -35,11 +35,12 @@ class RunFailedError(VidshardError):
     exit_code = EXIT_FAILED
 
 
-def one_line(error: BaseException, limit: int | None = None) -> str:
-    """An error's message on one line, or its type where it has none; URIs are stripped of credentials.
+def one_line(error: BaseException, limit: int | None = None, *, about: str = "") -> str:
+    """An error's message on one line, or its type where it has none; without credentials and control characters.
 
     Args:
         limit: characters at most; None for all of them.
+        about: complete URI that the error is about; its secret parts are taken out wherever they stand.
     """
     words = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda m: public_uri(m[0]), words, flags=re.IGNORECASE)[:limit]
+    return readable(without_secrets(words, about))[:limit]

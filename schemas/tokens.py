@@ -65,7 +65,15 @@ LATER_COLUMNS = frozenset({"continues_previous", "decode_errors", "part_start_se
 PAYLOAD_COLUMNS = frozenset({"tokens", "latents", "latents_logvar"})
 """Names of the payload columns of all families."""
 
-RESERVED_COLUMNS = frozenset(f.name for f in CLIP_FIELDS) | PAYLOAD_COLUMNS
+_CLIP_COLUMNS = frozenset(f.name for f in CLIP_FIELDS)
+
+RESERVED_COLUMNS = _CLIP_COLUMNS | PAYLOAD_COLUMNS
+
+PAYLOAD_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64")
+"""Dtypes of payload columns."""
+
+_MAX_DEPTH = 32
+"""Deepest nesting of JSON values in a shard's metadata; vidshard writes at most four levels."""
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -98,10 +106,20 @@ class PayloadColumn:
     """Codebook size: token ids lie in [0, codebook_size); None for latents."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or len(self.name) > 255 or self.name in _CLIP_COLUMNS:
+            raise ValueError(f"a payload column has a name of its own, got {self.name!r:.80}")
+        if self.dtype not in PAYLOAD_DTYPES:
+            raise ValueError(f"{self.name}: the dtype is one of {', '.join(PAYLOAD_DTYPES)}, got {self.dtype!r:.80}")
+        if not all(type(size) is int for size in self.shape):
+            raise ValueError(f"{self.name}: a shape has whole numbers, got {self.shape!r:.80}")
+        if self.codebook_size is not None and not (type(self.codebook_size) is int and self.codebook_size >= 1):
+            raise ValueError(f"{self.name}: a codebook has a positive size, got {self.codebook_size!r:.80}")
         if (np.dtype(self.dtype).kind == "u") != (self.codebook_size is not None):
             raise ValueError(f"{self.name}: {self.dtype} does not go with a codebook of {self.codebook_size}")
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"{self.name}: a shape has positive sizes, got {self.shape}")
+        if math.prod(self.shape) >= 1 << 31:
+            raise ValueError(f"{self.name}: a clip has fewer than 2**31 values, got the shape {self.shape}")
 
     @property
     def num_values(self) -> int:
@@ -174,8 +192,8 @@ def parse_payload(record: Mapping[str, Any]) -> Payload:
         if "payloads" not in record:
             return _simple_payload(record)
         columns = tuple(PayloadColumn(**{**column, "shape": tuple(column["shape"])}) for column in record["payloads"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its metadata describes no payload: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"its metadata describes no payload: {error!r:.200}") from error
     if not columns or len({column.name for column in columns}) < len(columns):
         raise ValueError("its metadata names no payload column, or one twice")
     return columns
@@ -183,7 +201,13 @@ def parse_payload(record: Mapping[str, Any]) -> Payload:
 
 def _simple_payload(record: Mapping[str, Any]) -> Payload:
     shape, size = tuple(record["shape"]), record["codebook_size"]
+    if size is not None and not (type(size) is int and 1 <= size <= 1 << 63):
+        raise ValueError(f"its metadata states a codebook of {size!r:.80}")
+    if record["payload"] not in ("tokens", "latents") or type(record["keep_logvar"]) is not bool:
+        raise ValueError(f"its metadata states the payload {record['payload']!r:.80}")
     if record["payload"] == "tokens":
+        if size is None:
+            raise ValueError("its metadata states tokens without a codebook")
         return tokens_payload(shape, size)
     return latents_payload(shape, keep_logvar=record["keep_logvar"])
 
@@ -240,7 +264,8 @@ class Provenance:
             name: name of the file for the error.
 
         Raises:
-            ValueError: the file is not a token shard, or has an unknown format version.
+            ValueError: the file is not a token shard, has an unknown format version, or its values are not those of
+                a shard.
         """
         prefix = METADATA_PREFIX.encode()
         text = {
@@ -255,18 +280,57 @@ class Provenance:
                 "'vidshard.code_version') or a newer one"
             )
         described = {k: text[k] for k in ("shape", "codebook_size", "keep_logvar", "payloads") if k in text}
-        payload = parse_payload({k: json.loads(v) for k, v in described.items()} | {"payload": text.get("payload")})
+        missing = [key for key in _METADATA if key not in text]
+        if missing:
+            raise ValueError(f"its metadata lacks '{METADATA_PREFIX}{missing[0]}'")
+        payload = parse_payload(
+            {key: parse_json(value, key) for key, value in described.items()} | {"payload": text.get("payload")}
+        )
         return cls(
-            tokenizer=json.loads(text["tokenizer"]),
+            tokenizer=_json_object(text, "tokenizer"),
             weights_sha256=text["weights_sha256"],
             weights_source=text["weights_source"],
             payload=payload,
-            run=json.loads(text["run"]),
-            identity=json.loads(text["identity"]),
+            run=_json_object(text, "run"),
+            identity=_json_object(text, "identity"),
             code_version=text["code_version"],
-            libraries=json.loads(text["libraries"]),
+            libraries={name: str(version) for name, version in _json_object(text, "libraries").items()},
             notice=text.get("notice"),
         )
+
+
+_METADATA = ("tokenizer", "weights_sha256", "weights_source", "run", "identity", "code_version", "libraries")
+
+
+def parse_json(text: str | bytes, key: str) -> Any:
+    """Parse a JSON value of a shard's metadata.
+
+    Args:
+        text: the JSON.
+        key: name of the value, for the error.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+        level = [value]
+        for _ in range(_MAX_DEPTH):
+            level = [
+                v for c in level for v in (c.values() if isinstance(c, dict) else c if isinstance(c, list) else ())
+            ]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata '{key}' is no JSON: {error!r:.200}") from error
+    if level:
+        raise ValueError(f"its metadata '{key}' is nested more than {_MAX_DEPTH} levels deep")
+    return value
+
+
+def _json_object(text: Mapping[str, str], key: str) -> dict[str, Any]:
+    value = parse_json(text[key], key)
+    if not isinstance(value, dict):
+        raise ValueError(f"its metadata '{key}' is a {type(value).__name__} where an object should be")
+    return value
 
 
 def shard_schema(manifest_fields: Sequence[pa.Field], provenance: Provenance) -> pa.Schema:

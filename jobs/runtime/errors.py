@@ -7,7 +7,9 @@ from types import FrameType
 
 import click
 
+from vidshard.jobs.runtime.progress import indented
 from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.uris import without_secrets
 
 
 def cause_of(error: BaseException) -> str:
@@ -49,4 +51,4 @@ def exit_code_of(interrupt: KeyboardInterrupt) -> int:
 
 def print_error(text: object) -> None:
     """Print an error message on stderr."""
-    click.secho(f"error: {text}", fg="red", bold=True, err=True)
+    click.secho(f"error: {indented(without_secrets(str(text)))}", fg="red", bold=True, err=True)

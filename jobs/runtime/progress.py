@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from vidshard.schemas.text import readable_lines
+
 PLAIN_INTERVAL_SECONDS = 10.0
 """Shortest time between two lines where the output is not a terminal."""
 
@@ -78,4 +80,15 @@ def _duration(seconds: float) -> str:
 
 def warn(console: Console, text: str) -> None:
     """Print a warning, marked by ``!!`` and by color."""
-    console.print(Text(f"!! {text}", style="bold yellow"))
+    print_alert(console, f"!! {text}", style="bold yellow")
+
+
+def print_alert(console: Console, text: str, *, style: str) -> None:
+    """Print a message that may quote foreign text; lines after the first are indented, so that none passes for ours."""
+    console.print(Text(indented(text), style=style))
+
+
+def indented(text: object) -> str:
+    """A message safe to print, its lines after the first indented."""
+    first, *others = readable_lines(text).split("\n")
+    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in others)])

@@ -12,10 +12,14 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN, shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.fields import differences
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.tokens import FORMAT_VERSIONS, Provenance, payload_record
+from vidshard.schemas.tokens import FORMAT_VERSIONS, Provenance, parse_json, payload_record
+from vidshard.schemas.uris import shown_uri
+
+MAX_RECORD_BYTES = 64 << 20
+"""Largest ``run.json`` that is read; that of a run with 100,000 inputs takes some 10 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +47,17 @@ def read_run_record(out: str) -> RunRecord | None:
         with open_shard(shards[0]) as (_, provenance):
             return RunRecord(identity=dict(provenance.identity), code_version=provenance.code_version)
     try:
-        record = json.loads(storage.read_bytes(path))
+        record = parse_json(storage.read_bytes(path, max_bytes=MAX_RECORD_BYTES), RUN)
         version = int(record.get("format_version", FORMAT_VERSIONS[0]))
         found = RunRecord(
             identity=dict(record["identity"]),
             code_version=str(record.get("code_version")),
             runs=list(record.get("runs", [])),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{path} is no run record ({error!r}): `vidshard verify --repair {out}` writes it anew if "
+            f"{shown_uri(path)} is no run record ({one_line(error, 200)}): `vidshard verify --repair {out}` writes it "
+            "anew if "
             "shards are there, or choose another --out"
         ) from error
     if version not in FORMAT_VERSIONS:

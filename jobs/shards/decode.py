@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ from vidshard.pipeline.reconstruct import (
     stored_clip,
 )
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.rejections import VideoError
+from vidshard.schemas.text import readable
+from vidshard.schemas.uris import shown_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ def _decode_clips(
     with PhaseProgress(console, "decoding", len(rows)) as display:
         for row in rows:
             clip = stored_clip(row)
-            file = Path(request.target) if request.target else Path(request.folder or ".") / f"{clip.clip_id}.mp4"
+            file = Path(request.target) if request.target else Path(request.folder or ".") / file_name(clip.clip_id)
             frames = decode(clip)
             if request.side_by_side and (source := _source_or_none(clip, resolved, console)) is not None:
                 frames = np.concatenate([source, frames], axis=2)
@@ -105,7 +109,7 @@ def _decode_video(
 ) -> Path:
     rows = _whole_video(paths, video_id, resolved)
     tokenizer = load_decoder(resolved)
-    file = Path(request.target or f"{video_id}.mp4")
+    file = Path(request.target or file_name(video_id))
     with PhaseProgress(console, "decoding", len(rows)) as display:
         write_video(file, _watched(reconstruct_video(rows, tokenizer), display), resolved.run.fps)
     console.print(f"wrote {file}: {len(rows)} rows of video {video_id}", highlight=False, markup=False)
@@ -123,7 +127,7 @@ def _whole_video(paths: Sequence[str], prefix: str, resolved: ResolvedRun) -> li
     videos = sorted({clip_id.rsplit("-", 1)[0] for _, clip_id in find_clips(paths, prefix)})
     if len(videos) != 1:
         some = (
-            f"{len(videos)} videos, or parts of one, begin so: {', '.join(videos[:3])} ..."
+            f"{len(videos)} videos, or parts of one, begin so: {', '.join(map(readable, videos[:3]))} ..."
             if videos
             else "vidshard inspect shows some"
         )
@@ -132,7 +136,7 @@ def _whole_video(paths: Sequence[str], prefix: str, resolved: ResolvedRun) -> li
     for number, (index, _) in enumerate(rows):
         if index != number:
             raise UserError(
-                f"row {number} of video {videos[0]} is missing: see rejects/, or tokenize it again; "
+                f"row {number} of video {readable(videos[0])} is missing: see rejects/, or tokenize it again; "
                 f"the rows that are there decode one by one (--clip ID)"
             )
     return [row for _, row in rows]
@@ -152,13 +156,27 @@ def _only_clip(paths: Sequence[str], prefix: str) -> Row:
     """
     found = find_clips(paths, prefix)
     if not found:
-        example = next(read_clips(paths[0])).clip_id
+        example = next((readable(clip.clip_id) for path in paths for clip in read_clips(path)), "none")
         raise UserError(f"no clip whose id begins with '{prefix}'; one that is there: {example}")
     exact = [(path, clip_id) for path, clip_id in found if clip_id == prefix]
     if len(found) > 1 and not exact:
-        some = ", ".join(clip_id for _, clip_id in found[:3])
+        some = ", ".join(readable(clip_id) for _, clip_id in found[:3])
         raise UserError(f"{len(found)} clips begin with '{prefix}' ({some} ...): give more of the id")
     return (exact or found)[0]
+
+
+_OWN_ID = re.compile(r"[0-9a-z]{1,64}(?:-[0-9a-z]{1,64}){0,2}(?:-[0-9]{6,12})?", re.ASCII)
+"""Form of the ids that vidshard makes of clips and videos."""
+
+
+def file_name(clip_id: str) -> str:
+    """Name of the video file of a clip; one that leaves no folder, whatever text a shard has as the id.
+
+    It is the id itself where it has the form of vidshard's own, else a digest of it.
+    """
+    if _OWN_ID.fullmatch(clip_id):
+        return f"{clip_id}.mp4"
+    return f"clip-{hashlib.sha256(clip_id.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.mp4"
 
 
 def tiling_for(request: DecodeRun, resolved: ResolvedRun) -> Tiling | None:
@@ -184,7 +202,9 @@ def _source_or_none(clip: StoredClip, resolved: ResolvedRun, console: Console) -
     try:
         return source_frames(clip, resolved)
     except VideoError as error:
-        console.print(f"{clip.values['uri']} cannot be shown beside: {error}", highlight=False, markup=False)
+        console.print(
+            f"{shown_uri(clip.values['uri'])} cannot be shown beside: {one_line(error)}", highlight=False, markup=False
+        )
         return None
 
 
@@ -192,7 +212,8 @@ def describe_clip(clip: StoredClip) -> str:
     """Describe a clip in one line: number of frames, source and times."""
     values = clip.values
     times = values["frame_pts_seconds"]
-    return f"{values['num_valid_frames']} frames of {values['uri']} from {times[0]:.2f} s to {times[-1]:.2f} s"
+    source = shown_uri(values["uri"])
+    return f"{values['num_valid_frames']} frames of {source} from {times[0]:.2f} s to {times[-1]:.2f} s"
 
 
 def write_video(target: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:

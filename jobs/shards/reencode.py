@@ -26,7 +26,10 @@ from vidshard.pipeline.output.shard_reader import find_clips, open_shard
 from vidshard.pipeline.reconstruct import load_decoder, stored_clip, stored_spec
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.rejections import VideoError
+from vidshard.schemas.text import readable
+from vidshard.schemas.uris import shown_uri
 from vidshard.schemas.video import Clip
 
 TIE = 1e-4
@@ -83,7 +86,9 @@ def encode_again(paths: Sequence[str], console: Console, *, share: float, seed: 
             try:
                 again = encode_by_another_cut(tokenizer, resolved, stored.values)
             except VideoError as error:
-                result.gone.append(f"{stored.clip_id} of {stored.values['uri']}: {error}")
+                result.gone.append(
+                    f"{readable(stored.clip_id)} of {shown_uri(stored.values['uri'])}: {one_line(error)}"
+                )
             else:
                 compare(stored.payload, again, result, stored.clip_id)
             display.update(done, f"{done} of {len(chosen)} clips · {done / display.seconds:.2f} clips/s")
@@ -194,7 +199,7 @@ def _report(result: Comparison, share: float, seed: int, console: Console) -> No
         highlight=False,
     )
     for clip_id in result.different_clips[:10]:
-        console.print(f"  differs: {clip_id}", highlight=False, markup=False)
+        console.print(f"  differs: {readable(clip_id)}", highlight=False, markup=False)
     for line in result.gone[:10]:
         console.print(f"  not compared: {line}", highlight=False, markup=False)
     if len(result.gone) > 10:

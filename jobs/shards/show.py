@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from vidshard.jobs.runtime.progress import print_alert, warn
 from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
@@ -20,7 +20,9 @@ from vidshard.pipeline.output.layout import RUN, shard_paths
 from vidshard.pipeline.output.parquet import ShardError
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import open_shard, output_shards, read_clips, read_payloads
+from vidshard.schemas.text import readable
 from vidshard.schemas.tokens import Payload, Provenance
+from vidshard.schemas.uris import shown_uri, without_secrets
 
 
 def inspect_output(out: str, console: Console, *, num_rows: int) -> None:
@@ -55,10 +57,13 @@ def _show_counts(paths: list[str], console: Console) -> Provenance:
         with open_shard(path) as (parquet, provenance):
             clips += parquet.metadata.num_rows
             size += sum(parquet.metadata.row_group(g).total_byte_size for g in range(parquet.metadata.num_row_groups))
-            videos.update(parquet.read(columns=["video_id"])["video_id"].to_pylist())
+            for group in range(parquet.metadata.num_row_groups):
+                videos.update(parquet.group(group, ["video_id"])["video_id"].unique().to_pylist())
             schema = parquet.schema_arrow
             if first is not None and provenance.identity != first.identity:
-                raise ShardError(f"{path} was made with other settings than {paths[0]}: read them apart")
+                raise ShardError(
+                    f"{shown_uri(path)} was made with other settings than {shown_uri(paths[0])}: read them apart"
+                )
             first = first or provenance
     assert first is not None
     assert schema is not None
@@ -67,8 +72,13 @@ def _show_counts(paths: list[str], console: Console) -> Provenance:
     )
     console.print("\nschema", style="bold")
     for field in schema:
-        shape = f"   shape {field.metadata[b'shape'].decode()}" if field.metadata and b"shape" in field.metadata else ""
-        console.print(f"  {field.name:<20}{field.type}{shape}", highlight=False, markup=False)
+        shape = (
+            f"   shape {readable(field.metadata[b'shape'].decode(errors='replace'), 80)}"
+            if field.metadata and b"shape" in field.metadata
+            else ""
+        )
+        kind = readable(field.type, 400)
+        console.print(f"  {readable(field.name, 200):<20}{kind}{shape}", highlight=False, markup=False)
     return first
 
 
@@ -96,10 +106,10 @@ def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> 
                 use.update(arrays[name])
     except ShardError as error:
         # only the first broken shard is named here; `vidshard verify` names all
-        console.print(Text(f"codebook: not counted, {error}", style="bold red"))
+        print_alert(console, f"codebook: not counted, {error}", style="bold red")
         return
     for name, use in uses.items():
-        of = "" if len(uses) == 1 else f" of {name}"
+        of = "" if len(uses) == 1 else f" of {readable(name)}"
         console.print(
             f"codebook{of}: {use.num_used:,} of {use.codebook_size:,} tokens used ({use.utilisation:.1%}), "
             f"entropy {use.entropy_bits:.2f} bits{part}",
@@ -118,9 +128,14 @@ def _show_provenance(provenance: Provenance, console: Console) -> None:
         "run": dict(provenance.run),
     }
     text = yaml.safe_dump(shown, sort_keys=False).rstrip()
-    console.print("\n".join(f"  {line}" for line in text.splitlines()), highlight=False, markup=False)
+    lines = [f"  {readable(without_secrets(line))}" for line in text.split("\n")]
+    console.print("\n".join(lines), highlight=False, markup=False)
     if provenance.notice:
-        console.print(Text(f"!! {provenance.notice}", style="bold yellow"))
+        warn(console, readable(provenance.notice))
+
+
+MAX_SHOWN = 2000
+"""Characters of a value that are printed."""
 
 
 def _show_rows(path: str, num_rows: int, console: Console) -> None:
@@ -134,7 +149,8 @@ def _show_rows(path: str, num_rows: int, console: Console) -> None:
             values[label] = f"{array.dtype} {list(array.shape)}: {array.reshape(-1)[:6].tolist()} ..."
         for name, value in values.items():
             text = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
-            console.print(f"  {name:<20}{text}", highlight=False, markup=False)
+            line = f"  {readable(name, 200):<20}{readable(without_secrets(text), MAX_SHOWN)}"
+            console.print(line, highlight=False, markup=False)
         console.print()
 
 
@@ -142,13 +158,14 @@ def _show_rejects(out: str, console: Console) -> None:
     rejects = read_rejects(out).to_pylist()
     console.print(f"rejects: {len(rejects)}", style="bold", highlight=False)
     for (reason, remedy), count in Counter((r["reason"], r["remedy"]) for r in rejects).most_common():
-        console.print(f"  {count} x {reason}: {remedy}", highlight=False, markup=False)
+        console.print(f"  {count} x {readable(reason)}: {readable(remedy)}", highlight=False, markup=False)
     for row in rejects[:10]:
-        console.print(
-            f"    {row['uri']} [{row['stage']}] {row['reason']}: {row['detail']}", highlight=False, markup=False
-        )
+        place = f"{shown_uri(row['uri'])} [{readable(row['stage'])}] {readable(row['reason'])}"
+        console.print(f"    {place}: {readable(without_secrets(row['detail']))}", highlight=False, markup=False)
     if len(rejects) > 10:
-        console.print(f"    ... and {len(rejects) - 10} more in {out}/rejects/", highlight=False, markup=False)
+        console.print(
+            f"    ... and {len(rejects) - 10} more in {shown_uri(out)}/rejects/", highlight=False, markup=False
+        )
 
 
 def print_tokenizers(console: Console) -> None:

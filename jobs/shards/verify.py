@@ -17,44 +17,60 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.text import Text
 
-from vidshard.jobs.runtime.progress import PhaseProgress
-from vidshard.jobs.runtime.run_record import record_of
+from vidshard.jobs.runtime.progress import PhaseProgress, print_alert
+from vidshard.jobs.runtime.run_record import MAX_RECORD_BYTES, record_of
 from vidshard.jobs.shards.reencode import Comparison, encode_again
 from vidshard.models.tokenizer import parse_config
 from vidshard.pipeline import storage
 from vidshard.pipeline.clip_specs import clip_specs_of
 from vidshard.pipeline.output.audit import AUDIT_COLUMNS, Audit, make_audit
 from vidshard.pipeline.output.committed import ShardSpans, drop_repeated_spans, drop_spans, shard_spans, spans_of_rows
-from vidshard.pipeline.output.layout import PLANNED, REJECTS, RUN, SHARDS
+from vidshard.pipeline.output.layout import PLANNED, RUN, SHARDS, remove_leftovers
 from vidshard.pipeline.output.lease import Lease
-from vidshard.pipeline.output.parquet import ShardError
-from vidshard.pipeline.output.shard_reader import check_shard, open_shard, output_shards
+from vidshard.pipeline.output.parquet import ShardError, named_if_damaged
+from vidshard.pipeline.output.shard_reader import check_shard, find_clips, open_shard, output_shards
 from vidshard.pipeline.output.state import OutputState, damaged_files
 from vidshard.pipeline.resolved_run import stored_run
-from vidshard.schemas.errors import EXIT_FAILED, UserError
-from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX
+from vidshard.schemas.errors import EXIT_FAILED, UserError, one_line
+from vidshard.schemas.text import readable, spreadsheet_cell
+from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX, parse_json
+from vidshard.schemas.uris import shown_uri
 
 
 @dataclass(kw_only=True)
 class _Findings:
     """Problems found so far; printed, and repaired if asked for."""
 
-    repair: bool
+    lease: Lease | None
+    """Lease of a repair, checked before each change; None where nothing is changed."""
     console: Console
     num_wrong: int = 0
     num_repaired: int = 0
     wrong_paths: set[str] = field(default_factory=set)
 
     def wrong(self, text: str, mend: Callable[[], object] | None = None, done: str = "") -> None:
-        """Report a problem; with ``--repair`` call ``mend`` and report ``done``."""
+        """Report a problem; with ``--repair`` call ``mend`` and report ``done``.
+
+        Raises:
+            LeaseLostError: another run has taken over the output; nothing is changed.
+        """
         self.num_wrong += 1
-        self.console.print(Text(f"broken: {text}", style="bold red"))
-        if self.repair and mend is not None:
+        print_alert(self.console, f"broken: {text}", style="bold red")
+        if self.lease is not None and mend is not None:
+            self.lease.check()
             mend()
             self.num_repaired += 1
-            self.console.print(f"  repaired: {done}", highlight=False, markup=False)
+            self.console.print(f"  repaired: {readable(done)}", highlight=False, markup=False)
+
+    def before_write(self) -> None:
+        """Check the lease.
+
+        Raises:
+            LeaseLostError: as :meth:`wrong`.
+        """
+        if self.lease is not None:
+            self.lease.check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +115,11 @@ def verify_output(
     folder = storage.absolute(out)
     if account_file and not account_file.endswith((".parquet", ".csv")):
         raise UserError(f"--account {account_file}: give a name that ends in .parquet or .csv")
-    findings = _Findings(repair=repair, console=console)
     is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
     if (repair or account_file) and not is_output:
         raise UserError(f"{out} is no output of vidshard with a {RUN}: there is no plan to hold it against")
-    with Lease.acquire(folder) if repair else nullcontext():
+    with Lease.acquire(folder) if repair else nullcontext() as lease:
+        findings = _Findings(lease=lease, console=console)
         paths = _paths(folder, findings) if is_output else output_shards(out)
         facts = _check_shards(paths, folder if is_output else None, findings)
         if is_output:
@@ -137,12 +153,12 @@ def _report_account(
 def _paths(folder: str, findings: _Findings) -> list[str]:
     """List the shards of an output. Reports damaged plan and rejects files; a repair also removes unfinished files."""
     for path, why in damaged_files(folder):
-        findings.wrong(why, partial(storage.remove, path), f"{path} is taken out")
-    left = (
-        sum(storage.remove_leftovers(storage.join(folder, part)) for part in (SHARDS, REJECTS, PLANNED))
-        if (findings.repair)
-        else 0
-    )
+        mend = partial(storage.remove, path) if why.is_damage else None
+        findings.wrong(str(why), mend, f"{path} is taken out")
+    left = 0
+    if findings.lease is not None:
+        findings.before_write()
+        left = remove_leftovers(folder)
     if left:
         findings.console.print(f"{left} files that a killed run had begun are removed", highlight=False)
     return storage.list_files(storage.join(folder, SHARDS), ".parquet")
@@ -159,19 +175,20 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
             try:
                 num_clips, found = _check_shard(path, identity)
             except ShardError as error:
-                mend = partial(storage.remove, path) if _is_ours(path, identity) else None
+                mend = partial(storage.remove, path) if error.is_damage and _is_ours(path, identity) else None
                 findings.wrong(str(error), mend, f"{path} is taken out")
                 continue
-            with open_shard(path) as (parquet, _):
-                ids = parquet.read(columns=["clip_id"])["clip_id"].to_pylist()
+            ids = [clip_id for _, clip_id in find_clips([path], "")]
             twice = seen.intersection(ids)
             if twice:
                 findings.wrong(
-                    f"{path} holds {len(twice)} clips that stand in another shard too: {min(twice)} ...",
-                    None if folder is None else partial(drop_repeated_spans, [*(shard.path for shard in facts), path]),
+                    f"{path} holds {len(twice)} clips that stand in another shard too: {readable(min(twice))} ...",
+                    None
+                    if folder is None
+                    else partial(drop_repeated_spans, [*(shard.path for shard in facts), path], findings.before_write),
                     "they stay in the first shard alone",
                 )
-                if findings.repair and folder is not None:
+                if findings.lease is not None and folder is not None:
                     found = shard_spans(path) if storage.exists(path) else ShardSpans(path, [], [], [])
             seen.update(ids)
             clips += num_clips
@@ -189,12 +206,16 @@ def _is_ours(path: str, identity: dict[str, Any] | None) -> bool:
             metadata = pq.read_metadata(file).metadata or {}
     except storage.StorageError:
         raise
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError):
         return True  # the Parquet footer cannot be read
     version = metadata.get(f"{METADATA_PREFIX}format_version".encode(), b"").decode(errors="replace")
     if version not in map(str, FORMAT_VERSIONS):
         return False
-    return identity is None or json.loads(metadata.get(f"{METADATA_PREFIX}identity".encode(), b"null")) == identity
+    try:
+        stated = parse_json(metadata.get(f"{METADATA_PREFIX}identity".encode(), b""), "identity")
+    except ValueError:
+        return True  # no vidshard writes this: damaged, and nobody else's
+    return identity is None or not isinstance(stated, dict) or stated == identity
 
 
 def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, ShardSpans]:
@@ -206,10 +227,24 @@ def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, Shard
     num_clips = check_shard(path)
     with open_shard(path) as (parquet, provenance):
         names = ("video_id", "clip_index", "part_start_seconds", "part_end_seconds", "num_valid_frames", "fps")
-        rows = parquet.read(columns=[name for name in names if name in parquet.schema_arrow.names])
+        rows = parquet.whole([name for name in names if name in parquet.schema_arrow.names])
     if identity is not None and dict(provenance.identity) != identity:
-        raise ShardError(f"{path} was made with other settings than {RUN} says: move it away, or start a new output")
+        raise ShardError(
+            f"{shown_uri(path)} was made with other settings than {RUN} says: move it away, or start a new output"
+        )
     facts = shard_spans(path)
+    with named_if_damaged(path):
+        _check_spans(path, rows, facts)
+    return num_clips, facts
+
+
+def _check_spans(path: str, rows: pa.Table, facts: ShardSpans) -> None:
+    """Compare the rows of a shard with the spans that it lists.
+
+    Raises:
+        ShardError: they contradict each other.
+    """
+    path = shown_uri(path)
     if facts.spans:
         owners = spans_of_rows(rows, facts.spans)
         counts = Counter(owners)
@@ -225,7 +260,6 @@ def _check_shard(path: str, identity: dict[str, Any] | None) -> tuple[int, Shard
                 raise ShardError(f"{path} holds {counts[span]} clips of span {span}, and says that they are {number}")
             if length is not None and abs(length - seconds[span]) > 1e-3:
                 raise ShardError(f"{path} holds {seconds[span]:.3f} s of span {span}, and says that they are {length}")
-    return num_clips, facts
 
 
 def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str, Any]:
@@ -236,10 +270,12 @@ def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str,
     """
     path = storage.join(folder, RUN)
     try:
-        record: dict[str, Any] = json.loads(storage.read_bytes(path))
-        record["identity"], record["run"], record["tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
-        damage = f"{path} is damaged ({error!r})"
+        record: dict[str, Any] = parse_json(storage.read_bytes(path, max_bytes=MAX_RECORD_BYTES), RUN)
+        for name in ("identity", "run", "tokenizer"):
+            if not isinstance(record[name], dict):
+                raise TypeError(f"its '{name}' is no object")
+    except (ValueError, LookupError, TypeError) as error:
+        damage = f"{shown_uri(path)} is damaged ({one_line(error, 200)})"
     else:
         return record
     for shard in paths:
@@ -258,8 +294,10 @@ def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans
     record = _record(folder, [path for path in paths if storage.exists(path)], findings)
     try:
         specs = clip_specs_of(stored_run(record["run"]), parse_config(record["tokenizer"]))
-    except (UserError, ValueError, KeyError) as error:
-        findings.console.print(f"no account: {RUN} is of another vidshard ({error})", highlight=False, markup=False)
+    except (UserError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        findings.console.print(
+            f"no account: {RUN} is of another vidshard ({one_line(error)})", highlight=False, markup=False
+        )
         return None
     if not storage.list_files(storage.join(folder, PLANNED), ".parquet"):
         findings.console.print(f"no account: the output has no {PLANNED}/ (a run that goes on writes it)")
@@ -276,6 +314,7 @@ def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans
         def mend() -> None:
             for shard in facts:
                 if not set(shard.spans).isdisjoint(spans):
+                    findings.before_write()
                     drop_spans(shard.path, spans)
 
         return mend
@@ -324,8 +363,17 @@ def print_account(account: Audit, console: Console) -> None:
 def _write_account(account: Audit, path: str, console: Console) -> None:
     sink = pa.BufferOutputStream()
     if path.endswith(".csv"):
-        pyarrow.csv.write_csv(account.videos, sink)
+        pyarrow.csv.write_csv(_for_spreadsheets(account.videos), sink)
     else:
         pq.write_table(account.videos, sink)
     storage.write_atomic(storage.absolute(path), sink.getvalue())
-    console.print(f"what became of each video: {path}", highlight=False, markup=False)
+    console.print(f"what became of each video: {shown_uri(path)}", highlight=False, markup=False)
+
+
+def _for_spreadsheets(table: pa.Table) -> pa.Table:
+    """The table with texts that no spreadsheet takes for formulas."""
+    for at, column in enumerate(table.schema):
+        if pa.types.is_string(column.type):
+            cells = [None if text is None else spreadsheet_cell(text) for text in table[column.name].to_pylist()]
+            table = table.set_column(at, column, pa.array(cells, column.type))
+    return table

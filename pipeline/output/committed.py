@@ -7,8 +7,9 @@ are taken out of a shard by replacing the file.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from vidshard.pipeline.output.parquet import FileRows, named_if_damaged
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.output.shard_writer import parquet_bytes
 from vidshard.pipeline.rows import row_part
+from vidshard.schemas.tokens import parse_json
 
 COMMITTED_SCHEMA = pa.schema([("span_id", pa.string()), ("num_clips", pa.int64()), ("seconds", pa.float64())])
 """A span of a shard, its number of clips, and the seconds of video in them. The last two are null for shards written
@@ -51,15 +53,41 @@ def shard_spans(path: str) -> ShardSpans:
         storage.StorageError: it could not be read.
     """
     with named_if_damaged(path), storage.open_binary(path) as file:
-        metadata: dict[bytes, Any] = pq.read_metadata(file).metadata or {}
-        spans = json.loads(metadata.get(SPANS_KEY.encode(), b"[]"))
-        unknown = json.dumps([None] * len(spans))
-        return ShardSpans(
-            path=path,
-            spans=spans,
-            num_clips=json.loads(metadata.get(SPAN_CLIPS_KEY.encode(), unknown)),
-            seconds=json.loads(metadata.get(SPAN_SECONDS_KEY.encode(), unknown)),
-        )
+        metadata: dict[bytes, bytes] = pq.read_metadata(file).metadata or {}
+        return _listed_spans(path, metadata)
+
+
+_SPAN_ID = re.compile(r"[0-9A-Za-z_.-]{1,200}-[0-9]{1,12}-(?:[0-9]{1,12}|end)", re.ASCII)
+"""Form of a span's id: video, perhaps a digest of the part, first clip, and the clip after the last or ``end``."""
+
+
+def _listed_spans(path: str, metadata: Mapping[bytes, bytes]) -> ShardSpans:
+    """The spans that metadata lists.
+
+    Raises:
+        ValueError: they are not lists of span ids, numbers of clips and seconds, of one length.
+    """
+
+    def read(key: str, kinds: tuple[type, ...], missing: list[Any]) -> list[Any]:
+        values = parse_json(metadata[key.encode()], key) if key.encode() in metadata else missing
+        if not isinstance(values, list) or not all(value is None or type(value) in kinds for value in values):
+            raise ValueError(f"its metadata '{key}' is not a list of {kinds[0].__name__}")
+        return values
+
+    spans = read(SPANS_KEY, (str,), [])
+    none = [None] * len(spans)
+    num_clips = read(SPAN_CLIPS_KEY, (int,), none)
+    seconds = read(SPAN_SECONDS_KEY, (float, int), none)
+    wrong = [span for span in spans if span is None or not _SPAN_ID.fullmatch(span)]
+    if wrong or len(set(spans)) < len(spans):
+        raise ValueError(f"it lists the span {wrong[0]!r:.80}" if wrong else "it lists a span twice")
+    if not len(spans) == len(num_clips) == len(seconds):
+        raise ValueError(f"it lists {len(spans)} spans, {len(num_clips)} numbers of clips and {len(seconds)} lengths")
+    if any(n is not None and not 0 <= n < 1 << 31 for n in num_clips):
+        raise ValueError("it lists an impossible number of clips")
+    if any(s is not None and not 0 <= s < 1e12 for s in seconds):
+        raise ValueError("it lists an impossible number of seconds")
+    return ShardSpans(path=path, spans=spans, num_clips=num_clips, seconds=seconds)
 
 
 def read_committed(out: str) -> FileRows:
@@ -82,8 +110,12 @@ def committed_spans(out: str) -> pa.Array:
     return read_committed(out).table["span_id"].unique()
 
 
-def drop_repeated_spans(paths: Sequence[str]) -> int:
+def drop_repeated_spans(paths: Sequence[str], before_write: Callable[[], object] = lambda: None) -> int:
     """Leave each span in the first of the shards that hold it; returns how many were taken out of others.
+
+    Args:
+        paths: the shards, in order.
+        before_write: called before each shard is changed; an exception stops the work.
 
     Raises:
         ShardError: a shard is damaged.
@@ -95,6 +127,7 @@ def drop_repeated_spans(paths: Sequence[str]) -> int:
         spans = shard_spans(path).spans
         repeated = seen.intersection(spans)
         if repeated:
+            before_write()
             drop_spans(path, repeated)
             dropped += len(repeated)
         seen.update(spans)
@@ -116,7 +149,7 @@ def drop_spans(path: str, unwanted: Collection[str]) -> None:
         storage.remove(path)
         return
     with open_shard(path) as (parquet, provenance):
-        table = parquet.read()
+        table = parquet.whole()
     wanted = {listed.spans[at] for at in kept}
     table = table.filter(pa.array([span in wanted for span in spans_of_rows(table, listed.spans)], pa.bool_()))
     lists = {

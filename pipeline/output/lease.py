@@ -4,9 +4,11 @@
 
 A run takes the lease by creating the file of the next number (``storage.create_exclusive``: of two runs that try, one
 succeeds). It renews the lease by rewriting that file, every sixth of its time. A run that finds a lease not given back
-watches the file. If the file changes, the holder is alive and the run is refused; if it does not change for the whole
-time, the holder is dead and the run creates the next number. No clocks of two machines are compared. On the machine of
-the holder its process is looked for instead, so that a killed run is followed at once.
+watches the file. If the file changes, the holder is alive and the run is refused. If it does not change for the whole
+time, the holder is dead and the run creates the next number. The time is the larger of the holder's own, which stands
+in the file, and of the run's. No clocks of two machines are compared. On the machine of the holder its process is
+looked for instead, so that a killed run is followed at once. A process that cannot be seen (``hidepid``, another user,
+another namespace) is not taken for dead: its file is watched.
 
 A holder that was asleep (a suspended machine, a stopped process) notices a higher number before its next write
 (:meth:`Lease.check`). In the milliseconds between that check and the end of the write it could still write one more
@@ -23,16 +25,22 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import LEASES
 from vidshard.schemas.errors import EXIT_FAILED, VidshardError
+from vidshard.schemas.text import readable
 
 _KEPT = 3
 """Former leases that stay, for people to look at."""
+_UNSTATED_TTL_SECONDS = 60.0
+"""Time to live of leases that do not state theirs, by versions that had this default."""
+_MAX_TTL_SECONDS = 7 * 86400.0
+"""Longest time to live that is believed."""
+_MAX_LEASE_BYTES = 1 << 16
 _CHECK_SECONDS = 5.0
 """How long a check of the storage counts, where the caller allows that."""
 
@@ -65,16 +73,28 @@ class Holder:
     """Number of renewals."""
     released: bool = False
     """Whether the holder gave the lease back."""
+    ttl_seconds: float | None = None
+    """Seconds without a renewal after which the holder is dead; None in leases of versions that did not state it."""
+
+    def __post_init__(self) -> None:
+        texts = (self.token, self.host, self.machine, self.process, self.started_at)
+        if not all(isinstance(text, str) for text in texts) or type(self.pid) is not int or type(self.beat) is not int:
+            raise ValueError("a lease holds text, an integer process id and an integer beat")
+        if type(self.released) is not bool:
+            raise ValueError(f"released must be true or false, got {self.released!r}")
+        if self.ttl_seconds is not None and not 0 < float(self.ttl_seconds) <= _MAX_TTL_SECONDS:
+            raise ValueError(f"ttl_seconds must lie in (0, {_MAX_TTL_SECONDS:g}], got {self.ttl_seconds}")
 
     @classmethod
-    def of_this_process(cls) -> Holder:
-        """Make the holder for a new lease of this process."""
+    def of_this_process(cls, ttl_seconds: float | None = None) -> Holder:
+        """Make the holder for a new lease of this process, with its time to live."""
         return cls(
+            ttl_seconds=None if ttl_seconds is None else min(ttl_seconds, _MAX_TTL_SECONDS),
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=_machine(),
-            process=_process_start(os.getpid()),
+            process=_process_start(os.getpid()) or "",
             started_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
@@ -84,32 +104,57 @@ class Holder:
 
     @classmethod
     def of_bytes(cls, data: bytes) -> Holder | None:
-        """Decode it; None if the file holds no lease, written by another program or by one that died meanwhile."""
+        """Decode it; None if the file holds no lease, written by another program or by one that died meanwhile.
+
+        Values that this version does not know are left out.
+        """
+        names = {field.name for field in fields(cls)}
         try:
-            return cls(**json.loads(data))
-        except (ValueError, TypeError):
+            return cls(**{name: value for name, value in json.loads(data).items() if name in names})
+        except (ValueError, TypeError, AttributeError, RecursionError):
             return None
 
     @property
-    def is_known_dead(self) -> bool:
-        """Whether the holder was a process of this machine, and has ended."""
-        return bool(self.machine) and self.machine == _machine() and _process_start(self.pid) != self.process
+    def is_alive(self) -> bool | None:
+        """Whether the holder's process is alive; None where that cannot be seen from here.
+
+        It can be seen on the same host, in the same boot and namespace of process ids, where ``/proc`` shows the
+        process, or the kernel says that there is no process of that id.
+        """
+        here = bool(self.machine) and self.machine == _machine() and self.host == socket.gethostname()
+        if not here or not self.process or self.pid <= 0:
+            return None
+        start = _process_start(self.pid)
+        return None if start is None else start == self.process
 
 
 def _machine() -> str:
     """Id of the machine's boot and of the process ids' namespace; empty where the system does not tell them."""
     with suppress(OSError):
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""  # a /proc of another namespace, which counts processes otherwise
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
-def _process_start(pid: int) -> str:
-    """Start time of a process of this machine, in clock ticks since the boot; empty if there is no such process."""
-    with suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
-    return ""
+def _process_start(pid: int) -> str | None:
+    """Start time of a process of this machine, in clock ticks since the boot.
+
+    Returns:
+        The time; empty if there is certainly no such process, or it has ended; None if it may be there but cannot be
+        seen, as with ``/proc`` mounted with ``hidepid``.
+    """
+    with suppress(OSError, IndexError, UnicodeDecodeError):
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if stat[0] in "ZX" else stat[19]
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return ""
+    except (OSError, OverflowError):
+        return None  # EPERM: it is there, and another user's
+    return None
 
 
 class Lease:
@@ -132,7 +177,8 @@ class Lease:
 
         Args:
             out: the output.
-            ttl_seconds: a holder that renewed nothing for so long is dead; finding that out may take as long.
+            ttl_seconds: a holder that renewed nothing for so long, or for its own time to live where that is longer,
+                is dead; finding that out may take as long.
             on_wait: called with the reason when that wait begins.
 
         Raises:
@@ -145,7 +191,7 @@ class Lease:
             latest = max((_number(path) for path in paths), default=0)
             if latest:
                 _make_sure_it_is_over(_path(folder, latest), ttl_seconds, on_wait)
-            holder = Holder.of_this_process()
+            holder = Holder.of_this_process(ttl_seconds)
             if storage.create_exclusive(_path(folder, latest + 1), holder.to_bytes()):
                 for path in paths:
                     if _number(path) <= latest - _KEPT:
@@ -222,21 +268,23 @@ def _make_sure_it_is_over(path: str, ttl_seconds: float, on_wait: Callable[[str]
     Raises:
         LeaseHeldError: the holder is alive.
     """
-    first = storage.read_bytes(path)
+    first = storage.read_bytes(path, max_bytes=_MAX_LEASE_BYTES)
     holder = Holder.of_bytes(first)
-    if holder is not None and (holder.released or holder.is_known_dead):
+    if holder is not None and (holder.released or holder.is_alive is False):
         return
-    who = "another run" if holder is None else f"another run ({holder.host}, process {holder.pid})"
-    if holder is not None and holder.machine and holder.machine == _machine():
+    who = "another run" if holder is None else f"another run ({readable(holder.host)}, process {holder.pid})"
+    if holder is not None and holder.is_alive:
         raise LeaseHeldError(
-            f"{who} is at work on this output since {holder.started_at}: wait for its end, or stop it; the same "
-            "command then goes on where it ended"
+            f"{who} is at work on this output since {readable(holder.started_at)}: wait for its end, or stop it; the "
+            "same command then goes on where it ended"
         )
+    if holder is not None:
+        ttl_seconds = max(ttl_seconds, holder.ttl_seconds or _UNSTATED_TTL_SECONDS)
     on_wait(f"{who} was at work on this output and did not end in order: watching for {ttl_seconds:g} s if it is alive")
     deadline = time.monotonic() + ttl_seconds
     while time.monotonic() < deadline:
         time.sleep(min(1.0, ttl_seconds / 10))
-        now = storage.read_bytes(path)
+        now = storage.read_bytes(path, max_bytes=_MAX_LEASE_BYTES)
         if now != first:
             holder = Holder.of_bytes(now)
             if holder is not None and holder.released:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import PLANNED, plan_paths
-from vidshard.pipeline.output.parquet import named_if_damaged, write_table
+from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged, write_table
 from vidshard.pipeline.output.rejects import read_reject_files, update_rejects, write_rejects
 from vidshard.pipeline.rows import PLAN_FIELDS, row_rejection
 from vidshard.schemas.rejections import Rejection
@@ -104,11 +103,25 @@ def planned_groups(
         storage.StorageError: the output could not be read.
     """
     first = 0
+    schema = pa.schema([PLAN_SCHEMA.field(name) for name in columns])
     for path in plan_paths(out):
         with named_if_damaged(path), storage.open_binary(path) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            parquet = BoundedParquet(file)
             for group in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(group).num_rows
                 if wanted(first, end):
-                    yield first, parquet.read_row_group(group, columns=list(columns)).select(list(columns))
+                    yield first, parquet.group(group, columns).select(list(columns)).cast(schema)
                 first = end
+
+
+def check_plan_file(path: str) -> None:
+    """Read one file of the plan whole.
+
+    Raises:
+        ShardError: it is damaged.
+        storage.StorageError: it could not be read.
+    """
+    with named_if_damaged(path), storage.open_binary(path) as file:
+        parquet = BoundedParquet(file)
+        for group in range(parquet.num_row_groups):
+            parquet.group(group).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)

@@ -13,11 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import REJECTS, RETRY_FILE, reject_paths
-from vidshard.pipeline.output.parquet import FileRows, Mask, named_if_damaged, write_table
+from vidshard.pipeline.output.parquet import BoundedParquet, FileRows, Mask, named_if_damaged, write_table
 from vidshard.pipeline.rows import rejections_table
 from vidshard.schemas.rejections import Reason, Rejection
 from vidshard.schemas.tokens import REJECT_SCHEMA
@@ -39,12 +38,17 @@ def read_reject_files(out: str) -> FileRows:
     Raises:
         ShardError, storage.StorageError: as :func:`read_rejects`.
     """
-    return FileRows.read(REJECT_SCHEMA, reject_paths(out), _read_file)
+    return FileRows.read(REJECT_SCHEMA, reject_paths(out), read_reject_file)
 
 
-def _read_file(path: str) -> pa.Table:
+def read_reject_file(path: str) -> pa.Table:
+    """Read one file of rejections, ``REJECT_SCHEMA``; columns that it lacks are null.
+
+    Raises:
+        ShardError, storage.StorageError: as :func:`read_rejects`.
+    """
     with named_if_damaged(path):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+        table = BoundedParquet(pa.BufferReader(storage.read_bytes(path))).whole()
         columns = [  # outputs of before a column was added lack it
             table[field.name] if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
             for field in REJECT_SCHEMA
@@ -124,6 +128,9 @@ def read_retry_set(out: str) -> RetrySet:
         return RetrySet()
     with named_if_damaged(path):
         listed = json.loads(storage.read_bytes(path))
+        texts = [*listed["spans"], *listed["uris"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("it lists something else than spans and URIs")
         return RetrySet(spans=frozenset(listed["spans"]), uris=frozenset(listed["uris"]))
 
 

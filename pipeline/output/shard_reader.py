@@ -5,19 +5,24 @@ Reading needs only pyarrow. A reader fetches only the row groups that may hold a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN, SHARDS, shard_paths
+from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged
 from vidshard.pipeline.output.parquet import ShardError as ShardError
-from vidshard.schemas.tokens import LATER_COLUMNS, Payload, Provenance, shard_schema
+from vidshard.schemas.text import readable
+from vidshard.schemas.tokens import CLIP_FIELDS, LATER_COLUMNS, Payload, Provenance, shard_schema
+from vidshard.schemas.uris import shown_uri
+from vidshard.schemas.video import Part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,31 +49,43 @@ def output_shards(out: str) -> list[str]:
     out = storage.absolute(out)
     if out.endswith(".parquet"):
         if not storage.exists(out):
-            raise ShardError(f"there is no file {out}")
+            raise ShardError(f"there is no file {shown_uri(out)}")
         return [out]
     started = storage.exists(storage.join(out, RUN))
     paths = shard_paths(out) or ([] if started else storage.list_files(out, ".parquet"))
     if not paths:
         why = f"its {SHARDS}/ is empty: the run committed nothing" if started else "it is not an output of vidshard"
-        raise ShardError(f"no token shards in {out}: {why}")
+        raise ShardError(f"no token shards in {shown_uri(out)}: {why}")
     return paths
 
 
 @contextmanager
-def open_shard(path: str) -> Iterator[tuple[pq.ParquetFile, Provenance]]:
-    """Open a shard; yields its Parquet file and its provenance.
+def open_shard(path: str) -> Iterator[tuple[BoundedParquet, Provenance]]:
+    """Open a shard; yields its Parquet file and its provenance. Its columns are those of a shard.
+
+    Errors of the block that reads the shard are turned into ShardError too.
 
     Raises:
-        ShardError: the file is not Parquet, not a token shard, or of an unknown format version.
+        ShardError: the file is not Parquet, not a token shard, of an unknown format version, or damaged.
+        storage.StorageError: the storage failed.
     """
-    with storage.open_binary(path) as file:
-        try:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            yield parquet, Provenance.from_metadata(parquet.schema_arrow.metadata, name=path)
-        except storage.StorageError:
-            raise  # a failure of the storage does not mean that the shard is damaged
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ShardError(f"cannot read {path}: {error}") from error
+    with storage.open_binary(path) as file, named_if_damaged(path, remedy=""):
+        parquet = BoundedParquet(file)
+        schema = parquet.schema_arrow
+        provenance = Provenance.from_metadata(schema.metadata, name=shown_uri(path))
+        _check_columns(schema, provenance)
+        yield parquet, provenance
+
+
+def _check_columns(schema: pa.Schema, provenance: Provenance) -> None:
+    repeated = [name for name in set(schema.names) if schema.names.count(name) > 1] if len(schema) < 10_000 else ["*"]
+    if repeated:
+        raise ValueError(f"it has several columns '{readable(repeated[0], 80)}'")
+    for field in shard_schema([], provenance):
+        if field.name in LATER_COLUMNS and field.name not in schema.names:
+            continue
+        if field.name not in schema.names or schema.field(field.name).type != field.type:
+            raise ValueError(f"column '{field.name}' is missing or not {field.type}")
 
 
 def find_clips(paths: Sequence[str], prefix: str) -> list[tuple[str, str]]:
@@ -81,7 +98,7 @@ def find_clips(paths: Sequence[str], prefix: str) -> list[tuple[str, str]]:
     for path in paths:
         with open_shard(path) as (parquet, _):
             for group in _groups_with(parquet, prefix):
-                ids = parquet.read_row_group(group, columns=["clip_id"])["clip_id"].to_pylist()
+                ids = parquet.group(group, columns=["clip_id"])["clip_id"].to_pylist()
                 found += [(path, clip_id) for clip_id in ids if clip_id.startswith(prefix)]
     return found
 
@@ -90,16 +107,43 @@ def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
     """Read the clips of a shard whose ids start with ``prefix``, row group by row group.
 
     Raises:
-        ShardError: the shard is damaged, or a value is outside the codebook.
+        ShardError: the shard is damaged, or holds impossible values.
     """
     with open_shard(path) as (parquet, provenance):
         for group in _groups_with(parquet, prefix):
-            table = parquet.read_row_group(group)
-            arrays = payload_arrays(table, decodable(provenance.payload), name=path)
-            rows = table.drop_columns([column.name for column in provenance.payload]).to_pylist()
-            for number, values in enumerate(rows):
-                if values["clip_id"].startswith(prefix):
-                    yield StoredClip(values=values, payload={name: array[number] for name, array in arrays.items()})
+            table = parquet.group(group)
+            arrays = payload_arrays(table, decodable(provenance.payload))
+            others = table.drop_columns([column.name for column in provenance.payload])
+            number = 0
+            for batch in others.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                for values in batch.to_pylist():
+                    _check_row(values)
+                    if values["clip_id"].startswith(prefix):
+                        yield StoredClip(values=values, payload={name: array[number] for name, array in arrays.items()})
+                    number += 1
+
+
+_ROWS_AT_ONCE = 1 << 12
+"""Rows that are Python objects at a time."""
+
+
+def _check_row(values: Mapping[str, Any]) -> None:
+    """Check the values of a row that readers rely on.
+
+    Raises:
+        ValueError: one is missing or impossible.
+    """
+    for field in CLIP_FIELDS:
+        if not field.nullable and field.name not in LATER_COLUMNS and values[field.name] is None:
+            raise ValueError(f"a row lacks its '{field.name}'")
+    times, valid = values["frame_pts_seconds"], values["num_valid_frames"]
+    if not times or not all(isinstance(time, float) and math.isfinite(time) for time in times):
+        raise ValueError(f"clip {values['clip_id']!r:.80} has no frame times, or impossible ones")
+    if not 1 <= valid <= len(times):
+        raise ValueError(f"clip {values['clip_id']!r:.80} has {valid} valid frames of {len(times)}")
+    if not (math.isfinite(values["fps"]) and values["fps"] > 0) or values["clip_index"] < 0:
+        raise ValueError(f"clip {values['clip_id']!r:.80} has the rate {values['fps']}, index {values['clip_index']}")
+    Part.of(values.get("part_start_seconds"), values.get("part_end_seconds"))
 
 
 def decodable(payload: Payload) -> Payload:
@@ -116,16 +160,15 @@ def read_payloads(path: str) -> Iterator[dict[str, np.ndarray]]:
     with open_shard(path) as (parquet, provenance):
         for group in range(parquet.metadata.num_row_groups):
             columns = decodable(provenance.payload)
-            table = parquet.read_row_group(group, columns=[column.name for column in columns])
-            yield payload_arrays(table, columns, name=path)
+            table = parquet.group(group, columns=[column.name for column in columns])
+            yield payload_arrays(table, columns)
 
 
-def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> dict[str, np.ndarray]:
+def payload_arrays(table: pa.Table, payload: Payload) -> dict[str, np.ndarray]:
     """Convert the payload columns of a table to arrays (rows, *shape), and check the range of tokens.
 
     Args:
         payload: payload columns to convert.
-        name: name of the file for the error.
 
     Raises:
         ValueError: a token id is not below the codebook size.
@@ -135,7 +178,7 @@ def payload_arrays(table: pa.Table, payload: Payload, *, name: str) -> dict[str,
         flat = table[column.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         array = np.asarray(flat.reshape(table.num_rows, *column.shape))
         if column.codebook_size is not None and array.size and int(array.max()) >= column.codebook_size:
-            raise ValueError(f"{name} holds token {int(array.max())}, the codebook ends at {column.codebook_size - 1}")
+            raise ValueError(f"it holds token {int(array.max())}, the codebook ends at {column.codebook_size - 1}")
         arrays[column.name] = array
     return arrays
 
@@ -146,33 +189,36 @@ def check_shard(path: str) -> int:
     Raises:
         ShardError: the shard is damaged, has another schema, or has impossible values.
     """
+    ids: set[str] = set()
     with open_shard(path) as (parquet, provenance):
-        table = parquet.read()
-        expected = shard_schema([], provenance)
-        for field in expected:
-            if field.name in LATER_COLUMNS and field.name not in table.schema.names:
-                continue
-            if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
-                raise ValueError(f"column '{field.name}' is missing or not {field.type}")
-        ids = table["clip_id"].to_pylist()
-        if len(set(ids)) != len(ids):
-            raise ValueError("a clip id stands in it twice")
-        payload_arrays(table, provenance.payload, name=path)
-        times = table["frame_pts_seconds"].combine_chunks()
-        if not all(np.all(np.diff(t.values.to_numpy()) >= 0) for t in times):
-            raise ValueError("frame times run backwards")
-        return int(table.num_rows)
+        names = [field.name for field in CLIP_FIELDS if field.name in parquet.schema_arrow.names]
+        for group in range(parquet.metadata.num_row_groups):
+            table = parquet.group(group)
+            payload_arrays(table, provenance.payload)
+            for batch in table.select(names).to_batches(max_chunksize=_ROWS_AT_ONCE):
+                for values in batch.to_pylist():
+                    _check_row(values)
+                    if values["clip_id"] in ids:
+                        raise ValueError("a clip id stands in it twice")
+                    ids.add(values["clip_id"])
+                    if any(later < earlier for earlier, later in itertools.pairwise(values["frame_pts_seconds"])):
+                        raise ValueError("frame times run backwards")
+    return len(ids)
 
 
-def _groups_with(parquet: pq.ParquetFile, prefix: str) -> list[int]:
+def _groups_with(parquet: BoundedParquet, prefix: str) -> list[int]:
     """Numbers of the row groups that may hold an id with the prefix, by their statistics; rows are sorted by id."""
     if not prefix:
         return list(range(parquet.metadata.num_row_groups))
-    column = parquet.schema_arrow.get_field_index("clip_id")
     groups = []
     for group in range(parquet.metadata.num_row_groups):
-        statistics = parquet.metadata.row_group(group).column(column).statistics
-        bounded = statistics is not None and statistics.has_min_max
-        if not bounded or (statistics.min[: len(prefix)] <= prefix <= statistics.max[: len(prefix)]):
+        metadata = parquet.metadata.row_group(group)
+        columns = (metadata.column(number) for number in range(metadata.num_columns))
+        statistics = next((column.statistics for column in columns if column.path_in_schema == "clip_id"), None)
+        if (
+            statistics is None
+            or not statistics.has_min_max
+            or statistics.min[: len(prefix)] <= prefix <= statistics.max[: len(prefix)]
+        ):
             groups.append(group)
     return groups

@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vidshard.pipeline import storage
 from vidshard.pipeline.output.committed import COMMITTED_SCHEMA, ShardSpans, read_committed
 from vidshard.pipeline.output.layout import plan_paths, reject_paths
-from vidshard.pipeline.output.parquet import FileRows, ShardError, named_if_damaged, release_memory
-from vidshard.pipeline.output.plan_store import PLAN_SCHEMA, read_planned
-from vidshard.pipeline.output.rejects import read_reject_files
+from vidshard.pipeline.output.parquet import FileRows, ShardError, release_memory
+from vidshard.pipeline.output.plan_store import check_plan_file, read_planned
+from vidshard.pipeline.output.rejects import read_reject_file, read_reject_files
 
 RESUME_COLUMNS = ("entry", "seen_entry", "place", "span_id", "first_clip", "expected_clips")
 """Columns of the plan that resuming reads."""
@@ -70,15 +68,13 @@ class OutputState:
         return replace(self, plan=plan, rejects=read_reject_files(out))
 
 
-def damaged_files(out: str) -> list[tuple[str, str]]:
-    """(path, what is wrong) of the files of the plan and of the rejections that cannot be read."""
+def damaged_files(out: str) -> list[tuple[str, ShardError]]:
+    """(path, its error) of the files of the plan and of the rejections that cannot be read."""
     damaged = []
-    for paths, names in ((plan_paths(out), PLAN_SCHEMA.names), (reject_paths(out), [])):
+    for paths, check in ((plan_paths(out), check_plan_file), (reject_paths(out), read_reject_file)):
         for path in paths:
             try:
-                with named_if_damaged(path):
-                    data = pa.BufferReader(storage.read_bytes(path))
-                    pq.read_table(data, page_checksum_verification=True).select(names)
+                check(path)
             except ShardError as error:
-                damaged.append((path, str(error)))
+                damaged.append((path, error))
     return damaged

@@ -6,6 +6,7 @@ stores one upload becomes visible when it is complete.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
@@ -19,7 +20,11 @@ from fsspec.implementations.local import LocalFileSystem
 from vidshard.pipeline.storage.file_systems import bounded, file_info, filesystem, missing_is_fine, retry_reads
 from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.retry import StorageError, errors_named, storage_errors, with_retries
-from vidshard.schemas.uris import public_uri
+from vidshard.schemas.uris import public_uri, shown_uri
+
+_NO_FOLDER_SYNC = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+)
 
 _UPLOAD_PART_BYTES = 50 << 20
 """Part size of multipart uploads to S3, which are used for content of at least twice this size."""
@@ -44,17 +49,27 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
         return cast(BinaryIO, file)
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, *, max_bytes: int | None = None) -> bytes:
     """The whole content of a file.
 
+    Args:
+        path: the file.
+        max_bytes: refuse a larger file; no more than this is read, whatever size the storage states.
+
     Raises:
-        StorageError: it is missing or not readable.
+        StorageError: it is missing, not readable or too large.
     """
-    if is_local(path):
-        with open_binary(path) as file:
-            return file.read()
+    too_large = f"cannot read {shown_uri(path)}: it is larger than the {max_bytes or 0:,} bytes that are allowed here"
+    if is_local(path) or (max_bytes is not None and path.lower().startswith(("http://", "https://"))):
+        with open_binary(path) as file, errors_named("read", path):
+            data = file.read(-1 if max_bytes is None else max_bytes + 1)
+        if max_bytes is not None and len(data) > max_bytes:
+            raise StorageError(too_large)
+        return data
     fs, inner = filesystem(path)
     with errors_named("read", path):
+        if max_bytes is not None and (with_retries(path, lambda: file_info(fs, inner)).get("size") or 0) > max_bytes:
+            raise StorageError(too_large)
         return cast(bytes, with_retries(path, lambda: fs.cat_file(inner)))
 
 
@@ -108,6 +123,7 @@ def write_atomic(path: str, data: bytes | memoryview) -> None:
         if isinstance(fs, LocalFileSystem):
             with _temporary(Path(inner), data) as temporary:
                 temporary.replace(inner)
+            sync_folder(Path(inner).parent)
         else:
             content = bytes(data)
             try:
@@ -136,7 +152,7 @@ def _abort_uploads(fs: Any, inner: str) -> None:
 @contextmanager
 def _temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
     """A temporary file beside the target that holds the content, synced to disk; removed at the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -146,6 +162,37 @@ def _temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a local folder, and those above it that are missing, so that they are there after a power loss."""
+    missing = []
+    above = folder
+    while not above.exists():
+        missing.append(above)
+        above = above.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync the entries of a local folder to disk: a renamed file is there after a power loss only then.
+
+    File systems that cannot sync a folder, and folders that may be written but not read, are left alone.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def remove_leftovers(folder: str) -> int:
@@ -195,9 +242,12 @@ def create_exclusive(path: str, data: bytes) -> bool:
                     try:
                         with open(inner, "xb") as file:
                             file.write(data)
+                            file.flush()
+                            os.fsync(file.fileno())
                     except FileExistsError:
                         return False
-                return True
+            sync_folder(Path(inner).parent)
+            return True
         # an attempt that seemed to fail may have succeeded, and some stores ignore the condition
         return with_retries(path, lambda: _create(fs, inner, data))
 

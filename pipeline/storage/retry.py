@@ -20,7 +20,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 
 from vidshard.pipeline.storage.paths import is_local
 from vidshard.schemas.errors import VidshardError, one_line
-from vidshard.schemas.uris import public_uri
+from vidshard.schemas.uris import shown_uri
 
 Result = TypeVar("Result")
 
@@ -268,8 +268,8 @@ class _Attempts:
     def _warn(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         pause = state.next_action.sleep if state.next_action else 0.0
-        text = describe(error) if error is not None else ""
-        _log.warning("%s: %s; attempt %d, again in %.1f s", public_uri(self._path), text, state.attempt_number, pause)
+        text = describe(error, self._path) if error is not None else ""
+        _log.warning("%s: %s; attempt %d, again in %.1f s", shown_uri(self._path), text, state.attempt_number, pause)
 
 
 # Messages.
@@ -283,17 +283,22 @@ def errors_named(verb: str, path: str, kind: type[StorageError] = StorageError) 
     except StorageError:
         raise
     except storage_errors() as error:
-        text = "; ".join([describe(error), *getattr(error, "__notes__", ())])
-        raise kind(f"cannot {verb} {public_uri(path)}: {text}") from error
+        text = "; ".join([describe(error, path), *getattr(error, "__notes__", ())])
+        raise kind(f"cannot {verb} {shown_uri(path)}: {text}") from error
 
 
-def describe(error: BaseException) -> str:
-    """One line for a person that says what a file system's exception means."""
+def describe(error: BaseException, path: str = "") -> str:
+    """One line for a person that says what a file system's exception means.
+
+    Args:
+        error: the exception.
+        path: the path or URL that it is about; what is secret in it is taken out of the text.
+    """
     error = root_cause(error)
     code = error_code(error)
     if isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey", "NoSuchBucket"):
         return "no such file or bucket"
-    text = one_line(error)
+    text = one_line(error, about=path)
     if isinstance(error, PermissionError) or code in ("403", "401", "AccessDenied"):
         return f"permission denied ({text})"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def write(out: str, number: int = 1, **changes: Any) -> str:
         machine="another boot pid:[1]",
         process="77",
         started_at="2026-01-01T00:00:00Z",
+        ttl_seconds=0.2,
     )
     path = storage.join(out, LEASES, f"{number:06d}.json")
     storage.write_atomic(path, json.dumps(json.loads(holder.to_bytes()) | changes).encode())
@@ -307,5 +309,109 @@ def test_a_lease_names_its_holder_and_no_secrets(tmp_path: Path, monkeypatch: py
     with acquired(str(tmp_path))[0]:
         [file] = files(str(tmp_path))
         assert (file["host"], file["pid"]) == (os.uname().nodename, os.getpid())
-        assert set(file) == {"token", "host", "pid", "machine", "process", "started_at", "beat", "released"}
+        assert set(file) == {
+            "token",
+            "host",
+            "pid",
+            "machine",
+            "process",
+            "started_at",
+            "beat",
+            "released",
+            "ttl_seconds",
+        }
         assert "secret" not in json.dumps(file)
+
+
+@pytest.mark.parametrize(
+    ("stated", "own", "waits"),
+    [(7.0, 0.1, 7.0), (0.1, 5.0, 5.0), (None, 0.1, leases._UNSTATED_TTL_SECONDS), (None, 90.0, 90.0)],
+)
+def test_the_larger_time_to_live_counts(
+    stated: float | None, own: float, waits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(str(tmp_path), ttl_seconds=stated)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    path = storage.join(str(tmp_path), LEASES, "000001.json")
+    leases._make_sure_it_is_over(path, own, lambda _text: None)
+    assert now[0] >= waits
+
+
+def test_a_lease_states_its_time_to_live(tmp_path: Path) -> None:
+    with acquired(str(tmp_path), ttl_seconds=17.0)[0]:
+        assert files(str(tmp_path))[-1]["ttl_seconds"] == 17.0
+
+
+def test_a_lease_without_a_time_to_live_is_still_read(tmp_path: Path) -> None:
+    path = write(str(tmp_path), released=True)
+    stored = json.loads(storage.read_bytes(path))
+    del stored["ttl_seconds"]
+    Path(path).write_text(json.dumps(stored))
+    lease, said = acquired(str(tmp_path))
+    with lease:
+        assert said == []
+
+
+def test_values_of_later_versions_do_not_hide_a_holder() -> None:
+    holder = Holder.of_this_process(5.0)
+    stored = json.loads(holder.to_bytes()) | {"later": [1, 2]}
+    assert Holder.of_bytes(json.dumps(stored).encode()) == holder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": "1"}, {"pid": None}, {"pid": True}, {"host": 3}, {"ttl_seconds": "x"}, {"ttl_seconds": float("nan")},
+        {"ttl_seconds": 1e300}, {"ttl_seconds": -1}, {"ttl_seconds": [1]}, {"released": "yes"}, {"beat": 0.5},
+    ],
+)  # fmt: skip
+def test_a_lease_of_impossible_values_is_no_lease(changes: dict[str, Any]) -> None:
+    stored = json.loads(Holder.of_this_process(5.0).to_bytes()) | changes
+    assert Holder.of_bytes(json.dumps(stored).encode()) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"7", b"{}", b"[" * 100_000, b"\xff"])
+def test_other_files_are_no_lease(data: bytes) -> None:
+    assert Holder.of_bytes(data) is None
+
+
+def of_this_machine(pid: int) -> Holder:
+    return Holder.of_bytes(json.dumps(json.loads(Holder.of_this_process().to_bytes()) | {"pid": pid}).encode())  # type: ignore[return-value]
+
+
+def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(self: Path, *args: Any, **kwargs: Any) -> str:
+        if str(self).startswith("/proc/") and str(self).endswith("/stat"):
+            raise FileNotFoundError(2, "hidepid", str(self))
+        return original(self, *args, **kwargs)
+
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError(1, "another user's")
+
+    original = Path.read_text
+    holder = Holder.of_this_process()
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert holder.is_alive is None, "the kernel says that it is there"
+    monkeypatch.setattr(os, "kill", refused)
+    assert holder.is_alive is None
+
+
+def test_a_process_that_the_kernel_does_not_know_is_dead() -> None:
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    assert of_this_machine(gone.pid).is_alive is False
+
+
+@pytest.mark.parametrize("pid", [0, -1, 10**30])
+def test_an_impossible_process_id_says_nothing(pid: int) -> None:
+    assert of_this_machine(pid).is_alive is None
+
+
+def test_a_process_of_another_host_or_namespace_is_not_looked_for() -> None:
+    this = Holder.of_this_process()
+    assert this.is_alive
+    assert replace(this, host="elsewhere").is_alive is None
+    assert replace(this, machine=f"{this.machine}0").is_alive is None
+    assert replace(this, machine="").is_alive is None
