@@ -9,7 +9,7 @@ Only FFmpeg's own exceptions become a VideoError here; any other is a bug and pr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from typing import Literal, cast
 
@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.h264 import usability_of
 from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
+from vidshard.pipeline.video.stream_choice import choose_stream, has_decoder
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
@@ -54,7 +55,7 @@ def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
 
 @contextmanager
 def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open the container and its largest video stream; the other streams are not read.
+    """Open the container and the video stream that ``choose_stream`` prefers; the other streams are not read.
 
     Raises:
         VideoError: EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, UNSUPPORTED, OVER_LIMIT, TRUNCATED or DECODE_ERROR.
@@ -63,7 +64,8 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
     head = watched.read(4096)
     if not head:
         raise VideoError(Reason.EMPTY_FILE, "the file has no bytes")
-    with _container(watched, head) as container:
+    with ExitStack() as stack:
+        container = stack.enter_context(_container(watched, head))
         # PyAV asks FFmpeg to invent missing times, and in AVI with B-frames it invents wrong ones
         container.flags &= ~cast(int, Flags.gen_pts.value)
         videos = [
@@ -75,10 +77,15 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
             cover = " (a cover picture)" if container.streams.video else ""
             raise VideoError(Reason.NO_VIDEO_STREAM, f"{container.format.name} with streams: {kinds}{cover}")
-        decodable = [stream for stream in videos if _has_decoder(stream)]
-        if not decodable:
+        video, was_read = choose_stream(container, videos)
+        if not has_decoder(video):
             raise VideoError(Reason.UNSUPPORTED, f"no decoder for its video stream in {container.format.name}")
-        video = max(decodable, key=lambda s: (s.width * s.height, bool(s.disposition & Disposition.default), -s.index))
+        if was_read:
+            index = video.index
+            container.close()
+            container = stack.enter_context(_container(watched, head))
+            container.flags &= ~cast(int, Flags.gen_pts.value)
+            video = cast(VideoStream, container.streams[index])
         for stream in container.streams:
             if stream.index != video.index:
                 stream.discard = Discard.all
@@ -147,7 +154,7 @@ def _quick_options(head: bytes) -> dict[str, str] | None:
 
 def _header_is_enough(stream: VideoStream) -> bool:
     """Whether the header states what decoding a few pictures would: size, rate, reorder depth and pixel shape."""
-    if not _has_decoder(stream):
+    if not has_decoder(stream):
         return True
     context = stream.codec_context
     if codec_name(stream) not in _QUICK_CODECS or not (context.width and context.height and stream.average_rate):
@@ -191,11 +198,6 @@ def refuse_long(limits: Limits, *, seconds: Fraction | float = 0, num_frames: fl
         raise VideoError(
             Reason.OVER_LIMIT, f"{num_frames:.7g} frames, more than the {limits.max_frames:,} of --max-frames"
         )
-
-
-def _has_decoder(stream: VideoStream) -> bool:
-    # PyAV's stubs promise a codec context, but a stream without a decoder has None
-    return getattr(stream, "codec_context", None) is not None
 
 
 _SCRIPTS = (

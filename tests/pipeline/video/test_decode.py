@@ -315,6 +315,7 @@ def test_the_largest_video_stream_is_taken_and_no_cover_picture(tmp_path: Path, 
         streams = [container.add_stream("libx264", rate=25, options={"preset": "ultrafast"}) for _ in sizes]
         for stream, (width, height) in zip(streams, sizes, strict=True):
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.disposition = Disposition.default
         if suffix == "mp4":
             cover = container.add_stream("png", rate=25)
             cover.width, cover.height, cover.pix_fmt = 640, 480, "rgb24"
