@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
+from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
 from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
+from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
@@ -59,14 +61,18 @@ def _signal(path: str, memory_bytes: int) -> Signal:
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
-    """Open a video in the sandbox and read its header; an error is returned, not raised."""
+    """Open a video in the sandbox and read its header; an error is returned, not raised.
+
+    Raises:
+        OutageError: its storage does not answer.
+    """
     limits = limits or Limits()
     try:
         return _sandbox(limits.memory_bytes).run(
             probe_video, ref, storage.open_video, limits, timeout_seconds=PROBE_TIMEOUT_SECONDS
         )
-    except VideoError as error:
-        return error
+    except Exception as error:  # noqa: BLE001  whatever one file does, it is this row's error
+        return row_error(error, ref.uri)
 
 
 def _decode_in_child(
@@ -88,21 +94,14 @@ def _decode_in_child(
     decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     uri = spans[0].uri
     if fingerprint is not None:
-        try:
-            now = storage.fingerprint(uri)
-        except storage.StorageError as error:
-            raise VideoError(Reason.UNREADABLE, str(error)) from error
+        now = storage.fingerprint(uri)
         if now is not None and now != fingerprint:
             raise VideoError(
                 Reason.CHANGED, f"its size and time stamp are {now} now; when it was opened they were {fingerprint}"
             )
     if storage.is_local(uri):
         return decode(uri)
-    try:
-        file = storage.open_video(uri)
-    except storage.StorageError as error:
-        raise VideoError(Reason.UNREADABLE, str(error)) from error
-    with file:
+    with open_file(uri, storage.open_video) as file:
         return decode(file)
 
 
@@ -188,8 +187,10 @@ class SpanDecoder:
                     arrays = signal_arrays(name, rule, aligned)
                 fields = signal_fields(name, rule)
                 columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
-        except VideoError as error:
-            return self._with_signals(row, SpanClips(clips=[], error=error), spec)
+        except Exception as error:
+            if not outcome.clips:  # nothing of the signal's file was read
+                raise
+            return self._with_signals(row, SpanClips(clips=[], error=row_error(error, row["uri"])), spec)
         return outcome, columns
 
     def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
@@ -210,7 +211,8 @@ class SpanDecoder:
                 fingerprint,
                 timeout_seconds=self.limits.seconds_for(seconds),
             )
-        except VideoError as error:
+        except Exception as raised:  # noqa: BLE001  whatever one file does, it is this row's error
+            error = row_error(raised, spans[0].uri)
             of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
             if len(spans) > 1 and not of_the_file:  # the span that failed is unknown: try each by itself
                 return [result for span in spans for result in self._decode([span], spec, fingerprint)]

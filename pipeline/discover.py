@@ -6,9 +6,11 @@ is named is taken whatever its extension. Columns of a manifest are kept as they
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
@@ -126,7 +128,15 @@ def discover(
     for text in inputs:
         path = storage.absolute(text)
         if _extension(path) in MANIFEST_EXTENSIONS and not _is_glob(path):
-            table, names = _read_manifest(path, signals)
+            try:
+                table, names = _read_manifest(path, signals)
+            except VidshardError:
+                raise
+            except Exception as error:
+                shown = storage.public_uri(path)
+                raise InputError(
+                    f"manifest {shown} cannot be read: {type(error).__name__}: {one_line(error)}"
+                ) from error
             manifests.append(table)
             renamed |= names
         else:
@@ -214,6 +224,10 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
     fs, inner = storage.filesystem(path)
     try:
         if _is_glob(path) and not fs.exists(inner):
+            if isinstance(fs, LocalFileSystem):
+                for name in sorted(glob.iglob(inner, recursive=True)):
+                    yield from _entry(name, passed_over, set())
+                return
             matches = fs.glob(inner, detail=True)
             for name, info in matches.items():
                 if name.rsplit("/", 1)[-1].startswith(".") and not path.rsplit("/", 1)[-1].startswith("."):
@@ -238,6 +252,7 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
 
 def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
     if isinstance(fs, LocalFileSystem):
+        os.scandir(folder).close()  # the input itself must be a folder that can be listed
         yield from _walk_local(folder, passed_over, set())
         return
     for name, info in fs.find(folder, detail=True).items():
@@ -249,33 +264,63 @@ def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[FoundFile
 def _walk_local(folder: str, passed_over: Counter[str], above: set[tuple[int, int]]) -> Iterator[FoundFile]:
     """List a local folder, one folder at a time: fsspec's listing of a million files takes a gigabyte.
 
+    A folder that cannot be listed is listed itself, so that opening it rejects it with the reason.
+
     Args:
         folder: the folder.
         passed_over: counts the files without a video's extension.
         above: device and inode of the folders above, to which a link may lead back.
     """
-    here = os.stat(folder)
-    if (here.st_dev, here.st_ino) in above:
+    try:
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in above:
+            return
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        if not _has_foreign_bytes(folder, passed_over):
+            yield folder, -1, None
         return
     above = above | {(here.st_dev, here.st_ino)}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk_local(entry.path, passed_over, above)
-            elif entry.is_file() and _is_video(entry.path, passed_over):
-                yield entry.path, entry.stat().st_size, storage.fingerprint(entry.path)
+    for name in names:
+        yield from _entry(f"{folder.rstrip('/')}/{name}", passed_over, above)
+
+
+def _entry(path: str, passed_over: Counter[str], above: set[tuple[int, int]]) -> Iterator[FoundFile]:
+    """List an entry of a local folder: a folder, a file, or something that is neither.
+
+    A name with a video's extension is listed whatever is behind it, such as a link to nothing, so that opening it
+    rejects it with the reason. So is a name without an extension that cannot be looked at, as it may be a folder.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        may_be_a_folder = not _extension(path) and error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        if not _has_foreign_bytes(path, passed_over) and (may_be_a_folder or _is_video(path, passed_over)):
+            yield path, -1, None
+        return
+    if stat.S_ISDIR(found.st_mode):
+        yield from _walk_local(path, passed_over, above)
+    elif _is_video(path, passed_over):
+        is_file = stat.S_ISREG(found.st_mode)
+        yield path, found.st_size if is_file else -1, f"{found.st_size}-{found.st_mtime_ns}" if is_file else None
 
 
 def _is_video(name: str, passed_over: Counter[str]) -> bool:
     extension = _extension(name)
-    if any("\ud800" <= character <= "\udfff" for character in name):
-        passed_over["files whose name is not UTF-8"] += 1
+    if _has_foreign_bytes(name, passed_over):
         return False
     if extension in VIDEO_EXTENSIONS:
         return True
     passed_over[f".{extension}" if extension else "(none)"] += 1
+    return False
+
+
+def _has_foreign_bytes(name: str, passed_over: Counter[str]) -> bool:
+    """Whether a name is not UTF-8; then it is counted as passed over."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        passed_over["files whose name is not UTF-8"] += 1
+        return True
     return False
 
 
@@ -346,15 +391,68 @@ def _read_table(path: str, shown: str) -> pa.Table:
             case "parquet":
                 # in pieces: reading a million rows at once takes 290 MB for a table of 90, so 200
                 parquet = pq.ParquetFile(data, pre_buffer=False)
-                return pa.Table.from_batches(
+                table = pa.Table.from_batches(
                     parquet.iter_batches(batch_size=_FILES_PER_BATCH, use_threads=False), parquet.schema_arrow
                 )
             case "csv":
-                return pyarrow.csv.read_csv(data)
+                table = _read_csv(data)
             case _:
-                return pyarrow.json.read_json(data)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"manifest {shown} cannot be read: {error}") from error
+                table = _read_json(data)
+        table.validate(full=True)  # text that is not UTF-8 among others
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"manifest {shown} cannot be read: {one_line(error)}") from error
+    return table
+
+
+def _read_csv(data: io.BytesIO) -> pa.Table:
+    """Read a CSV file; a column holds numbers only where each of them reads back as it was written.
+
+    Arrow's own inference makes 1 of 0001, 7.0 of 007 beside 1.5, and null of NA: names that people join on.
+    """
+    names = pyarrow.csv.open_csv(data).schema.names
+    data.seek(0)
+    options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    table = pyarrow.csv.read_csv(data, convert_options=options)
+    return pa.Table.from_arrays([_as_written(column) for column in table.columns], names=table.column_names)
+
+
+def _as_written(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text as int64 or float64 where that loses nothing; empty fields of such a column are null."""
+    texts = pc.if_else(pc.equal(column, ""), None, column)
+    if texts.null_count == len(texts):
+        return column
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            numbers = texts.cast(kind)
+        except pa.ArrowException:
+            continue
+        back = numbers.cast(pa.string())
+        if kind == pa.float64():  # 2.0 is written by Python, and 2 by Arrow
+            whole = pc.match_substring_regex(texts, r"^-?(0|[1-9]\d*)\.0$")
+            texts = pc.if_else(whole, pc.replace_substring_regex(texts, r"\.0$", ""), texts)
+        if pc.all(pc.equal(back, texts), min_count=0).as_py():
+            return numbers
+    return column
+
+
+def _read_json(data: io.BytesIO) -> pa.Table:
+    """Read JSON lines; text that looks like a date stays text."""
+    table = pyarrow.json.read_json(data)
+    schema = pa.schema([pa.field(field.name, _without_times(field.type)) for field in table.schema])
+    if schema.types == table.schema.types:
+        return table
+    data.seek(0)
+    return pyarrow.json.read_json(data, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
+
+
+def _without_times(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_without_times(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, _without_times(field.type)) for field in kind])
+    return kind
 
 
 def _with_signal_sources(table: pa.Table, signals: Sequence[str], folder: str, shown: str) -> pa.Table:
@@ -397,7 +495,7 @@ def _uris(column: pa.ChunkedArray, folder: str, shown: str) -> pa.ChunkedArray:
             number += 1
             if not isinstance(uri, str) or not uri.strip():
                 raise InputError(f"manifest {shown}, row {number}: 'uri' is {uri!r}, not a path or URL")
-            resolved.append(_resolve(uri.strip(), folder))
+            resolved.append(_resolve(uri.strip() if "://" in uri else uri, folder))
         chunks.append(pa.array(resolved, pa.string()))
     return pa.chunked_array(chunks, pa.string())
 

@@ -75,6 +75,8 @@ class EncoderActor:
 
 def map_videos(tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
     """Run the probe stage on tables of videos as Ray tasks; results come in any order."""
+    # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
+    DataContext.get_current().raise_original_map_exception = True
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         probe, batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
     )

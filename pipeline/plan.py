@@ -16,10 +16,11 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import probe
 from vidshard.pipeline.output.entries import entry_ids, location_keys
 from vidshard.pipeline.output.plan_store import PLAN_SCHEMA
+from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.rows import REJECTION, rejection_row, row_part, span_row
 from vidshard.pipeline.video.geometry import nearest_bucket
 from vidshard.pipeline.video.sampling import plan_spans
-from vidshard.schemas.rejections import Rejection, Stage, VideoError
+from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
 from vidshard.schemas.video import ClipSpec, Limits, Part, VideoProbe, VideoRef
 
 SPAN_BYTES = 32 << 20
@@ -97,12 +98,17 @@ class VideoPlanner:
             fingerprint = storage.fingerprint(ref.uri)
             probes[ref.uri] = probe(ref, self.limits), fingerprint
         result, fingerprint = probes[ref.uri]
-        part = row_part(video)
         [seen] = entry_ids(
             [ref.uri], [fingerprint], [video.get("part_start_seconds")], [video.get("part_end_seconds")], self.part
         ).to_pylist()
         [place] = location_keys([ref.uri]).to_pylist()
         entries = {"entry": video["entry"], "seen_entry": seen, "place": place}
+        spans: list[dict[str, Any]] = []
+        if isinstance(result, VideoProbe):
+            try:
+                spans = self._spans(result, row_part(video), fingerprint)
+            except Exception as error:  # noqa: BLE001  whatever one row says, it is this row's error
+                result = row_error(error, ref.uri)
         if isinstance(result, VideoError):
             rejection = Rejection(
                 uri=uri,
@@ -115,7 +121,16 @@ class VideoPlanner:
                 place=place.hex(),
             )
             return [{**entries, "uri": uri, "rejection": rejection_row(rejection)}]
+        return [{**span, **entries, "uri": uri} for span in spans]
+
+    def _spans(self, video: VideoProbe, part: Part, fingerprint: str | None) -> list[dict[str, Any]]:
+        part = self.part if part.is_whole else part
+        if part.start_seconds > self.limits.max_seconds:
+            raise VideoError(
+                Reason.TOO_SHORT,
+                f"its part starts at {float(part.start_seconds):g} s, and no video is longer than the "
+                f"{self.limits.max_seconds:g} of --max-seconds",
+            )
         sizes = {(spec.height, spec.width): spec for spec in self.specs}
-        spec = sizes[nearest_bucket(result.source.width, result.source.height, list(sizes))]
-        spans = plan_spans(result, spec, self.span_clips, self.part if part.is_whole else part)
-        return [{**span_row(span, spec, fingerprint), **entries, "uri": uri} for span in spans]
+        spec = sizes[nearest_bucket(video.source.width, video.source.height, list(sizes))]
+        return [span_row(span, spec, fingerprint) for span in plan_spans(video, spec, self.span_clips, part)]

@@ -35,6 +35,10 @@ class RunFailedError(VidshardError):
     exit_code = EXIT_FAILED
 
 
+class OutageError(VidshardError):
+    """A storage or the Hub does not answer, though it was asked again for a while. It is no single video's fault."""
+
+
 def one_line(error: BaseException, limit: int | None = None, *, about: str = "") -> str:
     """An error's message on one line, or its type where it has none; without credentials and control characters.
 

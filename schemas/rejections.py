@@ -57,6 +57,8 @@ class Reason(StrEnum):
     """The file of samples beside the video does not hold a timestamped signal."""
     OUT_OF_MEMORY = "out_of_memory"
     """The encoder has too little memory for one clip of the video."""
+    INTERNAL_ERROR = "internal_error"
+    """An exception that nobody foresaw, in this program or a library, while the input was handled."""
 
 
 REMEDIES: dict[Reason, str] = {
@@ -79,6 +81,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.OUT_OF_MEMORY: (
         "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
     ),
+    Reason.INTERNAL_ERROR: "report it with the detail and the traceback in the log; the other inputs are not affected",
 }
 """Advice that is printed with each reason."""
 
@@ -107,7 +110,8 @@ class Rejection:
 class VideoError(VidshardError):
     """A video cannot be used, for a reason from the closed list. A stage turns it into a Rejection.
 
-    Any other exception from a stage is a bug and ends the run.
+    Any other exception that a row's bytes or address cause becomes INTERNAL_ERROR (``pipeline.row_errors``), except an
+    ``OutageError``, which is no row's fault and ends the run.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:

@@ -121,6 +121,16 @@ class OutputSettings(Settings):
         help="Largest share of videos that may be rejected, in whole or in part; above it the run fails with exit "
         "code 1. With 1, rejections never fail a run.",
     )
+    max_internal_error_share: float = setting(
+        0.01,
+        section="Output",
+        identity=False,
+        ge=0.0,
+        le=1.0,
+        metavar="SHARE",
+        help="Largest share of videos that may be rejected with `internal_error`; above it the run fails with exit "
+        "code 1. Fewer than ten such videos never fail a run.",
+    )
 
 
 class TokenizerSettings(Settings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields
+from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
 
 
@@ -102,6 +103,7 @@ def _collect(
     """Take encoded rows until all have come, an interrupt, or too many rejections."""
     run = resolved.run
     stop = executor.cancel_token()
+    broken: set[str] = set()
     rows_out = run_stages(resolved, work, executor, stop, summary)
     with Interrupts() as interrupts, PhaseProgress(console, "tokenizing", work.num_spans) as display:
         for rows in until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console):
@@ -119,7 +121,9 @@ def _collect(
                 f"{counter.videos} videos · {counter.clips} clips · {speed:.2f} clips/s · "
                 f"{summary.reasons.total()} rejects",
             )
+            broken |= {r["uri"] for r in rejections if r["reason"] == Reason.INTERNAL_ERROR}
             check_reject_share(summary, rejected, run)
+            check_internal_errors(summary, broken, run)
             if summary.problems:
                 break
         summary.interruption = interrupts.first
@@ -245,3 +249,24 @@ def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -
             f"{len(rejected)} of {summary.num_videos} videos ({share:.0%}) were rejected, more than "
             f"--max-reject-share {run.max_reject_share:g} allows; see rejects/ in {run.out}"
         ]
+
+
+FEWEST_INTERNAL_ERRORS = 10
+"""Number of videos with an internal error below which none ends a run, so that one odd file in a small run does not."""
+
+
+def check_internal_errors(summary: Summary, broken: Collection[str], run: TokenizeRun) -> None:
+    """Record a problem in the summary if internal errors are too many to be the fault of single videos.
+
+    Args:
+        summary: summary of the run; updated in place.
+        broken: URIs of the videos that were rejected with INTERNAL_ERROR by this run.
+        run: its ``max_internal_error_share`` is the limit.
+    """
+    share = len(broken) / summary.num_videos
+    if len(broken) >= FEWEST_INTERNAL_ERRORS and share > run.max_internal_error_share:
+        summary.problems.append(
+            f"{len(broken)} of {summary.num_videos} videos ({share:.0%}) were rejected with internal_error, more than "
+            f"--max-internal-error-share {run.max_internal_error_share:g} allows: this is a defect, and not one of the "
+            f"videos. Report it with the log; what is committed is valid, and see rejects/ in {run.out}"
+        )

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
-from vidshard.jobs.tokenization.collect import check_reject_share, tokenize_spans
+from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
 from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary
 from vidshard.pipeline import storage
@@ -25,6 +25,7 @@ from vidshard.pipeline.output.rejects import forget_retry_set
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
 
 
@@ -82,6 +83,8 @@ def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> 
             notice=resolved.notice,
         )
         check_reject_share(summary, rejected, run)
+        broken = {r.uri for r in planned.new_rejections if r.reason is Reason.INTERNAL_ERROR}
+        check_internal_errors(summary, broken, run)
         if work.num_spans and not summary.problems:
             tokenize_spans(resolved, work, executor, lease, summary, rejected, console)
         summary.seconds["total"] = time.monotonic() - started

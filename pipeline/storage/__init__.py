@@ -19,6 +19,7 @@ from vidshard.pipeline.storage.remote_video import WHOLE_BYTES, RemoteVideo, ope
 from vidshard.pipeline.storage.retry import (
     RETRY_SECONDS,
     StorageError,
+    StorageOutageError,
     describe,
     is_transient,
     storage_errors,
@@ -33,6 +34,7 @@ __all__ = [
     "WHOLE_BYTES",
     "RemoteVideo",
     "StorageError",
+    "StorageOutageError",
     "absolute",
     "check_writable",
     "create_exclusive",

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import fsspec.config
+from fsspec import get_filesystem_class
 from fsspec.asyn import sync
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline.storage import retry
@@ -29,7 +29,8 @@ from vidshard.pipeline.storage.retry import (
     whole,
     with_retries,
 )
-from vidshard.schemas.uris import public_uri
+from vidshard.schemas.errors import one_line
+from vidshard.schemas.uris import shown_uri
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 15.0, 5.0
 """Seconds that one request waits for an answer, or for more of it, and for a connection."""
@@ -41,17 +42,34 @@ _MIN_BYTES_PER_SECOND = 1 << 20
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path, and the path in that file system's own terms.
 
+    A name with ``::`` in it is a name: fsspec's chains of file systems are never followed, as nobody means them who
+    lists the keys of a bucket.
+
     Raises:
-        StorageError: an unknown protocol, or one whose package is not installed.
+        StorageError: an unknown protocol, one whose package is not installed, or a malformed address.
     """
-    if is_local(path):
-        return LocalFileSystem(), absolute(path)  # not url_to_fs: a name with '::' in it is no chain of file systems
-    # no cached listings: others write there too, and a file may be asked for that a cached listing lacks
-    options = {"use_listings_cache": False, **_timeouts(path.split("://", 1)[0])}
+    local = absolute(path) if is_local(path) else None
+    if "\0" in (local or path):  # percent escapes of file:// are decoded by now
+        raise StorageError(f"cannot open {shown_uri(path)}: its name holds a zero byte")
+    if local is not None:
+        return LocalFileSystem(), local
+    protocol, _, rest = path.partition("://")
+    if "::" in protocol:
+        raise StorageError(
+            f"cannot open {shown_uri(path)}: it chains file systems with '::', and chains are not followed: name the "
+            "file itself"
+        )
+    path = f"{protocol.lower()}://{rest}"  # schemes are case-insensitive (RFC 3986, section 3.1)
     try:
-        fs, inner = url_to_fs(path, **options)
+        kind: Any = get_filesystem_class(protocol.lower())
+        # no cached listings: others write there too, and a file may be asked for that a cached listing lacks
+        options = {"use_listings_cache": False, **_timeouts(protocol.lower())}
+        fs = kind(**{**options, **kind._get_kwargs_from_urls(path)})
+        inner = str(fs._strip_protocol(path))
     except (ImportError, ValueError) as error:
-        raise StorageError(f"cannot open {public_uri(path)}: {error}") from error
+        raise StorageError(f"cannot open {shown_uri(path)}: {one_line(error)}") from error
+    except Exception as error:  # each file system refuses addresses in its own way
+        raise StorageError(f"cannot open {shown_uri(path)}: {type(error).__name__}: {one_line(error)}") from error
     if hasattr(fs, "call_s3"):
         fs.retries = 1  # its own multiply with botocore's and ours: 25 time-outs of 15 s before one attempt fails
     return fs, inner

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,12 +38,15 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
         StorageError: it is missing or not readable.
     """
     with errors_named("read", path):
-        if is_local(path):
-            local = Path(absolute(path))
-            if local.exists() and not local.is_file():
-                raise OSError("it is not a regular file")  # opening a pipe would wait for ever
-            return local.open("rb")
         fs, inner = filesystem(path)
+        if is_local(path):
+            mode = os.stat(inner).st_mode
+            if stat.S_ISDIR(mode):
+                os.scandir(inner).close()  # a folder that cannot be listed says why
+                raise OSError("it is a folder")
+            if not stat.S_ISREG(mode):
+                raise OSError("it is not a regular file")  # opening a pipe would wait for ever
+            return open(inner, "rb")
         options = {"block_size": block_bytes, "cache_type": "readahead"}
         file = with_retries(path, lambda: fs.open(inner, "rb", **options))
         retry_reads(file, path)
@@ -285,10 +289,10 @@ def fingerprint(path: str) -> str | None:
     It changes when the file is replaced. For remote files it equals the fingerprint from a listing
     (:func:`fingerprint_of`).
     """
-    with suppress(StorageError, *storage_errors()):
+    with suppress(StorageError, ValueError, *storage_errors()):  # ValueError: a zero byte in a name
         if is_local(path):
-            stat = os.stat(absolute(path))
-            return f"{stat.st_size}-{stat.st_mtime_ns}"
+            found = os.stat(absolute(path))
+            return f"{found.st_size}-{found.st_mtime_ns}"
         fs, inner = filesystem(path)
 
         return fingerprint_of(with_retries(path, lambda: fs.info(inner)))

@@ -10,10 +10,22 @@ from typing import Any, BinaryIO, cast
 from vidshard.pipeline.storage.file_systems import bounded, file_info, filesystem, retry_reads
 from vidshard.pipeline.storage.files import open_binary
 from vidshard.pipeline.storage.paths import is_local
-from vidshard.pipeline.storage.retry import ReadError, errors_named, whole, with_retries
+from vidshard.pipeline.storage.retry import (
+    ReadError,
+    StorageError,
+    errors_named,
+    storage_errors,
+    whole,
+    with_retries,
+)
+from vidshard.schemas.errors import one_line
+from vidshard.schemas.uris import shown_uri
 
 WHOLE_BYTES = 16 << 20
 """Remote videos up to this size are fetched at once."""
+
+UNSIZED_BYTES = 256 << 20
+"""Remote videos whose server does not state their length are fetched at once, up to this size."""
 
 _BLOCK_BYTES = 4 << 20
 _MAX_BLOCKS = 8
@@ -78,8 +90,10 @@ class RemoteVideo(io.RawIOBase):
 def open_video(path: str) -> BinaryIO:
     """Open a video for decoding: a small remote one is fetched whole, a larger one is a ``RemoteVideo``.
 
+    One whose server does not state its length, as with chunked or compressed answers, is fetched whole too.
+
     Raises:
-        StorageError: it is missing or not readable.
+        StorageError: it is missing or not readable, or its length is not stated and beyond ``UNSIZED_BYTES``.
     """
     if is_local(path):
         return open_binary(path)
@@ -88,10 +102,34 @@ def open_video(path: str) -> BinaryIO:
     def opened() -> BinaryIO:
         num_bytes = file_info(fs, inner)["size"]
         if num_bytes is None:
-            raise OSError("its length is unknown, and a video is read in parts")
+            return io.BytesIO(_without_length(fs, inner))
         if num_bytes > WHOLE_BYTES:
             return cast(BinaryIO, RemoteVideo(path, fs, inner, num_bytes))
         return io.BytesIO(whole(bounded(fs, "cat_file", inner, num_bytes=num_bytes), num_bytes))
 
     with errors_named("read", path):
-        return with_retries(path, opened)
+        try:
+            return with_retries(path, opened)
+        except Exception as error:
+            if isinstance(error, (StorageError, *storage_errors())):
+                raise
+            # the file systems of fsspec's odder protocols raise whatever an address leads to
+            raise StorageError(f"cannot read {shown_uri(path)}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _without_length(fs: Any, inner: str) -> bytes:
+    """The content of a file whose length is unknown.
+
+    Raises:
+        OSError: it is larger than ``UNSIZED_BYTES``.
+    """
+    data = bytearray()
+    with fs.open(inner, "rb", block_size=0) as file:
+        while part := file.read(_BLOCK_BYTES):
+            data += part
+            if len(data) > UNSIZED_BYTES:
+                raise OSError(
+                    f"the server does not state its length, and it is larger than {UNSIZED_BYTES:,} bytes: serve it "
+                    "with a Content-Length, or copy it to a file system"
+                )
+    return bytes(data)

@@ -19,7 +19,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from vidshard.pipeline.storage.paths import is_local
-from vidshard.schemas.errors import VidshardError, one_line
+from vidshard.schemas.errors import OutageError, VidshardError, one_line
 from vidshard.schemas.uris import shown_uri
 
 Result = TypeVar("Result")
@@ -47,6 +47,15 @@ class StorageError(VidshardError):
 
 class ReadError(StorageError, OSError):
     """An open file could not be read any further; also an OSError, as readers of files expect one."""
+
+
+class StorageOutageError(ReadError, OutageError):
+    """An object store or the Hub was asked again until the time was over, and does not answer."""
+
+
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf", "webhdfs", "hdfs"})
+"""Protocols behind which one service holds all files. An HTTP server is one site among many: if it does not answer,
+that says nothing about the other rows."""
 
 
 class ShortBodyError(OSError):
@@ -113,6 +122,10 @@ def storage_errors() -> tuple[type[BaseException], ...]:
         from aiohttp import ClientError as HttpError
 
         errors.append(HttpError)
+    with suppress(ImportError):
+        from httpx2 import HTTPError as HubClientError  # of the Hub's client
+
+        errors.append(HubClientError)
     return tuple(errors)
 
 
@@ -176,6 +189,10 @@ def _connection_errors() -> tuple[type[BaseException], ...]:
         import aiohttp
 
         errors += [aiohttp.ClientConnectionError, aiohttp.ClientPayloadError]
+    with suppress(ImportError):
+        import httpx2
+
+        errors.append(httpx2.TransportError)
     return tuple(errors)
 
 
@@ -190,6 +207,10 @@ def _is_unreachable(error: BaseException) -> bool:
         from aiohttp import ClientConnectorError
 
         errors.append(ClientConnectorError)
+    with suppress(ImportError):
+        from httpx2 import ConnectError
+
+        errors.append(ConnectError)
     return isinstance(root_cause(error), tuple(errors))
 
 
@@ -277,13 +298,18 @@ class _Attempts:
 
 @contextmanager
 def errors_named(verb: str, path: str, kind: type[StorageError] = StorageError) -> Iterator[None]:
-    """Turn the exceptions of file systems into a StorageError: "cannot VERB PATH: ..."."""
+    """Turn the exceptions of file systems into a StorageError: "cannot VERB PATH: ...".
+
+    An error of an object store that may pass, and did not while it was retried, becomes a StorageOutageError.
+    """
     try:
         yield
     except StorageError:
         raise
     except storage_errors() as error:
         text = "; ".join([describe(error, path), *getattr(error, "__notes__", ())])
+        if path.partition("://")[0].lower() in _OBJECT_STORES and is_transient(error):
+            kind = StorageOutageError
         raise kind(f"cannot {verb} {shown_uri(path)}: {text}") from error
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, runtime_checkable
 
-from vidshard.schemas.errors import VidshardError, one_line
+from vidshard.schemas.errors import OutageError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
@@ -84,9 +84,12 @@ def open_file(uri: str, open_input: Callable[[str], BinaryIO]) -> BinaryIO:
 
     Raises:
         VideoError: UNREADABLE: the storage refused.
+        OutageError: the storage does not answer.
     """
     try:
         return open_input(uri)
+    except OutageError:
+        raise
     except (OSError, VidshardError) as error:
         raise VideoError(Reason.UNREADABLE, one_line(error)) from error
 
@@ -111,6 +114,7 @@ def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iter
 
     Raises:
         VideoError: UNREADABLE: reading failed, whatever FFmpeg or a decoder made of it.
+        OutageError: the storage does not answer any more.
     """
     watched = WatchedFile(file, limits=limits or Limits())
     try:
@@ -119,9 +123,13 @@ def storage_failures_named(file: BinaryIO, limits: Limits | None = None) -> Iter
     except (VideoError, OSError) as error:
         if watched.error is None:
             raise
-        raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from error
+        raise _failure_of(watched.error) from error
     if watched.error is not None:
-        raise VideoError(Reason.UNREADABLE, one_line(watched.error)) from watched.error
+        raise _failure_of(watched.error) from watched.error
+
+
+def _failure_of(error: BaseException) -> Exception:
+    return error if isinstance(error, OutageError) else VideoError(Reason.UNREADABLE, one_line(error))
 
 
 def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
@@ -194,6 +193,12 @@ def _as_float32(name: str, values: npt.NDArray[Any]) -> Floats:
     return result
 
 
+def _words(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        raise error
+    return one_line(error, 200)
+
+
 def _time_column(names: Sequence[str]) -> str:
     found = [name for name in _TIME_UNITS if name in names]
     if not found:
@@ -231,8 +236,10 @@ def _parquet_columns(
             if num_bytes > max_bytes:
                 raise _BadSignalError(f"more than {max_bytes} bytes of content; split it, or store fewer channels")
             batches.append(batch)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise _BadSignalError(f"not readable as Parquet: {one_line(error, 200)}; write it again") from error
+    except _BadSignalError:
+        raise
+    except Exception as error:  # a damaged file makes Arrow raise whatever its bytes lead to
+        raise _BadSignalError(f"not readable as Parquet: {_words(error)}; write it again") from error
     if not batches:
         raise _BadSignalError("no samples; leave the signal out")
     table = pa.Table.from_batches(batches)
@@ -287,8 +294,10 @@ def _npz_columns(data: bytes, max_bytes: int) -> tuple[str, npt.NDArray[Any], li
         raise _BadSignalError(
             "it must hold the arrays seconds and values; np.savez(path, seconds=, values=)"
         ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise _BadSignalError(f"not readable as .npz: {one_line(error, 200)}; write it again") from error
+    except _BadSignalError:
+        raise
+    except Exception as error:  # a damaged archive makes each decompressor raise something else
+        raise _BadSignalError(f"not readable as .npz: {_words(error)}; write it again") from error
     return "seconds", arrays["seconds"], [(None, arrays["values"])]
 
 
@@ -322,8 +331,8 @@ def _npy_array(data: bytes) -> npt.NDArray[Any]:
         return cast(npt.NDArray[Any], np.load(file, allow_pickle=False))
     except _BadSignalError:
         raise
-    except (ValueError, EOFError, TypeError, SyntaxError, OverflowError) as error:
-        raise _BadSignalError(f"not readable as .npy: {one_line(error, 200)}; write it again") from error
+    except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError, RecursionError ...
+        raise _BadSignalError(f"not readable as .npy: {_words(error)}; write it again") from error
 
 
 # Aligning.

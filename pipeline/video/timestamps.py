@@ -125,6 +125,10 @@ def usual_ticks(stream: VideoStream) -> int:
     return max(1, round(1 / (rate * time_base_of(stream)))) if rate else 1
 
 
+_CLOCK_TIME = re.compile(r"([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]{1,12})?)")
+"""Hours, minutes and seconds, as Matroska writers state a length. More digits are no length, and cost time."""
+
+
 def stream_seconds(stream: VideoStream) -> Fraction | None:
     """Length that the header states for the video stream itself; None where it is the container's or a guess."""
     formats = stream.container.format.name.split(",")
@@ -132,7 +136,7 @@ def stream_seconds(stream: VideoStream) -> Fraction | None:
         return stream.duration * time_base_of(stream)
     if "matroska" in formats:
         for key, value in stream.metadata.items():
-            if key.upper().startswith("DURATION") and (match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", value)):
+            if key.upper().startswith("DURATION") and (match := _CLOCK_TIME.fullmatch(value)):
                 hours, minutes, seconds = match.groups()
                 return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)
     return None

@@ -58,7 +58,7 @@ def test_odd_names_and_pipes_in_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
     found = discover([str(tmp_path)])
-    assert found.videos["uri"].to_pylist() == [str(odd)]
+    assert found.videos["uri"].to_pylist() == [str(tmp_path / "pipe.mp4"), str(odd)]  # opening it rejects it
     assert found.passed_over_extensions == (("files whose name is not UTF-8", 1),)
     with pytest.raises(storage.StorageError, match="not a regular file"):
         storage.open_binary(str(tmp_path / "pipe.mp4"))
@@ -159,7 +159,7 @@ def test_an_unreachable_bucket_is_one_clear_message(s3: str) -> None:
     ("uri", "shown"),
     [
         ("https://user:pw@host/a.mp4?X-Amz-Signature=s3cret#f", "https://host/a.mp4"),
-        ("s3://bucket/what?.mp4", "s3://bucket/what?.mp4"),
+        ("s3://bucket/what?.mp4", "s3://bucket/what"),
         ("s3://key:secret@bucket/a.mp4", "s3://bucket/a.mp4"),
         ("/clips/a?.mp4", "/clips/a?.mp4"),
     ],
@@ -173,3 +173,75 @@ def test_a_manifest_whose_own_column_stands_where_a_signal_goes_is_refused(tmp_p
     (tmp_path / "m.csv").write_text(f"uri,a,{column}\nv.mp4,s.npy,1\n")
     with pytest.raises(InputError, match=f"'{column}' is where signal 'a' goes"):
         discover([str(tmp_path / "m.csv")], signals=["a"])
+
+
+def test_entries_that_cannot_be_looked_at_are_listed_so_that_opening_rejects_them(tmp_path: Path) -> None:
+    (tmp_path / "good.mp4").touch()
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "annex.mp4").symlink_to("../.git/annex/objects/x")
+    (tmp_path / "README").symlink_to("nowhere")
+    (tmp_path / "again").symlink_to(tmp_path)
+    expected = sorted(str(tmp_path / name) for name in ("annex.mp4", "good.mp4", "loop", "loop.mp4"))
+    assert uris(str(tmp_path)) == expected
+    assert uris(str(tmp_path / "*.mp4")) == [path for path in expected if path.endswith(".mp4")]
+
+
+def test_a_folder_that_cannot_be_listed_is_listed_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "good.mp4").touch()
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert uris(str(tmp_path)) == [str(tmp_path / "good.mp4"), str(tmp_path / "lost+found")]
+    with pytest.raises(storage.StorageError, match="permission denied"):
+        storage.open_binary(str(tmp_path / "lost+found"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["0001", "0010"], ["0001", "0010"]),
+        (["NA", "null"], ["NA", "null"]),
+        (["1e5", "7"], ["1e5", "7"]),
+        (["007", "1.5"], ["007", "1.5"]),
+        (["2024-01-02", "2024-01-03"], ["2024-01-02", "2024-01-03"]),
+        (["true", "false"], ["true", "false"]),
+        (["+1", "2"], ["+1", "2"]),
+        (["9223372036854775808", "1"], ["9223372036854775808", "1"]),
+        (["1", "-20"], [1, -20]),
+        (["1", ""], [1, None]),
+        (["1.5", "2.0"], [1.5, 2.0]),
+        (["0.1", "-3"], [0.1, -3.0]),
+    ],
+)
+def test_a_csv_column_holds_numbers_only_where_they_read_back_as_written(
+    texts: list[str], expected: list[Any], tmp_path: Path
+) -> None:
+    rows = "".join(f"{name}.mp4,{text}\n" for name, text in zip("ab", texts, strict=True))
+    (tmp_path / "m.csv").write_text(f"uri,column\n{rows}")
+    assert discover([str(tmp_path / "m.csv")]).videos["column"].to_pylist() == expected
+
+
+def test_texts_of_json_lines_stay_texts(tmp_path: Path) -> None:
+    rows = [{"uri": f"{n}.mp4", "day": "2024-01-02", "n": {"at": ["2024-01-02T03:04:05"]}, "id": n} for n in range(2)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    videos = discover([str(tmp_path / "m.jsonl")]).videos.select(["day", "n", "id"])
+    assert videos.to_pylist() == [{name: row[name] for name in videos.column_names} for row in rows]
+
+
+def test_a_name_keeps_its_blanks(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": [" a.mp4", "b.mp4 "]}), tmp_path / "m.parquet")
+    assert uris(str(tmp_path / "m.parquet")) == [str(tmp_path / " a.mp4"), str(tmp_path / "b.mp4 ")]
+
+
+def test_a_manifest_with_text_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    text = pa.array([b"a\xff.mp4"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"uri": text}), tmp_path / "m.parquet")
+    with pytest.raises(InputError, match=r"m\.parquet cannot be read"):
+        discover([str(tmp_path / "m.parquet")])

@@ -16,7 +16,7 @@ def group_of(nodeid: str) -> str:
     return CLUSTER if nodeid.startswith(CLUSTER) else nodeid.partition("::")[0]
 
 
-class GroupScheduling(LoadScopeScheduling):
+class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Hands out tests in the groups of `group_of`, in the order in which they are collected."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -258,7 +258,8 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     paths = [Path(path) for path in shard_paths(str(out))]
     assert len(paths) > 8
     data = bytearray(paths[0].read_bytes())
-    data[len(data) // 3] ^= 0xFF
+    tokens = pq.ParquetFile(paths[0]).metadata.row_group(0).column(0)
+    data[tokens.data_page_offset + tokens.total_compressed_size - 5] ^= 0xFF
     paths[0].write_bytes(data)  # damage in a page
     paths[1].write_bytes(paths[1].read_bytes()[:-100])  # its end is missing
     (paths[2].parent / "zzz.parquet").write_bytes(paths[2].read_bytes())  # its clips stand there twice
