@@ -147,7 +147,13 @@ def inspect(out: str, rows: int) -> None:
 _moved_weights = click.option(
     "--weights",
     metavar="FILE",
-    help="Weights to use if they have moved since the run: a path, a URL or hf://OWNER/REPO/PATH.",
+    help="Weights to use: a path, a URL or hf://OWNER/REPO/PATH. Needed if they have moved since the run, or would "
+    "have to be fetched.",
+)
+_fetch_sources = click.option(
+    "--fetch-sources",
+    is_flag=True,
+    help="Read source videos from remote storage too. The output names them; give this only if you trust it.",
 )
 
 
@@ -161,6 +167,7 @@ _moved_weights = click.option(
 )
 @click.option("--seed", default=0, show_default=True, help="Random seed of the clips that --exact takes.")
 @_moved_weights
+@_fetch_sources
 @click.option(
     "--repair",
     is_flag=True,
@@ -174,7 +181,13 @@ _moved_weights = click.option(
     help="Write the fate of each video to FILE.parquet or FILE.csv: seconds, reasons of rejections and remedies.",
 )
 def verify(
-    out: str, exact: float | None, seed: int, weights: str | None, repair: bool, account_file: str | None
+    out: str,
+    exact: float | None,
+    seed: int,
+    weights: str | None,
+    fetch_sources: bool,
+    repair: bool,
+    account_file: str | None,
 ) -> Verification:
     """Check that an output is complete and undamaged.
 
@@ -195,7 +208,14 @@ def verify(
     from vidshard.jobs.shards.verify import verify_output
 
     return verify_output(
-        out, _console(), exact=exact, seed=seed, weights=weights, repair=repair, account_file=account_file
+        out,
+        _console(),
+        exact=exact,
+        seed=seed,
+        weights=weights,
+        fetch_sources=fetch_sources,
+        repair=repair,
+        account_file=account_file,
     )
 
 
@@ -210,6 +230,7 @@ def verify(
     "--side-by-side", is_flag=True, help="Show the source beside the reconstruction, if the source can be read."
 )
 @_moved_weights
+@_fetch_sources
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
 @click.option(
     "--tile-overlap",
@@ -226,6 +247,7 @@ def decode(
     limit: int | None,
     side_by_side: bool,
     weights: str | None,
+    fetch_sources: bool,
     tile_size: str | None,
     tile_overlap: int | None,
 ) -> None:
@@ -257,6 +279,7 @@ def decode(
         limit=limit,
         side_by_side=side_by_side,
         weights=weights,
+        fetch_sources=fetch_sources,
         tile_size=tiles,
         tile_overlap=tile_overlap,
     )

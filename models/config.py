@@ -25,7 +25,7 @@ class TokenizerConfig(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=200)
     """Name of the model; names of presets follow the released configurations."""
     family: str
     """Tag of the family: a key of `models.tokenizer.FAMILIES`."""

@@ -205,9 +205,11 @@ def parse_config(record: Mapping[str, Any]) -> TokenizerConfig:
     Raises:
         ValueError: the family is unknown, or the values are not a valid config of it.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a tokenizer config is an object, got a {type(record).__name__}")
     tag = record.get("family", "vidtok")
-    if tag not in FAMILIES:
-        raise ValueError(f"unknown tokenizer family {tag!r}; this vidshard knows: {', '.join(FAMILIES)}")
+    if not isinstance(tag, str) or tag not in FAMILIES:
+        raise ValueError(f"unknown tokenizer family {tag!r:.80}; this vidshard knows: {', '.join(FAMILIES)}")
     return FAMILIES[tag].config.model_validate(record)
 
 

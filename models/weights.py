@@ -12,6 +12,9 @@ import math
 import os
 import pickle
 import re
+import struct
+import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,13 +29,28 @@ from torch import Tensor
 from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, TokenizerConfig, parse_config
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
+from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.fields import differences
+from vidshard.schemas.text import readable
 
 SHIPPED = "fsq_causal_488_small"
 """Preset whose trained weights are part of the package; the default tokenizer."""
 
 
-class NoAveragesError(ValueError):
+MAX_PARAMETERS = 4_000_000_000
+"""Largest network that is loaded, in parameters; those of VidTok have up to 0.2 billion."""
+MAX_SEEDED_PARAMETERS = 1_000_000_000
+"""Largest network that gets random weights."""
+MAX_HEADER_BYTES = 16 << 20
+"""Largest header of a safetensors file that is parsed; those of published tokenizers take some 100 KB. Parsing 99 MB
+takes 2.4 GB and 42 s."""
+
+
+class WeightsError(VidshardError, ValueError):
+    """A file holds no weights that can be used; the message names it and says why."""
+
+
+class NoAveragesError(WeightsError):
     """A file has no averaged (EMA) weights, but they were requested."""
 
 
@@ -114,7 +132,7 @@ def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
     weights: dict[str, Tensor] = {}
-    for name, shape in _expected_shapes(config).items():
+    for name, shape in _expected_shapes(config, MAX_SEEDED_PARAMETERS).items():
         random = np.random.RandomState(zlib.crc32(checkpoint_name(name, config).encode(), seed))
         if name.endswith("mix_factor"):
             values = random.uniform(-1.0, 1.0, shape)
@@ -203,10 +221,10 @@ def load_weights(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is unreadable or would execute code, it states another config, or none though none is
-            given. Also if entries are missing, foreign, mis-shaped or not finite, or if the file is named after
-            another preset whose weights have the same names and shapes.
-        NoAveragesError: averages are requested, but the file has none; a ValueError.
+        WeightsError: the file is unreadable or would execute code, it states another config, or none though none is
+            given. Also if entries are missing, foreign, mis-shaped, not plain arrays or not finite, or if the file is
+            named after another preset whose weights have the same names and shapes. It is a ValueError.
+        NoAveragesError: averages are requested, but the file has none; a WeightsError.
     """
     path = Path(path)
     if not path.is_file():
@@ -216,10 +234,10 @@ def load_weights(
     elif path.suffix in (".ckpt", ".pt", ".pth"):
         stated, entries = None, _read_pickle(path)
     else:
-        raise ValueError(f"{path}: weights files end in .safetensors, .ckpt, .pt or .pth, got {path.suffix!r}")
+        raise WeightsError(f"{path}: weights files end in .safetensors, .ckpt, .pt or .pth, got {path.suffix!r}")
     if config is None:
         if stated is None:
-            raise ValueError(f"{path} does not say which model it holds: give a preset or config")
+            raise WeightsError(f"{path} does not say which model it holds: give a preset or config")
         config = stated
     if stated is not None:
         _check_same_network(path, stated, config)
@@ -230,7 +248,7 @@ def load_weights(
     tensors = {name: tensors[checkpoint_name(name, config)] for name in _expected_shapes(config)}
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
+        raise WeightsError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
     return config, weights
 
 
@@ -272,8 +290,12 @@ def _empty(config: TokenizerConfig) -> torch.nn.Module:
         return FAMILIES[config.family].build(config)
 
 
-def _expected_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+def _expected_shapes(config: TokenizerConfig, limit: int = MAX_PARAMETERS) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+    count = sum(map(math.prod, shapes.values()))
+    if count > limit:
+        raise WeightsError(f"{readable(config.name)} has {count:,} parameters; at most {limit:,} are allowed here")
+    return shapes
 
 
 def _checkpoint_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
@@ -281,53 +303,91 @@ def _checkpoint_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     return {checkpoint_name(name, config): shape for name, shape in _expected_shapes(config).items()}
 
 
+def _check_header(path: Path) -> None:
+    """Refuse a header of a safetensors file that is too large to be parsed.
+
+    Raises:
+        WeightsError: it is, or the file has none.
+    """
+    with path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+    if num_bytes > min(MAX_HEADER_BYTES, path.stat().st_size):
+        raise WeightsError(
+            f"{path} is not a readable safetensors file: its header is said to take {num_bytes:,} bytes, and at most "
+            f"{MAX_HEADER_BYTES:,} are read"
+        )
+
+
 def _read_metadata(path: Path) -> dict[str, str]:
+    _check_header(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, object]]:
+    _check_header(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             entries: dict[str, object] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
     if _CONFIG_KEY not in metadata:
         return None, entries
     try:
         return parse_config(json.loads(metadata[_CONFIG_KEY])), entries
-    except ValueError as error:  # including pydantic's ValidationError
-        raise ValueError(f"{path} states a tokenizer config that this version does not know: {error}") from error
+    except (ValueError, RecursionError, OverflowError) as error:  # including pydantic's ValidationError
+        raise WeightsError(f"{path} states a tokenizer config that this version does not know: {error}") from error
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse a checkpoint whose archive unpacks to more than the file: torch packs nothing.
+
+    Raises:
+        WeightsError: it does, or its directory is damaged.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    if unpacked > path.stat().st_size:
+        raise WeightsError(f"{path} is refused: it unpacks to {unpacked:,} bytes, more than it has")
 
 
 def _read_pickle(path: Path) -> dict[str, object]:
+    _refuse_packed(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's message names the requested object, but also advises to load the file unsafely: only the name is kept
-        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asked_for = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
         reason = f"it asks for {asked_for[1]}" if asked_for else "it is broken, or holds more than tensors"
-        raise ValueError(
+        raise WeightsError(
             f"{path} is refused: {reason}, and loading it would execute code. Convert it to .safetensors where you "
             "trust it."
         ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        # the unpickler raises any of these on bytes that are not a pickle
-        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises anything on bytes that are not a pickle
+        raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
+        raise WeightsError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
     return {str(name): value for name, value in loaded.items()}
 
 
 def _first_line(error: Exception) -> str:
     """First line of an exception's message, without torch's additions."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return readable((str(error).strip().splitlines() or [type(error).__name__])[0], 400)
 
 
 def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
@@ -338,7 +398,7 @@ def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
         if name.startswith(("loss.", _EMA_PREFIX)):
             continue
         if name in bare:
-            raise ValueError(f"{path} has {name} twice, once with a module. or _orig_mod. prefix")
+            raise WeightsError(f"{path} has {name} twice, once with a module. or _orig_mod. prefix")
         bare[name] = value
     return _floating_tensors(path, bare)
 
@@ -365,15 +425,26 @@ def _unwrapped(name: str) -> str:
 
 
 def _floating_tensors(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:
-    tensors = {n: value for n, value in entries.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    tensors = {n: value for n, value in entries.items() if isinstance(value, Tensor) and _is_plain(value)}
     if others := [name for name in entries if name not in tensors]:
-        raise ValueError(f"{path}: entries that are not floating tensors: {_abbreviated(others)}")
+        raise WeightsError(f"{path}: entries that are not floating tensors: {_abbreviated(others)}")
     return tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a floating array with values: not sparse, nested, quantized, or on the ``meta`` device."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+    )
 
 
 def _check_same_network(path: Path, stated: TokenizerConfig, config: TokenizerConfig) -> None:
     if differing := network_differences(stated, config):
-        raise ValueError(f"{path} holds {stated.name}, not {config.name} ({differing})")
+        raise WeightsError(f"{path} holds {stated.name}, not {config.name} ({differing})")
 
 
 def _check_name(path: Path, config: TokenizerConfig) -> None:
@@ -384,7 +455,7 @@ def _check_name(path: Path, config: TokenizerConfig) -> None:
     named = PRESETS.get(preset_in_name(path) or "", config)
     differing = network_differences(named, config)
     if differing and _checkpoint_shapes(named) == _checkpoint_shapes(config):
-        raise ValueError(
+        raise WeightsError(
             f"{path} is called after {named.name}, not {config.name}: these networks take each other's weights and "
             f"then give wrong video without a warning ({differing}). Load it as {named.name}; if it is the name that "
             f"is wrong, rename the file, or a copy of it"
@@ -410,10 +481,10 @@ def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerC
     }
     if any(problems.values()):
         listing = "; ".join(f"{len(names)} {what}: {_abbreviated(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{path} does not fit {config.name}; is it of another preset? {listing}")
+        raise WeightsError(f"{path} does not fit {config.name}; is it of another preset? {listing}")
 
 
 def _abbreviated(names: Iterable[str], limit: int = 10) -> str:
-    names = list(names)
+    names = [readable(name, 200) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -218,7 +218,7 @@ def stated_config(weights: str, *, ema: bool = False) -> TokenizerConfig:
             assert path is not None
             return load_weights(path, ema=ema)[0]
     except ValueError as error:
-        named = preset_in_name(weights)
+        named = preset_in_name(storage.public_uri(weights))
         hint = f"by its name it is --tokenizer {named}" if named else "--tokenizer NAME says which model it is"
         raise UserError(f"{error} ({hint})") from error
     except (FileNotFoundError, storage.StorageError) as error:

@@ -11,6 +11,7 @@ from vidshard.models.tokenizer import Tokenizer, TokenizerConfig
 from vidshard.models.weights import NoAveragesError, load_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.text import readable
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes that tokenizers can compute in, by name of the precision setting."""
@@ -30,6 +31,8 @@ class TokenizerSource:
     """Seed of random weights; None with a file."""
     sha256: str = ""
     """Digest that the weights must have; empty to accept any."""
+    cached_only: bool = False
+    """Whether nothing is fetched over the network, as an output names the location and not the user."""
 
     @classmethod
     def stored(
@@ -45,8 +48,11 @@ class TokenizerSource:
             weights: present location of the weights; None for ``source``.
         """
         if weights is None and source.startswith("seed:"):
-            return cls(config=config, weights=None, seed=int(source.removeprefix("seed:")), sha256=sha256)
-        return cls(config=config, weights=weights or source, ema=ema, sha256=sha256)
+            text = source.removeprefix("seed:")
+            if not (text.isascii() and text.isdigit() and len(text) <= 10):
+                raise UserError(f"the output states weights of the seed {readable(text, 80)!r}, which is no number")
+            return cls(config=config, weights=None, seed=int(text), sha256=sha256)
+        return cls(config=config, weights=weights or source, ema=ema, sha256=sha256, cached_only=weights is None)
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Tokenizer:
         """Load the tokenizer, ready to encode and decode.
@@ -79,7 +85,7 @@ class TokenizerSource:
             raise UserError(str(error)) from error
 
     def _load(self) -> tuple[Tokenizer, str]:
-        with storage.local_copy(self.weights) as path:
+        with storage.local_copy(self.weights, cached_only=self.cached_only) as path:
             try:
                 tokenizer = load_tokenizer(self.config, path, seed=self.seed, ema=self.ema)
             except NoAveragesError:

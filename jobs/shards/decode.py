@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.models.vidtok.tiling import Tiling
+from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, open_shard, output_shards, read_clips
 from vidshard.pipeline.reconstruct import (
     Row,
@@ -30,7 +31,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import readable
-from vidshard.schemas.uris import shown_uri
+from vidshard.schemas.uris import is_remote, shown_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class DecodeRun:
     """Largest number of clips, if no ids are given; None for all."""
     side_by_side: bool = False
     """Whether to show the source at the left."""
+    fetch_sources: bool = False
+    """Whether sources may be read from remote storage: the output names them, and may be foreign."""
     weights: str | None = None
     """Present location of the weights; None for the location that the shards record."""
     tile_size: tuple[int, int] | None = None
@@ -71,11 +74,19 @@ def decode_output(request: DecodeRun, console: Console) -> list[Path]:
     with open_shard(paths[0]) as (_, provenance):
         resolved = ResolvedRun.from_provenance(provenance, weights=request.weights)
     if resolved.notice:
-        warn(console, resolved.notice)
+        warn(console, readable(resolved.notice))
+    say_weights(resolved, console)
     if request.video_id is not None:
         return [_decode_video(request, request.video_id, paths, resolved, console)]
     decode = clip_decoder(resolved, paths, tiling=tiling_for(request, resolved))
     return _decode_clips(request, rows, decode, resolved, console)
+
+
+def say_weights(resolved: ResolvedRun, console: Console) -> None:
+    """Print which file of weights is opened, if the output names one that does not come with vidshard."""
+    weights = resolved.source.weights
+    if resolved.source.cached_only and weights is not None and not weights.startswith(storage.SHIPPED_SCHEME):
+        console.print(f"opening the weights that the output names: {shown_uri(weights)}", highlight=False, markup=False)
 
 
 def _decode_clips(
@@ -91,7 +102,10 @@ def _decode_clips(
             clip = stored_clip(row)
             file = Path(request.target) if request.target else Path(request.folder or ".") / file_name(clip.clip_id)
             frames = decode(clip)
-            if request.side_by_side and (source := _source_or_none(clip, resolved, console)) is not None:
+            if (
+                request.side_by_side
+                and (source := _source_or_none(clip, resolved, console, fetch=request.fetch_sources)) is not None
+            ):
                 frames = np.concatenate([source, frames], axis=2)
             write_video(file, frames[: clip.values["num_valid_frames"]], resolved.run.fps)
             files.append(file)
@@ -197,14 +211,19 @@ def tiling_for(request: DecodeRun, resolved: ResolvedRun) -> Tiling | None:
     return tiling
 
 
-def _source_or_none(clip: StoredClip, resolved: ResolvedRun, console: Console) -> np.ndarray | None:
-    """Decode a clip again from its source; prints a note and returns None if the source can no longer be read."""
+def _source_or_none(clip: StoredClip, resolved: ResolvedRun, console: Console, *, fetch: bool) -> np.ndarray | None:
+    """Decode a clip again from its source; prints a note and returns None if the source cannot be read."""
+    source = shown_uri(clip.values["uri"])
+    if is_remote(clip.values["uri"]):
+        if not fetch:
+            note = f"{source} is not shown beside: it is remote; --fetch-sources fetches what the output names"
+            console.print(note, highlight=False, markup=False)
+            return None
+        console.print(f"fetching {source}", highlight=False, markup=False)
     try:
         return source_frames(clip, resolved)
     except VideoError as error:
-        console.print(
-            f"{shown_uri(clip.values['uri'])} cannot be shown beside: {one_line(error)}", highlight=False, markup=False
-        )
+        console.print(f"{source} cannot be shown beside: {one_line(error)}", highlight=False, markup=False)
         return None
 
 

@@ -26,10 +26,10 @@ from vidshard.pipeline.output.shard_reader import find_clips, open_shard
 from vidshard.pipeline.reconstruct import load_decoder, stored_clip, stored_spec
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
-from vidshard.schemas.errors import one_line
+from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import readable
-from vidshard.schemas.uris import shown_uri
+from vidshard.schemas.uris import is_remote, shown_uri
 from vidshard.schemas.video import Clip
 
 TIE = 1e-4
@@ -62,7 +62,15 @@ class Comparison:
         return self.must_be_equal and self.num_different > self.num_ties
 
 
-def encode_again(paths: Sequence[str], console: Console, *, share: float, seed: int, weights: str | None) -> Comparison:
+def encode_again(
+    paths: Sequence[str],
+    console: Console,
+    *,
+    share: float,
+    seed: int,
+    weights: str | None,
+    fetch_sources: bool = False,
+) -> Comparison:
     """Encode a share of the clips of some shards again, and print how they differ from the stored payload.
 
     Args:
@@ -70,9 +78,10 @@ def encode_again(paths: Sequence[str], console: Console, *, share: float, seed: 
         share: share of all their clips, in (0, 1].
         seed: random seed that selects the clips.
         weights: present location of the weights; None for the location that the shards record.
+        fetch_sources: whether sources may be read from remote storage: the shards name them, and may be foreign.
 
     Raises:
-        VidshardError: the weights are missing, or have another digest.
+        VidshardError: the weights are missing, or have another digest, or a source is remote and may not be fetched.
     """
     with open_shard(paths[0]) as (_, provenance):
         resolved = ResolvedRun.from_provenance(provenance, weights=weights)
@@ -83,6 +92,11 @@ def encode_again(paths: Sequence[str], console: Console, *, share: float, seed: 
     with PhaseProgress(console, "encoding again", len(chosen)) as display:
         for done, row in enumerate(chosen, start=1):
             stored = stored_clip(row)
+            if is_remote(stored.values["uri"]) and not fetch_sources:
+                raise UserError(
+                    f"{shown_uri(stored.values['uri'])} is not fetched by itself: the output names it, and may be "
+                    "foreign; --fetch-sources fetches such sources"
+                )
             try:
                 again = encode_by_another_cut(tokenizer, resolved, stored.values)
             except VideoError as error:

@@ -97,6 +97,7 @@ def verify_output(
     exact: float | None = None,
     seed: int = 0,
     weights: str | None = None,
+    fetch_sources: bool = False,
     repair: bool = False,
     account_file: str | None = None,
 ) -> Verification:
@@ -106,6 +107,7 @@ def verify_output(
         exact: share of the clips to encode again, in (0, 1]; None for none.
         seed: random seed that selects these clips.
         weights: present location of the weights; None for the location that the shard records.
+        fetch_sources: whether ``exact`` may read sources from remote storage.
         repair: remove broken files and clips.
         account_file: path of a table with the status of each video, ``.parquet`` or ``.csv``; None for none.
 
@@ -132,7 +134,7 @@ def verify_output(
         )
     comparison = None
     if exact is not None and not findings.num_wrong:
-        comparison = encode_again(paths, console, share=exact, seed=seed, weights=weights)
+        comparison = encode_again(paths, console, share=exact, seed=seed, weights=weights, fetch_sources=fetch_sources)
     return Verification(
         num_wrong=findings.num_wrong,
         num_repaired=findings.num_repaired,

@@ -31,19 +31,19 @@ class VidTokConfig(TokenizerConfig):
     """Released structure or an ablation of the paper, see `ARCHITECTURES`."""
     head: Literal["fsq", "kl", "lfq", "vq"]
     """Quantizer: fsq, lfq and vq give tokens, kl gives latents."""
-    latent_channels: int = Field(ge=1)
+    latent_channels: int = Field(ge=1, le=1024)
     """Channels of the decoder input."""
-    fsq_levels: tuple[int, ...] = ()
+    fsq_levels: tuple[int, ...] = Field(default=(), max_length=64)
     """FSQ: number of levels of each latent channel; empty for other heads."""
     vq_codebook_size: int | None = Field(default=None, ge=2, le=2**31 - 1, json_schema_extra=IDENTITY_WHEN_SET)
     """VQ: number of entries of the codebook; None for other heads. LFQ has 2**latent_channels tokens."""
-    base_width: int = Field(default=128, ge=1)
+    base_width: int = Field(default=128, ge=1, le=4096)
     """Channels of level 0."""
-    width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    width_multipliers: tuple[int, ...] = Field(default=(1, 2, 4, 4), max_length=8)
     """Channels of each level, in units of base_width."""
-    encoder_pairs: int = Field(default=2, ge=1)
+    encoder_pairs: int = Field(default=2, ge=1, le=16)
     """Residual pairs (within frames, then through time) at each encoder level."""
-    decoder_pairs: int = Field(default=3, ge=1)
+    decoder_pairs: int = Field(default=3, ge=1, le=16)
     encoder_space_levels: tuple[int, ...] = (0, 1, 2)
     """Levels after which the encoder halves height and width."""
     encoder_time_levels: tuple[int, ...] = (1, 2)
@@ -68,8 +68,8 @@ class VidTokConfig(TokenizerConfig):
                 f"{self.name}: a {self.head} head with {self.latent_channels} latent channels takes "
                 f"{expected_levels} fsq_levels, got {self.fsq_levels}"
             )
-        if not self.width_multipliers or min(self.width_multipliers) < 1:
-            raise ValueError(f"{self.name}: width_multipliers must be positive, got {self.width_multipliers}")
+        if not self.width_multipliers or not 1 <= min(self.width_multipliers) <= max(self.width_multipliers) <= 64:
+            raise ValueError(f"{self.name}: width_multipliers must lie in 1 ... 64, got {self.width_multipliers}")
         last = len(self.width_multipliers) - 1
         for field, first_level, last_level in (("encoder", 0, last - 1), ("decoder", 1, last)):
             space = getattr(self, f"{field}_space_levels")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfUri, constants, hf_hub_download, parse_hf_uri
+from huggingface_hub import HfUri, constants, hf_hub_download, parse_hf_uri, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -32,8 +32,12 @@ class HubError(VidshardError):
     """A file of the Hub cannot be fetched; the message says why and what to do. The caller adds the reference."""
 
 
-def fetch(reference: str) -> tuple[Path, str]:
+def fetch(reference: str, *, cached_only: bool = False) -> tuple[Path, str]:
     """Download a file of the Hub unless it is cached; a cached file named by its commit needs no request.
+
+    Args:
+        reference: the file.
+        cached_only: send no request at all.
 
     Returns:
         Its path in the cache, under its own name, and the reference with the commit it was found at.
@@ -42,12 +46,21 @@ def fetch(reference: str) -> tuple[Path, str]:
         HubError: the reference is malformed, there is no such file, access is denied, or no server can be reached.
     """
     uri = _parse(reference)
+    if cached_only:
+        cached = try_to_load_from_cache(uri.id, uri.path_in_repo, revision=uri.revision)
+        if not isinstance(cached, str):
+            raise HubError(f"the cache in {constants.HF_HUB_CACHE} does not have it")
+        return _pinned(Path(cached), uri)
     try:
         path = Path(hf_hub_download(uri.id, uri.path_in_repo, revision=uri.revision, library_name="vidshard"))
     # ValueError: what the library does not accept; RuntimeError: hf_xet, which downloads large files
     except (httpx2.HTTPError, httpx2.InvalidURL, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise HubError(_explain(error, uri)) from error
-    # The cache keeps a file as snapshots/COMMIT/PATH.
+    return _pinned(path, uri)
+
+
+def _pinned(path: Path, uri: HfUri) -> tuple[Path, str]:
+    """A cached file, and its reference with the commit: the cache keeps it as ``snapshots/COMMIT/PATH``."""
     commit = path.parents[uri.path_in_repo.count("/")].name
     return path, f"{SCHEME}{uri.id}@{commit}/{uri.path_in_repo}"
 

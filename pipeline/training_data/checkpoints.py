@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vidshard.pipeline import storage
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.training import LOWER_IS_BETTER
 
 CHECKPOINTS = "checkpoints"
@@ -43,6 +43,23 @@ class CheckpointInfo:
     """BLAKE2b of the state's file, 16 bytes in hex."""
     metrics: dict[str, float]
     """Metrics of held-out clips at that step; empty where none were taken."""
+
+
+_MAX_RECORD_BYTES = 1 << 20
+
+
+def _check_record(info: CheckpointInfo) -> None:
+    """Check the values of a record: its step is part of a file's name.
+
+    Raises:
+        ValueError: one is impossible.
+    """
+    if type(info.step) is not int or not 0 <= info.step < 10**12:
+        raise ValueError(f"its step is {info.step!r:.80}")
+    if not isinstance(info.run_id, str) or not isinstance(info.digest, str) or not isinstance(info.metrics, dict):
+        raise ValueError("it has no run, digest or metrics")
+    if not all(isinstance(value, (int, float)) for value in info.metrics.values()):
+        raise ValueError("a metric is no number")
 
 
 class Checkpoints:
@@ -71,8 +88,9 @@ class Checkpoints:
         infos = []
         for path in storage.list_files(self._folder, ".json"):
             try:
-                info = CheckpointInfo(**json.loads(storage.read_bytes(path)))
-            except (ValueError, TypeError) as error:
+                info = CheckpointInfo(**json.loads(storage.read_bytes(path, max_bytes=_MAX_RECORD_BYTES)))
+                _check_record(info)
+            except (ValueError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{path} is no record of a checkpoint: choose another --out") from error
             if info.run_id != self._run_id:
                 raise CheckpointError(
@@ -108,7 +126,14 @@ class Checkpoints:
         data = storage.read_bytes(path)
         if _digest(data) != info.digest:
             raise CheckpointError(f"{path} is damaged: delete it and {record}, then go on from the one before it")
-        loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # the unpickler raises anything on bytes that it does not know
+            raise CheckpointError(f"{path} is no checkpoint ({one_line(error, 200)}): choose another --out") from error
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}; choose another --out")
         return loaded
 
     def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.cli import vidshard_exits
+from tests.support.http_server import http_server
 from vidshard.jobs.shards.decode import file_name
 from vidshard.jobs.shards.verify import _check_shard, verify_output
 from vidshard.pipeline import storage
@@ -109,7 +110,7 @@ def bomb(table: pa.Table, kind: str) -> pa.Table:
     if kind == "one text":
         dictionary = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array(["x" * 2_000_000]))
         return rows.append_column("more", dictionary)
-    empty = pa.array([None] * count, pa.list_(pa.int64(), 1_000_000))
+    empty = pa.array([None] * count, pa.list_(pa.int64(), 140_000))
     return rows.append_column("more", empty)
 
 
@@ -221,3 +222,36 @@ def test_escapes_in_a_shard_do_not_reach_the_terminal(output: Path, table: pa.Ta
     assert code == 0, printed
     for forbidden in ("\x1b]", "\x07", "\u202e", "\n!! forged"):
         assert forbidden not in printed
+
+
+@pytest.mark.parametrize("source", ["hf://evil/repo/x.ckpt", "URL/x.ckpt?sig=S3CR3T", "simplecache::URL/x.ckpt"])
+def test_nothing_that_a_shard_names_is_fetched(
+    source: str, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with http_server(lambda _path: b"x") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        path = write(tmp_path / "s.parquet", table, weights_source=source.replace("URL", server.url))
+        for command in (["decode", path, "--all", tmp_path / "clips"], ["verify", path, "--exact", 1]):
+            code, printed = vidshard_exits(*command)
+            assert code == 2, printed
+            assert "--weights" in printed
+            assert "S3CR3T" not in printed
+    assert server.asked == []
+
+
+def test_sources_that_a_shard_names_are_fetched_only_if_asked(table: pa.Table, tmp_path: Path) -> None:
+    with http_server(lambda _path: None) as server:
+        at = table.schema.get_field_index("uri")
+        uris = pa.array([f"{server.url}/internal"] * table.num_rows)
+        path = write(tmp_path / "s.parquet", table.set_column(at, table.schema.field("uri"), uris))
+        code, printed = vidshard_exits("decode", path, "--all", tmp_path / "clips", "--side-by-side")
+        assert code == 0, printed
+        assert "--fetch-sources" in printed
+        code, printed = vidshard_exits("verify", path, "--exact", 1)
+        assert code == 2, printed
+        assert server.asked == []
+        code, printed = vidshard_exits("decode", path, "--all", tmp_path / "c", "--side-by-side", "--fetch-sources")
+        assert code == 0, printed
+        assert server.asked

@@ -334,6 +334,10 @@ def test_a_run_with_weights_of_the_hub_names_their_commit_and_decodes_by_it(hub:
     hub.requests.clear()
     command = (VIDSHARD, "decode", out, "--all", tmp_path / "videos")
     result = run(hub, tmp_path / "another machine", *command)
+    assert result.returncode == 2
+    assert "not fetched by itself" in result.stderr
+    assert not hub.asked("GET")
+    result = run(hub, tmp_path / "another machine", *command, "--weights", pinned)
     assert result.returncode == 0, result.stdout + result.stderr
     assert set(hub.asked("GET")) == {f"/owner/models/resolve/{OLD}/checkpoints/tiny.ckpt"}
     refused = run(hub, tmp_path / "home", *command, "--weights", REFERENCE)
