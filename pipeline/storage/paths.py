@@ -24,7 +24,8 @@ def absolute(path: str) -> str:
         path = re.sub("^file://(localhost(?=/))?", "", path)
         if "%" in path and not os.path.exists(path):
             path = unquote(path)
-    return os.path.abspath(os.path.expanduser(path.removeprefix("local://")))
+    path = path.removeprefix("local://")
+    return os.path.abspath(path if "\0" in path else os.path.expanduser(path))  # which refuses a zero byte
 
 
 def join(root: str, *parts: str) -> str:

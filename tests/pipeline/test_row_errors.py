@@ -121,7 +121,15 @@ def test_many_internal_errors_end_the_run_as_a_defect(
 
 def test_odd_addresses_of_a_manifest_are_rejections(two_videos: Path, tmp_path: Path) -> None:
     odd = ["zip://a::x.mp4", "tar://x", "reference://x", "dir://x", "jlab://x", "generic::x", "async_wrapper://x"]
-    odd += ["data://x", "http://[::1", "a\0b.mp4", "file:///%00.mp4", "simplecache::file:///etc/passwd", "no://such"]
+    odd += [
+        "data://x",
+        "http://[::1",
+        "a\0b.mp4",
+        "~\0/a.mp4",
+        "file:///%00.mp4",
+        "simplecache::file:///etc/passwd",
+        "no://such",
+    ]
     pq.write_table(pa.table({"uri": [str(two_videos / "0.mp4"), *odd]}), tmp_path / "m.parquet")
     result = tokenize(tmp_path / "m.parquet", "--out", tmp_path / "out", *SMALL)
     assert result.exit_code == 0, result.output
