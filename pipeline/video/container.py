@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.h264 import usability_of
 from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
+from vidshard.pipeline.video.mp4 import MP4_FIRST_BOXES
 from vidshard.pipeline.video.stream_choice import choose_stream, has_decoder
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
@@ -54,8 +55,15 @@ def ffmpeg_failures_as(reason: Reason, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(
+    watched: WatchedFile, thread_type: ThreadType = "NONE", *, with_edits: bool = True
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the container and the video stream that ``choose_stream`` prefers; the other streams are not read.
+
+    Args:
+        watched: the file.
+        thread_type: how the decoder uses threads.
+        with_edits: False leaves an mp4's edit list out: packets have the times of its media.
 
     Raises:
         VideoError: EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, UNSUPPORTED, OVER_LIMIT, TRUNCATED or DECODE_ERROR.
@@ -65,7 +73,7 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
     if not head:
         raise VideoError(Reason.EMPTY_FILE, "the file has no bytes")
     with ExitStack() as stack:
-        container = stack.enter_context(_container(watched, head))
+        container = stack.enter_context(_container(watched, head, with_edits))
         # PyAV asks FFmpeg to invent missing times, and in AVI with B-frames it invents wrong ones
         container.flags &= ~cast(int, Flags.gen_pts.value)
         videos = [
@@ -83,7 +91,7 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
         if was_read:
             index = video.index
             container.close()
-            container = stack.enter_context(_container(watched, head))
+            container = stack.enter_context(_container(watched, head, with_edits))
             container.flags &= ~cast(int, Flags.gen_pts.value)
             video = cast(VideoStream, container.streams[index])
         for stream in container.streams:
@@ -99,17 +107,18 @@ def open_video(watched: WatchedFile, thread_type: ThreadType = "NONE") -> Iterat
         yield container, video
 
 
-def _container(watched: WatchedFile, head: bytes) -> InputContainer:
+def _container(watched: WatchedFile, head: bytes, with_edits: bool) -> InputContainer:
     """Open the file; where the header alone is enough, without decoding a picture first."""
     quickly = _quick_options(head)
+    edits = {} if with_edits else {"ignore_editlist": "1"}
     if quickly is not None:
         with suppress(av.FFmpegError):
-            container = _av_open(watched, {"skip_frame": "all"}, quickly)
+            container = _av_open(watched, {"skip_frame": "all"}, quickly | edits)
             if all(_header_is_enough(stream) for stream in container.streams.video):
                 return container
             container.close()
     try:
-        return _av_open(watched, {}, {})
+        return _av_open(watched, {}, edits)
     except av.FFmpegError as error:  # out of memory too: here it is an index that claims absurd sizes
         raise _refusal(watched, head, error) from error
 
@@ -233,7 +242,7 @@ def _refusal(watched: WatchedFile, head: bytes, error: av.FFmpegError) -> VideoE
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         advice = "put single images into a .tar or .zip, convert an animated one to .png (APNG), .gif or .mp4"
         return VideoError(Reason.NOT_A_VIDEO, f"a WebP picture: {advice}")
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+    if head[4:8] in MP4_FIRST_BOXES:
         if _has_mp4_index(watched):
             return VideoError(Reason.DECODE_ERROR, f"the mp4 index (moov) is damaged: {words}")
         return VideoError(Reason.TRUNCATED, f"an mp4 without its index (moov): {words}")

@@ -1,8 +1,8 @@
 """Decodes spans of a video into clips, in as few passes over the file as it takes.
 
 Plain functions over PyAV; nothing knows of Ray. ``container`` opens files safely, ``frames`` decodes frames and their
-times, ``render`` and ``geometry`` turn a frame into a picture, ``sampling`` says which frame belongs to which grid
-time, and ``clip_builder`` collects frames into clips.
+times, ``presentation`` applies edit lists, ``render`` and ``geometry`` turn a frame into a picture, ``sampling`` says
+which frame belongs to which grid time, and ``clip_builder`` collects frames into clips.
 
 A span decoded alone has the same pixels and times as in one pass over the whole video. Damage refuses the whole span
 unless undamaged clips are kept. Running out of memory while decoding is a MemoryError, which ``sandbox`` turns into a
@@ -17,9 +17,10 @@ from typing import BinaryIO
 
 from vidshard.pipeline.video.clip_builder import ClipBuilder
 from vidshard.pipeline.video.container import ThreadType, refuse_large, refuse_long
-from vidshard.pipeline.video.frames import TimedFrame, frames_after, frames_covering
+from vidshard.pipeline.video.frames import TimedFrame
 from vidshard.pipeline.video.input_file import WatchedFile, opened, storage_failures_named
 from vidshard.pipeline.video.packet_schedule import FOREVER
+from vidshard.pipeline.video.presentation import frames_after, frames_covering
 from vidshard.pipeline.video.timestamps import Clock
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Span, SpanClips

@@ -66,6 +66,8 @@ def frames_covering(
     clock: Clock,
     thread_type: ThreadType,
     needed: Needed | None = None,
+    *,
+    with_edits: bool = True,
 ) -> Generator[TimedFrame, None, None]:
     """Frames in presentation order, the first one not after ``needed_pts``.
 
@@ -75,10 +77,11 @@ def frames_covering(
         clock: the ticks of all times here.
         thread_type: how the decoder uses threads.
         needed: as in :func:`decode_from`.
+        with_edits: False for times of an mp4's media, without its edit list.
     """
     if needed_pts is not None:
         for seconds in _SEEK_BACK_SECONDS:
-            start = SeekPoint(seek_pts=needed_pts - int(seconds / clock.time_base))
+            start = SeekPoint(seek_pts=needed_pts - int(seconds / clock.time_base), with_edits=with_edits)
             with closing(decode_from(watched, start, thread_type, clock=clock, needed=needed)) as frames:
                 try:
                     first = next(frames, None)
@@ -88,11 +91,17 @@ def frames_covering(
                     yield first
                     yield from frames
                     return
-    yield from decode_from(watched, SeekPoint(), thread_type, clock=clock, needed=needed)
+    yield from decode_from(watched, SeekPoint(with_edits=with_edits), thread_type, clock=clock, needed=needed)
 
 
 def frames_after(
-    watched: WatchedFile, pts: int, clock: Clock, thread_type: ThreadType, needed: Needed
+    watched: WatchedFile,
+    pts: int,
+    clock: Clock,
+    thread_type: ThreadType,
+    needed: Needed,
+    *,
+    with_edits: bool = True,
 ) -> Generator[TimedFrame, None, None]:
     """The first keyframe after a tick, then the wanted frames; none where no keyframe follows.
 
@@ -102,6 +111,7 @@ def frames_after(
         clock: the ticks of all times here.
         thread_type: how the decoder uses threads.
         needed: as in :func:`decode_from`.
+        with_edits: False for times of an mp4's media, without its edit list.
     """
     key_pts: int | None = None
 
@@ -110,7 +120,7 @@ def frames_after(
         key_pts = start_pts if key_pts is None else key_pts
         return start_pts == key_pts or needed(start_pts, end_pts)
 
-    start = SeekPoint(seek_pts=pts + 1, forward=True)
+    start = SeekPoint(seek_pts=pts + 1, forward=True, with_edits=with_edits)
     yield from decode_from(watched, start, thread_type, clock=clock, needed=needed_or_first)
 
 
@@ -145,7 +155,8 @@ def decode_from(
         yield from _decode_needed(watched, start, thread_type, clock, keep_going, needed)
     except NoKeyframeError:
         if start.seek_pts is None:
-            yield from _decode_once(watched, SeekPoint(await_keyframe=False), thread_type, clock, keep_going, None)
+            from_start = SeekPoint(await_keyframe=False, with_edits=start.with_edits)
+            yield from _decode_once(watched, from_start, thread_type, clock, keep_going, None)
 
 
 def _images_from(
@@ -209,7 +220,7 @@ def _decode_once(
     needed: Needed | None,
 ) -> Generator[TimedFrame, None, None]:
     """Frames of one pass over the packets; with ``needed``, packets that it can do without are left out."""
-    with open_video(watched, thread_type) as (container, stream):
+    with open_video(watched, thread_type, with_edits=start.with_edits) as (container, stream):
         convert = clock.converter(stream) if clock is not None else TickConverter()
         found = _packets_from(container, stream, start, watched.limits, convert)
         if found is None:

@@ -139,3 +139,13 @@ def read_exactly(file: BinaryIO | WatchedFile, num_bytes: int) -> bytes:
         parts.append(part)
         num_bytes -= len(part)
     return b"".join(parts)
+
+
+@contextmanager
+def position_kept(watched: WatchedFile) -> Iterator[None]:
+    """Return to the position at which FFmpeg goes on reading."""
+    position = watched.tell()
+    try:
+        yield
+    finally:
+        watched.seek(position)

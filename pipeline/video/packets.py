@@ -32,6 +32,8 @@ class SeekPoint:
     """Start at the first keyframe not before that tick instead."""
     await_keyframe: bool = True
     """False feeds the decoder from the first packet on, for streams that mark no keyframes."""
+    with_edits: bool = True
+    """False for times of an mp4's media, without its edit list."""
 
 
 class _MissingReference:

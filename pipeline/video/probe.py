@@ -10,11 +10,11 @@ from fractions import Fraction
 from typing import BinaryIO
 
 from vidshard.pipeline.video.container import codec_name, refuse_long
-from vidshard.pipeline.video.frames import decode_from, seconds_from_packets
+from vidshard.pipeline.video.frames import seconds_from_packets
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
 from vidshard.pipeline.video.input_file import WatchedFile, open_file, storage_failures_named
-from vidshard.pipeline.video.packets import SeekPoint
+from vidshard.pipeline.video.presentation import first_frame
 from vidshard.pipeline.video.render import orientation_of
 from vidshard.pipeline.video.timestamps import Clock, seconds_from_header, time_base_of
 from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource
@@ -39,8 +39,8 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
     """
     with open_file(ref.uri, open_input) as file, storage_failures_named(file, limits) as watched:
         video_id = fingerprint(watched)
-        with closing(decode_from(watched, SeekPoint(), keep_going=True)) as frames:
-            first = next(frames)  # or it raises NO_FRAMES
+        with closing(first_frame(watched)) as frames:
+            first, shown_seconds = next(frames)
             stream = first.stream
             orientation = orientation_of(first.frame)
             width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
@@ -52,7 +52,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
                 video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
             else:
                 codec, fps, clock = codec_name(stream), stream.average_rate or Fraction(0), Clock.of(stream, first.pts)
-                duration_seconds = seconds_from_header(stream, first.pts * time_base_of(stream))
+                duration_seconds = shown_seconds or seconds_from_header(stream, first.pts * time_base_of(stream))
                 refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
             source = VideoSource(
                 width=width,
