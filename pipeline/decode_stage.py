@@ -200,8 +200,9 @@ class SpanDecoder:
         num_clips = sum(self.max_clips if s.end_clip is None else s.end_clip - s.first_clip for s in spans)
         clip_seconds = min(max(spec.clip_seconds, spec.stride), spec.clip_seconds + SEEK_GAP_SECONDS)
         seconds = float((num_clips + len(spans) * spec.halo_clips) * clip_seconds)
+        most = num_clips + len(spans) * spec.halo_clips
         try:
-            return _sandbox(self.limits.memory_bytes).run(
+            results = _sandbox(self.limits.memory_bytes).run(
                 _decode_in_child,
                 spans,
                 spec,
@@ -210,7 +211,9 @@ class SpanDecoder:
                 self.keep_undamaged,
                 fingerprint,
                 timeout_seconds=self.limits.seconds_for(seconds),
+                answer_bytes=most * (spec.clip_bytes + 8 * spec.num_frames),
             )
+            return _checked(results, spans, spec)
         except Exception as raised:  # noqa: BLE001  whatever one file does, it is this row's error
             error = row_error(raised, spans[0].uri)
             of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
@@ -219,6 +222,22 @@ class SpanDecoder:
             if error.reason is Reason.DECODER_CRASHED:
                 _crashes[video_id] = error
             return [SpanClips(clips=[], error=error)] * len(spans)
+
+
+def _checked(results: list[SpanClips], spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
+    """Check that an answer is one to the question: the decoding process may be another's by now.
+
+    Raises:
+        VideoError: DECODER_CRASHED: it is not.
+    """
+    shape = (spec.num_frames, spec.height, spec.width, 3)
+    if len(results) != len(spans) or not all(
+        isinstance(result, SpanClips)
+        and all(clip.video_id == span.video_id and clip.frames.shape == shape for clip in result.clips)
+        for result, span in zip(results, spans, strict=False)
+    ):
+        raise VideoError(Reason.DECODER_CRASHED, "the decoding process answered something else than it was asked")
+    return results
 
 
 def _start_seconds(span: Span, spec: ClipSpec) -> float:

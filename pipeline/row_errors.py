@@ -12,7 +12,7 @@ import traceback
 from pathlib import PurePath
 
 from vidshard.pipeline import storage
-from vidshard.schemas.errors import OutageError, one_line
+from vidshard.schemas.errors import OutageError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 
 _log = logging.getLogger("vidshard.pipeline.rows")
@@ -38,7 +38,7 @@ def row_error(error: Exception, uri: str) -> VideoError:
         raise error
     if isinstance(error, VideoError):
         return error
-    if isinstance(error, storage.StorageError):
+    if isinstance(error, VidshardError):
         return VideoError(Reason.UNREADABLE, one_line(error))
     text = "".join(traceback.format_exception(error))
     _log.error("%s: unforeseen %s\n%s", storage.public_uri(uri), type(error).__name__, text.replace(uri, "URI"))

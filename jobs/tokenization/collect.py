@@ -30,6 +30,7 @@ from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields
+from vidshard.schemas.errors import OutageError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
 
@@ -62,8 +63,8 @@ def tokenize_spans(
         summary.interruption = interrupt
     except (StageFailedError, LeaseLostError) as error:
         summary.problems.append(str(error))
-    except storage.StorageError as error:
-        summary.problems.append(f"{error}; what is committed before it is valid")
+    except (storage.StorageError, OutageError) as error:
+        summary.problems.append(f"{error}; what is committed before it is valid: run the same command again")
     finally:
         _close(sink, summary)
         counter.report(summary, time.monotonic() - started)

@@ -13,6 +13,7 @@ through shared memory; 0.25 s to start a child.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import pickle
@@ -28,10 +29,17 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar, cast
 
+from vidshard.pipeline.video.answers import (
+    MAX_BUFFERS,
+    MAX_TEXT_BYTES,
+    MalformedAnswerError,
+    error_to_text,
+    from_text,
+    to_text,
+)
 from vidshard.schemas.rejections import Reason, VideoError
 
 R = TypeVar("R")
@@ -39,7 +47,12 @@ R = TypeVar("R")
 _GRACE_SECONDS = 5.0
 """Seconds after the time limit at which a child ends itself, if its parent is no longer there to do so."""
 
+ANSWER_BYTES = 1 << 30
+"""Default of the largest size of the arrays in an answer."""
+
 _COUNT = struct.Struct("<Q")
+_WANTS_MEMORY = 2**64 - 1
+"""Stands in place of the number of arrays where the child asks for memory of the size that follows."""
 
 
 class DecodeSandbox:
@@ -61,22 +74,32 @@ class DecodeSandbox:
         self._child: _Child | None = None
         self._lock = threading.Lock()
 
-    def run(self, function: Callable[..., R], *args: object, timeout_seconds: float, **kwargs: object) -> R:
+    def run(
+        self,
+        function: Callable[..., R],
+        *args: object,
+        timeout_seconds: float,
+        answer_bytes: int = ANSWER_BYTES,
+        **kwargs: object,
+    ) -> R:
         """Call ``function(*args, **kwargs)`` in the child.
 
         Args:
             function: a function of an importable module; the child finds it by name.
             args: anything that pickles.
             timeout_seconds: the child is killed when it has not answered by then; positive.
+            answer_bytes: largest size of the arrays in the answer.
             kwargs: anything that pickles.
 
         Returns:
-            The function's result.
+            The function's result, of the types that ``pipeline.video.answers`` lists.
 
         Raises:
-            VideoError: DECODER_CRASHED when the child died or ran out of memory, DECODE_TIMEOUT when it took too long.
+            VideoError: DECODER_CRASHED when the child died, ran out of memory or sent an answer that is none,
+                DECODE_TIMEOUT when it took too long.
             ValueError: the function cannot be found by name in another process.
-            Exception: whatever the function raised, with the child's traceback as a note.
+            Exception: what the function raised, with the child's traceback as a note; a RuntimeError for types that
+                ``pipeline.video.answers`` does not list.
         """
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
@@ -87,7 +110,7 @@ class DecodeSandbox:
             deadline = time.monotonic() + timeout_seconds
             child = self._send(request)
             try:
-                value = child.receive(deadline)
+                value = child.receive(deadline, answer_bytes)
             except TimeoutError:
                 self._end_child()
                 words = f"the decoder had no answer within {timeout_seconds:g} s and was ended"
@@ -96,14 +119,18 @@ class DecodeSandbox:
                 self._end_child()  # its heap is fragmented
                 limit = f" under a limit of {self._memory_limit_bytes:,} bytes" if self._memory_limit_bytes else ""
                 raise VideoError(Reason.DECODER_CRASHED, f"the decoder ran out of memory{limit}") from error
+            except MalformedAnswerError as error:
+                self._end_child()  # a program of ours does not send this: the file may have taken it over
+                words = f"the decoding process sent an answer that is none ({error}) and was ended"
+                raise VideoError(Reason.DECODER_CRASHED, words) from None
             except _Death as death:
                 self._end_child()
                 raise VideoError(Reason.DECODER_CRASHED, str(death)) from None
             except KeyboardInterrupt:
                 self._end_child()  # nobody waits for its answer any more
                 raise
-        if isinstance(value, _Raised):
-            raise value.error
+        if isinstance(value, Exception):
+            raise value
         return cast(R, value)
 
     @property
@@ -142,13 +169,6 @@ class DecodeSandbox:
 
 class _Death(Exception):  # noqa: N818  a death is no error of ours
     """The child ended without an answer; the message says how."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Raised:
-    """The answer of a function that raised."""
-
-    error: Exception
 
 
 class _Child:
@@ -196,16 +216,24 @@ class _Child:
         self.process.stdin.write(_COUNT.pack(len(request)) + request)
         self.process.stdin.flush()
 
-    def receive(self, deadline: float) -> object:
-        """The function's result, or a ``_Raised``.
+    def receive(self, deadline: float, answer_bytes: int) -> object:
+        """The function's result, or the exception it raised.
 
         Raises:
             TimeoutError: no answer by the deadline (of ``time.monotonic``).
             MemoryError: the child had no memory left.
+            MalformedAnswerError: the answer is none, or larger than allowed.
             _Death: there will be no answer.
         """
         num_buffers, payload_bytes = struct.unpack("<QQ", self._read(16, deadline))
+        if num_buffers == _WANTS_MEMORY:
+            self._give_memory(payload_bytes, answer_bytes)
+            num_buffers, payload_bytes = struct.unpack("<QQ", self._read(16, deadline))
+        if num_buffers > MAX_BUFFERS or payload_bytes > MAX_TEXT_BYTES:
+            raise MalformedAnswerError(f"{num_buffers} arrays, {payload_bytes} bytes of text")
         sizes = struct.unpack(f"<{num_buffers}Q", self._read(num_buffers * 8, deadline))
+        if sum(map(_aligned, sizes)) > len(self._shared):
+            raise MalformedAnswerError("more arrays than there is memory for")
         payload = self._read(payload_bytes, deadline)
         offsets = accumulate(map(_aligned, sizes), initial=0)
         # copied out, so that the child can use the memory again: new shared pages for every answer cost more
@@ -213,20 +241,38 @@ class _Child:
         buffers = [
             bytearray(self._shared[offset : offset + size]) for offset, size in zip(offsets, sizes, strict=False)
         ]
-        value: object = pickle.loads(payload, buffers=buffers)  # noqa: S301  from our own child
-        if isinstance(value, _Raised) and isinstance(value.error, MemoryError):
-            raise value.error
+        value = from_text(payload, buffers)
+        if isinstance(value, MemoryError):
+            raise value
         return value
 
+    def _give_memory(self, num_bytes: int, most: int) -> None:
+        """Make memory for an answer, and send it. Its size is sealed, so the child cannot take it from under us.
+
+        Raises:
+            MalformedAnswerError: more was asked for than an answer may have.
+        """
+        if not len(self._shared) < num_bytes <= most + MAX_BUFFERS * 64:
+            raise MalformedAnswerError(f"{num_bytes} bytes of memory asked for, {most} allowed")
+        fd = os.memfd_create("answers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, num_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._shared = memoryview(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED))
+            with suppress(OSError):  # the child died: _read says how
+                socket.send_fds(self._answers, [b"m"], [fd])
+        finally:
+            os.close(fd)
+
     def _read(self, num_bytes: int, deadline: float) -> bytes:
-        """Exactly ``num_bytes`` bytes; shared memory sent along replaces the one before."""
+        """Exactly ``num_bytes`` bytes."""
         data = bytearray()
         while len(data) < num_bytes:
             self._answers.settimeout(max(1e-3, deadline - time.monotonic()))
-            part, fds, _, _ = socket.recv_fds(self._answers, num_bytes - len(data), 1)
-            for fd in fds:
-                self._shared = memoryview(mmap.mmap(fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE))
-                os.close(fd)
+            try:
+                part = self._answers.recv(num_bytes - len(data))
+            except ConnectionError:
+                part = b""
             if not part:
                 raise _Death(self._death())
             data += part
@@ -296,25 +342,22 @@ def _read_all(fd: int, num_bytes: int) -> bytes:
 
 
 def _answer(request: bytes, answers: socket.socket, shared: _SharedMemory) -> None:
-    buffers: list[pickle.PickleBuffer] = []
+    views: list[memoryview] = []
     try:
         function, args, kwargs, limit_seconds = pickle.loads(request)  # noqa: S301  from our own parent
         # by the kernel, should the parent be gone and the decoder hang without letting Python run
         signal.setitimer(signal.ITIMER_REAL, limit_seconds)
         try:
             result = function(*args, **kwargs)
-            payload = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
+            payload = to_text(result, views)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except Exception as error:  # noqa: BLE001  nothing is swallowed: the parent raises it
-        buffers.clear()
-        payload = _pickled_exception(error)
-    views = [buffer.raw() for buffer in buffers]
+        views.clear()
+        payload = error_to_text(error, "".join(traceback.format_exception(error)))
     sizes = [view.nbytes for view in views]
     header = struct.pack(f"<{len(sizes) + 2}Q", len(sizes), len(payload), *sizes)
-    if shared.reserve(sum(map(_aligned, sizes))):
-        sent = socket.send_fds(answers, [header], [shared.fd])
-        header = header[sent:]
+    shared.reserve(sum(map(_aligned, sizes)), answers)
     for view, offset in zip(views, accumulate(map(_aligned, sizes), initial=0), strict=False):
         shared.write(view, offset)
     answers.sendall(header + payload)
@@ -327,32 +370,20 @@ class _SharedMemory:
         self.fd = -1
         self._num_bytes = 0
 
-    def reserve(self, num_bytes: int) -> bool:
-        """Make room; True when the memory is new, and the parent must be given it."""
+    def reserve(self, num_bytes: int, answers: socket.socket) -> None:
+        """Make room, by asking the parent for memory where there is too little."""
         if num_bytes <= self._num_bytes:
-            return False
+            return
         if self.fd >= 0:
             os.close(self.fd)
-        self.fd = os.memfd_create("answers", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, num_bytes)
+        answers.sendall(struct.pack("<QQ", _WANTS_MEMORY, num_bytes))
+        _, (self.fd,), _, _ = socket.recv_fds(answers, 1, 1)
         self._num_bytes = num_bytes
-        return True
 
     def write(self, view: memoryview, offset: int) -> None:
         while view:
             count = os.pwrite(self.fd, view, offset)
             view, offset = view[count:], offset + count
-
-
-def _pickled_exception(error: Exception) -> bytes:
-    text = "".join(traceback.format_exception(error))
-    error.add_note(f"in the decoding process:\n{text}")
-    try:
-        payload = pickle.dumps(_Raised(error), protocol=5)
-        pickle.loads(payload)  # noqa: S301  just made; some exceptions pickle but do not come back
-    except Exception:  # noqa: BLE001  any class may refuse in its own way; its words still arrive
-        return pickle.dumps(_Raised(RuntimeError(text)), protocol=5)
-    return payload
 
 
 if __name__ == "__main__":

@@ -1,20 +1,31 @@
 from __future__ import annotations
 
+import math
 import os
+import pickle
+import random
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from vidshard.pipeline.video.answers import MalformedAnswerError, from_text, to_text
 from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, Geometry, SpanClips
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +63,7 @@ def refuse(reason: Reason, detail: str) -> None:
 
 
 class StubbornError(Exception):
-    """Does not survive pickling."""
+    """Is no type that an answer may hold."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
@@ -81,6 +92,40 @@ def interrupt_handler() -> object:
 
 def modules() -> list[str]:
     return sorted(sys.modules)
+
+
+def answer_with(raw: bytes) -> None:
+    """What a hostile file does that took over FFmpeg: it writes the answer itself."""
+    os.write(int(sys.argv[1]), raw)
+    spin()
+
+
+def shrink_the_memory() -> list[str]:
+    """Try to take the shared memory from under the parent."""
+    refused = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if "memfd:answers" in os.readlink(entry):
+                for size in (0, 1 << 30):
+                    try:
+                        os.ftruncate(int(entry.name), size)
+                    except PermissionError:
+                        refused.append(f"to {size}")
+    return refused
+
+
+def clip_of(video_id: str) -> list[SpanClips]:
+    geometry = Geometry(policy="crop", scaled_width=4, scaled_height=4, left=0, top=0)
+    clip = Clip(
+        video_id=video_id,
+        clip_index=3,
+        frames=np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3),
+        start_seconds=0.1,
+        frame_pts_seconds=np.array([0.0, 0.1, 0.2, math.inf, math.nan]),
+        num_valid_frames=5,
+        geometry=geometry,
+    )
+    return [SpanClips(clips=[clip], error=VideoError(Reason.DECODE_ERROR, "é\n"), num_errors=2), SpanClips(clips=[])]
 
 
 # What is promised.
@@ -120,7 +165,7 @@ def test_exceptions_come_back_as_they_are_with_the_childs_traceback(sandbox: Dec
     assert sandbox.pid == pid
 
 
-def test_an_exception_that_does_not_pickle_still_says_what_it_was(sandbox: DecodeSandbox) -> None:
+def test_an_exception_of_another_type_still_says_what_it_was(sandbox: DecodeSandbox) -> None:
     with pytest.raises(RuntimeError, match="StubbornError: 1 and 2"):
         sandbox.run(raise_stubborn, timeout_seconds=60)
 
@@ -198,6 +243,96 @@ def test_only_what_the_function_needs_is_imported() -> None:
     with DecodeSandbox() as sandbox:
         loaded = sandbox.run(modules, timeout_seconds=60)
     assert not {"ray", "torch"} & set(loaded)
+
+
+class Armed:
+    """Executes code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def framed(text: bytes, *sizes: int) -> bytes:
+    return struct.pack(f"<{2 + len(sizes)}Q", len(sizes), len(text), *sizes) + text
+
+
+HOSTILE: dict[str, bytes] = {
+    "arrays without end": struct.pack("<QQ", 1 << 40, 0),
+    "text without end": struct.pack("<QQ", 0, 1 << 40),
+    "six gigabytes of memory": struct.pack("<QQ", 2**64 - 1, 6 << 30),
+    "an array that is not there": framed(b'["a", "uint8", [5], 0]', 1 << 33),
+    "a shape that lies": framed(b'["a", "uint8", [4000000000, 4000000000], 0]', 0),
+    "an object array": framed(b'["a", "object", [0], 0]', 0),
+    "a deep text": framed(b"[" * 100_000),
+    "no text": framed(b"\xff\xfe"),
+    "another record": framed(b'["r", "Popen", {"args": "id"}]'),
+    "a field of another type": framed(b'["r", "VideoSource", {"width": [], "height": 1, "codec": "h264"}]'),
+    "an id that is a path": framed(b'["r", "VideoProbe", {"video_id": "../../etc"}]'),
+    "another reason": framed(b'["e", "VideoError", ["rm -rf", "x"], ""]'),
+    "a division by zero": framed(b'["q", 1, 0]'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_answer_is_a_rejection_and_never_believed(sandbox: DecodeSandbox, name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(VideoError) as caught:
+        sandbox.run(answer_with, HOSTILE[name], timeout_seconds=60)
+    assert caught.value.reason is Reason.DECODER_CRASHED
+    assert "an answer that is none" in caught.value.detail
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10, "kibibytes"
+    assert sandbox.run(process_id, timeout_seconds=60) == sandbox.pid
+
+
+def test_an_answer_executes_nothing(sandbox: DecodeSandbox, tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="an answer that is none"):
+        sandbox.run(answer_with, framed(pickle.dumps(Armed(tmp_path / "executed"))), timeout_seconds=60)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_shared_memory_is_sealed_against_the_child(sandbox: DecodeSandbox) -> None:
+    sandbox.run(arrays, [1 << 20], timeout_seconds=60)
+    assert sandbox.run(shrink_the_memory, timeout_seconds=60) == ["to 0", "to 1073741824"]
+
+
+def test_an_answer_larger_than_allowed_is_refused(sandbox: DecodeSandbox) -> None:
+    with pytest.raises(VideoError, match="bytes of memory asked for"):
+        sandbox.run(arrays, [64 << 20], timeout_seconds=60, answer_bytes=1 << 20)
+
+
+def test_records_come_back_as_they_are(sandbox: DecodeSandbox) -> None:
+    video_id = "0123456789abcdef01234567"
+    [result, empty] = sandbox.run(clip_of, video_id, timeout_seconds=60)
+    [expected, _] = clip_of(video_id)
+    assert empty == SpanClips(clips=[])
+    assert (str(result.error), result.num_errors) == (str(expected.error), 2)
+    [clip], [original] = result.clips, expected.clips
+    for name in ("video_id", "clip_index", "start_seconds", "num_valid_frames", "geometry", "lead_frames"):
+        assert getattr(clip, name) == getattr(original, name)
+    assert np.array_equal(clip.frames, original.frames)
+    assert np.array_equal(clip.frame_pts_seconds, original.frame_pts_seconds, equal_nan=True)
+
+
+def test_mutated_answers_are_values_or_malformed() -> None:
+    views: list[memoryview] = []
+    text = to_text([clip_of("0123456789abcdef01234567"), (Fraction(1, 25), None, True, "x")], views)
+    random_ = random.Random(0)
+    outcomes: Counter[str] = Counter()
+    for _ in range(3000):
+        data = bytearray(text)
+        for _ in range(random_.randrange(1, 4)):
+            at = random_.randrange(len(data))
+            data[at : at + random_.randrange(3)] = bytes(random_.choices(b'[]{}",0123456789.eE-nulltrue', k=2))
+        try:
+            from_text(bytes(data), [bytearray(view) for view in views])
+            outcomes["value"] += 1
+        except MalformedAnswerError:
+            outcomes["malformed"] += 1
+    assert outcomes.total() == 3000
+    assert min(outcomes["value"], outcomes["malformed"]) > 10
 
 
 def test_functions_that_no_other_process_can_find_are_refused(sandbox: DecodeSandbox) -> None:
