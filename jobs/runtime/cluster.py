@@ -10,13 +10,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.data import DataContext
 
 from vidshard.jobs.runtime.errors import cause_of, terminate
+from vidshard.jobs.runtime.private_ray import private_ray
 from vidshard.pipeline.storage import StorageError
 from vidshard.schemas.errors import EXIT_REFUSED
 
@@ -52,32 +54,13 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
     Raises:
         StorageError: no cluster answers at the address, it refuses the connection, or Ray cannot be started.
     """
-    started = not ray.is_initialized()
-    if started:
-        where = address or os.environ.get("RAY_ADDRESS", "")
-        own = where in ("", "local")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if not verbose:
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        options = {"include_dashboard": False, "object_store_memory": object_store_bytes} if own else {}
-        _check_listening(where)
-        try:
-            with nullcontext(2) if verbose else _no_chatter() as stderr, _not_for_ever(None if own else where, stderr):
-                ray.init(
-                    address="local" if own else address,
-                    logging_level=logging.INFO if verbose else logging.ERROR,
-                    log_to_driver=verbose,
-                    **options,
-                )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            problem = "Ray cannot be started on this machine" if own else f"cannot join a Ray cluster at {where}"
-            raise StorageError(f"{problem}: {cause_of(error)}") from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)  # replaces Ray's handler, which aborts the process
-    else:
+    with ExitStack() as stack:
         own = False
-    _quiet(verbose)
-    try:
+        if not ray.is_initialized():
+            where = address or os.environ.get("RAY_ADDRESS", "")
+            own = where in ("", "local")
+            _start(stack, where, own=own, object_store_bytes=object_store_bytes, verbose=verbose)
+        _quiet(verbose)
         resources = ray.cluster_resources()
         yield Cluster(
             num_cpus=max(1, int(resources.get("CPU", 1))),
@@ -85,9 +68,46 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
             num_nodes=sum(name.startswith("node:") and "internal" not in name for name in resources),
             is_own=own,
         )
-    finally:
-        if started:
-            ray.shutdown()
+
+
+def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int | None, verbose: bool) -> None:
+    """Start Ray, or join the cluster at ``where``; the stack gets what is to be undone at the end.
+
+    Raises:
+        StorageError: that failed, for whatever reason.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    _check_listening(where)
+    try:
+        options: dict[str, Any] = {"address": where}
+        if own:
+            options = {"address": "local", "include_dashboard": False, "object_store_memory": object_store_bytes}
+            options |= stack.enter_context(private_ray(keep_files=verbose))
+        stack.callback(ray.shutdown)  # before ray.init, which may fail with some of its processes running
+        with nullcontext(2) if verbose else _no_chatter() as stderr, _not_for_ever(None if own else where, stderr):
+            ray.init(
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=verbose,
+                **options,
+            )
+    except (Exception, SystemExit) as error:  # Ray raises whatever came in its way, from PermissionError to Exception
+        problem = "Ray cannot be started on this machine" if own else f"cannot join a Ray cluster at {where}"
+        raise StorageError(f"{problem}: {cause_of(error)}. {_remedy(error, own=own)}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # replaces Ray's handler, which aborts the process
+
+
+def _remedy(error: BaseException, *, own: bool) -> str:
+    if not own:
+        return (
+            "`ray status --address ADDRESS` tells whether the cluster lives; its Python and Ray have to be those of "
+            "this machine, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH has to hold its token if it has one"
+        )
+    if isinstance(error, OSError):
+        return "Its files go to RAY_TMPDIR or TMPDIR: name a folder with space that you may write to, or give --local"
+    return "Try again with -v or --verbose for Ray's log, or with --local, which needs no Ray"
 
 
 def _check_listening(address: str) -> None:
