@@ -23,6 +23,7 @@ from vidshard.pipeline.video.container import (
     pixel_aspect,
     refuse_long,
 )
+from vidshard.pipeline.video.cropping import Crop, crop_of
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
@@ -54,6 +55,14 @@ class TimedFrame:
     stream: VideoStream | ImageArchive
     pixel_aspect: Fraction | None = None
     """Pixel aspect ratio; None for squares. Kept here, as the last frame outlives its container."""
+    crop: Crop | None = None
+    """The part that the container shows; None for all."""
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Stored (width, height) of the part that is shown, before orientation and pixel shape."""
+        width, height = self.frame.width, self.frame.height
+        return (width, height) if self.crop is None else self.crop.size(width, height)
 
 
 class _MissingFrameError(Exception):
@@ -227,7 +236,7 @@ def _decode_once(
             return
         packets, first_pts = found
         schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts) if needed is not None else None
-        order = _FrameOrder(stream, convert, first_pts, conceal=keep_going)
+        order = _FrameOrder(stream, convert, first_pts, crop_of(watched, stream), conceal=keep_going)
         failure = "no packets"
         with _failures_retried(watched, schedule):
             for step in schedule or _every(packets):
@@ -351,6 +360,7 @@ class _FrameOrder:
         "_aspect_may_change",
         "_conceal",
         "_convert",
+        "_crop",
         "_first_pts",
         "_frame_ticks",
         "_stream",
@@ -360,13 +370,22 @@ class _FrameOrder:
         "last_pts",
     )
 
-    def __init__(self, stream: VideoStream, convert: TickConverter, first_pts: int | None, *, conceal: bool) -> None:
+    def __init__(
+        self,
+        stream: VideoStream,
+        convert: TickConverter,
+        first_pts: int | None,
+        crop: Crop | None = None,
+        *,
+        conceal: bool,
+    ) -> None:
         """Expect the frames of a stream.
 
         Args:
             stream: the frames' stream.
             convert: the container's ticks to those of the clock.
             first_pts: frames before it are left out; in the container's ticks, as all times here.
+            crop: the part of the pictures that is shown; None for all.
             conceal: take frames in which the decoder concealed damage.
         """
         self.awaited = _AwaitedFrames()
@@ -375,6 +394,9 @@ class _FrameOrder:
         self._stream, self._convert, self._first_pts, self._conceal = stream, convert, first_pts, conceal
         self._time_base, self._frame_ticks = time_base_of(stream), usual_ticks(stream)
         self._aspect, self._aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)
+        self._crop = crop
+        if crop is not None and crop.pixel_aspect is not None:
+            self._aspect = crop.pixel_aspect
 
     def timed(self, frame: VideoFrame) -> TimedFrame | None:
         """The frame with its times; None for one before the keyframe that a seek led to.
@@ -405,6 +427,7 @@ class _FrameOrder:
             end_pts=self._convert(self.end_pts),
             stream=self._stream,
             pixel_aspect=self._aspect,
+            crop=self._crop,
         )
 
 

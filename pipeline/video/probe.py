@@ -43,7 +43,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             first, shown_seconds = next(frames)
             stream = first.stream
             orientation = orientation_of(first.frame)
-            width, height = display_size(first.frame.width, first.frame.height, first.pixel_aspect, orientation)
+            width, height = display_size(*first.shown_size, first.pixel_aspect, orientation)
             duration_seconds: Fraction | None
             if isinstance(stream, ImageArchive):
                 codec, fps, clock = stream.codec, stream.rate, Clock(time_base=1 / stream.rate, start_pts=first.pts)

@@ -21,6 +21,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, Interpo
 
 from vidshard.pipeline.video.color import Color, Transfer, color_of, rgb_from_ycbcr, to_bt709
 from vidshard.pipeline.video.container import ffmpeg_failures_as
+from vidshard.pipeline.video.cropping import Crop
 from vidshard.pipeline.video.frames import TimedFrame
 from vidshard.pipeline.video.geometry import Orientation, display_size, paste, plan_geometry
 from vidshard.schemas.rejections import Reason, VideoError
@@ -88,7 +89,7 @@ class Renderer:
         assert frame is not None, "a frame that is needed is never left out"
         try:
             orientation = orientation_of(frame)
-            width, height = display_size(frame.width, frame.height, shown.pixel_aspect, orientation)
+            width, height = display_size(*shown.shown_size, shown.pixel_aspect, orientation)
             geometry = plan_geometry(width, height, self.spec)
             color = color_of(frame)
         except ValueError as error:
@@ -97,6 +98,8 @@ class Renderer:
         with ffmpeg_failures_as(Reason.UNSUPPORTED, f"cannot convert {frame.width}x{frame.height} {frame.format.name}"):
             if frame.interlaced_frame:
                 frame = self._first_field(frame)
+            if shown.crop is not None and shown.shown_size != (frame.width, frame.height):
+                frame = _cropped(frame, shown.crop)
             if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
                 frame, color = self._on_black(frame, color)
             channels = self._rgb(frame, color, width, height)
@@ -182,6 +185,22 @@ class Renderer:
             if (plane.height - first) % 2 == 0:
                 rows[-1] = kept[-1]
         return frame
+
+
+def _cropped(frame: VideoFrame, crop: Crop) -> VideoFrame:
+    """The part of a frame that its container shows, without a copy. Chroma is cut at whole samples of its own."""
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    width, height = crop.size(frame.width, frame.height)
+    cut, sink = graph.add("crop", f"{width}:{height}:{crop.left}:{crop.top}:exact=1"), graph.add("buffersink")
+    source.link_to(cut)
+    cut.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return cast(VideoFrame, sink.pull())
 
 
 def orientation_of(frame: VideoFrame) -> Orientation:
