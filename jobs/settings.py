@@ -277,17 +277,43 @@ def _read_settings(model: type[Settings], path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-        _refuse_repeated(path, yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
+        text = _read_text(path)
+        _refuse_costly(path, text)
+        values = yaml.safe_load(text)
+        _refuse_repeated(path, yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise SettingsError(f"{path} must hold a mapping of settings, not a {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
+
+
+_MAX_SETTINGS_BYTES = 32 << 20
+"""Largest settings file; one with 100,000 inputs takes some 10 MB."""
+_MAX_SETTINGS_DEPTH = 16
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(_MAX_SETTINGS_BYTES + 1)
+    if len(data) > _MAX_SETTINGS_BYTES:
+        raise SettingsError(f"{path} is larger than {_MAX_SETTINGS_BYTES >> 20} MiB: list inputs in a manifest instead")
+    return data.decode()
+
+
+def _refuse_costly(path: Path, text: str) -> None:
+    """Refuse aliases and deep nesting, with which a few lines of YAML stand for millions of values."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise SettingsError(f"{path}: aliases ('*{event.anchor}') are not taken: write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_SETTINGS_DEPTH:
+            raise SettingsError(f"{path}: nested more than {_MAX_SETTINGS_DEPTH} levels deep")
 
 
 def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,9 +55,23 @@ def _sandbox(memory_bytes: int) -> DecodeSandbox:
 
 
 @lru_cache(maxsize=2)
-def _signal(path: str, memory_bytes: int) -> Signal:
+def _signal(path: str, memory_bytes: int, private_hosts: tuple[str, ...] | None) -> Signal:
     """Read a signal in the sandbox, as it is no more trusted than its video; cached for the video's other rows."""
-    return _sandbox(memory_bytes).run(read_signal, path, storage.open_binary, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    return _sandbox(memory_bytes).run(
+        read_signal, path, partial(_open_signal, private_hosts), timeout_seconds=PROBE_TIMEOUT_SECONDS
+    )
+
+
+def _open_video(private_hosts: tuple[str, ...] | None, path: str) -> BinaryIO:
+    """As ``storage.open_video``, within the addresses that a run allows."""
+    storage.restrict_addresses(private_hosts)
+    return storage.open_video(path)
+
+
+def _open_signal(private_hosts: tuple[str, ...] | None, path: str) -> BinaryIO:
+    """As ``storage.open_binary``, within the addresses that a run allows."""
+    storage.restrict_addresses(private_hosts)
+    return storage.open_binary(path)
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
@@ -69,7 +83,7 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
     limits = limits or Limits()
     try:
         return _sandbox(limits.memory_bytes).run(
-            probe_video, ref, storage.open_video, limits, timeout_seconds=PROBE_TIMEOUT_SECONDS
+            probe_video, ref, partial(_open_video, limits.private_hosts), limits, timeout_seconds=PROBE_TIMEOUT_SECONDS
         )
     except Exception as error:  # noqa: BLE001  whatever one file does, it is this row's error
         return row_error(error, ref.uri)
@@ -93,6 +107,7 @@ def _decode_in_child(
     """
     decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     uri = spans[0].uri
+    storage.restrict_addresses(limits.private_hosts)
     if fingerprint is not None:
         now = storage.fingerprint(uri)
         if now is not None and now != fingerprint:
@@ -178,7 +193,7 @@ class SpanDecoder:
                 if source is None:
                     arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
                 else:
-                    signal = _signal(source, self.limits.memory_bytes) if clips else None
+                    signal = _signal(source, self.limits.memory_bytes, self.limits.private_hosts) if clips else None
                     aligned = [
                         align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
                         for clip in clips

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +28,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.parquet import BoundedParquet
+from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.video import Part
@@ -74,6 +77,8 @@ REF_SCHEMA = pa.schema(
 """URI of a video; its size in bytes, -1 where it is unknown; its size and time stamp, or tag, as the storage states
 them, null where the storage was not asked."""
 
+MAX_MANIFEST_BYTES = 2 << 30
+"""Largest manifest that is read; a million rows of some columns take about 100 MB."""
 _STAT_THREADS = 16
 _FILES_PER_BATCH = 1 << 16
 
@@ -105,7 +110,12 @@ class Discovery:
 
 
 def discover(
-    inputs: Sequence[str], *, signals: Sequence[str] = (), limit: int | None = None, ask_remote: bool = False
+    inputs: Sequence[str],
+    *,
+    signals: Sequence[str] = (),
+    limit: int | None = None,
+    ask_remote: bool = False,
+    access: RowAccess | None = None,
 ) -> Discovery:
     """List the videos that the inputs name.
 
@@ -116,6 +126,8 @@ def discover(
         signals: columns of manifests that hold paths of signal files; they come back as ``NAME_source``.
         limit: keep only so many videos, the first ones.
         ask_remote: also ask object stores for the fingerprint of each file that a manifest names.
+        access: rules for what rows of manifests name; a row against them has the reason in a column ``refusal``. None
+            allows everything.
 
     Raises:
         InputError: an input does not exist, matches nothing or is no usable manifest.
@@ -137,7 +149,7 @@ def discover(
                 raise InputError(
                     f"manifest {shown} cannot be read: {type(error).__name__}: {one_line(error)}"
                 ) from error
-            manifests.append(table)
+            manifests.append(table if access is None else _with_refusals(table, access, path, signals))
             renamed |= names
         else:
             found = _table(_list(path, passed_over))
@@ -157,6 +169,19 @@ def discover(
         num_passed_over=passed_over.total(),
         passed_over_extensions=tuple(passed_over.most_common()),
     )
+
+
+def _with_refusals(table: pa.Table, access: RowAccess, manifest: str, signals: Sequence[str]) -> pa.Table:
+    """Add a column ``refusal`` if a row names what the run does not allow."""
+    columns = ["uri", *(name for name in map(signal_source, signals) if name in table.column_names)]
+    refusals = []
+    for batch in table.select(columns).to_batches(max_chunksize=_FILES_PER_BATCH):
+        for uris in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            found = (access.refusal(uri, manifest) for uri in uris if uri is not None)
+            refusals.append(next((text for text in found if text is not None), None))
+    if not any(refusals):
+        return table
+    return table.append_column("refusal", pa.array(refusals, pa.string()))
 
 
 def _joined(manifests: Sequence[pa.Table], files: Sequence[pa.Table]) -> pa.Table:
@@ -192,27 +217,33 @@ def _with_fingerprints(videos: pa.Table, ask_remote: bool) -> pa.Table:
         return videos
 
     def ask(some: pa.RecordBatch) -> pa.Array:
-        known = zip(some["uri"].to_pylist(), some["fingerprint"].to_pylist(), strict=True)
+        refused = some["refusal"].to_pylist() if "refusal" in some.schema.names else [None] * some.num_rows
+        known = zip(some["uri"].to_pylist(), some["fingerprint"].to_pylist(), refused, strict=True)
         found = [
-            storage.fingerprint(uri) if mark is None and (ask_remote or storage.is_local(uri)) else mark
-            for uri, mark in known
+            storage.fingerprint(uri) if mark is None and not no and (ask_remote or storage.is_local(uri)) else mark
+            for uri, mark, no in known
         ]
         return pa.array(found, pa.string())
 
+    names = [name for name in ("uri", "fingerprint", "refusal") if name in videos.column_names]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        parts = list(pool.map(ask, videos.select(["uri", "fingerprint"]).to_batches(max_chunksize=1024)))
+        parts = list(pool.map(ask, videos.select(names).to_batches(max_chunksize=1024)))
     at = videos.schema.get_field_index("fingerprint")
     return videos.set_column(at, REF_SCHEMA.field("fingerprint"), pa.chunked_array(parts, pa.string()))
 
 
 def _extension(path: str) -> str:
-    if path.startswith(("http://", "https://")):
+    if _is_web(path):
         path = path.split("?", 1)[0]
     return PurePosixPath(path).suffix.lower().removeprefix(".")
 
 
 def _is_glob(path: str) -> bool:
-    return glob.has_magic(path) and not path.startswith(("http://", "https://"))
+    return glob.has_magic(path) and not _is_web(path)
+
+
+def _is_web(path: str) -> bool:
+    return path.lower().startswith(("http://", "https://"))
 
 
 def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
@@ -236,7 +267,11 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
                     yield from _walk(fs, name, passed_over)
                 elif _is_video(name, passed_over):
                     yield _uri(fs, name), _size(info), _fingerprint(fs, name, info)
-        elif fs.isdir(inner):
+        elif _is_web(path) and urlsplit(path).path.endswith("/"):
+            for url in storage.list_web_folder(path):
+                if _is_video(url, passed_over):
+                    yield url, -1, None
+        elif not _is_web(path) and fs.isdir(inner):
             yield from _walk(fs, inner, passed_over)
         elif fs.exists(inner):
             info = fs.info(inner)
@@ -383,13 +418,14 @@ def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[st
 def _read_table(path: str, shown: str) -> pa.Table:
     """Read a Parquet, CSV or JSON lines file."""
     try:
-        data = io.BytesIO(storage.read_bytes(path))
+        data = io.BytesIO(storage.read_bytes(path, max_bytes=MAX_MANIFEST_BYTES))
     except storage.StorageError as error:
         raise InputError(f"{error} (given as a manifest)") from error
     try:
         match _extension(path):
             case "parquet":
                 # in pieces: reading a million rows at once takes 290 MB for a table of 90, so 200
+                BoundedParquet(data).check_size()
                 parquet = pq.ParquetFile(data, pre_buffer=False)
                 table = pa.Table.from_batches(
                     parquet.iter_batches(batch_size=_FILES_PER_BATCH, use_threads=False), parquet.schema_arrow
@@ -399,7 +435,7 @@ def _read_table(path: str, shown: str) -> pa.Table:
             case _:
                 table = _read_json(data)
         table.validate(full=True)  # text that is not UTF-8 among others
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"manifest {shown} cannot be read: {one_line(error)}") from error
     return table
 

@@ -68,7 +68,7 @@ def open_videos(
     """
     most = max(_MAX_VIDEOS_PER_TASK, videos.num_rows // _MAX_TASKS)
     size = max(1, min(most, -(-videos.num_rows // num_tasks)))
-    names = ("uri", "num_bytes", "entry", "part_start_seconds", "part_end_seconds")
+    names = ("uri", "num_bytes", "entry", "refusal", "part_start_seconds", "part_end_seconds")
     needed = videos.select([name for name in names if name in videos.column_names])
     tables = [needed.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]
     yield from map_videos(tables, VideoPlanner(tuple(specs), part, span_clips, limits or Limits()))
@@ -84,6 +84,7 @@ class VideoPlanner:
     limits: Limits
 
     def __call__(self, videos: pa.Table) -> pa.Table:
+        storage.restrict_addresses(self.limits.private_hosts)
         probes: dict[str, tuple[VideoProbe | VideoError, str | None]] = {}
         rows = [row for video in videos.to_pylist() for row in self._rows(video, probes)]
         return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA.append(REJECTION))
@@ -93,6 +94,8 @@ class VideoPlanner:
     ) -> list[dict[str, Any]]:
         ref = VideoRef(uri=video["uri"], num_bytes=video["num_bytes"])
         uri = storage.public_uri(ref.uri)
+        if video.get("refusal") is not None:
+            probes[ref.uri] = VideoError(Reason.NOT_ALLOWED, video["refusal"]), None
         if ref.uri not in probes:
             # taken before the video is opened: a file that is replaced in between then counts as changed
             fingerprint = storage.fingerprint(ref.uri)

@@ -57,6 +57,8 @@ class Reason(StrEnum):
     """The file of samples beside the video does not hold a timestamped signal."""
     OUT_OF_MEMORY = "out_of_memory"
     """The encoder has too little memory for one clip of the video."""
+    NOT_ALLOWED = "not_allowed"
+    """A row of a manifest names a location that the run does not allow."""
     INTERNAL_ERROR = "internal_error"
     """An exception that nobody foresaw, in this program or a library, while the input was handled."""
 
@@ -80,6 +82,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
     Reason.OUT_OF_MEMORY: (
         "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
+    ),
+    Reason.NOT_ALLOWED: (
+        "if you trust the manifest, allow it: --allow-schemes or --allow-under, with --retry-rejected not_allowed"
     ),
     Reason.INTERNAL_ERROR: "report it with the detail and the traceback in the log; the other inputs are not affected",
 }

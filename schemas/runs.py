@@ -9,10 +9,11 @@ To add a setting, add a field to its section. The flag, the YAML key and the hel
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from vidshard.schemas.fields import (
     ByteSize,
@@ -31,6 +32,7 @@ from vidshard.schemas.fields import (
     identity_names,
     setting,
 )
+from vidshard.schemas.uris import typed_hosts
 from vidshard.schemas.video import (
     ClipPlacement,
     ClipSpec,
@@ -69,6 +71,29 @@ class InputSettings(Settings):
         help="Frame rate of image archives. A .tar or .zip of images is one video, with its images in natural order "
         "of their names.",
     )
+    allow_schemes: list[str] = setting(
+        [],
+        section="Input",
+        identity=False,
+        metavar="SCHEME,...",
+        help="Schemes that rows of manifests may name, such as s3,https; 'file' is for local paths. Default: local "
+        "files, object stores, hf, http and https; a remote manifest may not name local files.",
+    )
+    allow_under: list[str] = setting(
+        [],
+        section="Input",
+        identity=False,
+        metavar="FOLDER",
+        help="Folder, local or remote, that must hold what rows of manifests name; may be given several times. "
+        "Default: any.",
+    )
+    allow_private: bool = setting(
+        False,
+        section="Input",
+        identity=False,
+        help="Let rows of manifests, and redirects, reach web servers with private addresses. Without it only servers "
+        "that an input names may have such addresses.",
+    )
     signals: Signals | None = setting(
         None,
         section="Input",
@@ -77,6 +102,21 @@ class InputSettings(Settings):
         help="Timestamped signals to store with each clip, such as robot actions, sampled at the times of its frames. "
         "NAME is a manifest column of .parquet, .npz or .npy paths; RULE is previous, nearest, linear or window.",
     )
+
+    @field_validator("allow_schemes", "allow_under", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str) else value
+        return list(values) if isinstance(values, tuple) else values
+
+    @field_validator("allow_schemes", mode="after")
+    @classmethod
+    def _separate(cls, values: list[str]) -> list[str]:
+        names = [name.strip().lower().removesuffix("://") for value in values for name in value.split(",")]
+        for name in names:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*", name):
+                raise ValueError(f"a scheme is a name such as s3, got {name!r:.80}")
+        return names
 
 
 class OutputSettings(Settings):
@@ -533,6 +573,7 @@ class TokenizeRun(
             seconds_per_second=self.decode_seconds_per_second,
             memory_bytes=self.decode_memory,
             image_fps=self.image_fps,
+            private_hosts=None if self.allow_private else typed_hosts(self.inputs),
         )
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, unquote_plus
+from collections.abc import Sequence
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 from vidshard.schemas.text import readable
 
@@ -110,3 +111,15 @@ def _secrets(uri: str) -> list[str]:
 def shown_uri(uri: str) -> str:
     """The URI as it is printed: stripped of secrets, on one line, without control characters."""
     return readable(public_uri(uri))
+
+
+def typed_hosts(inputs: Sequence[str]) -> tuple[str, ...]:
+    """Names of the web servers that inputs name."""
+    hosts = set()
+    for uri in inputs:
+        if uri.lower().startswith(("http://", "https://")):
+            try:
+                hosts.add((urlsplit(uri).hostname or "").lower())
+            except ValueError:
+                continue
+    return tuple(sorted(hosts - {""}))

@@ -307,6 +307,8 @@ class Limits:
     """Memory that one decoding process may allocate: some twenty times what 4K video takes."""
     image_fps: Fraction = Fraction(24)
     """Frames per second at which the images of an archive are shown."""
+    private_hosts: tuple[str, ...] | None = None
+    """Web servers that may have private addresses, all others may not; None for no such limit."""
 
     def seconds_for(self, video_seconds: float) -> float:
         """Seconds that decoding this much video may take."""

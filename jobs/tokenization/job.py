@@ -24,6 +24,7 @@ from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.rejects import forget_retry_set
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.pipeline.row_access import RowAccess
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
@@ -52,11 +53,21 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
 
 def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> Summary:
     """Discover, plan, tokenize, and save the summary without printing it; otherwise as :func:`tokenize`."""
+    storage.restrict_addresses(resolved.run.limits.private_hosts)
+    try:
+        return _run_restricted(resolved, console, local=local)
+    finally:
+        storage.restrict_addresses(None)
+
+
+def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> Summary:
+    """As :func:`run_job`, where only some hosts may have private addresses."""
     started = time.monotonic()
     run = resolved.run
     check_output(resolved)
+    access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
     signals = [name for name, _ in run.signals or []]
-    found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck)
+    found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck, access=access)
     print_run(resolved, found, console)
     lease = Lease.acquire(
         run.out, ttl_seconds=run.lease_seconds, on_wait=lambda text: console.print(text, markup=False)

@@ -169,6 +169,15 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         _refuse_large(self._group_bytes(number, columns), MAX_GROUP_BYTES, f"row group {number}")
         return self.read_row_group(number, columns=None if columns is None else list(columns))
 
+    def check_size(self) -> None:
+        """Check that each row group, and the whole file, may be read.
+
+        Raises:
+            ValueError: they take more memory than allowed.
+        """
+        sizes = [self._group_bytes(group, None) for group in range(self.metadata.num_row_groups)]
+        _refuse_large(sum(sizes), MAX_FILE_BYTES, "it")
+
     def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read columns of the whole file, all of them by default.
 

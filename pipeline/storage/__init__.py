@@ -1,5 +1,6 @@
 """One face for local and remote files: list, open, write atomically, and retry transient errors."""
 
+from vidshard.pipeline.storage.addresses import restrict_addresses
 from vidshard.pipeline.storage.file_systems import filesystem
 from vidshard.pipeline.storage.files import (
     check_writable,
@@ -25,6 +26,7 @@ from vidshard.pipeline.storage.retry import (
     storage_errors,
     with_retries,
 )
+from vidshard.pipeline.storage.web_listing import list_web_folder
 from vidshard.pipeline.storage.weight_files import SHIPPED_SCHEME, local_copy, pinned
 from vidshard.schemas.uris import public_uri
 
@@ -47,6 +49,7 @@ __all__ = [
     "is_transient",
     "join",
     "list_files",
+    "list_web_folder",
     "local_copy",
     "open_binary",
     "open_video",
@@ -55,6 +58,7 @@ __all__ = [
     "read_bytes",
     "remove",
     "remove_leftovers",
+    "restrict_addresses",
     "storage_errors",
     "with_retries",
     "write_atomic",

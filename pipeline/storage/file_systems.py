@@ -18,6 +18,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline.storage import retry
+from vidshard.pipeline.storage.addresses import guarded_client
 from vidshard.pipeline.storage.paths import absolute, is_local
 from vidshard.pipeline.storage.retry import (
     ReadError,
@@ -87,7 +88,8 @@ def _timeouts(protocol: str) -> dict[str, Any]:
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
-        return {"client_kwargs": {"timeout": timeout} | _configured("client_kwargs", "http", "https")}
+        client = {"timeout": timeout} | _configured("client_kwargs", "http", "https")
+        return {"client_kwargs": client, "get_client": guarded_client}
     return {}
 
 
@@ -128,7 +130,10 @@ def missing_is_fine() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if is_transient(error) or error_code(root_cause(error)) in ("401", "403"):
+        cause = root_cause(error)
+        if isinstance(cause, StorageError):
+            raise cause from None  # an address that was refused
+        if is_transient(error) or error_code(cause) in ("401", "403"):
             raise
 
 

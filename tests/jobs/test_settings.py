@@ -129,3 +129,19 @@ def test_weights_and_random_weights_exclude_each_other() -> None:
 def test_an_output_made_before_there_were_ablations_and_vq_can_be_continued(name: str, tmp_path: Path) -> None:
     run = TokenizeRun(inputs=["-"], out=str(tmp_path / "out"), tokenizer=name)
     assert {*ResolvedRun.of(run).identity["tokenizer"]}.isdisjoint({"architecture", "vq_codebook_size"})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: &a [x]\nb: *a\n", "aliases"),
+        ("&a [*a]", "aliases"),
+        ("[" * 5000, "nested"),
+        ("a: " + "{a: " * 300, "nested"),
+        ("\x00", "YAML"),
+    ],
+)
+def test_a_settings_file_that_stands_for_millions_of_values_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=problem):
+        resolve_settings(TokenizeRun, {"inputs": ("x",), "out": "o"}, tmp_path / "run.yaml")

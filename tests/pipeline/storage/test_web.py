@@ -1,0 +1,101 @@
+"""Web servers: private addresses are refused unless allowed, and listings end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+
+from tests.support.http_server import http_server
+from vidshard.pipeline import storage
+from vidshard.pipeline.storage import web_listing
+from vidshard.pipeline.storage.addresses import check_address, is_public
+
+
+@pytest.fixture(autouse=True)
+def unrestricted() -> Iterator[None]:
+    yield
+    storage.restrict_addresses(None)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+        "224.0.0.1", "240.0.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fd00:ec2::254", "ff02::1", "x", "",
+        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::a9fe:a9fe", "255.255.255.255",
+    ],
+)  # fmt: skip
+def test_addresses_of_this_machine_and_its_networks_are_private(address: str) -> None:
+    assert not is_public(address)
+    storage.restrict_addresses(["Allowed.example"])
+    check_address("allowed.EXAMPLE", [address])
+    with pytest.raises(storage.StorageError, match="refused"):
+        check_address("other.example", ["8.8.8.8", address])
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])
+def test_addresses_of_the_internet_are_public(address: str) -> None:
+    assert is_public(address)
+    storage.restrict_addresses([])
+    check_address("any.example", [address])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_private_server_is_reached_only_if_it_was_named(host: str) -> None:
+    with http_server(lambda _path: b"video") as server:
+        url = server.url.replace("127.0.0.1", host) + "/v.mp4"
+        storage.restrict_addresses([])
+        for read in (storage.read_bytes, storage.open_video, storage.open_binary, storage.exists):
+            with pytest.raises(storage.StorageError, match="refused"):
+                read(url)
+        assert storage.fingerprint(url) is None
+        assert server.asked == []
+        storage.restrict_addresses([host])
+        assert storage.read_bytes(url) == b"video"
+
+
+def test_a_redirect_to_a_private_server_is_refused() -> None:
+    with (
+        http_server(lambda _path: b"secret") as private,
+        http_server(lambda _path: (302, {"Location": f"{private.url}/latest/meta-data"}, b"")) as public,
+    ):
+        url = public.url.replace("127.0.0.1", "localhost") + "/v.mp4"
+        storage.restrict_addresses(["localhost"])
+        with pytest.raises(storage.StorageError, match="refused"):
+            storage.read_bytes(url)
+        assert public.asked
+        assert private.asked == []
+
+
+def test_a_folder_of_a_web_server_is_listed_below_itself() -> None:
+    pages = {
+        "/v/": b'<a href="a.mp4">a</a> <A HREF=\'sub/\'>s</A> <a href="../x.mp4"> <a href="http://127.0.0.2/y.mp4">',
+        "/v/sub/": b'<a href="/v/sub/b.mp4?x=1"> <a href="../"> <a href="b.mp4#t"> <a href="http://[bad/">',
+    }
+    with http_server(lambda path: pages.get(path)) as server:
+        assert list(storage.list_web_folder(f"{server.url}/v/")) == [
+            f"{server.url}/v/a.mp4",
+            f"{server.url}/v/sub/b.mp4",
+        ]
+
+
+def test_listings_without_end_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = count()
+    with http_server(lambda _path: f'<a href="{next(numbers)}/">'.encode()) as server:
+        with pytest.raises(storage.StorageError, match="levels"):
+            list(storage.list_web_folder(f"{server.url}/"))
+        assert len(server.asked) <= 4 * web_listing.MAX_DEPTH
+    monkeypatch.setattr(web_listing, "MAX_PAGES", 50)
+    with (
+        http_server(lambda _path: "".join(f'<a href="{next(numbers)}/">' for _ in range(40)).encode()) as server,
+        pytest.raises(storage.StorageError, match="folders"),
+    ):
+        list(storage.list_web_folder(f"{server.url}/"))
+
+
+def test_a_huge_page_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_listing, "MAX_PAGE_BYTES", 1 << 16)
+    with http_server(lambda _path: b"x" * (1 << 17)) as server, pytest.raises(storage.StorageError, match="larger"):
+        list(storage.list_web_folder(f"{server.url}/"))
