@@ -8,10 +8,10 @@ and no worker. Nothing here imports torch, which takes 1.1 s and 180 MB in each 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +24,13 @@ from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
 from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
-from vidshard.pipeline.video.sandbox import DecodeSandbox
+from vidshard.pipeline.video.sandbox import DecodeSandbox, given_file, missing_confinement
 from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
+from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
+
+R = TypeVar("R")
 
 PROBE_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
 """Time limit for opening a file and decoding its first frame, including retries of slow object stores."""
@@ -49,29 +52,62 @@ def read_groups(groups: pa.Table, plan: str) -> pa.Table:
 
 
 @cache
-def _sandbox(memory_bytes: int) -> DecodeSandbox:
-    """Sandbox of this worker process, started at its first video and reused for all later ones."""
-    return DecodeSandbox(memory_limit_bytes=memory_bytes)
+def _sandbox(memory_bytes: int, confined: bool) -> DecodeSandbox:
+    """Sandbox of this worker process, started at its first video and reused for all later ones.
+
+    A process that fetches remote videos itself needs the network and credentials. It is another one, and not confined.
+    """
+    return DecodeSandbox(memory_limit_bytes=memory_bytes, confined=confined)
+
+
+def confinement_lacks(limits: Limits) -> list[str]:
+    """The parts of the confinement that this machine lacks; none where the limits ask for no confinement."""
+    if limits.sandbox == "off":
+        return []
+    return _sandbox(limits.memory_bytes, True).run(_lacks_in_child, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+
+
+def _lacks_in_child() -> list[str]:
+    return missing_confinement()  # called from here, so that the child loads this module before it is confined
+
+
+def _run(
+    function: Callable[..., R], uri: str, *args: object, limits: Limits, timeout_seconds: float, **options: Any
+) -> R:
+    """Call a function in the sandbox, with the file at ``uri`` open for it where that is a local one.
+
+    Raises:
+        VideoError: the file cannot be opened, or as ``DecodeSandbox.run``.
+    """
+    confined = limits.sandbox != "off" and storage.is_local(uri)
+    if confined and limits.sandbox == "required" and (lacking := confinement_lacks(limits)):
+        raise UserError(f"--sandbox required, and the kernel of this machine lacks {' and '.join(lacking)}")
+    sandbox = _sandbox(limits.memory_bytes, confined)
+    if not confined:
+        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, **options)
+    with open_file(uri, storage.open_video) as file:
+        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, file=file, **options)
+
+
+def _open(private_hosts: tuple[str, ...] | None, uri: str) -> BinaryIO:
+    """In the child, the file that came with the request, or the file at a location that it opens itself.
+
+    Args:
+        private_hosts: hosts with private addresses that the run allows, as ``storage.restrict_addresses`` takes them.
+        uri: the location.
+    """
+    file = given_file()
+    if file is not None:
+        return file
+    storage.restrict_addresses(private_hosts)
+    return storage.open_video(uri)
 
 
 @lru_cache(maxsize=2)
-def _signal(path: str, memory_bytes: int, private_hosts: tuple[str, ...] | None) -> Signal:
+def _signal(path: str, limits: Limits) -> Signal:
     """Read a signal in the sandbox, as it is no more trusted than its video; cached for the video's other rows."""
-    return _sandbox(memory_bytes).run(
-        read_signal, path, partial(_open_signal, private_hosts), timeout_seconds=PROBE_TIMEOUT_SECONDS
-    )
-
-
-def _open_video(private_hosts: tuple[str, ...] | None, path: str) -> BinaryIO:
-    """As ``storage.open_video``, within the addresses that a run allows."""
-    storage.restrict_addresses(private_hosts)
-    return storage.open_video(path)
-
-
-def _open_signal(private_hosts: tuple[str, ...] | None, path: str) -> BinaryIO:
-    """As ``storage.open_binary``, within the addresses that a run allows."""
-    storage.restrict_addresses(private_hosts)
-    return storage.open_binary(path)
+    opener = partial(_open, limits.private_hosts)
+    return _run(read_signal, path, path, opener, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
@@ -82,9 +118,8 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
     """
     limits = limits or Limits()
     try:
-        return _sandbox(limits.memory_bytes).run(
-            probe_video, ref, partial(_open_video, limits.private_hosts), limits, timeout_seconds=PROBE_TIMEOUT_SECONDS
-        )
+        opener = partial(_open, limits.private_hosts)
+        return _run(probe_video, ref.uri, ref, opener, limits, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
     except Exception as error:  # noqa: BLE001  whatever one file does, it is this row's error
         return row_error(error, ref.uri)
 
@@ -105,19 +140,53 @@ def _decode_in_child(
     Raises:
         VideoError: the file cannot be read, or has changed since it was planned.
     """
-    decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     uri = spans[0].uri
-    storage.restrict_addresses(limits.private_hosts)
-    if fingerprint is not None:
-        now = storage.fingerprint(uri)
-        if now is not None and now != fingerprint:
-            raise VideoError(
-                Reason.CHANGED, f"its size and time stamp are {now} now; when it was opened they were {fingerprint}"
-            )
-    if storage.is_local(uri):
-        return decode(uri)
-    with open_file(uri, storage.open_video) as file:
-        return decode(file)
+    if fingerprint is not None and not storage.is_local(uri):
+        storage.restrict_addresses(limits.private_hosts)
+        _refuse_changed(uri, fingerprint)
+    with open_file(uri, partial(_open, limits.private_hosts)) as file:
+        return decode_spans(spans, spec, file, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
+
+
+def _refuse_changed(uri: str, fingerprint: str) -> None:
+    """Refuse a file that is another one than when it was planned.
+
+    Raises:
+        VideoError: CHANGED.
+    """
+    now = storage.fingerprint(uri)
+    if now is not None and now != fingerprint:
+        raise VideoError(
+            Reason.CHANGED, f"its size and time stamp are {now} now; when it was opened they were {fingerprint}"
+        )
+
+
+def _decode_spans(
+    spans: Sequence[Span],
+    spec: ClipSpec,
+    max_clips: int,
+    limits: Limits,
+    keep_undamaged: bool,
+    fingerprint: str | None,
+    *,
+    timeout_seconds: float,
+    most_clips: int,
+) -> list[SpanClips]:
+    """Decode spans of one video in the sandbox.
+
+    Args:
+        most_clips: largest number of clips of all spans together, those of halos included.
+
+    Raises:
+        VideoError: the file cannot be read, or has changed since it was planned.
+    """
+    uri = spans[0].uri
+    if fingerprint is not None and storage.is_local(uri):
+        _refuse_changed(uri, fingerprint)  # here, as a confined process cannot ask
+    arguments = (spans, spec, max_clips, limits, keep_undamaged, fingerprint)
+    size = most_clips * (spec.clip_bytes + 8 * spec.num_frames)
+    results = _run(_decode_in_child, uri, *arguments, limits=limits, timeout_seconds=timeout_seconds, answer_bytes=size)
+    return _checked(results, spans, spec)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +262,7 @@ class SpanDecoder:
                 if source is None:
                     arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
                 else:
-                    signal = _signal(source, self.limits.memory_bytes, self.limits.private_hosts) if clips else None
+                    signal = _signal(source, self.limits) if clips else None
                     aligned = [
                         align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
                         for clip in clips
@@ -217,8 +286,7 @@ class SpanDecoder:
         seconds = float((num_clips + len(spans) * spec.halo_clips) * clip_seconds)
         most = num_clips + len(spans) * spec.halo_clips
         try:
-            results = _sandbox(self.limits.memory_bytes).run(
-                _decode_in_child,
+            return _decode_spans(
                 spans,
                 spec,
                 self.max_clips,
@@ -226,9 +294,8 @@ class SpanDecoder:
                 self.keep_undamaged,
                 fingerprint,
                 timeout_seconds=self.limits.seconds_for(seconds),
-                answer_bytes=most * (spec.clip_bytes + 8 * spec.num_frames),
+                most_clips=most,
             )
-            return _checked(results, spans, spec)
         except Exception as raised:  # noqa: BLE001  whatever one file does, it is this row's error
             error = row_error(raised, spans[0].uri)
             of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
@@ -275,8 +342,8 @@ def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str 
     span = replace(span, end_clip=span.first_clip + 1)
     seconds = limits.seconds_for(float(spec.clip_seconds))
     try:
-        [result] = _sandbox(limits.memory_bytes).run(
-            _decode_in_child, [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds
+        [result] = _decode_spans(
+            [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
         )
     except VideoError as error:
         if error.reason is Reason.DECODER_CRASHED:
@@ -322,8 +389,9 @@ def decode_again(
         raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
     [first, *_] = plan_spans(header, spec, 1, part)
     span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
-    [result] = _sandbox(limits.memory_bytes).run(
-        _decode_in_child, [span], spec, 1, limits, False, timeout_seconds=PROBE_TIMEOUT_SECONDS
+    seconds = PROBE_TIMEOUT_SECONDS
+    [result] = _decode_spans(
+        [span], spec, 1, limits, False, None, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
     )
     if result.error is not None:
         raise result.error

@@ -12,7 +12,7 @@ import traceback
 from pathlib import PurePath
 
 from vidshard.pipeline import storage
-from vidshard.schemas.errors import OutageError, VidshardError, one_line
+from vidshard.schemas.errors import OutageError, UserError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 
 _log = logging.getLogger("vidshard.pipeline.rows")
@@ -34,7 +34,7 @@ def row_error(error: Exception, uri: str) -> VideoError:
     Raises:
         OutageError: ``error`` is one.
     """
-    if isinstance(error, OutageError):
+    if isinstance(error, (OutageError, UserError)):
         raise error
     if isinstance(error, VideoError):
         return error

@@ -447,6 +447,13 @@ class LimitSettings(Settings):
         metavar="SECONDS",
         help="Time limit for decoding each second of video in a long span.",
     )
+    sandbox: Literal["auto", "required", "off"] = setting(
+        "auto",
+        section="Limits of a video",
+        identity=False,
+        help="Confinement of the processes that decode local videos: no network, programs, secrets or other files. "
+        "With required, the run is refused where the kernel lacks a part of it.",
+    )
     decode_memory: ByteSize = setting(
         4 << 30,
         section="Limits of a video",
@@ -572,6 +579,7 @@ class TokenizeRun(
             timeout_seconds=self.decode_timeout,
             seconds_per_second=self.decode_seconds_per_second,
             memory_bytes=self.decode_memory,
+            sandbox=self.sandbox,
             image_fps=self.image_fps,
             private_hosts=None if self.allow_private else typed_hosts(self.inputs),
         )

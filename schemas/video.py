@@ -305,6 +305,8 @@ class Limits:
     """Decoding time for one second of a span so long that this allows more than ``timeout_seconds``."""
     memory_bytes: int = 4 << 30
     """Memory that one decoding process may allocate: some twenty times what 4K video takes."""
+    sandbox: Literal["auto", "required", "off"] = "auto"
+    """Confinement of the processes that decode local videos; "required" refuses where the kernel lacks a part."""
     image_fps: Fraction = Fraction(24)
     """Frames per second at which the images of an archive are shown."""
     private_hosts: tuple[str, ...] | None = None

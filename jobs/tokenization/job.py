@@ -19,6 +19,7 @@ from vidshard.jobs.tokenization.collect import check_internal_errors, check_reje
 from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary
 from vidshard.pipeline import storage
+from vidshard.pipeline.decode_stage import confinement_lacks
 from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.rejects import forget_retry_set
@@ -74,6 +75,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     )
     with lease, open_executor(run, local=local) as executor:
         console.print(f"running on {executor}", highlight=False)
+        warn_of_confinement(run, console)
         ready = time.monotonic()
         write_run_record(resolved, check_output(resolved))  # checked again: another first run may just have ended
         planned = make_plan(resolved, found, executor, lease, console)
@@ -107,3 +109,19 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         except (storage.StorageError, LeaseLostError) as error:
             summary.problems += [str(error)] if str(error) not in summary.problems else []
     return summary
+
+
+def warn_of_confinement(run: TokenizeRun, console: Console) -> None:
+    """Say what this machine's kernel lacks to confine the decoding of local videos.
+
+    Raises:
+        UserError: it lacks something, and the run requires it.
+    """
+    lacking = " and ".join(confinement_lacks(run.limits))
+    if lacking and run.sandbox == "required":
+        raise UserError(
+            f"--sandbox required, and the kernel of this machine lacks {lacking}: use Linux 5.13 or later with "
+            "landlock among its security modules (/sys/kernel/security/lsm), or --sandbox auto"
+        )
+    if lacking:
+        console.print(f"decoding is not wholly confined: the kernel lacks {lacking}", highlight=False)

@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate
-from typing import TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 
 from vidshard.pipeline.video.answers import (
     MAX_BUFFERS,
@@ -40,6 +40,7 @@ from vidshard.pipeline.video.answers import (
     from_text,
     to_text,
 )
+from vidshard.pipeline.video.confinement import confine
 from vidshard.schemas.rejections import Reason, VideoError
 
 R = TypeVar("R")
@@ -58,10 +59,12 @@ _WANTS_MEMORY = 2**64 - 1
 class DecodeSandbox:
     """Runs functions in a child process. One call at a time; calls from several threads wait for each other."""
 
-    def __init__(self, *, memory_limit_bytes: int | None = None) -> None:
+    def __init__(self, *, memory_limit_bytes: int | None = None, confined: bool = False) -> None:
         """Start nothing yet: the child starts with the first call.
 
         Args:
+            confined: confine the child with ``pipeline.video.confinement`` before its first call. It then reads no
+                file but libraries and the one that `run` is given.
             memory_limit_bytes: memory the child may allocate (RLIMIT_DATA: heap and anonymous mappings, including
                 about 100 MB for the interpreter and its libraries); None for no limit.
 
@@ -71,6 +74,7 @@ class DecodeSandbox:
         if memory_limit_bytes is not None and memory_limit_bytes < 1:
             raise ValueError(f"memory_limit_bytes must be positive or None, got {memory_limit_bytes}")
         self._memory_limit_bytes = memory_limit_bytes
+        self._confined = confined
         self._child: _Child | None = None
         self._lock = threading.Lock()
 
@@ -80,6 +84,7 @@ class DecodeSandbox:
         *args: object,
         timeout_seconds: float,
         answer_bytes: int = ANSWER_BYTES,
+        file: BinaryIO | None = None,
         **kwargs: object,
     ) -> R:
         """Call ``function(*args, **kwargs)`` in the child.
@@ -89,6 +94,7 @@ class DecodeSandbox:
             args: anything that pickles.
             timeout_seconds: the child is killed when it has not answered by then; positive.
             answer_bytes: largest size of the arrays in the answer.
+            file: open local file that the function gets from `given_file`.
             kwargs: anything that pickles.
 
         Returns:
@@ -105,10 +111,10 @@ class DecodeSandbox:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
         if function.__module__ == "__main__" or "<" in function.__qualname__:
             raise ValueError(f"{function.__module__}.{function.__qualname__} is not a function of an importable module")
-        request = pickle.dumps((function, args, kwargs, timeout_seconds + _GRACE_SECONDS), protocol=5)
+        request = pickle.dumps((function, args, kwargs, timeout_seconds + _GRACE_SECONDS, file is not None), protocol=5)
         with self._lock:
             deadline = time.monotonic() + timeout_seconds
-            child = self._send(request)
+            child = self._send(request, file)
             try:
                 value = child.receive(deadline, answer_bytes)
             except TimeoutError:
@@ -149,16 +155,16 @@ class DecodeSandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, request: bytes) -> _Child:
+    def _send(self, request: bytes, file: BinaryIO | None) -> _Child:
         """Send the request to the child, or to a new one if it died since the last call."""
         if self._child is not None:
-            with suppress(BrokenPipeError):
-                self._child.send(request)
+            with suppress(BrokenPipeError, ConnectionError):
+                self._child.send(request, file)
                 return self._child
             self._end_child()
-        self._child = _Child(self._memory_limit_bytes)
-        with suppress(BrokenPipeError):  # it died while starting: receive() says how
-            self._child.send(request)
+        self._child = _Child(self._memory_limit_bytes, self._confined)
+        with suppress(BrokenPipeError, ConnectionError):  # it died while starting: receive() says how
+            self._child.send(request, file)
         return self._child
 
     def _end_child(self) -> None:
@@ -174,7 +180,7 @@ class _Death(Exception):  # noqa: N818  a death is no error of ours
 class _Child:
     """One child process, the pipe of requests and the socket of answers."""
 
-    def __init__(self, memory_limit_bytes: int | None) -> None:
+    def __init__(self, memory_limit_bytes: int | None, confined: bool) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -186,13 +192,15 @@ class _Child:
                         "vidshard.pipeline.video.sandbox",
                         str(theirs.fileno()),
                         str(memory_limit_bytes or 0),
+                        str(int(confined)),
                     ],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL if confined else None,  # a terminal takes orders from what it is shown
                     pass_fds=(theirs.fileno(),),
                     # the same modules as here, whatever put them on the path; one thread for each numerical library
                     env={
-                        **os.environ,
+                        **{name: text for name, text in os.environ.items() if not confined or _is_harmless(name)},
                         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                         "OMP_NUM_THREADS": "1",
                         "OPENBLAS_NUM_THREADS": "1",
@@ -206,13 +214,15 @@ class _Child:
         self._shared = memoryview(b"")
         self.end = weakref.finalize(self, _end, self.process, ours)
 
-    def send(self, request: bytes) -> None:
-        """Send a request.
+    def send(self, request: bytes, file: BinaryIO | None) -> None:
+        """Send a request, and the file that goes with it.
 
         Raises:
-            BrokenPipeError: the child is dead.
+            BrokenPipeError: the child is dead; another ConnectionError means the same.
         """
         assert self.process.stdin is not None
+        if file is not None:
+            socket.send_fds(self._answers, [b"f"], [file.fileno()])
         self.process.stdin.write(_COUNT.pack(len(request)) + request)
         self.process.stdin.flush()
 
@@ -279,12 +289,22 @@ class _Child:
         return bytes(data)
 
     def _death(self) -> str:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:  # it closed its end, and lives
+            self.process.kill()
+            code = self.process.wait()
         if code >= 0:
             return f"the decoding process ended itself with exit code {code}"
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = " (killed from outside: perhaps the system was out of memory)" if -code == signal.SIGKILL else ""
         return f"the decoding process died of {name}{hint}"
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether an environment variable is one that a confined child needs; credentials are in others."""
+    names = {"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED"}
+    return name in names or name.startswith(("LC_", "MALLOC_", "OMP_", "COV_", "COVERAGE_"))
 
 
 def _aligned(num_bytes: int) -> int:
@@ -303,7 +323,21 @@ def _end(process: subprocess.Popen[bytes], answers: socket.socket) -> None:
 # The child's side.
 
 
-def _serve(answers_fd: int, memory_limit_bytes: int) -> None:
+_given: BinaryIO | None = None
+_missing: list[str] | None = None
+
+
+def given_file() -> BinaryIO | None:
+    """In the child, the open file that came with the request; None where there was none."""
+    return _given
+
+
+def missing_confinement() -> list[str]:
+    """In a confined child, the parts of the confinement that this system lacks."""
+    return [] if _missing is None else _missing
+
+
+def _serve(answers_fd: int, memory_limit_bytes: int, confined: bool) -> None:
     """Answer requests from standard input until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock what the parent's thread had blocked
@@ -315,19 +349,33 @@ def _serve(answers_fd: int, memory_limit_bytes: int) -> None:
     def listen() -> None:
         # beside the work, so that the end of the parent is noticed in the middle of it
         while True:
-            header = _read_all(0, _COUNT.size)
-            arrived.append(_read_all(0, _COUNT.unpack(header)[0]))
+            arrived.append(_next_request())
             ready.release()
 
     import av.logging
 
     av.logging.set_libav_level(av.logging.PANIC)
+    if confined:  # before any other thread starts, as a thread that runs already is not confined
+        arrived.append(_next_request())
+        _confine(arrived[0], memory_limit_bytes)
+        ready.release()
     threading.Thread(target=listen, daemon=True).start()
     if memory_limit_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     while True:
         ready.acquire()
         _answer(arrived.pop(), answers, shared)
+
+
+def _confine(request: bytes, memory_limit_bytes: int) -> None:
+    """Confine this process for ever, with the modules loaded that a request needs."""
+    global _missing
+    pickle.loads(request)  # noqa: S301  from our own parent
+    _missing = confine(max_file_bytes=memory_limit_bytes or None)
+
+
+def _next_request() -> bytes:
+    return _read_all(0, _COUNT.unpack(_read_all(0, _COUNT.size))[0])
 
 
 def _read_all(fd: int, num_bytes: int) -> bytes:
@@ -342,9 +390,13 @@ def _read_all(fd: int, num_bytes: int) -> bytes:
 
 
 def _answer(request: bytes, answers: socket.socket, shared: _SharedMemory) -> None:
+    global _given
     views: list[memoryview] = []
     try:
-        function, args, kwargs, limit_seconds = pickle.loads(request)  # noqa: S301  from our own parent
+        function, args, kwargs, limit_seconds, has_file = pickle.loads(request)  # noqa: S301  from our own parent
+        if has_file:
+            _, (fd,), _, _ = socket.recv_fds(answers, 1, 1)
+            _given = os.fdopen(fd, "rb")
         # by the kernel, should the parent be gone and the decoder hang without letting Python run
         signal.setitimer(signal.ITIMER_REAL, limit_seconds)
         try:
@@ -352,6 +404,9 @@ def _answer(request: bytes, answers: socket.socket, shared: _SharedMemory) -> No
             payload = to_text(result, views)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if _given is not None:
+                _given.close()
+                _given = None
     except Exception as error:  # noqa: BLE001  nothing is swallowed: the parent raises it
         views.clear()
         payload = error_to_text(error, "".join(traceback.format_exception(error)))
@@ -391,4 +446,4 @@ if __name__ == "__main__":
         _serve as serve,  # by its importable name, which the answers' classes carry
     )
 
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")

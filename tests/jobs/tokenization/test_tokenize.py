@@ -386,3 +386,26 @@ def test_real_clips_give_what_an_independent_script_says(tmp_path: Path) -> None
     rejects = read_rejects(str(tmp_path / "tokens")).to_pylist()
     assert [(Path(r["uri"]).name, r["reason"]) for r in rejects] == [(name, "decode_error") for name in damaged]
     assert damaged == ["corrupted.mp4"]
+
+
+def test_what_the_kernel_lacks_for_confinement_is_said_or_refused(
+    good_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = good_videos / "a.mp4"
+    monkeypatch.setattr("vidshard.jobs.tokenization.job.confinement_lacks", lambda _: ["landlock"])
+    said = tokenize(video, "--out", tmp_path / "auto", *SMALL)
+    assert said.exit_code == 0, said.output
+    assert "not wholly confined: the kernel lacks landlock" in said.output
+    refused = tokenize(video, "--out", tmp_path / "required", *SMALL, "--sandbox", "required")
+    assert refused.exit_code == 2
+    assert "--sandbox required, and the kernel of this machine lacks landlock" in " ".join(refused.output.split())
+
+
+def test_confined_or_not_the_shards_are_the_same(good_videos: Path, tmp_path: Path) -> None:
+    found = {}
+    for sandbox in ("auto", "off"):
+        out = tmp_path / sandbox
+        result = tokenize(good_videos, "--out", out, *SMALL, "--sandbox", sandbox)
+        assert result.exit_code == 0, result.output
+        found[sandbox] = tokens_by_clip(out)
+    assert found["auto"] == found["off"]

@@ -489,7 +489,7 @@ def test_a_video_that_kills_the_decoder_costs_one_child_and_no_other_video(
     (folder / "sitecustomize.py").write_text(CRASHING_DECODER.format(log=str(log)))
     monkeypatch.syspath_prepend(str(folder))
     sandbox = DecodeSandbox()
-    monkeypatch.setattr(stages, "_sandbox", lambda _: sandbox)
+    monkeypatch.setattr(stages, "_sandbox", lambda *_: sandbox)
     monkeypatch.setattr(stages, "_crashes", {})
     good = write_video(tmp_path / "good.mp4", Recipe(num_frames=75))
     killer = write_video(tmp_path / "killer.mp4", Recipe(num_frames=74))

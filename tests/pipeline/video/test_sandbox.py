@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pickle
 import random
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy.typing as npt
 import pytest
 
 from vidshard.pipeline.video.answers import MalformedAnswerError, from_text, to_text
-from vidshard.pipeline.video.sandbox import DecodeSandbox
+from vidshard.pipeline.video.sandbox import DecodeSandbox, given_file, missing_confinement
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, Geometry, SpanClips
 
@@ -112,6 +114,63 @@ def shrink_the_memory() -> list[str]:
                     except PermissionError:
                         refused.append(f"to {size}")
     return refused
+
+
+def attempt(what: str, target: str, number: int) -> str:
+    """Try one thing as a hostile child would; "allowed", or the name of the error."""
+    attempts: dict[str, Callable[[], object]] = {
+        "start a program": lambda: subprocess.run([target], check=False),
+        "become a program": lambda: os.execv(target, [target]),
+        "fork": os.fork,
+        "connect": lambda: socket.create_connection(("127.0.0.1", number), timeout=5),
+        "open a unix socket": lambda: socket.socket(socket.AF_UNIX),
+        "signal the parent": lambda: os.kill(os.getppid(), 0),
+        "signal everybody": lambda: os.kill(-1, 0),
+        "read a file": lambda: Path(target).read_bytes(),
+        "write a file": lambda: Path(target).write_bytes(b"x"),
+        "make a file": lambda: Path(f"{target}.new").touch(),
+        "remove a file": lambda: os.unlink(target),
+        "list a folder": lambda: os.listdir(Path(target).parent),
+        "read the parent's memory": lambda: os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY),
+        "read the parent's environment": lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes(),
+        "limit the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE),
+        "take the parent's descriptors": lambda: os.pidfd_open(os.getppid()),
+        "write without end": lambda: os.ftruncate(os.memfd_create("big"), 1 << 40),
+    }
+    try:
+        attempts[what]()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "allowed"
+
+
+def environment_text() -> str:
+    return str(os.environ)
+
+
+def threads(number: int) -> int:
+    done: list[int] = []
+    all_ = [threading.Thread(target=done.append, args=(n,)) for n in range(number)]
+    for thread in all_:
+        thread.start()
+    for thread in all_:
+        thread.join()
+    return len(done)
+
+
+def close_its_end() -> None:
+    os.close(int(sys.argv[1]))
+    spin()
+
+
+def lacks() -> list[str]:
+    return missing_confinement()  # called from here, so that this module is loaded before the confinement
+
+
+def first_bytes() -> str:
+    file = given_file()
+    assert file is not None
+    return file.read(5).decode()
 
 
 def clip_of(video_id: str) -> list[SpanClips]:
@@ -333,6 +392,72 @@ def test_mutated_answers_are_values_or_malformed() -> None:
             outcomes["malformed"] += 1
     assert outcomes.total() == 3000
     assert min(outcomes["value"], outcomes["malformed"]) > 10
+
+
+@pytest.fixture(scope="module")
+def confined() -> Iterator[DecodeSandbox]:
+    with DecodeSandbox(memory_limit_bytes=1 << 30, confined=True) as sandbox:
+        lacking = sandbox.run(lacks, timeout_seconds=60)
+        if lacking:
+            pytest.skip(f"this kernel lacks {' and '.join(lacking)}")
+        yield sandbox
+
+
+ATTEMPTS = (
+    "start a program",
+    "become a program",
+    "fork",
+    "connect",
+    "open a unix socket",
+    "signal the parent",
+    "signal everybody",
+    "read a file",
+    "write a file",
+    "make a file",
+    "remove a file",
+    "list a folder",
+    "read the parent's memory",
+    "read the parent's environment",
+    "limit the parent",
+    "take the parent's descriptors",
+    "write without end",
+)
+
+
+@pytest.mark.parametrize("what", ATTEMPTS)
+def test_a_confined_child_can_do_nothing_but_answer(confined: DecodeSandbox, what: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    target = "/bin/true" if "program" in what else str(tmp_path / "secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outcome = confined.run(attempt, what, target, server.getsockname()[1], timeout_seconds=60)
+    assert outcome in ("EPERM", "EACCES", "EFBIG")
+    assert (tmp_path / "secret").read_text() == "secret"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_confined_child_has_no_secrets_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, "a-secret-that-must-not-be-seen")
+    with DecodeSandbox(confined=True) as sandbox:
+        assert "a-secret" not in str(sandbox.run(environment_text, timeout_seconds=60))
+
+
+def test_a_confined_child_reads_the_file_it_is_given(confined: DecodeSandbox, tmp_path: Path) -> None:
+    (tmp_path / "video").write_text("video of a person")
+    for _ in range(2):
+        with (tmp_path / "video").open("rb") as file:
+            assert confined.run(first_bytes, timeout_seconds=60, file=file) == "video"
+
+
+def test_a_confined_child_starts_threads_and_uses_memory(confined: DecodeSandbox) -> None:
+    assert confined.run(threads, 4, timeout_seconds=60) == 4
+    assert len(confined.run(arrays, [8 << 20], timeout_seconds=60)[0]) == 8 << 20
+
+
+def test_a_child_that_closes_its_end_and_lives_is_ended(sandbox: DecodeSandbox) -> None:
+    with pytest.raises(VideoError) as caught:
+        sandbox.run(close_its_end, timeout_seconds=60)
+    assert caught.value.reason is Reason.DECODER_CRASHED
 
 
 def test_functions_that_no_other_process_can_find_are_refused(sandbox: DecodeSandbox) -> None:
