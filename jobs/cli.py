@@ -1,25 +1,29 @@
 """The ``vidshard`` command: one sub-command per job.
 
 This module is the door of every job: it turns arguments into settings, calls the job, and turns its result or its error
-into output and an exit code. Errors for users and interrupts are caught here and nowhere else. Exit codes: 0 done;
-1 the job ran and failed, or its output is incomplete or damaged; 2 the request cannot be carried out; 130 interrupted
-(Ctrl-C); 143 terminated (SIGTERM).
+into output and an exit code. Errors for users, interrupts and defects are caught here and nowhere else. Exit codes:
+0 done; 1 the job ran and failed, or its output is incomplete or damaged; 2 the request cannot be carried out; 130
+interrupted (Ctrl-C); 143 terminated (SIGTERM); 129 the terminal was lost (SIGHUP).
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from vidshard.jobs.runtime.errors import exit_code_of, print_error, terminate
+from vidshard.jobs.runtime.errors import exit_code_of, interrupt_behind, print_error, signals_that_end, terminate
+from vidshard.jobs.runtime.output import make_output_safe
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.jobs.training.settings import preset_defaults, training_run
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, VidshardError
 from vidshard.schemas.fields import parse_size
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import TrainFlags
@@ -32,10 +36,51 @@ if TYPE_CHECKING:
 # Each command imports its job when it runs: `vidshard --help` must not wait seconds for torch and Ray.
 
 
+_INTERRUPTED = "interrupted; run the same command again to continue"
+_EXIT_SECONDS = 60.0
+"""Time for threads and exit handlers after a defect, which may have left them waiting."""
+
+
 def main() -> None:
-    """Entry point of the console command."""
-    signal.signal(signal.SIGTERM, terminate)
-    vidshard()
+    """Run a command; `vidshard.jobs.main` is what starts it.
+
+    Raises:
+        SystemExit: always.
+    """
+    make_output_safe()
+    for number in signals_that_end():
+        signal.signal(number, terminate)
+    try:
+        os.getcwd()
+    except OSError as error:
+        print_error(f"the working directory cannot be used ({error.strerror}): change to another one, and try again")
+        sys.exit(EXIT_REFUSED)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command that the arguments name; returns the exit code of the process."""
+    try:
+        code = vidshard.main(standalone_mode=False)
+    except SystemExit as end:
+        code = end.code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BaseException as error:  # noqa: BLE001  nobody else would end the process in order
+        interrupt = interrupt_behind(error)
+        if interrupt is not None:
+            click.echo(_INTERRUPTED, err=True)
+            return exit_code_of(interrupt)
+        traceback.print_exception(error)
+        print_error(
+            f"a defect of vidshard ({type(error).__name__}); what is committed is valid. Please report the above"
+        )
+        late = threading.Timer(_EXIT_SECONDS, os._exit, (EXIT_FAILED,))
+        late.daemon = True
+        late.start()
+        return EXIT_FAILED
+    return code if isinstance(code, int) else 0
 
 
 class OrderedGroup(click.Group):
@@ -61,8 +106,10 @@ class ReportingGroup(OrderedGroup):
             print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt as interrupt:
-            click.echo("interrupted; run the same command again to continue", err=True)
+            click.echo(_INTERRUPTED, err=True)
             sys.exit(exit_code_of(interrupt))
+        except BrokenPipeError as error:  # of the job, as standard output has none; click would end without a word
+            raise RuntimeError(f"a pipe between processes of the job broke: {error}") from error
         sys.exit(result if isinstance(result, int) else getattr(result, "exit_code", 0))
 
 
@@ -85,6 +132,7 @@ def vidshard() -> None:
       2     the request cannot be carried out; nothing was done
       130   interrupted (Ctrl-C); the same command continues
       143   terminated (SIGTERM); the same command continues
+      129   the terminal was lost (SIGHUP); the same command continues
     """
 
 

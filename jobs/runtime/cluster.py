@@ -86,7 +86,11 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
             options = {"address": "local", "include_dashboard": False, "object_store_memory": object_store_bytes}
             options |= stack.enter_context(private_ray(keep_files=verbose))
         stack.callback(ray.shutdown)  # before ray.init, which may fail with some of its processes running
-        with nullcontext(2) if verbose else _no_chatter() as stderr, _not_for_ever(None if own else where, stderr):
+        with (
+            _hangups_ignored(),
+            nullcontext(2) if verbose else _no_chatter() as stderr,
+            _not_for_ever(None if own else where, stderr),
+        ):
             ray.init(
                 logging_level=logging.INFO if verbose else logging.ERROR,
                 log_to_driver=verbose,
@@ -144,6 +148,19 @@ def _not_for_ever(address: str | None, stderr: int) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _hangups_ignored() -> Iterator[None]:
+    """Let processes that start here ignore SIGHUP, which a lost terminal sends to all; this one ends the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from types import FrameType
 
 import click
@@ -39,13 +40,42 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM was received; it ends a job like Ctrl-C, with another exit code."""
 
 
-def terminate(_signum: int, _frame: FrameType | None) -> None:
-    """Signal handler for SIGTERM: raises Terminated."""
-    raise Terminated
+class HungUp(Terminated):
+    """SIGHUP was received, as the terminal is lost; it ends a job like SIGTERM."""
+
+
+def signals_that_end() -> list[int]:
+    """Signals that end a job in order. SIGHUP is none of them under ``nohup``, which ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+
+
+def interrupt_of(number: int) -> KeyboardInterrupt:
+    """Exception for a signal."""
+    return {signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}.get(signal.Signals(number), KeyboardInterrupt)()
+
+
+def terminate(number: int, _frame: FrameType | None) -> None:
+    """Signal handler: raises KeyboardInterrupt for SIGINT, Terminated for SIGTERM, HungUp for SIGHUP."""
+    raise interrupt_of(number)
+
+
+def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """Interrupt that an exception is, or that it followed: an import that is interrupted may raise another error."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, KeyboardInterrupt):
+            return cause
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def exit_code_of(interrupt: KeyboardInterrupt) -> int:
-    """Exit code after an interrupt: 130 for Ctrl-C, 143 for SIGTERM (128 + signal number, as in shells)."""
+    """Exit code after an interrupt: 128 + signal number, as in shells. Ctrl-C 130, SIGTERM 143, SIGHUP 129."""
+    if isinstance(interrupt, HungUp):
+        return 129
     return 143 if isinstance(interrupt, Terminated) else 130
 
 

@@ -1,4 +1,4 @@
-"""Graceful interruption: the first Ctrl-C or SIGTERM is recorded, a second one ends the job at once."""
+"""Graceful interruption: the first Ctrl-C, SIGTERM or SIGHUP is recorded, a second one ends the job at once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
-from vidshard.jobs.runtime.errors import Terminated
+from vidshard.jobs.runtime.errors import interrupt_of, signals_that_end
 
 Item = TypeVar("Item")
 
 
 class Interrupts:
-    """Context manager that records the first SIGINT or SIGTERM, and raises the second as KeyboardInterrupt.
+    """Context manager that records the first SIGINT, SIGTERM or SIGHUP, and raises the second as KeyboardInterrupt.
 
-    Outside the main thread, where signals cannot be caught, it records nothing.
+    A SIGHUP is never the second, as the kernel and the shell may each send one when a terminal is lost. Outside the
+    main thread, where signals cannot be caught, it records nothing.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals_that_end():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -37,10 +38,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        interrupt = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-        if self.first is not None:
-            raise interrupt
-        self.first = interrupt
+        if self.first is None:
+            self.first = interrupt_of(number)
+        elif number != signal.SIGHUP:
+            raise interrupt_of(number)
 
 
 class Feed(Generic[Item]):

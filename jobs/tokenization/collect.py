@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +107,12 @@ def _collect(
     stop = executor.cancel_token()
     broken: set[str] = set()
     rows_out = run_stages(resolved, work, executor, stop, summary)
-    with Interrupts() as interrupts, PhaseProgress(console, "tokenizing", work.num_spans) as display:
-        for rows in until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console):
+    with (
+        Interrupts() as interrupts,
+        PhaseProgress(console, "tokenizing", work.num_spans) as display,
+        closing(until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console)) as taken,
+    ):
+        for rows in taken:
             if rows is None:
                 lease.check(now=False)
                 sink.commit_if_due()
@@ -161,7 +166,7 @@ def run_stages(
 
 def until_interrupted(
     rows: Iterator[pa.Table], interrupts: Interrupts, stop: CancelToken, grace_seconds: float, console: Console
-) -> Iterator[pa.Table | None]:
+) -> Generator[pa.Table | None, None, None]:
     """Yield rows as they come, and None after each second without one.
 
     After an interrupt no further work is started, and rows of started work are yielded for ``grace_seconds`` at most.

@@ -339,7 +339,8 @@ def missing_confinement() -> list[str]:
 
 def _serve(answers_fd: int, memory_limit_bytes: int, confined: bool) -> None:
     """Answer requests from standard input until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # sent to all by a terminal; the parent finishes what is begun
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock what the parent's thread had blocked
     answers = socket.socket(fileno=answers_fd)
     shared = _SharedMemory()

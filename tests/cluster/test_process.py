@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.support.cli import tokenize
 from tests.support.held_back import held_back
@@ -28,6 +31,7 @@ from tests.support.videos import Recipe, write_video
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.layout import shard_paths
+from vidshard.pipeline.output.lease import Lease
 
 
 def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
@@ -37,14 +41,14 @@ def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
     with held_back(many_spans / "2.mp4", out) as held:
         arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE, "--grace-seconds", "300")
         committed: dict[str, bytes] = {}
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
             held.hold()
             with started(*arguments) as process:
                 until(process, lambda: is_under_way(out) and is_held_up(process, held))
-                if number is signal.SIGINT:
-                    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches Ray's processes too
-                else:
+                if number is signal.SIGTERM:
                     process.send_signal(number)
+                else:
+                    os.killpg(process.pid, number)  # what a terminal sends reaches Ray's processes too
                 read_until(process, "finishing what is begun, for 300 s at most")
                 held.let_go()
                 rest, _ = process.communicate(timeout=300)
@@ -63,6 +67,27 @@ def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
     assert committed.items() <= {path: Path(path).read_bytes() for path in shard_paths(str(out))}.items()
     assert tokens_by_clip(out) == undisturbed
     assert only_the_text_is_rejected(out)
+
+
+def test_a_defect_while_ray_works_ends_the_process_and_gives_the_lease_back(many_spans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    script = f"""
+import sys
+from vidshard.jobs import cli
+from vidshard.jobs.runtime.progress import PhaseProgress
+def fail(self, done, figures):
+    if self._title == "tokenizing":
+        raise UnicodeEncodeError("ascii", figures, 0, 1, "ordinal not in range(128)")
+PhaseProgress.update = fail
+sys.argv = {["vidshard", "tokenize", str(many_spans), "--out", str(out), *RUN]!r}
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "UnicodeEncodeError: 'ascii' codec" in ended.stderr
+    assert "error: a defect of vidshard (UnicodeEncodeError)" in ended.stderr
+    lease = Lease.acquire(str(out), ttl_seconds=600, on_wait=lambda text: pytest.fail(text))  # given back, not expired
+    lease.release()
 
 
 def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Start of the ``vidshard`` command: what has to hold before anything else is imported.
+
+The imports of `vidshard.jobs.cli` take a second. This module imports the standard library alone, so that a Ctrl-C in
+that second ends with one line rather than a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+_INTERRUPTED = "interrupted; run the same command again to continue\n"
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _end_at_once)
+    from vidshard.jobs import cli
+
+    cli.main()
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> None:
+    """Signal handler while nothing is begun that would have to be given back."""
+    try:
+        os.write(2, _INTERRUPTED.encode())
+    finally:
+        os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
