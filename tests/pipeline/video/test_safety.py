@@ -454,6 +454,7 @@ def test_limits_are_settings() -> None:
     values = {"max_pixels": 1, "max_seconds": 2, "max_frames": 3, "decode_timeout": 4, "decode_seconds_per_second": 5}
     run = TokenizeRun.model_validate({"inputs": ["a"], "out": "b", "decode_memory": "1GiB", **values})
     assert run.limits == Limits(
+        private_hosts=(),
         max_pixels=1,
         max_seconds=2,
         max_frames=3,
