@@ -462,7 +462,7 @@ def test_limits_are_settings() -> None:
         seconds_per_second=5,
         memory_bytes=1 << 30,
     )
-    assert TokenizeRun.model_validate({"inputs": ["a"], "out": "b"}).limits == Limits()
+    assert TokenizeRun.model_validate({"inputs": ["a"], "out": "b"}).limits == Limits(private_hosts=())
 
 
 CRASHING_DECODER = """
