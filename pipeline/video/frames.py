@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain
 
@@ -14,6 +14,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vidshard.pipeline.video.avi import empty_chunks_after
 from vidshard.pipeline.video.container import (
     ThreadType,
     codec_name,
@@ -24,12 +25,14 @@ from vidshard.pipeline.video.container import (
     refuse_long,
 )
 from vidshard.pipeline.video.cropping import Crop, crop_of
+from vidshard.pipeline.video.entry_points import EntryPoints
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
 from vidshard.pipeline.video.packets import (
     NoKeyframeError,
     SeekPoint,
+    StreamEnd,
     at_seconds,
     decode_packet,
     drain,
@@ -41,6 +44,10 @@ from vidshard.schemas.video import Limits
 
 # Seconds before the wanted time to try in turn, when the container's index led past it; the start of the file is last.
 _SEEK_BACK_SECONDS = (0, 2, 10, 60)
+
+
+_SILENT = frozenset({"h264", "hevc", "vvc", "av1"})
+"""Codecs in which a packet without a picture is no repeat of the one before: it is damaged, or holds only headers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,13 +238,15 @@ def _decode_once(
     """Frames of one pass over the packets; with ``needed``, packets that it can do without are left out."""
     with open_video(watched, thread_type, with_edits=start.with_edits) as (container, stream):
         convert = clock.converter(stream) if clock is not None else TickConverter()
-        found = _packets_from(container, stream, start, watched.limits, convert)
+        end = StreamEnd()
+        found = _packets_from(container, stream, start, watched.limits, convert, end)
         if found is None:
             return
         packets, first_pts = found
         schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts) if needed is not None else None
         order = _FrameOrder(stream, convert, first_pts, crop_of(watched, stream), conceal=keep_going)
         failure = "no packets"
+        last: TimedFrame | None = None
         with _failures_retried(watched, schedule):
             for step in schedule or _every(packets):
                 try:
@@ -252,11 +261,16 @@ def _decode_once(
                 for frame in frames:
                     timed = order.timed(frame)
                     if timed is not None:
+                        last = timed
                         yield timed
             order.awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
                 return
             if order.last_pts is not None:
+                held_until = _held_until(watched, stream, end, order.last_pts)
+                if last is not None and held_until is not None and held_until > order.end_pts:
+                    order.end_pts = held_until
+                    yield replace(last, end_pts=convert(held_until))
                 _refuse_truncated(stream, order.end_pts * time_base_of(stream))
             elif start.seek_pts is None:
                 raise VideoError(
@@ -265,19 +279,31 @@ def _decode_once(
 
 
 def _packets_from(
-    container: InputContainer, stream: VideoStream, start: SeekPoint, limits: Limits, convert: TickConverter
+    container: InputContainer,
+    stream: VideoStream,
+    start: SeekPoint,
+    limits: Limits,
+    convert: TickConverter,
+    end: StreamEnd,
 ) -> tuple[Iterator[Packet[VideoStream] | None], int | None] | None:
     """Packets from a seek point on, and the time of the keyframe it led to, in the container's ticks.
 
     Returns:
-        The time is None without a seek. None instead of both where decoding cannot start there: no keyframe follows,
-        or it has no time, so that only counting from the start tells where it is.
+        The time is None without a seek, or where decoding can start nowhere but at the start of the file. None
+        instead of both where decoding cannot start there: no keyframe follows, or it has no time, so that only
+        counting from the start tells where it is.
     """
-    packets = read_packets(container, stream, start, limits, convert)
+    entries = None if start.seek_pts is None else EntryPoints(stream)
+    if entries is not None and entries.only_start:
+        if start.forward:
+            return None
+        start = SeekPoint()
+    packets = read_packets(container, stream, start, limits, convert, end)
     if start.seek_pts is None:
         return packets, None
-    with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
-        container.seek(convert.to_container(start.seek_pts), backward=not start.forward, stream=stream)
+    if entries is not None and not entries.must_read_all:
+        with ffmpeg_failures_as(Reason.DECODE_ERROR, "seeking failed"):
+            container.seek(convert.to_container(start.seek_pts), backward=not start.forward, stream=stream)
     first = next(packets)
     if first is None:
         return None if start.forward else (iter([None]), None)
@@ -448,7 +474,8 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
         frame_ticks, time_base = usual_ticks(stream), time_base_of(stream)
         longest = watched.limits.max_seconds / time_base
         num_packets, ticks, end_pts = 0, 0, first_pts
-        for packet in read_packets(container, stream, SeekPoint(await_keyframe=False), watched.limits):
+        end = StreamEnd()
+        for packet in read_packets(container, stream, SeekPoint(await_keyframe=False), watched.limits, end=end):
             if packet is not None:
                 num_packets += 1
                 if packet.pts is not None:
@@ -456,7 +483,34 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
                 ticks = end_pts - first_pts or num_packets * frame_ticks
                 if ticks > longest:  # checked within the loop, as there may be no end
                     refuse_long(watched.limits, seconds=ticks * time_base)
-        return ticks * time_base
+        held_until = _held_until(watched, stream, end, None)
+        return (max(ticks, held_until - first_pts) if held_until is not None else ticks) * time_base
+
+
+def _held_until(watched: WatchedFile, stream: VideoStream, end: StreamEnd, last_pts: int | None) -> int | None:
+    """The tick until which packets without a picture hold the last picture; None where there are none at the end.
+
+    Args:
+        watched: the file, read to its end.
+        stream: the video stream.
+        end: the end of its packets.
+        last_pts: time of the last frame, in the container's ticks; None where nothing was decoded.
+    """
+    until, last = end.until_pts, end.last
+    if last is None:
+        return until
+    ticks = last.duration or usual_ticks(stream)
+    if last_pts is not None and last.pts is not None and last.pts > last_pts and codec_name(stream) not in _SILENT:
+        until = max(until or 0, last.pts + ticks)
+    entries, formats = stream.index_entries, stream.container.format.name.split(",")
+    if "mov" in formats and last.pts is not None and last.dts is not None and len(entries):
+        final = entries[-1]
+        if not final.size and not final.is_discard and final.timestamp > last.dts:  # the demuxer passes over them
+            until = max(until or 0, final.timestamp + last.pts - last.dts + ticks)
+    if "avi" in formats and last.pos is not None and last.dts is not None:
+        count = empty_chunks_after(watched, stream.index, last.pos + last.size)
+        until = max(until or 0, last.dts + (1 + count) * ticks) if count else until
+    return until
 
 
 def _refuse_truncated(stream: VideoStream, end_seconds: Fraction) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import av
 import av.logging
 from av.container import InputContainer
-from av.packet import Packet
+from av.packet import Packet, PacketSideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.container import refuse_large, refuse_long
+from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoints
 from vidshard.pipeline.video.h264 import PictureNumbers
 from vidshard.pipeline.video.input_file import WatchedFile
-from vidshard.pipeline.video.timestamps import TickConverter, time_base_of
+from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
@@ -36,6 +39,10 @@ class SeekPoint:
     """False for times of an mp4's media, without its edit list."""
 
 
+_MAX_BYTES_KEPT = 64 << 20
+"""Packets kept while a later entry point is looked for; beyond it, decoding starts at the one found."""
+
+
 class _MissingReference:
     """Attached to a packet, as its ``opaque`` value, whose reference picture is missing.
 
@@ -48,14 +55,27 @@ class NoKeyframeError(Exception):
     """Not one packet was marked as a keyframe."""
 
 
+@dataclass(slots=True)
+class StreamEnd:
+    """The end of a stream as its packets tell it: an empty one, for one, repeats the picture before it."""
+
+    until_pts: int | None = None
+    """Tick of the container; None while there was no empty packet."""
+    last: Packet[VideoStream] | None = None
+    """The packet with the latest time so far, of those with content."""
+
+
 def read_packets(
     container: InputContainer,
     stream: VideoStream,
     start: SeekPoint,
     limits: Limits,
     convert: TickConverter | None = None,
+    end: StreamEnd | None = None,
 ) -> Iterator[Packet[VideoStream] | None]:
     """Packets from the first keyframe at or after the container's position, then None to drain the decoder.
+
+    After a seek only a keyframe counts at which decoding may start, by :class:`EntryPoints`.
 
     Args:
         container: at the position that a seek led to.
@@ -63,16 +83,43 @@ def read_packets(
         start: whether to wait for a keyframe, and the earliest one for a forward seek.
         limits: number of packets is limited by ``max_frames``.
         convert: ticks of the container to those of ``start``; None where they are the same.
+        end: is filled while packets are read.
 
     Raises:
         VideoError: DECODE_ERROR or TRUNCATED: the container is damaged; OVER_LIMIT.
         NoKeyframeError: there were packets, but no keyframe.
     """
     waiting = start.await_keyframe
-    earliest = start.seek_pts if start.forward else None
-    num_packets = 0
     context = stream.codec_context
     numbers = PictureNumbers(bytes(context.extradata or b"")) if context.codec.canonical_name == "h264" else None
+    packets = _Lookahead(_nonempty_packets(container, stream, limits, end or StreamEnd()))
+    if start.seek_pts is not None:
+        waiting = False
+        entries = EntryPoints(stream)
+        find_entry = _read_to_entry if entries.must_read_all else _skip_to_entry
+        if not find_entry(packets, start, entries, convert or TickConverter()):
+            yield None
+            return
+    num_packets = 0
+    for packet in packets:
+        num_packets += 1
+        waiting = waiting and not packet.is_keyframe
+        if not waiting:
+            if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
+                packet.opaque = _MissingReference()
+            yield packet
+    if waiting and num_packets:
+        raise NoKeyframeError
+    yield None
+
+
+def _nonempty_packets(
+    container: InputContainer, stream: VideoStream, limits: Limits, end: StreamEnd
+) -> Iterator[Packet[VideoStream]]:
+    """Every packet of at least one byte; without times where those are invented."""
+    clockless, frame_ticks = is_clockless(stream), usual_ticks(stream)
+    num_packets = 0
+    last_time: int | None = None
     packets = container.demux(stream)
     while True:
         try:
@@ -83,21 +130,112 @@ def read_packets(
         if messages:
             _refuse_lost_position(container, messages, num_packets)
         if packet is None:
-            break
+            return
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
+            pts = packet.pts if packet.pts is not None else packet.dts
+            if pts is not None:
+                end.until_pts = max(end.until_pts or 0, pts + (packet.duration or frame_ticks))
             continue
+        time = packet.pts if packet.pts is not None else packet.dts
+        if time is not None and (last_time is None or time >= last_time):
+            last_time, end.last = time, packet
         num_packets += 1
         if num_packets > limits.max_frames:
             refuse_long(limits, num_frames=num_packets)
-        if waiting and packet.is_keyframe:
-            waiting = earliest is not None and (packet.pts is None or (convert or int)(packet.pts) < earliest)
-        if not waiting:
-            if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
-                packet.opaque = _MissingReference()
-            yield packet
-    if waiting and num_packets:
-        raise NoKeyframeError
-    yield None
+        if clockless:
+            packet.pts = packet.dts = None
+            packet.duration = 0
+        yield packet
+
+
+class _Lookahead:
+    """Iterator over packets that can show the next ones; an error comes when its packet's turn has come."""
+
+    def __init__(self, packets: Iterator[Packet[VideoStream]]) -> None:
+        self._packets = packets
+        self._shown: deque[Packet[VideoStream]] = deque()
+        self._error: VideoError | None = None
+
+    def __iter__(self) -> Iterator[Packet[VideoStream]]:
+        return self
+
+    def __next__(self) -> Packet[VideoStream]:
+        if self._shown:
+            return self._shown.popleft()
+        if self._error is not None:
+            raise self._error
+        return next(self._packets)
+
+    def show(self, index: int = 0) -> Packet[VideoStream] | None:
+        """The packet after ``index`` others; None at the end or before an error."""
+        while len(self._shown) <= index and self._error is None:
+            try:
+                packet = next(self._packets, None)
+            except VideoError as error:
+                self._error, packet = error, None
+            if packet is None:
+                return None
+            self._shown.append(packet)
+        return self._shown[index] if index < len(self._shown) else None
+
+    def drop(self, count: int) -> None:
+        """Forget the next packets, which were shown."""
+        for _ in range(count):
+            self._shown.popleft()
+
+
+def _skip_to_entry(packets: _Lookahead, start: SeekPoint, entries: EntryPoints, convert: TickConverter) -> bool:
+    """Drop the packets before the first entry point; forward, before the first one not before the time sought.
+
+    Returns:
+        Whether to go on; False where only entry points after the time sought can follow.
+    """
+    assert start.seek_pts is not None
+    while (packet := packets.show()) is not None:
+        if entries.is_entry(packet, partial(packets.show, 1)):
+            if not start.forward or (packet.pts is not None and convert(packet.pts) >= start.seek_pts):
+                return True
+        elif not start.forward and packet.dts is not None and convert(packet.dts) > start.seek_pts:
+            return False
+        packets.drop(1)
+    return True
+
+
+def _read_to_entry(packets: _Lookahead, start: SeekPoint, entries: EntryPoints, convert: TickConverter) -> bool:
+    """Drop the packets before the last entry point not after the time sought; forward, as ``_skip_to_entry``.
+
+    The packets come from the start of the file. The last side data of those left out goes with the first one kept.
+
+    Returns:
+        Whether to go on.
+    """
+    assert start.seek_pts is not None
+    carried: dict[object, PacketSideData] = {}
+    state: list[PacketSideData] | None = None
+    at = num_bytes = 0
+    while (packet := packets.show(at)) is not None and num_bytes < _MAX_BYTES_KEPT:
+        for kind in STATE_HANDED_OUT_ONCE:
+            if packet.has_sidedata(kind):
+                carried[kind] = packet.get_sidedata(kind)
+        pts = packet.pts if packet.pts is not None else packet.dts
+        if pts is not None and entries.is_entry(packet, partial(packets.show, at + 1)):
+            time = convert(pts)
+            if time >= start.seek_pts if start.forward else time <= start.seek_pts:
+                packets.drop(at)
+                at, num_bytes, state = 0, 0, list(carried.values())
+            if time >= start.seek_pts:
+                break
+        if state is None:
+            packets.drop(1)
+            continue
+        if packet.dts is not None and convert(packet.dts) > start.seek_pts:
+            break
+        at, num_bytes = at + 1, num_bytes + packet.size
+    first = packets.show()
+    if first is not None:
+        for data in state or ():
+            first.set_sidedata(data)
+    return state is not None or first is None
 
 
 def _refuse_lost_position(container: InputContainer, messages: list[tuple[int, str, str]], num_packets: int) -> None:
@@ -120,7 +258,7 @@ class _ErrorsLogged:
 
     def __enter__(self) -> list[tuple[int, str, str]]:
         av.logging.set_level(av.logging.ERROR)
-        av.logging.set_skip_repeated(False)  # else a message is held back until another one comes, of another file
+        av.logging.set_skip_repeated(False)  # else a message is end back until another one comes, of another file
         self._capture = av.logging.Capture()
         return self._capture.__enter__()
 

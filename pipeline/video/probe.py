@@ -16,7 +16,7 @@ from vidshard.pipeline.video.image_archive import ImageArchive
 from vidshard.pipeline.video.input_file import WatchedFile, open_file, storage_failures_named
 from vidshard.pipeline.video.presentation import first_frame
 from vidshard.pipeline.video.render import orientation_of
-from vidshard.pipeline.video.timestamps import Clock, seconds_from_header, time_base_of
+from vidshard.pipeline.video.timestamps import Clock, frame_rate, seconds_from_header, time_base_of
 from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource
 
 _SAMPLE_BYTES = 1 << 16
@@ -51,7 +51,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
                 # the run's rate gives the images their times: at another rate they are another video
                 video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
             else:
-                codec, fps, clock = codec_name(stream), stream.average_rate or Fraction(0), Clock.of(stream, first.pts)
+                codec, fps, clock = codec_name(stream), frame_rate(stream), Clock.of(stream, first.pts)
                 duration_seconds = shown_seconds or seconds_from_header(stream, first.pts * time_base_of(stream))
                 refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
             source = VideoSource(

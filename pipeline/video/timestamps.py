@@ -12,7 +12,7 @@ from av.video.stream import VideoStream
 
 from vidshard.schemas.rejections import Reason, VideoError
 
-# Formats without timestamps or length of their own: FFmpeg guesses a duration from the bit rate, often wildly.
+# Formats without times or length of their own: FFmpeg invents times, and guesses a duration from the bit rate.
 _RAW_FORMATS = frozenset({"h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo", "mjpeg", "vc1"})
 
 _RATES_AGREE = Fraction(1, 5000)
@@ -28,8 +28,32 @@ _MAX_SUBDIVISION = 1 << 16
 """Largest number of parts into which one tick of a container is divided."""
 
 
+_DEFAULT_RATE = Fraction(25)
+"""Rate of a stream that states none: the one that FFmpeg takes."""
+
+_MAX_RATE = 1000
+"""A higher stated rate is no frame rate; encoders without one write that of a clock, such as 90,000."""
+
+
+def is_clockless(stream: VideoStream) -> bool:
+    """Whether the format has no times: FFmpeg's are then invented, and frames are counted instead."""
+    return bool(_RAW_FORMATS & set(stream.container.format.name.split(",")))
+
+
+def frame_rate(stream: VideoStream) -> Fraction:
+    """Frames per second for information; where they are counted, the rate that gives them their times. 0 if unknown."""
+    if not is_clockless(stream):
+        return stream.average_rate or Fraction(0)
+    # MPEG-4 states the unit of its times, not a rate: there FFmpeg's guess rests on the times of the pictures
+    mpeg4 = stream.codec_context.codec.canonical_name == "mpeg4"
+    rate = stream.guessed_rate if mpeg4 else stream.codec_context.framerate
+    return rate if rate and 0 < rate <= _MAX_RATE else _DEFAULT_RATE
+
+
 def time_base_of(stream: VideoStream) -> Fraction:
-    """Seconds per tick of the container."""
+    """Seconds per tick of the container; per frame where frames are counted."""
+    if is_clockless(stream):
+        return 1 / frame_rate(stream)
     return stream.time_base or Fraction(1, 1_000_000)
 
 
@@ -52,7 +76,7 @@ class Clock:
     def of(cls, stream: VideoStream, first_pts: int) -> Clock:
         """The clock of a stream whose first frame is at ``first_pts`` in the container's ticks."""
         time_base = time_base_of(stream)
-        interval = _interval(stream, time_base)
+        interval = None if is_clockless(stream) else _interval(stream, time_base)
         if interval is None or interval < _MIN_INTERVAL_TICKS or interval.denominator > _MAX_SUBDIVISION:
             return cls(time_base=time_base, start_pts=first_pts)
         parts = interval.denominator if abs(first_pts) * interval.denominator < 1 << 62 else 1
@@ -67,6 +91,8 @@ class Clock:
         parts = time_base_of(stream) / self.time_base
         if parts.denominator != 1:
             raise VideoError(Reason.DECODE_ERROR, "its clock is not the one that it had when it was probed")
+        if is_clockless(stream):
+            return TickConverter(parts=parts.numerator, first_pts=self.start_pts)
         interval = _interval(stream, self.time_base)
         whole = interval.numerator if parts > 1 and interval is not None and interval.denominator == 1 else 0
         return TickConverter(parts=parts.numerator, interval=whole, start_pts=self.start_pts)
@@ -82,11 +108,13 @@ class TickConverter:
     """Ticks of the clock from one frame to the next; 0 leaves all times as they are."""
     start_pts: int = 0
     """Presentation time of the first frame, in the clock's ticks."""
+    first_pts: int = 0
+    """The clock's time at the container's tick 0, where frames are counted from there."""
 
     def __call__(self, ticks: int) -> int:
         """The time in the clock's ticks; the conversion never reverses the order of two times."""
         if not self.interval:
-            return ticks * self.parts
+            return ticks * self.parts + self.first_pts
         offset = ticks * self.parts - self.start_pts
         multiple = (2 * offset + self.interval) // (2 * self.interval) * self.interval
         return self.start_pts + (multiple if abs(offset - multiple) <= self.parts else offset)
@@ -121,7 +149,7 @@ def _standard_rate(rate: Fraction, tolerance: Fraction) -> Fraction | None:
 
 def usual_ticks(stream: VideoStream) -> int:
     """Display time of a frame that states none, in the container's ticks: by the average rate, at least one."""
-    rate = stream.average_rate or stream.guessed_rate
+    rate = frame_rate(stream) or stream.guessed_rate
     return max(1, round(1 / (rate * time_base_of(stream)))) if rate else 1
 
 
@@ -149,11 +177,11 @@ def seconds_from_header(stream: VideoStream, first_seconds: Fraction) -> Fractio
         stream: the video stream.
         first_seconds: presentation time of its first frame.
     """
+    if is_clockless(stream):
+        return None
     container = stream.container
     assert isinstance(container, InputContainer)
     formats = set(container.format.name.split(","))
-    if formats & _RAW_FORMATS:
-        return None
     seconds = stream_seconds(stream)
     if seconds is None and container.duration:
         seconds = Fraction(container.duration, av.time_base)

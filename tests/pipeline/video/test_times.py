@@ -8,6 +8,8 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import av
 import numpy as np
@@ -17,9 +19,9 @@ from av.video.stream import VideoStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.decoding import assert_same, decode, expected, numbers, rejection
+from tests.support.decoding import assert_same, decode, expected, numbers, probe, rejection
 from tests.support.videos import Recipe, read_frame_number, write_video
-from vidshard.pipeline.video.timestamps import TickConverter
+from vidshard.pipeline.video.timestamps import TickConverter, frame_rate
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.video import Clip, ClipSpec
 
@@ -166,13 +168,66 @@ def test_missing_times_are_counted_from_the_last_one(tmp_path: Path, every: int)
     assert_follows(path, *steady(start=start))
 
 
-@pytest.mark.parametrize("suffix", ["h264", "m4v", "mjpeg"])
-def test_without_any_times_frames_follow_at_the_streams_rate(tmp_path: Path, suffix: str) -> None:
-    codec = {"h264": "libx264", "m4v": "mpeg4", "mjpeg": "mjpeg"}[suffix]
-    path = write_video(
-        tmp_path / f"v.{suffix}", Recipe(codec=codec, pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p")
+# codec, suffix, stated rate (None: the header states none, and 25 counts), encoder's options, B-frames
+RAW_STREAMS = [
+    ("libx264", "h264", "25", (), 0),
+    ("libx264", "h264", "30000/1001", (), 2),
+    ("libx264", "h264", "240", (), 0),
+    ("libx265", "hevc", None, (("x265-params", "vui-timing-info=0"),), 0),
+    ("libx265", "hevc", None, (("x265-params", "vui-timing-info=0"),), 3),
+    ("libx265", "hevc", "24000/1001", (), 2),
+    ("libx265", "hevc", "250", (), 0),
+    ("mpeg4", "m4v", "30000/1001", (), 0),
+    ("mpeg4", "m4v", "30", (), 2),
+    ("mpeg1video", "m1v", "25", (), 2),
+    ("mpeg2video", "m2v", "30000/1001", (), 2),
+    ("mjpeg", "mjpeg", None, (), 0),
+    ("libsvtav1", "obu", None, (), 0),
+]
+
+
+@pytest.mark.parametrize(("codec", "suffix", "stated", "options", "b_frames"), RAW_STREAMS)
+def test_frames_without_times_are_counted_at_the_stated_rate(
+    tmp_path: Path, codec: str, suffix: str, stated: str | None, options: tuple[tuple[str, str], ...], b_frames: int
+) -> None:
+    """FFmpeg's durations of raw streams are invented, and change in mid-stream."""
+    recipe = Recipe(
+        codec=codec,
+        num_frames=110,
+        rate=Fraction(stated or 25),
+        pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p",
+        options=options,
+        b_frames=b_frames,
     )
-    assert_follows(path, *steady())
+    path = tmp_path / f"v.{suffix}"
+    if suffix == "m4v":  # PyAV takes that for an mp4
+        path.write_bytes(pictures_of(write_video(tmp_path / "whole.avi", recipe)))
+    else:
+        write_video(path, recipe)
+    spec = ClipSpec(fps=recipe.rate, num_frames=5, height=64, width=64)
+    found = probe(path)
+    assert found.source.fps == float(recipe.rate)
+    assert found.duration_seconds_from_header == pytest.approx(110 / recipe.rate)
+    whole = decode(path, spec)
+    assert numbers(whole) == list(range(110))
+    assert [clip.start_seconds for clip in whole] == [float(5 * n / recipe.rate) for n in range(22)]
+    assert_same(decode(path, spec, clips_per_span=3), whole)
+
+
+def pictures_of(path: Path) -> bytes:
+    """The packets of a video, one behind the other."""
+    with av.open(str(path)) as container:
+        return b"".join(bytes(packet) for packet in container.demux(video=0))
+
+
+@pytest.mark.parametrize("rate", ["1/2", "90000", "0"])
+def test_a_rate_that_is_the_unit_of_a_clock_is_none(rate: str) -> None:
+    """Encoders without a frame rate state that of their clock."""
+    stream = SimpleNamespace(
+        container=SimpleNamespace(format=SimpleNamespace(name="h264")),
+        codec_context=SimpleNamespace(framerate=Fraction(rate), codec=SimpleNamespace(canonical_name="h264")),
+    )
+    assert frame_rate(cast(VideoStream, stream)) == (Fraction(1, 2) if rate == "1/2" else 25)
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
