@@ -88,6 +88,10 @@ def open_video(
         video, was_read = choose_stream(container, videos)
         if not has_decoder(video):
             raise VideoError(Reason.UNSUPPORTED, f"no decoder for its video stream in {container.format.name}")
+        if any(key.lower() == "alpha_mode" and value == "1" for key, value in video.metadata.items()):
+            raise VideoError(
+                Reason.UNSUPPORTED, "its alpha lies beside the picture, which alone shows colors of invisible pixels"
+            )
         if was_read:
             index = video.index
             container.close()

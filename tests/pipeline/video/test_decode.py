@@ -335,6 +335,13 @@ def test_the_largest_video_stream_is_taken_and_no_cover_picture(tmp_path: Path, 
     assert_same(decode(tmp_path / f"v.{suffix}", clips_per_span=1), clips)
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_alpha_that_does_not_travel_in_the_picture_is_refused_rather_than_ignored(tmp_path: Path, codec: str) -> None:
+    options = (("auto-alt-ref", "0"),)
+    transparent = write_video(tmp_path / "alpha.webm", Recipe(codec=codec, pixel_format="yuva420p", options=options))
+    assert rejection(transparent).reason is Reason.UNSUPPORTED
+
+
 # Bad input.
 
 
