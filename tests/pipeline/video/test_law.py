@@ -16,13 +16,13 @@ from tests.support.shared import SHARED
 # Combinations of which the law does not hold yet, each with its cause.
 EXCEPTIONS = {
     ("mpeg1video", "mpeg1video"): "the demuxer's times of B-frames run backwards",
-    ("mpeg1video", "asf"): "the container has no times of presentation for B-frames",
-    ("mpeg2video", "asf"): "the container has no times of presentation for B-frames",
-    ("h261", "asf"): "times are rounded to those of the codec's clock, then to milliseconds",
-    ("h263", "asf"): "times are rounded to those of the codec's clock, then to milliseconds",
+    ("mpeg1video", "asf"): "the container's times belong to other pictures where B-frames are reordered",
+    ("mpeg2video", "asf"): "the container's times belong to other pictures where B-frames are reordered",
+    ("h261", "asf"): "the stated rate is wrong, and times near its multiples are moved to them",
+    ("h263", "asf"): "the stated rate is wrong, and times near its multiples are moved to them",
     ("rpza", "mov"): "every picture is marked as a keyframe",
     ("h263p", "wtv"): "every picture is marked as a keyframe",
-    ("wmv2", "wtv"): "the decoder marks its first picture as concealed",
+    ("wmv2", "wtv"): "no packet is marked as a keyframe, and the decoder marks every picture as concealed",
 }
 
 
