@@ -21,6 +21,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.errors import exit_code_of, interrupt_behind, print_error, signals_that_end, terminate
 from vidshard.jobs.runtime.output import make_output_safe
+from vidshard.jobs.runtime.terminal import SafeConsole
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.jobs.training.settings import preset_defaults, training_run
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, VidshardError
@@ -468,8 +469,8 @@ def resume(out: str, **changes: Any) -> Result:
 
 def _console() -> Console:
     if sys.stdout.isatty():
-        return Console()
-    return Console(width=160, soft_wrap=True)  # a pipe has no width of its own, and tables need one
+        return SafeConsole()
+    return SafeConsole(width=160, soft_wrap=True)  # a pipe has no width of its own, and tables need one
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from vidshard.pipeline.output.parquet import BoundedParquet
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
 from vidshard.schemas.errors import VidshardError, one_line
+from vidshard.schemas.text import readable
 from vidshard.schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
@@ -376,7 +377,7 @@ def _size(info: dict[str, object]) -> int:
 def _nothing_found(path: str, passed_over: Counter[str]) -> str:
     shown = storage.public_uri(path)
     if passed_over:
-        kinds = ", ".join(f"{count} {extension}" for extension, count in passed_over.most_common(5))
+        kinds = ", ".join(f"{count} {readable(extension, 40)}" for extension, count in passed_over.most_common(5))
         return (
             f"no video in {shown}: it holds other files only ({kinds}). Files named one by one, or in a manifest, are "
             "tried whatever their extension"

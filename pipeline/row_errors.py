@@ -11,9 +11,10 @@ import re
 import traceback
 from pathlib import PurePath
 
-from vidshard.pipeline import storage
 from vidshard.schemas.errors import OutageError, UserError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.text import readable_lines
+from vidshard.schemas.uris import shown_uri, without_secrets
 
 _log = logging.getLogger("vidshard.pipeline.rows")
 
@@ -41,7 +42,8 @@ def row_error(error: Exception, uri: str) -> VideoError:
     if isinstance(error, VidshardError):
         return VideoError(Reason.UNREADABLE, one_line(error))
     text = "".join(traceback.format_exception(error))
-    _log.error("%s: unforeseen %s\n%s", storage.public_uri(uri), type(error).__name__, text.replace(uri, "URI"))
+    text = readable_lines(without_secrets(text.replace(uri, "URI"), uri))
+    _log.error("%s: unforeseen %s\n%s", shown_uri(uri), type(error).__name__, text)
     return VideoError(Reason.INTERNAL_ERROR, f"{type(error).__name__} {_place(error)}")
 
 

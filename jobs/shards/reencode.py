@@ -129,7 +129,8 @@ def encode_by_another_cut(tokenizer: Tokenizer, resolved: ResolvedRun, values: M
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
-    config, limits = tokenizer.config, resolved.run.limits
+    config = tokenizer.config
+    limits = replace(resolved.run.limits, private_hosts=None)  # the caller asked whether a source may be fetched
     spec = stored_spec(resolved, values)
     wider = replace(spec, halo_clips=spec.halo_clips + int(spec.continuous))
     clips = decode_again(values["uri"], values["video_id"], values["clip_index"], wider, row_part(values), limits)

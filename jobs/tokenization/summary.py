@@ -23,7 +23,9 @@ from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun, public_record
 from vidshard.schemas.errors import EXIT_FAILED
 from vidshard.schemas.rejections import REMEDIES, Reason
+from vidshard.schemas.text import readable
 from vidshard.schemas.tokens import Payload, PayloadColumn
+from vidshard.schemas.uris import without_secrets
 
 
 @dataclass(kw_only=True)
@@ -87,9 +89,10 @@ def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None
     if resolved.notice:
         warn(console, resolved.notice)
     for old, new in found.renamed_columns.items():
-        console.print(f"manifest column '{old}' has the name of a shard column and is stored as '{new}'", markup=False)
+        names = f"'{readable(old)}' has the name of a shard column and is stored as '{readable(new)}'"
+        console.print(f"manifest column {names}", markup=False)
     if found.num_passed_over:
-        kinds = ", ".join(f"{count} {extension}" for extension, count in found.passed_over_extensions[:5])
+        kinds = ", ".join(f"{count} {readable(extension, 40)}" for extension, count in found.passed_over_extensions[:5])
         console.print(f"passed over {found.num_passed_over} files without a video's extension: {kinds}", markup=False)
     rows, videos = found.videos.num_rows, pc.count_distinct(found.videos["uri"]).as_py()
     console.print(f"{videos} videos" + (f", {rows} parts of them" if rows != videos else ""), highlight=False)
@@ -151,7 +154,7 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     if not written.num_clips and not summary.reused_spans:
         warn(console, "NOTHING WAS TOKENIZED")
     for problem in summary.problems:
-        warn(console, problem)
+        warn(console, without_secrets(problem))
     if summary.interruption is not None:
         again = "what is committed is valid; run the same command again to go on"
         console.print(Text(f"interrupted: {again}", style="bold"))

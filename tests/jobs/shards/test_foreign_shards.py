@@ -255,3 +255,19 @@ def test_sources_that_a_shard_names_are_fetched_only_if_asked(table: pa.Table, t
         code, printed = vidshard_exits("decode", path, "--all", tmp_path / "c", "--side-by-side", "--fetch-sources")
         assert code == 0, printed
         assert server.asked
+
+
+def test_names_of_files_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    evil = tmp_path / "in" / "x.\x1b]52;c;aGk=\x07\nerror: forged"
+    evil.parent.mkdir()
+    evil.write_bytes(b"x")
+    for command in (
+        ["tokenize", evil.parent, "--out", tmp_path / "o", "--local"],
+        ["tokenize", evil, "--out", tmp_path / "o2", "--local"],
+        ["inspect", evil],
+        ["verify", evil],
+        ["decode", evil, "--all", tmp_path],
+    ):
+        _, printed = vidshard_exits(*command)
+        assert not {"\x1b]", "\x07"} & {c for c in ("\x1b]", "\x07") if c in printed}, printed
+        assert "\nerror: forged" not in printed
