@@ -20,12 +20,14 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
+from vidshard.pipeline.unchanged import read_unchanged, refuse_changed
 from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
 from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox, given_file, missing_confinement
 from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
+from vidshard.pipeline.video.sparse_file import refuse_sparse
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
@@ -118,6 +120,8 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
     """
     limits = limits or Limits()
     try:
+        if storage.is_local(ref.uri):
+            refuse_sparse(storage.absolute(ref.uri))
         opener = partial(_open, limits.private_hosts)
         return _run(probe_video, ref.uri, ref, opener, limits, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
     except Exception as error:  # noqa: BLE001  whatever one file does, it is this row's error
@@ -143,22 +147,13 @@ def _decode_in_child(
     uri = spans[0].uri
     if fingerprint is not None and not storage.is_local(uri):
         storage.restrict_addresses(limits.private_hosts)
-        _refuse_changed(uri, fingerprint)
+        refuse_changed(uri, fingerprint)
+    decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
     with open_file(uri, partial(_open, limits.private_hosts)) as file:
-        return decode_spans(spans, spec, file, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
-
-
-def _refuse_changed(uri: str, fingerprint: str) -> None:
-    """Refuse a file that is another one than when it was planned.
-
-    Raises:
-        VideoError: CHANGED.
-    """
-    now = storage.fingerprint(uri)
-    if now is not None and now != fingerprint:
-        raise VideoError(
-            Reason.CHANGED, f"its size and time stamp are {now} now; when it was opened they were {fingerprint}"
-        )
+        results = read_unchanged(file, spans[0].video_id, limits, decode)
+        if fingerprint is not None and isinstance(file, storage.RemoteVideo):
+            refuse_changed(uri, fingerprint)  # it was read in parts
+    return results
 
 
 def _decode_spans(
@@ -182,7 +177,7 @@ def _decode_spans(
     """
     uri = spans[0].uri
     if fingerprint is not None and storage.is_local(uri):
-        _refuse_changed(uri, fingerprint)  # here, as a confined process cannot ask
+        refuse_changed(uri, fingerprint)  # here, as a confined process cannot ask
     arguments = (spans, spec, max_clips, limits, keep_undamaged, fingerprint)
     size = most_clips * (spec.clip_bytes + 8 * spec.num_frames)
     results = _run(_decode_in_child, uri, *arguments, limits=limits, timeout_seconds=timeout_seconds, answer_bytes=size)
@@ -231,51 +226,51 @@ class SpanDecoder:
             outcomes = self._decode([row_span(row) for row in plan[number:end]], spec, fingerprint)
             seconds = (time.monotonic() - started) / len(outcomes)
             for row, outcome in enumerate(outcomes, start=number):
-                outcome, columns = self._with_signals(plan[row], outcome, spec)
-                table = add_clips(
-                    rows.slice(row, 1),
-                    outcome,
-                    uri=storage.public_uri(plan[row]["uri"]),
-                    start_seconds=_start_seconds(row_span(plan[row]), spec),
-                    seconds=seconds,
-                    continuous=spec.continuous,
-                )
-                yield add_signals(table, columns)
+                yield self._row(rows.slice(row, 1), plan[row], outcome, spec, seconds)
             number = end
 
-    def _with_signals(
-        self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec
-    ) -> tuple[SpanClips, list[tuple[pa.Field, pa.Array]]]:
-        """Add signals to the outcome of a row.
+    def _row(self, row: pa.Table, plan: dict[str, Any], outcome: SpanClips, spec: ClipSpec, seconds: float) -> pa.Table:
+        """The row with its clips and signals, or with a rejection."""
+        try:
+            table = add_clips(
+                row,
+                outcome,
+                uri=storage.public_uri(plan["uri"]),
+                start_seconds=_start_seconds(row_span(plan), spec),
+                seconds=seconds,
+                continuous=spec.continuous,
+            )
+            return add_signals(table, self._signals(plan, outcome, spec))
+        except Exception as error:
+            if not outcome.clips:  # nothing of the row is left that could have failed
+                raise
+            return self._row(row, plan, SpanClips(clips=[], error=row_error(error, plan["uri"])), spec, seconds)
 
-        Returns:
-            The outcome, and each signal column with one value per clip (without the halo). If a signal is bad, the
-            outcome is its error, without clips.
+    def _signals(self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec) -> list[tuple[pa.Field, pa.Array]]:
+        """The signal columns of a row, with one value per clip (without the halo).
+
+        Raises:
+            VideoError: a signal cannot be read.
         """
         span = row_span(row)
         first_seconds = float(span.grid_start_pts * span.time_base)
         columns: list[tuple[pa.Field, pa.Array]] = []
-        try:
-            for name, rule in self.signals:
-                clips = [clip for clip in outcome.clips if clip.clip_index >= span.first_clip]
-                source = row[signal_source(name)]
-                if source is None:
-                    arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
-                else:
-                    signal = _signal(source, self.limits) if clips else None
-                    aligned = [
-                        align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
-                        for clip in clips
-                        if signal is not None
-                    ]
-                    arrays = signal_arrays(name, rule, aligned)
-                fields = signal_fields(name, rule)
-                columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
-        except Exception as error:
-            if not outcome.clips:  # nothing of the signal's file was read
-                raise
-            return self._with_signals(row, SpanClips(clips=[], error=row_error(error, row["uri"])), spec)
-        return outcome, columns
+        for name, rule in self.signals:
+            clips = [clip for clip in outcome.clips if clip.clip_index >= span.first_clip]
+            source = row[signal_source(name)]
+            if source is None:
+                arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
+            else:
+                signal = _signal(source, self.limits) if clips else None
+                aligned = [
+                    align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
+                    for clip in clips
+                    if signal is not None
+                ]
+                arrays = signal_arrays(name, rule, aligned)
+            fields = signal_fields(name, rule)
+            columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
+        return columns
 
     def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
         video_id = spans[0].video_id
@@ -345,16 +340,35 @@ def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str 
         [result] = _decode_spans(
             [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
         )
-    except VideoError as error:
+    except Exception as raised:
+        error = row_error(raised, span.uri)
         if error.reason is Reason.DECODER_CRASHED:
             _crashes[span.video_id] = error
-        raise
+        raise error from raised
     if result.error is not None:
         raise result.error
     if not result.clips:
         raise VideoError(Reason.TOO_SHORT, f"there is no whole clip of {float(spec.clip_seconds):.3g} s")
     clip: Clip = result.clips[-1]
     return clip
+
+
+def header_of(uri: str, video_id: str, limits: Limits) -> VideoProbe:
+    """Open a video that was planned before, perhaps by an earlier version, which made the ids of small files otherwise.
+
+    Returns:
+        The header. Its id is ``video_id`` if the file has that content.
+
+    Raises:
+        VideoError: the video cannot be opened.
+    """
+    found = probe(VideoRef(uri=uri, num_bytes=-1), limits)
+    if isinstance(found, VideoProbe) and found.video_id != video_id:
+        other = replace(limits, sampled_ids=not limits.sampled_ids)
+        found = probe(VideoRef(uri=uri, num_bytes=-1), other)
+    if isinstance(found, VideoError):
+        raise found
+    return found
 
 
 def decode_again(
@@ -382,17 +396,18 @@ def decode_again(
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
     limits = limits or Limits()
-    header = probe(VideoRef(uri=uri, num_bytes=-1), limits)
-    if isinstance(header, VideoError):
-        raise header
+    header = header_of(uri, video_id, limits)
     if header.video_id != video_id:
         raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")
     [first, *_] = plan_spans(header, spec, 1, part)
     span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
     seconds = PROBE_TIMEOUT_SECONDS
-    [result] = _decode_spans(
-        [span], spec, 1, limits, False, None, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
-    )
+    try:
+        [result] = _decode_spans(
+            [span], spec, 1, limits, False, None, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
+        )
+    except Exception as error:
+        raise row_error(error, uri) from error
     if result.error is not None:
         raise result.error
     if not result.clips or result.clips[-1].clip_index != clip_index:

@@ -27,6 +27,8 @@ SPAN_BYTES = 32 << 20
 """Default size of the frames of a span: several spans fit one of Ray's 128 MiB blocks, and at 256x256 a span is about
 20 s of video, which keeps the share of time spent seeking to its keyframe low."""
 
+_ROWS = PLAN_SCHEMA.append(REJECTION)
+
 _MAX_VIDEOS_PER_TASK = 64
 _MAX_TASKS = 4096
 """Number of probe tasks above which tasks get more videos instead: each task costs the driver an object in Ray's
@@ -84,47 +86,57 @@ class VideoPlanner:
     limits: Limits
 
     def __call__(self, videos: pa.Table) -> pa.Table:
+        """Open the videos and plan their spans.
+
+        Raises:
+            OutageError: a storage does not answer.
+        """
         storage.restrict_addresses(self.limits.private_hosts)
         probes: dict[str, tuple[VideoProbe | VideoError, str | None]] = {}
-        rows = [row for video in videos.to_pylist() for row in self._rows(video, probes)]
-        return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA.append(REJECTION))
+        tables = [self._planned(video, probes) for video in videos.to_pylist()]
+        return pa.concat_tables([_ROWS.empty_table(), *tables])
 
-    def _rows(
+    def _planned(
         self, video: dict[str, Any], probes: dict[str, tuple[VideoProbe | VideoError, str | None]]
-    ) -> list[dict[str, Any]]:
-        ref = VideoRef(uri=video["uri"], num_bytes=video["num_bytes"])
-        uri = storage.public_uri(ref.uri)
-        if video.get("refusal") is not None:
-            probes[ref.uri] = VideoError(Reason.NOT_ALLOWED, video["refusal"]), None
-        if ref.uri not in probes:
-            # taken before the video is opened: a file that is replaced in between then counts as changed
-            fingerprint = storage.fingerprint(ref.uri)
-            probes[ref.uri] = probe(ref, self.limits), fingerprint
-        result, fingerprint = probes[ref.uri]
-        [seen] = entry_ids(
-            [ref.uri], [fingerprint], [video.get("part_start_seconds")], [video.get("part_end_seconds")], self.part
-        ).to_pylist()
-        [place] = location_keys([ref.uri]).to_pylist()
-        entries = {"entry": video["entry"], "seen_entry": seen, "place": place}
-        spans: list[dict[str, Any]] = []
-        if isinstance(result, VideoProbe):
-            try:
-                spans = self._spans(result, row_part(video), fingerprint)
-            except Exception as error:  # noqa: BLE001  whatever one row says, it is this row's error
-                result = row_error(error, ref.uri)
-        if isinstance(result, VideoError):
-            rejection = Rejection(
-                uri=uri,
-                video_id=None,
-                span_id=None,
-                start_seconds=None,
-                stage=Stage.PROBE,
-                reason=result.reason,
-                detail=result.detail,
-                place=place.hex(),
-            )
-            return [{**entries, "uri": uri, "rejection": rejection_row(rejection)}]
-        return [{**span, **entries, "uri": uri} for span in spans]
+    ) -> pa.Table:
+        """The spans of one video, or a row with its rejection."""
+        fingerprint: str | None = None
+        try:
+            uri = video["uri"]
+            if video.get("refusal") is not None:
+                probes[uri] = VideoError(Reason.NOT_ALLOWED, video["refusal"]), None
+            if uri not in probes:
+                # taken before the video is opened: a file that is replaced in between then counts as changed
+                fingerprint = storage.fingerprint(uri)
+                probes[uri] = probe(VideoRef(uri=uri, num_bytes=video["num_bytes"]), self.limits), fingerprint
+            found, fingerprint = probes[uri]
+            if isinstance(found, VideoError):
+                raise found
+            common = self._entries(video, fingerprint)
+            rows = [{**span, **common} for span in self._spans(found, row_part(video), fingerprint)]
+            return pa.Table.from_pylist(rows, schema=_ROWS)
+        except Exception as error:  # noqa: BLE001  whatever one row says or holds, it is this row's error
+            refused = row_error(error, video["uri"])
+        common = self._entries(video, fingerprint)
+        rejection = Rejection(
+            uri=common["uri"],
+            video_id=None,
+            span_id=None,
+            start_seconds=None,
+            stage=Stage.PROBE,
+            reason=refused.reason,
+            detail=refused.detail,
+            place=common["place"].hex(),
+        )
+        return pa.Table.from_pylist([{**common, "rejection": rejection_row(rejection)}], schema=_ROWS)
+
+    def _entries(self, video: dict[str, Any], fingerprint: str | None) -> dict[str, Any]:
+        """Columns by which a video is recognized later."""
+        uri = video["uri"]
+        times = video.get("part_start_seconds"), video.get("part_end_seconds")
+        [seen] = entry_ids([uri], [fingerprint], [times[0]], [times[1]], self.part).to_pylist()
+        [place] = location_keys([uri]).to_pylist()
+        return {"entry": video["entry"], "seen_entry": seen, "place": place, "uri": storage.public_uri(uri)}
 
     def _spans(self, video: VideoProbe, part: Part, fingerprint: str | None) -> list[dict[str, Any]]:
         part = self.part if part.is_whole else part
@@ -136,4 +148,11 @@ class VideoPlanner:
             )
         sizes = {(spec.height, spec.width): spec for spec in self.specs}
         spec = sizes[nearest_bucket(video.source.width, video.source.height, list(sizes))]
-        return [span_row(span, spec, fingerprint) for span in plan_spans(video, spec, self.span_clips, part)]
+        rows = [span_row(span, spec, fingerprint) for span in plan_spans(video, spec, self.span_clips, part)]
+        num_clips = sum(row["expected_clips"] for row in rows)
+        if num_clips > self.limits.max_clips:
+            raise VideoError(
+                Reason.OVER_LIMIT,
+                f"{num_clips:,} clips by its header, more than the {self.limits.max_clips:,} of --max-clips",
+            )
+        return rows

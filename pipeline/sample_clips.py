@@ -8,10 +8,12 @@ from fractions import Fraction
 from typing import Literal
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.video.decode import stream_clips
 from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.video import (
     Clip,
     ClipPlacement,
@@ -76,6 +78,7 @@ def sample_clips(
     Raises:
         ValueError: an argument out of range; raised by the call itself.
         VideoError: while iterating: the video cannot be read or decoded, or holds no clip at all.
+        OutageError: while iterating: its storage does not answer, though it was asked again for a while.
     """
     height, width = (size, size) if isinstance(size, int) else size
     spec = ClipSpec(
@@ -96,7 +99,12 @@ def sample_clips(
 
 
 def _clips(path: str, spec: ClipSpec, part: Part, keep_undamaged: bool, limits: Limits) -> Iterator[Clip]:
-    probe = probe_video(VideoRef(uri=path, num_bytes=-1), storage.open_video, limits)
-    with open_file(path, storage.open_video) as file:
-        [span] = plan_spans(probe, spec, _ALL_CLIPS, part)
-        yield from stream_clips(span, spec, file, keep_undamaged=keep_undamaged, limits=limits)
+    try:
+        probe = probe_video(VideoRef(uri=path, num_bytes=-1), storage.open_video, limits)
+        with open_file(path, storage.open_video) as file:
+            [span] = plan_spans(probe, spec, _ALL_CLIPS, part)
+            yield from stream_clips(span, spec, file, keep_undamaged=keep_undamaged, limits=limits)
+    except VideoError:
+        raise
+    except Exception as error:
+        raise row_error(error, path) from error

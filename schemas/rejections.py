@@ -120,6 +120,7 @@ class VideoError(VidshardError):
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
+        detail = detail.encode(errors="replace").decode()  # names and header fields may hold lone surrogates
         super().__init__(reason, detail)  # both, so that it survives pickling
         self.reason = reason
         self.detail = detail

@@ -487,6 +487,15 @@ class LimitSettings(Settings):
         metavar="N",
         help="Reject videos with more frames than this.",
     )
+    max_clips: int = setting(
+        100_000,
+        section="Limits of a video",
+        identity=False,
+        ge=1,
+        metavar="N",
+        help="Reject videos, or parts of them, with more clips than this by their header. A small file can claim to "
+        "last for days.",
+    )
 
 
 class ExecutionSettings(Settings):
@@ -576,6 +585,7 @@ class TokenizeRun(
             max_pixels=self.max_pixels,
             max_seconds=self.max_seconds,
             max_frames=self.max_frames,
+            max_clips=self.max_clips,
             timeout_seconds=self.decode_timeout,
             seconds_per_second=self.decode_seconds_per_second,
             memory_bytes=self.decode_memory,

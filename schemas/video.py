@@ -307,8 +307,12 @@ class Limits:
     """Memory that one decoding process may allocate: some twenty times what 4K video takes."""
     sandbox: Literal["auto", "required", "off"] = "auto"
     """Confinement of the processes that decode local videos; "required" refuses where the kernel lacks a part."""
+    max_clips: int = 100_000
+    """Clips of one video, or of one part of it, by its header."""
     image_fps: Fraction = Fraction(24)
     """Frames per second at which the images of an archive are shown."""
+    sampled_ids: bool = False
+    """Whether ids of small files digest samples, as outputs of earlier versions have them, and not the whole file."""
     private_hosts: tuple[str, ...] | None = None
     """Web servers that may have private addresses, all others may not; None for no such limit."""
 

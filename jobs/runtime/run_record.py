@@ -30,6 +30,8 @@ class RunRecord:
     code_version: str
     runs: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """Sets of code and library versions that wrote to the output in turn, each with times and its number of starts."""
+    sampled_ids: bool = True
+    """Whether ids of small files digest samples of them: earlier versions made them so, and did not record it."""
 
 
 def read_run_record(out: str) -> RunRecord | None:
@@ -53,6 +55,7 @@ def read_run_record(out: str) -> RunRecord | None:
             identity=dict(record["identity"]),
             code_version=str(record.get("code_version")),
             runs=list(record.get("runs", [])),
+            sampled_ids=bool(record.get("sampled_ids", True)),
         )
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
@@ -69,8 +72,8 @@ def read_run_record(out: str) -> RunRecord | None:
     return found
 
 
-def check_output(resolved: ResolvedRun) -> Sequence[Mapping[str, Any]]:
-    """Refuse an output with another identity; returns the versions that wrote to it before.
+def check_output(resolved: ResolvedRun) -> RunRecord:
+    """Refuse an output with another identity; returns the record of the runs before, of an empty one for a new output.
 
     Raises:
         UserError: the identity differs (the message lists the differences), or the run record cannot be used.
@@ -80,30 +83,31 @@ def check_output(resolved: ResolvedRun) -> Sequence[Mapping[str, Any]]:
     storage.check_writable(out)
     record = read_run_record(out)
     if record is None:
-        return []
+        version = resolved.provenance.code_version
+        return RunRecord(identity=resolved.identity, code_version=version, sampled_ids=False)
     if record.identity != resolved.identity:
         raise UserError(
             f"{out} holds the result of other settings:\n{_listed(record.identity, resolved.identity)}\n"
             "choose another --out, or the settings of that run"
         )
-    return record.runs
+    return record
 
 
-def write_run_record(resolved: ResolvedRun, before: Sequence[Mapping[str, Any]]) -> None:
+def write_run_record(resolved: ResolvedRun, before: RunRecord) -> None:
     """Write ``run.json``.
 
     Args:
-        before: versions that wrote to the output before, from `check_output`.
+        before: record of the runs before, from `check_output`.
     """
     provenance = resolved.provenance
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     this = {"code_version": provenance.code_version, "libraries": dict(provenance.libraries)}
-    runs = [dict(run) for run in before]
+    runs = [dict(run) for run in before.runs]
     if runs and {name: runs[-1].get(name) for name in this} == this:
         runs[-1] |= {"last_started_at": now, "starts": runs[-1].get("starts", 1) + 1}
     else:
         runs.append(this | {"first_started_at": now, "last_started_at": now, "starts": 1})
-    record = record_of(provenance) | {"started_at": now, "runs": runs}
+    record = record_of(provenance) | {"started_at": now, "runs": runs, "sampled_ids": before.sampled_ids}
     storage.write_atomic(storage.join(resolved.run.out, RUN), json.dumps(record, indent=2, default=str).encode())
 
 

@@ -77,8 +77,9 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         console.print(f"running on {executor}", highlight=False)
         warn_of_confinement(run, console)
         ready = time.monotonic()
-        write_run_record(resolved, check_output(resolved))  # checked again: another first run may just have ended
-        planned = make_plan(resolved, found, executor, lease, console)
+        record = check_output(resolved)  # checked again: another first run may just have ended
+        write_run_record(resolved, record)
+        planned = make_plan(resolved, found, executor, lease, console, sampled_ids=record.sampled_ids)
         resume, work, rejected = planned.resume, planned.work, set(planned.resume.rejected_uris)
         summary = Summary(
             out=run.out,

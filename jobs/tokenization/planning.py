@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,7 @@ from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.video import Limits
 
 MAX_PLANNED_ROWS = 50_000
 """Rows of the plan that are held before they are written: what a driver that is killed has to open again, at most."""
@@ -46,8 +47,19 @@ class Planned:
     """The rejected spans and videos that are tried again, if that was asked for."""
 
 
-def make_plan(resolved: ResolvedRun, found: Discovery, executor: Executor, lease: Lease, console: Console) -> Planned:
+def make_plan(
+    resolved: ResolvedRun,
+    found: Discovery,
+    executor: Executor,
+    lease: Lease,
+    console: Console,
+    *,
+    sampled_ids: bool = False,
+) -> Planned:
     """Open the videos that the output does not know, and find out what is left to do.
+
+    Args:
+        sampled_ids: make ids of small files as the earlier version that began the output.
 
     Raises:
         UserError: opening videos failed for another reason than the videos.
@@ -59,7 +71,9 @@ def make_plan(resolved: ResolvedRun, found: Discovery, executor: Executor, lease
     planned = plan_output(
         resolved.run,
         inputs,
-        open_videos=lambda videos: _open_videos(resolved, videos, executor, lease, console),
+        open_videos=lambda videos: _open_videos(
+            resolved, videos, executor, lease, console, replace(resolved.run.limits, sampled_ids=sampled_ids)
+        ),
         check_lease=lease.check,
     )
     _print_planned(planned, inputs.num_videos, console)
@@ -129,7 +143,7 @@ def _print_planned(planned: Planned, num_videos: int, console: Console) -> None:
 
 
 def _open_videos(
-    resolved: ResolvedRun, videos: pa.Table, executor: Executor, lease: Lease, console: Console
+    resolved: ResolvedRun, videos: pa.Table, executor: Executor, lease: Lease, console: Console, limits: Limits
 ) -> list[Rejection]:
     """Open videos and write their spans to the plan as they come; returns the rejections."""
     run = resolved.run
@@ -153,7 +167,7 @@ def _open_videos(
         span_clips=resolved.clips_per_span,
         num_tasks=4 * executor.num_cpus,
         map_videos=executor.map_videos,
-        limits=run.limits,
+        limits=limits,
     )
     with PhaseProgress(console, "opening videos", videos.num_rows) as display:
         try:

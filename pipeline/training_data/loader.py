@@ -28,13 +28,13 @@ import ray
 from ray.data import DataContext, Dataset
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.decode_stage import decode_clip, probe
+from vidshard.pipeline.decode_stage import decode_clip, header_of
 from vidshard.pipeline.rows import row_span
 from vidshard.pipeline.training_data.sampler import ClipSampler
 from vidshard.pipeline.training_data.videos import UnusableError, rejection_of
 from vidshard.pipeline.video.sampling import ClipTimeline
 from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
-from vidshard.schemas.video import ClipSpec, Limits, VideoRef
+from vidshard.schemas.video import ClipSpec, Limits
 
 REJECTED_TYPE = pa.list_(
     pa.struct([("uri", pa.string()), ("video_id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -126,7 +126,7 @@ class ClipReader:
 
     def _has_same_content(self, uri: str, video_id: str) -> bool:
         """Whether a file with another time stamp than before still has its content."""
-        return _content_id(uri, storage.fingerprint(uri), self.limits) == video_id
+        return _has_content(uri, video_id, storage.fingerprint(uri), self.limits)
 
     def spec_of(self, placement_seed: int) -> ClipSpec:
         """The clip specification with the random places of one round."""
@@ -134,10 +134,12 @@ class ClipReader:
 
 
 @lru_cache(maxsize=4096)
-def _content_id(uri: str, _fingerprint: str | None, limits: Limits) -> str | None:
-    """Id of the video in a file; None where it cannot be opened. The fingerprint is part of the cache's key."""
-    found = probe(VideoRef(uri=uri, num_bytes=-1), limits)
-    return None if isinstance(found, VideoError) else found.video_id
+def _has_content(uri: str, video_id: str, _fingerprint: str | None, limits: Limits) -> bool:
+    """Whether a file can be opened and holds the video. The fingerprint is part of the cache's key."""
+    try:
+        return header_of(uri, video_id, limits).video_id == video_id
+    except VideoError:
+        return False
 
 
 @lru_cache(maxsize=16)

@@ -1,32 +1,29 @@
-"""Probing: reads a video's header and its first frame, and fingerprints its content."""
+"""Probing: reads a video's header and its first frame, and digests its content."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from contextlib import closing
 from fractions import Fraction
 from typing import BinaryIO
 
 from vidshard.pipeline.video.container import codec_name, refuse_long
+from vidshard.pipeline.video.content_id import archive_id, content_id
 from vidshard.pipeline.video.frames import seconds_from_packets
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
-from vidshard.pipeline.video.input_file import WatchedFile, open_file, storage_failures_named
+from vidshard.pipeline.video.input_file import open_file, storage_failures_named
 from vidshard.pipeline.video.presentation import first_frame
 from vidshard.pipeline.video.render import orientation_of
 from vidshard.pipeline.video.timestamps import Clock, frame_rate, seconds_from_header, time_base_of
 from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource
 
-_SAMPLE_BYTES = 1 << 16
-
 
 def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Limits | None = None) -> VideoProbe:
     """Read a video's header and the time of its first frame.
 
-    Reads the header, some 300 KiB for the content's fingerprint and the first frame; the whole file only where no
-    duration is stated anywhere.
+    Reads the header, the first frame, and for the content's id 320 KiB or a small file whole; all of a large file only
+    where no duration is stated anywhere.
 
     Args:
         ref: the file.
@@ -38,7 +35,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             TRUNCATED (an mp4 without its index) or DECODE_ERROR (a container whose header is damaged).
     """
     with open_file(ref.uri, open_input) as file, storage_failures_named(file, limits) as watched:
-        video_id = fingerprint(watched)
+        video_id = content_id(watched)
         with closing(first_frame(watched)) as frames:
             first, shown_seconds = next(frames)
             stream = first.stream
@@ -48,8 +45,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             if isinstance(stream, ImageArchive):
                 codec, fps, clock = stream.codec, stream.rate, Clock(time_base=1 / stream.rate, start_pts=first.pts)
                 duration_seconds = (len(stream) - first.pts) / stream.rate
-                # the run's rate gives the images their times: at another rate they are another video
-                video_id = hashlib.blake2b(f"{video_id} {fps}".encode(), digest_size=12).hexdigest()
+                video_id = archive_id(video_id, fps)
             else:
                 codec, fps, clock = codec_name(stream), frame_rate(stream), Clock.of(stream, first.pts)
                 duration_seconds = shown_seconds or seconds_from_header(stream, first.pts * time_base_of(stream))
@@ -73,20 +69,3 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             duration_seconds_from_header=float(duration_seconds),
             source=source,
         )
-
-
-def fingerprint(file: WatchedFile) -> str:
-    """Digest of a file's content, 24 hex digits: its size and five samples of 64 KiB, or all of a small file.
-
-    Copies have the same digest wherever they are and whatever their name. Two files of equal size that differ only
-    between the samples share it; video files made by a program differ in their index and timestamps, which lie at the
-    ends.
-    """
-    num_bytes = file.seek(0, os.SEEK_END)
-    digest = hashlib.blake2b(num_bytes.to_bytes(8, "little"), digest_size=12)
-    last = num_bytes - _SAMPLE_BYTES
-    offsets = (0, last // 4, last // 2, last * 3 // 4, last) if num_bytes > 5 * _SAMPLE_BYTES else (0,)
-    for sample in file.samples(offsets, _SAMPLE_BYTES if len(offsets) > 1 else num_bytes):
-        digest.update(sample)
-    file.seek(0)
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline.video.input_file import open_file
-from vidshard.schemas.errors import one_line
+from vidshard.schemas.errors import OutageError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Clip, SignalRule
@@ -121,11 +121,14 @@ def read_signal(
 
     Raises:
         VideoError: UNREADABLE: the storage refused. BAD_SIGNAL: the content is not such a signal.
+        OutageError: the storage does not answer.
     """
     name = public_uri(path)
     try:
         with open_file(path, open_input) as file:
             data = file.read(max_bytes + 1)
+    except OutageError:
+        raise
     except OSError as error:
         detail = one_line(error)
         raise VideoError(Reason.UNREADABLE, detail if name in detail else f"{name}: {detail}") from error

@@ -31,10 +31,11 @@ from tests.support.videos import (
     write_without_frames,
 )
 from vidshard.pipeline.storage import WHOLE_BYTES, open_video
+from vidshard.pipeline.video.content_id import content_id
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.geometry import Orientation, display_size, plan_geometry
 from vidshard.pipeline.video.input_file import WatchedFile
-from vidshard.pipeline.video.probe import fingerprint, probe_video
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import ClipSpec, ResizePolicy, VideoRef
@@ -507,11 +508,11 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
         lambda data: data.__setitem__(-1, data[-1] ^ 1),
         lambda data: data.__setitem__(len(data) // 2, data[len(data) // 2] ^ 1),
     ]
-    ids = {fingerprint(WatchedFile(io.BytesIO(content)))}
+    ids = {content_id(WatchedFile(io.BytesIO(content)))}
     for change in changed:
         data = bytearray(content)
         change(data)
-        ids.add(fingerprint(WatchedFile(io.BytesIO(data))))
+        ids.add(content_id(WatchedFile(io.BytesIO(data))))
     assert len(ids) == 5
     assert all(len(video_id) == 24 for video_id in ids)
 
