@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import ray
@@ -20,10 +21,16 @@ from ray.data import DataContext
 from vidshard.jobs.runtime.errors import cause_of, terminate
 from vidshard.jobs.runtime.private_ray import private_ray
 from vidshard.pipeline.storage import StorageError
-from vidshard.schemas.errors import EXIT_REFUSED
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, RunFailedError
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
+_STOPPING_SECONDS = 60.0
+_WATCHING_SECONDS = 0.5
+
+
+class RayDiedError(RunFailedError):
+    """A process ended that a Ray of our own cannot do without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +92,7 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
         if own:
             options = {"address": "local", "include_dashboard": False, "object_store_memory": object_store_bytes}
             options |= stack.enter_context(private_ray(keep_files=verbose))
-        stack.callback(ray.shutdown)  # before ray.init, which may fail with some of its processes running
+        stack.callback(_stop)  # before ray.init, which may fail with some of its processes running
         with (
             _hangups_ignored(),
             nullcontext(2) if verbose else _no_chatter() as stderr,
@@ -101,6 +108,70 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
         raise StorageError(f"{problem}: {cause_of(error)}. {_remedy(error, own=own)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # replaces Ray's handler, which aborts the process
+        if own:
+            stack.enter_context(_death_noticed())
+
+
+def _stop() -> None:
+    """Stop Ray; the process ends if that takes longer than ``_STOPPING_SECONDS``, as it holds the lease until then."""
+    late = threading.Timer(_STOPPING_SECONDS, _end, ("Ray did not stop; what is committed is valid",))
+    late.daemon = True
+    late.start()
+    try:
+        ray.shutdown()
+    finally:
+        late.cancel()
+
+
+def _end(text: str) -> None:
+    os.write(2, f"error: {text}\n".encode())
+    os._exit(EXIT_FAILED)
+
+
+@contextmanager
+def _death_noticed() -> Iterator[None]:
+    """Raise RayDiedError in the main thread once a process has ended that a Ray of our own cannot do without.
+
+    Ray itself notices after some 15 seconds, and then ends this process without a word of what to do.
+    """
+    started = getattr(ray._private.worker._global_node, "all_processes", {})
+    watched = [(name, info.process) for name in ("gcs_server", "raylet") for info in started.get(name, [])]
+    main_thread = threading.get_ident()
+    deaths: list[str] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(_WATCHING_SECONDS):
+            deaths.extend(_death(name, code) for name, process in watched if (code := process.poll()) is not None)
+            if deaths:
+                signal.pthread_kill(main_thread, signal.SIGUSR1)
+                if not is_over.wait(_STOPPING_SECONDS):
+                    _end(deaths[0])
+                return
+
+    def fail(_number: int, _frame: FrameType | None) -> None:
+        if deaths:
+            raise RayDiedError(deaths[0])
+
+    before = signal.signal(signal.SIGUSR1, fail)
+    threading.Thread(target=watch, name="ray-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _death(name: str, code: int) -> str:
+    if code >= 0:
+        cause = f"with exit code {code}"
+    else:
+        cause = f"by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
+        cause += ", perhaps as the machine was out of memory" if -code == signal.SIGKILL else ""
+    return (
+        f"the run stopped: Ray's process {name} ended ({cause}); what is committed is valid. Run the same command "
+        "again, with -v or --verbose for Ray's log"
+    )
 
 
 def _remedy(error: BaseException, *, own: bool) -> str:

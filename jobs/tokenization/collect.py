@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from vidshard.jobs.runtime.executor import Executor, StageFailedError
+from vidshard.jobs.runtime.executor import Executor
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.planning import uri_columns
@@ -31,7 +31,7 @@ from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields
-from vidshard.schemas.errors import OutageError
+from vidshard.schemas.errors import OutageError, RunFailedError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
 
@@ -62,7 +62,7 @@ def tokenize_spans(
         _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console)
     except KeyboardInterrupt as interrupt:
         summary.interruption = interrupt
-    except (StageFailedError, LeaseLostError) as error:
+    except (RunFailedError, LeaseLostError) as error:
         summary.problems.append(str(error))
     except (storage.StorageError, OutageError) as error:
         summary.problems.append(f"{error}; what is committed before it is valid: run the same command again")

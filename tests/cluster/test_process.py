@@ -22,6 +22,7 @@ from tests.support.processes import (
     is_held_up,
     is_under_way,
     only_the_text_is_rejected,
+    processes_below,
     read_until,
     started,
     until,
@@ -88,6 +89,27 @@ cli.main()
     assert "error: a defect of vidshard (UnicodeEncodeError)" in ended.stderr
     lease = Lease.acquire(str(out), ttl_seconds=600, on_wait=lambda text: pytest.fail(text))  # given back, not expired
     lease.release()
+
+
+def test_the_death_of_ray_ends_the_run_with_words_of_ours_and_commits_what_is_done(
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    with (
+        held_back(many_spans / "2.mp4", out) as held,
+        started(*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE) as process,
+    ):
+        until(process, lambda: is_under_way(out) and is_held_up(process, held))
+        [raylet] = [pid for pid, title in processes_below(process.pid).items() if "/raylet/raylet " in f"{title} "]
+        os.kill(raylet, signal.SIGKILL)
+        printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, printed
+    words = " ".join(printed.split())
+    assert "Ray's process raylet ended (by SIGKILL, perhaps as the machine was out of memory)" in words
+    assert "what is committed is valid. Run the same command again" in words
+    assert "Traceback" not in printed
+    assert 0 < len(tokens_by_clip(out)) < len(undisturbed)
+    Lease.acquire(str(out), ttl_seconds=600, on_wait=lambda text: pytest.fail(text)).release()
 
 
 def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:
