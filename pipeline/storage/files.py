@@ -46,11 +46,24 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
                 raise OSError("it is a folder")
             if not stat.S_ISREG(mode):
                 raise OSError("it is not a regular file")  # opening a pipe would wait for ever
-            return open(inner, "rb")
+            return _no_view_of_a_process(open(inner, "rb"))
         options = {"block_size": block_bytes, "cache_type": "readahead"}
         file = with_retries(path, lambda: fs.open(inner, "rb", **options))
         retry_reads(file, path)
         return cast(BinaryIO, file)
+
+
+def _no_view_of_a_process(file: BinaryIO) -> BinaryIO:
+    """Refuse a file of /proc: it shows the memory or the environment of the process that opened it, which is this one.
+
+    Raises:
+        OSError: it is one.
+    """
+    with suppress(FileNotFoundError):
+        if os.fstat(file.fileno()).st_dev == os.stat("/proc/self").st_dev:
+            file.close()
+            raise OSError("it is a view of a running process, not a file")
+    return file
 
 
 def read_bytes(path: str, *, max_bytes: int | None = None) -> bytes:

@@ -2,8 +2,11 @@
 
 The process gives up, for ever and before it sees the first byte of a video:
 
-- new programs and processes, signals to others, tracing, namespaces, modules and mounts (seccomp);
+- new programs and processes, signals to others, their limits and priorities, tracing, namespaces, modules and mounts
+  (seccomp);
 - new sockets, and with them every network (seccomp);
+- memory that RLIMIT_DATA does not count: memory files, System V and anonymous shared memory (seccomp);
+- permissions, owners, times and attributes of files, which landlock leaves alone (seccomp);
 - opening files to write, making and removing them, and opening any file outside of the interpreter's and the system's
   libraries to read (landlock). It is handed the video as an open descriptor;
 - privileges of programs it could start (no_new_privs), core dumps, and files beyond what an answer needs (rlimits).
@@ -30,9 +33,15 @@ from dataclasses import dataclass
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 38, 22, 2
 _ALLOW, _REFUSE, _ABSENT = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38  # EPERM; ENOSYS, for which libraries fall back
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST, _FIRST_HIGH = 0, 4, 16, 20
+_NUMBER, _ARCHITECTURE, _FIRST, _FIRST_HIGH, _SECOND, _FOURTH = 0, 4, 16, 20, 24, 40
 """Offsets in struct seccomp_data; arguments are 64 bits, low half first."""
 _CLONE_THREAD = 0x00010000
+_MAP_ANONYMOUS, _MAP_SHARED_OR_DROPPABLE, _MAP_GROWSDOWN = 0x20, 0x09, 0x100
+
+_IOCTLS = (0x5401, 0x5450, 0x5451)
+"""TCGETS, FIONCLEX and FIOCLEX; others can send signals (FIOSETOWN) or type into a terminal (TIOCSTI)."""
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)
+"""Copies of descriptors, their flags, locks and seals; F_SETOWN and F_SETSIG would send signals to other processes."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +54,56 @@ class _Calls:
     clone: int
     only_self: tuple[int, ...]
     """Calls whose first argument must be this process's id, or 0."""
+    mmap: int
+    fcntl: int
+    ioctl: int
 
 
-_SHARED = (424, 425, 426, 427, 428, 429, 430, 431, 432, 433, 434, 438, 442)
+_SHARED = (424, 425, 426, 427, 428, 429, 430, 431, 432, 433, 434, 438, 440, 442, 447, 448, 452, 463, 466, 469)
 """pidfd_send_signal, io_uring_*, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, pidfd_open, pidfd_getfd,
-mount_setattr: the same numbers everywhere."""
+process_madvise, mount_setattr, memfd_secret, process_mrelease, fchmodat2, setxattrat, removexattrat, file_setattr: the
+same numbers everywhere."""
 
 _CALLS = {
     # execve execveat fork vfork ptrace tkill rt_sigqueueinfo rt_tgsigqueueinfo process_vm_readv process_vm_writev bpf
     # perf_event_open userfaultfd unshare setns mount umount2 chroot pivot_root keyctl add_key request_key
     # open_by_handle_at init_module finit_module delete_module reboot syslog acct settimeofday clock_settime sethostname
-    # iopl ioperm kexec_load kexec_file_load swapon swapoff socket connect bind listen accept accept4
+    # iopl ioperm kexec_load kexec_file_load swapon swapoff socket connect bind listen accept accept4; memfd_create
+    # shmget shmat shmctl semget semop semctl semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink socketpair;
+    # chmod fchmod fchmodat chown fchown lchown fchownat utime utimes futimesat utimensat, set and remove of xattr,
+    # truncate ftruncate fallocate; setpriority ioprio_set sched_set* migrate_pages move_pages setpgid setsid
+    # personality kcmp fanotify_init quotactl
     "x86_64": _Calls(
         architecture=0xC000003E,
         refused=(
             59, 322, 57, 58, 101, 200, 129, 297, 310, 311, 321, 298, 323, 272, 308, 165, 166, 161, 155, 250, 248, 249,
             304, 175, 313, 176, 169, 103, 163, 164, 227, 170, 172, 173, 246, 320, 167, 168, 41, 42, 49, 50, 43, 288,
-            *_SHARED,
+            319, 29, 30, 31, 64, 65, 66, 220, 68, 69, 70, 71, 240, 241, 53,
+            90, 91, 268, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 76, 77, 285,
+            141, 251, 142, 144, 203, 314, 256, 279, 109, 112, 135, 312, 300, 179, *_SHARED,
         ),
         absent=(435,),
         clone=56,
         only_self=(62, 234, 302),  # kill tgkill prlimit64
+        mmap=9,
+        fcntl=72,
+        ioctl=16,
     ),
     "aarch64": _Calls(
         architecture=0xC00000B7,
         refused=(
             221, 281, 117, 130, 138, 240, 270, 271, 280, 241, 282, 97, 268, 40, 39, 51, 41, 219, 217, 218, 265, 105,
-            273, 106, 142, 116, 89, 170, 112, 161, 104, 294, 224, 225, 198, 203, 200, 201, 202, 242, *_SHARED,
+            273, 106, 142, 116, 89, 170, 112, 161, 104, 294, 224, 225, 198, 203, 200, 201, 202, 242,
+            279, 194, 196, 195, 190, 193, 191, 192, 186, 189, 188, 187, 180, 181, 199,
+            52, 53, 55, 54, 88, 5, 6, 7, 14, 15, 16, 45, 46, 47,
+            140, 30, 118, 119, 122, 274, 238, 239, 154, 157, 92, 272, 262, 60, *_SHARED,
         ),
         absent=(435,),
         clone=220,
         only_self=(129, 131, 261),
+        mmap=222,
+        fcntl=25,
+        ioctl=29,
     ),
 }  # fmt: skip
 
@@ -93,6 +121,9 @@ def confine(readable: Iterable[str] | None = None, *, max_file_bytes: int | None
     libc = ctypes.CDLL(None, use_errno=True)
     missing = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # pipes and sockets hold memory too
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -104,6 +135,8 @@ def confine(readable: Iterable[str] | None = None, *, max_file_bytes: int | None
         missing.append("seccomp")
     return missing
 
+
+_MAX_OPEN_FILES = 64
 
 _PACKAGES = ("vidshard", "vidshard.pipeline", "vidshard.schemas")
 
@@ -206,4 +239,17 @@ def _program(calls: _Calls, pid: int) -> Sequence[tuple[int, int, int, int]]:
             (_RETURN, 0, 0, _REFUSE),
             (_RETURN, 0, 0, _ALLOW),
         ]
+    for number, commands in ((calls.fcntl, _FCNTLS), (calls.ioctl, _IOCTLS)):
+        steps += [(_EQUAL, 0, len(commands) + 3, number), (_LOAD, 0, 0, _SECOND)]
+        steps += [(_EQUAL, len(commands) - place, 0, command) for place, command in enumerate(commands)]
+        steps += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
+    steps += [
+        (_EQUAL, 0, 6, calls.mmap),
+        (_LOAD, 0, 0, _FOURTH),
+        (_ANY_BIT, 2, 0, _MAP_GROWSDOWN),
+        (_ANY_BIT, 0, 2, _MAP_ANONYMOUS),
+        (_ANY_BIT, 0, 1, _MAP_SHARED_OR_DROPPABLE),
+        (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     return [*steps, (_RETURN, 0, 0, _ALLOW)]

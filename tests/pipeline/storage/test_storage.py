@@ -568,3 +568,12 @@ def test_retries_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TimeoutError):
         storage.with_retries("s3://x/y", fail)
     assert 3 < tries < 30
+
+
+@pytest.mark.parametrize("name", ["environ", "mem", "maps", "cmdline"])
+def test_files_that_show_a_process_are_not_read(name: str) -> None:
+    for path in (f"/proc/self/{name}", f"/proc/{os.getpid()}/{name}"):
+        with pytest.raises(storage.StorageError, match="running process"):
+            storage.open_binary(path)
+        with pytest.raises(storage.StorageError, match="running process"):
+            storage.open_video(path)

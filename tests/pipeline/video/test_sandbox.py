@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import math
+import mmap
 import os
 import pickle
 import random
@@ -135,12 +138,48 @@ def attempt(what: str, target: str, number: int) -> str:
         "read the parent's environment": lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes(),
         "limit the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE),
         "take the parent's descriptors": lambda: os.pidfd_open(os.getppid()),
+        "limit another process": lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19),
+        "move the parent to other cores": lambda: os.sched_setaffinity(os.getppid(), {0}),
+        "change permissions": lambda: os.chmod(target, 0o777),
+        "change an owner": lambda: os.chown(target, os.getuid(), os.getgid()),
+        "change times": lambda: os.utime(target),
+        "set an attribute": lambda: os.setxattr(target, "user.x", b"x"),
+        "truncate a file": lambda: os.truncate(target, 0),
+        "be told by a signal": lambda: fcntl.fcntl(0, 8, os.getppid()),
+        "choose that signal": lambda: fcntl.fcntl(0, 10, signal.SIGKILL),
+        "ask for signals of a socket": lambda: fcntl.ioctl(0, 0x8901, b"\0" * 4),
+        "map uncounted memory": lambda: mmap.mmap(-1, 1 << 20),
+        "map memory that grows": lambda: mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | 0x100),
+        "make a memory file": lambda: os.memfd_create("small"),
+        "make a pair of sockets": socket.socketpair,
+        "share memory with others": lambda: _system_call({"x86_64": 29, "aarch64": 194}, 0, 1 << 20, 0o1600),
+        "leave the group": os.setsid,
         "write without end": lambda: os.ftruncate(os.memfd_create("big"), 1 << 40),
     }
     try:
         attempts[what]()
     except OSError as error:
         return errno.errorcode[error.errno or 0]
+    return "allowed"
+
+
+def _system_call(numbers: dict[str, int], *args: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(numbers[os.uname().machine], *args) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+
+def open_without_end() -> str:
+    held: list[tuple[int, int]] = []
+    try:
+        while len(held) < 4096:
+            held.append(os.pipe())
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    finally:
+        for pair in held:
+            for fd in pair:
+                os.close(fd)
     return "allowed"
 
 
@@ -420,6 +459,22 @@ ATTEMPTS = (
     "read the parent's environment",
     "limit the parent",
     "take the parent's descriptors",
+    "limit another process",
+    "move the parent to other cores",
+    "change permissions",
+    "change an owner",
+    "change times",
+    "set an attribute",
+    "truncate a file",
+    "be told by a signal",
+    "choose that signal",
+    "ask for signals of a socket",
+    "map uncounted memory",
+    "map memory that grows",
+    "make a memory file",
+    "make a pair of sockets",
+    "share memory with others",
+    "leave the group",
     "write without end",
 )
 
@@ -433,6 +488,10 @@ def test_a_confined_child_can_do_nothing_but_answer(confined: DecodeSandbox, wha
     assert outcome in ("EPERM", "EACCES", "EFBIG")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_confined_child_cannot_hold_pipes_without_end(confined: DecodeSandbox) -> None:
+    assert confined.run(open_without_end, timeout_seconds=60) == "EMFILE"
 
 
 def test_a_confined_child_has_no_secrets_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
