@@ -6,7 +6,7 @@ came. Anything else is a `MalformedAnswerError`.
 
     value   null, true, 1, 1.5, "text"                     themselves
             ["q", 1, 25]                                   a Fraction
-            ["l", ...], ["t", ...]                         a list, a tuple
+            ["l", ...], ["t", ...], ["d", {...}]           a list, a tuple, a dictionary
             ["a", "uint8", [17, 64, 64, 3], 0]             an array, and the number of its buffer
             ["r", "Clip", {"clip_index": 0, ...}]          a record
             ["e", "VideoError", ["truncated", "..."], "traceback"]   an error to raise
@@ -100,6 +100,8 @@ def _plain(value: object, buffers: list[memoryview]) -> object:
         return ["a", value.dtype.name, list(value.shape), len(buffers) - 1]
     if isinstance(value, (list, tuple)):
         return ["t" if isinstance(value, tuple) else "l", *(_plain(item, buffers) for item in value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return ["d", {key: _plain(item, buffers) for key, item in value.items()}]
     if isinstance(value, VideoError):
         return ["e", "VideoError", [str(value.reason), value.detail[:_MAX_WORDS]], ""]
     if type(value).__name__ in _RECORDS and is_dataclass(value):
@@ -140,6 +142,8 @@ def _value(plain: Any, buffers: Sequence[bytearray]) -> object:
             return Fraction(numerator, denominator)
         case ["l", *items]:
             return [_value(item, buffers) for item in items]
+        case ["d", dict(items)]:
+            return {key: _value(item, buffers) for key, item in items.items()}
         case ["t", *items]:
             return tuple(_value(item, buffers) for item in items)
         case ["a", str(dtype), [*shape], int(number)] if dtype in _DTYPES and 0 <= number < len(buffers):

@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from vidshard.pipeline.video import frames as media
+import vidshard.pipeline.video.frames as media
 from vidshard.pipeline.video.container import ThreadType, open_video
 from vidshard.pipeline.video.frames import TimedFrame
 from vidshard.pipeline.video.input_file import WatchedFile
