@@ -130,11 +130,11 @@ def test_addresses_that_differ_in_their_query_are_places_of_their_own(tmp_path: 
         for name, ids in (("a", (1, 2, 4)), ("b", (3,))):
             lines = "".join(f"{root}/get?id={n}&sig=SECRET\n" for n in ids)
             (tmp_path / f"{name}.csv").write_text(f"uri\n{lines}")
-        tokenize(tmp_path / "a.csv", "--out", out)
+        tokenize(tmp_path / "a.csv", "--out", out, "--allow-private")
         first = tokens_by_clip(out)
         assert len(first) == 2 + 3
-        tokenize(tmp_path / "a.csv", "--out", out)
-        tokenize(tmp_path / "b.csv", "--out", out)
+        tokenize(tmp_path / "a.csv", "--out", out, "--allow-private")
+        tokenize(tmp_path / "b.csv", "--out", out, "--allow-private")
         server.shutdown()
     assert first.items() <= tokens_by_clip(out).items()
     assert len(tokens_by_clip(out)) == 2 + 3 + 4
