@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import click
 from rich.console import Console
 
 from vidshard.jobs.runtime.errors import exit_code_of, interrupt_behind, print_error, signals_that_end, terminate
-from vidshard.jobs.runtime.output import make_output_safe
+from vidshard.jobs.runtime.output import lost_report, make_output_safe
 from vidshard.jobs.runtime.terminal import SafeConsole
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.jobs.training.settings import preset_defaults, training_run
@@ -51,12 +53,42 @@ def main() -> None:
     make_output_safe()
     for number in signals_that_end():
         signal.signal(number, terminate)
+    failed: list[str] = []
+    threading.excepthook = partial(_end_for_thread, failed)
     try:
         os.getcwd()
     except OSError as error:
         print_error(f"the working directory cannot be used ({error.strerror}): change to another one, and try again")
         sys.exit(EXIT_REFUSED)
-    sys.exit(_run())
+    code = _run()
+    threading.excepthook = threading.__excepthook__
+    if failed:
+        print_error(f"a defect of vidshard (in the thread {failed[0]}); what is committed is valid. Please report it")
+        code = EXIT_FAILED
+    elif code == 0 and not _is_run(sys.argv[1:]) and (loss := lost_report()) is not None:
+        print_error(f"what this command printed is lost: {loss}")
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+_RUNS = frozenset({"tokenize", "decode", "convert", "demo", "train"})
+"""Commands whose result is files; what they print may be lost. The result of the others is what they print."""
+
+
+def _is_run(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and arguments[0] in _RUNS and not {"--help", "--help-all"} & set(arguments)
+
+
+def _end_for_thread(failed: list[str], failure: threading.ExceptHookArgs) -> None:
+    """Hook for an exception that ends a thread: the command would go on without it, or wait for it for ever.
+
+    It ends the command as SIGTERM does, so that what is begun is saved and the lease is given back.
+    """
+    name = failure.thread.name if failure.thread is not None else "?"
+    print_error(f"exception in the thread {name}:")
+    traceback.print_exception(failure.exc_value)
+    failed.append(name)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run() -> int:

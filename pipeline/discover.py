@@ -274,7 +274,7 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
                     yield url, -1, None
         elif not _is_web(path) and fs.isdir(inner):
             yield from _walk(fs, inner, passed_over)
-        elif fs.exists(inner):
+        elif fs.exists(inner) and not _has_foreign_bytes(path, passed_over):
             info = fs.info(inner)
             yield path, _size(info), _fingerprint(fs, inner, info)
     except FileNotFoundError:
@@ -376,6 +376,11 @@ def _size(info: dict[str, object]) -> int:
 
 def _nothing_found(path: str, passed_over: Counter[str]) -> str:
     shown = storage.public_uri(path)
+    if _has_foreign_bytes(path, Counter()):
+        return (
+            f"no video in {readable(path)}: names that are not UTF-8 cannot be stored. Rename it, or set a locale in which "
+            "it is UTF-8, such as LC_ALL=C.UTF-8"
+        )
     if passed_over:
         kinds = ", ".join(f"{count} {readable(extension, 40)}" for extension, count in passed_over.most_common(5))
         return (

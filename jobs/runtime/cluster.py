@@ -20,6 +20,7 @@ from ray.data import DataContext
 
 from vidshard.jobs.runtime.errors import cause_of, terminate
 from vidshard.jobs.runtime.private_ray import private_ray
+from vidshard.pipeline.output.lease import release_held_leases
 from vidshard.pipeline.storage import StorageError
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, RunFailedError
 
@@ -27,6 +28,7 @@ _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
 _STOPPING_SECONDS = 60.0
 _WATCHING_SECONDS = 0.5
+_RELEASING_SECONDS = 10.0
 
 
 class RayDiedError(RunFailedError):
@@ -124,7 +126,12 @@ def _stop() -> None:
 
 
 def _end(text: str) -> None:
+    """End the process from a thread, as the main thread hangs; its lease is given back if that is soon done."""
     os.write(2, f"error: {text}\n".encode())
+    last = threading.Timer(_RELEASING_SECONDS, os._exit, (EXIT_FAILED,))
+    last.daemon = True
+    last.start()
+    release_held_leases()
     os._exit(EXIT_FAILED)
 
 

@@ -7,6 +7,7 @@ printed is dropped, and the job goes on.
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import select
@@ -16,6 +17,17 @@ from typing import TextIO
 
 _PLAIN = {"·": "-", "×": "x", "–": "-", "—": "-", "…": "...", "→": "->", "±": "+-", "µ": "u"}
 _PLAIN_ERRORS = "vidshard.plain"
+
+_lost: list[OSError] = []
+
+
+def lost_report() -> str | None:
+    """Why standard output was lost though somebody was to read it, such as a full disk; None if it was not.
+
+    A reader that goes away, and a terminal that is lost, took what they wanted.
+    """
+    errors = (error for error in _lost if error.errno not in (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET))
+    return next((error.strerror for error in errors), None)
 
 
 def make_output_safe() -> None:
@@ -80,7 +92,9 @@ class _UnfailingFile(io.RawIOBase):
                 left = left[os.write(self._number, left) :]
             except BlockingIOError:  # another process made the terminal non-blocking
                 select.select([], [self._number], [], 1.0)
-            except OSError:
+            except OSError as error:
+                if self._number == 1:
+                    _lost.append(error)
                 _point_to_nothing(self._number)  # also for what is not Python, and for children
                 break
         return size

@@ -157,6 +157,16 @@ def _process_start(pid: int) -> str | None:
     return None
 
 
+_held: set[Lease] = set()
+
+
+def release_held_leases() -> None:
+    """Give back every lease that this process holds, before it ends out of order."""
+    for lease in tuple(_held):
+        with suppress(Exception):  # what cannot be given back expires
+            lease.release()
+
+
 class Lease:
     """The lease of an output, a context manager: held until its exit. A thread renews it."""
 
@@ -168,6 +178,7 @@ class Lease:
         self._stop = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._renewer.start()
+        _held.add(self)
 
     @classmethod
     def acquire(
@@ -209,6 +220,7 @@ class Lease:
         """Give the lease back, so that the next run need not wait."""
         self._stop.set()
         self._renewer.join()
+        _held.discard(self)
         if self._lost is None:
             with suppress(storage.StorageError):
                 self._look()

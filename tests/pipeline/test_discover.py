@@ -245,3 +245,11 @@ def test_a_manifest_with_text_that_is_not_utf8_is_refused_by_name(tmp_path: Path
     pq.write_table(pa.table({"uri": text}), tmp_path / "m.parquet")
     with pytest.raises(InputError, match=r"m\.parquet cannot be read"):
         discover([str(tmp_path / "m.parquet")])
+
+
+def test_a_named_file_whose_name_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.mp4")
+    Path(path).touch()
+    (tmp_path / "good.mp4").touch()
+    with pytest.raises(InputError, match=r"udce9\.mp4: names that are not UTF-8 cannot be stored"):
+        discover([str(tmp_path / "good.mp4"), path])

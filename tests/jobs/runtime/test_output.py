@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.videos import Recipe, write_video
+
 SCRIPT = """
 import os, sys
 from vidshard.jobs.runtime.output import make_output_safe
@@ -69,3 +71,66 @@ def test_descriptors_that_are_closed_are_not_given_to_the_next_file(tmp_path: Pa
             os.close(number)
 
     assert is_done(tmp_path / "marker", preexec_fn=close)
+
+
+def command(*arguments: str, **streams: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vidshard.jobs.main", *arguments]
+    ended: subprocess.CompletedProcess[str] = subprocess.run(
+        line,
+        timeout=120,
+        check=False,
+        text=True,
+        stderr=subprocess.PIPE,
+        **streams,  # type: ignore[call-overload]
+    )
+    return ended
+
+
+def test_a_command_whose_result_is_what_it_prints_fails_if_that_is_lost() -> None:
+    with open("/dev/full", "wb") as full:
+        ended = command("tokenizers", stdout=full)
+    assert ended.returncode == 1
+    assert "what this command printed is lost: No space left on device" in ended.stderr
+    reader, writer = os.pipe()
+    os.close(reader)  # who reads no further has what he wanted
+    assert command("tokenizers", stdout=writer).returncode == 0
+    os.close(writer)
+
+
+FAILING_THREAD = """
+import sys, threading
+from vidshard.jobs import cli
+from vidshard.jobs.tokenization import job
+real = job.print_run
+def print_run(*arguments):
+    thread = threading.Thread(target=lambda: 1 / 0, name="odd")
+    thread.start()
+    thread.join()
+    real(*arguments)
+job.print_run = print_run
+cli.main()
+"""
+
+
+def test_an_exception_in_a_thread_ends_the_command_and_gives_the_lease_back(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4", Recipe(num_frames=30, codec="mpeg4", width=64, height=64))
+    arguments = [
+        "tokenize",
+        str(video),
+        "--out",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        "tiny",
+        "--size",
+        "32",
+        "--local",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", FAILING_THREAD, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1
+    assert "ZeroDivisionError" in ended.stderr
+    assert "a defect of vidshard (in the thread odd)" in ended.stderr
+    again = command(*arguments, stdout=subprocess.PIPE)
+    assert again.returncode == 0, again.stderr
+    assert "was at work on this output" not in again.stdout

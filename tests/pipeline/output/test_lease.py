@@ -23,7 +23,7 @@ from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
 from vidshard.pipeline.output import lease as leases
 from vidshard.pipeline.output.layout import LEASES
-from vidshard.pipeline.output.lease import Holder, Lease, LeaseHeldError, LeaseLostError
+from vidshard.pipeline.output.lease import Holder, Lease, LeaseHeldError, LeaseLostError, release_held_leases
 
 RUN = """
 import sys
@@ -415,3 +415,12 @@ def test_a_process_of_another_host_or_namespace_is_not_looked_for() -> None:
     assert replace(this, host="elsewhere").is_alive is None
     assert replace(this, machine=f"{this.machine}0").is_alive is None
     assert replace(this, machine="").is_alive is None
+
+
+def test_a_process_that_ends_out_of_order_gives_its_leases_back(tmp_path: Path) -> None:
+    lease = Lease.acquire(str(tmp_path))
+    release_held_leases()
+    said: list[str] = []
+    Lease.acquire(str(tmp_path), on_wait=said.append).release()
+    assert not said
+    lease.release()
