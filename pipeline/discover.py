@@ -378,8 +378,8 @@ def _nothing_found(path: str, passed_over: Counter[str]) -> str:
     shown = storage.public_uri(path)
     if _has_foreign_bytes(path, Counter()):
         return (
-            f"no video in {readable(path)}: names that are not UTF-8 cannot be stored. Rename it, or set a locale in which "
-            "it is UTF-8, such as LC_ALL=C.UTF-8"
+            f"no video in {readable(path)}: names that are not UTF-8 cannot be stored. Rename it, or set a locale in "
+            "which it is UTF-8, such as LC_ALL=C.UTF-8"
         )
     if passed_over:
         kinds = ", ".join(f"{count} {readable(extension, 40)}" for extension, count in passed_over.most_common(5))
