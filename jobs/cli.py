@@ -71,6 +71,9 @@ def main() -> None:
     sys.exit(code)
 
 
+_CODE = Path(__file__).parents[1]
+"""Folder of the package ``vidshard``, under which all of its modules are imported."""
+
 _RUNS = frozenset({"tokenize", "decode", "convert", "demo", "train"})
 """Commands whose result is files; what they print may be lost. The result of the others is what they print."""
 
@@ -82,8 +85,13 @@ def _is_run(arguments: Sequence[str]) -> bool:
 def _end_for_thread(failed: list[str], failure: threading.ExceptHookArgs) -> None:
     """Hook for an exception that ends a thread: the command would go on without it, or wait for it for ever.
 
-    It ends the command as SIGTERM does, so that what is begun is saved and the lease is given back.
+    It ends the command as SIGTERM does, so that what is begun is saved and the lease is given back. A thread in which
+    no code of vidshard ran is its library's affair: Ray's fail when Ray dies, and the main thread is told so.
     """
+    frames = traceback.extract_tb(failure.exc_traceback)
+    if not any(Path(frame.filename).is_relative_to(_CODE) for frame in frames):
+        threading.__excepthook__(failure)
+        return
     name = failure.thread.name if failure.thread is not None else "?"
     print_error(f"exception in the thread {name}:")
     traceback.print_exception(failure.exc_value)

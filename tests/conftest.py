@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 
-# `make test` runs as many processes as there are cores: a second thread in each would only wait for the other's.
+# `make test` runs at least as many processes as there are cores: further threads would only wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +37,10 @@ from tests.support.videos import (
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
+
+# Started in the background, or under nohup, these processes would ignore signals, and so would those that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
