@@ -53,6 +53,8 @@ def main() -> None:
     make_output_safe()
     for number in signals_that_end():
         signal.signal(number, terminate)
+    # else a thread that asks Ray for something after its end starts a second Ray
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     failed: list[str] = []
     threading.excepthook = partial(_end_for_thread, failed)
     try:

@@ -9,6 +9,9 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# Ray gives its workers the niceness 15, and beside the other processes of `make test` they would get next to no time.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 import signal
 from collections.abc import Iterator
 from fractions import Fraction

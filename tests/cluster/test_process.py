@@ -87,6 +87,7 @@ cli.main()
     assert ended.returncode == 1, ended.stderr
     assert "UnicodeEncodeError: 'ascii' codec" in ended.stderr
     assert "error: a defect of vidshard (UnicodeEncodeError)" in ended.stderr
+    assert "RPC error" not in ended.stderr, "a second Ray was started"
     lease = Lease.acquire(str(out), ttl_seconds=600, on_wait=lambda text: pytest.fail(text))  # given back, not expired
     lease.release()
 
