@@ -82,6 +82,8 @@ def _run(
         VideoError: the file cannot be opened, or as ``DecodeSandbox.run``.
     """
     confined = limits.sandbox != "off" and storage.is_local(uri)
+    if limits.sandbox == "required" and not confined:
+        raise UserError("--sandbox required, and a remote file cannot be decoded so: copy it to a file system")
     if confined and limits.sandbox == "required" and (lacking := confinement_lacks(limits)):
         raise UserError(f"--sandbox required, and the kernel of this machine lacks {' and '.join(lacking)}")
     sandbox = _sandbox(limits.memory_bytes, confined)

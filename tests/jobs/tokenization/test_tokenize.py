@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import boto3
 import duckdb
 import numpy as np
 import polars
@@ -22,6 +23,7 @@ from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, seeded_weights, weights_digest
+from vidshard.pipeline import decode_stage
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.storage import open_binary
@@ -409,3 +411,14 @@ def test_confined_or_not_the_shards_are_the_same(good_videos: Path, tmp_path: Pa
         assert result.exit_code == 0, result.output
         found[sandbox] = tokens_by_clip(out)
     assert found["auto"] == found["off"]
+
+
+def test_remote_files_are_said_to_be_unconfined_or_refused(s3: str, good_videos: Path, tmp_path: Path) -> None:
+    boto3.client("s3").upload_file(str(good_videos / "a.mp4"), "videos", "confined/a.mp4")
+    decode_stage._sandbox.cache_clear()  # a child that knows the server
+    said = tokenize("s3://videos/confined", "--out", tmp_path / "auto", *SMALL)
+    assert said.exit_code == 0, said.output
+    assert "decoding is not confined for 1 remote files" in said.output
+    refused = tokenize("s3://videos/confined", "--out", tmp_path / "required", *SMALL, "--sandbox", "required")
+    assert refused.exit_code == 2
+    assert "--sandbox required, and 1 files are remote" in " ".join(refused.output.split())
