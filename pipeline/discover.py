@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import io
 import os
 import stat
 from collections import Counter
@@ -22,18 +21,14 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.parquet import BoundedParquet
+from vidshard.pipeline.manifest import REF_SCHEMA, InputError, read_manifest
 from vidshard.pipeline.row_access import RowAccess
-from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
+from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.text import readable
-from vidshard.schemas.video import Part
 
 VIDEO_EXTENSIONS = frozenset(
     [
@@ -68,31 +63,11 @@ VIDEO_EXTENSIONS = frozenset(
 )
 MANIFEST_EXTENSIONS = frozenset({"parquet", "csv", "jsonl"})
 
-REF_SCHEMA = pa.schema(
-    [
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("num_bytes", pa.int64(), nullable=False),
-        pa.field("fingerprint", pa.string()),
-    ]
-)
-"""URI of a video; its size in bytes, -1 where it is unknown; its size and time stamp, or tag, as the storage states
-them, null where the storage was not asked."""
-
-MAX_MANIFEST_BYTES = 2 << 30
-"""Largest manifest that is read; a million rows of some columns take about 100 MB."""
 _STAT_THREADS = 16
 _FILES_PER_BATCH = 1 << 16
 
 FoundFile = tuple[str, int, str | None]
 """A row of ``REF_SCHEMA``: URI, bytes, fingerprint."""
-
-PART_COLUMNS = {"start_seconds": "part_start_seconds", "end_seconds": "part_end_seconds"}
-"""Columns of a manifest that name the part of a video, in seconds after its first frame, and the columns that they
-become."""
-
-
-class InputError(VidshardError):
-    """The inputs name nothing that could be tokenized; the message names the input and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +76,10 @@ class Discovery:
 
     videos: pa.Table
     """``REF_SCHEMA`` and the manifests' columns, one row a video. Rows of manifests come first. No URI is there twice,
-    except where manifests repeat it."""
+    except where manifests repeat it. ``fault`` says why a row of a manifest names no video, and ``refusal`` why the run
+    does not allow what it names; both are null, or missing, for the others."""
+    manifests: tuple[str, ...]
+    """The manifests among the inputs, without credentials."""
     renamed_columns: dict[str, str]
     """Manifest columns that would clash with a shard's own, and their new names."""
     num_passed_over: int
@@ -138,11 +116,12 @@ def discover(
     files: list[pa.Table] = []
     passed_over: Counter[str] = Counter()
     renamed: dict[str, str] = {}
+    read: list[str] = []
     for text in inputs:
         path = storage.absolute(text)
         if _extension(path) in MANIFEST_EXTENSIONS and not _is_glob(path):
             try:
-                table, names = _read_manifest(path, signals)
+                found = read_manifest(path, signals, extension=_extension(path))
             except VidshardError:
                 raise
             except Exception as error:
@@ -150,13 +129,15 @@ def discover(
                 raise InputError(
                     f"manifest {shown} cannot be read: {type(error).__name__}: {one_line(error)}"
                 ) from error
-            manifests.append(table if access is None else _with_refusals(table, access, path, signals))
-            renamed |= names
+            videos = found.videos
+            manifests.append(videos if access is None else _with_refusals(videos, access, path, signals))
+            read.append(storage.public_uri(path))
+            renamed |= found.renamed_columns
         else:
-            found = _table(_list(path, passed_over))
-            if not found.num_rows:
+            listed = _table(_list(path, passed_over))
+            if not listed.num_rows:
                 raise InputError(_nothing_found(path, passed_over))
-            files.append(found)
+            files.append(listed)
     for name in signals:
         if not any(signal_source(name) in table.column_names for table in manifests):
             raise InputError(f"no manifest among the inputs has a column '{name}' with the paths of that signal")
@@ -166,6 +147,7 @@ def discover(
     pa.default_memory_pool().release_unused()  # reading took some 100 MB for a million videos
     return Discovery(
         videos=_with_fingerprints(videos.slice(0, limit), ask_remote),
+        manifests=tuple(read),
         renamed_columns=renamed,
         num_passed_over=passed_over.total(),
         passed_over_extensions=tuple(passed_over.most_common()),
@@ -175,10 +157,12 @@ def discover(
 def _with_refusals(table: pa.Table, access: RowAccess, manifest: str, signals: Sequence[str]) -> pa.Table:
     """Add a column ``refusal`` if a row names what the run does not allow."""
     columns = ["uri", *(name for name in map(signal_source, signals) if name in table.column_names)]
+    has_faults = "fault" in table.column_names
     refusals = []
-    for batch in table.select(columns).to_batches(max_chunksize=_FILES_PER_BATCH):
-        for uris in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            found = (access.refusal(uri, manifest) for uri in uris if uri is not None)
+    for batch in table.select(columns + ["fault"] * has_faults).to_batches(max_chunksize=_FILES_PER_BATCH):
+        faults = batch["fault"].to_pylist() if has_faults else [None] * batch.num_rows
+        for fault, *uris in zip(faults, *(batch[name].to_pylist() for name in columns), strict=True):
+            found = (access.refusal(uri, manifest) for uri in uris if uri is not None and fault is None)
             refusals.append(next((text for text in found if text is not None), None))
     if not any(refusals):
         return table
@@ -218,15 +202,17 @@ def _with_fingerprints(videos: pa.Table, ask_remote: bool) -> pa.Table:
         return videos
 
     def ask(some: pa.RecordBatch) -> pa.Array:
-        refused = some["refusal"].to_pylist() if "refusal" in some.schema.names else [None] * some.num_rows
-        known = zip(some["uri"].to_pylist(), some["fingerprint"].to_pylist(), refused, strict=True)
+        columns = (some["uri"], some["fingerprint"], *(some[name] for name in barring))
         found = [
-            storage.fingerprint(uri) if mark is None and not no and (ask_remote or storage.is_local(uri)) else mark
-            for uri, mark, no in known
+            storage.fingerprint(uri)
+            if mark is None and not any(bars) and (ask_remote or storage.is_local(uri))
+            else mark
+            for uri, mark, *bars in zip(*(column.to_pylist() for column in columns), strict=True)
         ]
         return pa.array(found, pa.string())
 
-    names = [name for name in ("uri", "fingerprint", "refusal") if name in videos.column_names]
+    barring = [name for name in ("fault", "refusal") if name in videos.column_names]
+    names = ["uri", "fingerprint", *barring]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         parts = list(pool.map(ask, videos.select(names).to_batches(max_chunksize=1024)))
     at = videos.schema.get_field_index("fingerprint")
@@ -390,183 +376,3 @@ def _nothing_found(path: str, passed_over: Counter[str]) -> str:
     if _is_glob(path):
         return f"no file matches {shown}: check the pattern, and quote it so that the shell leaves it alone"
     return f"no video in {shown}: there is no such file, or the folder is empty"
-
-
-def _read_manifest(path: str, signals: Sequence[str]) -> tuple[pa.Table, dict[str, str]]:
-    """Read a manifest: ``REF_SCHEMA``, parts and its further columns, and which of those were renamed.
-
-    Raises:
-        InputError: it cannot be read, or does not name videos as it should.
-    """
-    shown = storage.public_uri(path)
-    table = _read_table(path, shown)
-    if "uri" not in table.column_names:
-        raise InputError(f"manifest {shown} has no column 'uri'; its columns are {', '.join(table.column_names)}")
-    repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if repeated:
-        raise InputError(f"manifest {shown} has more than one column named {', '.join(repeated)}")
-    folder = path.rsplit("/", 1)[0]
-    uris = _uris(table["uri"], folder, shown)
-    table = _with_signal_sources(table, signals, folder, shown)
-    extras, renamed = _further_columns(table, shown)
-    refs = pa.Table.from_arrays([uris, pa.repeat(-1, len(uris)), pa.nulls(len(uris), pa.string())], schema=REF_SCHEMA)
-    for name, column in zip(PART_COLUMNS.values(), _parts(table, shown), strict=True):
-        refs = refs.append_column(name, column)
-    for name in extras.column_names:
-        refs = refs.append_column(extras.schema.field(name).with_nullable(True).remove_metadata(), extras[name])
-    try:
-        pq.write_table(refs.slice(0, 0), io.BytesIO())
-    except pa.ArrowException as error:
-        raise InputError(f"manifest {shown} has a column that Parquet cannot store: {error}") from error
-    return refs, renamed
-
-
-def _read_table(path: str, shown: str) -> pa.Table:
-    """Read a Parquet, CSV or JSON lines file."""
-    try:
-        data = io.BytesIO(storage.read_bytes(path, max_bytes=MAX_MANIFEST_BYTES))
-    except storage.StorageError as error:
-        raise InputError(f"{error} (given as a manifest)") from error
-    try:
-        match _extension(path):
-            case "parquet":
-                # in pieces: reading a million rows at once takes 290 MB for a table of 90, so 200
-                BoundedParquet(data).check_size()
-                parquet = pq.ParquetFile(data, pre_buffer=False)
-                table = pa.Table.from_batches(
-                    parquet.iter_batches(batch_size=_FILES_PER_BATCH, use_threads=False), parquet.schema_arrow
-                )
-            case "csv":
-                table = _read_csv(data)
-            case _:
-                table = _read_json(data)
-        table.validate(full=True)  # text that is not UTF-8 among others
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"manifest {shown} cannot be read: {one_line(error)}") from error
-    return table
-
-
-def _read_csv(data: io.BytesIO) -> pa.Table:
-    """Read a CSV file; a column holds numbers only where each of them reads back as it was written.
-
-    Arrow's own inference makes 1 of 0001, 7.0 of 007 beside 1.5, and null of NA: names that people join on.
-    """
-    names = pyarrow.csv.open_csv(data).schema.names
-    data.seek(0)
-    options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-    table = pyarrow.csv.read_csv(data, convert_options=options)
-    return pa.Table.from_arrays([_as_written(column) for column in table.columns], names=table.column_names)
-
-
-def _as_written(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text as int64 or float64 where that loses nothing; empty fields of such a column are null."""
-    texts = pc.if_else(pc.equal(column, ""), None, column)
-    if texts.null_count == len(texts):
-        return column
-    for kind in (pa.int64(), pa.float64()):
-        try:
-            numbers = texts.cast(kind)
-        except pa.ArrowException:
-            continue
-        back = numbers.cast(pa.string())
-        if kind == pa.float64():  # 2.0 is written by Python, and 2 by Arrow
-            whole = pc.match_substring_regex(texts, r"^-?(0|[1-9]\d*)\.0$")
-            texts = pc.if_else(whole, pc.replace_substring_regex(texts, r"\.0$", ""), texts)
-        if pc.all(pc.equal(back, texts), min_count=0).as_py():
-            return numbers
-    return column
-
-
-def _read_json(data: io.BytesIO) -> pa.Table:
-    """Read JSON lines; text that looks like a date stays text."""
-    table = pyarrow.json.read_json(data)
-    schema = pa.schema([pa.field(field.name, _without_times(field.type)) for field in table.schema])
-    if schema.types == table.schema.types:
-        return table
-    data.seek(0)
-    return pyarrow.json.read_json(data, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema))
-
-
-def _without_times(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_timestamp(kind):
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_without_times(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(field.name, _without_times(field.type)) for field in kind])
-    return kind
-
-
-def _with_signal_sources(table: pa.Table, signals: Sequence[str], folder: str, shown: str) -> pa.Table:
-    """Replace each column of a signal by ``NAME_source``, the absolute paths of its files."""
-    for name in set(signals) & set(table.column_names):
-        for other in (signal_source(name), f"{name}_seconds"):
-            if other in table.column_names:
-                raise InputError(f"manifest {shown}: column '{other}' is where signal '{name}' goes: rename it")
-        try:
-            paths = table[name].cast(pa.string()).to_pylist()
-        except pa.ArrowException as error:
-            raise InputError(f"manifest {shown}: '{name}' must hold paths of signal files: {error}") from error
-        resolved = [None if not text or not text.strip() else _resolve(text.strip(), folder) for text in paths]
-        at = table.column_names.index(name)
-        table = table.set_column(at, signal_source(name), pa.array(resolved, pa.string()))
-    return table
-
-
-def _further_columns(table: pa.Table, shown: str) -> tuple[pa.Table, dict[str, str]]:
-    """The user's own columns; those named as columns of ours are renamed to ``manifest_NAME``."""
-    extras = table.drop_columns(["uri", *(name for name in PART_COLUMNS if name in table.column_names)])
-    renamed = {name: f"manifest_{name}" for name in extras.column_names if name in INTERNAL_COLUMNS}
-    taken = [name for name in renamed.values() if name in extras.column_names]
-    if taken:
-        raise InputError(f"manifest {shown} has a column '{taken[0]}', which another one would be stored as: rename it")
-    return extras.rename_columns([renamed.get(name, name) for name in extras.column_names]), renamed
-
-
-def _uris(column: pa.ChunkedArray, folder: str, shown: str) -> pa.ChunkedArray:
-    """Make a manifest's paths absolute.
-
-    Raises:
-        InputError: a row is not a path or URL.
-    """
-    chunks = []
-    number = 0
-    for chunk in pa.table({"uri": column}).to_batches(max_chunksize=_FILES_PER_BATCH):
-        resolved = []
-        for uri in chunk["uri"].to_pylist():
-            number += 1
-            if not isinstance(uri, str) or not uri.strip():
-                raise InputError(f"manifest {shown}, row {number}: 'uri' is {uri!r}, not a path or URL")
-            resolved.append(_resolve(uri.strip() if "://" in uri else uri, folder))
-        chunks.append(pa.array(resolved, pa.string()))
-    return pa.chunked_array(chunks, pa.string())
-
-
-def _parts(table: pa.Table, shown: str) -> list[pa.Array]:
-    """Start and end of each row's part in seconds, float64, null for the video's own start or end.
-
-    Raises:
-        InputError: a time is no number, or a part ends before it starts.
-    """
-    columns = []
-    if not any(name in table.column_names for name in PART_COLUMNS):
-        return [pa.nulls(table.num_rows, pa.float64())] * 2
-    for name in PART_COLUMNS:
-        column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
-        try:
-            columns.append(column.cast(pa.float64()))
-        except pa.ArrowException as error:
-            raise InputError(f"manifest {shown}: '{name}' must hold numbers of seconds: {error}") from error
-    for number, (start, end) in enumerate(zip(*(c.to_pylist() for c in columns), strict=True), start=1):
-        try:
-            Part.of(start, end)
-        except ValueError as error:
-            raise InputError(f"manifest {shown}, row {number}: {error}") from error
-    return columns
-
-
-def _resolve(uri: str, folder: str) -> str:
-    """Make a path of a manifest absolute: relative paths are relative to the manifest's folder."""
-    if "://" in uri or uri.startswith(("/", "~")):
-        return storage.absolute(uri)
-    return storage.absolute(f"{folder}/{uri}") if storage.is_local(folder) else f"{folder}/{uri}"

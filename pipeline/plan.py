@@ -104,7 +104,7 @@ class VideoPlanner:
         try:
             uri = video["uri"]
             if video.get("refusal") is not None:
-                probes[uri] = VideoError(Reason.NOT_ALLOWED, video["refusal"]), None
+                raise VideoError(Reason.NOT_ALLOWED, video["refusal"])
             if uri not in probes:
                 # taken before the video is opened: a file that is replaced in between then counts as changed
                 fingerprint = storage.fingerprint(uri)

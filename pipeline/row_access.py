@@ -72,7 +72,7 @@ class RowAccess:
 
 
 def _is_under(uri: str, folder: str) -> bool:
-    if storage.is_local(uri) != storage.is_local(folder):
+    if "\0" in uri or storage.is_local(uri) != storage.is_local(folder):
         return False
     if storage.is_local(uri):
         path, root = os.path.realpath(storage.absolute(uri)), os.path.realpath(storage.absolute(folder))

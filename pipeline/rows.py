@@ -101,6 +101,7 @@ INTERNAL_COLUMNS = (
         "num_bytes",
         "input_row",
         "entry",
+        "fault",
         "refusal",
         "seen_entry",
         WORK_NUMBER.name,

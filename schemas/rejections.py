@@ -57,6 +57,8 @@ class Reason(StrEnum):
     """The file of samples beside the video does not hold a timestamped signal."""
     OUT_OF_MEMORY = "out_of_memory"
     """The encoder has too little memory for one clip of the video."""
+    BAD_ROW = "bad_row"
+    """A row of a manifest that names no video, or holds something else than it should."""
     NOT_ALLOWED = "not_allowed"
     """A row of a manifest names a location that the run does not allow."""
     INTERNAL_ERROR = "internal_error"
@@ -83,6 +85,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.OUT_OF_MEMORY: (
         "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
     ),
+    Reason.BAD_ROW: "mend the row that the detail names, and run the same command again",
     Reason.NOT_ALLOWED: (
         "if you trust the manifest, allow it: --allow-schemes or --allow-under, with --retry-rejected not_allowed"
     ),

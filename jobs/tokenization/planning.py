@@ -67,7 +67,7 @@ def make_plan(
         LeaseLostError: another run has taken over the output.
         storage.StorageError: the output could not be read or written.
     """
-    inputs = Inputs.of(found.videos, resolved.run.part)
+    inputs = Inputs.of(found.videos, resolved.run.part, found.manifests)
     planned = plan_output(
         resolved.run,
         inputs,

@@ -7,8 +7,9 @@ asked for: a file that was replaced has another entry. A *location key* is a dig
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.plan_store import ENTRY_TYPE, PLAN_SCHEMA
+from vidshard.schemas.rejections import Reason, Rejection, Stage
 from vidshard.schemas.video import Part
 
 _ROWS_AT_ONCE = 1 << 16
@@ -30,24 +32,35 @@ class Inputs:
     """As ``pipeline.discover`` lists them, with a column ``entry``; each entry once."""
     repeated: tuple[str, ...] = ()
     """URIs of rows that repeat an earlier entry."""
+    bad_rows: tuple[Rejection, ...] = ()
+    """A rejection for each row of a manifest that names no video."""
+    manifests: tuple[str, ...] = ()
+    """The manifests that the rows are from, without credentials."""
 
     @classmethod
-    def of(cls, videos: pa.Table, default_part: Part) -> Inputs:
+    def of(cls, videos: pa.Table, default_part: Part, manifests: Sequence[str] = ()) -> Inputs:
         """Add the entries to the videos of a discovery.
 
         Args:
-            videos: as ``pipeline.discover`` lists them.
+            videos: as ``pipeline.discover`` lists them; rows with a ``fault`` are none.
             default_part: the part of those that name none.
+            manifests: the manifests among the inputs, without credentials.
         """
+        bad_rows: tuple[Rejection, ...] = ()
+        if "fault" in videos.column_names:
+            bad_rows = tuple(map(_bad_row, videos.filter(pc.is_valid(videos["fault"])).to_pylist()))
+            videos = videos.filter(pc.is_null(videos["fault"])).drop_columns("fault")
         videos = videos.append_column(PLAN_SCHEMA.field("entry"), _entries(videos, default_part))
         if pc.count_distinct(videos["entry"]).as_py() == videos.num_rows:
-            return cls(videos=videos)
+            return cls(videos=videos, bad_rows=bad_rows, manifests=tuple(manifests))
         numbered = pa.table({"entry": videos["entry"], "number": pa.array(range(videos.num_rows), pa.int32())})
         is_first = np.zeros(videos.num_rows, np.bool_)
         is_first[numbered.group_by("entry").aggregate([("number", "min")])["number_min"].to_numpy()] = True
         return cls(
             videos=videos.filter(pa.array(is_first)),
             repeated=tuple(videos["uri"].filter(pa.array(~is_first)).to_pylist()),
+            bad_rows=bad_rows,
+            manifests=tuple(manifests),
         )
 
     @property
@@ -67,6 +80,35 @@ class Inputs:
         """The location key of each video."""
         for chunk in self.videos.select(["uri"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
             yield from location_keys(chunk["uri"].to_pylist()).to_pylist()
+
+
+def row_fault(row: int, manifest: str, text: str) -> str:
+    """Say what is wrong with a row of a manifest.
+
+    Args:
+        row: its number, from 1.
+        manifest: without credentials.
+        text: the fault.
+    """
+    return f"row {row} of manifest {manifest}: {text}"
+
+
+def is_row_of(detail: str, manifest: str) -> bool:
+    """Whether a fault, as :func:`row_fault` says it, is of a row of this manifest."""
+    return detail.partition(" of manifest ")[2].startswith(f"{manifest}: ")
+
+
+def _bad_row(row: Mapping[str, Any]) -> Rejection:
+    return Rejection(
+        uri=storage.public_uri(row["uri"]),
+        video_id=None,
+        span_id=None,
+        start_seconds=None,
+        stage=Stage.DISCOVER,
+        reason=Reason.BAD_ROW,
+        detail=row["fault"],
+        place=location_keys([row["uri"]])[0].as_py().hex(),
+    )
 
 
 def public_uris(videos: pa.Table) -> Iterator[str]:

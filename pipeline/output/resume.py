@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.entries import Inputs, location_keys, public_uris
+from vidshard.pipeline.output.entries import Inputs, is_row_of, location_keys, public_uris
 from vidshard.pipeline.output.parquet import Mask, release_memory
 from vidshard.pipeline.output.rejects import RetrySet, is_partial, rejected_spans
 from vidshard.pipeline.output.state import OutputState
@@ -60,7 +60,7 @@ class Resume:
     kept_rejects: Mask
     """For each rejection of the state whether it still holds."""
     new_rejects: tuple[Rejection, ...]
-    """Copies of other videos that no rejection says yet."""
+    """Copies of other videos, and bad rows of manifests, that no rejection says yet."""
     rejected_uris: frozenset[str]
     """URIs, without credentials, of videos of the inputs with rejections; copies of others are left out."""
 
@@ -287,7 +287,7 @@ def rejects_to_retry(rejects: pa.Table, reasons: Collection[Reason] | None, inpu
         reasons: the reasons asked for; None for all but copies of other videos.
         inputs: the videos.
     """
-    uris = set(inputs.public_uris())
+    uris = {*inputs.public_uris(), *(one.uri for one in inputs.bad_rows)}
 
     def is_meant(row: Mapping[str, Any]) -> bool:
         is_asked_for = row["reason"] != Reason.DUPLICATE if reasons is None else row["reason"] in reasons
@@ -347,7 +347,7 @@ def _reconcile_rejects(
 
     These are: of superseded videos; of spans whose file had changed, which are tried again; of whole spans that are
     finished after all; of what is missing beside clips that were never written; of whole videos that could be opened
-    since; and of copies that are none now.
+    since; of copies that are none now; and of rows of manifests that were mended.
 
     Args:
         rejects: rejections of the output.
@@ -356,7 +356,7 @@ def _reconcile_rejects(
         committed: ids of finished spans.
 
     Returns:
-        For each rejection whether it holds, and the rejections of copies that are not there yet.
+        For each rejection whether it holds, and the rejections of copies and bad rows that are not there yet.
     """
     whole = {row["place"] for row in rejects if row["span_id"] is None}
     named: set[str] = set()
@@ -369,11 +369,14 @@ def _reconcile_rejects(
                     refused.add(key.hex())
     spans = pa.array(sorted({row["span_id"] for row in rejects if row["span_id"] is not None}), pa.string())
     finished = set(spans.filter(pc.is_in(spans, committed)).to_pylist())
-    missing = {(copy.uri, copy.detail): copy for copy in plan.copies}
+    missing = {(one.uri, one.detail): one for one in (*plan.copies, *inputs.bad_rows)}
 
     def holds(row: Mapping[str, Any]) -> bool:
         if row["video_id"] is not None and row["video_id"] in plan.superseded:
             return False
+        if row["reason"] == Reason.BAD_ROW:
+            is_known = missing.pop((row["uri"], row["detail"]), None) is not None
+            return is_known or not any(is_row_of(row["detail"], manifest) for manifest in inputs.manifests)
         if row["reason"] == Reason.DUPLICATE:
             return missing.pop((row["uri"], row["detail"]), None) is not None or row["place"] not in named
         if row["span_id"] is None:
@@ -386,4 +389,5 @@ def _reconcile_rejects(
 
 def _rejected_uris(rejects: pa.Table, inputs: Inputs) -> frozenset[str]:
     rejected = set(rejects.filter(pc.not_equal(rejects["reason"], str(Reason.DUPLICATE)))["uri"].to_pylist())
-    return frozenset(rejected.intersection(inputs.public_uris())) if rejected else frozenset()
+    bad = {one.uri for one in inputs.bad_rows}
+    return frozenset(bad | rejected.intersection(inputs.public_uris()) if rejected else bad)

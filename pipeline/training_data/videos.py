@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.discover import Discovery, discover
+from vidshard.pipeline.discover import discover
 from vidshard.pipeline.flow import map_videos
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.plan import open_videos
@@ -169,10 +169,11 @@ def _usable_videos(
     videos: dict[_Key, dict[str, Any]] = {}
     for corpus, path in enumerate(paths):
         num_rejections = len(rejections)
-        found = discover([path])
-        for done, row in enumerate(_opened(found, spec, limits, num_tasks), start=1):
+        inputs = Inputs.of(discover([path]).videos, Part())
+        rejections += inputs.bad_rows
+        for done, row in enumerate(_opened(inputs, spec, limits, num_tasks), start=1):
             if on_video is not None:
-                on_video(done, found.videos.num_rows)
+                on_video(done, inputs.num_videos)
             rejection = row_rejection(row["rejection"]) if row["rejection"] is not None else _too_short(row, spec)
             if rejection is not None:
                 rejections.append(rejection)
@@ -184,8 +185,8 @@ def _usable_videos(
     return videos, rejections
 
 
-def _opened(found: Discovery, spec: ClipSpec, limits: Limits, num_tasks: int) -> Iterator[dict[str, Any]]:
-    videos = Inputs.of(found.videos, Part()).videos
+def _opened(inputs: Inputs, spec: ClipSpec, limits: Limits, num_tasks: int) -> Iterator[dict[str, Any]]:
+    videos = inputs.videos
     secret = [uri for uri in videos["uri"].to_pylist() if uri != storage.public_uri(uri)]
     if secret:
         raise UnusableError(

@@ -60,7 +60,7 @@ def test_links_out_of_a_folder_are_not_under_it(tmp_path: Path) -> None:
     (tmp_path / "in" / "link.mp4").symlink_to(tmp_path / "out.mp4")
     access = RowAccess(under=(str(tmp_path / "in"),))
     assert access.refusal(str(tmp_path / "in" / "a.mp4"), LOCAL) is None
-    for name in ("in/link.mp4", "in/../out.mp4", "inner/a.mp4", "out.mp4"):
+    for name in ("in/link.mp4", "in/../out.mp4", "inner/a.mp4", "out.mp4", "in/a\0.mp4"):
         assert access.refusal(f"{tmp_path}/{name}", LOCAL) is not None
 
 

@@ -1,0 +1,150 @@
+"""Manifests of which single rows are malformed: those rows are rejections, and the others are what they always were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.cli import printed_by, tokenize
+from tests.support.videos import Recipe, write_video
+from vidshard.pipeline.discover import discover
+from vidshard.pipeline.output.rejects import read_rejects
+
+GOOD = [{"uri": f"{name}.mp4", "start_seconds": 0.5, "end_seconds": 1.5, "s": "s.npy"} for name in "abc"]
+"""Rows around the bad one."""
+
+BAD_JSON = [
+    (b"{not json", "is no JSON object"), (b"[1, 2]", "a list"), (b'"x"', "text"), (b"null", "no 'uri'"),
+    (b'{"uri": 1}', "'uri' holds a number"), (b'{"uri": ["a.mp4"]}', "'uri' holds a list"), (b"{}", "no 'uri'"),
+    (b'{"uri": {"a": 1}}', "'uri' holds an object"), (b'{"uri": null}', "no 'uri'"),
+    (b'{"uri": true}', "true or false"),
+    (b'{"uri": ""}', "is empty"), (b'{"uri": " \\t"}', "is empty"), (b'{"uri": "a\xff.mp4"}', "not UTF-8"),
+    (b'{"uri": "\\ud800.mp4"}', "is no JSON object"), (b'{"uri": "x", "uri": "y"}', "'uri' is there twice"),
+    (b'{"uri": "x", "start_seconds": "soon"}', "'start_seconds' holds text"),
+    (b'{"uri": "x", "start_seconds": true}', "'start_seconds' holds true or false"),
+    (b'{"uri": "x", "end_seconds": [1]}', "'end_seconds' holds a list"),
+    (b'{"uri": "x", "end_seconds": 1e400}', "read"),
+    (b'{"uri": "x", "start_seconds": 3, "end_seconds": 2}', "end after it starts"),
+    (b'{"uri": "x", "start_seconds": -1}', "before the video"), (b'{"uri": "x", "start_seconds": NaN}', "finite"),
+    (b'{"uri": "x", "s": 5}', "'s' holds a number"), (b'{"uri": "x", "s": ["t.npy"]}', "'s' holds a list"),
+    (b"[" * 2000, "nested too deep"), (b'{"uri": "x"', "is no JSON object"),
+]  # fmt: skip
+
+BAD_CSV = [
+    (b",1,2,s", "'uri' is empty"), (b"   ,1,2,s", "'uri' is empty"), (b"x", "1 fields"), (b"x,1,2,s,t", "5 fields"),
+    (b'"x,1,2,s', "is the end of a quote missing"), (b"x\xff,1,2,s", "'uri' is not UTF-8"),
+    (b"x,1,2,\xff", "'s' is not"),
+    (b"x,soon,2,s", "'start_seconds' must be a number"), (b"x,1:30,99,s", "must be a number"),
+    (b"x,1,nan,s", "finite"), (b"x,inf,,s", "finite"), (b"x,-1,,s", "before the video"),
+    (b"x,2,1,s", "end after it starts"),
+    (b"x,1,1,s", "end after it starts"),
+]  # fmt: skip
+
+
+def bad_rows(path: Path, data: bytes) -> list[dict[str, Any]]:
+    """The rows with a fault; the others must be ``GOOD``."""
+    path.write_bytes(data)
+    videos = discover([str(path)], signals=["s"]).videos
+    rows = videos.to_pylist()
+    good = [row for row in rows if row.get("fault") is None]
+    assert [Path(row["uri"]).name for row in good] == [row["uri"] for row in GOOD]
+    assert all((row["part_start_seconds"], row["part_end_seconds"]) == (0.5, 1.5) for row in good)
+    assert all(row["s_source"] == str(path.parent / "s.npy") for row in good)
+    return [row for row in rows if row.get("fault") is not None]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_JSON)
+def test_a_malformed_line_of_json_is_a_fault_of_its_row(tmp_path: Path, line: bytes, words: str) -> None:
+    lines = [json.dumps(row).encode() for row in GOOD]
+    lines.insert(1, line)
+    [bad] = bad_rows(tmp_path / "m.jsonl", b"\n".join(lines) + b"\n")
+    assert bad["fault"].startswith(f"row 2 of manifest {tmp_path}/m.jsonl: ")
+    assert words in bad["fault"]
+    assert bad["uri"] in (f"{tmp_path}/x", f"{tmp_path}/m.jsonl row 2")
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_CSV)
+def test_a_malformed_line_of_csv_is_a_fault_of_its_row(tmp_path: Path, line: bytes, words: str) -> None:
+    lines = [b"uri,start_seconds,end_seconds,s", *(",".join(map(str, row.values())).encode() for row in GOOD)]
+    lines.insert(2, line)
+    [bad] = bad_rows(tmp_path / "m.csv", b"\n".join(lines) + b"\n")
+    assert bad["fault"].startswith(f"row 2 of manifest {tmp_path}/m.csv: ")
+    assert words in bad["fault"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("uri", None, "no 'uri'"), ("uri", "", "is empty"), ("start_seconds", float("nan"), "finite"),
+        ("end_seconds", 0.1, "end after it starts"), ("start_seconds", -5.0, "before the video"),
+        ("end_seconds", float("inf"), "finite"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_in_parquet_is_a_fault_of_its_row(tmp_path: Path, column: str, value: Any, words: str) -> None:
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.Table.from_pylist([*GOOD[:2], {**GOOD[0], "uri": "x", column: value}, GOOD[2]]), path)
+    [bad] = bad_rows(path, path.read_bytes())
+    assert words in bad["fault"]
+    assert bad["fault"].startswith("row 3 of manifest")
+
+
+def test_text_of_parquet_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    text = pa.array([b"a.mp4", b"b\xff.mp4", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"uri": text, "note": text}), tmp_path / "m.parquet")
+    faults = discover([str(tmp_path / "m.parquet")]).videos["fault"].to_pylist()
+    assert faults[0] is None
+    assert "'uri' is not UTF-8 text" in faults[1]
+    assert "no 'uri'" in faults[2]
+
+
+def test_further_columns_of_json_that_disagree_cost_the_fewer_rows(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"uri": f"{n}.mp4", "meta": {"label": n, "tags": ["t"]}} for n in range(5)]
+    rows[2]["meta"] = {"label": "two"}
+    rows[3]["meta"] = {"tags": [1]}
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    videos = discover([str(tmp_path / "m.jsonl")]).videos
+    assert [fault is None for fault in videos["fault"].to_pylist()] == [True, True, False, False, True]
+    assert "'meta.label' holds text, and should hold a number" in videos["fault"][2].as_py()
+    assert "'meta.tags[]' holds a number" in videos["fault"][3].as_py()
+    assert [row["label"] for row in videos["meta"].to_pylist() if row] == [0, 1, 4]
+
+
+def test_bad_rows_of_a_manifest_are_rejections_until_they_are_mended(tmp_path: Path) -> None:
+    for name in "ab":
+        write_video(tmp_path / f"{name}.mp4", Recipe(num_frames=8 if name == "a" else 12))
+    manifest, out = tmp_path / "m.csv", tmp_path / "out"
+    lines = ["uri,end_seconds", "a.mp4,", ",", "a.mp4,-3", "b.mp4,soon", "a.mp4,0"]
+    run = [manifest, "--out", out, "--tokenizer", "tiny", "--fps", 4, "--frames", 1, "--size", 32]
+
+    def rejected(*more: object) -> dict[str, str]:
+        manifest.write_text("\n".join(lines))
+        result = tokenize(*run, *more)
+        assert result.exit_code == 0, result.output
+        rows = read_rejects(str(out)).to_pylist()
+        assert {row["reason"] for row in rows} <= {"bad_row"}
+        return {row["detail"].split(" of ")[0]: Path(row["uri"]).name for row in rows}
+
+    first = rejected()
+    assert first == {"row 2": "m.csv row 2", "row 3": "a.mp4", "row 4": "b.mp4", "row 5": "a.mp4"}
+    shards = {path.name: path.read_bytes() for path in (out / "shards").iterdir()}
+    assert "3 videos = 1 tokenized in part + 2 rejected" in printed_by("verify", out)
+    assert rejected("--retry-rejected", "bad_row") == first
+    assert {path.name: path.read_bytes() for path in (out / "shards").iterdir()} == shards
+    lines[2:5] = ["b.mp4,", "b.mp4,1"]  # the second and fourth are mended, the third is taken out
+    assert rejected() == {"row 4": "a.mp4"}
+    assert {path.name: path.read_bytes() for path in (out / "shards").iterdir() if path.name in shards} == shards
+    (tmp_path / "other.csv").write_text("uri\na.mp4\n")
+    run[0] = tmp_path / "other.csv"
+    assert rejected() == {"row 4": "a.mp4"}  # of a manifest that this run does not name
+
+
+def test_a_manifest_of_bad_rows_alone_ends_in_rejections(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"uri": ""}\n{"uri": "a", "end_seconds": -1}\n')
+    result = tokenize(tmp_path / "m.jsonl", "--out", tmp_path / "out", "--tokenizer", "tiny", "--size", 32)
+    assert "bad_row" in result.output
+    assert read_rejects(str(tmp_path / "out")).num_rows == 2
