@@ -45,7 +45,7 @@ from benchmarks.report import Row, report
 from vidshard.models.training.perceptual import declare_torchvision_operators
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import Grid, plan_spans

@@ -27,7 +27,7 @@ from av.video.reformatter import ColorTrc
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.render import Renderer
 from vidshard.schemas.video import ClipSpec
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import ClipTimeline, Grid

@@ -92,6 +92,10 @@ def open_video(
             raise VideoError(
                 Reason.UNSUPPORTED, "its alpha lies beside the picture, which alone shows colors of invisible pixels"
             )
+        if codec_name(video) == "wmv2" and not video.codec_context.extradata:
+            raise VideoError(
+                Reason.DECODE_ERROR, f"{container.format.name} lost the header without which wmv2 shows noise"
+            )
         if was_read:
             index = video.index
             container.close()
@@ -175,9 +179,19 @@ def _header_is_enough(stream: VideoStream) -> bool:
     if codec_name(stream) != "h264":
         return True
     usability = usability_of(bytes(context.extradata or b""))
-    if usability is None or not usability.states_reordering:
+    if usability is None or usability.num_reordered is None:
         return False
     return usability.square or bool(stream.sample_aspect_ratio)
+
+
+def may_reorder(stream: VideoStream) -> bool:
+    """Whether pictures may be presented in another order than they are decoded in, as far as the header tells."""
+    if stream.codec_context.reorder_depth:
+        return True
+    if codec_name(stream) != "h264":
+        return False
+    usability = usability_of(bytes(stream.codec_context.extradata or b""))  # the decoder may not have read it yet
+    return usability is not None and bool(usability.num_reordered)
 
 
 def allocated_pixels(limits: Limits) -> int:

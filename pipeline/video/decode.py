@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from vidshard.pipeline.video.clip_builder import ClipBuilder
 from vidshard.pipeline.video.container import ThreadType, refuse_large, refuse_long
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.input_file import WatchedFile, opened, storage_failures_named
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.presentation import frames_after, frames_covering

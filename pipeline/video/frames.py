@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import replace
 from itertools import chain
 
 from av.container import InputContainer
@@ -14,18 +12,18 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vidshard.pipeline.video.avi import empty_chunks_after
-from vidshard.pipeline.video.container import (
-    ThreadType,
-    codec_name,
-    ffmpeg_failures_as,
-    may_change_aspect,
-    open_video,
-    pixel_aspect,
-    refuse_long,
-)
-from vidshard.pipeline.video.cropping import Crop, crop_of
+from vidshard.pipeline.video.container import ThreadType, codec_name, ffmpeg_failures_as, may_reorder, open_video
+from vidshard.pipeline.video.cropping import crop_of
 from vidshard.pipeline.video.entry_points import EntryPoints
+from vidshard.pipeline.video.frame_order import (
+    MOST_REORDERED,
+    DecodingTimesError,
+    FrameOrder,
+    HeldFrames,
+    MissingFrameError,
+    PacketPlaces,
+    TimedFrame,
+)
 from vidshard.pipeline.video.image_archive import ImageArchive, image_archive
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed, Schedule, Step
@@ -33,47 +31,17 @@ from vidshard.pipeline.video.packets import (
     NoKeyframeError,
     SeekPoint,
     StreamEnd,
-    at_seconds,
     decode_packet,
     drain,
     read_packets,
 )
-from vidshard.pipeline.video.timestamps import Clock, TickConverter, stream_seconds, time_base_of, usual_ticks
+from vidshard.pipeline.video.stream_end import held_until, refuse_truncated
+from vidshard.pipeline.video.timestamps import Clock, TickConverter, time_base_of
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
 # Seconds before the wanted time to try in turn, when the container's index led past it; the start of the file is last.
 _SEEK_BACK_SECONDS = (0, 2, 10, 60)
-
-
-_SILENT = frozenset({"h264", "hevc", "vvc", "av1"})
-"""Codecs in which a packet without a picture is no repeat of the one before: it is damaged, or holds only headers."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TimedFrame:
-    """A decoded frame and its display interval [pts, end_pts) in ticks."""
-
-    frame: VideoFrame
-    pts: int
-    end_pts: int
-    """The next frame's time where that is known, else by the frame's own duration; a frame that follows may start
-    earlier."""
-    stream: VideoStream | ImageArchive
-    pixel_aspect: Fraction | None = None
-    """Pixel aspect ratio; None for squares. Kept here, as the last frame outlives its container."""
-    crop: Crop | None = None
-    """The part that the container shows; None for all."""
-
-    @property
-    def shown_size(self) -> tuple[int, int]:
-        """Stored (width, height) of the part that is shown, before orientation and pixel shape."""
-        width, height = self.frame.width, self.frame.height
-        return (width, height) if self.crop is None else self.crop.size(width, height)
-
-
-class _MissingFrameError(Exception):
-    """A wanted frame did not come out of its packet, or something failed after packets were left out."""
 
 
 def frames_covering(
@@ -167,12 +135,23 @@ def decode_from(
     if archive is not None:
         yield from _images_from(archive, start, keep_going, needed)
         return
+    last_pts: int | None = None
     try:
-        yield from _decode_needed(watched, start, thread_type, clock, keep_going, needed)
+        for frame in _decode_needed(watched, start, thread_type, clock, keep_going, needed):
+            last_pts = frame.pts
+            yield frame
+        return
     except NoKeyframeError:
-        if start.seek_pts is None:
-            from_start = SeekPoint(await_keyframe=False, with_edits=start.with_edits)
-            yield from _decode_once(watched, from_start, thread_type, clock, keep_going, None)
+        if start.seek_pts is not None:
+            return
+        from_start, by_place = SeekPoint(await_keyframe=False, with_edits=start.with_edits), False
+    except DecodingTimesError:
+        if start.forward:  # the place of a frame is known only by counting from the start
+            return
+        from_start, by_place = SeekPoint(with_edits=start.with_edits), True
+    for frame in _decode_once(watched, from_start, thread_type, clock, keep_going, None, by_place=by_place):
+        if last_pts is None or frame.pts > last_pts:
+            yield frame
 
 
 def _images_from(
@@ -220,7 +199,7 @@ def _decode_needed(
                 last_pts = frame.pts
                 yield frame
             return
-        except _MissingFrameError:
+        except MissingFrameError:
             pass
     for frame in _decode_once(watched, start, thread_type, clock, keep_going, None):
         if last_pts is None or frame.pts > last_pts:
@@ -234,8 +213,23 @@ def _decode_once(
     clock: Clock | None,
     keep_going: bool,
     needed: Needed | None,
+    *,
+    by_place: bool = False,
 ) -> Generator[TimedFrame, None, None]:
-    """Frames of one pass over the packets; with ``needed``, packets that it can do without are left out."""
+    """Frames of one pass over the packets; with ``needed``, packets that it can do without are left out.
+
+    Args:
+        watched: the file.
+        start: as in :func:`decode_from`.
+        thread_type: as there.
+        clock: as there.
+        keep_going: as there.
+        needed: as there.
+        by_place: frames have the times of their places, as the container's are those of decoding.
+
+    Raises:
+        DecodingTimesError: the container's times are those of decoding.
+    """
     with open_video(watched, thread_type, with_edits=start.with_edits) as (container, stream):
         convert = clock.converter(stream) if clock is not None else TickConverter()
         end = StreamEnd()
@@ -243,13 +237,23 @@ def _decode_once(
         if found is None:
             return
         packets, first_pts = found
-        schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts) if needed is not None else None
-        order = _FrameOrder(stream, convert, first_pts, crop_of(watched, stream), conceal=keep_going)
+        is_certain = by_place
+        if not by_place:
+            packets, is_certain = _with_certainty(packets, stream)
+        places = PacketPlaces() if by_place else None
+        schedule = None
+        if needed is not None and is_certain:
+            schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts)
+        crop = crop_of(watched, stream)
+        order = FrameOrder(stream, convert, first_pts, crop, conceal=keep_going, is_certain=is_certain, places=places)
+        held = HeldFrames(MOST_REORDERED + 2 if by_place or not is_certain else 0)
         failure = "no packets"
         last: TimedFrame | None = None
         with _failures_retried(watched, schedule):
             for step in schedule or _every(packets):
                 try:
+                    if places is not None and step is not None:
+                        places.sent(step.packet)
                     frames = _decode_step(watched, stream, step)
                 except VideoError as error:
                     if not keep_going:
@@ -262,16 +266,19 @@ def _decode_once(
                     timed = order.timed(frame)
                     if timed is not None:
                         last = timed
-                        yield timed
+                        yield from held.put(timed)
+            if places is not None:
+                places.end()
+            yield from held.give()
             order.awaited.came(FOREVER)
             if schedule is not None and schedule.stopped:
                 return
             if order.last_pts is not None:
-                held_until = _held_until(watched, stream, end, order.last_pts)
-                if last is not None and held_until is not None and held_until > order.end_pts:
-                    order.end_pts = held_until
-                    yield replace(last, end_pts=convert(held_until))
-                _refuse_truncated(stream, order.end_pts * time_base_of(stream))
+                until = held_until(watched, stream, end, order.last_pts)
+                if last is not None and until is not None and until > order.end_pts:
+                    order.end_pts = until
+                    yield replace(last, end_pts=convert(until))
+                refuse_truncated(stream, order.end_pts * time_base_of(stream))
             elif start.seek_pts is None:
                 raise VideoError(
                     Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"
@@ -313,6 +320,50 @@ def _packets_from(
     return None if first_pts is None else (chain([first], packets), first_pts)
 
 
+_PACKETS_ASKED = 64
+"""Packets that are looked at for one that is presented before an earlier one."""
+
+
+def _with_certainty(
+    packets: Iterator[Packet[VideoStream] | None], stream: VideoStream
+) -> tuple[Iterator[Packet[VideoStream] | None], bool]:
+    """Look ahead whether the times of packets are certainly those of presentation.
+
+    They are if the decoder does not reorder, or if the container does: then a packet has an earlier time than one
+    before it. Packets without a time cannot be asked.
+
+    Returns:
+        The packets, and whether their times are certain.
+    """
+    if not may_reorder(stream):
+        return packets, True
+    ahead: list[Packet[VideoStream] | None] = []
+    latest: int | None = None
+    is_certain = False
+    failure: Exception | None = None
+    while len(ahead) < _PACKETS_ASKED and not is_certain:
+        try:
+            packet = next(packets, None)
+        except (VideoError, NoKeyframeError) as error:  # raised when its turn comes
+            failure = error
+            break
+        ahead.append(packet)
+        if packet is None:
+            break
+        is_certain = packet.pts is None or (latest is not None and packet.pts < latest)
+        latest = packet.pts
+    return _then(ahead, packets, failure), is_certain
+
+
+def _then(
+    ahead: list[Packet[VideoStream] | None], packets: Iterator[Packet[VideoStream] | None], failure: Exception | None
+) -> Iterator[Packet[VideoStream] | None]:
+    yield from ahead
+    if failure is not None:
+        raise failure
+    yield from packets
+
+
 def _in_clock(needed: Needed, convert: TickConverter) -> Needed:
     """The same question asked in the container's ticks."""
     if convert.parts == 1:
@@ -322,13 +373,13 @@ def _in_clock(needed: Needed, convert: TickConverter) -> Needed:
 
 @contextmanager
 def _failures_retried(watched: WatchedFile, schedule: Schedule | None) -> Iterator[None]:
-    """Raise _MissingFrameError for a failure after packets were left out, as that may be its cause."""
+    """Raise MissingFrameError for a failure after packets were left out, as that may be its cause."""
     try:
         yield
     except VideoError as error:
         of_the_pictures = error.reason in (Reason.DECODE_ERROR, Reason.NO_FRAMES) and watched.error is None
         if schedule is not None and schedule.left_out and of_the_pictures:
-            raise _MissingFrameError from error
+            raise MissingFrameError from error
         raise
 
 
@@ -348,185 +399,3 @@ def _decode_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -
         context.flush_buffers()
     context.skip_frame = "NONREF" if step.skip else "DEFAULT"
     return frames + decode_packet(watched, stream, step.packet)
-
-
-@dataclass(slots=True)
-class _AwaitedFrames:
-    """The wanted frames that have not come out of the decoder yet."""
-
-    expected: list[tuple[int, int | None]] = field(default_factory=list)
-    """A heap of their times, and of the times of the frames after them."""
-
-    def sent(self, step: Step) -> None:
-        if step.expected_pts is not None:
-            heapq.heappush(self.expected, (step.expected_pts, step.next_pts))
-
-    def came(self, pts: int) -> int | None:
-        """Take note of a frame that came out.
-
-        Returns:
-            The time of the next frame, where that is known.
-
-        Raises:
-            _MissingFrameError: a frame that was wanted before it did not come.
-        """
-        if not self.expected or pts < self.expected[0][0]:
-            return None
-        expected_pts, next_pts = heapq.heappop(self.expected)
-        if expected_pts != pts:
-            raise _MissingFrameError
-        return next_pts
-
-
-class _FrameOrder:
-    """Gives decoded frames their display intervals, and refuses those that are damaged or out of order."""
-
-    __slots__ = (
-        "_aspect",
-        "_aspect_may_change",
-        "_conceal",
-        "_convert",
-        "_crop",
-        "_first_pts",
-        "_frame_ticks",
-        "_stream",
-        "_time_base",
-        "awaited",
-        "end_pts",
-        "last_pts",
-    )
-
-    def __init__(
-        self,
-        stream: VideoStream,
-        convert: TickConverter,
-        first_pts: int | None,
-        crop: Crop | None = None,
-        *,
-        conceal: bool,
-    ) -> None:
-        """Expect the frames of a stream.
-
-        Args:
-            stream: the frames' stream.
-            convert: the container's ticks to those of the clock.
-            first_pts: frames before it are left out; in the container's ticks, as all times here.
-            crop: the part of the pictures that is shown; None for all.
-            conceal: take frames in which the decoder concealed damage.
-        """
-        self.awaited = _AwaitedFrames()
-        self.last_pts: int | None = None
-        self.end_pts = 0
-        self._stream, self._convert, self._first_pts, self._conceal = stream, convert, first_pts, conceal
-        self._time_base, self._frame_ticks = time_base_of(stream), usual_ticks(stream)
-        self._aspect, self._aspect_may_change = pixel_aspect(stream), may_change_aspect(stream)
-        self._crop = crop
-        if crop is not None and crop.pixel_aspect is not None:
-            self._aspect = crop.pixel_aspect
-
-    def timed(self, frame: VideoFrame) -> TimedFrame | None:
-        """The frame with its times; None for one before the keyframe that a seek led to.
-
-        Raises:
-            VideoError: DECODE_ERROR: it is damaged, or its time runs backwards.
-            _MissingFrameError: a frame that was wanted before it did not come.
-        """
-        pts = frame.pts if frame.pts is not None else frame.dts
-        if pts is None:
-            pts = self.end_pts
-        if self._first_pts is not None and pts < self._first_pts:
-            return None  # it references pictures before the keyframe, which were not decoded
-        if frame.is_corrupt and not self._conceal:
-            detail = f"{at_seconds(pts, self._time_base)}: the decoder had to conceal a damaged picture"
-            raise VideoError(Reason.DECODE_ERROR, detail)
-        if self.last_pts is not None and pts < self.last_pts:
-            before = f"{float(self.last_pts * self._time_base):.2f} s"
-            detail = f"{at_seconds(pts, self._time_base)}: presentation times run backwards, after {before}"
-            raise VideoError(Reason.DECODE_ERROR, detail)
-        self.end_pts = self.awaited.came(pts) or pts + (frame.duration or self._frame_ticks)
-        self.last_pts = pts
-        if self._aspect_may_change:
-            self._aspect = pixel_aspect(self._stream)
-        return TimedFrame(
-            frame=frame,
-            pts=self._convert(pts),
-            end_pts=self._convert(self.end_pts),
-            stream=self._stream,
-            pixel_aspect=self._aspect,
-            crop=self._crop,
-        )
-
-
-def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
-    """Seconds from the first frame to the end, by reading every packet but decoding none.
-
-    Args:
-        watched: the file.
-        first_pts: time of the first frame, in the container's ticks.
-
-    Raises:
-        VideoError: the container is damaged, or the video over a limit.
-    """
-    archive = image_archive(watched)
-    if archive is not None:
-        return (len(archive) - first_pts) / archive.rate
-    with open_video(watched) as (container, stream):
-        frame_ticks, time_base = usual_ticks(stream), time_base_of(stream)
-        longest = watched.limits.max_seconds / time_base
-        num_packets, ticks, end_pts = 0, 0, first_pts
-        end = StreamEnd()
-        for packet in read_packets(container, stream, SeekPoint(await_keyframe=False), watched.limits, end=end):
-            if packet is not None:
-                num_packets += 1
-                if packet.pts is not None:
-                    end_pts = max(end_pts, packet.pts + (packet.duration or frame_ticks))
-                ticks = end_pts - first_pts or num_packets * frame_ticks
-                if ticks > longest:  # checked within the loop, as there may be no end
-                    refuse_long(watched.limits, seconds=ticks * time_base)
-        held_until = _held_until(watched, stream, end, None)
-        return (max(ticks, held_until - first_pts) if held_until is not None else ticks) * time_base
-
-
-def _held_until(watched: WatchedFile, stream: VideoStream, end: StreamEnd, last_pts: int | None) -> int | None:
-    """The tick until which packets without a picture hold the last picture; None where there are none at the end.
-
-    Args:
-        watched: the file, read to its end.
-        stream: the video stream.
-        end: the end of its packets.
-        last_pts: time of the last frame, in the container's ticks; None where nothing was decoded.
-    """
-    until, last = end.until_pts, end.last
-    if last is None:
-        return until
-    ticks = last.duration or usual_ticks(stream)
-    if last_pts is not None and last.pts is not None and last.pts > last_pts and codec_name(stream) not in _SILENT:
-        until = max(until or 0, last.pts + ticks)
-    entries, formats = stream.index_entries, stream.container.format.name.split(",")
-    if "mov" in formats and last.pts is not None and last.dts is not None and len(entries):
-        final = entries[-1]
-        if not final.size and not final.is_discard and final.timestamp > last.dts:  # the demuxer passes over them
-            until = max(until or 0, final.timestamp + last.pts - last.dts + ticks)
-    if "avi" in formats and last.pos is not None and last.dts is not None:
-        count = empty_chunks_after(watched, stream.index, last.pos + last.size)
-        until = max(until or 0, last.dts + (1 + count) * ticks) if count else until
-    return until
-
-
-def _refuse_truncated(stream: VideoStream, end_seconds: Fraction) -> None:
-    """Refuse a stream whose frames end well before its header says they do.
-
-    Only the length that the header states for the video stream counts: a container may be longer for its sound.
-    Writers differ in where its clock starts, so the reading that misses less is taken. Honest writers are exact to a
-    frame or two; a second, or a hundredth of the length, leaves room for the others.
-    """
-    claimed = stream_seconds(stream)
-    if claimed is None:
-        return
-    start = (stream.start_time or 0) * time_base_of(stream)
-    reached = max(end_seconds, end_seconds - start)
-    if claimed - reached > max(Fraction(1), claimed / 100):
-        raise VideoError(
-            Reason.TRUNCATED,
-            f"the header promises {float(claimed):.2f} s of video, the frames end at {float(reached):.2f} s",
-        )

@@ -117,8 +117,9 @@ class Usability:
 
     square: bool
     """Whether pixels are square, or their shape is not stated."""
-    states_reordering: bool
-    """Whether it states the reorder depth (bitstream_restriction_flag)."""
+    num_reordered: int | None
+    """Pictures that may precede another one in decoding order and follow it in presentation (max_num_reorder_frames);
+    None where that is not stated."""
 
 
 def usability_of(extradata: bytes) -> Usability | None:
@@ -133,7 +134,7 @@ def usability_of(extradata: bytes) -> Usability | None:
         if bits.take(1):
             for _ in range(4):
                 bits.take_unsigned()
-        return _usability(bits) if bits.take(1) else Usability(square=True, states_reordering=False)
+        return _usability(bits) if bits.take(1) else Usability(square=True, num_reordered=None)
     except EOFError:
         return None
 
@@ -158,7 +159,12 @@ def _usability(bits: Bits) -> Usability:
     if any(with_buffers):
         bits.take(1)
     bits.take(1)
-    return Usability(square=square, states_reordering=bool(bits.take(1)))
+    if not bits.take(1):
+        return Usability(square=square, num_reordered=None)
+    bits.take(1)
+    for _ in range(4):
+        bits.take_unsigned()
+    return Usability(square=square, num_reordered=bits.take_unsigned())
 
 
 def _skip_buffer_model(bits: Bits) -> bool:

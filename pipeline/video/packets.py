@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -113,13 +114,36 @@ def read_packets(
     yield None
 
 
+_PACKETS_TIMED = 48
+_BYTES_TIMED = 2 << 20
+
+
+def times_ahead(stream: VideoStream) -> list[int]:
+    """Times of the next packets of an opened stream, 48 at most or 2 MiB, in the container's ticks. Uses them up."""
+    container = stream.container
+    assert isinstance(container, InputContainer)
+    times: list[int] = []
+    num_bytes = 0
+    with suppress(av.FFmpegError):  # damage is met again by whoever decodes
+        for packet in container.demux(stream):
+            if packet.pts is not None and packet.size:
+                times.append(packet.pts)
+            num_bytes += packet.size
+            if len(times) >= _PACKETS_TIMED or num_bytes >= _BYTES_TIMED:
+                break
+    return times
+
+
 def _nonempty_packets(
     container: InputContainer, stream: VideoStream, limits: Limits, end: StreamEnd
 ) -> Iterator[Packet[VideoStream]]:
     """Every packet of at least one byte; without times where those are invented."""
     clockless, frame_ticks = is_clockless(stream), usual_ticks(stream)
+    # ASF states times of decoding alone; FFmpeg makes durations by a rate that may be wrong, and some other times
+    only_decoding_times = stream.container.format.name == "asf" and stream.codec_context.reorder_depth > 0
     num_packets = 0
     last_time: int | None = None
+    last_dts: int | None = None
     packets = container.demux(stream)
     while True:
         try:
@@ -145,6 +169,10 @@ def _nonempty_packets(
         if clockless:
             packet.pts = packet.dts = None
             packet.duration = 0
+        elif only_decoding_times and packet.dts is not None:
+            packet.pts = None
+            packet.duration = packet.dts - last_dts if last_dts is not None and last_dts < packet.dts else 0
+            last_dts = packet.dts
         yield packet
 
 

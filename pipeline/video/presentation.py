@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 import vidshard.pipeline.video.frames as media
 from vidshard.pipeline.video.container import ThreadType, open_video
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.mp4 import Edit, Track, read_edits, read_frame_times, read_tracks
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed

@@ -9,12 +9,13 @@ from typing import BinaryIO
 
 from vidshard.pipeline.video.container import codec_name, refuse_long
 from vidshard.pipeline.video.content_id import archive_id, content_id
-from vidshard.pipeline.video.frames import seconds_from_packets
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
 from vidshard.pipeline.video.input_file import open_file, storage_failures_named
+from vidshard.pipeline.video.packets import times_ahead
 from vidshard.pipeline.video.presentation import first_frame
 from vidshard.pipeline.video.render import orientation_of
+from vidshard.pipeline.video.stream_end import seconds_from_packets
 from vidshard.pipeline.video.timestamps import Clock, frame_rate, seconds_from_header, time_base_of
 from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource
 
@@ -48,6 +49,8 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
                 video_id = archive_id(video_id, fps)
             else:
                 codec, fps, clock = codec_name(stream), frame_rate(stream), Clock.of(stream, first.pts)
+                if clock.time_base != time_base_of(stream):
+                    clock = Clock.of(stream, first.pts, times_ahead(stream))
                 duration_seconds = shown_seconds or seconds_from_header(stream, first.pts * time_base_of(stream))
                 refuse_long(watched.limits, seconds=duration_seconds or 0, num_frames=stream.frames)
             source = VideoSource(

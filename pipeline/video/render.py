@@ -22,7 +22,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, Interpo
 from vidshard.pipeline.video.color import Color, Transfer, color_of, rgb_from_ycbcr, to_bt709
 from vidshard.pipeline.video.container import ffmpeg_failures_as
 from vidshard.pipeline.video.cropping import Crop
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.geometry import Orientation, display_size, paste, plan_geometry
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import ClipSpec, Geometry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,6 +24,9 @@ _RATES_AGREE = Fraction(1, 5000)
 
 _MIN_INTERVAL_TICKS = 8
 """A frame interval shorter than this is not refined: rounding to a tick would move frames too far."""
+
+_MIN_SHARE_OF_TIMES = Fraction(3, 4)
+"""Share of the first times that must fit a stated rate. At 25 frames per second a fifth of them fit 29.97."""
 
 _MAX_SUBDIVISION = 1 << 16
 """Largest number of parts into which one tick of a container is divided."""
@@ -73,11 +77,20 @@ class Clock:
     """Presentation time of the first frame, in these ticks."""
 
     @classmethod
-    def of(cls, stream: VideoStream, first_pts: int) -> Clock:
-        """The clock of a stream whose first frame is at ``first_pts`` in the container's ticks."""
+    def of(cls, stream: VideoStream, first_pts: int, times: Sequence[int] = ()) -> Clock:
+        """The clock of a stream.
+
+        Args:
+            stream: the video stream.
+            first_pts: time of its first frame, in the container's ticks.
+            times: of packets after the first frame, in the container's ticks. A rate that they contradict is not
+                believed: several containers state none, and FFmpeg then takes a default of the codec.
+        """
         time_base = time_base_of(stream)
         interval = None if is_clockless(stream) else _interval(stream, time_base)
         if interval is None or interval < _MIN_INTERVAL_TICKS or interval.denominator > _MAX_SUBDIVISION:
+            return cls(time_base=time_base, start_pts=first_pts)
+        if interval.denominator > 1 and not _is_rate_of(interval, first_pts, times):
             return cls(time_base=time_base, start_pts=first_pts)
         parts = interval.denominator if abs(first_pts) * interval.denominator < 1 << 62 else 1
         return cls(time_base=time_base / parts, start_pts=first_pts * parts)
@@ -137,6 +150,12 @@ def _interval(stream: VideoStream, time_base: Fraction) -> Fraction | None:
     else:  # Matroska's nanoseconds come back as 19001/317 for 60000/1001, a millisecond in six hours
         rate = _standard_rate(lowest, Fraction(1, 1_000_000)) or lowest
     return 1 / (rate * time_base) if rate else None
+
+
+def _is_rate_of(interval: Fraction, first_pts: int, times: Sequence[int]) -> bool:
+    """Whether most times lie at most one tick away from a whole number of intervals after the first frame."""
+    fitting = sum(abs(offset - round(offset / interval) * interval) <= 1 for offset in (t - first_pts for t in times))
+    return fitting >= _MIN_SHARE_OF_TIMES * len(times)
 
 
 def _standard_rate(rate: Fraction, tolerance: Fraction) -> Fraction | None:

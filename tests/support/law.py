@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tests.support.decoding import SPEC, probe
 from vidshard.pipeline.video.decode import decode_spans
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError

@@ -467,11 +467,11 @@ def test_files_whose_header_tells_all_are_opened_once_and_others_by_decoding(
 
 
 def test_the_reordering_and_pixel_shape_of_h264_are_read_from_its_parameters(tmp_path: Path) -> None:
-    for aspect, says, restricted in ((None, True, True), (Fraction(4, 3), False, True)):
-        path = write_video(tmp_path / "v.mp4", Recipe(num_frames=5, pixel_aspect=aspect))
+    for aspect, says, b_frames in ((None, True, 0), (Fraction(4, 3), False, 1)):
+        path = write_video(tmp_path / "v.mp4", Recipe(num_frames=5, pixel_aspect=aspect, b_frames=b_frames))
         with av.open(str(path)) as container:
             header = usability_of(bytes(container.streams.video[0].codec_context.extradata or b""))
-        assert header == Usability(square=says, states_reordering=restricted)
+        assert header == Usability(square=says, num_reordered=b_frames)
     assert usability_of(b"\0\0\1\x67 start codes") is None
     assert usability_of(b"\1 cut") is None
 

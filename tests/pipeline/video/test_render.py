@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from tests.support.decoding import assert_same, decode, probe
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.video.color import Color, Transfer, color_of, nits_to_pq, pq_to_nits, tone_mapped
-from vidshard.pipeline.video.frames import TimedFrame
+from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.render import Renderer
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import ClipSpec

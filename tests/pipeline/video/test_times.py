@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.decoding import assert_same, decode, expected, numbers, probe, rejection
-from tests.support.videos import Recipe, read_frame_number, write_video
+from tests.support.videos import Recipe, numbered_frame, read_frame_number, write_video
 from vidshard.pipeline.video.timestamps import TickConverter, frame_rate
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.video import Clip, ClipSpec
@@ -448,3 +448,25 @@ def test_a_clock_keeps_the_order_of_times_and_moves_none_by_more_than_a_tick(
     assert all(abs(time - ticks * parts) <= parts for time, ticks in zip(times, sorted(raw), strict=True))
     assert read(start) == start * parts
     assert all(read(ticks) > time for ticks, time in ((read.to_container(time) + 1, time) for time in times))
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("h263", "asf"), ("h261", "asf"), ("libx264", "mkv"), ("libx264", "flv")]
+)
+def test_a_stated_rate_that_the_times_contradict_moves_none_of_them(tmp_path: Path, codec: str, suffix: str) -> None:
+    """Frames of 25 per second under a header of 29.97, the default of several codecs where a container states none."""
+    path = tmp_path / f"v.{suffix}"
+    with av.open(str(path), "w") as output:
+        stream = cast(VideoStream, output.add_stream(codec, rate=Fraction(30000, 1001)))
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 25) if codec.startswith("h26") else Fraction(1, 1000)
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number, 176, 144), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    spec = ClipSpec(fps=Fraction(25), num_frames=5, height=72, width=72)
+    clips = decode(path, spec)
+    assert numbers(clips) == list(range(30))
+    times = np.concatenate([clip.frame_pts_seconds for clip in clips])
+    assert np.allclose(times - times[0], np.arange(30) / 25, atol=1e-9)
