@@ -314,11 +314,28 @@ def verify(
 @click.argument("out", metavar="OUTPUT")
 @click.option("--clip", "clip_id", metavar="ID", help="Clip to decode; the beginning of its id is enough.")
 @click.option("--video", "video_id", metavar="ID", help="Video to decode as a whole, from an output of --continuous.")
-@click.option("--to", "target", metavar="FILE", help="Video file to write for --clip or --video, such as clip.mp4.")
+@click.option("--to", "target", metavar="FILE", help="Video file to write, such as clip.mp4. Not with --all.")
 @click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Decode only the first N clips of --all.")
 @click.option(
-    "--side-by-side", is_flag=True, help="Show the source beside the reconstruction, if the source can be read."
+    "--only",
+    metavar="PART",
+    multiple=True,
+    help="Decode this payload part alone, such as structure or dynamics. May be repeated.",
+)
+@click.option("--structure", metavar="ID", help="Clip whose structure is decoded with the --dynamics of another clip.")
+@click.option("--dynamics", metavar="ID", help="Clip whose dynamics are decoded with the --structure of another clip.")
+@click.option(
+    "--cross",
+    "crossed",
+    metavar="PART=ID",
+    multiple=True,
+    help="Clip that gives a payload part of any name to the crossed video; repeated for every part.",
+)
+@click.option(
+    "--side-by-side",
+    is_flag=True,
+    help="Show the source at the left, if it can be read, and each payload part at the right.",
 )
 @_moved_weights
 @_fetch_sources
@@ -336,6 +353,10 @@ def decode(
     target: str | None,
     folder: str | None,
     limit: int | None,
+    only: tuple[str, ...],
+    structure: str | None,
+    dynamics: str | None,
+    crossed: tuple[str, ...],
     side_by_side: bool,
     weights: str | None,
     fetch_sources: bool,
@@ -350,11 +371,17 @@ def decode(
     \b
     vidshard decode tokens/ --clip 3f2a --to clip.mp4 --side-by-side
     vidshard decode tokens/ --all reconstructions/
+    vidshard decode latents/ --structure 3f2a --dynamics 9c01 --to crossed.mp4
     """
-    if [clip_id, video_id, folder].count(None) != 2:
-        raise click.UsageError("give --clip ID or --video ID with --to FILE, or --all DIR")
+    parts = _crossed_parts(structure, dynamics, crossed)
+    if [clip_id, video_id, folder, parts or None].count(None) != 3:
+        raise click.UsageError(
+            "give one of --clip ID, --video ID or --structure ID with --dynamics ID, and --to FILE; or --all DIR"
+        )
     if folder is None and target is None:
-        raise click.UsageError("--clip and --video need --to FILE, the video file to write")
+        raise click.UsageError("--clip, --video and crossed clips need --to FILE, the video file to write")
+    if parts and only:
+        raise click.UsageError("--only decodes parts of one clip (--clip ID); a crossed video takes every part")
     try:
         tiles = None if tile_size is None else parse_size(tile_size)
     except ValueError as error:
@@ -368,6 +395,8 @@ def decode(
         target=target,
         folder=folder,
         limit=limit,
+        only=tuple(dict.fromkeys(only)),
+        crossed=parts,
         side_by_side=side_by_side,
         weights=weights,
         fetch_sources=fetch_sources,
@@ -375,6 +404,27 @@ def decode(
         tile_overlap=tile_overlap,
     )
     decode_output(request, _console())
+
+
+def _crossed_parts(structure: str | None, dynamics: str | None, crossed: tuple[str, ...]) -> dict[str, str]:
+    """Clip ids by payload part, from the flags of `decode`.
+
+    Raises:
+        click.UsageError: a value is no PART=ID, or a part is named twice.
+    """
+    named: list[tuple[str, str | None]] = [("structure", structure), ("dynamics", dynamics)]
+    for text in crossed:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise click.UsageError(f"--cross {text}: give PART=ID, such as structure=3f2a")
+        named.append((name, value))
+    parts: dict[str, str] = {}
+    for part, clip_id in named:
+        if clip_id is not None:
+            if part in parts:
+                raise click.UsageError(f"the payload part '{part}' is named twice: give one clip for it")
+            parts[part] = clip_id
+    return parts
 
 
 @vidshard.command()

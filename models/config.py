@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from typing import Any, Final
+from collections.abc import Collection, Mapping
+from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +19,14 @@ from vidshard.schemas.tokens import Payload
 IDENTITY_WHEN_SET: Final[dict[str, Any]] = {"identity": "when set"}
 """Mark (``json_schema_extra``) of a field that is part of a tokenizer's identity only if it differs from its default,
 so that outputs from before the field existed keep their identity."""
+
+
+class ClipShape(NamedTuple):
+    """Length of a clip in frames, and size of a frame in pixels."""
+
+    num_frames: int
+    height: int
+    width: int
 
 
 class TokenizerConfig(BaseModel, ABC):
@@ -69,6 +78,37 @@ class TokenizerConfig(BaseModel, ABC):
     @abstractmethod
     def has_logvar(self) -> bool:
         """Whether the model gives a log-variance beside its latents."""
+
+    @property
+    def default_clip(self) -> ClipShape:
+        """Clip of a run that names no length and no size."""
+        return ClipShape(num_frames=17 if self.is_causal else 16, height=256, width=256)
+
+    @property
+    def takes_tiles(self) -> bool:
+        """Whether frames can be encoded and decoded in tiles."""
+        return True
+
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Parts of a payload that can be decoded alone, or be replaced by those of another clip.
+
+        Payload columns by name of the part; empty for a family whose clips are decoded whole only.
+        """
+        return {}
+
+    def columns_of(self, parts: Collection[str]) -> tuple[str, ...]:
+        """Payload columns of some parts.
+
+        Raises:
+            ValueError: a part is unknown, or none is given; the message lists all parts.
+        """
+        unknown = [part for part in parts if part not in self.parts]
+        if unknown or not parts:
+            given = f"no part {unknown[0]!r:.80}" if unknown else "no part is given"
+            has = f"there are: {', '.join(self.parts)}" if self.parts else "its clips are decoded whole"
+            raise ValueError(f"{self.name}: {given}; {has}")
+        return tuple(column for part in parts for column in self.parts[part])
 
     @property
     @abstractmethod

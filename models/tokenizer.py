@@ -9,7 +9,7 @@ A family is an entry of `FAMILIES`. To add one, make a folder beside ``vidtok/``
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -117,17 +117,25 @@ class Tokenizer(Protocol):
         ...
 
     def decode_payload(
-        self, payload: Mapping[str, Tensor], num_frames: int | None = None, *, tiling: Tiling | None = None
+        self,
+        payload: Mapping[str, Tensor],
+        num_frames: int | None = None,
+        *,
+        tiling: Tiling | None = None,
+        parts: Collection[str] | None = None,
     ) -> Tensor:
         """Decode whole clips to floating (B, 3, T, H, W), approximately in [-1, 1].
 
         Args:
-            payload: payload columns by name, each (B, *shape).
+            payload: payload columns by name, each (B, *shape). Columns of different parts may come from different
+                clips; log-variances are ignored.
             num_frames: length of the clips; None for `TokenizerConfig.decoded_frames`.
             tiling: tiles for large frames; None for whole frames.
+            parts: names of `TokenizerConfig.parts` to decode alone; None for all columns.
 
         Raises:
-            ValueError: a column has another shape, or a token is outside the codebook.
+            ValueError: a column has another shape or is missing, a token is outside the codebook, or the model has
+                no such part.
         """
         ...
 

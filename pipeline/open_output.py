@@ -5,8 +5,9 @@ Only `Output.reconstruct` loads torch. Reading needs pyarrow alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from vidshard.pipeline.output.shard_reader import ShardError, StoredClip, open_s
 from vidshard.pipeline.rows import row_rejection
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.tokens import Provenance
+
+if TYPE_CHECKING:
+    from vidshard.pipeline.reconstruct import ClipDecoder
 
 
 class Output:
@@ -72,27 +76,48 @@ class Output:
         with named_if_damaged(storage.join(self.path, REJECTS)):
             return [row_rejection(row) for row in read_rejects(self.path).to_pylist()]
 
-    def reconstruct(self, clip: StoredClip) -> np.ndarray:
+    def reconstruct(self, clip: StoredClip, *, parts: str | Collection[str] | None = None) -> np.ndarray:
         """Decode a clip of this output, on a GPU where there is one; the first call loads the tokenizer.
 
         A row of a continuous output is decoded with the rows around it, so that its frames are those of the whole
         video.
 
+        Args:
+            parts: names of the payload parts to decode, such as ``"structure"``; None for the whole clip.
+
         Returns:
             uint8 (T, H, W, 3), RGB in [0, 255]; frames from ``num_valid_frames`` on repeat the last real one.
 
         Raises:
-            UserError: the weights are missing, or are not those that made the output.
+            UserError: the weights are missing, or are not those that made the output; or the tokenizer has no such
+                part.
+            ShardError: the clip was made by another tokenizer, or its payload is damaged.
         """
-        return self._decoder(clip)
+        return self._decoder.decode(clip, parts=(parts,) if isinstance(parts, str) else parts)
+
+    def cross(self, **clips: StoredClip) -> np.ndarray:
+        """Decode payload parts of several clips together, such as the structure of one with the dynamics of another.
+
+        Args:
+            clips: a clip for each payload part of the tokenizer, by name of the part. They may be of other outputs
+                that were made by the same tokenizer with the same weights.
+
+        Returns:
+            As `reconstruct`; the frames up to the smallest ``num_valid_frames`` of the clips are real in all of them.
+
+        Raises:
+            UserError: a part is missing or unknown, or the clips differ in tokenizer, weights, shape or frame rate.
+            ShardError: as `reconstruct`.
+        """
+        return self._decoder.cross(clips)
 
     @cached_property
-    def _decoder(self) -> Callable[[StoredClip], np.ndarray]:
-        from vidshard.pipeline.reconstruct import clip_decoder
+    def _decoder(self) -> ClipDecoder:
+        from vidshard.pipeline.reconstruct import ClipDecoder
         from vidshard.pipeline.resolved_run import ResolvedRun
 
         resolved = ResolvedRun.from_provenance(self.provenance, weights=self._weights)
-        return clip_decoder(resolved, self.shards, tiling=resolved.tiling)
+        return ClipDecoder(resolved, self.shards, tiling=resolved.tiling)
 
 
 def open_output(path: str, *, weights: str | None = None) -> Output:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ import torch
 from vidshard.models.tokenizer import Past, Tokenizer, output_to_frames
 from vidshard.models.vidtok.lengths import Padding, pad
 from vidshard.models.vidtok.tiling import Tiling
+from vidshard.pipeline.crossing import check_clip, check_parts, cross_clips, stored_spec
 from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.encode import make_reproducible
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, read_clips
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
 from vidshard.schemas.errors import UserError
-from vidshard.schemas.video import ClipSpec
 
 Row = tuple[str, str]
 """A row of an output: the path of its shard and its clip id."""
@@ -41,39 +41,75 @@ def load_decoder(resolved: ResolvedRun, *, precision: str = "float32") -> Tokeni
         raise UserError(f"{error} (--weights FILE names another place)") from error
 
 
-def clip_decoder(
-    resolved: ResolvedRun, paths: Sequence[str], *, tiling: Tiling | None
-) -> Callable[[StoredClip], np.ndarray]:
-    """Make a function that decodes single clips of an output: stored row to uint8 (T, H, W, 3).
+class ClipDecoder:
+    """Decodes single clips of an output: whole, by payload part, or crossed. The first clip loads the tokenizer."""
 
-    Args:
-        paths: paths of the shards; a row of a continuous sequence is decoded with the rows around it.
-        tiling: tiles for large frames; None for whole frames.
+    def __init__(self, resolved: ResolvedRun, paths: Sequence[str], *, tiling: Tiling | None) -> None:
+        """Prepare to decode.
 
-    Raises:
-        UserError: as `load_decoder`.
-    """
-    tokenizer = load_decoder(resolved)
-    if resolved.run.continuous:
-        return lambda clip: reconstruct_row(clip, paths, tokenizer)
-    return lambda clip: reconstruct(clip, tokenizer, padding=resolved.padding, tiling=tiling)
+        Args:
+            resolved: run that made the output.
+            paths: paths of the shards; a row of a continuous sequence is decoded with the rows around it.
+            tiling: tiles for large frames; None for whole frames.
+        """
+        self._resolved, self._paths, self._tiling = resolved, paths, tiling
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the output; see `load_decoder`."""
+        return load_decoder(self._resolved)
+
+    def decode(self, clip: StoredClip, *, parts: Collection[str] | None = None) -> np.ndarray:
+        """Decode a stored clip: uint8 (T, H, W, 3).
+
+        Args:
+            parts: names of the payload parts to decode; None for the whole clip.
+
+        Raises:
+            UserError: as `load_decoder`; or the tokenizer has no such part.
+            ShardError: the clip was made by another tokenizer, or its payload is damaged.
+        """
+        if parts is not None:
+            check_parts(self._resolved, parts)
+        check_clip(self._resolved, clip)
+        if self._resolved.run.continuous:
+            return reconstruct_row(clip, self._paths, self.tokenizer)
+        return reconstruct(clip, self.tokenizer, padding=self._resolved.padding, tiling=self._tiling, parts=parts)
+
+    def cross(self, clips: Mapping[str, StoredClip]) -> np.ndarray:
+        """Decode payload parts of several clips together: uint8 (T, H, W, 3).
+
+        Args:
+            clips: a clip for each payload part of the tokenizer, by name of the part.
+
+        Raises:
+            UserError: as `load_decoder`; or a part is missing or unknown, or the clips do not go together.
+            ShardError: as `decode`.
+        """
+        return self.decode(cross_clips(self._resolved, clips))
 
 
 def reconstruct(
-    clip: StoredClip, tokenizer: Tokenizer, *, padding: Padding | None = None, tiling: Tiling | None = None
+    clip: StoredClip,
+    tokenizer: Tokenizer,
+    *,
+    padding: Padding | None = None,
+    tiling: Tiling | None = None,
+    parts: Collection[str] | None = None,
 ) -> np.ndarray:
     """Decode a stored clip: uint8 (T, H, W, 3), as many frames as were sampled.
 
     Args:
         padding: placement of the frames that padded the clip before encoding; None if it was not padded.
         tiling: tiles for large frames; None for whole frames.
+        parts: names of the payload parts to decode; None for all.
     """
     num_frames = len(clip.values["frame_pts_seconds"])
     no_pixels = torch.empty(1, 3, num_frames, 0, 0)  # only the lengths matter
     padded = pad(no_pixels, tokenizer.config, padding or Padding.REPEAT_LAST)
     with torch.inference_mode():
         decoded_BCTHW = tokenizer.decode_payload(
-            to_tensors(clip.payload, tokenizer), padded.frames.shape[2], tiling=tiling
+            to_tensors(clip.payload, tokenizer), padded.frames.shape[2], tiling=tiling, parts=parts
         )
         return output_to_frames(padded.cut(decoded_BCTHW))[0].cpu().numpy()
 
@@ -166,9 +202,3 @@ def source_frames(clip: StoredClip, resolved: ResolvedRun) -> np.ndarray:
     limits = replace(resolved.run.limits, private_hosts=None)  # the caller asked whether a source may be fetched
     source = decode_again(uri, video_id, values["clip_index"], spec, part, limits)[-1]
     return source.frames[source.lead_frames :]
-
-
-def stored_spec(resolved: ResolvedRun, values: Mapping[str, Any]) -> ClipSpec:
-    """Clip settings of a stored row."""
-    specs = {spec.bucket: spec for spec in resolved.clip_specs}
-    return specs[values["bucket"]] if "bucket" in values else next(iter(specs.values()))

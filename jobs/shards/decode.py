@@ -1,12 +1,16 @@
-"""Decoding job: writes clips, or a whole continuous video, of an output as video files."""
+"""Decoding job: writes clips, or a whole continuous video, of an output as video files.
+
+Clips of a family with payload parts are also written by part, or crossed: the parts of several clips as one video.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,10 +21,11 @@ from rich.console import Console
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline import storage
+from vidshard.pipeline.crossing import check_parts, cross_clips
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, open_shard, output_shards, read_clips
 from vidshard.pipeline.reconstruct import (
+    ClipDecoder,
     Row,
-    clip_decoder,
     load_decoder,
     reconstruct_video,
     rows_of_video,
@@ -50,8 +55,12 @@ class DecodeRun:
     """Folder for files ``ID.mp4``, used without a target; None for the working directory."""
     limit: int | None = None
     """Largest number of clips, if no ids are given; None for all."""
+    only: Sequence[str] = ()
+    """Names of the payload parts to decode; empty for the whole payload."""
+    crossed: Mapping[str, str] = field(default_factory=dict)
+    """Clip ids, or unique prefixes, by payload part, to decode as one clip into ``target``; empty for single clips."""
     side_by_side: bool = False
-    """Whether to show the source at the left."""
+    """Whether to show the source at the left and, of a whole clip, its payload parts at the right."""
     fetch_sources: bool = False
     """Whether sources may be read from remote storage: the output names them, and may be foreign."""
     weights: str | None = None
@@ -70,16 +79,26 @@ def decode_output(request: DecodeRun, console: Console) -> list[Path]:
             cannot be written.
     """
     paths = output_shards(request.out)
+    if request.crossed:
+        return [_decode_crossed(request, paths, console)]
     rows = [_only_clip(paths, clip_id) for clip_id in request.clip_ids] or find_clips(paths, "")[: request.limit]
-    with open_shard(paths[0]) as (_, provenance):
+    resolved = _resolved(request, rows[0][0] if rows else paths[0], console)
+    if request.only:
+        check_parts(resolved, request.only)
+    if request.video_id is not None:
+        return [_decode_video(request, request.video_id, paths, resolved, console)]
+    decoder = ClipDecoder(resolved, paths, tiling=tiling_for(request, resolved))
+    return _decode_clips(request, rows, decoder, resolved, console)
+
+
+def _resolved(request: DecodeRun, path: str, console: Console) -> ResolvedRun:
+    """Resolve the run that made a shard; prints its notice and which weights are opened."""
+    with open_shard(path) as (_, provenance):
         resolved = ResolvedRun.from_provenance(provenance, weights=request.weights)
     if resolved.notice:
         warn(console, readable(resolved.notice))
     say_weights(resolved, console)
-    if request.video_id is not None:
-        return [_decode_video(request, request.video_id, paths, resolved, console)]
-    decode = clip_decoder(resolved, paths, tiling=tiling_for(request, resolved))
-    return _decode_clips(request, rows, decode, resolved, console)
+    return resolved
 
 
 def say_weights(resolved: ResolvedRun, console: Console) -> None:
@@ -90,24 +109,17 @@ def say_weights(resolved: ResolvedRun, console: Console) -> None:
 
 
 def _decode_clips(
-    request: DecodeRun,
-    rows: Sequence[Row],
-    decode: Callable[[StoredClip], np.ndarray],
-    resolved: ResolvedRun,
-    console: Console,
+    request: DecodeRun, rows: Sequence[Row], decoder: ClipDecoder, resolved: ResolvedRun, console: Console
 ) -> list[Path]:
     files: list[Path] = []
+    order: list[str] = []
     with PhaseProgress(console, "decoding", len(rows)) as display:
         for row in rows:
             clip = stored_clip(row)
             file = Path(request.target) if request.target else Path(request.folder or ".") / file_name(clip.clip_id)
-            frames = decode(clip)
-            if (
-                request.side_by_side
-                and (source := _source_or_none(clip, resolved, console, fetch=request.fetch_sources)) is not None
-            ):
-                frames = np.concatenate([source, frames], axis=2)
-            write_video(file, frames[: clip.values["num_valid_frames"]], resolved.run.fps)
+            pictures = _pictures(request, clip, decoder, resolved, console)
+            order = max(order, list(pictures), key=len)
+            _write_pictures(file, pictures, clip, resolved)
             files.append(file)
             speed = len(files) / display.seconds
             display.update(len(files), f"{len(files)} of {len(rows)} clips · {speed:.2f} clips/s")
@@ -115,7 +127,63 @@ def _decode_clips(
                 console.print(f"wrote {file}: {describe_clip(clip)}", highlight=False, markup=False)
     if not request.clip_ids:
         console.print(f"wrote {len(files)} clips to {request.folder}", highlight=False, markup=False)
+    _say_order(order, console)
     return files
+
+
+def _pictures(
+    request: DecodeRun, clip: StoredClip, decoder: ClipDecoder, resolved: ResolvedRun, console: Console
+) -> dict[str, np.ndarray]:
+    """Pictures of a clip from left to right, by what they show: each uint8 (T, H, W, 3)."""
+    pictures: dict[str, np.ndarray] = {}
+    if request.side_by_side:
+        source = _source_or_none(clip, resolved, console, fetch=request.fetch_sources)
+        if source is not None:
+            pictures["source"] = source
+    if request.only:
+        pictures[" with ".join(request.only)] = decoder.decode(clip, parts=request.only)
+        return pictures
+    pictures["reconstruction"] = decoder.decode(clip)
+    if request.side_by_side and not resolved.run.continuous and len(resolved.config.parts) > 1:
+        for part in resolved.config.parts:
+            pictures[f"{part} alone"] = decoder.decode(clip, parts=[part])
+    return pictures
+
+
+def _decode_crossed(request: DecodeRun, paths: Sequence[str], console: Console) -> Path:
+    rows = {part: _only_clip(paths, clip_id) for part, clip_id in request.crossed.items()}
+    clips = {part: stored_clip(row) for part, row in rows.items()}
+    resolved = _resolved(request, next(iter(rows.values()))[0], console)
+    crossed = cross_clips(resolved, clips)
+    assert request.target is not None, "a crossed clip has no name of its own"
+    file = Path(request.target)
+    pictures: dict[str, np.ndarray] = {}
+    if request.side_by_side:
+        for part, clip in clips.items():
+            source = _source_or_none(clip, resolved, console, fetch=request.fetch_sources)
+            if source is not None:
+                pictures[f"source of {part}"] = source
+    decoder = ClipDecoder(resolved, paths, tiling=tiling_for(request, resolved))
+    pictures["crossed"] = decoder.decode(crossed)
+    _write_pictures(file, pictures, crossed, resolved)
+    for part, clip in clips.items():
+        console.print(f"{part}: {clip.clip_id}, {describe_clip(clip)}", highlight=False, markup=False)
+    num_frames = crossed.values["num_valid_frames"]
+    console.print(f"wrote {file}: {num_frames} frames of {' with '.join(clips)}", highlight=False, markup=False)
+    _say_order(list(pictures), console)
+    return file
+
+
+def _write_pictures(file: Path, pictures: Mapping[str, np.ndarray], clip: StoredClip, resolved: ResolvedRun) -> None:
+    """Write the valid frames of pictures side by side."""
+    frames = np.concatenate(list(pictures.values()), axis=2)
+    write_video(file, frames[: clip.values["num_valid_frames"]], resolved.run.fps)
+
+
+def _say_order(order: Sequence[str], console: Console) -> None:
+    """Print the order of pictures side by side."""
+    if len(order) > 1:
+        console.print(f"from left to right: {', '.join(order)}", highlight=False, markup=False)
 
 
 def _decode_video(
@@ -173,10 +241,22 @@ def _only_clip(paths: Sequence[str], prefix: str) -> Row:
         example = next((readable(clip.clip_id) for path in paths for clip in read_clips(path)), "none")
         raise UserError(f"no clip whose id begins with '{prefix}'; one that is there: {example}")
     exact = [(path, clip_id) for path, clip_id in found if clip_id == prefix]
-    if len(found) > 1 and not exact:
+    matches = exact or found
+    if len({clip_id for _, clip_id in matches}) > 1:
         some = ", ".join(readable(clip_id) for _, clip_id in found[:3])
         raise UserError(f"{len(found)} clips begin with '{prefix}' ({some} ...): give more of the id")
-    return (exact or found)[0]
+    if len(matches) > 1 and len({_identity(path) for path, _ in matches}) > 1:
+        shards = ", ".join(shown_uri(path) for path, _ in matches[:3])
+        raise UserError(
+            f"clip {readable(matches[0][1])} stands in shards that were made with different settings ({shards}): "
+            "decode from one of these files"
+        )
+    return matches[0]
+
+
+def _identity(path: str) -> str:
+    with open_shard(path) as (_, provenance):
+        return json.dumps(provenance.identity, sort_keys=True)
 
 
 _OWN_ID = re.compile(r"[0-9a-z]{1,64}(?:-[0-9a-z]{1,64}){0,2}(?:-[0-9]{6,12})?", re.ASCII)

@@ -21,9 +21,10 @@ from torch import Tensor
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.models.tokenizer import EncodedClips, Past, Tokenizer, frames_to_input
 from vidshard.models.vidtok.lengths import pad
+from vidshard.pipeline.crossing import stored_spec
 from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.output.shard_reader import find_clips, open_shard
-from vidshard.pipeline.reconstruct import load_decoder, stored_clip, stored_spec
+from vidshard.pipeline.reconstruct import load_decoder, stored_clip
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
 from vidshard.schemas.errors import UserError, one_line

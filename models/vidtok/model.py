@@ -9,7 +9,7 @@ knows of video files, shards or Ray.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Self
 
 import torch
@@ -211,9 +211,20 @@ class VidTok(nn.Module):
         return x_BTHWC.permute(0, 4, 1, 2, 3), next_past
 
     def decode_payload(
-        self, payload: Mapping[str, Tensor], num_frames: int | None = None, *, tiling: Tiling | None = None
+        self,
+        payload: Mapping[str, Tensor],
+        num_frames: int | None = None,
+        *,
+        tiling: Tiling | None = None,
+        parts: Collection[str] | None = None,
     ) -> Tensor:
-        """Decode whole clips from the columns of shards: ``tokens`` or ``latents``; otherwise as `decode`."""
+        """Decode whole clips from the columns of shards: ``tokens`` or ``latents``; otherwise as `decode`.
+
+        Raises:
+            ValueError: as `decode`; or parts are given, since a VidTok clip has none.
+        """
+        if parts is not None:
+            self.config.columns_of(parts)
         return self.decode(_decodable(payload), num_frames, tiling=tiling)
 
     def decode_payload_stream(

@@ -33,6 +33,8 @@ class StoredClip:
     """All columns except the payload, by name."""
     payload: dict[str, np.ndarray]
     """Payload columns except log-variances, by name: token ids (T', H', W'), latents float16 (C, T', H', W')."""
+    provenance: Provenance | None = None
+    """Provenance of its shard; None for a clip that was not read from one."""
 
     @property
     def clip_id(self) -> str:
@@ -119,7 +121,8 @@ def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
                 for values in batch.to_pylist():
                     _check_row(values)
                     if values["clip_id"].startswith(prefix):
-                        yield StoredClip(values=values, payload={name: array[number] for name, array in arrays.items()})
+                        payload = {name: array[number] for name, array in arrays.items()}
+                        yield StoredClip(values=values, payload=payload, provenance=provenance)
                     number += 1
 
 

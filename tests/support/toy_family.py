@@ -6,7 +6,7 @@ frame is beside it) and ``tokens`` (the brightness of each frame, in 300 levels)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -84,6 +84,10 @@ class ToyConfig(TokenizerConfig):
             PayloadColumn(name="tokens", shape=(NUM_FRAMES,), dtype="uint16", codebook_size=LEVELS),
         )
 
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        return {"structure": ("structure",), "motion": ("motion", "tokens")}
+
 
 @dataclass(frozen=True)
 class ToyEncoded:
@@ -128,11 +132,21 @@ class Toy(nn.Module):
         raise ValueError(f"{self.config.name} takes whole clips only")
 
     def decode_payload(
-        self, payload: Mapping[str, Tensor], num_frames: int | None = None, *, tiling: Tiling | None = None
+        self,
+        payload: Mapping[str, Tensor],
+        num_frames: int | None = None,
+        *,
+        tiling: Tiling | None = None,
+        parts: Collection[str] | None = None,
     ) -> Tensor:
-        assert set(payload) == {"structure", "motion", "tokens"}
-        picture_BCHW = F.interpolate(payload["structure"].float(), scale_factor=4)
-        return picture_BCHW[:, :, None] + payload["motion"].float()[:, None, :, None, None]
+        chosen = tuple(self.config.parts if parts is None else parts)
+        some = payload[self.config.columns_of(chosen)[0]]
+        decoded_BCTHW = torch.zeros(len(some), 3, NUM_FRAMES, SIZE, SIZE, device=self.device)
+        if "structure" in chosen:
+            decoded_BCTHW = decoded_BCTHW + F.interpolate(payload["structure"].float(), scale_factor=4)[:, :, None]
+        if "motion" in chosen:
+            decoded_BCTHW = decoded_BCTHW + payload["motion"].float()[:, None, :, None, None]
+        return decoded_BCTHW
 
     def decode_payload_stream(
         self, payload: Mapping[str, Tensor], past: Past = (), *, last: bool = False
