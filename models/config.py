@@ -8,6 +8,7 @@ weights and compute nothing.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, Final, NamedTuple
@@ -83,6 +84,12 @@ class TokenizerConfig(BaseModel, ABC):
     def default_clip(self) -> ClipShape:
         """Clip of a run that names no length and no size."""
         return ClipShape(num_frames=17 if self.is_causal else 16, height=256, width=256)
+
+    @property
+    def compression_rate(self) -> float:
+        """Number of values of a default clip's tokens or latents over the number of its pixels' color values."""
+        payload = self.payload(*self.default_clip)
+        return sum(column.num_values for column in payload) / (3 * math.prod(self.default_clip))
 
     @property
     def takes_tiles(self) -> bool:

@@ -22,6 +22,8 @@ from vidshard.models.vidtok.autoencoder import Past
 from vidshard.models.vidtok.heads import Encoded
 from vidshard.models.vidtok.model import VidTok, checkpoint_name
 from vidshard.models.vidtok.tiling import Tiling
+from vidshard.models.vidtwin import config as vidtwin_config
+from vidshard.models.vidtwin import model as vidtwin
 
 __all__ = [
     "FAMILIES",
@@ -158,6 +160,14 @@ class Tokenizer(Protocol):
         ...
 
 
+def _no_tables(_config: Any) -> Mapping[str, Tensor]:
+    return {}
+
+
+def _untold(_shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Family of tokenizers: config class, presets, network, and weight names."""
@@ -169,6 +179,12 @@ class Family:
     """Function from a config of this family to a network with random weights, which implements `Tokenizer`."""
     checkpoint_name: Callable[[str, Any], str]
     """Function from the network's name of a weight, and the config, to its name in published files."""
+    fixed_tables: Callable[[Any], Mapping[str, Tensor]] = _no_tables
+    """Function from a config to the entries of the weights that are computed instead of learned, by the network's
+    names. Files hold them too, and they must agree."""
+    latents_in: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, tuple[int, ...]]] = _untold
+    """Function from the shapes of a file's entries to the shapes of a clip's latents by payload column; empty if they
+    do not tell."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -177,6 +193,14 @@ FAMILIES: dict[str, Family] = {
         presets=vidtok_config.PRESETS,
         build=VidTok,
         checkpoint_name=checkpoint_name,
+    ),
+    "vidtwin": Family(
+        config=vidtwin_config.VidTwinConfig,
+        presets=vidtwin_config.PRESETS,
+        build=vidtwin.VidTwin,
+        checkpoint_name=vidtwin.checkpoint_name,
+        fixed_tables=vidtwin.fixed_tables,
+        latents_in=vidtwin.latents_in,
     ),
 }
 """All families by the ``family`` tag of their configs."""

@@ -29,6 +29,8 @@ from torch import Tensor
 from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, TokenizerConfig, parse_config
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
+from vidshard.models.vidtwin.config import VidTwinConfig
+from vidshard.models.vidtwin.model import VidTwin
 from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.fields import differences
 from vidshard.schemas.text import readable
@@ -38,8 +40,8 @@ SHIPPED = "fsq_causal_488_small"
 
 
 MAX_PARAMETERS = 4_000_000_000
-"""Largest network that is loaded, in parameters; those of VidTok have up to 0.2 billion."""
-MAX_SEEDED_PARAMETERS = 1_000_000_000
+"""Largest network that is loaded, in parameters; those of VidTok have up to 0.2 billion, of VidTwin up to 1.3."""
+MAX_SEEDED_PARAMETERS = 1_500_000_000
 """Largest network that gets random weights."""
 MAX_HEADER_BYTES = 16 << 20
 """Largest header of a safetensors file that is parsed; those of published tokenizers take some 100 KB. Parsing 99 MB
@@ -81,8 +83,9 @@ def training_summary(path: str | Path) -> dict[str, Any]:
 
 
 def count_parameters(config: TokenizerConfig) -> int:
-    """Number of parameters of the network; no weights are allocated."""
-    return sum(math.prod(shape) for shape in _expected_shapes(config).values())
+    """Number of parameters of the network, tables that are not learned left out; no weights are allocated."""
+    tables = fixed_tables(config)
+    return sum(math.prod(shape) for name, shape in _expected_shapes(config).items() if name not in tables)
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
@@ -106,6 +109,11 @@ def checkpoint_name(name: str, config: TokenizerConfig) -> str:
     return FAMILIES[config.family].checkpoint_name(name, config)
 
 
+def fixed_tables(config: TokenizerConfig) -> Mapping[str, Tensor]:
+    """Entries of the weights that are computed instead of learned, in the dtype that they have in published files."""
+    return FAMILIES[config.family].fixed_tables(config)
+
+
 def preset_in_name(path: str | Path) -> str | None:
     """Preset whose name occurs in the name of a weights file, the longest if several do; None if there is none.
 
@@ -120,8 +128,10 @@ def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
     """Random float32 weights that depend only on names, shapes and the seed, not on the machine or torch.
 
     Each entry has its own generator: numpy's frozen `RandomState`, seeded by the CRC-32 of its `checkpoint_name`
-    started at the seed. Kernels are N(0, 1) * 1.5 / sqrt(inputs), which keeps feature maps at unit scale. Gains are
-    N(1, 0.1) and biases N(0, 0.1), by mean and standard deviation; mix factors are uniform in [-1, 1).
+    started at the seed. Kernels are N(0, 1) * 1.5 / sqrt(inputs), which keeps feature maps at unit scale; those of
+    queries, keys and values have 0.7 instead of 1.5. By mean and standard deviation, gains are N(1, 0.1), biases and
+    tables of shifts N(0, 0.1) and query embeddings N(0, 1). Mix factors are uniform in [-1, 1). `fixed_tables` are
+    computed as always.
 
     Args:
         seed: in [0, 2**32).
@@ -131,13 +141,20 @@ def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in 0 ... {2**32 - 1}, got {seed}")
+    tables = fixed_tables(config)
     weights: dict[str, Tensor] = {}
     for name, shape in _expected_shapes(config, MAX_SEEDED_PARAMETERS).items():
+        if name in tables:
+            weights[name] = tables[name]
+            continue
         random = np.random.RandomState(zlib.crc32(checkpoint_name(name, config).encode(), seed))
         if name.endswith("mix_factor"):
             values = random.uniform(-1.0, 1.0, shape)
+        elif name.endswith(("scale_shift_table", "query_embeds")):
+            values = random.standard_normal(shape) * (1.0 if name.endswith("query_embeds") else 0.1)
         elif len(shape) >= 2:
-            values = random.standard_normal(shape) * (1.5 / math.sqrt(math.prod(shape[1:])))
+            gain = 0.7 if name.endswith("qkv.weight") else 1.5
+            values = random.standard_normal(shape) * (gain / math.sqrt(math.prod(shape[1:])))
         else:
             values = 0.1 * random.standard_normal(shape) + (0.0 if name.endswith(".bias") else 1.0)
         weights[name] = torch.from_numpy(values.astype(np.float32))
@@ -154,6 +171,18 @@ def load_tokenizer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VidTok: ...
+
+
+@overload
+def load_tokenizer(
+    config: VidTwinConfig,
+    weights: str | Path | None,
+    *,
+    seed: int | None = None,
+    ema: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VidTwin: ...
 
 
 @overload
@@ -217,13 +246,14 @@ def load_weights(
         ema: load the moving average that training stored under ``model_ema.``.
 
     Returns:
-        The config, and float32 tensors on the CPU by name.
+        The config, and float32 tensors on the CPU by name; `fixed_tables` have the dtype that they are computed in.
 
     Raises:
         FileNotFoundError: there is no such file.
         WeightsError: the file is unreadable or would execute code, it states another config, or none though none is
-            given. Also if entries are missing, foreign, mis-shaped, not plain arrays or not finite, or if the file is
-            named after another preset whose weights have the same names and shapes. It is a ValueError.
+            given. Also if entries are missing, foreign, mis-shaped, not plain arrays or not finite, if `fixed_tables`
+            have other values, or if the file is named after another preset whose weights have the same names and
+            shapes. It is a ValueError.
         NoAveragesError: averages are requested, but the file has none; a WeightsError.
     """
     path = Path(path)
@@ -249,7 +279,9 @@ def load_weights(
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise WeightsError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
-    return config, weights
+    tables = fixed_tables(config)
+    _check_tables(path, tensors, tables)
+    return config, weights | dict(tables)
 
 
 def save_tokenizer(path: str | Path, tokenizer: Tokenizer, *, summary: Mapping[str, object] | None = None) -> None:
@@ -360,19 +392,31 @@ def _refuse_packed(path: Path) -> None:
         raise WeightsError(f"{path} is refused: it unpacks to {unpacked:,} bytes, more than it has")
 
 
+# Numbers of numpy, which learning-rate schedules leave in training checkpoints: a type, a dtype and bytes. Reading one
+# calls nothing but numpy's constructor of scalars, which refuses objects. It has another name in files of numpy 1.
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+    _NUMPY_SCALAR,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+]
+
+
 def _read_pickle(path: Path) -> dict[str, object]:
     _refuse_packed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_HARMLESS):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's message names the requested object, but also advises to load the file unsafely: only the name is kept
         asked_for = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
         reason = f"it asks for {asked_for[1]}" if asked_for else "it is broken, or holds more than tensors"
         raise WeightsError(
-            f"{path} is refused: {reason}, and loading it would execute code. Convert it to .safetensors where you "
-            "trust it."
+            f"{path} is refused: {reason}, and loading it would execute code. Where you trust it, save the tensors of "
+            "its 'state_dict' alone to a new .safetensors or .ckpt file, with the program that wrote it."
         ) from error
     except MemoryError:
         raise
@@ -417,7 +461,10 @@ def _averages(path: Path, entries: Mapping[str, object], config: TokenizerConfig
             averages[by_joined_name.get(joined_name, name)] = value
     if not averages:
         raise NoAveragesError(f"{path} holds no averaged (EMA) weights, only one set: take it without ema")
-    return _floating_tensors(path, averages)
+    # only what is learned is averaged
+    plain = {_unwrapped(name): value for name, value in entries.items()}
+    fixed = {checkpoint_name(name, config) for name, _ in _empty(config).named_buffers()} & plain.keys()
+    return _floating_tensors(path, {name: plain[name] for name in fixed} | averages)
 
 
 def _unwrapped(name: str) -> str:
@@ -481,7 +528,44 @@ def _check_entries(path: Path, entries: Mapping[str, Tensor], config: TokenizerC
     }
     if any(problems.values()):
         listing = "; ".join(f"{len(names)} {what}: {_abbreviated(names)}" for what, names in problems.items() if names)
-        raise WeightsError(f"{path} does not fit {config.name}; is it of another preset? {listing}")
+        raise WeightsError(f"{path} does not fit {config.name}{_other_latents(entries, config)}: {listing}")
+
+
+def _other_latents(entries: Mapping[str, Tensor], config: TokenizerConfig) -> str:
+    """Say which latents a file's weights make, if their shapes tell it and they are not those of the config."""
+    family = FAMILIES[config.family]
+    theirs = family.latents_in({name: tuple(tensor.shape) for name, tensor in entries.items()})
+    ours = _latent_shapes(config)
+    if not theirs or theirs == ours:
+        return "; is it of another preset?"
+    fitting = [name for name, preset in family.presets.items() if _latent_shapes(preset) == theirs]
+    hint = f", those of {' or '.join(fitting)}" if fitting else ""
+    return f", whose latents are {_sizes(ours)}; the file's are {_sizes(theirs)}{hint}"
+
+
+def _latent_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    return {column.name: column.shape for column in config.payload(*config.default_clip)}
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+TABLE_TOLERANCE = 1e-6
+"""Largest difference between `fixed_tables` and a file's, whose values lie in [-1, 1]; a file in half precision may
+differ by its rounding."""
+
+
+def _check_tables(path: Path, entries: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose fixed tables are not those of the network: it was trained with others."""
+    for name, table in tables.items():
+        given = entries[name]
+        difference = (given.to(table.dtype) - table).abs().max().item()
+        if difference > max(TABLE_TOLERANCE, torch.finfo(given.dtype).eps):
+            raise WeightsError(
+                f"{path}: {name} is a fixed table, and differs from the one of the network by {difference:.2g}: the "
+                "weights were made for another version of it"
+            )
 
 
 def _abbreviated(names: Iterable[str], limit: int = 10) -> str:

@@ -62,7 +62,11 @@ LATER_COLUMNS = frozenset({"continues_previous", "decode_errors", "part_start_se
 ``decode_errors`` 0; times of the part null, which is the whole video; ``bucket`` the run's only frame size.
 ``decode_errors`` counts damaged places in the stretch that was decoded with the clip; the clip itself is whole."""
 
-PAYLOAD_COLUMNS = frozenset({"tokens", "latents", "latents_logvar"})
+PAYLOAD_COLUMNS = frozenset({"tokens"}) | {
+    f"{latent}{suffix}"
+    for latent in ("latents", "structure", "dynamics", "dynamics_x", "dynamics_y")
+    for suffix in ("", "_logvar")
+}
 """Names of the payload columns of all families."""
 
 _CLIP_COLUMNS = frozenset(f.name for f in CLIP_FIELDS)

@@ -171,34 +171,34 @@ def _show_rejects(out: str, console: Console) -> None:
 def print_tokenizers(console: Console) -> None:
     """Print the tokenizer presets as a table."""
     table = Table(box=None, pad_edge=False)
-    for name in (
-        "name",
-        "family",
-        "head",
-        "causal",
-        "compression (t x h x w)",
-        "codebook",
-        "latent at 17 (not causal: 16) x256x256",
-    ):
+    for name in ("name", "family", "head", "causal", "compression (t x h x w)", "codebook"):
         table.add_column(name, no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("weights", no_wrap=True)
+    for name in ("parameters", "rate"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("clip", "weights", "latents"):
+        table.add_column(name, no_wrap=True)
     for config in PRESETS.values():
-        columns = config.payload(17 if config.is_causal else 16, 256, 256)
+        clip = config.default_clip
+        columns = config.payload(*clip)
         space = config.space_stride
         table.add_row(
             config.name,
             config.family,
             config.head_name,
             "yes" if config.is_causal else "no",
-            f"{config.time_stride} x {space} x {space}",
-            f"{config.codebook_size:,}" if config.codebook_size else f"{columns[0].shape[0]} channels",
-            " + ".join("x".join(map(str, column.shape)) for column in columns),
+            "by part" if config.parts else f"{config.time_stride} x {space} x {space}",
+            f"{config.codebook_size:,}" if config.codebook_size else "none",
             f"{count_parameters(config) / 1e6:.2f} M",
+            f"{config.compression_rate:.3%}",
+            "x".join(map(str, clip)),
             "shipped" if config.name == SHIPPED else "",
+            " + ".join(f"{column.name} {'x'.join(map(str, column.shape))}" for column in columns),
         )
-    console.print(table)
+    # whole lines, also where they are wider than the terminal or go to a file
+    table.width = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.print(table, soft_wrap=True)
     measured = training_summary(shipped_weights()).get("measured")
+    console.print("\nrate: number of values of a clip's latents, or of its tokens, over that of its pixels' colors")
     console.print(f"\n{SHIPPED} comes with trained weights and is what `vidshard tokenize` uses by itself.")
     if isinstance(measured, str):
         console.print(f"On clips that it never saw: {measured}.", highlight=False, markup=False)

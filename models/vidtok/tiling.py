@@ -72,8 +72,11 @@ class Tiling:
         """Check that the tiles lie on the model's latent grid.
 
         Raises:
-            ValueError: they do not; the message names the nearest sizes that do.
+            ValueError: they do not; the message names the nearest sizes that do. Or the model takes whole frames only.
         """
+        if not config.takes_tiles:
+            _, height, width = config.default_clip
+            raise ValueError(f"{config.name} takes whole frames of {height}x{width} only, no tiles")
         stride = config.space_stride
         for name, pixels in (("tile height", self.height), ("tile width", self.width), ("overlap", self.overlap)):
             if pixels % stride:

@@ -140,24 +140,26 @@ def tokenizers(_: str) -> str:
     """Every preset: its compression, its codebook and what a clip becomes."""
     rows = []
     for config in PRESETS.values():
-        frames = 17 if config.is_causal else 16
+        clip = config.default_clip
         space = config.space_stride
-        payload = config.payload(frames, 256, 256)
-        values = f"{config.codebook_size:,} tokens" if config.codebook_size else f"{payload[0].shape[0]} channels"
-        shape = " + ".join("x".join(map(str, column.shape)) for column in payload)
+        payload = config.payload(*clip)
+        values = f"{config.codebook_size:,} tokens" if config.codebook_size else "latents"
+        shape = ", ".join(f"{column.name} {'x'.join(map(str, column.shape))}" for column in payload)
         rows.append(
             [
                 f"`{config.name}`",
                 config.head_name.upper(),
                 "yes" if config.is_causal else "no",
-                f"{config.time_stride}x{space}x{space}",
+                "by part" if config.parts else f"{config.time_stride}x{space}x{space}",
                 values,
-                f"{shape} of {frames} frames",
+                "x".join(map(str, clip)),
+                shape,
+                f"{config.compression_rate:.3%}",
                 f"{count_parameters(config) / 1e6:.1f} M",
                 "in the package" if config.name == SHIPPED else "",
             ]
         )
-    header = ["name", "head", "causal", "compression", "values", "a 256x256 clip becomes", "weights", ""]
+    header = ["name", "head", "causal", "compression", "values", "clip", "becomes", "rate", "weights", ""]
     return _table(header, rows)
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from tests.support.golden import TOLERANCE, relative_error, video
 from tests.support.shared import SHARED
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.heads import FSQ
@@ -63,33 +63,11 @@ QUICK = {
     "fsq_causal_888_32768_v1_1": "BG",
 }
 """Cases of the whole set that every run compares, beside those of the committed part: it holds the same values."""
-TOLERANCE = 1e-4
-"""Largest error over the values' root mean square; the original's own float32 noise is a tenth of it."""
-
-FloatArray = npt.NDArray[np.float32]
-
-
-def video(num_frames: int, height: int, width: int, batch: int) -> torch.Tensor:
-    """Moving waves with noise, (B, 3, T, H, W) in [-1, 1], the same on any machine."""
-    clips = []
-    for item in range(batch):
-        random = np.random.RandomState(zlib.crc32(f"video:{num_frames}x{height}x{width}:{item}".encode()))
-        noise = random.standard_normal((3, num_frames, height, width))
-        c, t, y, x = np.indices(noise.shape).astype(np.float64)
-        waves = 0.45 * np.sin(2 * np.pi * (2 * x / width + t / 8 + c / 3))
-        waves += 0.30 * np.cos(2 * np.pi * (3 * y / height - t / 16 + c / 5))
-        clips.append(np.clip(waves + 0.15 * noise, -1, 1).astype(np.float32))
-    return torch.from_numpy(np.stack(clips))
 
 
 @lru_cache(maxsize=1)
 def tokenizer(config: str) -> VidTok:
     return load_tokenizer(PRESETS[config], None, seed=0)
-
-
-def relative_error(ours: torch.Tensor, theirs: FloatArray) -> float:
-    assert tuple(ours.shape) == theirs.shape
-    return float(np.abs(ours.numpy() - theirs).max() / np.sqrt(np.mean(np.square(theirs))))
 
 
 def check(config: str, case: str, expected: dict[str, npt.NDArray[np.generic]]) -> None:
