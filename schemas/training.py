@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -311,6 +312,11 @@ class StageConfig(ComputeSettings, DiscriminatorSettings, LossSettings, Optimize
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps, got {self.warmup_steps} of {self.steps}")
         return self
+
+    @classmethod
+    def completed(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the stored record of a stage: present names, and defaults of settings that it is older than."""
+        return {**cls().model_dump(mode="json"), **cls.current_names(record)}
 
     @property
     def has_discriminator(self) -> bool:

@@ -39,9 +39,10 @@ from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.recorder import read_metrics
 from vidshard.jobs.training.resolve import ResolvedTraining, begin_run, plan_resources, print_run, read_record, resolve
+from vidshard.jobs.training.stage_job import EXPORT, HELD_OUT, StageJob
 from vidshard.jobs.training.status import RunStatus
 from vidshard.jobs.training.summary import REJECTS, Result, StageResult, print_result, write_summary
-from vidshard.jobs.training.worker import EXPORT, HELD_OUT, StageJob, train_worker
+from vidshard.jobs.training.worker import train_worker
 from vidshard.pipeline import storage
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.output.lease import Lease, LeaseLostError

@@ -1,14 +1,12 @@
-"""Recorder of a running stage: metrics, pictures and speed. Nothing here influences the training."""
+"""Recorder of a running stage: metrics and pictures. Nothing here influences the training."""
 
 from __future__ import annotations
 
 import io
 import json
 import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,15 +73,21 @@ class Recorder:
         if self._wandb is not None:
             self._wandb.log(named, step=step)
 
-    def picture(self, step: int, real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.uint8]) -> None:
-        """Draw clips above their reconstructions, frames from left to right; both uint8 (B, T, H, W, 3)."""
-        if not len(real_BTHWC):
+    def picture(self, step: int, videos: Mapping[str, npt.NDArray[np.uint8]]) -> None:
+        """Draw clips and what was made of them below each other, frames from left to right.
+
+        Args:
+            step: number of steps done.
+            videos: clips by what they show, from top to bottom, each uint8 (B, T, H, W, 3); nothing is drawn for none.
+        """
+        if not videos:
             return
-        strip = picture_strip(real_BTHWC, fake_BTHWC)
+        strip = picture_strip(*videos.values())
         folder = self._root / PICTURES
         folder.mkdir(exist_ok=True)
         (folder / f"step-{step:08d}.png").write_bytes(png(strip))
-        self._events.add_image("held out: clip above, reconstruction below", strip, step, dataformats="HWC")
+        title = f"held out, from above: {', '.join(videos)}"
+        self._events.add_image(title, strip, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Make everything written so far readable in the folder."""
@@ -124,15 +128,11 @@ MAX_STRIP_FRAMES = 9
 """Most frames of a clip in a picture."""
 
 
-def picture_strip(real_BTHWC: npt.NDArray[np.uint8], fake_BTHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Picture of each clip, at most nine frames evenly apart, above its reconstruction: uint8 (H', W', 3)."""
-    num_frames = real_BTHWC.shape[1]
+def picture_strip(*videos_BTHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Picture of each clip, at most nine frames evenly apart, above what was made of it: uint8 (H', W', 3)."""
+    num_frames = videos_BTHWC[0].shape[1]
     shown = np.unique(np.linspace(0, num_frames - 1, min(num_frames, MAX_STRIP_FRAMES)).round().astype(int))
-    rows = [
-        np.concatenate(list(video[shown]), axis=1)
-        for pair in zip(real_BTHWC, fake_BTHWC, strict=True)
-        for video in pair
-    ]
+    rows = [np.concatenate(list(video[shown]), axis=1) for group in zip(*videos_BTHWC, strict=True) for video in group]
     return np.concatenate(rows)
 
 
@@ -143,61 +143,3 @@ def png(picture: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
     return buffer.getvalue()
-
-
-class Speed:
-    """Throughput of a stage: clips and steps per second, share of time spent waiting for data, and MFU."""
-
-    def __init__(self, flops_per_clip: float, peak_flops: float, workers: int) -> None:
-        """Start counting.
-
-        Args:
-            flops_per_clip: floating-point operations of a step per clip; 0.0 if unknown.
-            peak_flops: peak FLOP/s of one worker; 0.0 if unknown.
-            workers: number of workers.
-        """
-        self._flops, self._peak = flops_per_clip, peak_flops * workers
-        self._now = _Count(began=time.perf_counter())
-        self._whole: _Count | None = None
-
-    def step(self, clips: int, wait_seconds: float) -> None:
-        """Count a step: clips of the batch over all workers, and seconds that this worker waited for its part."""
-        for count in (self._now, self._whole):
-            if count is not None:
-                count.steps += 1
-                count.clips += clips
-                count.waited += wait_seconds
-
-    def recent(self) -> dict[str, float]:
-        """Throughput since the last call; ``mfu``, the share of the devices' peak, only where it is known."""
-        figures = self._figures(self._now)
-        self._now = _Count(began=time.perf_counter())
-        if self._whole is None:
-            self._whole = _Count(began=time.perf_counter())
-        return figures
-
-    def overall(self) -> dict[str, float]:
-        """Throughput since the first call of `recent`; empty before.
-
-        Until then pipelines fill and kernels are chosen.
-        """
-        return self._figures(self._whole) if self._whole is not None and self._whole.steps else {}
-
-    def _figures(self, count: _Count) -> dict[str, float]:
-        seconds = max(time.perf_counter() - count.began, 1e-9)
-        figures = {
-            "clips_per_second": count.clips / seconds,
-            "steps_per_second": count.steps / seconds,
-            "waiting": count.waited / seconds,
-        }
-        if self._flops and self._peak:
-            figures["mfu"] = figures["clips_per_second"] * self._flops / self._peak
-        return figures
-
-
-@dataclass(kw_only=True)
-class _Count:
-    began: float
-    steps: int = 0
-    clips: int = 0
-    waited: float = 0.0

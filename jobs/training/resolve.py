@@ -21,10 +21,11 @@ from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.training.worker import last_state, start_weights
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
-from vidshard.models.tokenizer import TokenizerConfig, get_preset
+from vidshard.models.tokenizer import FAMILIES, TokenizerConfig, get_preset, parse_config
+from vidshard.models.training.families import check_stages
+from vidshard.models.training.generator import Generator
 from vidshard.models.training.perceptual import load_perceptual
-from vidshard.models.training.state import Generator, check_stage
-from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.models.training.state import check_stage
 from vidshard.models.weights import count_parameters, load_weights, network_differences
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
@@ -42,7 +43,7 @@ class ResolvedTraining:
     """A training run whose settings are checked, with absolute paths and the tokenizer's configuration."""
 
     run: TrainRun
-    tokenizer: VidTokConfig
+    tokenizer: TokenizerConfig
     run_id: str
     """Id of the run in its folder; empty until `begin_run`."""
     previous: tuple[str, str] | None
@@ -66,6 +67,10 @@ def resolve(run: TrainRun) -> ResolvedTraining:
         )
     run = _with_absolute_paths(run)
     previous, weights, tokenizer = _look_up_start(run)
+    try:
+        check_stages(tokenizer, {name: stage.trainable for name, stage in run.stages.items()})
+    except ValueError as error:
+        raise UserError(f"{error}") from error
     for name, stage in run.stages.items():
         try:
             check_stage(stage, tokenizer)
@@ -116,7 +121,7 @@ def _refuse_credentials(run: TrainRun) -> None:
             )
 
 
-def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: VidTokConfig) -> None:
+def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: TokenizerConfig) -> None:
     reason = None
     if metric == "lpips" and not stage.perceptual_weight:
         reason = "LPIPS is measured only where --perceptual-weight is not 0"
@@ -128,13 +133,7 @@ def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: VidT
         raise UserError(f"{name}: no checkpoint would be the best by {metric}: {reason}; give another --best-by")
 
 
-def _trainable(config: TokenizerConfig) -> VidTokConfig:
-    if not isinstance(config, VidTokConfig):
-        raise UserError(f"{config.name} is of family {config.family}: only vidtok tokenizers can be trained")
-    return config
-
-
-def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, VidTokConfig]:
+def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig]:
     """Look up ``--init-from`` and ``--tokenizer``.
 
     Returns:
@@ -142,7 +141,7 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, V
         of the first two at most is not None.
     """
     try:
-        named = None if run.tokenizer is None else _trainable(get_preset(run.tokenizer))
+        named = None if run.tokenizer is None else get_preset(run.tokenizer)
         if run.init_from is None:
             if named is None:
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
@@ -153,11 +152,11 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, V
             with storage.local_copy(source) as local:
                 assert local is not None
                 if named is None:
-                    named = _trainable(load_weights(local)[0])
+                    named = load_weights(local)[0]
             start_weights(source, named)
             return None, source, named
         folder, record = _stage_folder(source)
-        there = VidTokConfig.model_validate(record["tokenizer"])
+        there = parse_config(record["tokenizer"])
         if named is not None and (differing := network_differences(there, named)):
             raise UserError(
                 f"--init-from {run.init_from} is of {there.name}, not {named.name} ({differing}): a stage goes on with "
@@ -220,7 +219,7 @@ def plan_resources(training: ResolvedTraining, cluster: Cluster) -> int:
     return workers
 
 
-def _check_memory(tokenizer: VidTokConfig, name: str, stage: StageConfig, workers: int) -> None:
+def _check_memory(tokenizer: TokenizerConfig, name: str, stage: StageConfig, workers: int) -> None:
     """Refuse a stage whose weights, optimizer state, averages and activations exceed this machine's memory."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # float32: weights, gradients, two moments and averages
@@ -236,11 +235,9 @@ def _check_memory(tokenizer: VidTokConfig, name: str, stage: StageConfig, worker
         )
 
 
-def activation_bytes(tokenizer: VidTokConfig, stage: StageConfig) -> int:
+def activation_bytes(tokenizer: TokenizerConfig, stage: StageConfig) -> int:
     """Bytes that one clip's forward pass keeps for its gradients, measured with tensors that have no storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to load
-
-    from vidshard.models.vidtok.model import VidTok
 
     kept: dict[int, int] = {}
 
@@ -249,7 +246,7 @@ def activation_bytes(tokenizer: VidTokConfig, stage: StageConfig) -> int:
         return tensor
 
     with FakeTensorMode():
-        generator = Generator(VidTok(tokenizer), stage)
+        generator = Generator(FAMILIES[tokenizer.family].build(tokenizer), stage)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bfloat16"),
@@ -274,7 +271,7 @@ def read_record(out: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(storage.read_bytes(path))
         TrainRun.model_validate(record["run"])
-        VidTokConfig.model_validate(record["tokenizer"])
+        parse_config(record["tokenizer"])
         known = isinstance(record["run_id"], str) and isinstance(record["starts"], list)
         if not known or not isinstance(record["identity"]["stages"], dict) or record["format"] != _FORMAT:
             raise ValueError
@@ -285,7 +282,7 @@ def read_record(out: str) -> dict[str, Any]:
 
 
 def _with_present_names(identity: dict[str, Any]) -> dict[str, Any]:
-    stages = {name: StageConfig.current_names(stage) for name, stage in identity["stages"].items()}
+    stages = {name: StageConfig.completed(stage) for name, stage in identity["stages"].items()}
     return {**TrainRun.current_names(identity), "stages": stages}
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.training.resolve import ResolvedTraining
-from vidshard.jobs.training.worker import EXPORT
+from vidshard.jobs.training.stage_job import EXPORT
 from vidshard.models.weights import count_parameters
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN

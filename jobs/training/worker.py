@@ -7,20 +7,12 @@ they keep the last few and the best, lie on any storage that fsspec supports, an
 
 from __future__ import annotations
 
-import math
-import operator
 import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
@@ -28,76 +20,26 @@ import torch.distributed as dist
 from ray.exceptions import RayTaskError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 from vidshard.jobs.runtime.errors import cause_of
-from vidshard.jobs.training.recorder import Recorder, Speed
-from vidshard.jobs.training.status import RunStatus
-from vidshard.models.tokenizer import output_to_frames
-from vidshard.models.training.evaluation import Evaluation, evaluate_batch, reconstruct
+from vidshard.jobs.training.measuring import evaluate, read_held_out
+from vidshard.jobs.training.recorder import Recorder
+from vidshard.jobs.training.speed import Speed, flops_per_clip, peak_flops
+from vidshard.jobs.training.stage_job import EXPORT, StageJob, Worker
+from vidshard.models.config import TokenizerConfig
+from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer
+from vidshard.models.training.families import trainable_family
+from vidshard.models.training.generator import Generator, shard_generator, start_tokenizer
 from vidshard.models.training.perceptual import load_perceptual
-from vidshard.models.training.state import Generator, TrainState, begin_stage, shard_generator, start_tokenizer
+from vidshard.models.training.state import TrainState, begin_stage
 from vidshard.models.training.step import DivergedError, NonFiniteError, train_step
-from vidshard.models.vidtok.config import PRESETS, VidTokConfig
-from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_weights, network_differences, preset_in_name, save_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
 from vidshard.pipeline.training_data.loader import Batch, batches
 from vidshard.pipeline.training_data.videos import UnusableError
-from vidshard.schemas.training import StageConfig, TrainRun
-
-EXPORT = "tokenizer.safetensors"
-HELD_OUT = "held_out.parquet"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageJob:
-    """One stage of a run, as the driver sends it to the workers."""
-
-    run: TrainRun
-    name: str
-    run_id: str
-    tokenizer: VidTokConfig
-    previous: tuple[str, str] | None
-    """Folder and run id of the stage whose last checkpoint this one starts from; None without one."""
-    weights: str | None
-    """Weights file that the stage starts from; None without one."""
-    epoch_length: int
-    """Number of clips in an epoch."""
-    threads: int
-    """Number of threads of a worker on CPUs."""
-    status: RunStatus
-
-    @property
-    def stage(self) -> StageConfig:
-        """Settings of the stage."""
-        return self.run.stages[self.name]
-
-    @property
-    def folder(self) -> str:
-        """Folder that the stage writes to."""
-        return storage.join(self.run.out, self.name)
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """Checkpoints of the stage."""
-        return Checkpoints(self.folder, self.run_id, keep_last=self.run.keep_last, best_by=self.run.best_by)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Worker:
-    """Rank and device of this worker."""
-
-    rank: int
-    count: int
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this worker writes checkpoints, metrics and the result."""
-        return self.rank == 0
+from vidshard.schemas.training import StageConfig
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -129,7 +71,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
 
 def _train(job: StageJob, worker: Worker) -> None:
     run, stage = job.run, job.stage
-    held_out = _read_held_out(job)
+    held_out = read_held_out(job)
     state, digests = begin(job, worker)
     flops = 0.0 if state.device.type == "cpu" and run.compile else flops_per_clip(state, stage)
     speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count)
@@ -250,10 +192,10 @@ def last_state(folder: str, run_id: str) -> dict[str, Any]:
     return checkpoints.load(checkpoint)
 
 
-def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:
+def start_weights(path: str, config: TokenizerConfig) -> dict[str, Tensor]:
     """Load weights from a file to start training from, named as in the model's state dict.
 
-    They may belong to another version (v1.0, v1.1) of the same network, since v1.1 was fine-tuned from v1.0.
+    The family decides what may differ, see `TrainableFamily.start_differences`.
 
     Raises:
         ValueError: the weights belong to another architecture.
@@ -267,52 +209,16 @@ def start_weights(path: str, config: VidTokConfig) -> dict[str, Tensor]:
             if "does not say which model" not in str(error):
                 raise
             stated, weights = load_weights(local, PRESETS.get(preset_in_name(path) or "", config))
-    variant = getattr(stated, "variant", config.variant)
-    differing = network_differences(stated, config.model_copy(update={"variant": variant}))
+    if stated.family == config.family:
+        differing = trainable_family(config).start_differences(stated, config)
+    else:
+        differing = network_differences(stated, config)
     if differing:
         raise ValueError(
             f"{storage.public_uri(path)} is of {stated.name}, not {config.name} ({differing}): --tokenizer says which "
             "model is meant"
         )
     return weights
-
-
-def flops_per_clip(state: TrainState, stage: StageConfig) -> float:
-    """Floating-point operations of the tokenizer per clip of a step: one forward pass, and two for the backward pass.
-
-    The usual count for MFU leaves out the networks of the losses and what activation checkpointing computes again.
-    0.0 where counting would take long (a large model on a CPU).
-    """
-    if state.device.type == "cpu" and sum(p.numel() for p in state.tokenizer.parameters()) > 20_000_000:
-        return 0.0
-    x_BCTHW = torch.zeros(1, 3, stage.frames, *stage.size, device=state.device)
-    with torch.no_grad(), FlopCounterMode(display=False) as whole:
-        state.generator(x_BCTHW)
-    by_module = whole.get_flop_counts()
-    encoder = sum(sum(v.values()) for name, v in by_module.items() if name.endswith("tokenizer.encoder"))
-    total = whole.get_total_flops()
-    return float(3 * (total - encoder) + encoder * (3 if stage.trainable == "all" else 1))
-
-
-_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "B200": 2250e12}
-"""Peak dense bfloat16 throughput in FLOP/s, as the vendors state it (V100: float16)."""
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """Peak throughput of a device in FLOP/s, measured by matrix products on a CPU; 0.0 for an unknown GPU."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((peak for known, peak in _PEAKS.items() if known in name), 0.0)
-        return peak if precision == "bfloat16" else peak / 2
-    best = math.inf
-    # some CPUs have units for bfloat16, others are slower with it; the faster type counts
-    for dtype in (torch.float32, torch.bfloat16)[: 2 if precision == "bfloat16" else 1]:
-        a = torch.ones(512, 512, dtype=dtype)
-        for _ in range(8):
-            began = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - began)
-    return 2 * 512**3 / best
 
 
 def _out_of_memory_text(job: StageJob, error: BaseException) -> str:
@@ -358,70 +264,6 @@ def _report(
     return stopping
 
 
-def evaluate(
-    job: StageJob, worker: Worker, state: TrainState, held_out: npt.NDArray[np.uint8], recorder: Recorder | None
-) -> dict[str, float]:
-    """Measure the averaged weights on held-out clips, shared among the workers, and record metrics and pictures.
-
-    Args:
-        held_out: clips, uint8 (N, T, H, W, 3); the same on all workers.
-        recorder: None on workers that record nothing.
-
-    Returns:
-        Metrics by name, the same on all workers; empty without held-out clips.
-    """
-    if not len(held_out):
-        return {}
-    shown = held_out[: job.run.pictures]
-    with state.averaged():
-        own = _evaluate_share(job, worker, state, held_out)
-        fakes = []
-        for clip in shown:
-            _, video_BCTHW, _ = reconstruct(state, torch.from_numpy(clip[None]))
-            fakes.append(output_to_frames(video_BCTHW).cpu().numpy()[0])
-    all_shares = [own]
-    if worker.count > 1:
-        gathered: list[Evaluation | None] = [None] * worker.count
-        dist.all_gather_object(gathered, own)
-        all_shares = gathered
-    figures = reduce(operator.add, (share for share in all_shares if share is not None)).metrics()
-    if recorder is not None:
-        recorder.write(state.step, figures, group="held_out")
-        recorder.picture(state.step, shown, np.stack(fakes) if fakes else shown)
-        job.status.measured({"step": state.step, **figures})
-    return figures
-
-
-def _evaluate_share(
-    job: StageJob, worker: Worker, state: TrainState, held_out: npt.NDArray[np.uint8]
-) -> Evaluation | None:
-    """Evaluate this worker's share of the held-out clips; None if it has none.
-
-    Every worker takes part in every round, as sharded weights need all of them; one without a clip takes the first.
-    """
-    size = max(1, job.stage.batch_size // worker.count // job.stage.gradient_accumulation)
-    total: Evaluation | None = None
-    for at in range(worker.rank * size, _rounded_up(len(held_out), size * worker.count), size * worker.count):
-        part = held_out[at : at + size]
-        evaluation = evaluate_batch(state, torch.from_numpy(part if len(part) else held_out[:1]))
-        if len(part):
-            total = evaluation if total is None else total + evaluation
-    return total
-
-
-def _rounded_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _read_held_out(job: StageJob) -> npt.NDArray[np.uint8]:
-    """Read the stage's held-out clips: uint8 (N, T, H, W, 3)."""
-    stage = job.stage
-    with storage.open_binary(storage.join(job.folder, HELD_OUT)) as file:
-        frames = pq.ParquetFile(file).read(columns=["frames"])["frames"].to_pylist()
-    shape = (len(frames), stage.frames, *stage.size, 3)
-    return np.frombuffer(bytearray().join(frames), np.uint8).reshape(shape) if frames else np.empty(shape, np.uint8)
-
-
 # Checkpoints and the result
 
 
@@ -462,10 +304,10 @@ def export(job: StageJob, worker: Worker, state: TrainState, digests: Mapping[st
     weights = state.weights(averaged=bool(state.averages))
     if not worker.is_first:
         return {}
-    tokenizer = VidTok(job.tokenizer)
+    tokenizer = FAMILIES[job.tokenizer.family].build(job.tokenizer)
     tokenizer.load_state_dict(weights)
     with tempfile.TemporaryDirectory(prefix="vidshard-") as folder:
         path = Path(folder) / EXPORT
-        save_tokenizer(path, tokenizer)
+        save_tokenizer(path, cast(Tokenizer, tokenizer))
         storage.write_atomic(storage.join(job.folder, EXPORT), path.read_bytes())
     return {"digests": {**digests, "weights_sha256": weights_digest(weights)}}

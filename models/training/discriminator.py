@@ -151,22 +151,26 @@ def adaptive_weight(nll_gradient: Tensor, gan_gradient: Tensor) -> Tensor:
     return ratio.clamp(0.0, 1e4)
 
 
-def last_layer_gradient(conv: nn.Module, input_BTHWC: Tensor, output_gradient: Tensor) -> Tensor:
-    """Gradient at the weights of the decoder's output convolution, from the gradient at its output.
+def last_layer_gradient(
+    layer: nn.Module, features: Tensor, output_gradient: Tensor, *, weight: str = "conv.weight"
+) -> Tensor:
+    """Gradient at the weights of the decoder's last layer, from the gradient at its output.
 
-    A convolution is linear in its weights, so their values do not matter and zeros stand in for them: the module may
-    be wrapped or sharded, and no gradient passes through it into the decoder.
+    A convolution and a linear layer are linear in their weights, so the values of these do not matter and zeros stand
+    in for them: the module may be wrapped or sharded, and no gradient passes through it into the decoder.
 
     Args:
-        conv: a `TimeConv`.
-        input_BTHWC: input of the convolution.
+        layer: a module that returns its output, or a tuple that begins with it, such as a `TimeConv`.
+        features: input of the layer.
         output_gradient: gradient of a loss at its output.
+        weight: name of the weight in the layer.
     """
     values = {
-        name: torch.zeros(weight.shape, device=input_BTHWC.device, requires_grad=name == "conv.weight")
-        for name, weight in conv.named_parameters()
+        name: torch.zeros(value.shape, device=features.device, requires_grad=name == weight)
+        for name, value in layer.named_parameters()
     }
     with torch.enable_grad():
-        output, _ = functional_call(conv, values, (input_BTHWC.detach(),))
-        (gradient,) = torch.autograd.grad(output, values["conv.weight"], output_gradient.to(output.dtype))
+        output = functional_call(layer, values, (features.detach(),))
+        output = output[0] if isinstance(output, tuple) else output
+        (gradient,) = torch.autograd.grad(output, values[weight], output_gradient.to(output.dtype))
     return gradient

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW, CodebookUse, psnr, ssim
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.losses import frames_of
-from vidshard.models.training.state import TrainState, video_of
+from vidshard.models.training.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,6 +29,8 @@ class Evaluation:
     """Sum of SSIM; None for frames smaller than its window."""
     lpips: float | None
     """Sum of LPIPS; None where LPIPS was not loaded."""
+    parts: dict[str, float]
+    """Sum of dB of the reconstruction from each part of the latents alone, by name; empty without parts."""
     use: CodebookUse | None
     """Counts of tokens; None for KL, and where the codebook is too large to count."""
 
@@ -45,6 +48,7 @@ class Evaluation:
             l1=self.l1 + other.l1,
             ssim=summed(self.ssim, other.ssim),
             lpips=summed(self.lpips, other.lpips),
+            parts={name: total + other.parts[name] for name, total in self.parts.items()},
             use=use,
         )
 
@@ -52,9 +56,10 @@ class Evaluation:
         """Means over frames, and codebook statistics, by name.
 
         Those that could be measured of psnr, l1, ssim, lpips, codebook_utilisation, codebook_entropy_bits and
-        codebook_perplexity.
+        codebook_perplexity; and psnr_PART_only for each part of the latents.
         """
         sums = {"psnr": self.psnr, "l1": self.l1, "ssim": self.ssim, "lpips": self.lpips}
+        sums |= {f"psnr_{name}_only": total for name, total in self.parts.items()}
         means = {name: value / max(self.num_frames, 1) for name, value in sums.items() if value is not None}
         if self.use is None:
             return means
@@ -65,20 +70,34 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reconstruction:
+    """Clips and their reconstruction, all float32 (B, 3, T, H, W) in about [-1, 1]."""
+
+    clips: Tensor
+    video: Tensor
+    parts: dict[str, Tensor]
+    """Reconstruction from each part of the latents alone, by name; empty for tokenizers whose latents have no parts."""
+    tokens: Tensor | None
+
+
 @torch.no_grad()
-def reconstruct(state: TrainState, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Encode and decode a batch; KL decodes the mean.
+def reconstruct(state: TrainState, frames_BTHWC: Tensor) -> Reconstruction:
+    """Encode and decode a batch, without dropout; of latents that training samples, the means are decoded.
 
     Args:
         frames_BTHWC: uint8 (B, T, H, W, 3), on any device.
-
-    Returns:
-        The clips and their reconstruction, both float32 (B, 3, T, H, W) in about [-1, 1], and the tokens, if any.
     """
     x_BCTHW = frames_to_input(frames_BTHWC.to(state.device)).contiguous()
-    with state.autocast():
-        made = state.generator(x_BCTHW)
-    return x_BCTHW, video_of(made["decoded_BTHWC"], x_BCTHW.shape[2]), made.get("tokens")
+    with state.autocast(), state.evaluating():
+        made = state.generator(x_BCTHW, with_parts=True)
+    video = partial(state.trainable.video, num_frames=x_BCTHW.shape[2])
+    return Reconstruction(
+        clips=x_BCTHW,
+        video=video(made["decoded"]),
+        parts={name: video(decoded) for name, decoded in made.get("parts", {}).items()},
+        tokens=made.get("tokens"),
+    )
 
 
 @torch.no_grad()
@@ -88,13 +107,13 @@ def evaluate_batch(state: TrainState, frames_BTHWC: Tensor) -> Evaluation:
     Args:
         frames_BTHWC: uint8 (B, T, H, W, 3), on any device.
     """
-    x_BCTHW, video_BCTHW, tokens = reconstruct(state, frames_BTHWC)
-    real_FCHW, fake_FCHW = frames_of(x_BCTHW), frames_of(video_BCTHW).clamp(-1, 1)
+    made = reconstruct(state, frames_BTHWC)
+    real_FCHW, fake_FCHW = frames_of(made.clips), frames_of(made.video).clamp(-1, 1)
     use = None
-    codebook_size = state.tokenizer.config.codebook_size
-    if tokens is not None and codebook_size is not None and codebook_size <= MAX_CODEBOOK:
+    codebook_size = state.trainable.config.codebook_size
+    if made.tokens is not None and codebook_size is not None and codebook_size <= MAX_CODEBOOK:
         use = CodebookUse(codebook_size)
-        use.update(tokens.cpu().numpy())
+        use.update(made.tokens.cpu().numpy())
     lpips = None
     if state.perceptual is not None:
         with state.autocast():
@@ -105,5 +124,6 @@ def evaluate_batch(state: TrainState, frames_BTHWC: Tensor) -> Evaluation:
         l1=float((real_FCHW - fake_FCHW).abs().mean(dim=(1, 2, 3)).sum()),
         ssim=float(ssim(real_FCHW, fake_FCHW).sum()) if min(real_FCHW.shape[-2:]) >= SSIM_WINDOW else None,
         lpips=lpips,
+        parts={name: float(psnr(real_FCHW, frames_of(video).clamp(-1, 1)).sum()) for name, video in made.parts.items()},
         use=use,
     )

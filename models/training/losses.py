@@ -1,8 +1,8 @@
 """Losses of the tokenizer: reconstruction and regularization. Each term is a plain function.
 
 Section 3.3 of Tang et al., "VidTok", 2024, as the released code computes it. The adversarial terms stand in
-`discriminator`, LPIPS in `perceptual`; each head's regularization terms are computed in `models.vidtok.heads` and only
-weighted here.
+`discriminator`, LPIPS in `perceptual`. The regularization terms of the latents come from the family (`trainable`) and
+are only weighted here.
 
 Frames are in [-1, 1] throughout. Everything is float32 except what an enclosing autocast lowers.
 """
@@ -66,22 +66,31 @@ def reconstruction_loss(
     return ReconstructionLoss(nll=values * (difference * torch.exp(-logvar) + logvar), l1=l1, perceptual=perceptual)
 
 
-def weighted_regularization(terms: Mapping[str, Tensor], config: StageConfig, step: int) -> Tensor:
-    """Weighted sum of a head's regularization terms at a step, counted in batches.
+def regularization_weights(config: StageConfig, step: int) -> dict[str, float]:
+    """Weight of each kind of regularization term at a step, counted in batches.
 
     The weight of both entropies of FSQ and LFQ falls linearly from ``entropy_start_factor * entropy_weight`` to
     ``entropy_weight`` over ``entropy_anneal_steps``. The codebook's entropy is maximized, so it counts negative.
-
-    Args:
-        terms: scalars by name: kl, token_entropy, codebook_entropy, commitment, codebook.
     """
     progress = min(step / config.entropy_anneal_steps, 1.0) if config.entropy_anneal_steps else 1.0
     entropy = config.entropy_weight * (config.entropy_start_factor + (1 - config.entropy_start_factor) * progress)
-    weights = {
+    return {
         "kl": config.kl_weight,
         "token_entropy": entropy,
         "codebook_entropy": -entropy * config.codebook_entropy_share,
         "commitment": config.commitment_weight,
         "codebook": config.codebook_weight,
     }
-    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+
+def weighted_regularization(
+    terms: Mapping[str, Tensor], config: StageConfig, step: int, kinds: Mapping[str, str] | None = None
+) -> Tensor:
+    """Weighted sum of the regularization terms of the latents.
+
+    Args:
+        terms: scalars by name.
+        kinds: kind of each term by its name, see `regularization_weights`; None where names are kinds.
+    """
+    weights = regularization_weights(config, step)
+    return torch.stack([weights[kinds[name] if kinds else name] * term for name, term in terms.items()]).sum()

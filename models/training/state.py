@@ -5,34 +5,30 @@ it. The caller decides where batches come from, where `TrainState.state_dict` go
 distributes the networks.
 """
 
-# B batch, C channels, T frames, H height, W width; a prime (T', H', W') is the latent grid
-
 from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
+from vidshard.models.config import TokenizerConfig
+from vidshard.models.tokenizer import parse_config
 from vidshard.models.training.discriminator import Discriminator, LeCam
 from vidshard.models.training.distributed import (
     copy_full_tensors,
     full_cpu_copy,
     load_full_optimizer_state,
     load_full_state,
-    mean_over_workers,
     reshard,
 )
+from vidshard.models.training.generator import Generator
 from vidshard.models.training.perceptual import Perceptual
-from vidshard.models.vidtok.config import VidTokConfig
-from vidshard.models.vidtok.model import VidTok
+from vidshard.models.training.trainable import Trainable
 from vidshard.models.weights import network_differences, weights_digest
 from vidshard.schemas.fields import differences
 from vidshard.schemas.training import StageConfig
@@ -42,99 +38,6 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 STATE_FORMAT = 1
 """Format version of `TrainState.state_dict`."""
-
-
-# The network that is trained
-
-
-def set_trainable(tokenizer: VidTok, trainable: str) -> VidTok:
-    """Enable gradients for the weights that a stage trains: "all" of them, or the "decoder" alone."""
-    tokenizer.requires_grad_(trainable == "all")
-    tokenizer.decoder.requires_grad_(True)
-    return tokenizer.train()
-
-
-def start_tokenizer(config: VidTokConfig, seed: int) -> VidTok:
-    """Build a tokenizer with initial weights: PyTorch's defaults, each unit through time an identity."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VidTok(config)
-
-
-class Generator(nn.Module):
-    """A tokenizer and the learned log variance of its loss, run in one forward pass.
-
-    The encoder runs without gradients where it is not trained, so in stage 2 it costs a forward pass alone.
-    """
-
-    def __init__(self, tokenizer: VidTok, config: StageConfig) -> None:
-        super().__init__()
-        self.tokenizer = set_trainable(tokenizer, config.trainable)
-        self.logvar = nn.Parameter(torch.zeros(1), requires_grad=config.learn_logvar)
-        self.trains_encoder = config.trainable == "all"
-        self.activation_checkpointing = config.activation_checkpointing
-
-    def forward(self, x_BCTHW: Tensor, noise_BCTHW: Tensor | None = None) -> dict[str, Tensor]:
-        """Encode, quantize in float32 and decode.
-
-        Args:
-            x_BCTHW: clips, (B, 3, T, H, W) in [-1, 1].
-            noise_BCTHW: KL: N(0, 1), shaped like the latents; a sample is decoded in place of the mean.
-
-        Returns:
-            ``decoded_BTHWC``, the decoder's output with the leading frames that `video_of` cuts off;
-            ``features_BTHWC``, the input of the decoder's last layer, without gradient; ``logvar``; ``tokens`` where
-            the head makes some; and the head's regularization terms as ``term.<name>`` where the encoder learns.
-        """
-        tokenizer = self.tokenizer
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_encoder):
-            z_BCTHW = tokenizer.encoder_output(x_BCTHW, recompute=self.activation_checkpointing and self.trains_encoder)
-            # Rounding decides tokens, and bfloat16 products would blur entropies.
-            with torch.autocast(z_BCTHW.device.type, enabled=False):
-                encoded = tokenizer.head.quantize(z_BCTHW.float())
-                terms: dict[str, Tensor] = {}
-                if torch.is_grad_enabled():
-                    terms = tokenizer.head.regularization(z_BCTHW.float(), encoded, mean_over_workers=mean_over_workers)
-                latents_BCTHW = encoded.latents
-                if noise_BCTHW is not None and encoded.logvar is not None:
-                    latents_BCTHW = latents_BCTHW + torch.exp(0.5 * encoded.logvar) * noise_BCTHW
-        latents_BTHWC = latents_BCTHW.permute(0, 2, 3, 4, 1).contiguous()
-        features_BTHWC = tokenizer.decoder.features(latents_BTHWC, recompute=self.activation_checkpointing)
-        decoded_BTHWC, _ = tokenizer.decoder.conv_out(features_BTHWC)
-        made = {
-            "decoded_BTHWC": decoded_BTHWC,
-            "features_BTHWC": features_BTHWC.detach(),
-            # through the graph, so that a wrapper sees all parameters used
-            "logvar": self.logvar * 1.0,
-        }
-        if encoded.tokens is not None:
-            made["tokens"] = encoded.tokens
-        return made | {f"term.{name}": term for name, term in terms.items()}
-
-
-def video_of(decoded_BTHWC: Tensor, num_frames: int) -> Tensor:
-    """Cut the clip out of a decoder's output: float32 (B, 3, T, H, W)."""
-    return decoded_BTHWC[:, -num_frames:].permute(0, 4, 1, 2, 3).float()
-
-
-def shard_generator(network: nn.Module, **settings: Any) -> nn.Module:
-    """Wrap a network for FSDP2: each layer of the tokenizer is sharded by itself; the small discriminator uses DDP.
-
-    Args:
-        network: a `Generator` or a `Discriminator`.
-        settings: keyword arguments of `fully_shard`, such as a mesh.
-    """
-    if not isinstance(network, Generator):
-        return DistributedDataParallel(network)
-    # No layer overwrites its input where gradients are wanted, so the view is harmless.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    tokenizer = network.tokenizer
-    for part in (tokenizer.encoder, tokenizer.decoder):
-        for layer in part.layers():
-            assert isinstance(layer, nn.Module)
-            fully_shard(layer, **settings)
-    fully_shard(network, **settings)
-    return network
 
 
 # The state
@@ -166,12 +69,17 @@ class TrainState:
     """Moving average of L1 over about 50 steps, by which divergence is noticed."""
 
     @property
-    def tokenizer(self) -> VidTok:
+    def tokenizer(self) -> nn.Module:
         """The network with the weights of the last step."""
         return self.bare_generator.tokenizer
 
+    @property
+    def trainable(self) -> Trainable:
+        """Training interface of the network."""
+        return self.bare_generator.trainable
+
     def __repr__(self) -> str:
-        return f"TrainState({self.tokenizer.config.name}, {self.config.trainable}, step {self.step})"
+        return f"TrainState({self.trainable.config.name}, {self.config.trainable}, step {self.step})"
 
     def autocast(self) -> torch.autocast:
         """Autocast to the stage's precision."""
@@ -188,7 +96,7 @@ class TrainState:
         return {
             "format": STATE_FORMAT,
             "config": self.config.model_dump_json(),
-            "tokenizer": self.tokenizer.config.model_dump_json(),
+            "tokenizer": self.trainable.config.model_dump_json(),
             "step": self.step,
             "average_l1": self.average_l1,
             "generator": full_cpu_copy(self.bare_generator.state_dict()),
@@ -211,12 +119,10 @@ class TrainState:
                 another format.
         """
         check_format(state)
-        stored_tokenizer = VidTokConfig.model_validate_json(state["tokenizer"])
-        if differing := network_differences(stored_tokenizer, self.tokenizer.config):
-            raise ValueError(
-                f"the checkpoint is of {stored_tokenizer.name}, not {self.tokenizer.config.name} ({differing})"
-            )
-        stored_stage = StageConfig.current_names(json.loads(state["config"]))
+        stored_tokenizer, own = parse_config(json.loads(state["tokenizer"])), self.trainable.config
+        if differing := network_differences(stored_tokenizer, own):
+            raise ValueError(f"the checkpoint is of {stored_tokenizer.name}, not {own.name} ({differing})")
+        stored_stage = StageConfig.completed(json.loads(state["config"]))
         stage = json.loads(self.config.model_dump_json())
         if changed := differences({**stored_stage, "steps": 0}, {**stage, "steps": 0}):
             raise ValueError(f"the checkpoint is of another stage of training ({'; '.join(changed)})")
@@ -257,6 +163,15 @@ class TrainState:
         return weights_digest(full_cpu_copy(frozen))
 
     @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the tokenizer into evaluation mode inside the context: no dropout."""
+        self.generator.eval()
+        try:
+            yield
+        finally:
+            self.generator.train()
+
+    @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Use the averaged weights inside the context; no effect where none are kept."""
         reshard(self.generator)
@@ -289,7 +204,7 @@ def check_format(state: Mapping[str, Any]) -> None:
 
 def begin_stage(
     config: StageConfig,
-    tokenizer: VidTok,
+    tokenizer: nn.Module,
     *,
     perceptual: Perceptual | None = None,
     device: str | torch.device = "cpu",
@@ -309,19 +224,18 @@ def begin_stage(
 
     Raises:
         ValueError: clips that the tokenizer or the discriminator does not accept, LPIPS missing, weights that are not
-            float32, or a previous stage of another architecture.
+            float32, a network that cannot be trained so, or a previous stage of another architecture.
     """
-    check_stage(config, tokenizer.config)
+    generator = Generator(tokenizer, config)
+    check_stage(config, generator.trainable.config)
     if config.perceptual_weight and perceptual is None:
         raise ValueError("LPIPS is missing: load it with load_perceptual, or set the perceptual weight to 0")
-    if tokenizer.dtype is not torch.float32:
-        raise ValueError(f"training keeps its weights in float32, got {tokenizer.dtype}; see the stage's precision")
+    if other := {parameter.dtype for parameter in tokenizer.parameters()} - {torch.float32}:
+        raise ValueError(
+            f"training keeps its weights in float32, got {', '.join(map(str, other))}; see the stage's precision"
+        )
     device = torch.device(device)
-    generator, discriminator, lecam = (
-        Generator(tokenizer, config),
-        _new_discriminator(config),
-        LeCam(config.lecam_decay),
-    )
+    discriminator, lecam = _new_discriminator(config), LeCam(config.lecam_decay)
     if previous is not None:
         init_from_stage(previous, generator, discriminator, lecam, averaged=averaged)
     lecam.to(device)
@@ -343,13 +257,13 @@ def begin_stage(
     )
 
 
-def check_stage(config: StageConfig, tokenizer: VidTokConfig) -> None:
+def check_stage(config: StageConfig, tokenizer: TokenizerConfig) -> None:
     """Refuse a stage whose clips the tokenizer, or the stage's discriminator, does not accept.
 
     Raises:
         ValueError: the message says which sizes would do.
     """
-    tokenizer.latent_shape(config.frames, *config.size)
+    tokenizer.payload(config.frames, *config.size)
     smallest = Discriminator.MIN_SIZE
     if config.has_discriminator and config.discriminator == "3d" and config.frames <= 4 and max(config.size) <= 8:
         # The last layers would see a single value per clip, and batch norm of one clip needs more.
@@ -385,7 +299,7 @@ def init_from_stage(
         ValueError: the earlier stage trained another architecture.
     """
     check_format(previous)
-    there, here = VidTokConfig.model_validate_json(previous["tokenizer"]), generator.tokenizer.config
+    there, here = parse_config(json.loads(previous["tokenizer"])), generator.trainable.config
     if differing := network_differences(there, here):
         raise ValueError(
             f"a stage goes on with the tokenizer of the one before it, which is {there.name}, not {here.name} "

@@ -14,8 +14,9 @@ Both networks learn from the same forward pass. No weight changes before every t
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -24,16 +25,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vidshard.models.tokenizer import frames_to_input
-from vidshard.models.training.discriminator import (
-    adaptive_weight,
-    adversarial_loss,
-    hinge_loss,
-    last_layer_gradient,
-    scores_for_generator,
-)
+from vidshard.models.training.discriminator import adaptive_weight, adversarial_loss, hinge_loss, scores_for_generator
 from vidshard.models.training.distributed import gradient_sync, mean_over_workers
 from vidshard.models.training.losses import frames_of, reconstruction_loss, weighted_regularization
-from vidshard.models.training.state import TrainState, video_of
+from vidshard.models.training.state import TrainState
 from vidshard.schemas.training import StageConfig
 
 _REMEDY = (
@@ -140,11 +135,13 @@ def _generator_gradients(
     """
     config = state.config
     share = 1 / config.gradient_accumulation
+    noise_seed, dropout_seed = _seeds(state, micro_batch)
     with state.autocast():
-        made = state.generator(x_BCTHW, _noise(state, x_BCTHW, micro_batch))
-        decoded_BTHWC = made["decoded_BTHWC"].detach().requires_grad_()
+        with _random_numbers(state.device, dropout_seed):
+            made = state.generator(x_BCTHW, _noise(state, x_BCTHW, noise_seed))
+        decoded = made["decoded"].detach().requires_grad_()
         logvar = made["logvar"].detach().requires_grad_()
-        video_BCTHW = video_of(decoded_BTHWC, x_BCTHW.shape[2])
+        video_BCTHW = state.trainable.video(decoded, x_BCTHW.shape[2])
         real_FCHW, fake_FCHW = frames_of(x_BCTHW), frames_of(video_BCTHW)
         perceptual_F = None
         if state.perceptual is not None:
@@ -161,38 +158,36 @@ def _generator_gradients(
     terms = {"nll": nll, "l1": l1, "logvar": logvar.detach().squeeze()}
     if perceptual is not None:
         terms["perceptual"] = perceptual
-    gradient_BTHWC, logvar_gradient = torch.autograd.grad(nll, [decoded_BTHWC, logvar])
+    gradient, logvar_gradient = torch.autograd.grad(nll, [decoded, logvar])
 
     if adversarial:
         assert state.bare_discriminator is not None
         with state.autocast():
             scores_FP = scores_for_generator(state.bare_discriminator, video_BCTHW)
         terms["gan"] = adversarial_loss(scores_FP, config.gan_loss)
-        (gan_gradient_BTHWC,) = torch.autograd.grad(terms["gan"], decoded_BTHWC)
-        terms["adaptive_weight"] = _adaptive_weight(state, made["features_BTHWC"], gradient_BTHWC, gan_gradient_BTHWC)
-        gradient_BTHWC = gradient_BTHWC + config.gan_weight * terms["adaptive_weight"] * gan_gradient_BTHWC
+        (gan_gradient,) = torch.autograd.grad(terms["gan"], decoded)
+        terms["adaptive_weight"] = _adaptive_weight(state, made["features"], gradient, gan_gradient)
+        gradient = gradient + config.gan_weight * terms["adaptive_weight"] * gan_gradient
 
-    ends, gradients = [made["decoded_BTHWC"]], [gradient_BTHWC.to(decoded_BTHWC.dtype) * share]
+    ends, gradients = [made["decoded"]], [gradient.to(decoded.dtype) * share]
     if config.learn_logvar:
         ends.append(made["logvar"])
         gradients.append(logvar_gradient * share)
-    if regularizers := {name.removeprefix("term."): made[name] for name in made if name.startswith("term.")}:
-        regularization = weighted_regularization(regularizers, config, state.step)
+    if made["terms"]:
+        regularization = weighted_regularization(made["terms"], config, state.step, state.trainable.term_kinds)
         ends.append(regularization)
         gradients.append(torch.full_like(regularization, share))
-        terms |= regularizers | {"regularization": regularization}
+        terms |= made["terms"] | {"regularization": regularization}
     torch.autograd.backward(ends, gradients)
     return video_BCTHW.detach(), terms
 
 
-def _adaptive_weight(
-    state: TrainState, features_BTHWC: Tensor, gradient_BTHWC: Tensor, gan_gradient_BTHWC: Tensor
-) -> Tensor:
+def _adaptive_weight(state: TrainState, features: Tensor, gradient: Tensor, gan_gradient: Tensor) -> Tensor:
     """Adaptive weight of the adversarial term, from the gradients at the decoder's last layer of all workers."""
     with state.autocast():
         at_last_layer = [
-            mean_over_workers(last_layer_gradient(state.tokenizer.decoder.conv_out, features_BTHWC, gradient))
-            for gradient in (gradient_BTHWC, gan_gradient_BTHWC)
+            mean_over_workers(state.trainable.last_layer_gradient(features, at_output))
+            for at_output in (gradient, gan_gradient)
         ]
     return adaptive_weight(*at_last_layer)
 
@@ -216,16 +211,33 @@ def _clip_gradients(optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _noise(state: TrainState, x_BCTHW: Tensor, micro_batch: int) -> Tensor | None:
-    """Noise for KL latents, N(0, 1), from the stage's seed, the step, the micro-batch and the worker alone."""
-    config = state.tokenizer.config
-    if config.head != "kl":
-        return None
+def _seeds(state: TrainState, micro_batch: int) -> tuple[int, int]:
+    """Seeds of a micro-batch's noise and of its dropout, from the stage's seed, the step and the worker alone."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     entropy = np.random.SeedSequence([state.config.seed, state.step, micro_batch, rank])
-    generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    shape = config.latent_shape(*x_BCTHW.shape[2:])
-    return torch.randn(x_BCTHW.shape[0], *shape, generator=generator).to(state.device)
+    noise, dropout = (int(word >> np.uint64(1)) for word in entropy.generate_state(2, np.uint64))
+    return noise, dropout
+
+
+def _noise(state: TrainState, x_BCTHW: Tensor, seed: int) -> dict[str, Tensor]:
+    """Noise of the latents that are sampled, N(0, 1), drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(x_BCTHW.shape[0], *shape, generator=generator).to(state.device)
+        for name, shape in state.trainable.noise_shapes(*x_BCTHW.shape[2:]).items()
+    }
+
+
+@contextlib.contextmanager
+def _random_numbers(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw dropout inside the context from a seed; the random generators are as before after it."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 # Checks and updates

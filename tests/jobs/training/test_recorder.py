@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidshard.jobs.training.recorder import Recorder, Speed, picture_strip, read_metrics
+from vidshard.jobs.training.recorder import Recorder, picture_strip, read_metrics
+from vidshard.jobs.training.speed import Speed
 
 
 def test_figures_go_on_where_a_kill_cut_them_off(tmp_path: Path) -> None:

@@ -25,16 +25,11 @@ from tests.support.shared import SHARED
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.discriminator import adversarial_loss
 from vidshard.models.training.evaluation import evaluate_batch, reconstruct
+from vidshard.models.training.families import trainable_of
+from vidshard.models.training.generator import Generator, shard_generator, start_tokenizer
 from vidshard.models.training.losses import weighted_regularization
 from vidshard.models.training.perceptual import Perceptual
-from vidshard.models.training.state import (
-    Generator,
-    TrainState,
-    begin_stage,
-    set_trainable,
-    shard_generator,
-    start_tokenizer,
-)
+from vidshard.models.training.state import TrainState, begin_stage
 from vidshard.models.training.step import DivergedError, NonFiniteError, average_decay, learning_rate, train_step
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
@@ -66,6 +61,11 @@ def small(**changes: object) -> StageConfig:
 def state_of(config: StageConfig, tokenizer: str | Any = "tiny", **further: Any) -> TrainState:
     preset = PRESETS[tokenizer] if isinstance(tokenizer, str) else tokenizer
     return begin_stage(config, start_tokenizer(preset, 0), **further)
+
+
+def vidtok_of(state: TrainState) -> VidTok:
+    assert isinstance(state.tokenizer, VidTok)
+    return state.tokenizer
 
 
 def clips(count: int, seed: int = 0, frames: int = 5, size: int = 32) -> Tensor:
@@ -126,34 +126,34 @@ def test_a_tiny_tokenizer_learns() -> None:
     assert 0 < after["codebook_utilisation"] <= 1
 
 
-@pytest.mark.parametrize("tokenizer", [TINY, TINY_KL, TINY_VQ], ids=lambda config: config.name)
-def test_the_gradients_are_those_of_the_whole_loss(tokenizer: Any) -> None:
+@pytest.mark.parametrize("preset", [TINY, TINY_KL, TINY_VQ], ids=lambda config: config.name)
+def test_the_gradients_are_those_of_the_whole_loss(preset: Any) -> None:
     config = small(gan_start=0, max_grad_norm=1e9)
-    state = state_of(config, tokenizer)
+    state = state_of(config, preset)
     batch = clips(2)
-    reference = state_of(config, tokenizer)
+    reference = state_of(config, preset)
     metrics = train_step(state, batch)
 
     generator, discriminator = reference.bare_generator, reference.bare_discriminator
     assert discriminator is not None
+    tokenizer = vidtok_of(reference)
     x = frames_to_input(batch)
-    z = generator.tokenizer.encoder_output(x)
-    encoded = generator.tokenizer.head.quantize(z)
+    z = tokenizer.encoder_output(x)
+    encoded = tokenizer.head.quantize(z)
     latents = encoded.latents
     if encoded.logvar is not None:
-        from vidshard.models.training.step import _noise
+        from vidshard.models.training.step import _noise, _seeds
 
-        noise = _noise(reference, x, 0)
-        assert noise is not None
+        noise = _noise(reference, x, _seeds(reference, 0)[0])["latents"]
         latents = latents + noise * encoded.logvar.mul(0.5).exp()
-    fake = generator.tokenizer.decode(latents, 5)
+    fake = tokenizer.decode(latents, 5)
     l1 = (fake - x).abs()
     nll = (l1 / generator.logvar.exp() + generator.logvar).sum() / (2 * 5)
     gan = adversarial_loss(discriminator(fake)[0], "softplus")
-    last = generator.tokenizer.decoder.conv_out.conv.weight
+    last = tokenizer.decoder.conv_out.conv.weight
     by_nll, by_gan = (torch.autograd.grad(term, last, retain_graph=True)[0] for term in (nll, gan))
     weight = (by_nll.norm() / (by_gan.norm() + 1e-4)).clamp(max=1e4)
-    terms = generator.tokenizer.head.regularization(z, encoded)
+    terms = tokenizer.head.regularization(z, encoded)
     (nll + 0.2 * weight.detach() * gan + weighted_regularization(terms, config, 0)).backward()
     assert metrics["l1"] == pytest.approx(l1.mean().item(), rel=1e-5)
     assert metrics["nll"] == pytest.approx(nll.item(), rel=1e-5)
@@ -337,7 +337,7 @@ def test_a_loss_that_is_no_number_is_named_and_nothing_is_changed(spoil: str, na
 def test_training_that_is_worse_than_gray_stops() -> None:
     state = state_of(small(divergence_after=1, gan_weight=0))
     with torch.no_grad():
-        state.tokenizer.decoder.conv_out.conv.bias.fill_(5.0)  # type: ignore[union-attr]
+        vidtok_of(state).decoder.conv_out.conv.bias.fill_(5.0)  # type: ignore[union-attr]
     train_step(state, clips(2))
     with pytest.raises(DivergedError, match=r"step 1: l1 has been 4\.\d+ on average, worse than gray"):
         train_step(state, clips(2))
@@ -400,7 +400,7 @@ def test_stage_2_leaves_encoder_and_head_as_they_are(tokenizer: Any) -> None:
     second = begin_stage(stage2, start_tokenizer(tokenizer, 5), previous=first.state_dict())
     averages = first.weights(averaged=True)
     assert weights_digest(second.tokenizer.state_dict()) == weights_digest(averages)
-    latents = second.tokenizer.encode(frames_to_input(clips(1))).latents.detach()
+    latents = vidtok_of(second).encode(frames_to_input(clips(1))).latents.detach()
     frozen = second.frozen_digest()
     metrics = [train_step(second, clips(2, size=48)) for _ in range(3)]
     assert second.frozen_digest() == frozen != first.frozen_digest()
@@ -410,9 +410,9 @@ def test_stage_2_leaves_encoder_and_head_as_they_are(tokenizer: Any) -> None:
         assert changed
         assert all(name.startswith("decoder.") for name in changed)
     assert all(name.startswith("decoder.") for name in second.averages)
-    assert torch.equal(second.tokenizer.encode(frames_to_input(clips(1))).latents, latents)
+    assert torch.equal(vidtok_of(second).encode(frames_to_input(clips(1))).latents, latents)
     assert second.generator_optimizer.state_dict()["state"].keys() == {
-        *range(len(list(second.tokenizer.decoder.parameters())) + 1)
+        *range(len(list(vidtok_of(second).decoder.parameters())) + 1)
     }
 
 
@@ -447,7 +447,7 @@ def test_a_stage_refuses_another_architecture() -> None:
 
 
 def trained_names(tokenizer: VidTok, stage: str) -> tuple[set[str], set[str]]:
-    set_trainable(tokenizer, stage)
+    trainable_of(tokenizer, stage)
     named = [(checkpoint_name(n, tokenizer.config), p.requires_grad) for n, p in tokenizer.named_parameters()]
     return {n for n, learns in named if learns}, {n for n, learns in named if not learns}
 
@@ -572,11 +572,13 @@ def test_kl_is_evaluated_by_its_mean_and_has_no_codebook() -> None:
     first, second = (evaluate_batch(state, clips(2)).metrics() for _ in range(2))
     assert first == second
     assert set(first) == {"psnr", "l1", "ssim"}
-    x, video, tokens = reconstruct(state, clips(2))
-    assert tokens is None
+    made = reconstruct(state, clips(2))
+    assert made.tokens is None
+    assert not made.parts
     tokenizer = load_tokenizer(TINY_KL, None, seed=0)
     tokenizer.load_state_dict(state.weights(averaged=False))
-    torch.testing.assert_close(video, tokenizer.decode(tokenizer.encode(x).latents, 5), atol=1e-5, rtol=1e-4)
+    expected = tokenizer.decode(tokenizer.encode(made.clips).latents, 5)
+    torch.testing.assert_close(made.video, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["causal-v1.1", "non-causal"])
@@ -585,10 +587,11 @@ def test_other_variants_train(variant: str) -> None:
     frames = 6 if variant == "causal-v1.1" else 8
     state = state_of(small(frames=frames, gan_start=0), config)
     train_step(state, clips(1, frames=frames))
-    x, video, _ = reconstruct(state, clips(1, frames=frames))
-    assert video.shape == x.shape
-    encoded = state.tokenizer.encode(x)
-    torch.testing.assert_close(video, state.tokenizer.decode(encoded.latents, frames), atol=1e-5, rtol=1e-4)
+    made = reconstruct(state, clips(1, frames=frames))
+    assert made.video.shape == made.clips.shape
+    encoded = vidtok_of(state).encode(made.clips)
+    expected = vidtok_of(state).decode(encoded.latents, frames)
+    torch.testing.assert_close(made.video, expected, atol=1e-5, rtol=1e-4)
 
 
 # Several workers
