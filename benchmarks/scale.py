@@ -78,7 +78,7 @@ def main(sizes: str, json_path: str | None, step: str | None, folder: str | None
     for size in map(int, sizes.split(",")):
         with tempfile.TemporaryDirectory(prefix="vidshard-scale-") as name:
             make_manifest(Path(name), size)
-            for step in ("plan", "resume 99 %", "resume, all done", "account"):
+            for step in ("plan", "resume 99 %", "resume, all done", "audit"):
                 if step.startswith("resume"):
                     make_shards(Path(name), size, 0.99 if "99" in step else 1.0)
                 command = [sys.executable, "-m", "benchmarks.scale", "--videos", str(size)]
@@ -185,7 +185,7 @@ def _planned(folder: Path, open_videos: Callable[[pa.Table], list[Rejection]]) -
     return _cost(started) | {"left to do": planned.work.num_spans, "shards": len(shard_paths(out))}
 
 
-def account(folder: Path) -> Row:
+def audit(folder: Path) -> Row:
     """Measure the audit that `vidshard verify` adds up after reading the shards."""
     from vidshard.pipeline.output.audit import AUDIT_COLUMNS, make_audit
 
@@ -212,7 +212,7 @@ STEPS: dict[str, Callable[[Path], Row]] = {
     "plan": plan,
     "resume 99 %": resume,
     "resume, all done": resume,
-    "account": account,
+    "audit": audit,
 }
 
 

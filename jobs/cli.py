@@ -266,11 +266,12 @@ _fetch_sources = click.option(
     "`vidshard tokenize` then fills the gaps.",
 )
 @click.option(
-    "--account",
-    "account_file",
+    "--audit",
+    "audit_file",
     metavar="FILE",
-    help="Write the fate of each video to FILE.parquet or FILE.csv: seconds, reasons of rejections and remedies.",
+    help="Write the status of each video to FILE.parquet or FILE.csv: seconds, reasons of rejections and remedies.",
 )
+@click.option("--account", "former_audit_file", hidden=True)
 def verify(
     out: str,
     exact: float | None,
@@ -278,7 +279,8 @@ def verify(
     weights: str | None,
     fetch_sources: bool,
     repair: bool,
-    account_file: str | None,
+    audit_file: str | None,
+    former_audit_file: str | None,
 ) -> Verification:
     """Check that an output is complete and undamaged.
 
@@ -296,6 +298,11 @@ def verify(
     vidshard verify tokens/ --exact 0.01
     vidshard verify tokens/ --repair
     """
+    if former_audit_file is not None:
+        if audit_file is not None:
+            raise click.UsageError("--account is now --audit: give it once")
+        click.echo("note: --account is now --audit", err=True)
+        audit_file = former_audit_file
     from vidshard.jobs.shards.verify import verify_output
 
     return verify_output(
@@ -306,7 +313,7 @@ def verify(
         weights=weights,
         fetch_sources=fetch_sources,
         repair=repair,
-        account_file=account_file,
+        audit_file=audit_file,
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.models.tokenizer import EncodedClips, Past, Tokenizer, frames_to_input
 from vidshard.models.vidtok.lengths import pad
-from vidshard.pipeline.crossing import stored_spec
+from vidshard.pipeline.crossing import check_clip, stored_spec
 from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.output.shard_reader import find_clips, open_shard
 from vidshard.pipeline.reconstruct import load_decoder, stored_clip
@@ -93,6 +93,7 @@ def encode_again(
     with PhaseProgress(console, "encoding again", len(chosen)) as display:
         for done, row in enumerate(chosen, start=1):
             stored = stored_clip(row)
+            check_clip(resolved, stored)
             if is_remote(stored.values["uri"]) and not fetch_sources:
                 raise UserError(
                     f"{shown_uri(stored.values['uri'])} is not fetched by itself: the output names it, and may be "

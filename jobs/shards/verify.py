@@ -99,7 +99,7 @@ def verify_output(
     weights: str | None = None,
     fetch_sources: bool = False,
     repair: bool = False,
-    account_file: str | None = None,
+    audit_file: str | None = None,
 ) -> Verification:
     """Verify an output folder, or a single shard, and print the problems found.
 
@@ -109,23 +109,23 @@ def verify_output(
         weights: present location of the weights; None for the location that the shard records.
         fetch_sources: whether ``exact`` may read sources from remote storage.
         repair: remove broken files and clips.
-        account_file: path of a table with the status of each video, ``.parquet`` or ``.csv``; None for none.
+        audit_file: path of a table with the status of each video, ``.parquet`` or ``.csv``; None for none.
 
     Raises:
         VidshardError: the output does not exist or cannot be reached, or, with ``repair``, a run holds its lease.
     """
     folder = storage.absolute(out)
-    if account_file and not account_file.endswith((".parquet", ".csv")):
-        raise UserError(f"--account {account_file}: give a name that ends in .parquet or .csv")
+    if audit_file and not audit_file.endswith((".parquet", ".csv")):
+        raise UserError(f"--audit {audit_file}: give a name that ends in .parquet or .csv")
     is_output = not folder.endswith(".parquet") and storage.exists(storage.join(folder, RUN))
-    if (repair or account_file) and not is_output:
+    if (repair or audit_file) and not is_output:
         raise UserError(f"{out} is no output of vidshard with a {RUN}: there is no plan to hold it against")
     with Lease.acquire(folder) if repair else nullcontext() as lease:
         findings = _Findings(lease=lease, console=console)
         paths = _paths(folder, findings) if is_output else output_shards(out)
         facts = _check_shards(paths, folder if is_output else None, findings)
         if is_output:
-            _report_account(folder, paths, facts, findings, account_file)
+            _report_audit(folder, paths, facts, findings, audit_file)
     if findings.num_repaired:
         console.print(
             f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
@@ -142,14 +142,14 @@ def verify_output(
     )
 
 
-def _report_account(
-    folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings, account_file: str | None
+def _report_audit(
+    folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings, audit_file: str | None
 ) -> None:
-    account = _check_account(folder, paths, facts, findings)
-    if account is not None:
-        print_account(account, findings.console)
-        if account_file:
-            _write_account(account, account_file, findings.console)
+    audit = _check_audit(folder, paths, facts, findings)
+    if audit is not None:
+        print_audit(audit, findings.console)
+        if audit_file:
+            _write_audit(audit, audit_file, findings.console)
 
 
 def _paths(folder: str, findings: _Findings) -> list[str]:
@@ -291,22 +291,22 @@ def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str,
     raise UserError(f"{damage}, and no shard says what it was: remove it, and start the same `vidshard tokenize` anew")
 
 
-def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings) -> Audit | None:
+def _check_audit(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings) -> Audit | None:
     """Compare the spans of the shards with the plan; None if there is no plan to compare with."""
     record = _record(folder, [path for path in paths if storage.exists(path)], findings)
     try:
         specs = clip_specs_of(stored_run(record["run"]), parse_config(record["tokenizer"]))
     except (UserError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         findings.console.print(
-            f"no account: {RUN} is of another vidshard ({one_line(error)})", highlight=False, markup=False
+            f"no audit: {RUN} is of another vidshard ({one_line(error)})", highlight=False, markup=False
         )
         return None
     if not storage.list_files(storage.join(folder, PLANNED), ".parquet"):
-        findings.console.print(f"no account: the output has no {PLANNED}/ (a run that goes on writes it)")
+        findings.console.print(f"no audit: the output has no {PLANNED}/ (a run that goes on writes it)")
         return None
     try:
         state = OutputState.load(folder, columns=AUDIT_COLUMNS, shards=facts)
-        account = make_audit(state, {(spec.height, spec.width): spec for spec in specs})
+        audit = make_audit(state, {(spec.height, spec.width): spec for spec in specs})
     except ShardError as error:
         if not findings.num_wrong:
             findings.wrong(str(error))
@@ -321,36 +321,36 @@ def _check_account(folder: str, paths: Sequence[str], facts: Sequence[ShardSpans
 
         return mend
 
-    if account.unplanned:
+    if audit.unplanned:
         findings.wrong(
-            f"{len(account.unplanned)} spans of the shards are in no plan: {account.unplanned[0]} ... ; the same "
+            f"{len(audit.unplanned)} spans of the shards are in no plan: {audit.unplanned[0]} ... ; the same "
             "`vidshard tokenize` plans what its inputs hold"
         )
-    if account.superseded:
+    if audit.superseded:
         findings.wrong(
-            f"{len(account.superseded)} spans are of videos that were replaced since: {account.superseded[0]} ...",
-            drop(account.superseded),
+            f"{len(audit.superseded)} spans are of videos that were replaced since: {audit.superseded[0]} ...",
+            drop(audit.superseded),
             "their clips are taken out",
         )
-    if account.short:
+    if audit.short:
         findings.wrong(
-            f"{len(account.short)} spans hold fewer clips than were planned, though their video goes on: "
-            f"{account.short[0]} ...",
-            drop(account.short),
+            f"{len(audit.short)} spans hold fewer clips than were planned, though their video goes on: "
+            f"{audit.short[0]} ...",
+            drop(audit.short),
             "their other clips are taken out",
         )
-    return account
+    return audit
 
 
-def print_account(account: Audit, console: Console) -> None:
+def print_audit(audit: Audit, console: Console) -> None:
     """Print the number of videos by status, and the seconds of video by outcome."""
-    statuses = account.statuses
+    statuses = audit.statuses
     order = ("tokenized", "partly", "rejected", "copy", "pending")
     named = {"copy": "copies of others", "partly": "tokenized in part"}
     parts = [f"{statuses[name]} {named.get(name, name)}" for name in order if statuses[name]]
-    console.print(f"{account.videos.num_rows} videos = {' + '.join(parts) or '0'}", highlight=False)
+    console.print(f"{audit.videos.num_rows} videos = {' + '.join(parts) or '0'}", highlight=False)
     planned, tokenized, rejected, pending, tail, header = (
-        account.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail", "header")
+        audit.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail", "header")
     )
     console.print(
         f"{planned:.3f} s of video planned = {tokenized:.3f} s in clips + {rejected:.3f} s rejected + {pending:.3f} s "
@@ -358,16 +358,16 @@ def print_account(account: Audit, console: Console) -> None:
         "from their headers",
         highlight=False,
     )
-    if account.num_pending:
-        console.print(f"{account.num_pending} of {account.num_spans} planned spans are left to do", highlight=False)
+    if audit.num_pending:
+        console.print(f"{audit.num_pending} of {audit.num_spans} planned spans are left to do", highlight=False)
 
 
-def _write_account(account: Audit, path: str, console: Console) -> None:
+def _write_audit(audit: Audit, path: str, console: Console) -> None:
     sink = pa.BufferOutputStream()
     if path.endswith(".csv"):
-        pyarrow.csv.write_csv(_for_spreadsheets(account.videos), sink)
+        pyarrow.csv.write_csv(_for_spreadsheets(audit.videos), sink)
     else:
-        pq.write_table(account.videos, sink)
+        pq.write_table(audit.videos, sink)
     storage.write_atomic(storage.absolute(path), sink.getvalue())
     console.print(f"what became of each video: {shown_uri(path)}", highlight=False, markup=False)
 

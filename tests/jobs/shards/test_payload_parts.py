@@ -233,6 +233,8 @@ def test_a_clip_among_shards_of_several_tokenizers_is_decoded_by_its_own_or_refu
         assert clip.provenance is not None
         assert f"({clip.provenance.weights_source.replace(':', ' ')})" in printed
     assert "open the output that holds it" in printed_by("decode", mixed[name], "--all", tmp_path / "all", code=2)
+    printed = printed_by("verify", mixed[name], "--exact", 1, code=2)
+    assert "open the output that holds it" in printed
     with pytest.raises(ShardError, match="was made by toy"):
         [output.reconstruct(clip) for clip in output.clips()]
 

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.cli import run, vidshard_exits
+from tests.support.cli import printed_by, run, vidshard_exits
 from tests.support.models import small
 from tests.support.videos import Recipe, write_video
 from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.layout import shard_paths
 
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "format_1" / "tokens"
 CASES: dict[str, tuple[str, list[Any]]] = {
     "clips": ("fsq_causal_488_262144", ["--frames", 9]),
     "a continuous sequence": ("fsq_causal_488_32768_v1_1", ["--frames", 9, "--continuous", "--clips-per-span", 4]),
@@ -102,3 +103,11 @@ def test_verify_names_a_clip_that_stands_in_two_shards(output: Path, tmp_path: P
     result = run("verify", tmp_path)
     assert result.exit_code == 1
     assert "stand in another shard too" in result.output
+
+
+def test_the_former_name_of_audit_works_and_is_noted(tmp_path: Path) -> None:
+    printed = printed_by("verify", FIXTURE, "--account", tmp_path / "videos.csv")
+    assert "note: --account is now --audit" in printed
+    assert (tmp_path / "videos.csv").exists()
+    both = ("--account", tmp_path / "a.csv", "--audit", tmp_path / "b.csv")
+    assert "give it once" in printed_by("verify", FIXTURE, *both, code=2)

@@ -237,7 +237,7 @@ def test_a_file_that_is_replaced_while_the_run_goes_on_is_no_other_videos_tokens
     assert after["clips"].to_pylist() == [[]]
 
 
-def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Path) -> None:
+def test_the_audit_adds_up_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     for number in range(6):
         video(videos, f"{number}.mp4", 5 + number)
@@ -245,15 +245,15 @@ def test_the_account_closes_and_repair_leaves_what_a_rerun_fills_in(tmp_path: Pa
     arguments = (videos, "--out", out, "--clips-per-span", "2", "--shard-size", "300")
     tokenize(*arguments)
     everything = tokens_by_clip(out)
-    printed = verified(out, "--account", tmp_path / "account.csv")
+    printed = verified(out, "--audit", tmp_path / "audit.csv")
     assert "7 videos = 6 tokenized + 1 rejected" in printed
     assert "45.000 s of video planned = 45.000 s in clips + 0.000 s rejected + 0.000 s pending" in printed
-    account = pyarrow.csv.read_csv(tmp_path / "account.csv").to_pylist()
-    assert Counter(row["status"] for row in account) == {"tokenized": 6, "rejected": 1}
-    for row in account:
+    audit = pyarrow.csv.read_csv(tmp_path / "audit.csv").to_pylist()
+    assert Counter(row["status"] for row in audit) == {"tokenized": 6, "rejected": 1}
+    for row in audit:
         parts = ("tokenized_seconds", "rejected_seconds", "pending_seconds", "tail_seconds")
         assert row["planned_seconds"] == pytest.approx(sum(row[name] for name in parts), abs=1e-6)
-    assert "not_a_video" in next(row["reasons"] for row in account if row["status"] == "rejected")
+    assert "not_a_video" in next(row["reasons"] for row in audit if row["status"] == "rejected")
 
     paths = [Path(path) for path in shard_paths(str(out))]
     assert len(paths) > 8

@@ -226,7 +226,7 @@ def test_shards_say_how_they_were_made(output: Path) -> None:
     assert record["run"]["frames"] == 5
     assert pq.read_schema(path).field("tokens").metadata[b"shape"] == b"[2, 4, 4]"
     plan = pq.read_table(output / "plan")
-    assert json.loads(metadata["vidshard.spans"])  # the account: every planned span is in a shard or a reject
+    assert json.loads(metadata["vidshard.spans"])  # every planned span is in a shard or a reject
     rejected = {s for s in read_rejects(str(output))["span_id"].to_pylist() if s}
     assert set(plan["span_id"].drop_null().to_pylist()) == set(json.loads(metadata["vidshard.spans"])) | rejected
 
