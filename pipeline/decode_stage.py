@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from typing import Any, BinaryIO, TypeVar
@@ -18,14 +19,17 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
+from vidshard.pipeline.checked_answers import checked_clips, checked_probe
+from vidshard.pipeline.remote_bytes import fetching_process, remote_file
 from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
 from vidshard.pipeline.unchanged import read_unchanged, refuse_changed
+from vidshard.pipeline.video.child import given_file, missing_confinement
 from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
 from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
-from vidshard.pipeline.video.sandbox import DecodeSandbox, given_file, missing_confinement
+from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
 from vidshard.pipeline.video.sparse_file import refuse_sparse
 from vidshard.schemas.errors import UserError
@@ -36,6 +40,9 @@ R = TypeVar("R")
 
 PROBE_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
 """Time limit for opening a file and decoding its first frame, including retries of slow object stores."""
+
+_SIGNAL_RECORDS, _ERROR_RECORDS = 4096, 32
+"""Room in an answer, counted in records: for the names of a signal's channels, and for the error of a span."""
 
 _crashes: dict[str, VideoError] = {}
 """Crash of this worker's decoder by video id; such a video is not tried again, as each try costs a new decoder and a
@@ -55,11 +62,14 @@ def read_groups(groups: pa.Table, plan: str) -> pa.Table:
 
 @cache
 def _sandbox(memory_bytes: int, confined: bool) -> DecodeSandbox:
-    """Sandbox of this worker process, started at its first video and reused for all later ones.
-
-    A process that fetches remote videos itself needs the network and credentials. It is another one, and not confined.
-    """
+    """Sandbox of this worker process, started at its first video and reused for all later ones."""
     return DecodeSandbox(memory_limit_bytes=memory_bytes, confined=confined)
+
+
+def forget_processes() -> None:
+    """Start new child processes from now on, which see this process's environment as it is then."""
+    _sandbox.cache_clear()
+    fetching_process.cache_clear()
 
 
 def confinement_lacks(limits: Limits) -> list[str]:
@@ -74,44 +84,50 @@ def _lacks_in_child() -> list[str]:
 
 
 def _run(
-    function: Callable[..., R], uri: str, *args: object, limits: Limits, timeout_seconds: float, **options: Any
+    function: Callable[..., R],
+    uri: str,
+    *args: object,
+    limits: Limits,
+    timeout_seconds: float,
+    fingerprint: str | None = None,
+    **options: Any,
 ) -> R:
-    """Call a function in the sandbox, with the file at ``uri`` open for it where that is a local one.
+    """Call a function in the sandbox, with the file at ``uri`` open for it.
+
+    Args:
+        fingerprint: state of a remote file when it was planned; None to skip the check.
 
     Raises:
         VideoError: the file cannot be opened, or as ``DecodeSandbox.run``.
     """
-    confined = limits.sandbox != "off" and storage.is_local(uri)
-    if limits.sandbox == "required" and not confined:
-        raise UserError("--sandbox required, and a remote file cannot be decoded so: copy it to a file system")
-    if confined and limits.sandbox == "required" and (lacking := confinement_lacks(limits)):
+    if limits.sandbox == "required" and (lacking := confinement_lacks(limits)):
         raise UserError(f"--sandbox required, and the kernel of this machine lacks {' and '.join(lacking)}")
-    sandbox = _sandbox(limits.memory_bytes, confined)
-    if not confined:
-        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, **options)
-    with open_file(uri, storage.open_video) as file:
-        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, file=file, **options)
+    sandbox = _sandbox(limits.memory_bytes, limits.sandbox != "off")
+    if storage.is_local(uri):
+        opened: AbstractContextManager[Any] = open_file(uri, storage.open_video)
+    else:
+        opened = remote_file(uri, limits, fingerprint)
+    with opened as file:
+        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, files=(file,), **options)
 
 
-def _open(private_hosts: tuple[str, ...] | None, uri: str) -> BinaryIO:
-    """In the child, the file that came with the request, or the file at a location that it opens itself.
-
-    Args:
-        private_hosts: hosts with private addresses that the run allows, as ``storage.restrict_addresses`` takes them.
-        uri: the location.
-    """
-    file = given_file()
-    if file is not None:
-        return file
-    storage.restrict_addresses(private_hosts)
-    return storage.open_video(uri)
+def _given(_uri: str) -> BinaryIO:
+    """In the child, the file that came with the request."""
+    return given_file()
 
 
 @lru_cache(maxsize=2)
 def _signal(path: str, limits: Limits) -> Signal:
     """Read a signal in the sandbox, as it is no more trusted than its video; cached for the video's other rows."""
-    opener = partial(_open, limits.private_hosts)
-    return _run(read_signal, path, path, opener, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    return _run(
+        read_signal,
+        path,
+        storage.public_uri(path),
+        _given,
+        limits=limits,
+        timeout_seconds=PROBE_TIMEOUT_SECONDS,
+        answer_records=_SIGNAL_RECORDS,
+    )
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
@@ -124,38 +140,23 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
     try:
         if storage.is_local(ref.uri):
             refuse_sparse(storage.absolute(ref.uri))
-        opener = partial(_open, limits.private_hosts)
-        return _run(probe_video, ref.uri, ref, opener, limits, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+        shown = replace(ref, uri=storage.public_uri(ref.uri))  # the secrets of a signed URL are not for the child
+        found = _run(probe_video, ref.uri, shown, _given, limits, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+        return checked_probe(found, ref, limits)
     except Exception as error:  # noqa: BLE001  whatever one file does, it is this row's error
         return row_error(error, ref.uri)
 
 
 def _decode_in_child(
-    spans: Sequence[Span],
-    spec: ClipSpec,
-    max_clips: int,
-    limits: Limits,
-    keep_undamaged: bool,
-    fingerprint: str | None = None,
+    spans: Sequence[Span], spec: ClipSpec, max_clips: int, limits: Limits, keep_undamaged: bool
 ) -> list[SpanClips]:
     """Decode spans of one video in the sandbox's child process.
-
-    Args:
-        fingerprint: state of the file when it was planned; None to skip the check.
 
     Raises:
         VideoError: the file cannot be read, or has changed since it was planned.
     """
-    uri = spans[0].uri
-    if fingerprint is not None and not storage.is_local(uri):
-        storage.restrict_addresses(limits.private_hosts)
-        refuse_changed(uri, fingerprint)
     decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
-    with open_file(uri, partial(_open, limits.private_hosts)) as file:
-        results = read_unchanged(file, spans[0].video_id, limits, decode)
-        if fingerprint is not None and isinstance(file, storage.RemoteVideo):
-            refuse_changed(uri, fingerprint)  # it was read in parts
-    return results
+    return read_unchanged(given_file(), spans[0].video_id, limits, decode)
 
 
 def _decode_spans(
@@ -172,6 +173,7 @@ def _decode_spans(
     """Decode spans of one video in the sandbox.
 
     Args:
+        fingerprint: state of the file when it was planned; None to skip the check.
         most_clips: largest number of clips of all spans together, those of halos included.
 
     Raises:
@@ -179,11 +181,23 @@ def _decode_spans(
     """
     uri = spans[0].uri
     if fingerprint is not None and storage.is_local(uri):
-        refuse_changed(uri, fingerprint)  # here, as a confined process cannot ask
-    arguments = (spans, spec, max_clips, limits, keep_undamaged, fingerprint)
-    size = most_clips * (spec.clip_bytes + 8 * spec.num_frames)
-    results = _run(_decode_in_child, uri, *arguments, limits=limits, timeout_seconds=timeout_seconds, answer_bytes=size)
-    return _checked(results, spans, spec)
+        refuse_changed(uri, fingerprint)
+    shown = [replace(span, uri=storage.public_uri(uri)) for span in spans]
+    results = _run(
+        _decode_in_child,
+        uri,
+        shown,
+        spec,
+        max_clips,
+        limits,
+        keep_undamaged,
+        limits=limits,
+        timeout_seconds=timeout_seconds,
+        fingerprint=fingerprint,
+        answer_bytes=most_clips * (spec.clip_bytes + 8 * spec.num_frames),
+        answer_records=2 * most_clips + _ERROR_RECORDS * len(spans),
+    )
+    return checked_clips(results, spans, spec, max_clips)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,22 +315,6 @@ class SpanDecoder:
             if error.reason is Reason.DECODER_CRASHED:
                 _crashes[video_id] = error
             return [SpanClips(clips=[], error=error)] * len(spans)
-
-
-def _checked(results: list[SpanClips], spans: Sequence[Span], spec: ClipSpec) -> list[SpanClips]:
-    """Check that an answer is one to the question: the decoding process may be another's by now.
-
-    Raises:
-        VideoError: DECODER_CRASHED: it is not.
-    """
-    shape = (spec.num_frames, spec.height, spec.width, 3)
-    if len(results) != len(spans) or not all(
-        isinstance(result, SpanClips)
-        and all(clip.video_id == span.video_id and clip.frames.shape == shape for clip in result.clips)
-        for result, span in zip(results, spans, strict=False)
-    ):
-        raise VideoError(Reason.DECODER_CRASHED, "the decoding process answered something else than it was asked")
-    return results
 
 
 def _start_seconds(span: Span, spec: ClipSpec) -> float:

@@ -451,7 +451,7 @@ class LimitSettings(Settings):
         "auto",
         section="Limits of a video",
         identity=False,
-        help="Confinement of the processes that decode local videos: no network, programs, secrets or other files. "
+        help="Confinement of the processes that decode videos: no network, programs, secrets or other files. "
         "With required, the run is refused where the kernel lacks a part of it.",
     )
     decode_memory: ByteSize = setting(

@@ -306,7 +306,7 @@ class Limits:
     memory_bytes: int = 4 << 30
     """Memory that one decoding process may allocate: some twenty times what 4K video takes."""
     sandbox: Literal["auto", "required", "off"] = "auto"
-    """Confinement of the processes that decode local videos; "required" refuses where the kernel lacks a part."""
+    """Confinement of the processes that decode videos; "required" refuses where the kernel lacks a part."""
     max_clips: int = 100_000
     """Clips of one video, or of one part of it, by its header."""
     image_fps: Fraction = Fraction(24)

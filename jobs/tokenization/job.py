@@ -10,14 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
-from vidshard.jobs.tokenization.planning import make_plan, uri_columns
+from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import confinement_lacks
@@ -76,7 +75,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     )
     with lease, open_executor(run, local=local) as executor:
         console.print(f"running on {executor}", highlight=False)
-        warn_of_confinement(run, found.videos, console)
+        warn_of_confinement(run, console)
         ready = time.monotonic()
         record = check_output(resolved)  # checked again: another first run may just have ended
         write_run_record(resolved, record)
@@ -113,24 +112,12 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     return summary
 
 
-def warn_of_confinement(run: TokenizeRun, videos: pa.Table, console: Console) -> None:
-    """Say what of the decoding is not confined: remote videos, and what this machine's kernel lacks.
-
-    Args:
-        videos: the inputs, as ``pipeline.discover`` lists them.
+def warn_of_confinement(run: TokenizeRun, console: Console) -> None:
+    """Say what this machine's kernel lacks to confine decoding.
 
     Raises:
-        UserError: something is not, and the run requires it.
+        UserError: it lacks something, and the run requires it.
     """
-    columns = [name for name in uri_columns(run) if name in videos.column_names]
-    remote = sum(not storage.is_local(uri) for name in columns for uri in videos[name].to_pylist() if uri is not None)
-    if remote and run.sandbox == "required":
-        raise UserError(
-            f"--sandbox required, and {remote} files are remote: the process that decodes these fetches them too, so "
-            "it has the network and credentials. Copy them to a file system, or give --sandbox auto"
-        )
-    if remote and run.sandbox == "auto":
-        console.print(f"decoding is not confined for {remote} remote files", highlight=False)
     lacking = " and ".join(confinement_lacks(run.limits))
     if lacking and run.sandbox == "required":
         raise UserError(

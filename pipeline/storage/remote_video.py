@@ -48,6 +48,11 @@ class RemoteVideo(io.RawIOBase):
         )
         retry_reads(self._file, url)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self._num_bytes
+
     def samples(self, offsets: Sequence[int], num_bytes: int) -> list[bytes]:
         """``num_bytes`` bytes from each offset, fewer at the end of the file; fetched side by side, past the cache.
 

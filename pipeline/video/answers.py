@@ -33,13 +33,8 @@ from vidshard.schemas.errors import OutageError, VidshardError
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, Geometry, SpanClips, VideoProbe, VideoSource
 
-MAX_TEXT_BYTES = 64 << 20
-"""Largest JSON of an answer; that of a span of 1,000 clips takes 0.3 MB."""
-MAX_BUFFERS = 1 << 16
-"""Largest number of arrays in an answer."""
-
-_MAX_WORDS = 16 << 10
-"""Longest text of an error, in characters."""
+_MAX_WORDS, _MAX_TRACEBACK = 4 << 10, 16 << 10
+"""Longest text of an error, and longest traceback, in characters."""
 _DTYPES = frozenset({"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}) | {
     "float16",
     "float32",
@@ -77,15 +72,16 @@ def to_text(value: object, buffers: list[memoryview]) -> bytes:
 
 def error_to_text(error: Exception, traceback: str) -> bytes:
     """Encode an exception. One of a type that no answer may hold becomes a RuntimeError with its traceback."""
+    note = traceback[-_MAX_TRACEBACK:]
     if isinstance(error, VideoError):
-        return json.dumps(["e", "VideoError", [str(error.reason), error.detail[:_MAX_WORDS]], traceback]).encode()
+        return json.dumps(["e", "VideoError", [str(error.reason), error.detail[:_MAX_WORDS]], note]).encode()
     known = next((name for name, kind in _ERRORS.items() if type(error) is kind), None)
     if known is None:
         known = next((name for name in ("OutageError", "VidshardError") if isinstance(error, _ERRORS[name])), None)
     if known is None and isinstance(error, MemoryError):  # NumPy and PyAV have kinds of their own
         known = "MemoryError"
     words = traceback[-_MAX_WORDS:] if known is None else str(error)[:_MAX_WORDS]
-    return json.dumps(["e", known or "RuntimeError", [words], traceback[-_MAX_WORDS:]]).encode()
+    return json.dumps(["e", known or "RuntimeError", [words], note]).encode()
 
 
 def _plain(value: object, buffers: list[memoryview]) -> object:
@@ -113,12 +109,13 @@ def _plain(value: object, buffers: list[memoryview]) -> object:
 # The parent's side.
 
 
-def from_text(text: bytes, buffers: Sequence[bytearray]) -> object:
+def from_text(text: bytes, buffers: Sequence[bytearray], *, may_claim_outages: bool = False) -> object:
     """Decode a value.
 
     Args:
         text: JSON, as `to_text` writes it.
         buffers: bytes of the arrays; the arrays share their memory.
+        may_claim_outages: whether an OutageError, which ends a run, is believed.
 
     Returns:
         The value; an exception is returned, not raised.
@@ -127,11 +124,14 @@ def from_text(text: bytes, buffers: Sequence[bytearray]) -> object:
         MalformedAnswerError: it is anything else.
     """
     try:
-        return _value(json.loads(text), buffers)
+        value = _value(json.loads(text), buffers)
     except MalformedAnswerError:
         raise
     except Exception as error:
         raise MalformedAnswerError(f"{type(error).__name__} in an answer") from error
+    if isinstance(value, OutageError) and not may_claim_outages:
+        raise MalformedAnswerError("an outage, of which a decoder knows nothing")
+    return value
 
 
 def _value(plain: Any, buffers: Sequence[bytearray]) -> object:
@@ -163,7 +163,7 @@ def _value(plain: Any, buffers: Sequence[bytearray]) -> object:
 
 def _with_note(error: Exception, note: str) -> Exception:
     if note:
-        error.add_note(f"in the decoding process:\n{note[-_MAX_WORDS:]}")
+        error.add_note(f"in the decoding process:\n{note[-_MAX_TRACEBACK:]}")
     return error
 
 

@@ -2,10 +2,10 @@
 
 A hostile file can segfault, abort, hang or exhaust memory inside the decoder. ``DecodeSandbox`` runs plain functions
 in one child process, started once and reused, and turns its death into a VideoError that names the signal. The next
-call starts a new child.
+call starts a new child. ``pipeline.video.child`` is what runs there.
 
 The child is a fresh interpreter, never a fork: it may be started from a process full of threads, such as a Ray
-worker, and imports nothing of the caller's main module. It ends when the parent does, however the parent ended.
+worker, and imports nothing of the caller's main module. The kernel ends it with its parent, however the parent ended.
 
 Cost: 0.06 ms a call, and 10 ms (21 on two busy cores) for nine clips of 17x256x256 frames, 30 MB, which come back
 through shared memory; 0.25 s to start a child.
@@ -17,7 +17,7 @@ import fcntl
 import mmap
 import os
 import pickle
-import resource
+import queue
 import signal
 import socket
 import struct
@@ -25,46 +25,42 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import accumulate
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
-from vidshard.pipeline.video.answers import (
-    MAX_BUFFERS,
-    MAX_TEXT_BYTES,
-    MalformedAnswerError,
-    error_to_text,
-    from_text,
-    to_text,
-)
-from vidshard.pipeline.video.confinement import confine
+from vidshard.pipeline.video.answers import MalformedAnswerError, from_text
+from vidshard.pipeline.video.child import GRACE_SECONDS, HEADER, REQUEST, WANTS_MEMORY, Role, aligned
 from vidshard.schemas.rejections import Reason, VideoError
 
 R = TypeVar("R")
 
-_GRACE_SECONDS = 5.0
-"""Seconds after the time limit at which a child ends itself, if its parent is no longer there to do so."""
-
 ANSWER_BYTES = 1 << 30
 """Default of the largest size of the arrays in an answer."""
+ANSWER_RECORDS = 64
+"""Default of the largest number of records in an answer, such as clips."""
 
-_COUNT = struct.Struct("<Q")
-_WANTS_MEMORY = 2**64 - 1
-"""Stands in place of the number of arrays where the child asks for memory of the size that follows."""
+_RECORD_BYTES, _OTHER_BYTES = 1 << 10, 256 << 10
+"""Text that a record in an answer may take, and the rest of it with an error and its traceback; a clip takes 0.3 KB."""
 
 
-class DecodeSandbox:
+class _HasDescriptor(Protocol):
+    def fileno(self) -> int: ...
+
+
+class ChildProcess:
     """Runs functions in a child process. One call at a time; calls from several threads wait for each other."""
 
-    def __init__(self, *, memory_limit_bytes: int | None = None, confined: bool = False) -> None:
+    def __init__(self, *, role: Role, memory_limit_bytes: int | None = None) -> None:
         """Start nothing yet: the child starts with the first call.
 
         Args:
-            confined: confine the child with ``pipeline.video.confinement`` before its first call. It then reads no
-                file but libraries and the one that `run` is given.
+            role: ``"fetch"``: has the environment and the network, and its word about outages counts. ``"decode"``:
+                nothing is confined. ``"confined"``: confined with ``pipeline.video.confinement`` before its first
+                call, it opens no file but libraries and has no secrets in its environment.
             memory_limit_bytes: memory the child may allocate (RLIMIT_DATA: heap and anonymous mappings, including
                 about 100 MB for the interpreter and its libraries); None for no limit.
 
@@ -73,8 +69,8 @@ class DecodeSandbox:
         """
         if memory_limit_bytes is not None and memory_limit_bytes < 1:
             raise ValueError(f"memory_limit_bytes must be positive or None, got {memory_limit_bytes}")
+        self._role: Role = role
         self._memory_limit_bytes = memory_limit_bytes
-        self._confined = confined
         self._child: _Child | None = None
         self._lock = threading.Lock()
 
@@ -84,7 +80,8 @@ class DecodeSandbox:
         *args: object,
         timeout_seconds: float,
         answer_bytes: int = ANSWER_BYTES,
-        file: BinaryIO | None = None,
+        answer_records: int = ANSWER_RECORDS,
+        files: Sequence[_HasDescriptor] = (),
         **kwargs: object,
     ) -> R:
         """Call ``function(*args, **kwargs)`` in the child.
@@ -94,7 +91,9 @@ class DecodeSandbox:
             args: anything that pickles.
             timeout_seconds: the child is killed when it has not answered by then; positive.
             answer_bytes: largest size of the arrays in the answer.
-            file: open local file that the function gets from `given_file`.
+            answer_records: largest number of records in the answer.
+            files: open files and sockets whose descriptors the function gets from `given_file` or
+                `given_descriptors`.
             kwargs: anything that pickles.
 
         Returns:
@@ -111,27 +110,28 @@ class DecodeSandbox:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
         if function.__module__ == "__main__" or "<" in function.__qualname__:
             raise ValueError(f"{function.__module__}.{function.__qualname__} is not a function of an importable module")
-        request = pickle.dumps((function, args, kwargs, timeout_seconds + _GRACE_SECONDS, file is not None), protocol=5)
+        request = pickle.dumps((function, args, kwargs, timeout_seconds + GRACE_SECONDS), protocol=5)
+        who = "process that fetches" if self._role == "fetch" else "decoding process"
         with self._lock:
             deadline = time.monotonic() + timeout_seconds
-            child = self._send(request, file)
             try:
-                value = child.receive(deadline, answer_bytes)
+                child = self._send(request, files, deadline)
+                value = child.receive(deadline, answer_bytes, answer_records)
             except TimeoutError:
                 self._end_child()
-                words = f"the decoder had no answer within {timeout_seconds:g} s and was ended"
+                words = f"the {who} had no answer within {timeout_seconds:g} s and was ended"
                 raise VideoError(Reason.DECODE_TIMEOUT, words) from None
             except MemoryError as error:
                 self._end_child()  # its heap is fragmented
                 limit = f" under a limit of {self._memory_limit_bytes:,} bytes" if self._memory_limit_bytes else ""
-                raise VideoError(Reason.DECODER_CRASHED, f"the decoder ran out of memory{limit}") from error
+                raise VideoError(Reason.DECODER_CRASHED, f"the {who} ran out of memory{limit}") from error
             except MalformedAnswerError as error:
                 self._end_child()  # a program of ours does not send this: the file may have taken it over
-                words = f"the decoding process sent an answer that is none ({error}) and was ended"
+                words = f"the {who} sent an answer that is none ({error}) and was ended"
                 raise VideoError(Reason.DECODER_CRASHED, words) from None
             except _Death as death:
                 self._end_child()
-                raise VideoError(Reason.DECODER_CRASHED, str(death)) from None
+                raise VideoError(Reason.DECODER_CRASHED, f"the {who} {death}") from None
             except KeyboardInterrupt:
                 self._end_child()  # nobody waits for its answer any more
                 raise
@@ -149,22 +149,22 @@ class DecodeSandbox:
         with self._lock:
             self._end_child()
 
-    def __enter__(self) -> DecodeSandbox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, request: bytes, file: BinaryIO | None) -> _Child:
+    def _send(self, request: bytes, files: Sequence[_HasDescriptor], deadline: float) -> _Child:
         """Send the request to the child, or to a new one if it died since the last call."""
         if self._child is not None:
-            with suppress(BrokenPipeError, ConnectionError):
-                self._child.send(request, file)
+            with suppress(ConnectionError):
+                self._child.send(request, files, deadline)
                 return self._child
             self._end_child()
-        self._child = _Child(self._memory_limit_bytes, self._confined)
-        with suppress(BrokenPipeError, ConnectionError):  # it died while starting: receive() says how
-            self._child.send(request, file)
+        self._child = _Child(self._memory_limit_bytes, self._role)
+        with suppress(ConnectionError):  # it died while starting: receive() says how
+            self._child.send(request, files, deadline)
         return self._child
 
     def _end_child(self) -> None:
@@ -173,60 +173,53 @@ class DecodeSandbox:
             self._child = None
 
 
+class DecodeSandbox(ChildProcess):
+    """Runs functions that decode in a child process."""
+
+    def __init__(self, *, memory_limit_bytes: int | None = None, confined: bool = False) -> None:
+        """Start nothing yet.
+
+        Args:
+            memory_limit_bytes: as for ``ChildProcess``.
+            confined: confine the child before its first call. It then reads no file but libraries and the one that
+                `run` is given.
+        """
+        super().__init__(role="confined" if confined else "decode", memory_limit_bytes=memory_limit_bytes)
+
+
 class _Death(Exception):  # noqa: N818  a death is no error of ours
     """The child ended without an answer; the message says how."""
 
 
 class _Child:
-    """One child process, the pipe of requests and the socket of answers."""
+    """One child process, and the socket of requests and answers."""
 
-    def __init__(self, memory_limit_bytes: int | None, confined: bool) -> None:
+    def __init__(self, memory_limit_bytes: int | None, role: Role) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self.process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "vidshard.pipeline.video.sandbox",
-                        str(theirs.fileno()),
-                        str(memory_limit_bytes or 0),
-                        str(int(confined)),
-                    ],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL if confined else None,  # a terminal takes orders from what it is shown
-                    pass_fds=(theirs.fileno(),),
-                    # the same modules as here, whatever put them on the path; one thread for each numerical library
-                    env={
-                        **{name: text for name, text in os.environ.items() if not confined or _is_harmless(name)},
-                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                        "OMP_NUM_THREADS": "1",
-                        "OPENBLAS_NUM_THREADS": "1",
-                    },
-                    process_group=0,  # a terminal's Ctrl-C is for the parent, which decides
-                )
+                self.process = _from_lasting_thread(lambda: _start(theirs.fileno(), memory_limit_bytes, role))
             except BaseException:
                 ours.close()
                 raise
-        self._answers = ours
+        self._socket = ours
+        self._trusted = role == "fetch"
         self._shared = memoryview(b"")
         self.end = weakref.finalize(self, _end, self.process, ours)
 
-    def send(self, request: bytes, file: BinaryIO | None) -> None:
-        """Send a request, and the file that goes with it.
+    def send(self, request: bytes, files: Sequence[_HasDescriptor], deadline: float) -> None:
+        """Send a request, and the files that go with it.
 
         Raises:
-            BrokenPipeError: the child is dead; another ConnectionError means the same.
+            ConnectionError: the child is dead.
+            TimeoutError: it did not take the request in by the deadline (of ``time.monotonic``).
         """
-        assert self.process.stdin is not None
-        if file is not None:
-            socket.send_fds(self._answers, [b"f"], [file.fileno()])
-        self.process.stdin.write(_COUNT.pack(len(request)) + request)
-        self.process.stdin.flush()
+        fds = [file.fileno() for file in files]
+        self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
+        socket.send_fds(self._socket, [REQUEST.pack(len(request), len(fds))], fds)
+        self._socket.sendall(request)
 
-    def receive(self, deadline: float, answer_bytes: int) -> object:
+    def receive(self, deadline: float, answer_bytes: int, answer_records: int) -> object:
         """The function's result, or the exception it raised.
 
         Raises:
@@ -235,23 +228,23 @@ class _Child:
             MalformedAnswerError: the answer is none, or larger than allowed.
             _Death: there will be no answer.
         """
-        num_buffers, payload_bytes = struct.unpack("<QQ", self._read(16, deadline))
-        if num_buffers == _WANTS_MEMORY:
-            self._give_memory(payload_bytes, answer_bytes)
-            num_buffers, payload_bytes = struct.unpack("<QQ", self._read(16, deadline))
-        if num_buffers > MAX_BUFFERS or payload_bytes > MAX_TEXT_BYTES:
+        num_buffers, payload_bytes = HEADER.unpack(self._read(HEADER.size, deadline))
+        if num_buffers == WANTS_MEMORY:
+            self._give_memory(payload_bytes, answer_bytes + 64 * 2 * answer_records)
+            num_buffers, payload_bytes = HEADER.unpack(self._read(HEADER.size, deadline))
+        if num_buffers > 2 * answer_records or payload_bytes > _OTHER_BYTES + _RECORD_BYTES * answer_records:
             raise MalformedAnswerError(f"{num_buffers} arrays, {payload_bytes} bytes of text")
         sizes = struct.unpack(f"<{num_buffers}Q", self._read(num_buffers * 8, deadline))
-        if sum(map(_aligned, sizes)) > len(self._shared):
+        if sum(map(aligned, sizes)) > len(self._shared):
             raise MalformedAnswerError("more arrays than there is memory for")
         payload = self._read(payload_bytes, deadline)
-        offsets = accumulate(map(_aligned, sizes), initial=0)
+        offsets = accumulate(map(aligned, sizes), initial=0)
         # copied out, so that the child can use the memory again: new shared pages for every answer cost more
         # than the copy (30 MB: 19 ms to write new ones, 7 ms to rewrite them, 3 ms for the copy)
         buffers = [
             bytearray(self._shared[offset : offset + size]) for offset, size in zip(offsets, sizes, strict=False)
         ]
-        value = from_text(payload, buffers)
+        value = from_text(payload, buffers, may_claim_outages=self._trusted)
         if isinstance(value, MemoryError):
             raise value
         return value
@@ -262,15 +255,15 @@ class _Child:
         Raises:
             MalformedAnswerError: more was asked for than an answer may have.
         """
-        if not len(self._shared) < num_bytes <= most + MAX_BUFFERS * 64:
+        if not len(self._shared) < num_bytes <= most:
             raise MalformedAnswerError(f"{num_bytes} bytes of memory asked for, {most} allowed")
         fd = os.memfd_create("answers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._shared = memoryview(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED))
-            with suppress(OSError):  # the child died: _read says how
-                socket.send_fds(self._answers, [b"m"], [fd])
+            with suppress(ConnectionError):  # the child died: _read says how
+                socket.send_fds(self._socket, [b"m"], [fd])
         finally:
             os.close(fd)
 
@@ -278,9 +271,9 @@ class _Child:
         """Exactly ``num_bytes`` bytes."""
         data = bytearray()
         while len(data) < num_bytes:
-            self._answers.settimeout(max(1e-3, deadline - time.monotonic()))
+            self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
             try:
-                part = self._answers.recv(num_bytes - len(data))
+                part = self._socket.recv(num_bytes - len(data))
             except ConnectionError:
                 part = b""
             if not part:
@@ -290,15 +283,34 @@ class _Child:
 
     def _death(self) -> str:
         try:
-            code = self.process.wait(_GRACE_SECONDS)
+            code = self.process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:  # it closed its end, and lives
             self.process.kill()
             code = self.process.wait()
         if code >= 0:
-            return f"the decoding process ended itself with exit code {code}"
+            return f"ended itself with exit code {code}"
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = " (killed from outside: perhaps the system was out of memory)" if -code == signal.SIGKILL else ""
-        return f"the decoding process died of {name}{hint}"
+        return f"died of {name}{hint}"
+
+
+def _start(socket_fd: int, memory_limit_bytes: int | None, role: Role) -> subprocess.Popen[bytes]:
+    arguments = [str(socket_fd), str(memory_limit_bytes or 0), role, str(os.getpid())]
+    return subprocess.Popen(  # noqa: S603  our own interpreter and module
+        [sys.executable, "-P", "-m", "vidshard.pipeline.video.child", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if role == "confined" else None,  # a terminal takes orders from what it is shown
+        pass_fds=(socket_fd,),
+        # the same modules as here, whatever put them on the path; one thread for each numerical library
+        env={
+            **{name: text for name, text in os.environ.items() if role != "confined" or _is_harmless(name)},
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+        process_group=0,  # a terminal's Ctrl-C is for the parent, which decides
+    )
 
 
 def _is_harmless(name: str) -> bool:
@@ -307,144 +319,39 @@ def _is_harmless(name: str) -> bool:
     return name in names or name.startswith(("LC_", "MALLOC_", "OMP_", "COV_", "COVERAGE_"))
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 64) * 64
-
-
-def _end(process: subprocess.Popen[bytes], answers: socket.socket) -> None:
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
     process.kill()
-    if process.stdin is not None:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
     process.wait()
-    answers.close()
+    connection.close()
 
 
-# The child's side.
+# The kernel ends a child with the thread that started it (PR_SET_PDEATHSIG), so that thread must last.
+
+_Call = tuple[Callable[[], Any], Future[Any]]
+_calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+_lasting: tuple[int, threading.Thread] | None = None
+_lasting_lock = threading.Lock()
 
 
-_given: BinaryIO | None = None
-_missing: list[str] | None = None
+def _from_lasting_thread(call: Callable[[], R]) -> R:
+    """Call something in a thread that lasts as long as this process."""
+    global _calls, _lasting
+    with _lasting_lock:
+        if _lasting is None or _lasting[0] != os.getpid() or not _lasting[1].is_alive():
+            _calls = queue.SimpleQueue()  # a fork has no threads
+            thread = threading.Thread(target=_serve_calls, args=(_calls,), name="starts children", daemon=True)
+            thread.start()
+            _lasting = os.getpid(), thread
+    future: Future[R] = Future()
+    _calls.put((call, future))
+    return future.result()
 
 
-def given_file() -> BinaryIO | None:
-    """In the child, the open file that came with the request; None where there was none."""
-    return _given
-
-
-def missing_confinement() -> list[str]:
-    """In a confined child, the parts of the confinement that this system lacks."""
-    return [] if _missing is None else _missing
-
-
-def _serve(answers_fd: int, memory_limit_bytes: int, confined: bool) -> None:
-    """Answer requests from standard input until it closes."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # sent to all by a terminal; the parent finishes what is begun
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock what the parent's thread had blocked
-    answers = socket.socket(fileno=answers_fd)
-    shared = _SharedMemory()
-    arrived: list[bytes] = []
-    ready = threading.Semaphore(0)
-
-    def listen() -> None:
-        # beside the work, so that the end of the parent is noticed in the middle of it
-        while True:
-            arrived.append(_next_request())
-            ready.release()
-
-    import av.logging
-
-    av.logging.set_libav_level(av.logging.PANIC)
-    if confined:  # before any other thread starts, as a thread that runs already is not confined
-        arrived.append(_next_request())
-        _confine(arrived[0], memory_limit_bytes)
-        ready.release()
-    threading.Thread(target=listen, daemon=True).start()
-    if memory_limit_bytes:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
+def _serve_calls(calls: queue.SimpleQueue[_Call]) -> None:
     while True:
-        ready.acquire()
-        _answer(arrived.pop(), answers, shared)
-
-
-def _confine(request: bytes, memory_limit_bytes: int) -> None:
-    """Confine this process for ever, with the modules loaded that a request needs."""
-    global _missing
-    pickle.loads(request)  # noqa: S301  from our own parent
-    _missing = confine(max_file_bytes=memory_limit_bytes or None)
-
-
-def _next_request() -> bytes:
-    return _read_all(0, _COUNT.unpack(_read_all(0, _COUNT.size))[0])
-
-
-def _read_all(fd: int, num_bytes: int) -> bytes:
-    """Exactly ``num_bytes`` bytes; the process ends if the parent is gone."""
-    data = bytearray()
-    while len(data) < num_bytes:
-        part = os.read(fd, num_bytes - len(data))
-        if not part:
-            os._exit(0)
-        data += part
-    return bytes(data)
-
-
-def _answer(request: bytes, answers: socket.socket, shared: _SharedMemory) -> None:
-    global _given
-    views: list[memoryview] = []
-    try:
-        function, args, kwargs, limit_seconds, has_file = pickle.loads(request)  # noqa: S301  from our own parent
-        if has_file:
-            _, (fd,), _, _ = socket.recv_fds(answers, 1, 1)
-            _given = os.fdopen(fd, "rb")
-        # by the kernel, should the parent be gone and the decoder hang without letting Python run
-        signal.setitimer(signal.ITIMER_REAL, limit_seconds)
+        call, future = calls.get()
         try:
-            result = function(*args, **kwargs)
-            payload = to_text(result, views)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if _given is not None:
-                _given.close()
-                _given = None
-    except Exception as error:  # noqa: BLE001  nothing is swallowed: the parent raises it
-        views.clear()
-        payload = error_to_text(error, "".join(traceback.format_exception(error)))
-    sizes = [view.nbytes for view in views]
-    header = struct.pack(f"<{len(sizes) + 2}Q", len(sizes), len(payload), *sizes)
-    shared.reserve(sum(map(_aligned, sizes)), answers)
-    for view, offset in zip(views, accumulate(map(_aligned, sizes), initial=0), strict=False):
-        shared.write(view, offset)
-    answers.sendall(header + payload)
-
-
-class _SharedMemory:
-    """Shared memory of child and parent; it stays as large as the largest answer."""
-
-    def __init__(self) -> None:
-        self.fd = -1
-        self._num_bytes = 0
-
-    def reserve(self, num_bytes: int, answers: socket.socket) -> None:
-        """Make room, by asking the parent for memory where there is too little."""
-        if num_bytes <= self._num_bytes:
-            return
-        if self.fd >= 0:
-            os.close(self.fd)
-        answers.sendall(struct.pack("<QQ", _WANTS_MEMORY, num_bytes))
-        _, (self.fd,), _, _ = socket.recv_fds(answers, 1, 1)
-        self._num_bytes = num_bytes
-
-    def write(self, view: memoryview, offset: int) -> None:
-        while view:
-            count = os.pwrite(self.fd, view, offset)
-            view, offset = view[count:], offset + count
-
-
-if __name__ == "__main__":
-    from vidshard.pipeline.video.sandbox import (
-        _serve as serve,  # by its importable name, which the answers' classes carry
-    )
-
-    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  it is the caller's
+            future.set_exception(error)
+        del call, future

@@ -413,12 +413,18 @@ def test_confined_or_not_the_shards_are_the_same(good_videos: Path, tmp_path: Pa
     assert found["auto"] == found["off"]
 
 
-def test_remote_files_are_said_to_be_unconfined_or_refused(s3: str, good_videos: Path, tmp_path: Path) -> None:
+def test_remote_files_are_decoded_confined_and_give_the_tokens_of_local_ones(
+    s3: str, good_videos: Path, tmp_path: Path
+) -> None:
     boto3.client("s3").upload_file(str(good_videos / "a.mp4"), "videos", "confined/a.mp4")
-    decode_stage._sandbox.cache_clear()  # a child that knows the server
-    said = tokenize("s3://videos/confined", "--out", tmp_path / "auto", *SMALL)
-    assert said.exit_code == 0, said.output
-    assert "decoding is not confined for 1 remote files" in said.output
-    refused = tokenize("s3://videos/confined", "--out", tmp_path / "required", *SMALL, "--sandbox", "required")
-    assert refused.exit_code == 2
-    assert "--sandbox required, and 1 files are remote" in " ".join(refused.output.split())
+    decode_stage.forget_processes()  # a child that knows the server
+    found = []
+    for source, sandbox in (("s3://videos/confined", "required"), (str(good_videos / "a.mp4"), "auto")):
+        out = tmp_path / sandbox
+        result = tokenize(source, "--out", out, *SMALL, "--sandbox", sandbox)
+        if sandbox == "required" and "the kernel of this machine lacks" in result.output:
+            pytest.skip(result.output)
+        assert result.exit_code == 0, result.output
+        assert "not confined" not in result.output
+        found.append(tokens_by_clip(out))
+    assert found[0] == found[1]

@@ -28,7 +28,8 @@ import numpy.typing as npt
 import pytest
 
 from vidshard.pipeline.video.answers import MalformedAnswerError, from_text, to_text
-from vidshard.pipeline.video.sandbox import DecodeSandbox, given_file, missing_confinement
+from vidshard.pipeline.video.child import given_file, missing_confinement
+from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, Geometry, SpanClips
 
@@ -208,7 +209,6 @@ def lacks() -> list[str]:
 
 def first_bytes() -> str:
     file = given_file()
-    assert file is not None
     return file.read(5).decode()
 
 
@@ -505,7 +505,7 @@ def test_a_confined_child_reads_the_file_it_is_given(confined: DecodeSandbox, tm
     (tmp_path / "video").write_text("video of a person")
     for _ in range(2):
         with (tmp_path / "video").open("rb") as file:
-            assert confined.run(first_bytes, timeout_seconds=60, file=file) == "video"
+            assert confined.run(first_bytes, timeout_seconds=60, files=(file,)) == "video"
 
 
 def test_a_confined_child_starts_threads_and_uses_memory(confined: DecodeSandbox) -> None:
