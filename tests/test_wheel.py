@@ -184,6 +184,7 @@ def test_a_script_tokenizes_through_ray_beside_packages_of_the_same_names(
     assert said.splitlines()[-1] == "True 1 (17, 64, 64, 3)"
 
 
+@pytest.mark.slow  # every test of this suite runs in an editable install; this one is beside foreign packages
 def test_an_editable_install_uses_the_checkout_under_the_same_name(
     checkout: Path, project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

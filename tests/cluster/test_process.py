@@ -14,7 +14,6 @@ import pytest
 
 from tests.support.cli import tokenize
 from tests.support.held_back import held_back
-from tests.support.models import small
 from tests.support.processes import (
     COMMITTED_AT_ONCE,
     RUN,
@@ -29,7 +28,6 @@ from tests.support.processes import (
 )
 from tests.support.shards import Tokens, tokens_by_clip
 from tests.support.videos import Recipe, write_video
-from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.lease import Lease
@@ -42,14 +40,11 @@ def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
     with held_back(many_spans / "2.mp4", out) as held:
         arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE, "--grace-seconds", "300")
         committed: dict[str, bytes] = {}
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
             held.hold()
             with started(*arguments) as process:
                 until(process, lambda: is_under_way(out) and is_held_up(process, held))
-                if number is signal.SIGTERM:
-                    process.send_signal(number)
-                else:
-                    os.killpg(process.pid, number)  # what a terminal sends reaches Ray's processes too
+                os.killpg(process.pid, number)  # what a terminal sends reaches Ray's processes too
                 read_until(process, "finishing what is begun, for 300 s at most")
                 held.let_go()
                 rest, _ = process.communicate(timeout=300)
@@ -114,13 +109,12 @@ def test_the_death_of_ray_ends_the_run_with_words_of_ours_and_commits_what_is_do
 
 
 def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:
-    save_tokenizer(tmp_path / "small.safetensors", load_tokenizer(small("fsq_causal_888_32768_v1_1"), None, seed=0))
     (tmp_path / "videos").mkdir()
     for number in range(7):
         recipe = Recipe(num_frames=120, codec="mpeg4", width=256, height=256, gop=10 + number)
         write_video(tmp_path / "videos" / f"{number}.mp4", recipe)
     out = tmp_path / "tokens"
-    sizes = ("--weights", tmp_path / "small.safetensors", "--fps", "25", "--frames", "5", "--size", "256")
+    sizes = ("--tokenizer", "tiny", "--fps", "25", "--frames", "5", "--size", "256")
     with started(tmp_path / "videos", "--out", out, *sizes, "--object-store", "80MB") as process:
         output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output

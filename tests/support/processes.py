@@ -59,10 +59,13 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    """Return as soon as something is the case; fail if the process ends before."""
+    """Return as soon as something is the case; fail if the process ends before.
+
+    Looking may read all of /proc, so there is a pause: without it the test would take a core from the run.
+    """
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
+        time.sleep(0.03)
 
 
 def is_under_way(out: Path) -> bool:

@@ -46,11 +46,11 @@ def test_an_interrupted_run_keeps_what_it_began_and_the_same_command_goes_on(
         arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE)
         with started(*arguments, "--grace-seconds", "300", "--local") as process:
             until(process, lambda: is_under_way(out) and held.is_reached)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             read_until(process, "finishing what is begun, for 300 s at most")
             held.let_go()
             rest, _ = process.communicate(timeout=300)
-        assert process.returncode == 130, rest
+        assert process.returncode == 143, rest
         assert "interrupted: what is committed is valid" in rest
         assert "Traceback" not in rest
         committed, found = shard_bytes(out), tokens_by_clip(out)
