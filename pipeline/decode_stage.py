@@ -395,7 +395,7 @@ def decode_again(
     Raises:
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
-    limits = limits or Limits()
+    limits = replace(limits or Limits(), sandbox="auto")  # what an output records does not switch it off
     header = header_of(uri, video_id, limits)
     if header.video_id != video_id:
         raise VideoError(Reason.UNREADABLE, f"the file is another one now: its id is {header.video_id}")

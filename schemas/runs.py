@@ -454,6 +454,14 @@ class LimitSettings(Settings):
         help="Confinement of the processes that decode videos: no network, programs, secrets or other files. "
         "With required, the run is refused where the kernel lacks a part of it.",
     )
+    decoders: list[str] = setting(
+        ["default"],
+        section="Limits of a video",
+        identity=False,
+        metavar="NAME,...",
+        help="Video decoders of FFmpeg that may run, such as default,cinepak; 'default' stands for those that carry "
+        "nearly all video, and 'all' for every one. Videos of other codecs are rejected.",
+    )
     decode_memory: ByteSize = setting(
         4 << 30,
         section="Limits of a video",
@@ -496,6 +504,18 @@ class LimitSettings(Settings):
         help="Reject videos, or parts of them, with more clips than this by their header. A small file can claim to "
         "last for days.",
     )
+
+    @field_validator("decoders", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)):
+            return values
+        names = [name.strip() for each in values for name in str(each).split(",")]
+        for name in names:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+                raise ValueError(f"a decoder is a name of FFmpeg such as h264, got {name!r:.80}")
+        return names
 
 
 class ExecutionSettings(Settings):
@@ -590,6 +610,7 @@ class TokenizeRun(
             seconds_per_second=self.decode_seconds_per_second,
             memory_bytes=self.decode_memory,
             sandbox=self.sandbox,
+            decoders=tuple(self.decoders),
             image_fps=self.image_fps,
             private_hosts=None if self.allow_private else typed_hosts(self.inputs),
         )

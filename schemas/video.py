@@ -313,6 +313,8 @@ class Limits:
     """Frames per second at which the images of an archive are shown."""
     sampled_ids: bool = False
     """Whether ids of small files digest samples, as outputs of earlier versions have them, and not the whole file."""
+    decoders: tuple[str, ...] = ("default",)
+    """FFmpeg's names of the decoders that may run; "default" stands for a list of them, "all" for every one."""
     private_hosts: tuple[str, ...] | None = None
     """Web servers that may have private addresses, all others may not; None for no such limit."""
 

@@ -26,6 +26,7 @@ from vidshard.pipeline.output.rejects import forget_retry_set
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.row_access import RowAccess
+from vidshard.pipeline.video.decoders import refuse_unknown_decoders
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
@@ -65,6 +66,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     """As :func:`run_job`, where only some hosts may have private addresses."""
     started = time.monotonic()
     run = resolved.run
+    refuse_unknown_decoders(run.decoders)
     check_output(resolved)
     access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
     signals = [name for name, _ in run.signals or []]

@@ -19,6 +19,7 @@ from av.container.core import Flags
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
+from vidshard.pipeline.video.decoders import opening_whitelist, refuse_decoder, whitelist
 from vidshard.pipeline.video.h264 import usability_of
 from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
 from vidshard.pipeline.video.mp4 import MP4_FIRST_BOXES
@@ -85,9 +86,10 @@ def open_video(
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
             cover = " (a cover picture)" if container.streams.video else ""
             raise VideoError(Reason.NO_VIDEO_STREAM, f"{container.format.name} with streams: {kinds}{cover}")
-        video, was_read = choose_stream(container, videos)
+        video, was_read = choose_stream(container, videos, watched.limits)
         if not has_decoder(video):
             raise VideoError(Reason.UNSUPPORTED, f"no decoder for its video stream in {container.format.name}")
+        refuse_decoder(video, watched.limits)
         if any(key.lower() == "alpha_mode" and value == "1" for key, value in video.metadata.items()):
             raise VideoError(
                 Reason.UNSUPPORTED, "its alpha lies beside the picture, which alone shows colors of invisible pixels"
@@ -111,17 +113,18 @@ def open_video(
         context.thread_type = thread_type
         context.thread_count = 1 if thread_type == "NONE" else 0
         refuse_large(watched.limits, context.width, context.height)
-        context.options = {**context.options, "max_pixels": str(allocated_pixels(watched.limits))}
+        pixels = str(allocated_pixels(watched.limits))
+        context.options = {**context.options, "max_pixels": pixels, **whitelist(watched.limits)}
         yield container, video
 
 
 def _container(watched: WatchedFile, head: bytes, with_edits: bool) -> InputContainer:
     """Open the file; where the header alone is enough, without decoding a picture first."""
-    quickly = _quick_options(head)
-    edits = {} if with_edits else {"ignore_editlist": "1"}
+    quickly = _quick_options(head, watched.limits)
+    edits = {**opening_whitelist(watched.limits), **({} if with_edits else {"ignore_editlist": "1"})}
     if quickly is not None:
         with suppress(av.FFmpegError):
-            container = _av_open(watched, {"skip_frame": "all"}, quickly | edits)
+            container = _av_open(watched, {"skip_frame": "all"}, edits | quickly)
             if all(_header_is_enough(stream) for stream in container.streams.video):
                 return container
             container.close()
@@ -151,21 +154,21 @@ def _av_open(watched: WatchedFile, options: dict[str, str], container_options: d
 
 
 # Decoders that learn from the header all that they would learn from a picture, apart from the pixel format.
-_QUICK_DECODERS = "h264,hevc,av1,libdav1d,mpeg4"
-_QUICK_CODECS = frozenset({*_QUICK_DECODERS.split(","), "vp8", "vp9"})
+_QUICK_DECODERS = frozenset({"h264", "hevc", "av1", "libdav1d", "mpeg4"})
+_QUICK_CODECS = _QUICK_DECODERS | {"vp8", "vp9"}
 
 
-def _quick_options(head: bytes) -> dict[str, str] | None:
+def _quick_options(head: bytes, limits: Limits) -> dict[str, str] | None:
     """Options with which FFmpeg decodes no picture on opening; None for containers whose headers say too little.
 
     Without them FFmpeg decodes up to seven pictures of h264, and one of vp9, to learn their format and reorder depth:
     6 to 32 ms for each span.
     """
     if head[4:8] == b"ftyp":
-        return {"codec_whitelist": _QUICK_DECODERS, "probesize": "32"}  # one packet
+        return {**opening_whitelist(limits, _QUICK_DECODERS), "probesize": "32"}  # one packet
     # Matroska has no decoding times: those FFmpeg makes for reordered codecs depend on the pictures it looked at
     if head.startswith(b"\x1a\x45\xdf\xa3") and b"V_VP" in head and b"V_MPEG" not in head:
-        return {"codec_whitelist": _QUICK_DECODERS}
+        return opening_whitelist(limits, _QUICK_DECODERS)
     return None
 
 

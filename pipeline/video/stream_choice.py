@@ -17,7 +17,9 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from vidshard.pipeline.video.decoders import may_decode
 from vidshard.pipeline.video.timestamps import stream_seconds, time_base_of
+from vidshard.schemas.video import Limits
 
 _DEFAULT_PIXELS = 5_000_000
 """The default stream counts as so many pixels larger, as in the ffmpeg program."""
@@ -46,15 +48,18 @@ def has_decoder(stream: VideoStream) -> bool:
     return getattr(stream, "codec_context", None) is not None
 
 
-def choose_stream(container: InputContainer, streams: Sequence[VideoStream]) -> tuple[VideoStream, bool]:
+def choose_stream(
+    container: InputContainer, streams: Sequence[VideoStream], limits: Limits
+) -> tuple[VideoStream, bool]:
     """Choose among the video streams of a file.
 
-    A stream without a decoder is chosen only where the others are set aside: the poster of a film that cannot be
-    decoded does not stand for it.
+    A stream without a decoder, or with one that the limits do not allow, is chosen only where the others are set
+    aside: the poster of a film that cannot be decoded does not stand for it.
 
     Args:
         container: at its beginning.
         streams: at least one; cover pictures are none.
+        limits: the run's, for its decoders.
 
     Returns:
         The stream, and whether packets were read to decide: then the container is no longer at its beginning.
@@ -71,15 +76,15 @@ def choose_stream(container: InputContainer, streams: Sequence[VideoStream]) -> 
     moving = [n for n, extent in enumerate(extents) if _is_moving(extent, most_frames)]
     longest = max(extents[n].seconds for n in moving)
     lasting = [n for n in moving if extents[n].seconds >= longest * _MIN_SHARE_OF_SECONDS]
-    return max((streams[n] for n in lasting), key=_score), must_read
+    return max((streams[n] for n in lasting), key=lambda stream: _score(stream, limits)), must_read
 
 
 def _is_moving(extent: _Extent, most_frames: int) -> bool:
     return extent.num_frames >= min(2, most_frames) and extent.num_frames >= most_frames * _MIN_SHARE_OF_FRAMES
 
 
-def _score(stream: VideoStream) -> tuple[int, int]:
-    if not has_decoder(stream):
+def _score(stream: VideoStream, limits: Limits) -> tuple[int, int]:
+    if not has_decoder(stream) or not may_decode(stream, limits):
         return -1, -stream.index
     is_default = bool(stream.disposition & Disposition.default)
     return stream.width * stream.height + _DEFAULT_PIXELS * is_default, -stream.index

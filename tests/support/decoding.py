@@ -14,14 +14,14 @@ from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import VideoError
-from vidshard.schemas.video import Clip, ClipSpec, VideoProbe, VideoRef
+from vidshard.schemas.video import Clip, ClipSpec, Limits, VideoProbe, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=48, width=48)
 
 
-def probe(path: Path) -> VideoProbe:
+def probe(path: Path, limits: Limits | None = None) -> VideoProbe:
     """Probe a local file."""
-    return probe_video(VideoRef(uri=str(path), num_bytes=path.stat().st_size), lambda uri: open(uri, "rb"))
+    return probe_video(VideoRef(uri=str(path), num_bytes=path.stat().st_size), lambda uri: open(uri, "rb"), limits)
 
 
 def decode(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000, max_clips: int = 1000) -> list[Clip]:

@@ -18,9 +18,11 @@ from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.video import Clip, ClipSpec
+from vidshard.schemas.video import Clip, ClipSpec, Limits
 
 Pixels = npt.NDArray[np.uint8]
+
+EVERY_DECODER = Limits(decoders=("all",))
 
 
 def plain_pictures(path: Path, spec: ClipSpec) -> tuple[list[Pixels], list[Fraction | None]]:
@@ -58,8 +60,8 @@ def clips_of(path: Path, spec: ClipSpec, clips_per_span: int) -> tuple[list[Clip
     """Clips of all spans, each decoded by itself, and the first error."""
     clips: list[Clip] = []
     try:
-        for span in plan_spans(probe(path), spec, clips_per_span):
-            [result] = decode_spans([span], spec, str(path), max_clips=100_000)
+        for span in plan_spans(probe(path, EVERY_DECODER), spec, clips_per_span):
+            [result] = decode_spans([span], spec, str(path), max_clips=100_000, limits=EVERY_DECODER)
             if result.error is not None:
                 return clips, result.error
             clips += result.clips
