@@ -88,6 +88,26 @@ def read_csv(data: io.BytesIO, faults: RowFaults, texts: Sequence[str]) -> pa.Ta
     Raises:
         pa.ArrowException: it is no CSV file.
     """
+    try:
+        names = pyarrow.csv.open_csv(data).schema.names
+        data.seek(0)
+        table = pyarrow.csv.read_csv(data, convert_options=_csv_types(names))
+    except (pa.ArrowException, ValueError):
+        table = _read_malformed_csv(data.getvalue(), faults)
+    columns = [
+        column if name in texts else _as_written(column)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, names=table.column_names)
+
+
+def _csv_types(names: Sequence[str]) -> pyarrow.csv.ConvertOptions:
+    return pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+
+
+def _read_malformed_csv(text: bytes, faults: RowFaults) -> pa.Table:
+    """Read a CSV file that has rows of another width, or texts that are not UTF-8; those rows are faults."""
+    text = text.removeprefix(b"\xef\xbb\xbf")
     malformed: list[pyarrow.csv.InvalidRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -95,35 +115,37 @@ def read_csv(data: io.BytesIO, faults: RowFaults, texts: Sequence[str]) -> pa.Ta
         return "skip"
 
     parsing = pyarrow.csv.ParseOptions(invalid_row_handler=note)
-    names = pyarrow.csv.open_csv(data, parse_options=parsing).schema.names
-    types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()), strings_can_be_null=False)
-
-    def read(threads: bool) -> pa.Table:
-        data.seek(0)
+    # Latin-1 has a character for each byte; rows are numbered without threads alone
+    reading = pyarrow.csv.ReadOptions(use_threads=False, encoding="latin-1")
+    names = pyarrow.csv.open_csv(io.BytesIO(text), reading, parsing).schema.names
+    for _ in range(_MOST_OPEN_QUOTES):
         malformed.clear()
-        reading = pyarrow.csv.ReadOptions(use_threads=threads)
-        return pyarrow.csv.read_csv(data, reading, parsing, types)
-
-    table = read(threads=True)
-    for _ in range(_MOST_OPEN_QUOTES if malformed else 0):
-        table = read(threads=False)  # rows are numbered only then
+        table = pyarrow.csv.read_csv(io.BytesIO(text), reading, parsing, _csv_types(names))
         opened = next((row for row in malformed if "\n" in row.text), None)
-        start = -1 if opened is None else data.getvalue().find(opened.text.encode())
+        start = -1 if opened is None else text.find(opened.text.encode("latin-1"))
         if opened is None or start < 0:
             break
         # a quote without an end took in the rows after it: without its line they are rows again
         faults.add(opened.number - 2, _width_fault(opened))
-        text = data.getvalue()
-        end = text.index(b"\n", start)
-        data = io.BytesIO(text[:start] + b"," * (len(names) - 1) + (b'""' if len(names) == 1 else b"") + text[end:])
-    if malformed:
-        table = _with_empty_rows(table, {row.number - 2: _width_fault(row) for row in malformed}, faults)
-    columns = [_csv_text(table, at, faults) for at in range(table.num_columns)]
+        text = text[:start] + (b"," * (len(names) - 1) or b'""') + text[text.index(b"\n", start) :]
+    table = _with_empty_rows(table, {row.number - 2: _width_fault(row) for row in malformed}, faults)
     columns = [
-        column if name in texts else _as_written(column)
-        for name, column in zip(table.column_names, columns, strict=True)
+        pa.array(_utf8(texts.to_pylist(), name, faults), pa.string())
+        for texts, name in zip(table.columns, names, strict=True)
     ]
-    return pa.Table.from_arrays(columns, names=table.column_names)
+    return pa.Table.from_arrays(columns, names=[name.encode("latin-1").decode() for name in names])
+
+
+def _utf8(texts: Sequence[str | None], name: str, faults: RowFaults) -> list[str | None]:
+    """The UTF-8 texts behind Latin-1 ones; None for one that is none."""
+    found: list[str | None] = []
+    for row, text in enumerate(texts):
+        try:
+            found.append(text if text is None or text.isascii() else text.encode("latin-1").decode())
+        except UnicodeDecodeError:
+            faults.add(row, f"'{readable(name, 40)}' is not UTF-8 text")
+            found.append(None)
+    return found
 
 
 def _width_fault(row: pyarrow.csv.InvalidRow) -> str:
@@ -140,14 +162,6 @@ def _with_empty_rows(table: pa.Table, empty: Mapping[int, str], faults: RowFault
         faults.add(row, text)
     nulls = pa.Table.from_arrays([pa.nulls(1, kind) for kind in table.schema.types], schema=table.schema)
     return pa.concat_tables([table, nulls]).take(pa.array(take, pa.int64()))
-
-
-def _csv_text(table: pa.Table, at: int, faults: RowFaults) -> pa.ChunkedArray:
-    """A column of bytes as text."""
-    try:
-        return table[at].cast(pa.string())
-    except pa.ArrowInvalid:
-        return pa.chunked_array([pa.array(_decoded(table[at], table.column_names[at], faults), pa.string())])
 
 
 def _as_written(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.parquet_footer import ColumnChunk, row_groups
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.uris import shown_uri
 
@@ -157,6 +158,7 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         """
         super().__init__(file, page_checksum_verification=True)
         self._file = file
+        self._chunks: list[list[ColumnChunk]] | None = None
         if self.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"it has {self.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read")
 
@@ -190,10 +192,20 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
             return self.read(columns=None if columns is None else list(columns))
         return pa.concat_tables([self.group(group, columns) for group in groups])
 
+    def chunks(self, group: int) -> list[ColumnChunk]:
+        """What the footer says of each column of a row group.
+
+        Raises:
+            ValueError: the footer states what cannot be.
+        """
+        if self._chunks is None:
+            self._chunks = row_groups(self._file, self.metadata.num_columns)
+        return self._chunks[group]
+
     def _group_bytes(self, group: int, columns: Sequence[str] | None) -> int:
         """Bytes that columns of a row group take in memory, from the footer."""
         wanted = None if columns is None else set(columns)
-        metadata = self.metadata.row_group(group)
+        num_rows, chunks = self.metadata.row_group(group).num_rows, self.chunks(group)
         total = number = 0
         for field in self.schema_arrow:
             leaves = _leaves(field.type)
@@ -201,9 +213,9 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
             if wanted is not None and field.name not in wanted:
                 continue
             for at, (leaf, fixed, is_flat) in enumerate(leaves, start=number - len(leaves)):
-                chunk = metadata.column(at)
-                width = _BYTES.get(chunk.physical_type) or self.schema.column(at).length
-                num_values = max(chunk.num_values, metadata.num_rows * fixed) if is_flat else chunk.num_values * fixed
+                chunk = chunks[at]
+                width = chunk.value_bytes or self.schema.column(at).length
+                num_values = max(chunk.num_values, num_rows * fixed) if is_flat else chunk.num_values * fixed
                 size = max(chunk.total_uncompressed_size, num_values * width)
                 if not width:
                     # a dictionary of one long text may stand for it in every row
@@ -225,9 +237,6 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
             indices = chunk.indices.drop_null().to_numpy()
             total += int(np.bincount(indices, minlength=len(lengths)) @ lengths.astype(np.float64)) + 4 * len(chunk)
         return total
-
-
-_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
 def _refuse_large(num_bytes: int, limit: int, what: str) -> None:

@@ -213,15 +213,14 @@ def _groups_with(parquet: BoundedParquet, prefix: str) -> list[int]:
     """Numbers of the row groups that may hold an id with the prefix, by their statistics; rows are sorted by id."""
     if not prefix:
         return list(range(parquet.metadata.num_row_groups))
-    groups = []
+    groups, wanted = [], prefix.encode()
     for group in range(parquet.metadata.num_row_groups):
-        metadata = parquet.metadata.row_group(group)
-        columns = (metadata.column(number) for number in range(metadata.num_columns))
-        statistics = next((column.statistics for column in columns if column.path_in_schema == "clip_id"), None)
+        ids = next((chunk for chunk in parquet.chunks(group) if chunk.path == "clip_id"), None)
         if (
-            statistics is None
-            or not statistics.has_min_max
-            or statistics.min[: len(prefix)] <= prefix <= statistics.max[: len(prefix)]
+            ids is None
+            or ids.least is None
+            or ids.greatest is None
+            or ids.least[: len(wanted)] <= wanted <= ids.greatest[: len(wanted)]
         ):
             groups.append(group)
     return groups
