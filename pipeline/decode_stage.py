@@ -32,7 +32,7 @@ from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
 from vidshard.pipeline.video.sparse_file import refuse_sparse
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import OutageError, UserError
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
 
@@ -144,7 +144,7 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
         found = _run(probe_video, ref.uri, shown, _given, limits, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
         return checked_probe(found, ref, limits)
     except Exception as error:  # noqa: BLE001  whatever one file does, it is this row's error
-        return row_error(error, ref.uri)
+        return row_error(error, ref.uri, limits.storage_hosts)
 
 
 def _decode_in_child(
@@ -260,7 +260,8 @@ class SpanDecoder:
         except Exception as error:
             if not outcome.clips:  # nothing of the row is left that could have failed
                 raise
-            return self._row(row, plan, SpanClips(clips=[], error=row_error(error, plan["uri"])), spec, seconds)
+            refused = row_error(error, plan["uri"], self.limits.storage_hosts)
+            return self._row(row, plan, SpanClips(clips=[], error=refused), spec, seconds)
 
     def _signals(self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec) -> list[tuple[pa.Field, pa.Array]]:
         """The signal columns of a row, with one value per clip (without the halo).
@@ -277,7 +278,7 @@ class SpanDecoder:
             if source is None:
                 arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
             else:
-                signal = _signal(source, self.limits) if clips else None
+                signal = self._signal(source) if clips else None
                 aligned = [
                     align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
                     for clip in clips
@@ -287,6 +288,12 @@ class SpanDecoder:
             fields = signal_fields(name, rule)
             columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
         return columns
+
+    def _signal(self, source: str) -> Signal:
+        try:
+            return _signal(source, self.limits)
+        except OutageError as error:
+            raise row_error(error, source, self.limits.storage_hosts) from error
 
     def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
         video_id = spans[0].video_id
@@ -308,7 +315,7 @@ class SpanDecoder:
                 most_clips=most,
             )
         except Exception as raised:  # noqa: BLE001  whatever one file does, it is this row's error
-            error = row_error(raised, spans[0].uri)
+            error = row_error(raised, spans[0].uri, self.limits.storage_hosts)
             of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
             if len(spans) > 1 and not of_the_file:  # the span that failed is unknown: try each by itself
                 return [result for span in spans for result in self._decode([span], spec, fingerprint)]
@@ -341,7 +348,7 @@ def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str 
             [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
         )
     except Exception as raised:
-        error = row_error(raised, span.uri)
+        error = row_error(raised, span.uri, limits.storage_hosts)
         if error.reason is Reason.DECODER_CRASHED:
             _crashes[span.video_id] = error
         raise error from raised

@@ -29,6 +29,7 @@ from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.text import readable
+from vidshard.schemas.uris import is_web
 
 VIDEO_EXTENSIONS = frozenset(
     [
@@ -80,6 +81,8 @@ class Discovery:
     does not allow what it names; both are null, or missing, for the others."""
     manifests: tuple[str, ...]
     """The manifests among the inputs, without credentials."""
+    storage_hosts: tuple[str, ...]
+    """The web servers that the run depends on, as many rows are there (``storage.storage_hosts``)."""
     renamed_columns: dict[str, str]
     """Manifest columns that would clash with a shard's own, and their new names."""
     num_passed_over: int
@@ -145,8 +148,11 @@ def discover(
     if videos.num_rows == 0:
         raise InputError(f"no video in {', '.join(storage.public_uri(i) for i in inputs)}: the manifest has no rows")
     pa.default_memory_pool().release_unused()  # reading took some 100 MB for a million videos
+    videos = videos.slice(0, limit)
+    locations = [videos[name] for name in ("uri", *map(signal_source, signals)) if name in videos.column_names]
     return Discovery(
-        videos=_with_fingerprints(videos.slice(0, limit), ask_remote),
+        videos=_with_fingerprints(videos, ask_remote),
+        storage_hosts=storage.storage_hosts(locations, videos.num_rows),
         manifests=tuple(read),
         renamed_columns=renamed,
         num_passed_over=passed_over.total(),
@@ -220,17 +226,13 @@ def _with_fingerprints(videos: pa.Table, ask_remote: bool) -> pa.Table:
 
 
 def _extension(path: str) -> str:
-    if _is_web(path):
+    if is_web(path):
         path = path.split("?", 1)[0]
     return PurePosixPath(path).suffix.lower().removeprefix(".")
 
 
 def _is_glob(path: str) -> bool:
-    return glob.has_magic(path) and not _is_web(path)
-
-
-def _is_web(path: str) -> bool:
-    return path.lower().startswith(("http://", "https://"))
+    return glob.has_magic(path) and not is_web(path)
 
 
 def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
@@ -254,11 +256,11 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
                     yield from _walk(fs, name, passed_over)
                 elif _is_video(name, passed_over):
                     yield _uri(fs, name), _size(info), _fingerprint(fs, name, info)
-        elif _is_web(path) and urlsplit(path).path.endswith("/"):
+        elif is_web(path) and urlsplit(path).path.endswith("/"):
             for url in storage.list_web_folder(path):
                 if _is_video(url, passed_over):
                     yield url, -1, None
-        elif not _is_web(path) and fs.isdir(inner):
+        elif not is_web(path) and fs.isdir(inner):
             yield from _walk(fs, inner, passed_over)
         elif fs.exists(inner) and not _has_foreign_bytes(path, passed_over):
             info = fs.info(inner)

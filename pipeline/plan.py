@@ -116,7 +116,7 @@ class VideoPlanner:
             rows = [{**span, **common} for span in self._spans(found, row_part(video), fingerprint)]
             return pa.Table.from_pylist(rows, schema=_ROWS)
         except Exception as error:  # noqa: BLE001  whatever one row says or holds, it is this row's error
-            refused = row_error(error, video["uri"])
+            refused = row_error(error, video["uri"], self.limits.storage_hosts)
         common = self._entries(video, fingerprint)
         rejection = Rejection(
             uri=common["uri"],

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import re
 import traceback
+from collections.abc import Collection
 from pathlib import PurePath
 
+from vidshard.pipeline.storage import is_of_one_site
 from vidshard.schemas.errors import OutageError, UserError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.text import readable_lines
@@ -21,21 +23,22 @@ _log = logging.getLogger("vidshard.pipeline.rows")
 _FRAME = re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
-def row_error(error: Exception, uri: str) -> VideoError:
+def row_error(error: Exception, uri: str, storage_hosts: Collection[str] = ()) -> VideoError:
     """The error of the row that an exception arose from.
 
     Args:
         error: anything that handling the row raised.
         uri: address of the row's video, or of its signal.
+        storage_hosts: the web servers that the run depends on.
 
     Returns:
         VideoErrors as they are, refusals of a storage as UNREADABLE, and anything else as INTERNAL_ERROR. Its detail
         names the exception's type and place, and not its words, which may hold parts of the file or of the address.
 
     Raises:
-        OutageError: ``error`` is one.
+        OutageError: ``error`` is one, and not of a single web server among many.
     """
-    if isinstance(error, (OutageError, UserError)):
+    if isinstance(error, UserError) or (isinstance(error, OutageError) and not is_of_one_site(uri, storage_hosts)):
         raise error
     if isinstance(error, VideoError):
         return error

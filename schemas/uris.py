@@ -25,6 +25,11 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and ("::" in uri or not uri.startswith(("file://", "local://")))
 
 
+def is_web(uri: str) -> bool:
+    """Whether the text is a URL of a web server."""
+    return uri[:8].lower().startswith(("http://", "https://"))
+
+
 def public_uri(uri: str) -> str:
     """The URI without user, password, parameters (``;``), query and fragment.
 
@@ -117,7 +122,7 @@ def typed_hosts(inputs: Sequence[str]) -> tuple[str, ...]:
     """Names of the web servers that inputs name."""
     hosts = set()
     for uri in inputs:
-        if uri.lower().startswith(("http://", "https://")):
+        if is_web(uri):
             try:
                 hosts.add((urlsplit(uri).hostname or "").lower())
             except ValueError:

@@ -317,6 +317,8 @@ class Limits:
     """FFmpeg's names of the decoders that may run; "default" stands for a list of them, "all" for every one."""
     private_hosts: tuple[str, ...] | None = None
     """Web servers that may have private addresses, all others may not; None for no such limit."""
+    storage_hosts: tuple[str, ...] = ()
+    """Web servers that the run depends on: if one does not answer, that is an outage and no fault of its rows."""
 
     def seconds_for(self, video_seconds: float) -> float:
         """Seconds that decoding this much video may take."""

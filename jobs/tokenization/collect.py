@@ -34,6 +34,7 @@ from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.video import Limits
 
 
 def tokenize_spans(
@@ -44,6 +45,8 @@ def tokenize_spans(
     summary: Summary,
     rejected: set[str],
     console: Console,
+    *,
+    limits: Limits,
 ) -> None:
     """Run the stages, commit their rows as shards, and compare these with the plan.
 
@@ -54,12 +57,13 @@ def tokenize_spans(
         lease: lease on the output, checked before each commit.
         summary: summary of the run; updated in place.
         rejected: URIs of the videos with rejections so far; new ones are added in place.
+        limits: largest cost of one video.
     """
     counter = SpanCounter(is_awaited=np.ones(work.num_spans, np.bool_))
     sink = _open_sink(resolved, work, lease)
     started = time.monotonic()
     try:
-        _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console)
+        _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console, limits)
     except KeyboardInterrupt as interrupt:
         summary.interruption = interrupt
     except (RunFailedError, LeaseLostError) as error:
@@ -101,12 +105,13 @@ def _collect(
     summary: Summary,
     rejected: set[str],
     console: Console,
+    limits: Limits,
 ) -> None:
     """Take encoded rows until all have come, an interrupt, or too many rejections."""
     run = resolved.run
     stop = executor.cancel_token()
     broken: set[str] = set()
-    rows_out = run_stages(resolved, work, executor, stop, summary)
+    rows_out = run_stages(resolved, work, executor, stop, summary, limits)
     with (
         Interrupts() as interrupts,
         PhaseProgress(console, "tokenizing", work.num_spans) as display,
@@ -146,7 +151,7 @@ def _close(sink: TokenShardSink, summary: Summary) -> None:
 
 
 def run_stages(
-    resolved: ResolvedRun, work: WorkList, executor: Executor, stop: CancelToken, summary: Summary
+    resolved: ResolvedRun, work: WorkList, executor: Executor, stop: CancelToken, summary: Summary, limits: Limits
 ) -> Iterator[pa.Table]:
     """Run the stages; yields encoded rows as they are finished. The stages start when the first one is requested."""
     run = resolved.run
@@ -156,7 +161,7 @@ def run_stages(
         spec=resolved.largest,
         max_clips=4 * resolved.clips_per_span + 16,
         clips_per_pass=resolved.clips_per_span,
-        limits=run.limits,
+        limits=limits,
         keep_undamaged=run.damaged == "keep",
         signals=tuple(run.signals or ()),
         stop=stop,

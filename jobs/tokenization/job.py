@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow.compute as pc
 from rich.console import Console
@@ -81,7 +82,8 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         ready = time.monotonic()
         record = check_output(resolved)  # checked again: another first run may just have ended
         write_run_record(resolved, record)
-        planned = make_plan(resolved, found, executor, lease, console, sampled_ids=record.sampled_ids)
+        limits = replace(run.limits, sampled_ids=record.sampled_ids, storage_hosts=found.storage_hosts)
+        planned = make_plan(resolved, found, executor, lease, console, limits=limits)
         resume, work, rejected = planned.resume, planned.work, set(planned.resume.rejected_uris)
         summary = Summary(
             out=run.out,
@@ -102,7 +104,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         broken = {r.uri for r in planned.new_rejections if r.reason is Reason.INTERNAL_ERROR}
         check_internal_errors(summary, broken, run)
         if work.num_spans and not summary.problems:
-            tokenize_spans(resolved, work, executor, lease, summary, rejected, console)
+            tokenize_spans(resolved, work, executor, lease, summary, rejected, console, limits=limits)
         summary.seconds["total"] = time.monotonic() - started
         try:
             lease.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -54,12 +54,12 @@ def make_plan(
     lease: Lease,
     console: Console,
     *,
-    sampled_ids: bool = False,
+    limits: Limits | None = None,
 ) -> Planned:
     """Open the videos that the output does not know, and find out what is left to do.
 
     Args:
-        sampled_ids: make ids of small files as the earlier version that began the output.
+        limits: largest cost of one video, and how the output makes ids; None for those of the settings.
 
     Raises:
         UserError: opening videos failed for another reason than the videos.
@@ -72,7 +72,7 @@ def make_plan(
         resolved.run,
         inputs,
         open_videos=lambda videos: _open_videos(
-            resolved, videos, executor, lease, console, replace(resolved.run.limits, sampled_ids=sampled_ids)
+            resolved, videos, executor, lease, console, limits or resolved.run.limits
         ),
         check_lease=lease.check,
     )

@@ -26,6 +26,7 @@ from vidshard.pipeline.storage.retry import (
     storage_errors,
     with_retries,
 )
+from vidshard.pipeline.storage.web_hosts import is_of_one_site, storage_hosts
 from vidshard.pipeline.storage.web_listing import list_web_folder
 from vidshard.pipeline.storage.weight_files import SHIPPED_SCHEME, local_copy, pinned
 from vidshard.schemas.uris import public_uri
@@ -46,6 +47,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "is_local",
+    "is_of_one_site",
     "is_transient",
     "join",
     "list_files",
@@ -60,6 +62,7 @@ __all__ = [
     "remove_leftovers",
     "restrict_addresses",
     "storage_errors",
+    "storage_hosts",
     "with_retries",
     "write_atomic",
 ]

@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from vidshard.pipeline.storage.file_systems import bounded, file_info, filesystem, missing_is_fine, retry_reads
 from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.retry import StorageError, errors_named, storage_errors, with_retries
-from vidshard.schemas.uris import public_uri, shown_uri
+from vidshard.schemas.uris import is_web, public_uri, shown_uri
 
 _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
@@ -77,7 +77,7 @@ def read_bytes(path: str, *, max_bytes: int | None = None) -> bytes:
         StorageError: it is missing, not readable or too large.
     """
     too_large = f"cannot read {shown_uri(path)}: it is larger than the {max_bytes or 0:,} bytes that are allowed here"
-    if is_local(path) or (max_bytes is not None and path.lower().startswith(("http://", "https://"))):
+    if is_local(path) or (max_bytes is not None and is_web(path)):
         with open_binary(path) as file, errors_named("read", path):
             data = file.read(-1 if max_bytes is None else max_bytes + 1)
         if max_bytes is not None and len(data) > max_bytes:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import IncompleteRead
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
+from vidshard.pipeline.storage.client_errors import client_errors, says_it_may_pass, says_unreachable
 from vidshard.pipeline.storage.paths import is_local
 from vidshard.schemas.errors import OutageError, VidshardError, one_line
-from vidshard.schemas.uris import shown_uri
+from vidshard.schemas.uris import is_web, shown_uri
 
 Result = TypeVar("Result")
 
@@ -50,12 +52,7 @@ class ReadError(StorageError, OSError):
 
 
 class StorageOutageError(ReadError, OutageError):
-    """An object store or the Hub was asked again until the time was over, and does not answer."""
-
-
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf", "webhdfs", "hdfs"})
-"""Protocols behind which one service holds all files. An HTTP server is one site among many: if it does not answer,
-that says nothing about the other rows."""
+    """A storage was asked again until the time was over, and does not answer."""
 
 
 class ShortBodyError(OSError):
@@ -112,21 +109,8 @@ _TRANSIENT_ERRNOS = frozenset(
 
 
 def storage_errors() -> tuple[type[BaseException], ...]:
-    """Exception types that file systems raise: OSError, and those of object-store and HTTP clients if installed."""
-    errors: list[type[BaseException]] = [OSError, TimeoutError]
-    with suppress(ImportError):
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        errors += [BotoCoreError, ClientError]
-    with suppress(ImportError):
-        from aiohttp import ClientError as HttpError
-
-        errors.append(HttpError)
-    with suppress(ImportError):
-        from httpx2 import HTTPError as HubClientError  # of the Hub's client
-
-        errors.append(HubClientError)
-    return tuple(errors)
+    """Exception types that file systems raise: OSError, and those of the clients that are loaded."""
+    return (OSError, TimeoutError, *client_errors())
 
 
 def is_transient(error: BaseException) -> bool:
@@ -153,71 +137,53 @@ def _verdict(error: BaseException) -> bool | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return response.get("Error", {}).get("Code") in _TRANSIENT_CODES or _is_transient_status(status)
+        return response.get("Error", {}).get("Code") in _TRANSIENT_CODES or is_transient_status(status)
     status = (
         getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(response, "status_code", None)
     )
+    if type(error).__module__.partition(".")[0] in ("gcsfs", "google"):  # aiohttp's parser has codes of its own
+        status = getattr(error, "code", None)
     if isinstance(status, int) and status:
-        return _is_transient_status(status)
+        return is_transient_status(status)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return False
     if isinstance(error, (TimeoutError, ConnectionError, EOFError, IncompleteRead, ShortBodyError, socket.gaierror)):
         return True
-    if isinstance(error, _connection_errors()):
-        return True
+    may_pass = says_it_may_pass(error)
+    if may_pass is not None:
+        return may_pass
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
     return False if isinstance(error, storage_errors()) else None
 
 
-def _is_transient_status(status: object) -> bool:
+def is_transient_status(status: object) -> bool:
     """Whether an HTTP status may pass: not one that says what a server cannot do, or that it is full."""
     return isinstance(status, int) and (
         status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507, 511))
     )
 
 
-def _connection_errors() -> tuple[type[BaseException], ...]:
-    errors: list[type[BaseException]] = []
-    with suppress(ImportError):
-        from botocore import exceptions as boto
-        from botocore.parsers import ResponseParserError
-
-        errors += [boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError]
-        errors += [boto.FlexibleChecksumError, boto.CredentialRetrievalError, boto.MetadataRetrievalError]
-    with suppress(ImportError):
-        import aiohttp
-
-        errors += [aiohttp.ClientConnectionError, aiohttp.ClientPayloadError]
-    with suppress(ImportError):
-        import httpx2
-
-        errors.append(httpx2.TransportError)
-    return tuple(errors)
-
-
-def _is_unreachable(error: BaseException) -> bool:
+def is_unreachable(error: BaseException) -> bool:
     """Whether no connection was made at all."""
-    errors: list[type[BaseException]] = [ConnectionRefusedError, socket.gaierror]
-    with suppress(ImportError):
-        from botocore.exceptions import EndpointConnectionError
+    cause = root_cause(error)
+    return isinstance(cause, (ConnectionRefusedError, socket.gaierror)) or says_unreachable(cause)
 
-        errors.append(EndpointConnectionError)
-    with suppress(ImportError):
-        from aiohttp import ClientConnectorError
 
-        errors.append(ClientConnectorError)
-    with suppress(ImportError):
-        from httpx2 import ConnectError
-
-        errors.append(ConnectError)
-    return isinstance(root_cause(error), tuple(errors))
+def _host(path: str) -> str:
+    return "/".join(path.split("/", 3)[:3])
 
 
 # Retrying.
 
 _reached: set[str] = set()
 """Hosts, buckets among them, that have answered this process."""
+
+_down: dict[str, float] = {}
+"""Web servers that did not answer this process though they were asked again, and when that was."""
+
+_DOWN_SECONDS = 300.0
+"""Time for which a web server that was down is asked once and not again: each of its many files would take minutes."""
 
 
 def with_retries(path: str, operation: Callable[[], Result], retry_seconds: float | None = None) -> Result:
@@ -240,9 +206,10 @@ class _Attempts:
     """The attempts at one operation on remote storage."""
 
     def __init__(self, path: str, limit_seconds: float) -> None:
-        self._path, self._limit = path, limit_seconds
-        self._host = "/".join(path.split("/", 3)[:3])
+        self._path, self._host = path, _host(path)
         self._started = time.monotonic()
+        was_down = self._started - _down.get(self._host, -math.inf) < _DOWN_SECONDS
+        self._limit = 0.0 if was_down else limit_seconds
 
     def call(self, operation: Callable[[], Result]) -> Result:
         """The operation's result, or the error of its last attempt."""
@@ -263,26 +230,27 @@ class _Attempts:
             if is_transient(error):
                 tries = retrying.statistics.get("attempt_number", 1)
                 error.add_note(f"tried {tries} times in {time.monotonic() - self._started:.0f} s")
-                error.add_note(
-                    "check the network, the endpoint and whether the store is up; "
-                    f"{RETRY_SECONDS_VARIABLE}={2 * self._limit:g} tries for longer"
-                )
+                longer = f"; {RETRY_SECONDS_VARIABLE}={2 * self._limit:g} tries for longer" if self._limit else ""
+                error.add_note(f"check the network, the endpoint and whether the store is up{longer}")
+                if is_web(self._path) and is_unreachable(error):
+                    _down.setdefault(self._host, time.monotonic())
             raise
 
     def _once(self, operation: Callable[[], Result]) -> Result:
         try:
             result = operation()
         except storage_errors() as error:
-            if not _is_unreachable(error):
+            if not is_unreachable(error):
                 _reached.add(self._host)
             raise
         _reached.add(self._host)
+        _down.pop(self._host, None)
         return result
 
     def _is_over(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
         elapsed = time.monotonic() - self._started
-        if error is not None and self._host not in _reached and _is_unreachable(error):
+        if error is not None and self._host not in _reached and is_unreachable(error):
             return elapsed >= self._limit * _FIRST_CONTACT_SHARE
         return elapsed >= self._limit and (state.attempt_number >= _MIN_ATTEMPTS or self._limit == 0)
 
@@ -300,17 +268,30 @@ class _Attempts:
 def errors_named(verb: str, path: str, kind: type[StorageError] = StorageError) -> Iterator[None]:
     """Turn the exceptions of file systems into a StorageError: "cannot VERB PATH: ...".
 
-    An error of an object store that may pass, and did not while it was retried, becomes a StorageOutageError.
+    An error that may pass, and did not while it was retried, becomes a StorageOutageError, unless it is a web server's
+    that answers otherwise.
     """
     try:
         yield
     except StorageError:
         raise
-    except storage_errors() as error:
+    except Exception as error:
+        may_pass = is_transient(error)
+        if not may_pass and not isinstance(error, storage_errors()):
+            raise
         text = "; ".join([describe(error, path), *getattr(error, "__notes__", ())])
-        if path.partition("://")[0].lower() in _OBJECT_STORES and is_transient(error):
+        if may_pass and not is_local(path) and not (is_web(path) and _answers_otherwise(error, path)):
             kind = StorageOutageError
+            if is_web(path):
+                _down.setdefault(_host(path), time.monotonic())
         raise kind(f"cannot {verb} {shown_uri(path)}: {text}") from error
+
+
+def _answers_otherwise(error: BaseException, path: str) -> bool:
+    """Whether a web server is up that failed for one file."""
+    from vidshard.pipeline.storage.web_hosts import answers  # which retries by itself with what is here
+
+    return not is_unreachable(error) and answers(path)
 
 
 def describe(error: BaseException, path: str = "") -> str:

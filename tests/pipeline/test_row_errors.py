@@ -21,6 +21,7 @@ import pytest
 from tests.support.cli import SMALL, tokenize
 from tests.support.faulty_s3 import FaultyS3
 from tests.support.fuzz_text import KINDS, fuzz_text
+from tests.support.http_server import http_server, unused_port
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.tokenization.collect import FEWEST_INTERNAL_ERRORS
 from vidshard.pipeline import decode_stage
@@ -184,6 +185,66 @@ def test_an_outage_of_an_object_store_ends_the_run_and_rejects_nothing(
     again = tokenize(tmp_path / "m.parquet", "--out", tmp_path / "out", *SMALL)
     decode_stage.forget_processes()
     assert again.exit_code == 0, again.output
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Storages are asked again for half a second, in child processes too."""
+    monkeypatch.setenv("VIDSHARD_STORAGE_RETRY_SECONDS", "0.5")
+    monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", 0.5)
+    decode_stage.forget_processes()
+    yield
+    decode_stage.forget_processes()
+
+
+def _manifest(folder: Path, uris: list[str]) -> Path:
+    path = folder / "m.csv"
+    path.write_text("\n".join(["uri", *uris]))
+    return path
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("trouble", ["refuses connections", "answers 503"])
+def test_an_outage_of_the_web_server_of_most_rows_ends_the_run_and_rejects_nothing(
+    two_videos: Path, tmp_path: Path, trouble: str
+) -> None:
+    is_up = False
+    content = (two_videos / "0.mp4").read_bytes()
+    with http_server(lambda _path: content if is_up else (503, {}, b"")) as server:
+        url = server.url if trouble == "answers 503" else f"http://127.0.0.1:{unused_port()}"
+        run = [tmp_path / "m.csv", "--out", tmp_path / "out", *SMALL, "--allow-private"]
+        _manifest(tmp_path, [f"{url}/a.mp4", f"{url}/b.mp4", str(two_videos / "1.mp4")])
+        result = tokenize(*run)
+        assert result.exit_code in (1, 2), result.output
+        assert f"cannot read {url}/a.mp4" in " ".join(result.output.split())
+        assert not reasons(tmp_path / "out")
+        is_up = True
+        if trouble == "answers 503":
+            again = tokenize(*run)
+            assert again.exit_code == 0, again.output
+            assert reasons(tmp_path / "out") == {"duplicate": 1}
+
+
+@pytest.mark.usefixtures("hasty")
+def test_one_web_server_among_many_that_is_down_rejects_its_rows_alone(two_videos: Path, tmp_path: Path) -> None:
+    content = (two_videos / "0.mp4").read_bytes()
+    with http_server(lambda path: content if path == "/a.mp4" else (503, {}, b"") if path == "/b.mp4" else None) as up:
+        dead = f"http://127.0.0.1:{unused_port()}"
+        rows = [f"{up.url}/a.mp4", f"{up.url}/b.mp4", f"{up.url}/c.mp4", f"{dead}/d.mp4", str(two_videos / "1.mp4")]
+        result = tokenize(_manifest(tmp_path, rows), "--out", tmp_path / "out", *SMALL, "--allow-private")
+    assert result.exit_code == 0, result.output
+    rejects = {row["uri"]: row["reason"] for row in read_rejects(str(tmp_path / "out")).to_pylist()}
+    assert rejects == dict.fromkeys(rows[1:4], "unreadable")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_web_server_of_signals_that_is_down_rejects_their_rows(two_videos: Path, tmp_path: Path) -> None:
+    dead = f"http://127.0.0.1:{unused_port()}/s.npy"
+    (tmp_path / "m.csv").write_text(f"uri,s\n{two_videos}/0.mp4,{dead}\n{two_videos}/1.mp4,\n")
+    run = [tmp_path / "m.csv", "--out", tmp_path / "out", *SMALL, "--signals", "s=nearest", "--allow-private"]
+    result = tokenize(*run)
+    assert result.exit_code == 0, result.output
+    assert set(reasons(tmp_path / "out")) == {"unreadable"}
 
 
 def test_a_key_with_two_colons_is_a_name(s3: str, two_videos: Path, tmp_path: Path) -> None:

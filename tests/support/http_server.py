@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,13 @@ class HttpServer:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     """Method, path and query of each request."""
+
+
+def unused_port() -> int:
+    """A port of loopback at which nothing listens."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import boto3
@@ -25,6 +26,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
 from vidshard.pipeline.storage import StorageError, file_systems, files, retry
+from vidshard.pipeline.storage.retry import errors_named
 
 PASSING = ("slow_down", "internal_error", "bad_gateway", "reset_before", "stall")
 """Faults that any request can meet."""
@@ -456,6 +458,39 @@ def test_an_open_video_is_a_file(tmp_path: Path) -> None:
     with storage.open_video(str(tmp_path / "v")) as file:
         assert isinstance(file, io.BufferedIOBase)
         assert file.read() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "base", "fields", "transient"),
+    [
+        ("gcsfs.retry", "HttpError", Exception, {"code": 503}, True),
+        ("gcsfs.retry", "HttpError", Exception, {"code": 404}, False),
+        ("gcsfs.retry", "ChecksumError", Exception, {}, True),
+        ("azure.core.exceptions", "AzureError", Exception, {"status_code": 500}, True),
+        ("azure.core.exceptions", "AzureError", Exception, {"status_code": 403}, False),
+        ("azure.core.exceptions", "ServiceRequestError", Exception, {}, True),
+        ("google.auth.exceptions", "TransportError", Exception, {}, True),
+        ("paramiko.ssh_exception", "SSHException", Exception, {}, False),
+        ("someone.unknown", "ReadTimeoutError", Exception, {}, True),
+        ("someone.unknown", "ParseError", Exception, {}, None),
+    ],
+)
+def test_errors_of_the_clients_of_other_stores(
+    module: str,
+    name: str,
+    base: type[Exception],
+    fields: dict[str, Any],
+    transient: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind = type(name, (base,), {"__module__": module, **fields})
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: kind}))  # the client is not installed here
+    error = kind("trouble")
+    assert storage.is_transient(error) is bool(transient)
+    expected: type[Exception] = kind if transient is None else storage.StorageError
+    with pytest.raises(expected) as caught, errors_named("read", "gs://bucket/key"):
+        raise error
+    assert isinstance(caught.value, storage.StorageOutageError) == bool(transient)
 
 
 def client_error(status: int, code: str) -> ClientError:

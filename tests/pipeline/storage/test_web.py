@@ -5,12 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
+import pyarrow as pa
 import pytest
 
 from tests.support.http_server import http_server
 from vidshard.pipeline import storage
-from vidshard.pipeline.storage import web_listing
+from vidshard.pipeline.row_errors import row_error
+from vidshard.pipeline.storage import retry, web_listing
 from vidshard.pipeline.storage.addresses import check_address, is_public
+from vidshard.schemas.rejections import Reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "hosts"),
+    [
+        (["http://a/1"], ("a",)), (["http://a/1", "http://b/2"], ()), (["http://a/1", "/2", "/3"], ()),
+        (["HTTP://u:p@A:80/1", "https://a:80/2", "/3"], ("a:80",)), (["http://a/"] * 9 + ["/1"] * 81, ()),
+        (["http://a/"] * 10 + ["/1"] * 90, ("a",)), (["http://a/"] * 10 + ["/1"] * 91, ()),
+        ([f"http://{n % 10}/x" for n in range(100)], tuple(map(str, range(10)))),
+        ([f"http://{n}/x" for n in range(100)], ()), (["s3://a/1"], ()), ([None, "http://a/1"], ()),
+    ],
+)  # fmt: skip
+def test_a_run_depends_on_the_web_servers_that_hold_many_of_its_rows(
+    rows: list[str | None], hosts: tuple[str, ...]
+) -> None:
+    assert storage.storage_hosts([pa.chunked_array([rows], pa.string())], len(rows)) == hosts
+
+
+@pytest.mark.parametrize(
+    ("uri", "ends_the_run"),
+    [
+        ("s3://b/k", True), ("gs://b/k", True), ("hf://o/r/f", True), ("http://a:80/x", True),
+        ("HTTPS://u@A:80/x", True),
+        ("http://b/x", False), ("http://a/x", False), ("http://a:80.evil/x", False), ("sftp://h/x", True),
+    ],
+)  # fmt: skip
+def test_an_outage_is_a_rows_fault_only_if_it_is_of_one_site_among_many(uri: str, ends_the_run: bool) -> None:
+    outage = storage.StorageOutageError("no answer")
+    if ends_the_run:
+        with pytest.raises(storage.StorageOutageError):
+            row_error(outage, uri, ("a:80",))
+    else:
+        assert row_error(outage, uri, ("a:80",)).reason is Reason.UNREADABLE
+
+
+def test_a_web_server_that_was_down_is_asked_once_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
+    is_up = False
+    with http_server(lambda _path: b"x" if is_up else (500, {}, b"")) as server:
+        asked = []
+        for _ in range(2):
+            with pytest.raises(storage.StorageOutageError):
+                storage.open_video(f"{server.url}/a")
+            asked.append(len(server.asked))
+        assert asked[1] - asked[0] == 3 < asked[0]  # HEAD and GET of the file, HEAD of the root
+        is_up = True
+        assert storage.open_video(f"{server.url}/a").read() == b"x"
 
 
 @pytest.fixture(autouse=True)
