@@ -51,6 +51,8 @@ class Reason(StrEnum):
     """Larger, longer or of more frames than the run's limits allow."""
     UNSUPPORTED = "unsupported"
     """A codec, pixel format or size that this build cannot handle."""
+    ENCRYPTED = "encrypted"
+    """The file says that its pictures are encrypted."""
     CHANGED = "changed"
     """The file was replaced after the run opened it."""
     BAD_SIGNAL = "bad_signal"
@@ -80,6 +82,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.DECODE_TIMEOUT: "raise --decode-timeout or --decode-seconds-per-second, or re-encode the file",
     Reason.OVER_LIMIT: "raise the limit that the detail names, if the file is not hostile",
     Reason.UNSUPPORTED: "re-encode it to h264 in mp4",
+    Reason.ENCRYPTED: "decrypt it with the program and key it came with, or remove it from the input",
     Reason.CHANGED: "run the same command again: the file is opened anew",
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
     Reason.OUT_OF_MEMORY: (

@@ -177,8 +177,9 @@ class ClipBuilder:
         self.span = span
         self.times = SpanTimeline(span, spec)
         self.damage = DamageLog(span=span)
-        self.seen_pts = span.grid_start_pts
-        """Tick of the last frame that was decoded, whether a clip needs it or not."""
+        self.seen_pts = span.grid_start_pts - 1
+        """Tick of the last frame that was decoded, whether a clip needs it or not; before the first one, one less than
+        its tick."""
         self._spec, self._max_clips = spec, max_clips
         self._renderer = Renderer(spec)
         self._next_clip = self.times.first_clip

@@ -38,7 +38,6 @@ from vidshard.pipeline.video.packets import (
 from vidshard.pipeline.video.stream_end import held_until, refuse_truncated
 from vidshard.pipeline.video.timestamps import Clock, TickConverter, time_base_of
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.video import Limits
 
 # Seconds before the wanted time to try in turn, when the container's index led past it; the start of the file is last.
 _SEEK_BACK_SECONDS = (0, 2, 10, 60)
@@ -233,7 +232,7 @@ def _decode_once(
     with open_video(watched, thread_type, with_edits=start.with_edits) as (container, stream):
         convert = clock.converter(stream) if clock is not None else TickConverter()
         end = StreamEnd()
-        found = _packets_from(container, stream, start, watched.limits, convert, end)
+        found = _packets_from(container, stream, start, watched, convert, end)
         if found is None:
             return
         packets, first_pts = found
@@ -242,7 +241,10 @@ def _decode_once(
             packets, is_certain = _with_certainty(packets, stream)
         places = PacketPlaces() if by_place else None
         schedule = None
+        lead: Iterator[Packet[VideoStream] | None] = iter(())
         if needed is not None and is_certain:
+            if start.seek_pts is None and clock is not None:
+                lead, packets = _before(clock.start_pts, packets, convert)
             schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts)
         crop = crop_of(watched, stream)
         order = FrameOrder(stream, convert, first_pts, crop, conceal=keep_going, is_certain=is_certain, places=places)
@@ -250,7 +252,7 @@ def _decode_once(
         failure = "no packets"
         last: TimedFrame | None = None
         with _failures_retried(watched, schedule):
-            for step in schedule or _every(packets):
+            for step in chain(_every(lead), schedule or _every(packets)):
                 try:
                     if places is not None and step is not None:
                         places.sent(step.packet)
@@ -289,7 +291,7 @@ def _packets_from(
     container: InputContainer,
     stream: VideoStream,
     start: SeekPoint,
-    limits: Limits,
+    watched: WatchedFile,
     convert: TickConverter,
     end: StreamEnd,
 ) -> tuple[Iterator[Packet[VideoStream] | None], int | None] | None:
@@ -305,7 +307,7 @@ def _packets_from(
         if start.forward:
             return None
         start = SeekPoint()
-    packets = read_packets(container, stream, start, limits, convert, end)
+    packets = read_packets(container, stream, start, watched, convert, end)
     if start.seek_pts is None:
         return packets, None
     if entries is not None and not entries.must_read_all:
@@ -318,6 +320,29 @@ def _packets_from(
     if first_pts is None and stream.codec_context.reorder_depth == 0:
         first_pts = first.dts
     return None if first_pts is None else (chain([first], packets), first_pts)
+
+
+def _before(
+    pts: int, packets: Iterator[Packet[VideoStream] | None], convert: TickConverter
+) -> tuple[Iterator[Packet[VideoStream] | None], Iterator[Packet[VideoStream] | None]]:
+    """Split off the packets before the first one that is presented at a tick or later.
+
+    There are none where the first frame could be decoded: all of these are decoded, so that their damage is noticed.
+    """
+    rest: list[Packet[VideoStream] | None] = []
+
+    def first() -> Iterator[Packet[VideoStream] | None]:
+        for packet in packets:
+            if packet is None or packet.pts is None or convert(packet.pts) >= pts:
+                rest.append(packet)
+                return
+            yield packet
+
+    def others() -> Iterator[Packet[VideoStream] | None]:
+        yield from rest
+        yield from packets
+
+    return first(), others()
 
 
 _PACKETS_ASKED = 64

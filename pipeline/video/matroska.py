@@ -1,4 +1,4 @@
-"""Reads from a Matroska or WebM file what FFmpeg keeps from its callers: the cropping of its video tracks.
+"""Reads from a Matroska or WebM file what FFmpeg keeps from its callers: cropping and encryption of its video tracks.
 
 Element ids are those of RFC 9559. Only the elements on the way to the tracks are read. Anything that is damaged or
 missing counts as not stated, as FFmpeg decides whether the file can be read at all.
@@ -21,6 +21,7 @@ _EBML, _SEGMENT, _SEEK_HEAD, _SEEK, _SEEK_ID, _SEEK_POSITION = (
 )
 _TRACKS, _TRACK, _TYPE, _VIDEO, _CLUSTER = 0x1654AE6B, 0xAE, 0x83, 0xE0, 0x1F43B675
 _WIDTH, _HEIGHT = 0xB0, 0xBA
+_ENCODINGS, _ENCODING, _ENCRYPTION = 0x6D80, 0x6240, 0x5035
 _CROP_LEFT, _CROP_TOP, _CROP_RIGHT, _CROP_BOTTOM = 0x54CC, 0x54BB, 0x54DD, 0x54AA
 
 _MAX_ELEMENTS = 1000
@@ -30,7 +31,7 @@ _MAX_TRACKS_BYTES = 16 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoTrack:
-    """The picture of a video track: its stored size, and what is cut off, in pixels."""
+    """A video track: its stored size, what is cut off, in pixels, and whether it is encrypted."""
 
     width: int
     height: int
@@ -38,6 +39,7 @@ class VideoTrack:
     top: int
     right: int
     bottom: int
+    is_encrypted: bool
 
 
 def read_video_tracks(watched: WatchedFile) -> list[VideoTrack]:
@@ -53,8 +55,23 @@ def read_video_tracks(watched: WatchedFile) -> list[VideoTrack]:
                 values = {key: int.from_bytes(value[:8], "big") for key, value in _elements(entry.get(_VIDEO, b""))}
                 names = (_WIDTH, _HEIGHT, _CROP_LEFT, _CROP_TOP, _CROP_RIGHT, _CROP_BOTTOM)
                 width, height, left, top, right, bottom = (values.get(name, 0) for name in names)
-                tracks.append(VideoTrack(width=width, height=height, left=left, top=top, right=right, bottom=bottom))
+                tracks.append(
+                    VideoTrack(
+                        width=width,
+                        height=height,
+                        left=left,
+                        top=top,
+                        right=right,
+                        bottom=bottom,
+                        is_encrypted=_is_encrypted(entry.get(_ENCODINGS, b"")),
+                    )
+                )
         return tracks
+
+
+def _is_encrypted(encodings: bytes) -> bool:
+    encoding = (content for kind, content in _elements(encodings) if kind == _ENCODING)
+    return any(kind == _ENCRYPTION for content in encoding for kind, _ in _elements(content))
 
 
 def _tracks_element(watched: WatchedFile) -> bytes:

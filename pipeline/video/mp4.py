@@ -203,6 +203,33 @@ def _runs(watched: WatchedFile, box: Box | None, kind: str) -> npt.NDArray[np.in
     return np.repeat(table["value"].astype(np.int64), counts)
 
 
+_MAX_ENTRIES = 100
+
+
+def read_protection(watched: WatchedFile, track: Track) -> list[str] | None:
+    """The encryption that a track's sample entries state, 8.12; None where all of them are clear.
+
+    The file's position is kept.
+
+    Returns:
+        The type of the first protected entry, then its scheme where that is stated.
+    """
+    with position_kept(watched):
+        stsd = track.boxes[b"stsd"]
+        for number, entry in enumerate(_boxes(watched, stsd.start + 8, stsd.end)):
+            if entry.kind in (b"encv", b"drmi"):
+                found = [entry.kind.decode()]
+                for box in _boxes(watched, entry.start + _VISUAL_ENTRY_BYTES, entry.end):
+                    if box.kind == b"sinf":
+                        for child in _boxes(watched, box.start, box.end):
+                            if child.kind == b"schm":
+                                found.append(_content(watched, child, 8)[4:8].decode("ascii", "replace").strip())
+                return found
+            if number >= _MAX_ENTRIES:
+                break
+    return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CleanAperture:
     """The part of a track's pictures that is shown, in pixels of the size that the track states."""

@@ -22,6 +22,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.packet_info import ALL_SLOTS, UNKNOWN, PacketFacts, inspector_of
+from vidshard.pipeline.video.transport_stream import Damage
 
 Needed = Callable[[int, int], bool]
 """Whether a frame on screen from one tick to another (exclusive) is wanted."""
@@ -165,7 +166,7 @@ class _Lookahead:
         waiting.wanted = True
 
     def _facts_of(self, packet: Packet[VideoStream]) -> PacketFacts | None:
-        if packet.is_corrupt or packet.has_sidedata("new_extradata"):
+        if packet.is_corrupt or isinstance(packet.opaque, Damage) or packet.has_sidedata("new_extradata"):
             return None
         return self._inspect(bytes(packet))
 

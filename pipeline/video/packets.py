@@ -22,6 +22,7 @@ from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoi
 from vidshard.pipeline.video.h264 import PictureNumbers
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
+from vidshard.pipeline.video.transport_stream import Damage, Whole, checked
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
 
@@ -70,7 +71,7 @@ def read_packets(
     container: InputContainer,
     stream: VideoStream,
     start: SeekPoint,
-    limits: Limits,
+    watched: WatchedFile,
     convert: TickConverter | None = None,
     end: StreamEnd | None = None,
 ) -> Iterator[Packet[VideoStream] | None]:
@@ -82,7 +83,7 @@ def read_packets(
         container: at the position that a seek led to.
         stream: its video stream.
         start: whether to wait for a keyframe, and the earliest one for a forward seek.
-        limits: number of packets is limited by ``max_frames``.
+        watched: the file; the number of packets is limited by ``max_frames``.
         convert: ticks of the container to those of ``start``; None where they are the same.
         end: is filled while packets are read.
 
@@ -93,7 +94,8 @@ def read_packets(
     waiting = start.await_keyframe
     context = stream.codec_context
     numbers = PictureNumbers(bytes(context.extradata or b"")) if context.codec.canonical_name == "h264" else None
-    packets = _Lookahead(_nonempty_packets(container, stream, limits, end or StreamEnd()))
+    found = _nonempty_packets(container, stream, watched.limits, end or StreamEnd())
+    packets = _Lookahead(checked(found, watched, stream) if container.format.name == "mpegts" else found)
     if start.seek_pts is not None:
         waiting = False
         entries = EntryPoints(stream)
@@ -105,8 +107,10 @@ def read_packets(
     for packet in packets:
         num_packets += 1
         waiting = waiting and not packet.is_keyframe
-        if not waiting:
-            if numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe):
+        # a damaged packet among those before the first keyframe may have been one
+        if not waiting or isinstance(packet.opaque, Damage):
+            is_one_missing = numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe)
+            if is_one_missing and not isinstance(packet.opaque, Damage):
                 packet.opaque = _MissingReference()
             yield packet
     if waiting and num_packets:
@@ -301,14 +305,17 @@ def decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vide
     Raises:
         VideoError: DECODE_ERROR or TRUNCATED: the packet, or a picture it refers to, is damaged or missing; OVER_LIMIT.
     """
-    if packet.is_corrupt:
+    mark = packet.opaque
+    if isinstance(mark, Damage):
+        raise VideoError(Reason.DECODE_ERROR, f"{_time_of(packet, stream)}: {mark.words}")
+    if packet.is_corrupt and not isinstance(mark, Whole):
         at = _time_of(packet, stream)
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
-    if isinstance(packet.opaque, _MissingReference):
+    if isinstance(mark, _MissingReference):
         raise _missing_reference(_time_of(packet, stream))
-    return _decode(watched, stream, packet)
+    return _decode(watched, stream, packet, must_be_clean=isinstance(mark, Whole) and mark.must_decode_clean)
 
 
 def drain(watched: WatchedFile, stream: VideoStream) -> list[VideoFrame]:
@@ -320,7 +327,9 @@ def drain(watched: WatchedFile, stream: VideoStream) -> list[VideoFrame]:
     return _decode(watched, stream, None)
 
 
-def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+def _decode(
+    watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None, *, must_be_clean: bool = False
+) -> list[VideoFrame]:
     try:
         with _ErrorsLogged() as messages:
             frames = stream.codec_context.decode(packet)
@@ -334,6 +343,9 @@ def _decode(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStrea
         raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
     if any("Could not find ref" in text for _, _, text in messages):  # hevc then gives no picture, and no error
         raise _missing_reference("at the end" if packet is None else _time_of(packet, stream))
+    if must_be_clean and messages and packet is not None:
+        detail = f"{_time_of(packet, stream)}: where two recordings are joined, the decoder says: {messages[0][2]}"
+        raise VideoError(Reason.DECODE_ERROR, " ".join(detail.split()))
     return frames
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from fractions import Fraction
 from typing import BinaryIO
 
+from av.video.stream import VideoStream
+
 from vidshard.pipeline.video.container import codec_name, refuse_long
 from vidshard.pipeline.video.content_id import archive_id, content_id
+from vidshard.pipeline.video.encryption import encryption_of
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
 from vidshard.pipeline.video.input_file import open_file, storage_failures_named
@@ -17,6 +20,7 @@ from vidshard.pipeline.video.presentation import first_frame
 from vidshard.pipeline.video.render import orientation_of
 from vidshard.pipeline.video.stream_end import seconds_from_packets
 from vidshard.pipeline.video.timestamps import Clock, frame_rate, seconds_from_header, time_base_of
+from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits, VideoProbe, VideoRef, VideoSource
 
 
@@ -32,13 +36,21 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
         limits: what the video may cost; None for the defaults.
 
     Raises:
-        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED,
+        VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED, ENCRYPTED,
             TRUNCATED (an mp4 without its index) or DECODE_ERROR (a container whose header is damaged).
     """
     with open_file(ref.uri, open_input) as file, storage_failures_named(file, limits) as watched:
         video_id = content_id(watched)
+        encryption = encryption_of(watched)
+        if encryption and all(encryption):
+            raise _encrypted(encryption)
         with closing(first_frame(watched)) as frames:
-            first, shown_seconds = next(frames)
+            try:
+                first, shown_seconds = next(frames)
+            except VideoError as error:
+                if any(encryption):
+                    raise _encrypted(encryption) from error
+                raise
             stream = first.stream
             orientation = orientation_of(first.frame)
             width, height = display_size(*first.shown_size, first.pixel_aspect, orientation)
@@ -48,6 +60,7 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
                 duration_seconds = (len(stream) - first.pts) / stream.rate
                 video_id = archive_id(video_id, fps)
             else:
+                _refuse_encrypted(stream, encryption)
                 codec, fps, clock = codec_name(stream), frame_rate(stream), Clock.of(stream, first.pts)
                 if clock.time_base != time_base_of(stream):
                     clock = Clock.of(stream, first.pts, times_ahead(stream))
@@ -72,3 +85,18 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
             duration_seconds_from_header=float(duration_seconds),
             source=source,
         )
+
+
+def _encrypted(encryption: Sequence[str | None]) -> VideoError:
+    return VideoError(Reason.ENCRYPTED, f"its pictures are encrypted: {next(filter(None, encryption))}")
+
+
+def _refuse_encrypted(stream: VideoStream, encryption: Sequence[str | None]) -> None:
+    """Refuse a stream that is encrypted, beside others that are not.
+
+    Raises:
+        VideoError: ENCRYPTED.
+    """
+    number = [video.index for video in stream.container.streams.video].index(stream.index)
+    if number < len(encryption) and encryption[number]:
+        raise _encrypted(encryption)

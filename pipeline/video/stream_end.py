@@ -36,7 +36,7 @@ def seconds_from_packets(watched: WatchedFile, first_pts: int) -> Fraction:
         longest = watched.limits.max_seconds / time_base
         num_packets, ticks, end_pts = 0, 0, first_pts
         end = StreamEnd()
-        for packet in read_packets(container, stream, SeekPoint(await_keyframe=False), watched.limits, end=end):
+        for packet in read_packets(container, stream, SeekPoint(await_keyframe=False), watched, end=end):
             if packet is not None:
                 num_packets += 1
                 if packet.pts is not None:

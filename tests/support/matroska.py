@@ -11,11 +11,20 @@ _VIDEO, _TRACK, _TRACKS, _SEEK_HEAD, _VOID = 0xE0, 0xAE, 0x1654AE6B, 0x114D9B74,
 
 def with_video_elements(whole: Path, path: Path, values: Mapping[int, int]) -> Path:
     """A copy whose first video track has more elements of one number each; those behind it move, its index is void."""
-    data = whole.read_bytes()
     added = b"".join(
         key.to_bytes((key.bit_length() + 7) // 8, "big") + b"\x82" + value.to_bytes(2, "big")
         for key, value in values.items()
     )
+    return _with_track(whole, path, added, b"")
+
+
+def with_track_element(whole: Path, path: Path, element: bytes) -> Path:
+    """A copy whose first track has one more element."""
+    return _with_track(whole, path, b"", element)
+
+
+def _with_track(whole: Path, path: Path, in_video: bytes, in_track: bytes) -> Path:
+    data = whole.read_bytes()
     seek_head = data.index(_SEEK_HEAD.to_bytes(4, "big"))  # it lists positions: without it, all is found by reading on
     end = _content(data, seek_head + 4)[1]
     tracks = data.index(_TRACKS.to_bytes(4, "big"), end)
@@ -29,8 +38,8 @@ def with_video_elements(whole: Path, path: Path, values: Mapping[int, int]) -> P
         id_bytes = 9 - data[video].bit_length()
         video = _content(data, video + id_bytes)[1]
     video_start, video_end = _content(data, video + 1)
-    inner = _element(_VIDEO, data[video_start:video_end] + added)
-    entry = _element(_TRACK, data[track_start:video] + inner + data[video_end:track_end])
+    inner = _element(_VIDEO, data[video_start:video_end] + in_video)
+    entry = _element(_TRACK, data[track_start:video] + inner + data[video_end:track_end] + in_track)
     renewed = _element(_TRACKS, data[tracks_start:track] + entry + data[track_end:tracks_end])
     head = data[:seek_head] + _element(_VOID, bytes(end - seek_head - 9)) + data[end:tracks]
     path.write_bytes(_unknown_segment_size(head) + renewed + data[tracks_end:])

@@ -21,7 +21,7 @@ from vidshard.pipeline.video.packets import SeekPoint, decode_packet, read_packe
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.video import Clip, ClipSpec, Limits, SpanClips, VideoRef
+from vidshard.schemas.video import Clip, ClipSpec, SpanClips, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=48, width=48)
 NUM_CLIPS = 24
@@ -112,8 +112,8 @@ def read_marked(path: Path) -> list[bool]:
             watched = stack.enter_context(storage_failures_named(stack.enter_context(opened(str(path))), None))
             readers.append((watched, *stack.enter_context(open_video(watched))))
         (_, other, others_stream), (watched, container, stream) = readers
-        freed = list(read_packets(other, others_stream, SeekPoint(), Limits()))
-        packets = [packet for packet in read_packets(container, stream, SeekPoint(), Limits()) if packet is not None]
+        freed = list(read_packets(other, others_stream, SeekPoint(), watched))
+        packets = [packet for packet in read_packets(container, stream, SeekPoint(), watched) if packet is not None]
         del freed
         refused = []
         for packet in packets:
