@@ -1,0 +1,25 @@
+"""Budget of a pass: FLOPs, kernels and bytes, so that a lost fusion or another copy is noticed."""
+
+from __future__ import annotations
+
+import pytest
+
+from vidshard.models.cost import MOST_VALUES, encoding_cost
+from vidshard.models.tokenizer import get_preset
+
+
+def test_the_large_encoder_costs_what_the_roofline_says() -> None:
+    cost = encoding_cost(get_preset("fsq_causal_488_32768"), 17, 256, 256)
+    assert cost.flops == pytest.approx(5.824e12, rel=1e-3)
+    assert cost.kernels <= 268
+    assert cost.traffic_bytes <= 41.8e9
+    assert cost.largest_map == 22 * 256 * 256 * 128  # 17 frames become 20, and 22 with the context before them
+
+
+@pytest.mark.parametrize("size", [(128, 96), (96, 128)])
+def test_cost_grows_with_the_area_of_the_frames(size: tuple[int, int]) -> None:
+    config = get_preset("fsq_causal_488_small")
+    one, four = (encoding_cost(config, 17, size[0] * side, size[1] * side) for side in (1, 2))
+    assert four.largest_map == 4 * one.largest_map
+    assert 3.8 < four.traffic_bytes / one.traffic_bytes < 4.1
+    assert four.largest_map < MOST_VALUES
