@@ -120,7 +120,8 @@ def time_encoder(name: str, spec: ClipSpec, num_clips: int) -> float:
 
     from vidshard.models.vidtok.config import PRESETS
     from vidshard.models.weights import load_tokenizer
-    from vidshard.pipeline.encode import encode_clips, make_reproducible
+    from vidshard.pipeline.devices import make_reproducible
+    from vidshard.pipeline.encode import encode_clips
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = 8 if device == "cuda" else 1

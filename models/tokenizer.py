@@ -49,6 +49,11 @@ class EncodedClips(Protocol):
         """Tensors (B, *shape) by payload column, log-variances included."""
         ...
 
+    @property
+    def is_finite(self) -> Tensor | None:
+        """Whether the network's output was finite for each clip, bool (B,); None if the payload itself shows it."""
+        ...
+
     def near_ties(self, tolerance: float) -> dict[str, Tensor]:
         """Masks of rounding ties, bool (B, *shape) by token column: values that lie within the tolerance of a tie.
 

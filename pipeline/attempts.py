@@ -39,12 +39,22 @@ class Attempts:
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
+        self._faults: dict[str, str] = {}
 
     def begin(self, batch: str) -> int:
         """Count another attempt; returns its number, from 1."""
         self._begun[batch] += 1
         return self._begun[batch]
 
+    def fault(self, batch: str, message: str) -> None:
+        """Keep the reason for which a process ends itself at a batch; the last one counts."""
+        self._faults[batch] = message
+
+    def last_fault(self, batch: str) -> str | None:
+        """Reason that the last process gave; None if none did."""
+        return self._faults.get(batch)
+
     def end(self, batch: str) -> None:
         """Forget a finished batch."""
         self._begun.pop(batch, None)
+        self._faults.pop(batch, None)

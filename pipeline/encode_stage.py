@@ -1,18 +1,16 @@
 """Encode stage: rows of decoded spans in, rows with payloads out.
 
-A batch that does not fit in memory is retried at half its size, down to one clip. A smaller batch has another shape.
-Tests on CPUs give the same bytes, but kernels may sum in another order: a value at a rounding tie may then round
-the other way, as with another --batch-size.
+A batch that does not fit in memory is retried at half its size, down to one clip; after a while a larger one is tried
+again (`pipeline.batch_sizes`). A smaller batch has another shape. Tests on CPUs give the same bytes, but kernels may
+sum in another order: a value at a rounding tie may then round the other way, as with another --batch-size.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -22,10 +20,13 @@ import torch
 from vidshard.models.tokenizer import Tokenizer
 from vidshard.models.vidtok.lengths import Padding
 from vidshard.models.vidtok.tiling import Tiling
-from vidshard.pipeline.encode import encode_clips, encode_spans, make_reproducible
+from vidshard.pipeline.batch_sizes import BatchSizes
+from vidshard.pipeline.devices import GpuFaultError, examine_gpu, free_caches, is_out_of_memory, make_reproducible
+from vidshard.pipeline.encode import NotFiniteError, encode_clips, encode_spans
 from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
+from vidshard.pipeline.storage import public_uri
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
-from vidshard.schemas.errors import one_line
+from vidshard.schemas.errors import RunFailedError, one_line
 from vidshard.schemas.rejections import Reason, Stage, VideoError
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import ClipSpec
@@ -47,37 +48,17 @@ class EncoderSpec:
     batch_size: int
     """Clips per forward pass."""
     num_threads: int
-    """CPU threads of one encoder; ignored on a GPU."""
+    """CPU threads of one encoder."""
+    device: str = "cpu"
+    """``cuda`` or ``cpu``; an encoder that was promised a GPU never computes on a CPU."""
+    most_clips: tuple[tuple[tuple[int, int], int], ...] = ()
+    """Largest batch by frame size (height, width), where it is below ``batch_size``. Pairs, as Ray hashes the spec."""
     padding: Padding | None = None
     """Placement of the frames that pad clips to a valid length; None if their length is valid."""
     tiling: Tiling | None = None
     """Tiles in which frames are encoded; None for whole frames."""
     continuous: ClipSpec | None = None
     """Clip settings if the clips of a span form one stream; None if each clip is encoded by itself."""
-
-
-MEMORY_MESSAGES = (
-    "can't allocate memory",  # PyTorch's CPU allocator on Linux and macOS
-    "not enough memory",  # and on Windows
-    "std::bad_alloc",
-    "out of memory",  # the CUDA runtime: pinned memory, workspace of a library
-    "_ALLOC_FAILED",  # cuBLAS, cuDNN
-)
-"""Messages of out-of-memory RuntimeErrors; PyTorch has an exception class only for its CUDA allocator."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation failed because memory ran out, so that a smaller one may succeed."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES)
-
-
-def free_caches() -> None:
-    """Release unused memory: blocks cached for a failed batch may not fit the next, smaller one."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +70,8 @@ class _Unit:
     """uint8 (T, H, W, 3) each, halo first."""
     num_own: int
     """Number of clips without the halo."""
+    first_own: int = 0
+    """Position of the first of them among the row's clips."""
 
 
 class ClipEncoder:
@@ -104,8 +87,7 @@ class ClipEncoder:
     def __init__(self, spec: EncoderSpec) -> None:
         self._spec = spec
         self._model: Tokenizer | None = None
-        self._batch_sizes: dict[tuple[int, int], int] = {}
-        """Reduced batch size, by frame size (height, width) that did not fit at the spec's batch size."""
+        self._batch_sizes = BatchSizes(spec.batch_size, dict(spec.most_clips))
         self._idle_since: float | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -125,10 +107,16 @@ class ClipEncoder:
             units: list[_Unit] = []
             for row in group:
                 if spec.continuous is None:
-                    units += [_Unit(row=row, clips=[clip], num_own=1) for clip in spans[row]]
+                    units += [
+                        _Unit(row=row, clips=[clip], num_own=1, first_own=number)
+                        for number, clip in enumerate(spans[row])
+                    ]
                 elif counts[row]:
                     units.append(_Unit(row=row, clips=spans[row], num_own=counts[row]))
-            num_slots += self._encode(tokenizer, units, size, encoded, errors)
+            try:
+                num_slots += self._encode(tokenizer, units, size, encoded, errors)
+            except _UnitNotFiniteError as error:
+                raise self._not_finite(rows, error) from error
         for row in errors:
             encoded[row] = {column.name: [] for column in spec.payload}
         values = {column.name: [clip for row in encoded for clip in row[column.name]] for column in spec.payload}
@@ -138,9 +126,13 @@ class ClipEncoder:
 
     def _tokenizer(self) -> Tokenizer:
         if self._model is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            make_reproducible(device, self._spec.num_threads)
-            self._model = self._spec.source.load(device, PRECISIONS[self._spec.precision])
+            spec = self._spec
+            if spec.device == "cuda" and not torch.cuda.is_available():
+                raise GpuFaultError(
+                    f"the GPU of this encoder is gone, or PyTorch cannot use it any more: {examine_gpu().versions}"
+                )
+            make_reproducible(spec.device, spec.num_threads, spec.precision)
+            self._model = spec.source.load(spec.device, PRECISIONS[spec.precision])
         return self._model
 
     def _encode(
@@ -159,27 +151,36 @@ class ClipEncoder:
 
         Returns:
             Capacity of the forward passes, in clips.
+
+        Raises:
+            _UnitNotFiniteError: the network gave a value that is not finite.
         """
-        batch_size = self._batch_sizes.get(size, self._spec.batch_size)
+        sizes = self._batch_sizes
         num_slots = start = 0
         has_freed = False
+        what = f"{self._spec.num_frames}x{size[0]}x{size[1]} frames"
         while start < len(units):
             if units[start].row in errors:
                 start += 1
                 continue
-            batch = units[start : start + batch_size]
-            values, shortage = _unless_out_of_memory(partial(self._encode_batch, tokenizer, batch, batch_size))
+            batch_size = sizes.of(size)
+            # A GPU gets several batches a call, so that one is copied while another is computed. Of a single clip that
+            # does not fit, the row must be known.
+            several = tokenizer.device.type == "cuda" and batch_size > 1
+            batch = units[start:] if several else units[start : start + batch_size]
+            values, shortage = self._unless_out_of_memory(tokenizer, batch, batch_size)
             if values is not None:
                 _share_out(values, batch, encoded)
-                num_slots += max(len(unit.clips) for unit in batch) * batch_size
+                num_slots += _num_slots(batch, batch_size)
                 start += len(batch)
                 has_freed = False
+                if sizes.succeeded(size, -(-len(batch) // batch_size)):
+                    log.warning("trying %d clips of %s at once again", sizes.of(size), what)
                 continue
             free_caches()
-            what = f"{self._spec.num_frames}x{size[0]}x{size[1]} frames"
             if batch_size > 1:
-                self._batch_sizes[size] = batch_size = batch_size // 2
-                log.warning("out of memory (%s): from now on %d clips of %s at once", shortage, batch_size, what)
+                halved = sizes.halve(size)
+                log.warning("out of memory (%s): from now on %d clips of %s at once", shortage, halved, what)
             elif not has_freed:
                 has_freed = True  # memory cached for other shapes may have been the obstacle: retry once without it
             else:
@@ -192,32 +193,67 @@ class ClipEncoder:
                 has_freed = False
         return num_slots
 
+    def _unless_out_of_memory(
+        self, tokenizer: Tokenizer, batch: Sequence[_Unit], batch_size: int
+    ) -> tuple[dict[str, np.ndarray] | None, str]:
+        """Encode units; returns their values, or None and the allocator's message in one line if memory ran out.
+
+        This is a separate function because a traceback keeps every tensor of the failed pass alive. The exception must
+        be gone before caches are freed and the next attempt starts.
+        """
+        try:
+            return self._encode_batch(tokenizer, batch, batch_size), ""
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error, num_clips=batch_size):
+                raise
+            return None, one_line(error, 300)
+
     def _encode_batch(self, tokenizer: Tokenizer, units: Sequence[_Unit], batch_size: int) -> dict[str, np.ndarray]:
-        """Encode one batch: by payload column, an array (clips without halos, values per clip), in order."""
+        """Encode units: by payload column, an array (clips without halos, values per clip), in order."""
         spec = self._spec
-        if spec.continuous is not None:
-            spans, counts = [unit.clips for unit in units], [unit.num_own for unit in units]
-            return encode_spans(tokenizer, spans, counts, spec.payload, spec.continuous, batch_size=batch_size)
-        clips = [clip for unit in units for clip in unit.clips]
-        return encode_clips(
-            tokenizer, clips, spec.payload, batch_size=batch_size, padding=spec.padding, tiling=spec.tiling
+        try:
+            if spec.continuous is not None:
+                spans, counts = [unit.clips for unit in units], [unit.num_own for unit in units]
+                return encode_spans(tokenizer, spans, counts, spec.payload, spec.continuous, batch_size=batch_size)
+            clips = [clip for unit in units for clip in unit.clips]
+            return encode_clips(
+                tokenizer, clips, spec.payload, batch_size=batch_size, padding=spec.padding, tiling=spec.tiling
+            )
+        except NotFiniteError as error:
+            places = [(unit, own) for unit in units for own in range(unit.num_own)]
+            unit, own = places[error.index]
+            raise _UnitNotFiniteError(unit.row, unit.first_own + own, error.what) from None
+
+    def _not_finite(self, rows: pa.Table, error: _UnitNotFiniteError) -> RunFailedError:
+        """Describe a value that is not finite: a plausible token would hide it."""
+        precision = self._spec.precision
+        clip = rows["clips"][error.row][error.clip]["clip_index"].as_py()
+        remedy = (
+            "float16 holds numbers up to 65,504: give --precision bfloat16 or float32 and another --out"
+            if precision == "float16"
+            else "check the weights"
+        )
+        return RunFailedError(
+            f"clip {clip} of {public_uri(rows['uri'][error.row].as_py())} in {precision}: {error.what}. No token is "
+            f"stored for it: {remedy}. What is committed is valid"
         )
 
 
-def _unless_out_of_memory(
-    encode: Callable[[], dict[str, np.ndarray]],
-) -> tuple[dict[str, np.ndarray] | None, str]:
-    """Call a function; return its result, or None and the allocator's message in one line if memory ran out.
+class _UnitNotFiniteError(Exception):
+    """A clip of a unit whose values are not finite."""
 
-    This is a separate function because a traceback keeps every tensor of the failed pass alive. The exception must
-    be gone before caches are freed and the next attempt starts.
-    """
-    try:
-        return encode(), ""
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None, one_line(error, 300)
+    def __init__(self, row: int, clip: int, what: str) -> None:
+        super().__init__(row, clip, what)
+        self.row = row
+        self.clip = clip
+        """Position among the row's clips without the halo."""
+        self.what = what
+
+
+def _num_slots(units: Sequence[_Unit], batch_size: int) -> int:
+    """Capacity of the forward passes over units, in clips: each batch takes as many steps as its longest unit."""
+    batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
+    return batch_size * sum(max(len(unit.clips) for unit in batch) for batch in batches)
 
 
 def _share_out(

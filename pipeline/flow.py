@@ -10,6 +10,8 @@ full, when to commit, and what to save after an interrupt.
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,12 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
 from vidshard.pipeline.resources import StageResources
+from vidshard.schemas.errors import one_line
 
 if TYPE_CHECKING:
     from vidshard.pipeline.encode_stage import EncoderSpec
+
+log = logging.getLogger(__name__)
 
 ENCODER_ENVIRONMENT = {
     # By default glibc returns large blocks to the system at once, and every page faults again at the next clip. If
@@ -56,19 +61,36 @@ class EncoderActor:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Encode rows, as `ClipEncoder`.
 
+        After a fault of the GPU this process ends itself: nothing more can be computed in it. Ray then starts another
+        one, perhaps on another GPU, and the attempt counts as one whose process died.
+
         Raises:
             RuntimeError: the process or its node died in all ``MAX_ATTEMPTS`` earlier attempts at these rows.
         """
+        from vidshard.pipeline.devices import end_process, is_gpu_fault
+
         spans = rows["span_id"].to_pylist()
         attempt = ray.get(self._attempts.begin.remote(spans[0]))
         if attempt > MAX_ATTEMPTS:
             others = f" and {len(spans) - 1} more" if len(spans) > 1 else ""
+            fault = ray.get(self._attempts.last_fault.remote(spans[0]))
+            look = "look for the kernel's out-of-memory killer"
+            cause = f"the last fault was {fault}; {look}" if fault else look
             raise RuntimeError(
                 f"the encoder's process died {MAX_ATTEMPTS} times at span {spans[0]}{others}, of video "
-                f"{storage.public_uri(rows['uri'][0].as_py())}: look for the kernel's out-of-memory killer, or faults "
-                "of a GPU or its driver, in the node's log"
+                f"{storage.public_uri(rows['uri'][0].as_py())}: {cause}, or faults of a GPU or its driver, in the "
+                "node's log"
             )
-        encoded = self._encode(rows)
+        try:
+            encoded = self._encode(rows)
+        except Exception as error:
+            if not is_gpu_fault(error):
+                raise
+            message = f"{type(error).__name__} on {socket.gethostname()}: {one_line(error, 300)}"
+            log.error("the GPU failed, and this process ends: %s", message)
+            ray.get(self._attempts.fault.remote(spans[0], message))
+            end_process()
+            raise
         self._attempts.end.remote(spans[0])
         return encoded
 
@@ -115,7 +137,7 @@ def build_flow(
             batch_size=resources.rows_per_batch,
             zero_copy_batch=True,
             num_gpus=resources.gpus_per_worker or None,
-            num_cpus=resources.cpus_per_worker or None,
+            num_cpus=resources.cpus_per_worker,  # also where it is 0: without a number Ray reserves a whole CPU
             compute=ActorPoolStrategy(size=resources.encode_workers),
             runtime_env={"env_vars": ENCODER_ENVIRONMENT},
             max_restarts=-1,

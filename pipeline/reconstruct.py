@@ -14,7 +14,7 @@ from vidshard.models.vidtok.lengths import Padding, pad
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.crossing import check_clip, check_parts, cross_clips, stored_spec
 from vidshard.pipeline.decode_stage import decode_again
-from vidshard.pipeline.encode import make_reproducible
+from vidshard.pipeline.devices import make_reproducible
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, read_clips
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
@@ -34,7 +34,7 @@ def load_decoder(resolved: ResolvedRun, *, precision: str = "float32") -> Tokeni
         UserError: the weights are missing, or have another digest than the output records.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_reproducible(device, torch.get_num_threads())
+    make_reproducible(device, torch.get_num_threads(), precision)
     try:
         return resolved.load_tokenizer(device, precision=precision)
     except UserError as error:

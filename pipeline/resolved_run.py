@@ -6,9 +6,10 @@ The same class is made from the settings of a new run (`ResolvedRun.of`) and fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
@@ -170,15 +171,35 @@ class ResolvedRun:
         """
         return self.source.load(device, PRECISIONS[precision or self.run.precision])
 
-    def encoder_spec(self, *, batch_size: int, num_threads: int) -> EncoderSpec:
-        """Settings of the run's encoders.
+    def placed(self, *, device: Literal["cuda", "cpu"], precision: str) -> Self:
+        """Copy of this run with its device and precision decided.
+
+        Args:
+            precision: a key of ``PRECISIONS``.
+        """
+        assert precision in PRECISIONS
+        return replace(self, run=self.run.model_copy(update={"device": device, "precision": precision}))
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether device and precision are decided."""
+        return self.run.device != "auto" and self.run.precision != "auto"
+
+    def encoder_spec(
+        self, *, batch_size: int, num_threads: int, most_clips: Mapping[tuple[int, int], int] | None = None
+    ) -> EncoderSpec:
+        """Settings of the encoders of a run that is placed.
 
         Args:
             batch_size: clips per forward pass.
             num_threads: CPU threads of one encoder.
+            most_clips: largest batch by frame size (height, width), where it is below ``batch_size``.
         """
+        assert self.is_placed
         return EncoderSpec(
             source=self.source,
+            device=self.run.device,
+            most_clips=tuple((most_clips or {}).items()),
             precision=self.run.precision,
             num_frames=self.largest.num_frames,
             continuous=self.largest if self.run.continuous else None,

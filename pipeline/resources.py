@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuNode:
+    """Resources of a machine with GPUs."""
+
+    node_id: str
+    """Ray's id of the node; empty for this machine without Ray."""
+    num_cpus: float
+    num_gpus: float
+
+    def num_encoders(self, share: float) -> int:
+        """Number of encoders that fit its GPUs, if each takes this share of one: a share never spans two GPUs."""
+        whole, part = divmod(self.num_gpus, 1)
+        return int(whole) * int(1 / share + _ROUNDING) + int(part / share + _ROUNDING)
+
+    def cpu_share(self, share: float) -> float:
+        """CPUs for each of its encoders, at most 1, so that at least one CPU is left for decoding; perhaps 0."""
+        encoders = self.num_encoders(share)
+        if encoders == 0 or self.num_cpus <= 1:
+            return 0.0
+        return min(1.0, math.floor((self.num_cpus - 1) / encoders * 1000) / 1000)
+
+
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,7 +39,7 @@ class StageResources:
     gpus_per_worker: float
     """GPUs reserved for each encoder, or a fraction of one; 0 without GPUs."""
     cpus_per_worker: float
-    """CPUs reserved for each encoder; 0 on a GPU."""
+    """CPUs reserved for each encoder, or a fraction of one, so that decoders have the others; 0 reserves none."""
     decode_workers: int | None
     """Largest number of decode tasks at once; None for no limit but the CPUs."""
     rows_per_task: int

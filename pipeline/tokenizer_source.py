@@ -13,8 +13,14 @@ from vidshard.pipeline import storage
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.text import readable
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes that tokenizers can compute in, by name of the precision setting."""
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""Dtypes of the weights and maps of a tokenizer, by name of the precision setting. In tf32 the products of a GPU take
+the upper 10 of 23 bits of a float32 mantissa (`pipeline.devices.make_reproducible`); a CPU computes it in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

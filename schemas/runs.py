@@ -209,12 +209,12 @@ class TokenizerSettings(Settings):
         help="Use random weights from this seed, to try the pipeline without a trained model. The tokens mean "
         "nothing, and every shard says so.",
     )
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32",
+    precision: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = setting(
+        "auto",
         section="Tokenizer",
         identity=True,
-        help="Floating-point type of the encoder; the quantizer always uses float32. Some tokens differ between the "
-        "types, so one output holds one type.",
+        help="Floating-point type of the encoder; some tokens differ between types, so an output holds one type. With "
+        "auto it is that of the output, or else float16 on GPUs and float32 on CPUs.",
     )
     tile_size: FrameSize | None = setting(
         None,
@@ -519,8 +519,15 @@ class LimitSettings(Settings):
 
 
 class ExecutionSettings(Settings):
-    """Settings of execution: processes, threads, batch sizes and clips per span."""
+    """Settings of execution: device, processes, threads, batch sizes and clips per span."""
 
+    device: Literal["auto", "cuda", "cpu"] = setting(
+        "auto",
+        section="Execution",
+        identity=False,
+        help="Device of the encoders. With auto they use GPUs where Ray, or this machine with --local, has them; a GPU "
+        "that PyTorch cannot use ends the run.",
+    )
     batch_size: int | None = setting(
         None,
         section="Execution",
@@ -543,8 +550,9 @@ class ExecutionSettings(Settings):
         section="Execution",
         identity=False,
         gt=0,
+        le=1,
         metavar="SHARE",
-        help="GPUs per encoder process; with a fraction, several processes share a GPU. Ignored where there is no GPU.",
+        help="GPUs per encoder process, at most 1; with a fraction, several processes share a GPU. Ignored on CPUs.",
     )
     encode_threads: int | None = setting(
         None,

@@ -21,6 +21,7 @@ from ray.data import DataContext
 from vidshard.jobs.runtime.errors import cause_of, terminate
 from vidshard.jobs.runtime.private_ray import private_ray
 from vidshard.pipeline.output.lease import release_held_leases
+from vidshard.pipeline.resources import GpuNode
 from vidshard.pipeline.storage import StorageError
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, RunFailedError
 
@@ -44,6 +45,8 @@ class Cluster:
     num_nodes: int
     is_own: bool
     """Whether this process started the cluster, and stops it."""
+    gpu_nodes: tuple[GpuNode, ...] = ()
+    """Nodes with GPUs."""
 
     def __str__(self) -> str:
         gpus = f", {self.num_gpus:g} GPUs" if self.num_gpus else ", no GPU"
@@ -76,7 +79,21 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
             num_gpus=resources.get("GPU", 0.0),
             num_nodes=sum(name.startswith("node:") and "internal" not in name for name in resources),
             is_own=own,
+            gpu_nodes=_gpu_nodes(),
         )
+
+
+def _gpu_nodes() -> tuple[GpuNode, ...]:
+    """Nodes of the cluster that live and have GPUs."""
+    living = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) > 0]
+    return tuple(
+        GpuNode(
+            node_id=node["NodeID"],
+            num_cpus=node["Resources"].get("CPU", 0.0),
+            num_gpus=node["Resources"]["GPU"],
+        )
+        for node in living
+    )
 
 
 def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int | None, verbose: bool) -> None:

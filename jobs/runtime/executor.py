@@ -17,14 +17,20 @@ import pyarrow as pa
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.pipeline.cancel import CancelToken, ClusterCancelToken, LocalCancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.devices import GpuReport, examine_gpu
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.local import run_locally
-from vidshard.pipeline.resources import StageResources
+from vidshard.pipeline.resources import GpuNode, StageResources
 from vidshard.schemas.errors import RunFailedError, VidshardError
 from vidshard.schemas.runs import TokenizeRun
 
 if TYPE_CHECKING:
     from vidshard.jobs.runtime.cluster import Cluster
+
+_GPU_SHARE = 0.01
+"""Share of a GPU that its examination takes, so that it starts beside other jobs."""
+_EXAMINATION_SECONDS = 120.0
+"""Time for the GPUs' nodes to answer; importing torch takes seconds, on a cold file system a minute."""
 
 
 class StageFailedError(RunFailedError):
@@ -47,6 +53,15 @@ class Executor(Protocol):
     @property
     def num_nodes(self) -> int:
         """Number of machines that have these CPUs."""
+        ...
+
+    @property
+    def gpu_nodes(self) -> Sequence[GpuNode]:
+        """Machines with GPUs."""
+        ...
+
+    def examine_gpus(self) -> list[GpuReport]:
+        """Report on a GPU of each machine that has some, as PyTorch sees it in an encoder's place."""
         ...
 
     def cancel_token(self) -> CancelToken:
@@ -95,6 +110,15 @@ class LocalExecutor:
 
         return cls(num_cpus=_usable_cpus(), num_gpus=float(torch.cuda.is_available()), verbose=verbose)
 
+    @property
+    def gpu_nodes(self) -> Sequence[GpuNode]:
+        """This machine, if it has a GPU."""
+        return [GpuNode(node_id="", num_cpus=self.num_cpus, num_gpus=self.num_gpus)] if self.num_gpus else []
+
+    def examine_gpus(self) -> list[GpuReport]:
+        """Report on the GPU of this process, as `Executor.examine_gpus`."""
+        return [examine_gpu()] if self.num_gpus else []
+
     def __str__(self) -> str:
         gpus = ", one GPU" if self.num_gpus else ", no GPU"
         return f"this process alone, without Ray: {self.num_cpus} CPUs{gpus}"
@@ -142,6 +166,31 @@ class ClusterExecutor:
     def num_nodes(self) -> int:
         """Number of nodes of the cluster."""
         return self.cluster.num_nodes
+
+    @property
+    def gpu_nodes(self) -> Sequence[GpuNode]:
+        """Nodes with GPUs."""
+        return self.cluster.gpu_nodes
+
+    def examine_gpus(self) -> list[GpuReport]:
+        """Report on a GPU of each node, as `Executor.examine_gpus`; nodes whose GPUs are taken do not answer."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        examine = ray.remote(num_cpus=0, max_retries=2)(examine_gpu)
+        asked = [
+            examine.options(
+                num_gpus=min(_GPU_SHARE, node.num_gpus),
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            ).remote()
+            for node in self.gpu_nodes
+        ]
+        with _ray_failures_named():
+            answered, silent = ray.wait(asked, num_returns=len(asked), timeout=_EXAMINATION_SECONDS)
+            for task in silent:
+                ray.cancel(task, force=True)
+            reports: list[GpuReport] = ray.get(answered)
+        return reports
 
     def __str__(self) -> str:
         return str(self.cluster)

@@ -85,9 +85,12 @@ def check_output(resolved: ResolvedRun) -> RunRecord:
     if record is None:
         version = resolved.provenance.code_version
         return RunRecord(identity=resolved.identity, code_version=version, sampled_ids=False)
-    if record.identity != resolved.identity:
+    now = resolved.identity
+    if resolved.run.precision == "auto" and "precision" in record.identity:
+        now = now | {"precision": record.identity["precision"]}  # which the run will take
+    if record.identity != now:
         raise UserError(
-            f"{out} holds the result of other settings:\n{_listed(record.identity, resolved.identity)}\n"
+            f"{out} holds the result of other settings:\n{_listed(record.identity, now)}\n"
             "choose another --out, or the settings of that run"
         )
     return record

@@ -27,7 +27,7 @@ from vidshard.pipeline.output.shard_reader import find_clips, open_shard
 from vidshard.pipeline.reconstruct import load_decoder, stored_clip
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
-from vidshard.schemas.errors import UserError, one_line
+from vidshard.schemas.errors import RunFailedError, UserError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import readable
 from vidshard.schemas.uris import is_remote, shown_uri
@@ -169,7 +169,13 @@ def _in_pieces(tokenizer: Tokenizer, x_BCTHW: Tensor) -> Reencoded:
 
 
 def _of_batch(encoded: EncodedClips, number: int) -> Reencoded:
-    """Result of one clip of a batch, on the CPU."""
+    """Result of one clip of a batch, on the CPU.
+
+    Raises:
+        RunFailedError: the network gave a value that is not finite.
+    """
+    if encoded.is_finite is not None and not encoded.is_finite[number]:
+        raise RunFailedError("encoding again gave values that are not finite: compare in the precision of the run")
     ties = encoded.near_ties(TIE)
     return Reencoded(
         payload={name: values[number].cpu() for name, values in encoded.payload.items()},

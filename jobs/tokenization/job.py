@@ -17,6 +17,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
+from vidshard.jobs.tokenization.placement import place
 from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary
 from vidshard.pipeline import storage
@@ -72,15 +73,17 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
     signals = [name for name, _ in run.signals or []]
     found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck, access=access)
-    print_run(resolved, found, console)
     lease = Lease.acquire(
         run.out, ttl_seconds=run.lease_seconds, on_wait=lambda text: console.print(text, markup=False)
     )
     with lease, open_executor(run, local=local) as executor:
+        record = check_output(resolved)  # checked again: another first run may just have ended
+        resolved = place(resolved, record, executor, console)
+        run = resolved.run
+        print_run(resolved, found, console)
         console.print(f"running on {executor}", highlight=False)
         warn_of_confinement(run, console)
         ready = time.monotonic()
-        record = check_output(resolved)  # checked again: another first run may just have ended
         write_run_record(resolved, record)
         limits = replace(run.limits, sampled_ids=record.sampled_ids, storage_hosts=found.storage_hosts)
         planned = make_plan(resolved, found, executor, lease, console, limits=limits)

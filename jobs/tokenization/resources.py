@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vidshard.jobs.runtime.executor import Executor
+from vidshard.jobs.tokenization.placement import gpu_workers, most_clips
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
@@ -18,11 +19,14 @@ def plan_resources(
     Args:
         num_spans: number of spans to process.
         clips_per_row: mean number of clips per row of the plan.
+
+    Raises:
+        UserError: more encoders are wanted than fit the GPUs.
     """
     run = resolved.run
-    on_gpu = executor.num_gpus > 0
+    on_gpu = run.device == "cuda"
     if on_gpu:
-        workers = run.encode_workers or max(1, int(executor.num_gpus / run.gpus_per_worker))
+        workers = gpu_workers(run.encode_workers, run.gpus_per_worker, executor)
         threads = run.encode_threads or 1
     else:
         workers = run.encode_workers or max(1, executor.num_cpus // 4)
@@ -30,12 +34,19 @@ def plan_resources(
     batch_size = run.batch_size or (8 if on_gpu else 1)
     span_clips = resolved.clips_per_span
     span_bytes = (span_clips + resolved.largest.halo_clips) * resolved.largest.clip_bytes
-    # a call of four batches leaves at most one of them partly filled; the bound of 1 GiB holds if all spans are long
-    rows_per_batch = max(1, min(math.ceil(4 * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
+    # A call of four batches leaves at most one of them partly filled. A GPU gets more, as the first one of a call waits
+    # for its frames; but no encoder takes the work of another. The bound of 1 GiB holds if all spans are long.
+    batches = 16 if on_gpu else 4
+    rows_per_batch = max(1, min(math.ceil(batches * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
+    if on_gpu:
+        rows_per_batch = min(rows_per_batch, max(1, math.ceil(num_spans / (4 * workers))))
     if run.continuous:  # each span is a stream, and a batch holds batch_size streams
         rows_per_batch = max(1, min(batch_size, (1 << 30) // span_bytes))
-    # on CPUs one CPU is always left for decoding: encoders that reserve all of them would stall the run
-    cpus = 0.0 if on_gpu else min(max(1, threads - 1), (executor.num_cpus - 1) / workers)
+    # one CPU is always left for decoding: encoders that reserve all of them would stall the run
+    if on_gpu:
+        cpus = min(node.cpu_share(run.gpus_per_worker) for node in executor.gpu_nodes)
+    else:
+        cpus = min(max(1, threads - 1), (executor.num_cpus - 1) / workers)
     resources = StageResources(
         encode_workers=workers,
         gpus_per_worker=run.gpus_per_worker if on_gpu else 0.0,
@@ -47,4 +58,5 @@ def plan_resources(
         ),
         rows_per_batch=rows_per_batch if batch_size > 1 else 1,
     )
-    return resources, resolved.encoder_spec(batch_size=batch_size, num_threads=threads)
+    limits = most_clips(resolved) if on_gpu else {}
+    return resources, resolved.encoder_spec(batch_size=batch_size, num_threads=threads, most_clips=limits)

@@ -33,6 +33,9 @@ class Encoded:
     pre_quantized: Tensor | None = None
     """float32 like latents. FSQ: the bounded value before rounding, in units of one level; a token may differ between
     machines only where this lies next to a half. LFQ, VQ: the encoder output."""
+    is_finite: Tensor | None = None
+    """bool (B,): whether every value of a clip's encoder output is finite. A quantizer turns NaN and infinity into
+    ordinary tokens."""
 
     @property
     def payload(self) -> dict[str, Tensor]:
@@ -151,7 +154,12 @@ class FSQ:
         rounded = bounded.detach().round().clamp(lowest, highest)
         # Straight-through gradient: the difference is exactly zero, so the codes are exact, and its gradient is one.
         codes = (rounded + (bounded - bounded.detach())) / self._half_widths(bounded)
-        return Encoded(latents=codes, tokens=self.codes_to_indices(codes.detach()), pre_quantized=bounded.detach())
+        return Encoded(
+            latents=codes,
+            tokens=self.codes_to_indices(codes.detach()),
+            pre_quantized=bounded.detach(),
+            is_finite=finite_clips(z_BCTHW),
+        )
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """Convert codes, float32 (B, K, ...), to indices, int32 (B, ...); the first channel is least significant."""
@@ -224,6 +232,7 @@ class LFQ:
             latents=(2.0 * bits.float() - 1.0) + (z_BCTHW - z_BCTHW.detach()),
             tokens=(bits * weights).sum(dim=1, dtype=torch.int32),
             pre_quantized=z_BCTHW.detach(),
+            is_finite=finite_clips(z_BCTHW),
         )
 
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
@@ -292,7 +301,7 @@ class VQ(nn.Module):
         tokens = self._nearest(z_BCTHW.detach().movedim(1, -1).reshape(-1, self.latent_channels))
         tokens = tokens.view(z_BCTHW.shape[0], *z_BCTHW.shape[2:])
         latents = self._entries(tokens).detach() + (z_BCTHW - z_BCTHW.detach())
-        return Encoded(latents=latents, tokens=tokens, pre_quantized=z_BCTHW.detach())
+        return Encoded(latents=latents, tokens=tokens, pre_quantized=z_BCTHW.detach(), is_finite=finite_clips(z_BCTHW))
 
     def _nearest(self, z_NC: Tensor) -> Tensor:
         """Find the index of the nearest entry, the first of equally near ones: int32 (N,)."""
@@ -353,7 +362,7 @@ class KL:
         """
         _check_channels(self, z_BCTHW)
         mean, logvar = z_BCTHW.float().chunk(2, dim=1)
-        return Encoded(latents=mean, logvar=logvar.clamp(-30.0, 20.0))
+        return Encoded(latents=mean, logvar=logvar.clamp(-30.0, 20.0), is_finite=finite_clips(z_BCTHW))
 
     def tokens_to_latents(self, tokens: Tensor) -> Tensor:
         raise ValueError(f"a KL tokenizer has no tokens: decode takes its float latents, got {tokens.dtype}")
@@ -442,6 +451,11 @@ def _entropy_of_mean(first_NA: Tensor, second_NB: Tensor, mean_over_workers: Mea
 def _commitment(z_BCTHW: Tensor, encoded: Encoded) -> Tensor:
     """Compute the mean squared distance of the encoder output from the codes, which get no gradient."""
     return (z_BCTHW.float() - encoded.latents.detach()).square().mean()
+
+
+def finite_clips(z_BCTHW: Tensor) -> Tensor:
+    """Tell of each clip whether all its values are finite: bool (B,)."""
+    return torch.isfinite(z_BCTHW.detach()).flatten(1).all(dim=1)
 
 
 def _check_channels(head: Head, z_BCTHW: Tensor) -> None:

@@ -61,6 +61,10 @@ class EncodedTwins:
         means = {name: latent.mean for name, latent in self.moments.items()}
         return means | {f"{name}_logvar": latent.logvar for name, latent in self.moments.items()}
 
+    @property
+    def is_finite(self) -> None:
+        """None: a value that is not finite shows in the latents themselves."""
+
     def near_ties(self, tolerance: float) -> dict[str, Tensor]:  # noqa: ARG002 - nothing is rounded to tokens
         """Empty: there are no tokens."""
         return {}

@@ -136,8 +136,9 @@ def test_work_is_spread_and_batches_are_filled_across_videos(tmp_path: Path) -> 
     assert json.loads((tmp_path / "tokens" / "summary.json").read_text())["batch_fill"] == 1.0  # 10 clips in 2 batches
     plan = str(tmp_path / "tokens" / "todo.parquet")
     settings = TokenizeRun.model_validate({"inputs": [str(folder)], "out": "unused", "tokenizer": "tiny", "size": 32})
+    resolved = ResolvedRun.of(settings).placed(device="cpu", precision="float32")
     cluster = Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)
-    resources, encoder = plan_resources(ResolvedRun.of(settings), 10, 1.0, ClusterExecutor(cluster=cluster))
+    resources, encoder = plan_resources(resolved, 10, 1.0, ClusterExecutor(cluster=cluster))
     decoder = SpanDecoder(spec=settings.clip_specs[0], max_clips=10, clips_per_pass=1)
     flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources).materialize()
     assert flow.count() == 10

@@ -20,7 +20,8 @@ from tests.support.encoding import (
     encoder_spec,
     rows_of_two_sizes,
 )
-from vidshard.pipeline.encode_stage import ClipEncoder, is_out_of_memory
+from vidshard.pipeline.devices import is_out_of_memory
+from vidshard.pipeline.encode_stage import ClipEncoder
 from vidshard.schemas.rejections import REMEDIES, Reason
 
 

@@ -17,7 +17,7 @@ VALUES: dict[str, Any] = {
     "signals": st.sampled_from(["actions=linear", "actions=linear,poses=window"]),
     "image_fps": st.sampled_from(["24", "30", "30000/1001"]),
     "keep_logvar": st.booleans(),
-    "precision": st.sampled_from(["float32", "bfloat16"]),
+    "precision": st.sampled_from(["auto", "float32", "tf32", "float16", "bfloat16"]),
     "tile_size": st.sampled_from(["256", "256x448"]),
     "tile_overlap": st.integers(0, 128),
     "fps": st.sampled_from(["8", "7.5", "3"]),

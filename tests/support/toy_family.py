@@ -94,6 +94,7 @@ class ToyEncoded:
     """Payload of a batch."""
 
     payload: dict[str, Tensor]
+    is_finite: Tensor | None = None
 
     def near_ties(self, tolerance: float) -> dict[str, Tensor]:
         return {}

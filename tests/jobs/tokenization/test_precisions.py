@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -18,7 +19,7 @@ from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
 
-ALL_PRECISIONS = get_args(TokenizeRun.model_fields["precision"].annotation)
+ALL_PRECISIONS = [name for name in get_args(TokenizeRun.model_fields["precision"].annotation) if name != "auto"]
 SMALL = ("--fps", "4", "--frames", "5", "--size", "32", "--local")
 
 
@@ -46,8 +47,13 @@ def test_the_setting_names_the_precisions_that_there_are() -> None:
     assert set(ALL_PRECISIONS) == set(PRECISIONS)
 
 
-@pytest.mark.parametrize("precision", ALL_PRECISIONS)
-@pytest.mark.parametrize("source", ["shipped", "seeded", "file of tiny", "file of tiny_kl"])
+@pytest.mark.parametrize(
+    ("source", "precision"),
+    [
+        *product(["shipped", "seeded", "file of tiny", "file of tiny_kl"], ["float32", "bfloat16"]),
+        *product(["seeded", "file of tiny"], sorted({*ALL_PRECISIONS} - {"float32", "bfloat16"})),
+    ],
+)
 def test_every_precision_tokenizes_goes_on_verifies_and_decodes(
     source: str, precision: str, videos: Path, weights: dict[str, list[str]], tmp_path: Path
 ) -> None:

@@ -1,0 +1,151 @@
+"""Placement of a run: its device and precision, decided from the settings and from what PyTorch sees on the machines.
+
+A GPU that Ray or this machine has is used, or the run is refused before it plans. Encoders never fall back to a CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from vidshard.jobs.runtime.executor import Executor
+from vidshard.jobs.runtime.progress import warn
+from vidshard.jobs.runtime.run_record import RunRecord
+from vidshard.models.cost import MOST_VALUES, encoding_cost
+from vidshard.pipeline.devices import DEFAULT_PRECISION, GpuReport, examine_gpu
+from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.video import ClipSpec
+
+Device = Literal["cuda", "cpu"]
+
+
+def place(resolved: ResolvedRun, record: RunRecord, executor: Executor, console: Console) -> ResolvedRun:
+    """Decide device and precision of a run, and say so.
+
+    Args:
+        record: record of the output, whose precision a run takes that names none.
+
+    Raises:
+        UserError: a GPU was promised that PyTorch cannot use, one clip is too large for a GPU, or there are more
+            encoders than fit the GPUs.
+    """
+    setting = resolved.run.device
+    reports = [] if setting == "cpu" else executor.examine_gpus()
+    device, why = _device_of(setting, reports, executor)
+    precision, why_precision = _precision_of(resolved, record, device)
+    for report in reports:
+        problem = report.problem(precision)
+        if problem is not None:
+            raise UserError(f"the GPU of {report.node} cannot be used, though {executor} has it: {problem}")
+    placed = resolved.placed(device=device, precision=precision)
+    if device == "cuda":
+        gpu_workers(placed.run.encode_workers, placed.run.gpus_per_worker, executor)  # both refuse what cannot work
+        most_clips(placed)
+    console.print(f"device {device}: {why}", highlight=False, markup=False)
+    console.print(f"precision {precision}: {why_precision}", highlight=False, markup=False)
+    _warn(placed, setting, console)
+    return placed
+
+
+def _device_of(setting: str, reports: list[GpuReport], executor: Executor) -> tuple[Device, str]:
+    if setting == "cpu":
+        ignored = f"; {executor.num_gpus:g} GPUs are left alone" if executor.num_gpus else ""
+        return "cpu", f"as --device says{ignored}"
+    if executor.num_gpus > 0:
+        if not reports:
+            raise UserError(
+                f"{executor} has GPUs, but none was free to be examined: wait for the other jobs, or give --device cpu"
+            )
+        named = {str(report): report for report in reports}
+        return "cuda", "; ".join(named)
+    if setting == "cuda":
+        problem = examine_gpu().problem("float32") or "Ray knows of none: start its nodes with --num-gpus"
+        raise UserError(f"--device cuda, and {executor}: {problem}")
+    return "cpu", "no GPU was found"
+
+
+def _precision_of(resolved: ResolvedRun, record: RunRecord, device: Device) -> tuple[str, str]:
+    if resolved.run.precision != "auto":
+        said = "as --precision says"
+        if resolved.run.precision == "tf32" and device == "cpu":
+            said += "; a CPU computes it in float32, and only GPUs round"
+        return resolved.run.precision, said
+    stored = record.identity.get("precision")
+    if stored not in (None, "auto"):
+        return str(stored), "that of the output"
+    return DEFAULT_PRECISION[device], f"the default on a {'GPU' if device == 'cuda' else 'CPU'}"
+
+
+def _warn(placed: ResolvedRun, setting: str, console: Console) -> None:
+    """Warn of what a placement costs: float32 on a GPU, or a GPU that is left idle."""
+    if placed.run.device == "cuda" and placed.run.precision == "float32":
+        warn(
+            console,
+            "float32 on a GPU is five to ten times slower than float16 by its roofline (docs/performance.md); "
+            "--precision float16 and another --out: 0.5 % of the tokens differ",
+        )
+    if placed.run.device == "cpu" and setting == "auto" and has_nvidia_gpu():
+        problem = examine_gpu().problem("float32")
+        if problem is not None:
+            warn(console, f"this machine's GPU is not used: {problem}")
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the NVIDIA driver of this machine lists a GPU, whatever PyTorch sees."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return gpus.is_dir() and any(gpus.iterdir())
+
+
+def gpu_workers(wanted: int | None, share: float, executor: Executor) -> int:
+    """Number of encoders on GPUs.
+
+    Raises:
+        UserError: more are wanted than fit: those would wait for ever.
+    """
+    fitting = sum(node.num_encoders(share) for node in executor.gpu_nodes)
+    if fitting == 0:
+        raise UserError(
+            f"--gpus-per-worker {share:g}: no node of {executor} has so much of a GPU; give a smaller share"
+        )
+    if wanted is not None and wanted > fitting:
+        raise UserError(
+            f"--encode-workers {wanted}: {fitting} fit the GPUs of {executor} at --gpus-per-worker {share:g}; the "
+            "others would never start"
+        )
+    return wanted or fitting
+
+
+def most_clips(resolved: ResolvedRun) -> dict[tuple[int, int], int]:
+    """Largest batch of each frame size (height, width) on a GPU, so that no map has more than 2^31 - 1 values.
+
+    Raises:
+        UserError: a map of a single clip has more.
+    """
+    return {(spec.height, spec.width): _most_clips(resolved, spec) for spec in resolved.clip_specs}
+
+
+def _most_clips(resolved: ResolvedRun, spec: ClipSpec) -> int:
+    height, width = spec.height, spec.width
+    if resolved.tiling is not None:
+        height, width = min(height, resolved.tiling.height), min(width, resolved.tiling.width)
+    num_frames = resolved.config.valid_frames(max(resolved.encoded_frames, spec.num_frames))
+    largest = encoding_cost(resolved.config, num_frames, height, width).largest_map
+    if largest > MOST_VALUES:
+        raise UserError(
+            f"one clip of {spec.num_frames}x{spec.bucket} has a map of {largest:,} values in {resolved.config.name}, "
+            f"and a GPU's kernels take {MOST_VALUES:,}: give a smaller --size or --frames, or a --tile-size"
+        )
+    return MOST_VALUES // largest
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU of this machine has units for bfloat16 products: AVX512-BF16 or AMX."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(?:avx512_bf16|amx_bf16)\b", text) is not None
