@@ -7,6 +7,7 @@ is named is taken whatever its extension. Columns of a manifest are kept as they
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import os
 import stat
@@ -245,8 +246,12 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
     try:
         if _is_glob(path) and not fs.exists(inner):
             if isinstance(fs, LocalFileSystem):
-                for name in sorted(glob.iglob(inner, recursive=True)):
-                    yield from _entry(name, passed_over, set())
+                seen: set[str] = set()
+                for name in sorted(set(_matches("", inner.split("/")))):
+                    for found in _entry(name, passed_over, set()):
+                        if found[0] not in seen:  # a folder matches, and so does a file in it
+                            seen.add(found[0])
+                            yield found
                 return
             matches = fs.glob(inner, detail=True)
             for name, info in matches.items():
@@ -272,6 +277,55 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
             f"cannot list {storage.public_uri(path)}: {storage.describe(error)}; check the name, the network and the "
             "credentials in the environment"
         ) from error
+
+
+def _matches(folder: str, parts: Sequence[str], above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """List the entries below a local folder that match a pattern, as a shell does with ``**`` for any folders.
+
+    A folder that has to be searched and cannot be is listed itself, so that opening it rejects it with the reason.
+
+    Args:
+        folder: the folder, without the ``/`` at its end.
+        parts: the pattern by component, at least one.
+        above: device and inode of the folders above, to which a link may lead back.
+    """
+    part, rest = parts[0], parts[1:]
+    if part == "**" and not rest:
+        yield folder  # a folder is listed with all that is below it
+        return
+    if not glob.has_magic(part):
+        path = f"{folder}/{part}" if folder or part else ""  # the pattern is absolute: its first part is empty
+        if not rest:
+            if os.path.lexists(path):
+                yield path
+        elif os.path.isdir(f"{path}/"):
+            yield from _matches(path, rest, above)
+        return
+    try:
+        here = os.stat(f"{folder}/")
+        with os.scandir(f"{folder}/") as entries:
+            names = [
+                # a link to itself would raise
+                (entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())
+                for entry in entries
+            ]
+    except OSError:
+        yield folder
+        return
+    if part != "**":
+        for name, is_folder in names:
+            if fnmatch.fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")):
+                if not rest:
+                    yield f"{folder}/{name}"
+                elif is_folder:
+                    yield from _matches(f"{folder}/{name}", rest, above)
+        return
+    yield from _matches(folder, rest, above)
+    key = (here.st_dev, here.st_ino)
+    if key not in above:
+        for name, is_folder in names:
+            if is_folder and not name.startswith("."):
+                yield from _matches(f"{folder}/{name}", parts, above | {key})
 
 
 def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[FoundFile]:

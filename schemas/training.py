@@ -40,7 +40,9 @@ class ClipSettings(Settings):
         help="Weights that are trained. With 'decoder', encoder and quantizer keep their weights, so tokens made "
         "before stay valid.",
     )
-    frames: int = setting(17, section="Data", ge=1, metavar="T", common=True, help="Number of frames of a clip.")
+    frames: int = setting(
+        17, section="Data", ge=1, le=1 << 16, metavar="T", common=True, help="Number of frames of a clip."
+    )
     size: FrameSize = setting(
         (128, 128), section="Data", metavar="SIZE", common=True, help="Frame size: 128, or HEIGHTxWIDTH."
     )
@@ -247,7 +249,12 @@ class DiscriminatorSettings(Settings):
         "negative mean score.",
     )
     discriminator_width: int = setting(
-        64, section="Discriminator", ge=1, metavar="N", help="Number of channels of the discriminator's first layer."
+        64,
+        section="Discriminator",
+        ge=1,
+        le=4096,
+        metavar="N",
+        help="Number of channels of the discriminator's first layer.",
     )
     lecam_weight: float = setting(
         0.005,

@@ -10,6 +10,7 @@ from typing import Any
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN, shard_paths
+from vidshard.pipeline.output.plan_store import has_sampled_ids
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError, one_line
@@ -47,7 +48,11 @@ def read_run_record(out: str) -> RunRecord | None:
         if not shards:
             return None
         with open_shard(shards[0]) as (_, provenance):
-            return RunRecord(identity=dict(provenance.identity), code_version=provenance.code_version)
+            return RunRecord(
+                identity=dict(provenance.identity),
+                code_version=provenance.code_version,
+                sampled_ids=has_sampled_ids(out),
+            )
     try:
         record = parse_json(storage.read_bytes(path, max_bytes=MAX_RECORD_BYTES), RUN)
         version = int(record.get("format_version", FORMAT_VERSIONS[0]))

@@ -29,6 +29,7 @@ from vidshard.pipeline.output.committed import ShardSpans, drop_repeated_spans, 
 from vidshard.pipeline.output.layout import PLANNED, RUN, SHARDS, remove_leftovers
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.parquet import ShardError, named_if_damaged
+from vidshard.pipeline.output.plan_store import has_sampled_ids
 from vidshard.pipeline.output.shard_reader import check_shard, find_clips, open_shard, output_shards
 from vidshard.pipeline.output.state import OutputState, damaged_files
 from vidshard.pipeline.resolved_run import stored_run
@@ -282,7 +283,7 @@ def _record(folder: str, paths: Sequence[str], findings: _Findings) -> dict[str,
         return record
     for shard in paths:
         with suppress(ShardError), open_shard(shard) as (_, provenance):
-            record = record_of(provenance)
+            record = record_of(provenance) | {"sampled_ids": has_sampled_ids(folder)}
             text = json.dumps(record, indent=2, default=str).encode()
             if path not in findings.wrong_paths:
                 findings.wrong_paths.add(path)

@@ -21,7 +21,7 @@ from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.planning import uri_columns
 from vidshard.jobs.tokenization.resources import plan_resources
-from vidshard.jobs.tokenization.summary import Summary
+from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
@@ -262,10 +262,6 @@ def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -
         ]
 
 
-FEWEST_INTERNAL_ERRORS = 10
-"""Number of videos with an internal error below which none ends a run, so that one odd file in a small run does not."""
-
-
 def check_internal_errors(summary: Summary, broken: Collection[str], run: TokenizeRun) -> None:
     """Record a problem in the summary if internal errors are too many to be the fault of single videos.
 
@@ -274,10 +270,6 @@ def check_internal_errors(summary: Summary, broken: Collection[str], run: Tokeni
         broken: URIs of the videos that were rejected with INTERNAL_ERROR by this run.
         run: its ``max_internal_error_share`` is the limit.
     """
-    share = len(broken) / summary.num_videos
-    if len(broken) >= FEWEST_INTERNAL_ERRORS and share > run.max_internal_error_share:
-        summary.problems.append(
-            f"{len(broken)} of {summary.num_videos} videos ({share:.0%}) were rejected with internal_error, more than "
-            f"--max-internal-error-share {run.max_internal_error_share:g} allows: this is a defect, and not one of the "
-            f"videos. Report it with the log; what is committed is valid, and see rejects/ in {run.out}"
-        )
+    problem = too_many_internal_errors(len(broken), summary.num_videos, run)
+    if problem is not None:
+        summary.problems.append(problem)

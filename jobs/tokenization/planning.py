@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.executor import Executor, StageFailedError
 from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.tokenization.summary import too_many_internal_errors
 from vidshard.pipeline.discover import Discovery
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.output.layout import remove_leftovers
@@ -24,8 +25,8 @@ from vidshard.pipeline.output.work_list import WorkList, begin_retry, correct_ou
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import signal_source
-from vidshard.schemas.errors import UserError
-from vidshard.schemas.rejections import Rejection
+from vidshard.schemas.errors import RunFailedError, UserError
+from vidshard.schemas.rejections import Reason, Rejection
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import Limits
 
@@ -62,6 +63,7 @@ def make_plan(
         limits: largest cost of one video, and how the output makes ids; None for those of the settings.
 
     Raises:
+        RunFailedError: internal errors are too many to be the fault of single videos.
         UserError: opening videos failed for another reason than the videos.
         ShardError: a file of the output is damaged.
         LeaseLostError: another run has taken over the output.
@@ -72,7 +74,7 @@ def make_plan(
         resolved.run,
         inputs,
         open_videos=lambda videos: _open_videos(
-            resolved, videos, executor, lease, console, limits or resolved.run.limits
+            resolved, videos, executor, lease, console, limits or resolved.run.limits, inputs.num_videos
         ),
         check_lease=lease.check,
     )
@@ -143,12 +145,27 @@ def _print_planned(planned: Planned, num_videos: int, console: Console) -> None:
 
 
 def _open_videos(
-    resolved: ResolvedRun, videos: pa.Table, executor: Executor, lease: Lease, console: Console, limits: Limits
+    resolved: ResolvedRun,
+    videos: pa.Table,
+    executor: Executor,
+    lease: Lease,
+    console: Console,
+    limits: Limits,
+    num_videos: int,
 ) -> list[Rejection]:
-    """Open videos and write their spans to the plan as they come; returns the rejections."""
+    """Open videos and write their spans to the plan as they come; returns the rejections.
+
+    Args:
+        num_videos: number of videos of the inputs, those that are known already included.
+
+    Raises:
+        RunFailedError: internal errors are too many to be the fault of single videos.
+        UserError: opening videos failed for another reason than the videos.
+    """
     run = resolved.run
     refused: list[Rejection] = []
     held: list[pa.Table] = []
+    broken: set[str] = set()
     opened = 0
     oldest = time.monotonic()
 
@@ -156,7 +173,7 @@ def _open_videos(
         nonlocal oldest
         if held:
             lease.check()
-            refused.extend(record_opened(run.out, pa.concat_tables(held)))
+            refused.extend(record_opened(run.out, pa.concat_tables(held), sampled_ids=limits.sampled_ids))
         held.clear()
         oldest = time.monotonic()
 
@@ -174,6 +191,10 @@ def _open_videos(
             for table in rows:
                 held.append(table)
                 opened += pc.count_distinct(table["entry"]).as_py()
+                broken |= _broken(table)
+                too_many = too_many_internal_errors(len(broken), num_videos, run)
+                if too_many is not None:
+                    raise RunFailedError(too_many)
                 display.update(opened, f"{opened} of {videos.num_rows} videos")
                 waiting = sum(part.num_rows for part in held)
                 if waiting >= MAX_PLANNED_ROWS or time.monotonic() - oldest > 60 * run.commit_minutes:
@@ -183,6 +204,12 @@ def _open_videos(
         finally:
             commit()
     return refused
+
+
+def _broken(rows: pa.Table) -> set[str]:
+    """URIs of videos that an internal error rejected."""
+    found = rows.filter(pc.is_valid(rows["rejection"]))
+    return {row["uri"] for row in found["rejection"].to_pylist() if row["reason"] == Reason.INTERNAL_ERROR}
 
 
 def uri_columns(run: TokenizeRun) -> list[str]:

@@ -23,6 +23,7 @@ from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun, public_record
 from vidshard.schemas.errors import EXIT_FAILED
 from vidshard.schemas.rejections import REMEDIES, Reason
+from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.text import readable
 from vidshard.schemas.tokens import Payload, PayloadColumn
 from vidshard.schemas.uris import without_secrets
@@ -72,6 +73,28 @@ class Summary:
         """Number of planned spans that are neither finished nor rejected."""
         done = self.written.num_spans + self.written.num_rejected_spans + self.reused_spans + self.rejected_before
         return self.planned_spans - done
+
+
+FEWEST_INTERNAL_ERRORS = 10
+"""Number of videos with an internal error below which none ends a run, so that one odd file in a small run does not."""
+
+
+def too_many_internal_errors(num_broken: int, num_videos: int, run: TokenizeRun) -> str | None:
+    """Say that internal errors are too many to be the fault of single videos; None if they are not.
+
+    Args:
+        num_broken: number of videos that this run rejected with INTERNAL_ERROR.
+        num_videos: number of videos of the inputs.
+        run: its ``max_internal_error_share`` is the limit.
+    """
+    share = num_broken / max(1, num_videos)
+    if num_broken < FEWEST_INTERNAL_ERRORS or share <= run.max_internal_error_share:
+        return None
+    return (
+        f"{num_broken} of {num_videos} videos ({share:.0%}) were rejected with internal_error, more than "
+        f"--max-internal-error-share {run.max_internal_error_share:g} allows: this is a defect, and not one of the "
+        f"videos. Report it with the log; what is committed is valid, and see rejects/ in {run.out}"
+    )
 
 
 def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None:

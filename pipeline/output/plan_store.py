@@ -7,6 +7,7 @@ is a file of its own, numbered upward, so that the latest rows come last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import PLANNED, plan_paths
-from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged, write_table
+from vidshard.pipeline.output.parquet import BoundedParquet, ShardError, named_if_damaged, write_table
 from vidshard.pipeline.output.rejects import read_reject_files, update_rejects, write_rejects
 from vidshard.pipeline.rows import PLAN_FIELDS, row_rejection
 from vidshard.schemas.rejections import Rejection
@@ -33,8 +34,17 @@ process that opened it found, and ``place`` the location key: the digest of the 
 query have the same ``uri`` here, which shows no query, and different location keys."""
 
 
-def write_planned(out: str, rows: pa.Table) -> None:
+_WHOLE_IDS = {b"vidshard.ids_of_small_files": b"whole"}
+"""Metadata of a file of the plan whose ids of small files digest them whole; earlier versions digested samples."""
+
+
+def write_planned(out: str, rows: pa.Table, *, sampled_ids: bool = True) -> None:
     """Add rows, of at least the columns of ``PLAN_SCHEMA``, to the plan as a new file.
+
+    Args:
+        out: the output.
+        rows: the rows.
+        sampled_ids: whether their ids of small files digest samples, as in outputs of earlier versions.
 
     Raises:
         storage.StorageError: it could not be written.
@@ -42,10 +52,25 @@ def write_planned(out: str, rows: pa.Table) -> None:
     names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in plan_paths(out)]
     number = 1 + max((int(name) for name in names if name.isdigit()), default=0)
     table = rows.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
+    if not sampled_ids:
+        table = table.replace_schema_metadata(_WHOLE_IDS)
     write_table(storage.join(out, PLANNED, f"{number:06d}.parquet"), table)
 
 
-def record_opened(out: str, rows: pa.Table) -> list[Rejection]:
+def has_sampled_ids(out: str) -> bool:
+    """Whether the ids of small files in the plan digest samples of them; True also where no file of it says so.
+
+    Raises:
+        storage.StorageError: the output could not be read.
+    """
+    for path in plan_paths(out):
+        with suppress(ShardError), named_if_damaged(path), storage.open_binary(path) as file:
+            if (BoundedParquet(file).schema_arrow.metadata or {}).items() >= _WHOLE_IDS.items():
+                return False
+    return True
+
+
+def record_opened(out: str, rows: pa.Table, *, sampled_ids: bool = True) -> list[Rejection]:
     """Write what opening videos gave: their rejections, then their rows of the plan.
 
     The rejections come first: a row without a span and without a rejection counts as a video not opened yet, so a crash
@@ -54,6 +79,7 @@ def record_opened(out: str, rows: pa.Table) -> list[Rejection]:
     Args:
         out: the output.
         rows: ``PLAN_SCHEMA`` and ``rejection``, as ``pipeline.plan.open_videos`` gives them.
+        sampled_ids: as :func:`write_planned` takes it.
 
     Returns:
         The rejections.
@@ -69,7 +95,7 @@ def record_opened(out: str, rows: pa.Table) -> list[Rejection]:
         is_replaced = pc.and_(pc.is_null(former.table["span_id"]), pc.is_in(former.table["place"], keys))
         update_rejects(former, np.asarray(pc.invert(is_replaced).to_numpy(), np.bool_))
         write_rejects(out, rejections)
-    write_planned(out, rows)
+    write_planned(out, rows, sampled_ids=sampled_ids)
     return rejections
 
 

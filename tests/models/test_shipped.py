@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.support.cli import run
+from tests.support.markdown import ROOT
 from vidshard.jobs.demo import Sample, write_sample
 from vidshard.models.metrics import psnr
 from vidshard.models.vidtok.config import PRESETS
@@ -33,6 +34,17 @@ def test_they_are_small_and_say_how_they_came_about() -> None:
     assert summary["stages"]
     assert summary["data"]
     assert "/" not in re.sub(r"https?://\S+|\w+/s\b", "", json.dumps(summary["data"])), "a path of somebody's machine"
+
+
+def test_the_notice_credits_every_picture_that_shipped_weights_were_trained_with() -> None:
+    notice = " ".join((ROOT / "NOTICE").read_text().split())
+    for path in (ROOT / "models" / "shipped").glob("*.safetensors"):
+        assert path.name in notice
+        for source in training_summary(path)["data"]:
+            for license_name in re.findall(r"CC BY \d\.\d", source):
+                assert license_name in notice
+            for author in re.findall(r"by ([A-Z]\w+ [A-Z]\w+)", source):
+                assert author in notice
 
 
 def test_a_file_without_a_summary_has_an_empty_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -196,14 +197,32 @@ def test_a_folder_that_cannot_be_listed_is_listed_itself(tmp_path: Path, monkeyp
     real = os.scandir
 
     def scandir(path: str) -> Any:
-        if str(path).endswith("lost+found"):
+        if str(path).rstrip("/").endswith("lost+found"):
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert uris(str(tmp_path)) == [str(tmp_path / "good.mp4"), str(tmp_path / "lost+found")]
+    expected = [str(tmp_path / "good.mp4"), str(tmp_path / "lost+found")]
+    assert uris(str(tmp_path)) == expected
+    for pattern in ("**/*.mp4", "**", "*", "**/*"):
+        assert uris(str(tmp_path / pattern)) == expected
+    assert uris(str(tmp_path / "*" / "*.mp4")) == expected[1:]
     with pytest.raises(storage.StorageError, match="permission denied"):
         storage.open_binary(str(tmp_path / "lost+found"))
+
+
+def test_a_pattern_lists_what_a_shell_lists_each_file_once(tmp_path: Path) -> None:
+    for name in ("a/x.mp4", "a/b/y.mp4", ".h/z.mp4", "a/.hidden.mp4", "a/b/c/w.mkv", "[q]/r.mp4", "a/b/.git/o.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    patterns = ["*/x.mp4", "**/*.mp4", "a/*/*.mp4", "a/[b]/y.mp4", "a/b/?.mp4", ".h/*", "**/b/*.mp4"]
+    for pattern in [*patterns, "[[]q]/*.mp4", "a//b/*.mp4"]:
+        expected = sorted(glob.glob(str(tmp_path / pattern), recursive=True))
+        assert [str(Path(uri)) for uri in uris(f"{tmp_path}/{pattern}")] == [str(Path(path)) for path in expected]
+    everything = sorted(str(tmp_path / name) for name in ("a/b/c/w.mkv", "a/b/y.mp4", "a/x.mp4", "[q]/r.mp4"))
+    assert [uri for uri in uris(f"{tmp_path}/**") if "loop" not in uri] == everything
+    assert [uri for uri in uris(f"{tmp_path}/**/*") if "loop" not in uri] == everything
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.support.faulty_s3 import FaultyS3
 from tests.support.fuzz_text import KINDS, fuzz_text
 from tests.support.http_server import http_server, unused_port
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.tokenization.collect import FEWEST_INTERNAL_ERRORS
+from vidshard.jobs.tokenization.summary import FEWEST_INTERNAL_ERRORS
 from vidshard.pipeline import decode_stage
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.video import sampling
@@ -118,6 +118,28 @@ def test_many_internal_errors_end_the_run_as_a_defect(
     assert reasons(tmp_path / "out") == {"internal_error": FEWEST_INTERNAL_ERRORS}
     allowed = tokenize(tmp_path / "in", "--out", tmp_path / "out2", *SMALL, "--max-internal-error-share", "1")
     assert "a defect, and not" not in " ".join(allowed.output.split())
+
+
+@pytest.mark.parametrize("where", ["vidshard.pipeline.plan.plan_spans", "vidshard.pipeline.decode_stage._decode_spans"])
+def test_a_defect_that_meets_every_video_ends_the_run_early(
+    where: str, two_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3 * FEWEST_INTERNAL_ERRORS):
+        (tmp_path / "in" / f"{number:02}.mp4").write_bytes((two_videos / "0.mp4").read_bytes() + b"\0" * (number + 9))
+    calls = 0
+
+    def fail(*_: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("vidshard.pipeline.plan._MAX_VIDEOS_PER_TASK", 1)
+    monkeypatch.setattr(where, fail)
+    result = tokenize(tmp_path / "in", "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code == 1, result.output
+    assert "this is a defect" in " ".join(result.output.split())
+    assert calls < 2 * FEWEST_INTERNAL_ERRORS
 
 
 def test_odd_addresses_of_a_manifest_are_rejections(two_videos: Path, tmp_path: Path) -> None:

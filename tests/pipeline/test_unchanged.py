@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import SMALL, tokenize
+from tests.support.cli import SMALL, printed_by, tokenize
 from tests.support.shards import tokens_by_clip
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline import storage
@@ -100,6 +100,19 @@ def test_an_output_of_an_earlier_version_keeps_its_kind_of_ids(video: Path, tmp_
     data = (tmp_path / "in" / "b.y4m").read_bytes()
     assert {clip.split("-")[0] for clip in tokens_by_clip(out)} >= {id_of(data, sampled_ids=True)}
     assert json.loads((out / "run.json").read_text())["sampled_ids"] is True
+
+
+@pytest.mark.parametrize("damage", ["{", None])
+def test_a_run_record_that_is_lost_keeps_the_kind_of_ids(damage: str | None, video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tokenize(video, "--out", out, *SMALL).exit_code == 0
+    (out / "run.json").unlink()
+    if damage is not None:
+        (out / "run.json").write_text(damage)
+        printed_by("verify", out, "--repair", code=1)
+        assert json.loads((out / "run.json").read_text())["sampled_ids"] is False
+    assert tokenize(video, "--out", out, *SMALL).exit_code == 0
+    assert json.loads((out / "run.json").read_text())["sampled_ids"] is False
 
 
 def write(path: Path) -> None:
