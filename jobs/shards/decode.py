@@ -82,27 +82,28 @@ def decode_output(request: DecodeRun, console: Console) -> list[Path]:
     if request.crossed:
         return [_decode_crossed(request, paths, console)]
     rows = [_only_clip(paths, clip_id) for clip_id in request.clip_ids] or find_clips(paths, "")[: request.limit]
-    resolved = _resolved(request, rows[0][0] if rows else paths[0], console)
+    resolved = _resolved(request, rows[0][0] if rows else paths[0])
     if request.only:
         check_parts(resolved, request.only)
     if request.video_id is not None:
-        return [_decode_video(request, request.video_id, paths, resolved, console)]
+        rows = _whole_video(paths, request.video_id, resolved)
     decoder = ClipDecoder(resolved, paths, tiling=tiling_for(request, resolved))
+    _introduce(resolved, console)
+    if request.video_id is not None:
+        return [_decode_video(request, request.video_id, rows, resolved, console)]
     return _decode_clips(request, rows, decoder, resolved, console)
 
 
-def _resolved(request: DecodeRun, path: str, console: Console) -> ResolvedRun:
-    """Resolve the run that made a shard; prints its notice and which weights are opened."""
+def _resolved(request: DecodeRun, path: str) -> ResolvedRun:
+    """Resolve the run that made a shard."""
     with open_shard(path) as (_, provenance):
-        resolved = ResolvedRun.from_provenance(provenance, weights=request.weights)
+        return ResolvedRun.from_provenance(provenance, weights=request.weights)
+
+
+def _introduce(resolved: ResolvedRun, console: Console) -> None:
+    """Print the notice of a run and, if the output names weights that do not come with vidshard, which are opened."""
     if resolved.notice:
         warn(console, readable(resolved.notice))
-    say_weights(resolved, console)
-    return resolved
-
-
-def say_weights(resolved: ResolvedRun, console: Console) -> None:
-    """Print which file of weights is opened, if the output names one that does not come with vidshard."""
     weights = resolved.source.weights
     if resolved.source.cached_only and weights is not None and not weights.startswith(storage.SHIPPED_SCHEME):
         console.print(f"opening the weights that the output names: {shown_uri(weights)}", highlight=False, markup=False)
@@ -153,8 +154,9 @@ def _pictures(
 def _decode_crossed(request: DecodeRun, paths: Sequence[str], console: Console) -> Path:
     rows = {part: _only_clip(paths, clip_id) for part, clip_id in request.crossed.items()}
     clips = {part: stored_clip(row) for part, row in rows.items()}
-    resolved = _resolved(request, next(iter(rows.values()))[0], console)
+    resolved = _resolved(request, next(iter(rows.values()))[0])
     crossed = cross_clips(resolved, clips)
+    _introduce(resolved, console)
     assert request.target is not None, "a crossed clip has no name of its own"
     file = Path(request.target)
     pictures: dict[str, np.ndarray] = {}
@@ -187,9 +189,8 @@ def _say_order(order: Sequence[str], console: Console) -> None:
 
 
 def _decode_video(
-    request: DecodeRun, video_id: str, paths: Sequence[str], resolved: ResolvedRun, console: Console
+    request: DecodeRun, video_id: str, rows: Sequence[Row], resolved: ResolvedRun, console: Console
 ) -> Path:
-    rows = _whole_video(paths, video_id, resolved)
     tokenizer = load_decoder(resolved)
     file = Path(request.target or file_name(video_id))
     with PhaseProgress(console, "decoding", len(rows)) as display:

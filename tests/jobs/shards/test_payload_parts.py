@@ -177,6 +177,7 @@ def test_parts_that_cannot_be_decoded_are_refused(
     code, printed = vidshard_exits("decode", latents, *named, "--to", tmp_path / "v.mp4")
     assert code == 2
     assert words in " ".join(printed.split())
+    assert "RANDOM WEIGHTS" not in printed, "a refusal is one message"
     assert not (tmp_path / "v.mp4").exists()
 
 
