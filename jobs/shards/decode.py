@@ -284,6 +284,8 @@ def tiling_for(request: DecodeRun, resolved: ResolvedRun) -> Tiling | None:
     overlap = resolved.run.tile_overlap if request.tile_overlap is None else request.tile_overlap
     if size is None:
         return None
+    if not resolved.config.takes_tiles:
+        raise UserError(f"{resolved.config.name} decodes whole frames only: leave out --tile-size")
     try:
         tiling = Tiling(height=size[0], width=size[1], overlap=overlap)
         tiling.check(resolved.config)

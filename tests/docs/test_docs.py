@@ -100,8 +100,17 @@ def tokens(workspace: Path, run_command: Callable[[str], str]) -> Path:
     return workspace / "tokens"
 
 
+@pytest.fixture(scope="session")
+def latents(workspace: Path, run_command: Callable[[str], str]) -> Path:
+    """``latents/`` in the workspace: clips of VidTwin."""
+    run_command(
+        "vidshard tokenize clips/ --out latents/ --tokenizer vidtwin_tiny --random-weights 0 --frames 8 --size 64"
+    )
+    return workspace / "latents"
+
+
 @pytest.fixture
-def inside(workspace: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inside(workspace: Path, tokens: Path, latents: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workspace as the current folder."""
     monkeypatch.chdir(workspace)
     return workspace
@@ -127,7 +136,7 @@ def test_every_command_parses(block: Block, workspace: Path, monkeypatch: pytest
 
 
 @blocks("bash", "console", word="run")
-def test_commands_run(block: Block, tokens: Path, run_command: Callable[[str], str]) -> None:
+def test_commands_run(block: Block, tokens: Path, latents: Path, run_command: Callable[[str], str]) -> None:
     for command in commands_of(block):
         printed = run_command(" ".join(shlex.split(command, comments=True)))
         if block.language == "console":
