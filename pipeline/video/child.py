@@ -90,7 +90,7 @@ def serve(socket_fd: int, memory_limit_bytes: int, role: Role, parent: int) -> N
     request = _next_request(connection)
     if role == "confined":
         _confine(request, memory_limit_bytes)
-    if memory_limit_bytes:
+    elif memory_limit_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     while True:
         _answer(request, connection, shared)
@@ -101,7 +101,7 @@ def _confine(request: bytes, memory_limit_bytes: int) -> None:
     """Confine this process for ever, with the modules loaded that a request needs."""
     global _missing
     pickle.loads(request)  # noqa: S301  from our own parent
-    _missing = confine(max_file_bytes=memory_limit_bytes or None)
+    _missing = confine(max_file_bytes=memory_limit_bytes or None, max_memory_bytes=memory_limit_bytes or None)
 
 
 def _next_request(connection: socket.socket) -> bytes:

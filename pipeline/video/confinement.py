@@ -2,14 +2,17 @@
 
 The process gives up, for ever and before it sees the first byte of a video:
 
-- new programs and processes, signals to others, their limits and priorities, tracing, namespaces, modules and mounts
-  (seccomp);
-- new sockets, and with them every network (seccomp);
-- memory that RLIMIT_DATA does not count: memory files, System V and anonymous shared memory (seccomp);
-- permissions, owners, times and attributes of files, which landlock leaves alone (seccomp);
-- opening files to write, making and removing them, and opening any file outside of the interpreter's and the system's
-  libraries to read (landlock). It is handed the video as an open descriptor;
-- privileges of programs it could start (no_new_privs), core dumps, and files beyond what an answer needs (rlimits).
+- every system call but those that decoding an open file takes (seccomp, a list of what is allowed). There is no new
+  program, process or thread, no socket and so no network, no signal, limit or priority of another process, no memory
+  that RLIMIT_DATA does not count, no change of permissions, owners, times or attributes, and no opening to write;
+- opening any file outside of the interpreter's and the system's libraries to read (landlock). It is handed the video as
+  an open descriptor;
+- privileges of programs (no_new_privs), core dumps, more memory, and files beyond what an answer needs (rlimits, which
+  it cannot lift, not even as root).
+
+A call that is not listed is answered with an error and never kills. Calls since Linux 5.1 get ENOSYS, as on an older
+kernel, for which libraries fall back; older ones get EPERM. Newer libraries on newer kernels therefore work as they do
+on older kernels.
 
 Everything is done with ctypes and without privileges. Where the kernel lacks a part, the others still hold.
 
@@ -31,17 +34,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 4, 38, 22, 2
-_ALLOW, _REFUSE, _ABSENT = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38  # EPERM; ENOSYS, for which libraries fall back
+_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+_EPERM, _EAGAIN, _ENOSYS = _ERRNO | 1, _ERRNO | 11, _ERRNO | 38
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST, _FIRST_HIGH, _SECOND, _FOURTH = 0, 4, 16, 20, 24, 40
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 """Offsets in struct seccomp_data; arguments are 64 bits, low half first."""
-_CLONE_THREAD = 0x00010000
-_MAP_ANONYMOUS, _MAP_SHARED_OR_DROPPABLE, _MAP_GROWSDOWN = 0x20, 0x09, 0x100
 
+_FIRST_UNIFIED = 424
+"""System calls from this number on came with Linux 5.1 or later, and have the same number everywhere."""
+
+_ANONYMOUS, _SHARED_OR_DROPPABLE, _GROWS_DOWN = 0x20, 0x09, 0x100
+"""Flags of mappings. RLIMIT_DATA counts neither anonymous ones that are shared or droppable, nor those that grow."""
+_ADVICE = (0, 1, 2, 3, 4, 8, 9, 10, 14, 15, 16, 17)
+"""What madvise may be told; root could make the memory of libraries that others use fail (MADV_HWPOISON)."""
+_TO_WRITE = 0o3 | 0o100 | 0o1000 | 0o20000000
+"""O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and O_TMPFILE."""
 _IOCTLS = (0x5401, 0x5450, 0x5451)
 """TCGETS, FIONCLEX and FIOCLEX; others can send signals (FIOSETOWN) or type into a terminal (TIOCSTI)."""
 _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1034)
 """Copies of descriptors, their flags, locks and seals; F_SETOWN and F_SETSIG would send signals to other processes."""
+_PRCTLS = (15, 16)
+"""PR_SET_NAME and PR_GET_NAME; PR_SET_PDEATHSIG would let the process outlive its parent."""
 
 
 @dataclass(frozen=True)
@@ -49,71 +62,90 @@ class _Calls:
     """System calls of an architecture."""
 
     architecture: int
-    refused: tuple[int, ...]
-    absent: tuple[int, ...]
+    allowed: tuple[int, ...]
+    signals: tuple[int, ...]
+    """Calls whose first argument must be this process's id."""
+    prlimit: int
+    """Only to read limits of this process."""
+    opening: tuple[tuple[int, int], ...]
+    """Calls that open files, and which argument holds the flags."""
     clone: int
-    only_self: tuple[int, ...]
-    """Calls whose first argument must be this process's id, or 0."""
     mmap: int
+    madvise: int
     fcntl: int
     ioctl: int
+    prctl: int
 
-
-_SHARED = (424, 425, 426, 427, 428, 429, 430, 431, 432, 433, 434, 438, 440, 442, 447, 448, 452, 463, 466, 469)
-"""pidfd_send_signal, io_uring_*, open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, pidfd_open, pidfd_getfd,
-process_madvise, mount_setattr, memfd_secret, process_mrelease, fchmodat2, setxattrat, removexattrat, file_setattr: the
-same numbers everywhere."""
 
 _CALLS = {
-    # execve execveat fork vfork ptrace tkill rt_sigqueueinfo rt_tgsigqueueinfo process_vm_readv process_vm_writev bpf
-    # perf_event_open userfaultfd unshare setns mount umount2 chroot pivot_root keyctl add_key request_key
-    # open_by_handle_at init_module finit_module delete_module reboot syslog acct settimeofday clock_settime sethostname
-    # iopl ioperm kexec_load kexec_file_load swapon swapoff socket connect bind listen accept accept4; memfd_create
-    # shmget shmat shmctl semget semop semctl semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink socketpair;
-    # chmod fchmod fchmodat chown fchown lchown fchownat utime utimes futimesat utimensat, set and remove of xattr,
-    # truncate ftruncate fallocate; setpriority ioprio_set sched_set* migrate_pages move_pages setpgid setsid
-    # personality kcmp fanotify_init quotactl
+    # read write close stat fstat lstat poll lseek, mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn,
+    # pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore, dup dup2 pause nanosleep
+    # getitimer alarm setitimer getpid, sendto recvfrom recvmsg shutdown getsockname getpeername getsockopt, exit uname
+    # flock fsync fdatasync getdents getcwd readlink, gettimeofday getrlimit getrusage sysinfo times, getuid getgid
+    # geteuid getegid getppid getpgrp getgroups getresuid getresgid getpgid getsid, rt_sigpending rt_sigtimedwait
+    # rt_sigsuspend sigaltstack statfs fstatfs sched_getparam sched_getscheduler sched_get_priority_max and _min,
+    # arch_prctl gettid futex sched_getaffinity getdents64 set_tid_address restart_syscall fadvise64, clock_gettime
+    # clock_getres clock_nanosleep exit_group epoll_wait epoll_ctl newfstatat readlinkat faccessat pselect6 ppoll
+    # set_robust_list get_robust_list epoll_pwait eventfd2 epoll_create1 dup3 pipe2 preadv pwritev getcpu getrandom
+    # membarrier statx rseq
     "x86_64": _Calls(
         architecture=0xC000003E,
-        refused=(
-            59, 322, 57, 58, 101, 200, 129, 297, 310, 311, 321, 298, 323, 272, 308, 165, 166, 161, 155, 250, 248, 249,
-            304, 175, 313, 176, 169, 103, 163, 164, 227, 170, 172, 173, 246, 320, 167, 168, 41, 42, 49, 50, 43, 288,
-            319, 29, 30, 31, 64, 65, 66, 220, 68, 69, 70, 71, 240, 241, 53,
-            90, 91, 268, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 76, 77, 285,
-            141, 251, 142, 144, 203, 314, 256, 279, 109, 112, 135, 312, 300, 179, *_SHARED,
+        allowed=(
+            0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 32, 33, 34,
+            35, 36, 37, 38, 39, 44, 45, 47, 48, 51, 52, 55, 60, 63, 73, 74, 75, 78, 79, 89, 96, 97, 98, 99, 100, 102,
+            104, 107, 108, 110, 111, 115, 118, 120, 121, 124, 127, 128, 130, 131, 137, 138, 143, 145, 146, 147, 158,
+            186, 202, 204, 217, 218, 219, 221, 228, 229, 230, 231, 232, 233, 262, 267, 269, 270, 271, 273, 274, 281,
+            290, 291, 292, 293, 295, 296, 309, 318, 324, 332, 334,
         ),
-        absent=(435,),
+        signals=(62, 234),  # kill tgkill
+        prlimit=302,
+        opening=((2, 1), (257, 2)),  # open openat
         clone=56,
-        only_self=(62, 234, 302),  # kill tgkill prlimit64
         mmap=9,
+        madvise=28,
         fcntl=72,
         ioctl=16,
+        prctl=157,
     ),
+    # getcwd eventfd2 epoll_create1 epoll_ctl epoll_pwait dup dup3 flock statfs fstatfs faccessat close pipe2 getdents64
+    # lseek read write readv writev pread64 pwrite64 preadv pwritev pselect6 ppoll readlinkat newfstatat fstat fsync
+    # fdatasync exit exit_group set_tid_address futex set_robust_list get_robust_list nanosleep getitimer setitimer
+    # clock_gettime clock_getres clock_nanosleep sched_getscheduler sched_getparam sched_getaffinity sched_yield
+    # sched_get_priority_max and _min restart_syscall sigaltstack rt_sig* getresuid getresgid times getpgid getsid
+    # getgroups uname getrlimit getrusage getcpu gettimeofday getpid getppid getuid geteuid getgid getegid gettid
+    # sysinfo getsockname getpeername sendto recvfrom getsockopt shutdown recvmsg brk munmap mremap fadvise64 mprotect
+    # msync mincore getrandom membarrier statx rseq
     "aarch64": _Calls(
         architecture=0xC00000B7,
-        refused=(
-            221, 281, 117, 130, 138, 240, 270, 271, 280, 241, 282, 97, 268, 40, 39, 51, 41, 219, 217, 218, 265, 105,
-            273, 106, 142, 116, 89, 170, 112, 161, 104, 294, 224, 225, 198, 203, 200, 201, 202, 242,
-            279, 194, 196, 195, 190, 193, 191, 192, 186, 189, 188, 187, 180, 181, 199,
-            52, 53, 55, 54, 88, 5, 6, 7, 14, 15, 16, 45, 46, 47,
-            140, 30, 118, 119, 122, 274, 238, 239, 154, 157, 92, 272, 262, 60, *_SHARED,
+        allowed=(
+            17, 19, 20, 21, 22, 23, 24, 32, 43, 44, 48, 57, 59, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 72, 73, 78, 79,
+            80, 82, 83, 93, 94, 96, 98, 99, 100, 101, 102, 103, 113, 114, 115, 120, 121, 123, 124, 125, 126, 128, 132,
+            133, 134, 135, 136, 137, 139, 148, 150, 153, 155, 156, 158, 160, 163, 165, 168, 169, 172, 173, 174, 175,
+            176, 177, 178, 179, 204, 205, 206, 207, 209, 210, 212, 214, 215, 216, 223, 226, 227, 232, 278, 283,
+            291, 293,
         ),
-        absent=(435,),
+        signals=(129, 131),
+        prlimit=261,
+        opening=((56, 2),),
         clone=220,
-        only_self=(129, 131, 261),
         mmap=222,
+        madvise=233,
         fcntl=25,
         ioctl=29,
+        prctl=167,
     ),
 }  # fmt: skip
 
 
-def confine(readable: Iterable[str] | None = None, *, max_file_bytes: int | None = None) -> list[str]:
+def confine(
+    readable: Iterable[str] | None = None, *, max_file_bytes: int | None = None, max_memory_bytes: int | None = None
+) -> list[str]:
     """Give up everything that decoding an open file does not need. Threads that run already are not confined.
 
     Args:
         readable: folders and files that may still be opened to read; None for those of `library_paths`.
         max_file_bytes: largest size to which the process may write a file; None for no limit.
+        max_memory_bytes: memory that the process may allocate (RLIMIT_DATA); None for no limit.
 
     Returns:
         The parts that this system lacks: "no_new_privs", "landlock", "seccomp".
@@ -131,6 +163,8 @@ def confine(readable: Iterable[str] | None = None, *, max_file_bytes: int | None
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     if not _restrict_files(libc, library_paths() if readable is None else readable):
         missing.append("landlock")
+    if max_memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (max_memory_bytes, max_memory_bytes))
     if not _filter_calls(libc):
         missing.append("seccomp")
     return missing
@@ -212,44 +246,64 @@ def _program(calls: _Calls, pid: int) -> Sequence[tuple[int, int, int, int]]:
     steps = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_EQUAL, 1, 0, calls.architecture),
-        (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _EPERM),
         (_LOAD, 0, 0, _NUMBER),
         (_AT_LEAST, 0, 1, 0x40000000),  # the x32 ABI, with numbers of its own
-        (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _EPERM),
     ]
-    for number in calls.refused:
-        steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _REFUSE)]
-    for number in calls.absent:
-        steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ABSENT)]
-    steps += [
-        (_EQUAL, 0, 4, calls.clone),
-        (_LOAD, 0, 0, _FIRST),
-        (_ANY_BIT, 1, 0, _CLONE_THREAD),
-        (_RETURN, 0, 0, _REFUSE),
-        (_RETURN, 0, 0, _ALLOW),
+    for first, last in _intervals(calls.allowed):
+        steps += [(_AT_LEAST, 0, 2, first), (_AT_LEAST, 1, 0, last + 1), (_RETURN, 0, 0, _ALLOW)]
+    for number in calls.signals:
+        steps += _only(number, _argument(0, {pid}))
+    steps += _only(calls.prlimit, _argument(0, {0, pid}) + _argument(2, {0}))
+    for number, place in calls.opening:
+        steps += _only(number, _without(place, _TO_WRITE))
+    steps += _only(calls.fcntl, _argument(1, _FCNTLS, low_half=True))
+    steps += _only(calls.ioctl, _argument(1, _IOCTLS, low_half=True))
+    steps += _only(calls.prctl, _argument(0, _PRCTLS, low_half=True))
+    steps += _only(calls.madvise, _argument(2, _ADVICE, low_half=True))
+    uncounted: _Steps = [(_ANY_BIT, 0, 2, _ANONYMOUS), (_ANY_BIT, 0, 1, _SHARED_OR_DROPPABLE), (_RETURN, 0, 0, _EPERM)]
+    steps += _only(calls.mmap, _without(3, _GROWS_DOWN) + uncounted)
+    return [
+        *steps,
+        (_EQUAL, 0, 1, calls.clone),
+        (_RETURN, 0, 0, _EAGAIN),  # as where there are too many threads
+        (_AT_LEAST, 0, 1, _FIRST_UNIFIED),
+        (_RETURN, 0, 0, _ENOSYS),
+        (_RETURN, 0, 0, _EPERM),
     ]
-    for number in calls.only_self:
-        steps += [
-            (_EQUAL, 0, 7, number),
-            (_LOAD, 0, 0, _FIRST_HIGH),
-            (_EQUAL, 0, 3, 0),
-            (_LOAD, 0, 0, _FIRST),
-            (_EQUAL, 2, 0, pid),
-            (_EQUAL, 1, 0, 0 if number in (302, 261) else pid),
-            (_RETURN, 0, 0, _REFUSE),
-            (_RETURN, 0, 0, _ALLOW),
-        ]
-    for number, commands in ((calls.fcntl, _FCNTLS), (calls.ioctl, _IOCTLS)):
-        steps += [(_EQUAL, 0, len(commands) + 3, number), (_LOAD, 0, 0, _SECOND)]
-        steps += [(_EQUAL, len(commands) - place, 0, command) for place, command in enumerate(commands)]
-        steps += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
-    steps += [
-        (_EQUAL, 0, 6, calls.mmap),
-        (_LOAD, 0, 0, _FOURTH),
-        (_ANY_BIT, 2, 0, _MAP_GROWSDOWN),
-        (_ANY_BIT, 0, 2, _MAP_ANONYMOUS),
-        (_ANY_BIT, 0, 1, _MAP_SHARED_OR_DROPPABLE),
-        (_RETURN, 0, 0, _REFUSE),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
-    return [*steps, (_RETURN, 0, 0, _ALLOW)]
+
+
+_Steps = list[tuple[int, int, int, int]]
+
+
+def _only(number: int, checks: _Steps) -> _Steps:
+    """Allow a call that passes checks, each of which returns EPERM or goes on."""
+    return [(_EQUAL, 0, len(checks) + 1, number), *checks, (_RETURN, 0, 0, _ALLOW)]
+
+
+def _argument(place: int, values: Iterable[int], *, low_half: bool = False) -> _Steps:
+    """Check that an argument is one of some values below 2**32; ``low_half`` where the kernel looks at 32 bits."""
+    allowed = sorted(set(values))
+    steps: _Steps = []
+    if not low_half:
+        steps += [(_LOAD, 0, 0, _ARGUMENTS + 8 * place + 4), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _EPERM)]
+    steps.append((_LOAD, 0, 0, _ARGUMENTS + 8 * place))
+    steps += [(_EQUAL, len(allowed) - at, 0, value) for at, value in enumerate(allowed)]
+    return [*steps, (_RETURN, 0, 0, _EPERM)]
+
+
+def _without(place: int, bits: int) -> _Steps:
+    """Check that an argument has none of some bits, and leave it loaded."""
+    return [(_LOAD, 0, 0, _ARGUMENTS + 8 * place), (_ANY_BIT, 0, 1, bits), (_RETURN, 0, 0, _EPERM)]
+
+
+def _intervals(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers: the first and the last of each."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return found

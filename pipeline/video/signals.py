@@ -234,7 +234,8 @@ def _parquet_columns(
                     f"column {name} must be numbers or lists of numbers, got {schema.field(name).type}"
                 )
         batches, num_bytes = [], 0
-        for batch in file.iter_batches(batch_size=1 << 14, columns=list(dict.fromkeys((time_name, *chosen)))):
+        wanted = list(dict.fromkeys((time_name, *chosen)))
+        for batch in file.iter_batches(1 << 14, columns=wanted, use_threads=False):  # a confined process starts none
             num_bytes += batch.nbytes
             if num_bytes > max_bytes:
                 raise _BadSignalError(f"more than {max_bytes} bytes of content; split it, or store fewer channels")
