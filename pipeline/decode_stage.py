@@ -155,7 +155,9 @@ def _decode_in_child(
     Raises:
         VideoError: the file cannot be read, or has changed since it was planned.
     """
-    decode = partial(decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged)
+    decode = partial(
+        decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged, continuing=True
+    )
     return read_unchanged(given_file(), spans[0].video_id, limits, decode)
 
 

@@ -11,12 +11,13 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import BinaryIO
 
 from vidshard.pipeline.video.clip_builder import ClipBuilder
 from vidshard.pipeline.video.container import ThreadType, refuse_large, refuse_long
+from vidshard.pipeline.video.continuation import FAR_SECONDS, Continuation, FarEntryError
 from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.input_file import WatchedFile, opened, storage_failures_named
 from vidshard.pipeline.video.packet_schedule import FOREVER
@@ -60,6 +61,7 @@ def decode_spans(
     keep_undamaged: bool = False,
     thread_type: ThreadType = "NONE",
     limits: Limits | None = None,
+    continuing: bool = False,
 ) -> list[SpanClips]:
     """Decode spans of one video, in one pass where they lie close together.
 
@@ -75,6 +77,7 @@ def decode_spans(
             were none, and an error that says what is missing. Otherwise damage refuses the whole span.
         thread_type: how the decoder uses threads; one thread by default, as many tasks run side by side.
         limits: what the video may cost; None for the defaults.
+        continuing: keep the decoder of a file that can only be decoded from far before, for a later call.
 
     Returns:
         For each span its clips in order, or why it was refused. There are fewer clips than planned, or none, where
@@ -85,19 +88,83 @@ def decode_spans(
     Raises:
         VideoError: UNREADABLE: the file cannot be opened.
     """
-    builders = [ClipBuilder(span, spec, max_clips) for span in spans]
-    with opened(source) as file:
+    limits = limits or Limits()
+    span = spans[0]
+    clock = Clock(time_base=span.time_base, start_pts=span.grid_start_pts)
+    key = (span.video_id, clock, spec, thread_type, limits)
+
+    def fresh() -> list[ClipBuilder]:
+        return [ClipBuilder(span, spec, max_clips) for span in spans]
+
+    def apart(builders: list[ClipBuilder], *, refuse_far: bool) -> list[ClipBuilder]:
         if len(builders) > 1:
             with suppress(VideoError):  # it is not known which span it belongs to: each is decoded alone below
-                _fill(file, builders, thread_type, limits)
+                _fill(file, builders, thread_type, limits, refuse_far=refuse_far)
         for number, builder in enumerate(builders):
             if not builder.is_done:
                 builders[number] = builder = ClipBuilder(builder.span, spec, max_clips)
                 try:
-                    _fill(file, [builder], thread_type, limits, keep_undamaged=keep_undamaged)
+                    _fill(file, [builder], thread_type, limits, keep_undamaged=keep_undamaged, refuse_far=refuse_far)
                 except VideoError as error:
                     builder.refuse(error)
+        return builders
+
+    with opened(source) as file:
+        if continuing:
+            _forget_others(key)
+            if _fill_from_kept(file, builders := fresh(), thread_type):
+                return [builder.result() for builder in builders]
+        try:
+            builders = apart(fresh(), refuse_far=continuing)
+        except FarEntryError:
+            _keep(Continuation.start(key, file, limits, _next_stretch(fresh())[0], clock, thread_type))
+            if not _fill_from_kept(file, builders := fresh(), thread_type):
+                builders = apart(fresh(), refuse_far=False)
     return [builder.result() for builder in builders]
+
+
+_kept: Continuation | None = None
+"""Decoder of the last file of this process that could only be decoded from far before."""
+
+
+def _keep(continuation: Continuation | None) -> None:
+    global _kept
+    if _kept is not None and _kept is not continuation:
+        _kept.close()
+    _kept = continuation
+
+
+def _forget_others(key: Hashable) -> None:
+    if _kept is not None and _kept.key != key:
+        _keep(None)
+
+
+def _fill_from_kept(file: BinaryIO, builders: Sequence[ClipBuilder], thread_type: ThreadType) -> bool:
+    """Give frames to the builders from the decoder that was kept; whether all are done.
+
+    It is forgotten where it has passed what they need, or fails: then they are decoded from their own entry points.
+    """
+    kept = _kept
+    if kept is None:
+        return False
+    waiting = list(builders)
+    kept.bind(file)
+    try:
+        while waiting and kept.reaches(_next_stretch(waiting)[0]):
+            for _ in _decode_stretch(kept.watched, waiting, thread_type, kept=kept):
+                pass
+            waiting = [builder for builder in waiting if not builder.is_done]
+    except (VideoError, OSError):
+        _keep(None)
+        return False
+    except BaseException:
+        _keep(None)
+        raise
+    kept.bind(None)
+    if waiting or kept.watched.error is not None:
+        _keep(None)
+        return False
+    return True
 
 
 def stream_clips(
@@ -148,6 +215,7 @@ def _fill(
     limits: Limits | None,
     *,
     keep_undamaged: bool = False,
+    refuse_far: bool = False,
 ) -> None:
     """Give frames to the builders until all are done, in as few passes as it takes.
 
@@ -157,12 +225,17 @@ def _fill(
         thread_type: how the decoder uses threads.
         limits: what the video may cost.
         keep_undamaged: a single builder goes on after damage.
+        refuse_far: as in ``_decode_stretch``.
+
+    Raises:
+        VideoError: the video is damaged or over a limit.
+        FarEntryError: an entry point is far away.
     """
     waiting = list(builders)
     while waiting:
         try:
             with storage_failures_named(file, limits) as watched:
-                for _ in _decode_stretch(watched, waiting, thread_type):
+                for _ in _decode_stretch(watched, waiting, thread_type, refuse_far=refuse_far):
                     pass
         except VideoError as error:
             if not keep_undamaged or error.reason not in _DAMAGE:
@@ -172,10 +245,27 @@ def _fill(
         waiting = [builder for builder in waiting if not builder.is_done]
 
 
-def _decode_stretch(watched: WatchedFile, waiting: Sequence[ClipBuilder], thread_type: ThreadType) -> Iterator[None]:
+def _decode_stretch(
+    watched: WatchedFile,
+    waiting: Sequence[ClipBuilder],
+    thread_type: ThreadType,
+    *,
+    kept: Continuation | None = None,
+    refuse_far: bool = False,
+) -> Iterator[None]:
     """Give the builders the frames of the next stretch of video they need, up to a gap or the end.
 
     Yields after each frame, so that the caller can take complete clips out of a builder.
+
+    Args:
+        watched: the file.
+        waiting: builders of spans that need frames.
+        thread_type: how the decoder uses threads.
+        kept: gives the frames; None to decode them from an entry point.
+        refuse_far: whether the entry point must not be far away.
+
+    Raises:
+        FarEntryError: it is.
     """
     span = waiting[0].span
     start, end = _next_stretch(waiting)
@@ -191,7 +281,9 @@ def _decode_stretch(watched: WatchedFile, waiting: Sequence[ClipBuilder], thread
 
     clock = Clock(time_base=span.time_base, start_pts=span.grid_start_pts)
     damaged_pts = waiting[0].damage.last_pts
-    if damaged_pts is None:
+    if kept is not None:
+        source = kept.frames(waiting, end)
+    elif damaged_pts is None:
         first_pts = start if start > span.grid_start_pts else None
         source = frames_covering(watched, first_pts, clock, thread_type, needed)
     else:
@@ -199,6 +291,8 @@ def _decode_stretch(watched: WatchedFile, waiting: Sequence[ClipBuilder], thread
     with closing(source) as frames:
         shown: TimedFrame | None = None
         for following in frames:
+            if refuse_far and shown is None and (start - following.pts) * span.time_base > FAR_SECONDS:
+                raise FarEntryError
             if following.pts > limit_pts:
                 refuse_long(watched.limits, seconds=(following.pts - span.grid_start_pts) * span.time_base)
             refuse_large(watched.limits, following.frame.width, following.frame.height)

@@ -258,7 +258,7 @@ def _decode_once(
                         places.sent(step.packet)
                     frames = _decode_step(watched, stream, step)
                 except VideoError as error:
-                    if not keep_going:
+                    if not keep_going or by_place:
                         raise
                     failure = error.detail
                     continue
