@@ -484,6 +484,11 @@ def train() -> None:
       vidshard train two_stage --videos clips/ --out runs/try --preset tiny
 
     \b
+    VidTwin, which has a single stage, or a tiny one:
+      vidshard train one_stage --videos clips/ --out runs/twin
+      vidshard train one_stage --videos clips/ --out runs/a --preset vidtwin_tiny
+
+    \b
     One stage at a time, on two corpora:
       vidshard train stage1 --videos a/=0.7 --videos b/=0.3 --out runs/one
       vidshard train stage2 --init-from runs/one/stage1 --videos a/ --out runs/two
@@ -536,6 +541,16 @@ _training_command(
 
     This is the second stage of the VidTok paper. Its starting point is a first stage, given with --init-from. Encoder
     and quantizer stay as they are, so existing tokens stay valid.
+    """,
+)
+_training_command(
+    "one_stage",
+    "vidtwin",
+    ("one_stage",),
+    """Train everything in one stage, at full resolution.
+
+    VidTwin is trained so. The defaults are those of its paper; --preset vidtwin_tiny trains a tiny one on a CPU in
+    minutes. --init-from starts from published weights or from an earlier run.
     """,
 )
 _training_command(

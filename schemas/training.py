@@ -37,8 +37,8 @@ class ClipSettings(Settings):
     trainable: Literal["all", "decoder"] = setting(
         "all",
         section="Model",
-        help="Weights that are trained. With 'decoder', encoder and quantizer keep their weights, so tokens made "
-        "before stay valid.",
+        help="Weights that are trained. With 'decoder', which VidTok alone has, encoder and quantizer keep their "
+        "weights, so tokens made before stay valid.",
     )
     frames: int = setting(
         17, section="Data", ge=1, le=1 << 16, metavar="T", common=True, help="Number of frames of a clip."
@@ -50,7 +50,7 @@ class ClipSettings(Settings):
         Fraction(3),
         section="Data",
         metavar="RATE",
-        help="Frame rate of the clips, in frames per second. The VidTok paper found 3 best.",
+        help="Frame rate of the clips, in frames per second. The VidTok paper found 3 best; VidTwin takes 8.",
     )
     steps: int = setting(
         50_000, section="Optimizer", ge=1, metavar="N", common=True, help="Number of training steps, one batch each."
@@ -81,6 +81,12 @@ class ClipSettings(Settings):
 class OptimizerSettings(Settings):
     """Adam, its learning rates, and the moving average of the weights."""
 
+    optimizer: Literal["adam", "adamw"] = setting(
+        "adam",
+        section="Optimizer",
+        help="Optimizer of both networks. Adam adds the weight decay to the gradients, AdamW applies it to the weights "
+        "directly.",
+    )
     learning_rate: float = setting(
         1e-5,
         section="Optimizer",
@@ -101,6 +107,13 @@ class OptimizerSettings(Settings):
         section="Optimizer",
         metavar="A,B",
         help="Adam betas of both networks: decay rates of the two moment estimates.",
+    )
+    weight_decay: float = setting(
+        0.0,
+        section="Optimizer",
+        ge=0,
+        metavar="DECAY",
+        help="Weight decay of all weights of both networks, norms and biases included.",
     )
     warmup_steps: int = setting(
         0,
@@ -125,10 +138,10 @@ class OptimizerSettings(Settings):
     max_grad_norm: float = setting(
         20.0,
         section="Optimizer",
-        gt=0,
+        ge=0,
         metavar="NORM",
         aliases=("clip_norm",),
-        help="Gradient clipping: the largest gradient norm of either network.",
+        help="Gradient clipping: the largest gradient norm of either network. With 0 gradients are not clipped.",
     )
     ema_decay: float = setting(
         0.999,
@@ -168,7 +181,8 @@ class LossSettings(Settings):
         section="Losses",
         ge=0,
         metavar="WEIGHT",
-        help="Weight of the KL divergence of a clip's latents, for KL tokenizers.",
+        help="Weight of the KL divergence of a clip's latents, for tokenizers with continuous latents. It applies to "
+        "each latent of a clip.",
     )
     entropy_weight: float = setting(
         0.1,
@@ -496,7 +510,8 @@ class CheckpointSettings(Settings):
         ge=0,
         metavar="N",
         identity=False,
-        help="Number of held-out clips drawn beside their reconstructions at each evaluation.",
+        help="Number of held-out clips drawn beside their reconstructions at each evaluation. For VidTwin, those from "
+        "structure and dynamics alone are drawn too.",
     )
     log_steps: int = setting(
         10,
@@ -601,7 +616,7 @@ class TrainFlags(RunSettings, StageConfig):
         identity=False,
         common=True,
         help="Preset that gives every setting not given here: tiny, small, paper_stage1, paper_stage2, paper, "
-        "long_video or domain.",
+        "long_video, domain, vidtwin or vidtwin_tiny.",
     )
     stage1: Pairs = setting(
         {},

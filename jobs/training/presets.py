@@ -160,7 +160,72 @@ def domain(videos: list[str], out: str) -> TrainRun:
     return TrainRun(videos=videos, out=out, tokenizer="fsq_causal_488_32768", stages={"finetune": stage})
 
 
+def vidtwin(videos: list[str], out: str) -> TrainRun:
+    """VidTwin as in its paper's Table 6: all weights at 224x224, 16 frames at 8 per second, 24 clips a step.
+
+    Wang et al., "VidTwin", CVPR 2025. The paper has 6 clips on each of 4 GPUs and does not publish the number of steps.
+    Where it says nothing, this is the released configuration: losses, discriminator, no gradient clipping, no averages.
+    That configuration starts its discriminator at optimizer step 20,001, of which it counts two per batch.
+    """
+    stage = StageConfig(
+        frames=16,
+        size=(224, 224),
+        fps=Fraction(8),
+        steps=100_000,
+        batch_size=24,
+        optimizer="adam",
+        adam_betas=(0.9, 0.99),
+        weight_decay=1e-4,
+        learning_rate=1.6e-4,
+        warmup_steps=5000,
+        schedule="cosine",
+        max_grad_norm=0,
+        ema_decay=0,
+        perceptual_weight=0.05,
+        kl_weight=1e-3,
+        gan_weight=0.05,
+        gan_start=10_000,
+        gan_loss="hinge",
+        lecam_weight=0,
+    )
+    name = "vidtwin_structure_7_7_4_dynamics_7_8"
+    return TrainRun(videos=videos, out=out, tokenizer=name, stages={"one_stage": stage})
+
+
+def vidtwin_tiny(videos: list[str], out: str) -> TrainRun:
+    """The tiny VidTwin on a CPU, in minutes. Shows that structure and dynamics separate; pictures are blurred."""
+    paper = vidtwin(videos, out)
+    stage = paper.stages["one_stage"].model_copy(
+        update={
+            "frames": 8,
+            "size": (64, 64),
+            "steps": 600,
+            "batch_size": 4,
+            "learning_rate": 2e-3,
+            "warmup_steps": 20,
+            "final_rate_share": 0.05,
+            "perceptual_weight": 0,
+            "gan_start": 500,
+            "discriminator_learning_rate": 3e-4,
+            "discriminator_width": 16,
+            "precision": "float32",
+        }
+    )
+    return paper.model_copy(
+        update={
+            "tokenizer": "vidtwin_tiny",
+            "stages": {"one_stage": stage},
+            "clips_per_video": 4,
+            "validation_share": 0.1,
+            "checkpoint_steps": 200,
+            "evaluate_steps": 100,
+            "eval_clips": 16,
+        }
+    )
+
+
 TRAININGS: dict[str, Callable[[list[str], str], TrainRun]] = {
-    preset.__name__: preset for preset in (tiny, small, paper_stage1, paper_stage2, paper, long_video, domain)
+    preset.__name__: preset
+    for preset in (tiny, small, paper_stage1, paper_stage2, paper, long_video, domain, vidtwin, vidtwin_tiny)
 }
 """Training presets by name."""

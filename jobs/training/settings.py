@@ -55,7 +55,10 @@ def _preset_run(name: str, flagged: TrainFlags, stages: Sequence[str]) -> TrainR
     run = TRAININGS[name](flagged.videos, flagged.out)
     for stage in stages:
         if stage not in run.stages:
-            raise SettingsError(f"--preset {name} has no {stage}; it has {', '.join(run.stages)}")
+            own = list(run.stages)
+            remedy = f": use `vidshard train {own[0]} --preset {name}`" if len(own) == 1 else ""
+            wanted = "two-stage training takes a preset with both stages; " if len(stages) == 2 else ""
+            raise SettingsError(f"{wanted}--preset {name} has no {stage}; it has {', '.join(own)}{remedy}")
     return run
 
 

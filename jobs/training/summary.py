@@ -83,7 +83,8 @@ def _print_stage(stage: StageResult, console: Console) -> None:
         before = stage.before.get(name)
         return f" · {name} {f'{before:.{digits}f} → ' if before is not None else ''}{now:.{digits}f}"
 
-    changes = change("psnr", 2) + change("ssim", 3) + change("lpips", 3) + change("codebook_utilisation", 3)
+    parts = "".join(change(name, 2) for name in stage.measured if name.startswith("psnr_"))
+    changes = change("psnr", 2) + parts + change("ssim", 3) + change("lpips", 3) + change("codebook_utilisation", 3)
     restarts = f", {stage.restarts} restarts" if stage.restarts else ""
     console.print(f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s{restarts}{changes}", highlight=False)
 

@@ -10,9 +10,13 @@ from torch import nn
 from vidshard.models.config import TokenizerConfig
 from vidshard.models.training.trainable import Trainable, TrainableFamily
 from vidshard.models.training.vidtok import VidTokTraining
+from vidshard.models.training.vidtwin import VidTwinTraining
 
-TRAINABLES: dict[str, TrainableFamily] = {"vidtok": VidTokTraining}
+TRAINABLES: dict[str, TrainableFamily] = {"vidtok": VidTokTraining, "vidtwin": VidTwinTraining}
 """The families that can be trained, by the ``family`` tag of their configs."""
+
+TWO_STAGES = ("stage1", "stage2")
+"""Names of the stages of two-stage training."""
 
 
 def trainable_family(config: TokenizerConfig) -> TrainableFamily:
@@ -61,12 +65,14 @@ def check_stages(config: TokenizerConfig, trainables: Mapping[str, str]) -> None
         return
     reason = None
     if len(trainables) > 1:
-        reason = f"a run of {len(trainables)} stages ({', '.join(trainables)})"
+        reason = f"training in stages ({', '.join(trainables)})"
     elif "decoder" in trainables.values():
         reason = "a stage that trains the decoder alone"
+    elif two_stage := [name for name in trainables if name in TWO_STAGES]:
+        reason = f"{two_stage[0]} of two-stage training"
     if reason is not None:
         in_stages = [name for name, family in TRAINABLES.items() if family.trains_in_stages]
         raise ValueError(
-            f"{config.name} is of family {config.family}, which is trained in one stage, all weights together; "
-            f"{reason} is for tokenizers of family {', '.join(in_stages)}. Use `vidshard train one_stage`"
+            f"{config.name} is of family {config.family}, which trains all its weights in one stage; {reason} is for "
+            f"tokenizers of family {', '.join(in_stages)}: use `vidshard train one_stage`"
         )

@@ -31,16 +31,10 @@ def start_tokenizer(config: TokenizerConfig, seed: int) -> nn.Module: ...
 
 
 def start_tokenizer(config: TokenizerConfig, seed: int) -> nn.Module:
-    """Build a network with the initial weights of its family.
-
-    Raises:
-        ValueError: tokenizers of this family cannot be trained.
-    """
+    """Build a network with the initial weights of its family, which its constructor draws."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = FAMILIES[config.family].build(config)
-        trainable_of(network, "all").initialize()
-    return network
+        return FAMILIES[config.family].build(config)
 
 
 class GeneratorOutput(Made):

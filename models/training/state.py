@@ -327,4 +327,10 @@ def _new_discriminator(config: StageConfig) -> Discriminator | None:
 
 def _adam(parameters: Iterable[nn.Parameter], config: StageConfig) -> torch.optim.Adam:
     # `train_step` sets the rate of each step.
-    return torch.optim.Adam([p for p in parameters if p.requires_grad], config.learning_rate, config.adam_betas)
+    return torch.optim.Adam(
+        [p for p in parameters if p.requires_grad],
+        config.learning_rate,
+        config.adam_betas,
+        weight_decay=config.weight_decay,
+        decoupled_weight_decay=config.optimizer == "adamw",
+    )

@@ -205,9 +205,9 @@ def _discriminator_gradients(
 
 
 def _clip_gradients(optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
-    """Clip a network's gradients to a norm, and return the norm before."""
+    """Clip a network's gradients to a norm unless that is 0, and return the norm before."""
     parameters: Iterable[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -56,10 +56,6 @@ class Trainable(Protocol):
         """Names of the parts of the latents that can be decoded alone; empty if there are none."""
         ...
 
-    def initialize(self) -> None:
-        """Set initial weights, from PyTorch's global random generator."""
-        ...
-
     def parameters_to_train(self) -> Iterator[nn.Parameter]:
         """Iterate over the parameters that learn; those that no output depends on are never among them."""
         ...

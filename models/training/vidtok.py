@@ -52,9 +52,6 @@ class VidTokTraining:
         """Differences other than the version: v1.1 was fine-tuned from weights of v1.0."""
         return network_differences(there, here.model_copy(update={"variant": there.variant}))
 
-    def initialize(self) -> None:
-        """Leave the weights as they were made: PyTorch's defaults, each unit through time an identity."""
-
     def parameters_to_train(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters, or those of the decoder."""
         yield from (self.network if self.trains_encoder else self.network.decoder).parameters()

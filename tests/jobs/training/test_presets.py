@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 from vidshard.jobs.training.presets import TRAININGS
-from vidshard.models.vidtok.config import PRESETS
+from vidshard.models.tokenizer import PRESETS
+from vidshard.models.training.state import check_stage
 from vidshard.schemas.training import TrainRun
 
 
@@ -16,7 +17,7 @@ def test_presets_are_complete_runs(name: str) -> None:
     run = TRAININGS[name](["videos"], "out")
     assert run.tokenizer in PRESETS
     for stage in run.stages.values():
-        PRESETS[run.tokenizer or ""].latent_shape(stage.frames, *stage.size)
+        check_stage(stage, PRESETS[run.tokenizer or ""])
     assert TrainRun.model_validate_json(run.model_dump_json()) == run
 
 
@@ -31,3 +32,20 @@ def test_the_presets_of_the_paper_are_its_stages() -> None:
         16,
     )
     assert (second.size, second.steps, second.batch_size, second.trainable) == ((256, 256), 30_000, 8, "decoder")
+
+
+def test_the_vidtwin_preset_is_table_6_of_its_paper() -> None:
+    run = TRAININGS["vidtwin"](["videos"], "out")
+    [stage] = run.stages.values()
+    assert run.tokenizer == "vidtwin_structure_7_7_4_dynamics_7_8"
+    assert (stage.size, stage.frames, stage.fps) == ((224, 224), 16, Fraction(8))
+    assert (stage.optimizer, stage.adam_betas, stage.learning_rate, stage.weight_decay) == (
+        "adam",
+        (0.9, 0.99),
+        1.6e-4,
+        1e-4,
+    )
+    assert (stage.warmup_steps, stage.schedule, stage.final_rate_share) == (5000, "cosine", 0)
+    assert (stage.perceptual_weight, stage.gan_weight, stage.kl_weight) == (0.05, 0.05, 1e-3)
+    assert stage.batch_size == 4 * 6
+    assert (stage.gan_loss, stage.discriminator, stage.lecam_weight, stage.max_grad_norm) == ("hinge", "2d", 0, 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vidshard.jobs.training.recorder import Recorder, picture_strip, read_metrics
 from vidshard.jobs.training.speed import Speed
@@ -50,3 +51,17 @@ def test_the_first_steps_do_not_count_in_the_overall_speed() -> None:
     figures = speed.overall()
     assert figures["waiting"] == 0
     assert figures["mfu"] == pytest.approx(figures["clips_per_second"] * 1e9 / 2e12)
+
+
+def test_pictures_show_every_part_of_the_latents_below_the_whole(tmp_path: Path) -> None:
+    names = ("clip", "reconstruction", "structure only", "dynamics only")
+    shades = (0, 60, 120, 180)
+    videos = {name: np.full((2, 4, 8, 8, 3), shade, np.uint8) for name, shade in zip(names, shades, strict=True)}
+    with Recorder(str(tmp_path), from_step=0, run={}, name="x", wandb=None) as recorder:
+        recorder.picture(3, videos)
+        recorder.picture(4, {})
+    [path] = (tmp_path / "pictures").iterdir()
+    picture = np.asarray(Image.open(path))
+    assert path.name == "step-00000003.png"
+    assert picture.shape == (2 * 4 * 8, 4 * 8, 3)
+    assert picture[::8, 0, 0].tolist() == [*shades, *shades]

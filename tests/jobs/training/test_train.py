@@ -26,6 +26,8 @@ from vidshard.jobs.training.settings import training_run
         ({"init_from": "/nowhere.safetensors"}, "nowhere.safetensors"),
         ({"checkpoint_steps": 7, "evaluate_steps": 3}, "must be a multiple of the other"),
         ({"trainable": "decoder"}, "needs a trained encoder: give --init-from"),
+        ({"tokenizer": "vidtwin_tiny"}, "vidtwin_tiny is of family vidtwin, .* stage1 of two-stage training is for"),
+        ({"tokenizer": "vidtwin_tiny", "trainable": "decoder"}, "trains the decoder alone is for .* family vidtok"),
         ({"wandb": "project"}, "pip install wandb"),
         ({"cache": "s3://key:SECRET@bucket/x"}, r"s3://bucket/x: the URL carries credentials"),
         ({"videos": ["https://host/v.mp4?sig=SECRET"]}, r"https://host/v.mp4: the URL carries credentials"),
@@ -62,6 +64,10 @@ def test_flags_and_file_are_laid_over_the_preset(tmp_path: Path) -> None:
         ({"stage1": ("stepz=1",)}, "stage1: stepz: unknown setting 'stepz'; did you mean 'steps'"),
         ({"steps": "many"}, "--steps: .*integer"),
         ({"preset": "domain"}, "has no stage1; it has finetune"),
+        (
+            {"preset": "vidtwin"},
+            "two-stage training takes .* vidtwin has no stage1; it has one_stage: use",
+        ),
         ({"best_by": "wombat"}, "--best-by"),
     ):
         with pytest.raises(SettingsError, match=message):
@@ -75,6 +81,7 @@ def test_help_states_the_defaults_of_the_command() -> None:
         ("stage2", ["[default: 256x256]", "[default: decoder]", "[default: paper_stage2]"]),
         ("two_stage", ["[default: 128x128, then 256x256]", "[default: 50000, then 30000]"]),
         ("finetune", ["[default: cosine]", "[default: 10000]"]),
+        ("one_stage", ["[default: 224x224]", "[default: 0.00016]", "[default: vidtwin]"]),
     ):
         result = CliRunner().invoke(vidshard, ["train", command, "--help-all"], terminal_width=200)
         assert all(word in " ".join(result.output.split()) for word in words), result.output
