@@ -21,9 +21,9 @@ import torch
 from vidshard.schemas.errors import RunFailedError, one_line
 
 DEFAULT_PRECISION = {"cuda": "float16", "cpu": "float32"}
-"""Precision of a run that names none, by device. On the trained weights of the package float16 gives 99.5 % of the
-tokens of float32, bfloat16 94.6 % and TF32 99.8 % (`python -m benchmarks.precision`). By the roofline of an H200,
-float16 and bfloat16 are five to ten times as fast as float32, and TF32 three times (docs/performance.md)."""
+"""Precision of a run that names none, by device. On the trained weights of the package float16 gives 99.3 % of the
+tokens of float32, bfloat16 92.8 % and TF32 99.6 % (`python -m benchmarks.precision`, by emulation). By the roofline of
+an H200, float16 and bfloat16 are five to ten times as fast as float32, and TF32 three times (docs/performance.md)."""
 
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
 """Oldest NVIDIA driver by the major version of CUDA that torch was built for."""
