@@ -71,8 +71,17 @@ def encoded_frames(run: TokenizeRun, config: TokenizerConfig) -> int:
     try:
         config.latent_frames(run.frames)
     except ValueError as error:
-        raise ValueError(f"{error}. Or fill up every clip: --pad-frames repeat-last") from error
+        hint = ". Or fill up every clip: --pad-frames repeat-last" if _can_be_padded(run.frames, config) else ""
+        raise ValueError(f"{error}{hint}") from error
     return run.frames
+
+
+def _can_be_padded(num_frames: int, config: TokenizerConfig) -> bool:
+    try:
+        config.valid_frames(num_frames)
+    except ValueError:
+        return False
+    return True
 
 
 def padding_of(run: TokenizeRun, config: TokenizerConfig) -> Padding | None:

@@ -58,6 +58,7 @@ class ResolvedRun:
             out = storage.public_uri(run.out)
             raise UserError(f"--out {out}: put the credentials into the environment, not the URL")
         config = _config_of(run)
+        run = _with_default_clip(run, config)
         _refuse_impossible(run, config)
         run = _with_weights(run, config)
         absolute = {"out": storage.absolute(run.out), "inputs": [storage.absolute(i) for i in run.inputs]}
@@ -264,6 +265,15 @@ def _config_of(run: TokenizeRun) -> TokenizerConfig:
     return stated_config(run.weights, ema=run.ema)
 
 
+def _with_default_clip(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
+    """Give a run the tokenizer's default clip length and frame size where it names none."""
+    clip = config.default_clip
+    given = run.model_fields_set
+    length = {} if "frames" in given else {"frames": clip.num_frames}
+    size = {} if "size" in given or run.buckets else {"size": (clip.height, clip.width)}
+    return run.model_copy(update={**length, **size})
+
+
 def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
     """Raise UserError for settings that contradict the tokenizer or one another."""
     if run.keep_logvar and not config.has_logvar:
@@ -289,7 +299,7 @@ def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
         except storage.StorageError as error:
             raise UserError(str(error)) from error
     if run.random_weights is None:
-        if not config.name.startswith("tiny"):
+        if "tiny" not in config.name.split("_"):
             raise UserError(
                 f"no weights for {config.name}: give --weights FILE (.safetensors or .ckpt), or --random-weights 0 "
                 f"to try the machinery with random ones; {SHIPPED} comes with its own"

@@ -261,7 +261,8 @@ class SamplingSettings(Settings):
         common=True,
         ge=1,
         metavar="T",
-        help="Frames per clip. Most causal tokenizers need 1 plus a multiple of their temporal stride.",
+        help="Frames per clip. Most causal tokenizers need 1 plus a multiple of their temporal stride. A tokenizer "
+        "with another clip, see `vidshard tokenizers`, replaces the default.",
     )
     size: FrameSize = setting(
         (256, 256),
@@ -270,7 +271,7 @@ class SamplingSettings(Settings):
         common=True,
         metavar="SIZE",
         help="Frame size: 256 for a square, or 256x448 for height x width. Both are multiples of the tokenizer's "
-        "spatial stride.",
+        "spatial stride. A tokenizer with another clip, see `vidshard tokenizers`, replaces the default.",
     )
     buckets: FrameSizes | None = setting(
         None,

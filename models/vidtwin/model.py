@@ -21,7 +21,7 @@ from vidshard.models.vidtok.autoencoder import Past
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.vidtwin.branches import Branch, branches
 from vidshard.models.vidtwin.config import VidTwinConfig
-from vidshard.models.vidtwin.transformer import Decoder, Encoder, position_tables
+from vidshard.models.vidtwin.transformer import Decoder, Encoder, is_recorded, position_tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -119,7 +119,7 @@ class VidTwin(nn.Module):
             x_BCTHW: as for `encode`.
             recompute: recompute the encoder's activations in the backward pass.
         """
-        if _one_by_one(x_BCTHW):
+        if self._one_by_one(x_BCTHW):
             each = [self.moments(clip) for clip in x_BCTHW.chunk(x_BCTHW.shape[0])]
             return {
                 name: Moments(
@@ -157,7 +157,8 @@ class VidTwin(nn.Module):
         """
         columns = self._columns_of(parts)
         self._check_latents(latents, columns)
-        typed = {name: latents[name].to(self.dtype) for name in columns}
+        # Contiguous: kernels round differently where strides differ, as between a fresh mean and a stored one.
+        typed = {name: latents[name].to(self.dtype).contiguous() for name in columns}
         return {
             name: cast(Branch, branch).align(typed)
             for name, branch in self.branches.items()
@@ -182,7 +183,7 @@ class VidTwin(nn.Module):
         Raises:
             ValueError: as `aligned`.
         """
-        if _one_by_one(*latents.values()):
+        if self._one_by_one(*latents.values()):
             num_clips = next(iter(latents.values())).shape[0]
             each = [{name: batch[clip : clip + 1] for name, batch in latents.items()} for clip in range(num_clips)]
             return torch.cat([self.decode(clip, parts=parts) for clip in each])
@@ -225,6 +226,14 @@ class VidTwin(nn.Module):
     def _whole_clips(self) -> str:
         return f"{self.config.name} takes whole clips of {self.config.num_frames} frames only, no streams"
 
+    def _one_by_one(self, *batches: Tensor) -> bool:
+        """Whether clips are computed one by one: on a CPU without gradients.
+
+        A batch gains nothing there, and kernels sum in an order that depends on its size.
+        """
+        on_cpu = all(batch.device.type == "cpu" and batch.shape[0] > 1 for batch in batches)
+        return on_cpu and not is_recorded(*batches, *self.parameters())
+
     def _check_video(self, x_BCTHW: Tensor) -> None:
         if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
             raise ValueError(
@@ -261,14 +270,6 @@ def sum_of(aligned: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-def _one_by_one(*batches: Tensor) -> bool:
-    """Whether clips are computed one by one: on a CPU without gradients.
-
-    A batch gains nothing there, and the kernels sum in an order that depends on its size.
-    """
-    return all(batch.device.type == "cpu" and batch.shape[0] > 1 for batch in batches) and not torch.is_grad_enabled()
-
-
 def checkpoint_name(name: str, config: VidTwinConfig) -> str:  # noqa: ARG001 - the rule of another family needs it
     """Name that files give to a weight which the network calls ``name``: they have no level for the branch."""
     return re.sub(r"^branches\.\w+\.", "", name)
@@ -276,8 +277,11 @@ def checkpoint_name(name: str, config: VidTwinConfig) -> str:  # noqa: ARG001 - 
 
 def fixed_tables(config: VidTwinConfig) -> dict[str, Tensor]:
     """Compute the entries of the weights that are not learned: the position codes, float64, by the network's names."""
-    tables = position_tables(config)
-    return {f"{part}.{name}": table for part in ("encoder", "decoder") for name, table in tables.items()}
+    return {
+        f"{part}.{name}": table
+        for part in ("encoder", "decoder")
+        for name, table in position_tables(config).items()  # computed for each, since files refuse shared memory
+    }
 
 
 def latents_in(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tests.support.golden import TOLERANCE, TWIN_TINY_A, TWIN_TINY_B, FloatArray, relative_error, video
 from tests.support.shared import SHARED
-from vidshard.models.vidtwin.config import VidTwinConfig
-from vidshard.models.vidtwin.model import Moments, VidTwin
-from vidshard.models.vidtwin.transformer import modulated
+from vidshard.models.vidtwin.config import PRESETS, VidTwinConfig
+from vidshard.models.vidtwin.model import Moments, VidTwin, sum_of
+from vidshard.models.vidtwin.transformer import Block, modulated
 from vidshard.models.weights import load_tokenizer
 
 WHOLE_SET = SHARED / "reference" / "golden"
@@ -101,3 +101,145 @@ def test_norms_have_the_epsilon_of_the_original(tiny: tuple[VidTwin, dict[str, F
     assert_near(entry, expected["eps/qf_entry"])
     layer = model.decoder.final_layer
     assert_near(layer.linear(layer(1e-3 * tokens_SC))[::4, ::5], expected["eps/dec_final"])
+
+
+# The whole set
+
+
+def stages_of(model: VidTwin, x_BCTHW: Tensor) -> dict[str, Tensor]:
+    """Intermediate values of encoding and decoding a clip, named and laid out as in the reference values."""
+    config, structure, dynamics = model.config, model.branches["structure"], model.branches["dynamics"]
+    seen: dict[str, Tensor] = {}
+
+    def keep(module: torch.nn.Module, name: str) -> None:
+        def hook(_module: torch.nn.Module, _given: object, made: Tensor) -> None:
+            seen[name] = made.clone()
+
+        hooks.append(module.register_forward_hook(hook))
+
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    for part, transformer in (("enc", model.encoder), ("dec", model.decoder)):
+        for index, block in enumerate(transformer.blocks):
+            keep(block, f"{part}/b{index}/out")
+    qformer = structure.get_submodule("temporal_qformer")
+    keep(qformer.get_submodule("qformer.layernorm"), "qf/entry")
+    for index, layer in enumerate(qformer.get_submodule("qformer.encoder.layer").children()):
+        keep(layer.get_submodule("attention"), f"qf/l{index}/self")
+        if index % 2 == 0:
+            keep(layer.get_submodule("crossattention"), f"qf/l{index}/cross")
+        keep(layer, f"qf/l{index}/out")
+    for name, stage in {
+        "conv_in": "s/conv_in",
+        "content_downsample_blocks": "s/down",
+        "bottle_down": "s/bottle_down",
+        "bottle_up": "s/bottle_up",
+        "content_upsample_blocks": "s/up",
+        "conv_out": "s/conv_out",
+    }.items():
+        keep(structure.get_submodule(name), stage)
+    keep(dynamics.get_submodule("motion_emb"), "emb")
+    if config.dynamics_halvings:
+        keep(dynamics.get_submodule("downsample_motion_module"), "d/down")
+        keep(dynamics.get_submodule("up_motion"), "aligned")
+
+    patch_BTSC = model.encoder.x_embedder(x_BCTHW)
+    seen["enc/patch"] = patch_BTSC.flatten(1, 2)
+    x_BTSC = patch_BTSC + model.encoder.pos_embed.float()[:, None]
+    seen["enc/b0/in"] = x_BTSC
+    block = model.encoder.blocks[0]
+    assert isinstance(block, Block)
+    shift1, scale1, gate1, shift2, scale2, _ = block.scale_shift_table
+    a_BTSC = modulated(x_BTSC, shift1, scale1)
+    attended = block.attn.over_space(a_BTSC)
+    t_BTSC = x_BTSC + gate1 * attended + model.encoder.pos_embed_temporal.float()[0][:, None]
+    over_time = block.attn_temp.over_time(t_BTSC)
+    m_BTSC = modulated(x_BTSC + gate1 * attended + gate1 * over_time, shift2, scale2)
+    seen |= {"enc/b0/attn_in": a_BTSC[0], "enc/b0/attn_out": attended[0], "enc/b0/mlp_out": block.mlp(m_BTSC)}
+    seen |= {"enc/b0/temp_in": t_BTSC[0].transpose(0, 1), "enc/b0/temp_out": over_time[0].transpose(0, 1)}
+
+    moments = model.moments(x_BCTHW)
+    latents = {name: latent.mean for name, latent in moments.items()}
+    aligned = model.aligned(latents)
+    u_BTSC = sum_of(aligned)
+    seen["s/cont_emb_out"] = aligned["structure"][0].transpose(0, 1)
+    seen["dec/in"] = torch.unflatten(u_BTSC, 2, (config.grid, config.grid)).permute(0, 4, 1, 2, 3)
+    features_BTSC = model.decoder.features(u_BTSC)
+    seen["dec/final"] = model.decoder.final_layer.linear(features_BTSC).flatten(1, 2)[:, ::25]
+    for short, emb in zip(("dx", "dy"), seen.pop("emb").chunk(2), strict=True):
+        seen[f"{short}/emb"] = emb
+    if config.dynamics_halvings:
+        for short, up in zip(("dx", "dy"), seen.pop("aligned").chunk(2), strict=True):
+            seen[f"{short}/aligned"] = up.transpose(2, 3).permute(0, 3, 1, 2)
+    for short, column in COLUMNS.items():
+        seen[f"{short}/moments"] = channels_first(moments[column])
+        is_structure = column == "structure"
+        seen[f"{short}/latent"] = latents[column] if is_structure else latents[column].movedim(-1, 1)
+    for handle in hooks:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.shared
+@needs_whole_set
+@pytest.mark.parametrize("name", list(TINY))
+def test_every_stage_agrees_with_the_whole_set(name: str) -> None:
+    model = model_of(TINY[name])
+    seen = stages_of(model, clips_of(model.config)[0])
+    with np.load(WHOLE_SET / f"vidtwin_{name}.npz") as arrays:
+        expected = {key.removeprefix("A/"): arrays[key] for key in arrays.files if key.startswith("A/")}
+    compared = [key for key in expected if key in seen]
+    for key in compared:
+        theirs = expected[key]
+        given = seen[key]
+        if key == "qf/entry":  # here before it is repeated for every position
+            given = given.expand(theirs.shape)
+        assert given.numel() == theirs.size, key
+        assert np.abs(given.reshape(theirs.shape).numpy() - theirs).max() < 1e-4, key
+    left_out = {"enc/z", "dx/mean", "dy/mean", "s/cont_emb_in", "kl_terms", "kl_loss"}
+    assert {key for key in expected if key not in seen and "video" not in key} == left_out
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@needs_whole_set
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vidtwin_structure_7_7_8_dynamics_7_8",
+        "vidtwin_structure_7_7_4_dynamics_7_8",
+        "vidtwin_structure_7_7_4_q12_dynamics_7_8",
+        "vidtwin_small_structure_7_7_4_dynamics_7_8",
+    ],
+)
+def test_models_of_full_size_agree_with_the_whole_set(name: str) -> None:
+    model = model_of(PRESETS[name])
+    a, b = (model.encode(clip) for clip in clips_of(model.config))
+    with np.load(WHOLE_SET / f"{name}.npz") as arrays:
+        expected = {key: arrays[key] for key in arrays.files}
+    for clip, encoded in (("A", a), ("Bv", b)):
+        for column, short in zip(COLUMNS.values(), ("struct", "dynx", "dyny"), strict=True):
+            assert_near(channels_first(encoded.moments[column]), expected[f"{clip}/{short}_moments"])
+        kl = sum(float(latent.kl()) for latent in encoded.moments.values())
+        assert kl == pytest.approx(float(expected[f"{clip}/kl_loss"]), rel=1e-4)
+    step = 8 if "A/dec_content_slice" in expected else 13
+    whole = model.decode_payload(a.payload)
+    made = {
+        "A/dec_slice": whole,
+        "A/dec_content_slice": model.decode_payload(a.payload, parts=["structure"]),
+        "A/dec_motion_slice": model.decode_payload(a.payload, parts=["dynamics"]),
+        "cross/dec_slice": model.decode_payload(b.payload | {"structure": a.payload["structure"]}),
+    }
+    other_names = {
+        "A/dec_content_slice": "A/dec_S_only_slice",
+        "A/dec_motion_slice": "A/dec_D_only_slice",
+        "cross/dec_slice": "cross/dec_S_of_A_D_of_B_slice",
+    }
+    for key, x_BCTHW in made.items():
+        theirs = expected[key] if key in expected else expected[other_names[key]]
+        assert_near(x_BCTHW[:, :, ::5, ::step, ::step], theirs)
+    if "A/dec_frame0" in expected:
+        assert_near(whole[:, :, 0, :112, :112], expected["A/dec_frame0"])
+        tables = model.encoder.pos_embed[0, ::13, ::16], model.encoder.pos_embed_temporal[0, :, ::16]
+        for table, key in zip(tables, ("pos_embed_slice", "pos_embed_temporal_slice"), strict=True):
+            assert table.dtype is torch.float64
+            np.testing.assert_allclose(table.numpy(), expected[f"encoder.{key}"], rtol=0, atol=1e-12)
