@@ -168,13 +168,13 @@ def read_payloads(path: str) -> Iterator[dict[str, np.ndarray]]:
 
 
 def payload_arrays(table: pa.Table, payload: Payload) -> dict[str, np.ndarray]:
-    """Convert the payload columns of a table to arrays (rows, *shape), and check the range of tokens.
+    """Convert the payload columns of a table to arrays (rows, *shape), and check their values.
 
     Args:
         payload: payload columns to convert.
 
     Raises:
-        ValueError: a token id is not below the codebook size.
+        ValueError: a token id is not below the codebook size, or a latent is not a finite number.
     """
     arrays: dict[str, np.ndarray] = {}
     for column in payload:
@@ -182,6 +182,8 @@ def payload_arrays(table: pa.Table, payload: Payload) -> dict[str, np.ndarray]:
         array = np.asarray(flat.reshape(table.num_rows, *column.shape))
         if column.codebook_size is not None and array.size and int(array.max()) >= column.codebook_size:
             raise ValueError(f"it holds token {int(array.max())}, the codebook ends at {column.codebook_size - 1}")
+        if column.codebook_size is None and not np.isfinite(array).all():
+            raise ValueError(f"it holds {readable(column.name, 80)} that are not finite numbers")
         arrays[column.name] = array
     return arrays
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import av
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -145,3 +146,52 @@ def test_verify_and_inspect_know_every_latent(latents: Path) -> None:
     for name in LATENTS:
         assert f"{name} fixed_size_list<element: halffloat>[256] shape" in printed
         assert f"{name} float16 [" in printed
+
+
+def changed(latents: Path, folder: Path, change: Callable[[pa.Table], pa.Table]) -> Path:
+    """The shard of an output, changed, in a folder of its own."""
+    [path] = shard_paths(str(latents))
+    pq.write_table(change(pq.read_table(path)), folder / "shard.parquet")
+    return folder
+
+
+def without_dynamics_y(table: pa.Table) -> pa.Table:
+    return table.drop_columns(["dynamics_y"])
+
+
+def without_dynamics(table: pa.Table) -> pa.Table:
+    """As if software had stored the structure alone, and said so."""
+    columns = [{"name": "structure", "shape": [4, 4, 4, 4], "dtype": "float16", "codebook_size": None}]
+    kept = table.drop_columns([name for name in table.column_names if name.startswith("dynamics")])
+    return kept.replace_schema_metadata({**kept.schema.metadata, b"vidshard.payloads": json.dumps(columns).encode()})
+
+
+def with_nan(table: pa.Table) -> pa.Table:
+    values = table["dynamics_x"].combine_chunks().flatten().to_numpy().copy()
+    values[7] = np.nan
+    field = table.schema.field("dynamics_x")
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=field.type)
+    return table.set_column(table.schema.get_field_index("dynamics_x"), field, column)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_dynamics_y, "column 'dynamics_y' is missing"),
+        (
+            without_dynamics,
+            "holds structure [4, 4, 4, 4], and vidtwin_tiny decodes structure [4, 4, 4, 4] + dyn",
+        ),
+        (with_nan, "it holds dynamics_x that are not finite numbers"),
+    ],
+)
+def test_latents_that_are_missing_or_no_numbers_are_named_and_not_decoded(
+    latents: Path, tmp_path: Path, change: Callable[[pa.Table], pa.Table], words: str
+) -> None:
+    shards = changed(latents, tmp_path, change)
+    a, b = (clip.clip_id for clip in clips_of(latents))
+    for arguments in (("--clip", a), ("--clip", a, "--only", "dynamics"), ("--structure", a, "--dynamics", b)):
+        assert words in printed_by("decode", shards, *arguments, "--to", tmp_path / "v.mp4", code=2)
+    assert not (tmp_path / "v.mp4").exists()
+    if change is with_nan:
+        assert words in printed_by("verify", shards, code=1)
