@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.checked_answers import checked_clips, checked_probe
+from vidshard.pipeline.recut import Recutting
 from vidshard.pipeline.remote_bytes import fetching_process, remote_file
 from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
@@ -219,6 +220,8 @@ class SpanDecoder:
     """Names and rules of the signals."""
     stop: CancelToken | None = None
     """Cancellation token; rows after it is set are skipped and left to the next run."""
+    recutting: Recutting | None = None
+    """Spans that are decoded a second time with another cut; None for none."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Decode the spans of the rows, consecutive ones of one video together, up to ``clips_per_pass``.
@@ -241,13 +244,45 @@ class SpanDecoder:
             started = time.monotonic()
             spec = row_spec(plan[number], self.spec)
             fingerprint = plan[number].get("fingerprint")
-            outcomes = self._decode([row_span(row) for row in plan[number:end]], spec, fingerprint)
+            spans = [row_span(row) for row in plan[number:end]]
+            outcomes = self._decode(spans, spec, fingerprint)
+            recut = [self._recut(*each, spec, fingerprint) for each in zip(spans, outcomes, strict=True)]
             seconds = (time.monotonic() - started) / len(outcomes)
-            for row, outcome in enumerate(outcomes, start=number):
-                yield self._row(rows.slice(row, 1), plan[row], outcome, spec, seconds)
+            for row, (outcome, is_recut) in enumerate(recut, start=number):
+                yield self._row(rows.slice(row, 1), plan[row], outcome, spec, seconds, is_recut=is_recut)
             number = end
 
-    def _row(self, row: pa.Table, plan: dict[str, Any], outcome: SpanClips, spec: ClipSpec, seconds: float) -> pa.Table:
+    def _recut(self, span: Span, outcome: SpanClips, spec: ClipSpec, fingerprint: str | None) -> tuple[SpanClips, bool]:
+        """Decode a chosen span again with another cut.
+
+        Returns:
+            The outcome, which is an error where the cut makes a difference; and whether it was compared.
+        """
+        chosen = self.recutting is not None and outcome.clips and outcome.error is None and self.recutting.chooses(span)
+        if self.recutting is None or not chosen:
+            return outcome, False
+
+        def decode(piece: Span) -> SpanClips:
+            [result] = self._decode([piece], spec, fingerprint)
+            _crashes.pop(span.video_id, None)  # the spans themselves may be decoded all the same
+            return result
+
+        try:
+            error = self.recutting.compare(span, outcome.clips, decode)
+        except VideoError:
+            return outcome, False
+        return outcome if error is None else SpanClips(clips=[], error=error), True
+
+    def _row(
+        self,
+        row: pa.Table,
+        plan: dict[str, Any],
+        outcome: SpanClips,
+        spec: ClipSpec,
+        seconds: float,
+        *,
+        is_recut: bool = False,
+    ) -> pa.Table:
         """The row with its clips and signals, or with a rejection."""
         try:
             table = add_clips(
@@ -256,6 +291,7 @@ class SpanDecoder:
                 uri=storage.public_uri(plan["uri"]),
                 start_seconds=_start_seconds(row_span(plan), spec),
                 seconds=seconds,
+                is_recut=is_recut,
                 continuous=spec.continuous,
             )
             return add_signals(table, self._signals(plan, outcome, spec))

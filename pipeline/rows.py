@@ -7,7 +7,8 @@ be counted. Manifest columns are carried unchanged. Only this module knows the l
 after       columns
 ==========  ==================================================================
 plan        ``PLAN_FIELDS``, manifest columns
-decode      adds ``frames``, ``clips``, ``rejection``, ``decode_seconds``
+decode      adds ``frames``, ``clips``, ``rejection``, ``decode_seconds``,
+            ``is_recut``
 encode      replaces ``frames`` by the payload (``tokens`` or ``latents`` …), and
             adds the columns of :class:`EncodeStats`
 ==========  ==================================================================
@@ -74,6 +75,8 @@ FRAMES = pa.field("frames", pa.large_binary(), nullable=False)  # int64 offsets:
 CLIPS = pa.field("clips", pa.list_(CLIP_TYPE), nullable=False)
 REJECTION = pa.field("rejection", REJECTION_TYPE)
 DECODE_SECONDS = pa.field("decode_seconds", pa.float64(), nullable=False)
+IS_RECUT = pa.field("is_recut", pa.bool_(), nullable=False)
+"""Whether the span was decoded a second time with another cut, and compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +101,7 @@ INTERNAL_COLUMNS = (
         "clips",
         "rejection",
         "decode_seconds",
+        "is_recut",
         "num_bytes",
         "input_row",
         "entry",
@@ -213,6 +217,7 @@ def add_clips(
     uri: str,
     start_seconds: float,
     seconds: float,
+    is_recut: bool = False,
     continuous: bool = False,
 ) -> pa.Table:
     """Add the result of decoding to one row of the plan.
@@ -224,6 +229,7 @@ def add_clips(
         uri: URI of the video in rejections.
         start_seconds: start of the span, in seconds after the first frame.
         seconds: decoding time.
+        is_recut: whether it was decoded a second time with another cut, and compared.
         continuous: whether each clip continues the previous one.
     """
     row = plan.to_pylist()[0]
@@ -251,6 +257,7 @@ def add_clips(
         .append_column(CLIPS, pa.array([clips], CLIPS.type))
         .append_column(REJECTION, pa.array([rejection], REJECTION.type))
         .append_column(DECODE_SECONDS, pa.array([seconds], pa.float64()))
+        .append_column(IS_RECUT, pa.array([is_recut], pa.bool_()))
     )
 
 

@@ -161,6 +161,16 @@ class OutputSettings(Settings):
         help="Largest share of videos that may be rejected, in whole or in part; above it the run fails with exit "
         "code 1. With 1, rejections never fail a run.",
     )
+    recut_share: float = setting(
+        0.001,
+        section="Output",
+        identity=False,
+        ge=0.0,
+        le=1.0,
+        metavar="SHARE",
+        help="Share of the spans that are decoded a second time, cut otherwise, and compared. A span whose clips "
+        "differ is rejected with `cut_dependent`.",
+    )
     max_internal_error_share: float = setting(
         0.01,
         section="Output",

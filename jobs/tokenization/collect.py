@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.output.work_list import WorkList
+from vidshard.pipeline.recut import Recutting
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields
@@ -165,6 +167,7 @@ def run_stages(
         keep_undamaged=run.damaged == "keep",
         signals=tuple(run.signals or ()),
         stop=stop,
+        recutting=Recutting(share=run.recut_share, seed=json.dumps(resolved.identity, sort_keys=True, default=str)),
     )
     return executor.run(work.source, decoder=decoder, encoder=encoder, resources=resources)
 
@@ -206,6 +209,8 @@ class SpanCounter:
     """Number of videos whose last span came out."""
     slots: int = 0
     """Capacity of all forward passes, in clips."""
+    recut: int = 0
+    """Number of spans that were decoded a second time with another cut."""
     seconds: Counter[str] = field(default_factory=Counter)
     """Summed time of all workers, by column of the rows."""
 
@@ -231,6 +236,7 @@ class SpanCounter:
         rows = rows.filter(pa.array(new, pa.bool_()))
         self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
         self.videos += rows["end_clip"].null_count
+        self.recut += pc.sum(rows["is_recut"]).as_py() or 0
         return rows, [r for r in rows["rejection"].to_pylist() if r is not None]
 
     def report(self, summary: Summary, seconds: float) -> None:
@@ -247,6 +253,7 @@ class SpanCounter:
             "encoders waiting for frames": self.seconds["encode_wait_seconds"],
             "writing shards": summary.written.seconds,
         }
+        summary.num_recut_spans = self.recut
         summary.batch_fill = self.clips / self.slots if self.slots else 1.0
         summary.example_clip_id = summary.written.last_clip_id
 

@@ -56,6 +56,8 @@ class Summary:
     """Id of a clip that the printed summary suggests to decode; None if none was written."""
     notice: str | None
     """Warning for readers, such as that the weights are random."""
+    num_recut_spans: int = 0
+    """Number of spans that were decoded a second time with another cut; those that differed are rejected."""
     problems: list[str] = field(default_factory=list)
     """Reasons why the run failed; empty if it did not."""
     interruption: KeyboardInterrupt | None = None
@@ -158,6 +160,10 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     gaps = f" ({written.num_damaged_spans} of them with clips missing)" if written.num_damaged_spans else ""
     came_out = f"{written.num_spans} as tokens{gaps} + {written.num_rejected_spans} rejected{reused}"
     line("plan", f"{summary.planned_spans} spans of video = {came_out}")
+    if summary.num_recut_spans:
+        differ = summary.reasons[Reason.CUT_DEPENDENT]
+        again = f"{summary.num_recut_spans} spans decoded again with another cut"
+        line("checked", f"{again}: {f'{differ} of them DIFFER and are rejected' if differ else 'all the same'}")
     if written.num_values:
         line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")
     phases = [f"{name} {value:.1f} s" for name, value in seconds.items()]

@@ -97,7 +97,7 @@ class Renderer:
         width, height = orientation.size(geometry.scaled_width, geometry.scaled_height)
         with ffmpeg_failures_as(Reason.UNSUPPORTED, f"cannot convert {frame.width}x{frame.height} {frame.format.name}"):
             if frame.interlaced_frame:
-                frame = self._first_field(frame)
+                frame = self._deinterlaced(frame)
             if shown.crop is not None and shown.shown_size != (frame.width, frame.height):
                 frame = _cropped(frame, shown.crop)
             if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
@@ -158,8 +158,10 @@ class Renderer:
             threads=1,
         )
 
-    def _first_field(self, frame: VideoFrame) -> VideoFrame:
+    def _deinterlaced(self, frame: VideoFrame) -> VideoFrame:
         """Deinterlace a frame to its first field: that field's rows, and their means in between.
+
+        A picture whose rows show no comb keeps all of them: it is progressive in spite of its flag, or nothing moves.
 
         The filter is purely spatial, as the frames before and after are not available at the start of a span. Of
         FFmpeg's filters only estdif is purely spatial too: against the true picture, moving and still, this one is
@@ -172,6 +174,8 @@ class Renderer:
             wide = "gbrap16le" if frame.format.is_rgb else "yuva444p16le"
             frame = frame.reformat(format=wide, interpolation=_SCALE_FLAGS, threads=1)
             sample = "<u2"
+        if not _is_combed(frame, sample):
+            return frame
         frame.make_writable()
         for plane in frame.planes:
             rows = _rows(plane, sample)
@@ -185,6 +189,40 @@ class Renderer:
             if (plane.height - first) % 2 == 0:
                 rows[-1] = kept[-1]
         return frame
+
+
+_COMB_LEVELS = 8
+"""Rows of two fields that differ by less, of 255, make no comb that counts."""
+_COMB_BLOCK = 16
+_HIGH_BITS = ("p010", "p012", "p016", "p210", "p212", "p216", "p410", "p412", "p416")
+"""Formats whose samples fill the high bits of 16."""
+_COMB_SHARE = 0.1
+"""Share of the pixels of a block that stand out from both neighboring rows, in turn, from which on it is a comb. Of 29
+real videos, progressive pictures have less than 0.06 in 26 and up to 0.16 in three; woven from pans of one column a
+field they have 0.12 and more, of three columns 0.25 and more."""
+
+
+def _is_combed(frame: VideoFrame, sample: str) -> bool:
+    """Whether two fields of different times are woven in a picture, by the samples of its first plane."""
+    rows = _rows(frame.planes[0], sample)
+    pixel_format = frame.format
+    used = frame.width if pixel_format.is_planar else frame.width * pixel_format.padded_bits_per_pixel // 8
+    # a comb is wider than a pixel; packed formats mix brightness and color
+    rows = rows[:, : used : 2 if pixel_format.is_planar and used > 2 * _COMB_BLOCK else 1]
+    if len(rows) < 4 or not rows.shape[1]:
+        return True
+    values: npt.NDArray[np.signedinteger[Any]] = rows.astype(np.int16 if sample == "u1" else np.int32)
+    step = values[1:] - values[:-1]
+    bits = 16 if pixel_format.name.startswith(_HIGH_BITS) else pixel_format.components[0].bits
+    least = _COMB_LEVELS << max(0, bits - 8)
+    up, down = step > least, step < -least
+    in_turn = (up[:-2] & down[1:-1] & up[2:]) | (down[:-2] & up[1:-1] & down[2:])
+    height, width = in_turn.shape
+    block = min(_COMB_BLOCK, height), min(_COMB_BLOCK, width)
+    counts = in_turn.view(np.uint8)[: height // block[0] * block[0], : width // block[1] * block[1]]
+    counts = counts.reshape(height // block[0], block[0], -1).sum(axis=1, dtype=np.uint8)
+    counts = counts.reshape(len(counts), -1, block[1]).sum(axis=2, dtype=np.uint16)
+    return bool(counts.max() > _COMB_SHARE * block[0] * block[1])
 
 
 def _cropped(frame: VideoFrame, crop: Crop) -> VideoFrame:

@@ -406,6 +406,18 @@ def test_interlaced_frames_show_their_first_field_without_combing(
         assert np.abs(shown - render(progressive.reformat(format=pixel_format), *size)).max() <= tolerance
 
 
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p10le", "nv12", "p010le", "uyvy422", "rgb24", "yuva420p"])
+@pytest.mark.parametrize("field", ["tff", "bff"])
+def test_progressive_pictures_that_are_flagged_interlaced_keep_all_their_rows(pixel_format: str, field: str) -> None:
+    """Noise, a slanted edge and a line of one row, as letters have."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (64, 96))
+    picture = 0.3 + 0.3 * (np.add.outer(np.arange(64) * 2, np.arange(96)) > 110) + noise
+    picture[20] += 0.3
+    rgb = np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+    frame = VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pixel_format)
+    assert np.array_equal(render(flagged(frame, field), 96, 64), render(frame, 96, 64))
+
+
 @pytest.mark.parametrize("height", [1, 2, 3])
 @pytest.mark.parametrize("field", ["tff", "bff"])
 def test_interlaced_frames_of_a_few_rows_are_shown(height: int, field: str) -> None:
