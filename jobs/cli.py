@@ -235,6 +235,22 @@ def inspect(out: str, rows: int) -> None:
     inspect_output(out, _console(), num_rows=rows)
 
 
+@vidshard.command()
+@click.argument("out", metavar="OUTPUT")
+def stats(out: str) -> None:
+    """Compute mean and standard deviation of latents.
+
+    Reads the latents of OUTPUT once, and writes the statistics of each channel to OUTPUT/stats.json. The training
+    reader normalizes with them: vidshard.TokenShards(OUTPUT, normalize=True).
+
+    \b
+    vidshard stats latents/
+    """
+    from vidshard.jobs.shards.stats import write_output_stats
+
+    write_output_stats(out, _console())
+
+
 _moved_weights = click.option(
     "--weights",
     metavar="FILE",

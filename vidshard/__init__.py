@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vidshard.models.tokenizer import Tokenizer, frames_to_input, output_to_frames
     from vidshard.pipeline.open_output import Output, open_output
     from vidshard.pipeline.output.shard_reader import StoredClip
+    from vidshard.pipeline.reader.token_shards import TokenLoader, TokenShards, TokenShardsMap
     from vidshard.pipeline.sample_clips import sample_clips
     from vidshard.schemas.errors import VidshardError
     from vidshard.schemas.rejections import Rejection
@@ -30,6 +31,9 @@ __all__ = [
     "Rejection",
     "StoredClip",
     "Summary",
+    "TokenLoader",
+    "TokenShards",
+    "TokenShardsMap",
     "TokenizeRun",
     "Tokenizer",
     "VidshardError",
@@ -49,6 +53,9 @@ _MODULES = {
     "Rejection": "vidshard.schemas.rejections",
     "StoredClip": "vidshard.pipeline.output.shard_reader",
     "Summary": "vidshard.jobs.tokenization.summary",
+    "TokenLoader": "vidshard.pipeline.reader.token_shards",
+    "TokenShards": "vidshard.pipeline.reader.token_shards",
+    "TokenShardsMap": "vidshard.pipeline.reader.token_shards",
     "TokenizeRun": "vidshard.schemas.runs",
     "Tokenizer": "vidshard.models.tokenizer",
     "VidshardError": "vidshard.schemas.errors",

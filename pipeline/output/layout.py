@@ -8,6 +8,7 @@
     lease/*.json        which process may write
     retry.json          what ``--retry-rejected`` still has to try again
     summary.json        figures of the latest run
+    stats.json          statistics of the latents, by ``vidshard stats``
 
 There is no separate state database. Every file is written atomically.
 """
@@ -25,6 +26,7 @@ REJECTS = "rejects"
 LEASES = "lease"
 RETRY_FILE = "retry.json"
 SUMMARY = "summary.json"
+STATS = "stats.json"
 
 DATA_FOLDERS = (PLANNED, SHARDS, REJECTS)
 """The folders of Parquet files: the state of an output."""

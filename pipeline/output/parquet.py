@@ -150,13 +150,18 @@ def _damaged(path: str, error: Exception, remedy: str) -> ShardError:
 class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
     """A Parquet file whose row groups are refused before they take too much memory; page checksums are checked."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, *, metadata: pq.FileMetaData | None = None, pre_buffer: bool = False) -> None:
         """Open a file.
+
+        Args:
+            file: open for reading, and seekable.
+            metadata: its footer, if that was read before.
+            pre_buffer: join the ranges of columns that are read together, for storage where each request is slow.
 
         Raises:
             ValueError: it has more rows than any file of vidshard.
         """
-        super().__init__(file, page_checksum_verification=True)
+        super().__init__(file, metadata=metadata, pre_buffer=pre_buffer, page_checksum_verification=True)
         self._file = file
         self._chunks: list[list[ColumnChunk]] | None = None
         if self.metadata.num_rows > MAX_ROWS:
@@ -201,6 +206,10 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         if self._chunks is None:
             self._chunks = row_groups(self._file, self.metadata.num_columns)
         return self._chunks[group]
+
+    def keep_chunks(self, chunks: list[list[ColumnChunk]]) -> None:
+        """Take over the answers of :meth:`chunks` for all row groups of the same file, opened before."""
+        self._chunks = chunks
 
     def _group_bytes(self, group: int, columns: Sequence[str] | None) -> int:
         """Bytes that columns of a row group take in memory, from the footer."""

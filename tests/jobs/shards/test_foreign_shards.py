@@ -23,6 +23,7 @@ from vidshard.pipeline.open_output import open_output
 from vidshard.pipeline.output.committed import shard_spans
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.shard_reader import ShardError, check_shard, find_clips, read_clips, read_payloads
+from vidshard.pipeline.reader.token_shards import TokenShards
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "format_1" / "tokens"
 VALUES: list[Any] = [
@@ -65,6 +66,7 @@ def read_in_every_way(path: Path) -> None:
         lambda: shard_spans(str(path)),
         lambda: _check_shard(str(path), None),
         lambda: open_output(str(path)).provenance,
+        lambda: list(TokenShards(str(path), columns=["tokens", "clip_id", "frame_pts_seconds", "fps"])),
     ):
         error = failure(read)
         if error is not None:

@@ -1,0 +1,256 @@
+"""Source of batches: the rows of units, from row groups that are read ahead on threads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vidshard.pipeline import storage
+from vidshard.pipeline.output.parquet import named_if_damaged
+from vidshard.pipeline.reader.catalog import Catalog, read_catalog
+from vidshard.pipeline.reader.columns import Column, PayloadValues, column_of, shaped, signal_of
+from vidshard.pipeline.reader.files import ShardFiles
+from vidshard.pipeline.reader.latents import LatentRule, latent_rule
+from vidshard.pipeline.reader.units import Units, check_sequence, find_units, names_of
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.tokens import payload_bytes
+
+Integers = npt.NDArray[np.int64]
+Loaded = list[Any]
+"""What was loaded of a row group, by the number of the column."""
+
+AHEAD_BYTES = 64 << 20
+"""Payload that is read ahead of the batch that is made."""
+_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
+"""Threads that read: locally to decode beside the caller, remotely to wait for as many requests at once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch to be made."""
+
+    units: Integers
+    noise: tuple[int, int]
+    """Seed and epoch, which decide the noise of sampled latents."""
+    mark: int
+    """Handed back with the batch."""
+    block_end: int
+    """Plans of one block have the same number; those of later blocks greater ones."""
+
+
+class Source:
+    """Shards opened for reading in units: which columns, of which rows, in which form."""
+
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        *,
+        columns: str | Sequence[str] | None,
+        where: str | None,
+        sequence: int | None,
+        stride: int | None,
+        signals: str | Sequence[str] | None,
+        signals_per: str,
+        normalize: bool | Mapping[str, Any],
+        sample: bool,
+        allow_mixed: bool | Collection[str],
+    ) -> None:
+        """Open the shards; arguments as those of `TokenShards`."""
+        check_sequence(sequence, stride)
+        if signals_per not in ("frame", "latent"):
+            raise UserError(f"signals_per is 'frame' or 'latent', got {signals_per!r:.40}")
+        self.catalog: Catalog = read_catalog(paths, allow_mixed=allow_mixed)
+        self.files = ShardFiles(self.catalog.paths)
+        payload = self.catalog.provenance.payload
+        names = [c.name for c in payload if not c.is_logvar] if columns is None else names_of(columns)
+        self._columns: list[Column] = [column_of(self.catalog, name) for name in dict.fromkeys(names)]
+        signal_names = list(dict.fromkeys(names_of(signals)))
+        if repeated := set(signal_names) & set(names):
+            raise UserError(f"'{sorted(repeated)[0]}' is in columns and in signals: leave it in one of them")
+        for name in signal_names:
+            self.catalog.check_column(name, "signal")
+            values = self._first_values(name)
+            self._columns.append(signal_of(self.catalog, name, values, per_latent=signals_per == "latent"))
+        if not self._columns:
+            raise UserError("columns is empty: name at least one column")
+        self.rule: LatentRule | None = latent_rule(self.catalog, paths, names, normalize=normalize, sample=sample)
+        if self.rule is not None:
+            have = set(names)
+            self._columns += [column_of(self.catalog, n) for n in self.rule.more_columns if n not in have]
+        self._reads = list(dict.fromkeys(name for column in self._columns for name in column.reads))
+        self.units: Units = find_units(self.catalog, self.files, where=where, sequence=sequence, stride=stride)
+        self.sequence = sequence
+        self._is_continuous = bool(self.catalog.provenance.run.get("continuous"))
+        order = f"{where}|{sequence}|{stride if stride is not None else sequence}"
+        self.digest = hashlib.blake2b(f"{self.catalog.digest}|{order}".encode(), digest_size=8).hexdigest()
+        self._is_remote = not all(storage.is_local(path) for path in self.catalog.paths)
+
+    def __len__(self) -> int:
+        """Number of units."""
+        return self.units.atoms.num_units
+
+    def load(self, group: int) -> Loaded:
+        """Read a row group.
+
+        Raises:
+            ShardError: the shard is damaged.
+            storage.StorageError: the storage failed.
+        """
+        catalog = self.catalog
+        shard = int(catalog.group_shard[group])
+        table = self.files.group(shard, int(catalog.group_number[group]), self._reads)
+        with named_if_damaged(catalog.paths[shard], remedy=""):
+            if table.num_rows != catalog.group_ends[group] - (catalog.group_ends[group - 1] if group else 0):
+                raise ValueError("it was replaced since it was opened")
+            return [column.load(table) for column in self._columns]
+
+    def groups(self, units: Integers) -> tuple[Integers, Integers]:
+        """Rows of units, flat, and the row group of each."""
+        rows = self.units.rows_of(units).reshape(-1)
+        return rows, np.searchsorted(self.catalog.group_ends, rows, side="right")
+
+    def batch(self, plan: Plan, loaded: Callable[[int], Loaded]) -> dict[str, Any]:
+        """Make a batch of units that have one payload shape.
+
+        Args:
+            plan: its units.
+            loaded: gives what was loaded of a row group.
+
+        Raises:
+            ShardError: values are not those of the column.
+        """
+        rows, groups = self.groups(plan.units)
+        starts = np.concatenate([[0], self.catalog.group_ends])
+        parts = []
+        for group in np.unique(groups):
+            here = np.flatnonzero(groups == group)
+            parts.append((loaded(int(group)), rows[here] - starts[group], here))
+        shard = int(self.catalog.group_shard[groups[0]])
+        found: dict[str, Any] = {}
+        with named_if_damaged(self.catalog.paths[shard], remedy=""):
+            for at, column in enumerate(self._columns):
+                found |= column.gather([(values[at], picked, places) for values, picked, places in parts], len(rows))
+        shapes = dict(self.catalog.shapes[int(self.catalog.shard_shape[shard])])
+        if self.rule is not None:
+            found = self.rule.apply(found, shapes, rows, plan.noise)
+        for column in self._columns:
+            for name in column.names if not isinstance(column, PayloadValues) else ():
+                found[name] = self._windowed(found[name])
+        for name, shape in shapes.items():
+            if name in found:
+                found[name] = shaped(found[name], shape, self.sequence, self._time_axis(name))
+        return found
+
+    def _windowed(self, values: Any) -> Any:
+        if self.sequence is None:
+            return values
+        if isinstance(values, list):
+            return [values[at : at + self.sequence] for at in range(0, len(values), self.sequence)]
+        return values.reshape(-1, self.sequence, *values.shape[1:])
+
+    def _time_axis(self, name: str) -> int | None:
+        """Axis along which the rows of a continuous sequence are joined."""
+        if not self._is_continuous:
+            return None
+        return {"tokens": 0, "latents": 1, "latents_logvar": 1}.get(name)
+
+    def read_ahead(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
+        """Make batches in order; row groups are read on threads, and kept until their last use within a block.
+
+        Args:
+            plans: batches in the order of their blocks.
+        """
+        row_bytes = payload_bytes(self.catalog.provenance.payload)
+        ends = self.catalog.group_ends
+        waiting: deque[tuple[Plan, dict[int, int]]] = deque()
+        uses: Counter[int] = Counter()
+        loads: dict[int, Future[Loaded]] = {}
+        fresh: dict[int, int] = {}
+        submitted = 0
+        pool = ThreadPoolExecutor(_REMOTE_THREADS if self._is_remote else _LOCAL_THREADS, "vidshard-reader")
+
+        def plan_one() -> bool:
+            plan = next(plans, None)
+            if plan is None:
+                return False
+            groups, counts = np.unique(self.groups(plan.units)[1], return_counts=True)
+            needs = dict(zip(groups.tolist(), counts.tolist(), strict=True))
+            uses.update(needs)
+            waiting.append((plan, needs))
+            return True
+
+        try:
+            while waiting or plan_one():
+                while waiting[-1][0].block_end <= waiting[0][0].block_end and plan_one():
+                    pass
+                while submitted < len(waiting) or plan_one():
+                    missing = [group for group in waiting[submitted][1] if group not in loads]
+                    if submitted and sum(fresh.values()) > AHEAD_BYTES and missing:
+                        break
+                    for group in missing:
+                        loads[group] = pool.submit(self.load, group)
+                        fresh[group] = int(ends[group] - (ends[group - 1] if group else 0)) * row_bytes
+                    submitted += 1
+                    if submitted > 1 << 16:
+                        break
+                plan, needs = waiting.popleft()
+                submitted -= 1
+                yield plan, self.batch(plan, lambda group: loads[group].result())
+                for group, count in needs.items():
+                    fresh.pop(group, None)
+                    uses[group] -= count
+                    if not uses[group]:
+                        del uses[group], loads[group]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _first_values(self, name: str) -> Any:
+        """Values of a column in the first row group that has samples, or at least values; None if none has."""
+        found = None
+        for group in range(len(self.catalog.group_ends)):
+            shard = int(self.catalog.group_shard[group])
+            table = self.files.group(shard, int(self.catalog.group_number[group]), [name])
+            values = table[name].combine_chunks().drop_null()
+            if len(values):
+                found = values if found is None else found
+                samples = values
+                while pa.types.is_list(samples.type):
+                    samples = samples.flatten()
+                if len(samples):
+                    return values
+        return found
+
+
+class GroupCache:
+    """The row groups that were used last, for reading in any order."""
+
+    def __init__(self, source: Source, max_bytes: int) -> None:
+        """Start empty.
+
+        Args:
+            source: what is read.
+            max_bytes: payload to keep; at least one row group is kept.
+        """
+        self._source = source
+        self._max_bytes = max_bytes
+        self._groups: OrderedDict[int, Loaded] = OrderedDict()
+        catalog = source.catalog
+        mean_rows = catalog.num_rows / len(catalog.group_ends)
+        self._most = max(1, int(max_bytes / max(1.0, mean_rows * payload_bytes(catalog.provenance.payload))))
+
+    def __call__(self, group: int) -> Loaded:
+        """What is loaded of a row group."""
+        if group not in self._groups:
+            self._groups[group] = self._source.load(group)
+            while len(self._groups) > self._most:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(group)
+        return self._groups[group]

@@ -1,0 +1,406 @@
+"""Training readers of an output: `TokenShards`, which iterates in an order of its own, and its map-style twin."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from vidshard.pipeline.reader.order import Order, num_steps, positions, steps
+from vidshard.pipeline.reader.source import GroupCache, Plan, Source
+from vidshard.schemas.errors import UserError
+from vidshard.schemas.tokens import Provenance
+
+Batch = dict[str, Any]
+"""Columns by name."""
+POSITION = "_position"
+"""Entry of a batch: units of the epoch that are consumed once every rank has had this batch."""
+
+_UNEVEN = ("drop", "repeat")
+_MAX_WORKERS = 1 << 12
+_CACHE_BYTES = 64 << 20
+
+
+class TokenShards(IterableDataset[Batch]):
+    """Clips of one or several outputs as batches of tensors, in an order that one number can resume.
+
+    The order depends on the shards, ``where``, ``sequence``, ``shuffle``, ``seed``, ``lanes`` and the epoch alone. It
+    is the same for any number of ranks, loader workers and any batch size. Each step of all ranks takes the next
+    ``world_size * batch_size`` clips of it.
+    """
+
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        *,
+        columns: str | Sequence[str] | None = None,
+        where: str | None = None,
+        sequence: int | None = None,
+        stride: int | None = None,
+        signals: str | Sequence[str] | None = None,
+        signals_per: str = "frame",
+        normalize: bool | Mapping[str, Any] = False,
+        sample: bool = False,
+        batch_size: int | None = None,
+        drop_last: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        uneven: str = "drop",
+        allow_mixed: bool | Collection[str] = (),
+        lanes: int = 32,
+    ) -> None:
+        """Open outputs for training; the ends of all shards are read.
+
+        Args:
+            paths: output folders, folders of shards or shards; local paths or URLs.
+            columns: columns of the batches; None for the payload without log-variances.
+            where: condition that clips must meet, such as ``"source_fps >= 24 and num_valid_frames = 17"``.
+            sequence: consecutive clips of one video that form one sequence; None for single clips.
+            stride: clips from the start of a sequence to that of the next one; None for ``sequence``.
+            signals: columns with a value for each frame, as ``--signals`` writes them.
+            signals_per: ``frame``, or ``latent`` to group the samples by latent.
+            normalize: subtract the mean of each channel of the latents and divide by its standard deviation: True for
+                the numbers of ``vidshard stats``, or ``{column: (mean, std)}``.
+            sample: sample latents from mean and log-variance; the noise depends on seed, epoch and clip.
+            batch_size: clips, or sequences, of a batch of each rank; None for single ones without a batch axis.
+            drop_last: leave out batches with fewer clips.
+            shuffle: shuffle the order; otherwise it is that of the shards.
+            seed: seed of the order and of the noise.
+            epoch: number of the epoch; see `set_epoch`.
+            rank: number of this process; None for that of ``torch.distributed``, 0 without it.
+            world_size: number of processes; None likewise.
+            uneven: what is done with the last clips that cannot be shared out equally, fewer than ``world_size``:
+                ``drop`` leaves them out, ``repeat`` gives some clips twice.
+            allow_mixed: differences between shards that are no error: ``weights``, ``rates``, ``lengths``,
+                ``geometries``, ``versions``; True for all.
+            lanes: streams of row groups that are interleaved when shuffling. Up to ``lanes * 8 / batch_size`` ranks
+                times workers read without reading any row group twice; more lanes take more memory.
+
+        Raises:
+            UserError: an argument is wrong, or outputs may not be mixed; the message names the cause.
+            ShardError: there are no shards, or one is damaged.
+        """
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("lanes", lanes, 1), ("world_size", world_size, 1)):
+            if value is not None and (type(value) is not int or value < least):
+                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
+        if uneven not in _UNEVEN:
+            raise UserError(f"uneven is 'drop' or 'repeat', got {uneven!r:.40}")
+        if (rank is None) != (world_size is None):
+            raise UserError("rank and world_size go together: give both or neither")
+        self._source = Source(
+            paths,
+            columns=columns,
+            where=where,
+            sequence=sequence,
+            stride=stride,
+            signals=signals,
+            signals_per=signals_per,
+            normalize=normalize,
+            sample=sample,
+            allow_mixed=allow_mixed,
+        )
+        self._batch_size, self._drop_last, self._uneven = batch_size, drop_last, uneven
+        self._shuffle, self._seed, self._epoch, self._lanes = shuffle, int(seed), int(epoch), lanes
+        self._given = None if rank is None or world_size is None else (int(rank), int(world_size))
+        self._position = self._start = 0
+        # which processes began the epoch: workers are copies of this object, and share this memory
+        self._begun = torch.zeros(_MAX_WORKERS, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._check_ranks()
+
+    def __repr__(self) -> str:
+        units, left_out = self._source.units, self._source.units.num_left_out
+        what = "clips" if self._source.sequence is None else f"sequences of {self._source.sequence} clips"
+        more = f", {left_out:,} clips in none" if left_out else ""
+        return f"TokenShards({units.atoms.num_units:,} {what} in {len(self._source.catalog.paths):,} shards{more})"
+
+    def __len__(self) -> int:
+        """Number of batches of this rank in a whole epoch; of clips or sequences without a batch size."""
+        _, world_size = self._ranks()
+        return num_steps(
+            self._order(),
+            batch_size=self._batch_size or 1,
+            world_size=world_size,
+            uneven=self._uneven,
+            drop_last=self._drop_last,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_given": self._ranks()}  # a process that is spawned knows no torch.distributed
+
+    @property
+    def num_samples(self) -> int:
+        """Clips, or sequences, of an epoch of all ranks."""
+        return len(self._source)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Tokenizer, weights, settings and versions of the first shard."""
+        return self._source.catalog.provenance
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; another one than now starts at its first batch."""
+        if epoch != self._epoch:
+            self._begin(int(epoch), 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of this rank, and of this loader worker, in order.
+
+        Raises:
+            UserError: there are more ranks than clips.
+            ShardError: a shard is damaged; storage.StorageError: the storage failed.
+        """
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        slot = 0 if worker is None else min(1 + number, _MAX_WORKERS - 1)
+        position = 0 if self._begun[slot] else self._start
+        self._begun[slot] = 1
+        if worker is None:
+            self._position = position
+        yield from self._batches(position, number, count, track=worker is None)
+
+    def _batches(self, position: int, worker: int, num_workers: int, *, track: bool) -> Iterator[Batch]:
+        rank, world_size = self._ranks()
+        order = self._order()
+        is_exact = self._batch_size is not None or num_workers == 1
+        epoch = self._epoch
+
+        def plans() -> Iterator[Plan]:
+            all_steps = steps(
+                order,
+                position,
+                batch_size=self._batch_size or 1,
+                rank=rank,
+                world_size=world_size,
+                uneven=self._uneven,
+                drop_last=self._drop_last,
+            )
+            for at, step in enumerate(all_steps):
+                if at % num_workers == worker:
+                    block = order.block_end(min(step.stop, step.end) - 1)
+                    yield Plan(positions(order, step), (self._seed, epoch), step.end, block)
+
+        for plan, batch in self._source.read_ahead(plans()):
+            if track:
+                self._position = plan.mark
+            found = batch if self._batch_size is not None else {k: v[0] for k, v in batch.items()}
+            yield {**found, POSITION: plan.mark} if is_exact else found
+
+    def state_dict(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """State after the last batch: one number, and a digest of the dataset.
+
+        Args:
+            batch: the last batch that was used. Needed where a `DataLoader` with workers reads this dataset, as workers
+                are ahead of the training loop; `loader` needs none.
+
+        Raises:
+            UserError: the dataset is read by workers, and no batch is given.
+        """
+        if batch is not None:
+            if POSITION not in batch:
+                raise UserError(
+                    "the batch has no position: give batch_size= to TokenShards, and none to the DataLoader"
+                )
+            self._position = int(batch[POSITION])
+        elif bool(self._begun[1:].any()):
+            raise UserError(
+                "loader workers read this dataset, ahead of the training loop: take dataset.loader(num_workers=...), "
+                "or call state_dict(batch) with the last batch that was used"
+            )
+        return {"samples": self._epoch * self.num_samples + self._position, "dataset": self._digest()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a state was taken, perhaps with other ranks, workers and batches.
+
+        Raises:
+            UserError: the state is of another dataset or order, or is none.
+        """
+        try:
+            samples, digest = int(state["samples"]), str(state["dataset"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is no state of TokenShards: {state!r:.200}") from error
+        theirs, ours = (text.partition("-") for text in (digest, self._digest()))
+        if theirs[0] != ours[0]:
+            raise UserError(
+                f"the state is of another dataset ({theirs[0]:.40}, this one is {ours[0]}): the shards, where, "
+                "sequence and stride must be those of the run that wrote it"
+            )
+        if theirs[2] != ours[2]:
+            raise UserError(
+                "the state is of another order: shuffle, seed and lanes must be those of the run that wrote it"
+            )
+        if samples < 0:
+            raise UserError(f"the state counts {samples} samples")
+        self._begin(*divmod(samples, self.num_samples))
+
+    def loader(self, num_workers: int = 0, **options: Any) -> TokenLoader:
+        """A loader over this dataset that counts epochs and knows its state.
+
+        Args:
+            num_workers: processes that read; 0 reads on threads of this process, which is often as fast.
+            options: further arguments of `torch.utils.data.DataLoader`, such as ``pin_memory``.
+        """
+        return TokenLoader(self, num_workers, options)
+
+    def _begin(self, epoch: int, position: int) -> None:
+        self._epoch, self._start, self._position = epoch, position, position
+        self._begun.zero_()
+
+    def _order(self) -> Order:
+        atoms = self._source.units.atoms
+        return Order(atoms, shuffle=self._shuffle, seed=self._seed, epoch=self._epoch, lanes=self._lanes)
+
+    def _digest(self) -> str:
+        text = f"{self._shuffle}|{self._seed if self._shuffle else ''}|{self._lanes if self._shuffle else ''}"
+        return f"{self._source.digest}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+    def _ranks(self) -> tuple[int, int]:
+        if self._given is not None:
+            return self._given
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+            self._check_ranks(*ranks)
+            return ranks
+        return 0, 1
+
+    def _check_ranks(self, *ranks: int) -> None:
+        rank, world_size = ranks or self._given or (0, 1)
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank must be from 0 to world_size - 1, got {rank} of {world_size}")
+        if world_size > self.num_samples:
+            raise UserError(f"{world_size} ranks cannot share {self.num_samples} clips or sequences: take fewer ranks")
+
+
+class TokenLoader:
+    """Iterates over the epochs of a `TokenShards`; its state is that of the batches it has given."""
+
+    def __init__(self, dataset: TokenShards, num_workers: int, options: Mapping[str, Any]) -> None:
+        """Wrap a dataset; see `TokenShards.loader`."""
+        if dataset._batch_size is None and num_workers > 1:
+            raise UserError("give batch_size= to TokenShards: several workers cannot share out single clips in order")
+        self._dataset = dataset
+        self._num_workers = num_workers
+        self._options = {"batch_size": None, **options}
+        if self._options["batch_size"] is not None:
+            raise UserError("give batch_size= to TokenShards instead of the loader")
+
+    def __len__(self) -> int:
+        """Number of batches in a whole epoch."""
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the epoch. When it is over, the next iteration is the next epoch."""
+        dataset = self._dataset
+        dataset._begin(dataset._epoch, dataset._position)
+        loader = DataLoader(cast("Dataset[Batch]", dataset), num_workers=self._num_workers, **self._options)
+        for batch in loader:
+            dataset._position = int(batch[POSITION])
+            yield batch
+        dataset._begin(dataset._epoch + 1, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State after the last batch that was given."""
+        dataset = self._dataset
+        return {"samples": dataset._epoch * dataset.num_samples + dataset._position, "dataset": dataset._digest()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a state was taken; see `TokenShards.load_state_dict`."""
+        self._dataset.load_state_dict(state)
+
+
+class TokenShardsMap(Dataset[Batch]):
+    """Clips of one or several outputs by number: the map-style twin of `TokenShards`."""
+
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        *,
+        columns: str | Sequence[str] | None = None,
+        where: str | None = None,
+        sequence: int | None = None,
+        stride: int | None = None,
+        signals: str | Sequence[str] | None = None,
+        signals_per: str = "frame",
+        normalize: bool | Mapping[str, Any] = False,
+        sample: bool = False,
+        seed: int = 0,
+        allow_mixed: bool | Collection[str] = (),
+        cache_bytes: int = _CACHE_BYTES,
+    ) -> None:
+        """Open outputs; arguments as those of `TokenShards`.
+
+        Args:
+            cache_bytes: payload of row groups that is kept in memory, as neighbors are often wanted too.
+
+        Raises:
+            UserError, ShardError: as `TokenShards`.
+        """
+        self._source = Source(
+            paths,
+            columns=columns,
+            where=where,
+            sequence=sequence,
+            stride=stride,
+            signals=signals,
+            signals_per=signals_per,
+            normalize=normalize,
+            sample=sample,
+            allow_mixed=allow_mixed,
+        )
+        self._seed = int(seed)
+        self._cache_bytes = cache_bytes
+        self._groups = GroupCache(self._source, cache_bytes)
+
+    def __len__(self) -> int:
+        """Number of clips, or of sequences."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Batch:
+        """A clip or sequence by its number, negative ones from the end.
+
+        Raises:
+            IndexError: there is no such number.
+        """
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        """Several clips or sequences; a `DataLoader` asks for a batch this way.
+
+        Raises:
+            IndexError: one of the numbers does not exist.
+        """
+        found: dict[int, Batch] = {}
+        units = np.array([self._number(index) for index in indices], np.int64)
+        shapes = self._shapes(units)
+        for shape in np.unique(shapes):
+            places = np.flatnonzero(shapes == shape)
+            batch = self._source.batch(Plan(units[places], (self._seed, 0), 0, 0), self._groups)
+            for at, place in enumerate(places.tolist()):
+                found[place] = {name: values[at] for name, values in batch.items()}
+        return [found[place] for place in range(len(units))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": GroupCache(self._source, self._cache_bytes)}
+
+    def _shapes(self, units: Any) -> Any:
+        atoms = self._source.units.atoms
+        return atoms.shape[np.searchsorted(atoms.ends, units, side="right")]
+
+    def _number(self, index: int) -> int:
+        number = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= number < len(self):
+            raise IndexError(f"there are {len(self):,} clips, got the number {index}")
+        return number

@@ -1,0 +1,117 @@
+"""Filters of rows, as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+import vidshard
+from tests.support.token_outputs import write_output
+from vidshard.pipeline.reader.files import ShardFiles
+from vidshard.pipeline.reader.where import parse_where
+from vidshard.schemas.errors import UserError
+
+TABLE = pa.table(
+    {
+        "n": pa.array([1, 2, 3, 4, None], pa.int32()),
+        "x": pa.array([0.5, 1.0, -2.0, None, 3.0]),
+        "text": ["a", "it's", 'say "x"', None, "and"],
+        "yes": [True, False, True, None, False],
+        "geometry": [{"policy": "crop", "left": at} for at in range(5)],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("n = 2", [1]),
+        ("n == 2 or n == 4", [1, 3]),
+        ("n <> 2 and n != 3", [0, 3]),
+        ("n >= 2 AND NOT n > 3", [1, 2]),
+        ("not (n = 1 or n = 2)", [2, 3]),
+        ("n = 1 or n = 2 and x > 0.9", [0, 1]),
+        ("(n = 1 or n = 2) and x > 0.9", [1]),
+        ("x < -1.5e0", [2]),
+        ("n in (1, 3, 9)", [0, 2]),
+        ("n not in (1, 3) and n is not null", [1, 3]),
+        ("n is null", [4]),
+        ("text = 'it''s'", [1]),
+        ('text = "say ""x"""', [2]),
+        ("text in ('a', \"and\")", [0, 4]),
+        ("yes", [0, 2]),
+        ("yes = false", [1, 4]),
+        ("not yes and n < 3", [1]),
+        ("geometry.left >= 3", [3, 4]),
+        ("n = 2.0", [1]),
+    ],
+)
+def test_conditions_mean_what_they_mean_in_sql(where: str, rows: list[int]) -> None:
+    expression, _ = parse_where(where, TABLE.schema)
+    numbered = TABLE.append_column("row", pa.array(range(5)))
+    assert numbered.filter(expression)["row"].to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("txt = 'a'", "did you mean text"),
+        ("geometry.lef = 1", "no column 'geometry.lef'"),
+        ("n = 'a'", "type int32"),
+        ("n = 1.5", "whole numbers"),
+        ("n = 99999999999", "does not fit"),
+        ("text = 3", "type string"),
+        ("n", "comparison"),
+        ("n >=", "the end"),
+        ("n = 1 n = 2", "not expected"),
+        ("(n = 1", r"'\)' is expected"),
+        ("n in 1", r"'\(' is expected"),
+        ("n ; drop", "cannot be read"),
+        ("", "a column is expected"),
+        ("(" * 60 + "n = 1", "nested"),
+        ("\x1b]52;c;x\x07 = 1", r"\\x1b"),
+    ],
+)
+def test_what_is_no_condition_is_refused_with_the_reason(where: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_where(where, TABLE.schema)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("where") / "tokens"
+    write_output(folder, num_shards=5)
+    return folder
+
+
+def test_a_filter_passes_the_rows_that_meet_it(out: Path) -> None:
+    rows = list(vidshard.TokenShards(str(out), columns=["source_fps", "clip_index"]))
+    some = list(vidshard.TokenShards(str(out), columns=["clip_index"], where="source_fps >= 24 and clip_index = 1"))
+    assert 0 < len(some) == sum(row["source_fps"] >= 24 and row["clip_index"] == 1 for row in rows)
+
+
+def test_row_groups_that_cannot_pass_are_not_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[int, int, tuple[str, ...]]] = []
+    group = ShardFiles.group
+
+    def counted(self: ShardFiles, shard: int, number: int, columns: list[str]) -> pa.Table:
+        reads.append((shard, number, tuple(columns)))
+        return group(self, shard, number, columns)
+
+    monkeypatch.setattr(ShardFiles, "group", counted)
+    found = list(vidshard.TokenShards(str(out), where="video_id = 'a000000'"))
+    assert len(found) == 2
+    assert {shard for shard, _, _ in reads} == {0}
+    assert ("video_id",) in {columns for _, _, columns in reads}
+    assert [columns for _, _, columns in reads].count(("tokens",)) == 1
+
+
+def test_a_filter_that_no_row_passes_and_unknown_columns_are_named(out: Path) -> None:
+    with pytest.raises(UserError, match="passes none of the 70 rows"):
+        vidshard.TokenShards(str(out), where="source_fps > 1000")
+    with pytest.raises(UserError, match="did you mean source_fps"):
+        vidshard.TokenShards(str(out), where="sorce_fps > 1")
+    with pytest.raises(UserError, match="did you mean caption"):
+        vidshard.TokenShards(str(out), columns=["captoin"])
