@@ -222,6 +222,51 @@ def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
     return run_job(run, _console(), local=local)
 
 
+@vidshard.command(cls=SectionedCommand)
+@click.argument("inputs", nargs=-1, metavar="VIDEOS...")
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    cls=SectionedOption,
+    section="Output",
+    common=True,
+    help="Output folder of the run that will follow. The forecast is stored there, and that run compares itself.",
+)
+@options_of(TokenizeRun, leave_out=frozenset({"inputs", "out"}))
+@click.option(
+    "--local",
+    is_flag=True,
+    cls=SectionedOption,
+    section="Execution",
+    common=True,
+    help="Forecast a run of `vidshard tokenize --local`.",
+)
+@click.option(
+    "--machine",
+    default="here",
+    show_default=True,
+    metavar="NAME",
+    cls=SectionedOption,
+    section="Execution",
+    common=True,
+    help="Machine to forecast for: here, h200, h100, a100, or a file of `python -m benchmarks.machine`.",
+)
+def plan(config_path: Path | None, out: str | None, local: bool, machine: str, **flags: Any) -> None:
+    """Forecast the output and the cost of a run before it starts.
+
+    Opens every video, decodes a sample and encodes a few clips, with the settings of `vidshard tokenize`. Prints
+    videos, clips, hours, bytes, and the GPU-hours and core-hours of the run.
+
+    \b
+    vidshard plan clips/ --out tokens/
+    vidshard plan clips/ --tokenizer fsq_causal_488_32768 --random-weights 0 --machine h200
+    """
+    run = resolve_settings(TokenizeRun, flags | {"out": out or "."}, config_path)
+    from vidshard.jobs.tokenization.plan_run import plan_run
+
+    plan_run(run, _console(), local=local, machine=machine, save=out is not None)
+
+
 @vidshard.command()
 @click.argument("out", metavar="OUTPUT")
 @click.option("--rows", default=3, show_default=True, metavar="N", help="Number of rows to print.")

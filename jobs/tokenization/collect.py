@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from vidshard.jobs.runtime.executor import Executor
+from vidshard.jobs.runtime.executor import Executor, LocalExecutor
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.tokenization.placement import cpu_has_bfloat16
 from vidshard.jobs.tokenization.planning import uri_columns
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors
+from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
@@ -31,6 +33,7 @@ from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.recut import Recutting
 from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError
@@ -62,7 +65,7 @@ def tokenize_spans(
         limits: largest cost of one video.
     """
     counter = SpanCounter(is_awaited=np.ones(work.num_spans, np.bool_))
-    sink = _open_sink(resolved, work, lease)
+    sink = open_sink(resolved, work, lease)
     started = time.monotonic()
     try:
         _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console, limits)
@@ -75,6 +78,7 @@ def tokenize_spans(
     finally:
         _close(sink, summary)
         counter.report(summary, time.monotonic() - started)
+        summary.usage = counter.usage(resolved, executor, summary)
     if counter.num_awaited and not summary.problems and summary.interruption is None:
         summary.problems.append(
             f"{counter.num_awaited} of {work.num_spans} planned spans came out neither as tokens nor as rejections "
@@ -83,7 +87,8 @@ def tokenize_spans(
         )
 
 
-def _open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease) -> TokenShardSink:
+def open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease | None = None) -> TokenShardSink:
+    """Make the writer of a run's shards; with a lease it is checked before each commit."""
     run = resolved.run
     return TokenShardSink(
         run.out,
@@ -93,7 +98,7 @@ def _open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease) -> TokenShar
         signal_fields=[field for name, rule in run.signals or [] for field in signal_fields(name, rule)],
         shard_bytes=run.shard_size,
         commit_seconds=60 * run.commit_minutes,
-        before_commit=lease.check,
+        before_commit=(lambda: None) if lease is None else lease.check,
     )
 
 
@@ -113,7 +118,11 @@ def _collect(
     run = resolved.run
     stop = executor.cancel_token()
     broken: set[str] = set()
-    rows_out = run_stages(resolved, work, executor, stop, summary, limits)
+    clips_per_row = summary.expected_clips / summary.planned_spans
+    resources, encoder = plan_resources(resolved, work.num_spans, clips_per_row, executor)
+    counter.resources = resources
+    decoder = span_decoder(resolved, limits, stop)
+    rows_out = executor.run(work.source, decoder=decoder, encoder=encoder, resources=resources)
     with (
         Interrupts() as interrupts,
         PhaseProgress(console, "tokenizing", work.num_spans) as display,
@@ -152,14 +161,10 @@ def _close(sink: TokenShardSink, summary: Summary) -> None:
     summary.written = sink.committed
 
 
-def run_stages(
-    resolved: ResolvedRun, work: WorkList, executor: Executor, stop: CancelToken, summary: Summary, limits: Limits
-) -> Iterator[pa.Table]:
-    """Run the stages; yields encoded rows as they are finished. The stages start when the first one is requested."""
+def span_decoder(resolved: ResolvedRun, limits: Limits, stop: CancelToken) -> SpanDecoder:
+    """Make the decode stage of a run."""
     run = resolved.run
-    clips_per_row = summary.expected_clips / summary.planned_spans
-    resources, encoder = plan_resources(resolved, work.num_spans, clips_per_row, executor)
-    decoder = SpanDecoder(
+    return SpanDecoder(
         spec=resolved.largest,
         max_clips=4 * resolved.clips_per_span + 16,
         clips_per_pass=resolved.clips_per_span,
@@ -169,7 +174,6 @@ def run_stages(
         stop=stop,
         recutting=Recutting(share=run.recut_share, seed=json.dumps(resolved.identity, sort_keys=True, default=str)),
     )
-    return executor.run(work.source, decoder=decoder, encoder=encoder, resources=resources)
 
 
 def until_interrupted(
@@ -213,6 +217,10 @@ class SpanCounter:
     """Number of spans that were decoded a second time with another cut."""
     seconds: Counter[str] = field(default_factory=Counter)
     """Summed time of all workers, by column of the rows."""
+    num_frames: int = 0
+    """Number of frames in all clips, without repeats of a last frame."""
+    resources: StageResources | None = None
+    """Workers of the stages; None before they are planned."""
 
     def __post_init__(self) -> None:
         self.num_awaited = int(self.is_awaited.sum())
@@ -237,6 +245,8 @@ class SpanCounter:
         self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
         self.videos += rows["end_clip"].null_count
         self.recut += pc.sum(rows["is_recut"]).as_py() or 0
+        clips = pc.list_flatten(rows["clips"])
+        self.num_frames += pc.sum(pc.struct_field(clips, "num_valid_frames")).as_py() or 0
         return rows, [r for r in rows["rejection"].to_pylist() if r is not None]
 
     def report(self, summary: Summary, seconds: float) -> None:
@@ -256,6 +266,29 @@ class SpanCounter:
         summary.num_recut_spans = self.recut
         summary.batch_fill = self.clips / self.slots if self.slots else 1.0
         summary.example_clip_id = summary.written.last_clip_id
+
+    def usage(self, resolved: ResolvedRun, executor: Executor, summary: Summary) -> Usage | None:
+        """Use of the machines by the phase that `report` wrote to the summary; None if nothing was encoded."""
+        resources, seconds = self.resources, summary.seconds
+        if resources is None or not self.clips:
+            return None
+        spec = resolved.largest
+        encoders = 1 if isinstance(executor, LocalExecutor) else resources.encode_workers
+        per_frame = min(float(spec.clip_seconds), float(spec.stride_seconds or spec.clip_seconds)) / spec.num_frames
+        return Usage(
+            video_seconds=self.num_frames * per_frame,
+            seconds=seconds["tokenize"],
+            encode_seconds=seconds["encoding, all workers"],
+            wait_seconds=seconds["encoders waiting for frames"],
+            decode_seconds=seconds["decoding, all workers"],
+            write_seconds=seconds["writing shards"],
+            encoders=encoders,
+            gpus=encoders * resources.gpus_per_worker,
+            cpus=executor.num_cpus,
+            encoder_cpus=encoders * resources.cpus_per_worker,
+            precision=resolved.run.precision,
+            has_bfloat16=resolved.run.device == "cpu" and cpu_has_bfloat16(),
+        )
 
 
 def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
+from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place
 from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary
@@ -102,6 +103,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
             batch_fill=1.0,
             example_clip_id=None,
             notice=resolved.notice,
+            forecast=Forecast.of_output(run.out),
         )
         check_reject_share(summary, rejected, run)
         broken = {r.uri for r in planned.new_rejections if r.reason is Reason.INTERNAL_ERROR}

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,6 +16,8 @@ from rich.text import Text
 
 from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
+from vidshard.jobs.tokenization.forecast import Forecast
+from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
 from vidshard.pipeline.output.shard_reader import decodable
@@ -54,6 +56,10 @@ class Summary:
     """Share of the forward passes' capacity that held clips, in [0, 1]."""
     example_clip_id: str | None
     """Id of a clip that the printed summary suggests to decode; None if none was written."""
+    usage: Usage | None = None
+    """Use of the machines; None if nothing was encoded."""
+    forecast: Forecast | None = None
+    """Forecast of `vidshard plan` for this output; None without one."""
     notice: str | None
     """Warning for readers, such as that the weights are random."""
     num_recut_spans: int = 0
@@ -69,6 +75,12 @@ class Summary:
         if self.interruption is not None:
             return exit_code_of(self.interruption)
         return EXIT_FAILED if self.problems else 0
+
+    @property
+    def is_complete_first(self) -> bool:
+        """Whether this run did all of its output's work, as a forecast expects."""
+        is_complete = not self.problems and self.interruption is None and not self.pending_spans
+        return is_complete and not self.reused_spans and not self.rejected_before
 
     @property
     def pending_spans(self) -> int:
@@ -138,6 +150,8 @@ def save_summary(summary: Summary) -> None:
         "written": {f.name: getattr(written, f.name) for f in fields(written)}
         | {"rejected_uris": sorted(written.rejected_uris)},
         "pending_spans": summary.pending_spans,
+        "usage": None if summary.usage is None else asdict(summary.usage),
+        "forecast": None if summary.forecast is None else asdict(summary.forecast),
         "interruption": None if summary.interruption is None else type(summary.interruption).__name__,
     }
     storage.write_atomic(storage.join(summary.out, "summary.json"), json.dumps(record, indent=2).encode())
@@ -170,7 +184,14 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     line("time", " · ".join(phases))
     if written.num_clips:
         rate = written.num_clips / seconds["tokenize"]
-        line("speed", f"{rate:.2f} clips/s; batches {summary.batch_fill:.0%} full; {_bottleneck(seconds)}")
+        line("speed", f"{rate:.2f} clips/s; batches {summary.batch_fill:.0%} full")
+    if written.num_clips and summary.usage is not None:
+        usage = summary.usage
+        busy = f"busy {usage.busy_share:.0%} of the phase, waiting for frames {usage.wait_share:.0%} of their time"
+        line("machines", f"{usage.yields}; encoders {busy}")
+        line("", usage.verdict)
+    if summary.forecast is not None and summary.is_complete_first:
+        line("forecast", summary.forecast.compared(written.num_clips, written.file_bytes, seconds["total"]))
     for reason, count in summary.reasons.most_common():
         line("rejected", f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
     if summary.reasons:
@@ -199,10 +220,3 @@ def _on_disk(written: WriteStats, payload: Payload) -> str:
     raw = written.num_values * np.dtype(payload[0].dtype).itemsize
     share = written.payload_bytes / raw
     return f"{written.num_values:,} latent values in {written.payload_bytes:,} bytes, {share:.0%} of their raw {raw:,}"
-
-
-def _bottleneck(seconds: dict[str, float]) -> str:
-    busy, wait = seconds["encoding, all workers"], seconds["encoders waiting for frames"]
-    share = wait / (busy + wait) if busy + wait else 0.0
-    advice = "decoding is the limit: add CPUs" if share > 0.2 else "encoding is the limit"
-    return f"encoders waited {share:.0%} of their time for frames ({advice})"

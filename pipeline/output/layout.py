@@ -9,6 +9,7 @@
     retry.json          what ``--retry-rejected`` still has to try again
     summary.json        figures of the latest run
     stats.json          statistics of the latents, by ``vidshard stats``
+    forecast.json       what ``vidshard plan --out`` expected of it
 
 There is no separate state database. Every file is written atomically.
 """
@@ -27,6 +28,7 @@ LEASES = "lease"
 RETRY_FILE = "retry.json"
 SUMMARY = "summary.json"
 STATS = "stats.json"
+FORECAST_FILE = "forecast.json"
 
 DATA_FOLDERS = (PLANNED, SHARDS, REJECTS)
 """The folders of Parquet files: the state of an output."""

@@ -1,0 +1,66 @@
+"""Use of the machines: hours of video per hour, and the one sentence on what a run waited for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vidshard.jobs.tokenization.usage import Usage
+
+BALANCED = Usage(
+    video_seconds=7200,
+    seconds=3600,
+    encode_seconds=7000,
+    wait_seconds=100,
+    decode_seconds=30_000,
+    write_seconds=60,
+    encoders=2,
+    gpus=2,
+    cpus=32,
+    encoder_cpus=2,
+    precision="float16",
+)
+ON_CPUS = replace(BALANCED, gpus=0, encoder_cpus=2, cpus=8, precision="float32")
+
+
+def test_the_yield_is_stated_per_gpu_hour_and_per_cpu_hour() -> None:
+    assert BALANCED.yields == "1 hours of video per GPU-hour, 0.0625 per CPU-hour"
+    assert ON_CPUS.yields == "0.25 hours of video per CPU-hour"
+    assert BALANCED.busy_share == pytest.approx(7000 / 7200)
+
+
+@pytest.mark.parametrize(
+    ("usage", "words"),
+    [
+        (BALANCED, ["waited for encoders", "add GPUs"]),
+        (replace(BALANCED, precision="float32"), ["add GPUs", "--precision float16"]),
+        (replace(BALANCED, precision="tf32"), ["--precision float16"]),
+        (ON_CPUS, ["waited for encoders", "add CPUs"]),
+        (replace(ON_CPUS, has_bfloat16=True), ["--precision bfloat16", "twice as fast"]),
+        (
+            replace(BALANCED, encode_seconds=3000, wait_seconds=4000, decode_seconds=60_000),
+            ["waited for decoders", "20 cores for each GPU are needed, 15 were there", "add CPU nodes, or lower --fps"],
+        ),
+        (
+            replace(BALANCED, encode_seconds=3000, wait_seconds=4000, decode_seconds=6_000),
+            ["2 cores for each GPU would do", "--decode-workers"],
+        ),
+        (
+            replace(ON_CPUS, encode_seconds=3000, wait_seconds=4000, decode_seconds=12_000),
+            ["4 cores for each encoder are needed, 3 were there", "add CPUs, or lower --fps"],
+        ),
+        (replace(BALANCED, write_seconds=3500), ["the writer", "several outputs"]),
+        (replace(BALANCED, encode_seconds=1000, wait_seconds=100), ["the encoders' start", "--encode-workers"]),
+    ],
+)
+def test_one_sentence_names_the_limit_and_the_setting_that_would_change_it(usage: Usage, words: list[str]) -> None:
+    for word in words:
+        assert word in usage.verdict
+    assert usage.verdict.count(". ") == 0
+
+
+def test_bfloat16_is_offered_only_where_it_would_pay() -> None:
+    assert "bfloat16" not in replace(ON_CPUS, has_bfloat16=True, precision="bfloat16").verdict
+    assert "bfloat16" not in replace(ON_CPUS, has_bfloat16=True, encode_seconds=2000, wait_seconds=5000).verdict
+    assert "bfloat16" not in replace(BALANCED, has_bfloat16=True).verdict
