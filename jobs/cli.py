@@ -259,7 +259,7 @@ def plan(config_path: Path | None, out: str | None, local: bool, machine: str, *
 
     \b
     vidshard plan clips/ --out tokens/
-    vidshard plan clips/ --tokenizer fsq_causal_488_32768 --random-weights 0 --machine h200
+    vidshard plan clips/ --machine h200
     """
     run = resolve_settings(TokenizeRun, flags | {"out": out or "."}, config_path)
     from vidshard.jobs.tokenization.plan_run import plan_run
