@@ -18,7 +18,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     MALLOC_ARENA_MAX=4
 
 WORKDIR /opt/vidshard
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml README.md LICENSE NOTICE ./
 # torch has a layer of its own: it is the largest, and the only one that differs between CPU and CUDA.
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" --constraint constraints.txt torch

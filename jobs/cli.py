@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import click
 from rich.console import Console
 
 from vidshard.jobs.runtime.errors import exit_code_of, interrupt_behind, print_error, signals_that_end, terminate
+from vidshard.jobs.runtime.interrupts import is_feeding
 from vidshard.jobs.runtime.output import lost_report, make_output_safe
 from vidshard.jobs.runtime.terminal import SafeConsole
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
@@ -70,6 +72,12 @@ def main() -> None:
     elif code == 0 and not _is_run(sys.argv[1:]) and (loss := lost_report()) is not None:
         print_error(f"what this command printed is lost: {loss}")
         code = EXIT_FAILED
+    if is_feeding():
+        # the interpreter ends such a thread inside of PyTorch, which aborts the process
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -67,7 +67,8 @@ class RowAccess:
         elif scheme == "file" and own != "file":
             return "a remote manifest names a local file, which --allow-schemes file must allow"
         if self.under and not any(_is_under(uri, folder) for folder in self.under):
-            return "it is not in a folder of --allow-under"
+            folders = ", ".join(storage.public_uri(storage.absolute(folder)) for folder in self.under)
+            return f"it is in no folder of --allow-under: {readable(folders, 400)}"
         return None
 
 

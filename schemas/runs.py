@@ -118,6 +118,15 @@ class InputSettings(Settings):
                 raise ValueError(f"a scheme is a name such as s3, got {name!r:.80}")
         return names
 
+    @field_validator("allow_under", mode="after")
+    @classmethod
+    def _of_a_place(cls, values: list[str]) -> list[str]:
+        for value in values:
+            scheme, separator, rest = value.partition("://")
+            if not value.strip() or (separator and scheme.lower() != "file" and not rest.strip("/")):
+                raise ValueError(f"a folder is a path or a URL with a server or bucket, got {value!r:.80}")
+        return values
+
 
 class OutputSettings(Settings):
     """Files to write, and when the run counts as failed."""
@@ -631,7 +640,7 @@ class TokenizeRun(
             sandbox=self.sandbox,
             decoders=tuple(self.decoders),
             image_fps=self.image_fps,
-            private_hosts=None if self.allow_private else typed_hosts(self.inputs),
+            private_hosts=None if self.allow_private else typed_hosts([*self.inputs, self.out]),
         )
 
     @property

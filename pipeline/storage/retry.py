@@ -21,7 +21,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 
 from vidshard.pipeline.storage.client_errors import client_errors, says_it_may_pass, says_unreachable
 from vidshard.pipeline.storage.paths import is_local
-from vidshard.schemas.errors import OutageError, VidshardError, one_line
+from vidshard.schemas.errors import OutageError, UserError, VidshardError, one_line
 from vidshard.schemas.uris import is_web, shown_uri
 
 Result = TypeVar("Result")
@@ -30,7 +30,18 @@ _log = logging.getLogger("vidshard.pipeline.storage")
 
 RETRY_SECONDS_VARIABLE = "VIDSHARD_STORAGE_RETRY_SECONDS"
 
-RETRY_SECONDS = float(os.environ.get(RETRY_SECONDS_VARIABLE, "120"))
+
+def _retry_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{RETRY_SECONDS_VARIABLE} must be a number of seconds such as 120, got {text!r:.80}")
+    return seconds
+
+
+RETRY_SECONDS = _retry_seconds(os.environ.get(RETRY_SECONDS_VARIABLE, "120"))
 """Seconds for which an operation on remote storage is retried before it counts as failed."""
 
 _FIRST_PAUSE_SECONDS = 0.5

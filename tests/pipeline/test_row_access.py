@@ -71,6 +71,13 @@ def test_a_run_names_the_hosts_that_may_be_private() -> None:
     assert TokenizeRun(inputs=["/a"], out="o", allow_schemes=["S3, https://"]).allow_schemes == ["s3", "https"]
 
 
+@pytest.mark.parametrize("folder", ["", "  ", "http://", "s3://", "https:///"])
+def test_a_folder_that_names_no_place_is_refused(folder: str, tmp_path: Path) -> None:
+    code, printed = vidshard_exits("tokenize", tmp_path, "--out", tmp_path / "o", "--allow-under", folder)
+    assert code == 2
+    assert "--allow-under: a folder is a path or a URL with a server or bucket" in " ".join(printed.split())
+
+
 def test_rows_that_are_not_allowed_are_rejections_and_nothing_is_asked(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", Recipe(num_frames=20))
     with http_server(lambda _path: video.read_bytes()) as server:

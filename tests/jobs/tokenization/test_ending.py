@@ -63,6 +63,18 @@ def test_an_interrupted_run_keeps_what_it_began_and_the_same_command_goes_on(
     assert only_the_text_is_rejected(out)
 
 
+def test_a_second_signal_ends_a_run_while_its_encoder_computes(many_spans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    with started(many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE, "--local") as process:
+        until(process, lambda: is_under_way(out))
+        process.send_signal(signal.SIGTERM)
+        read_until(process, "finishing what is begun")
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, rest
+    assert "Traceback" not in rest
+
+
 def test_a_decoder_begins_nothing_for_a_run_that_is_cancelled(many_spans: Path, tmp_path: Path) -> None:
     assert tokenize(many_spans / "0.mp4", "--out", tmp_path / "tokens", *RUN).exit_code == 0
     rows = pq.read_table(tmp_path / "tokens" / "todo.parquet")

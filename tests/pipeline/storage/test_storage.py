@@ -27,6 +27,7 @@ from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
 from vidshard.pipeline.storage import StorageError, file_systems, files, retry
 from vidshard.pipeline.storage.retry import errors_named
+from vidshard.schemas.errors import UserError
 
 PASSING = ("slow_down", "internal_error", "bad_gateway", "reset_before", "stall")
 """Faults that any request can meet."""
@@ -587,6 +588,13 @@ def test_uris_of_local_files_are_read_as_they_are_written_everywhere(tmp_path: P
     (tmp_path / "a%20b.mp4").touch()
     assert storage.absolute(f"file://{tmp_path}/a%20b.mp4") == f"{tmp_path}/a%20b.mp4"
     assert storage.absolute(f"{tmp_path}/c%20d.mp4") == f"{tmp_path}/c%20d.mp4"  # no URI
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "nan", "inf", ""])
+def test_a_retry_time_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match="VIDSHARD_STORAGE_RETRY_SECONDS must be a number of seconds"):
+        retry._retry_seconds(value)
+    assert retry._retry_seconds("0.5") == 0.5
 
 
 def test_retries_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
