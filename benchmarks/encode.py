@@ -1,13 +1,21 @@
-"""Speed and memory of our encoder and decoder beside those of diffusers, with the same weights, clips and precision.
+"""Speed and memory of our encoder and decoder beside others, with the same weights, clips and precision.
 
-    python -m benchmarks.encode                                   both models at 128 and 256
+    python -m benchmarks.encode                                   both VidTok models at 128 and 256
     python -m benchmarks.encode --sizes 128 --repeats 3 --json encode.json
+    python -m benchmarks.encode --models vidtwin_structure_7_7_8_dynamics_7_8
+
+VidTok is compared with diffusers, VidTwin with a plain PyTorch implementation (`benchmarks.plain_vidtwin`).
 
 * Milliseconds are medians over the repeats, which alternate between the implementations in one process.
+* CPU milliseconds are those of all threads. On a shared machine they are steadier than the time on the clock; with
+  several threads they include waiting, so compare them with ``OMP_NUM_THREADS=1``.
 * Memory is the peak above what the process held before the call, so it includes no weights.
 * FLOPs are those of the published network, two for each multiplication of a convolution or matrix product, counted by
-  torch on the diffusers model. Their share is relative to a large matrix product in the same run. An implementation
-  that saves multiplications can show more than 100 %.
+  torch on the model of diffusers, or on the plain one. Their share is relative to a large matrix product in the same
+  run. An implementation that saves multiplications can show more than 100 %.
+
+VidTwin takes one size only. The plain implementation calls `torch.nn.MultiheadAttention` as it is by default, and with
+``need_weights=False``, which takes PyTorch's fused attention.
 
 Diffusers computes causal models by the rules of v1.1 only. Ours is therefore measured twice: as the named model, and by
 those rules, where both must agree. Needs diffusers (``pip install -e '.[dev]'``).
@@ -22,8 +30,9 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -32,10 +41,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
+from benchmarks.plain_vidtwin import PlainVidTwin, plain_vidtwin
 from benchmarks.report import Row, report
-from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.tokenizer import get_preset
+from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.layers import matrix_product
 from vidshard.models.vidtok.model import VidTok
+from vidshard.models.vidtwin.config import VidTwinConfig
 from vidshard.models.weights import load_tokenizer, seeded_weights
 from vidshard.pipeline.devices import make_reproducible
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
@@ -50,6 +62,7 @@ class Contender:
     name: str
     run: Callable[[], Tensor]
     milliseconds: list[float] = field(default_factory=list)
+    cpu_milliseconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     output: Tensor | None = None
 
@@ -58,7 +71,7 @@ class Contender:
 @click.option("--models", default="kl_causal_488_4chn,fsq_causal_488_262144", show_default=True, metavar="NAMES")
 @click.option("--sizes", default="128,256", show_default=True, metavar="SIDES", help="Sides of the square frames.")
 @click.option("--repeats", default=2, show_default=True, type=click.IntRange(min=1))
-@click.option("--ours-only", is_flag=True, help="Leave diffusers out.")
+@click.option("--ours-only", is_flag=True, help="Leave the other implementations out.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the table there too.")
 def main(models: str, sizes: str, repeats: int, ours_only: bool, json_path: str | None) -> None:
     """Measure, and print the table."""
@@ -75,8 +88,13 @@ def main(models: str, sizes: str, repeats: int, ours_only: bool, json_path: str 
         print(f"a matrix product in {dtype} reaches {flops / 1e9:.0f} GFLOP/s", flush=True)
     rows: list[Row] = []
     for name in models.split(","):
+        config = get_preset(name)
+        if isinstance(config, VidTwinConfig):
+            rows += compare_vidtwin(config, repeats, device, peaks, ours_only=ours_only)
+            continue
+        assert isinstance(config, VidTokConfig)
         for side in map(int, sizes.split(",")):
-            rows += compare(PRESETS[name], side, repeats, device, peaks, ours_only=ours_only)
+            rows += compare(config, side, repeats, device, peaks, ours_only=ours_only)
     report("encode and decode", rows, json_path)
 
 
@@ -116,21 +134,101 @@ def compare(
     if theirs is not None:
         directions["encode"].append(Contender(name="diffusers", run=lambda: diffusers_encode(theirs, x_BCTHW)[0]))
         directions["decode"].append(Contender(name="diffusers", run=lambda: diffusers_decode(theirs, z_BCTHW)))
+    # what each must agree with: its own rules in float32, and theirs where those are v1.1's
+    reference = defaultdict(lambda: "vidshard", {"vidshard, v1.1 rules": "diffusers", "diffusers": "diffusers"})
     flops = published_flops(v1_1, side)
+    clip = f"{NUM_FRAMES}x{side}x{side}"
     rows: list[Row] = []
     for direction, contenders in directions.items():
-        for contender in contenders:
-            contender.run()  # kernels are chosen, and libraries loaded, by the first pass
-        for _ in range(repeats):
-            for contender in contenders:
-                measure(contender, device)
-                print(
-                    f"{config.name} {side} {direction} {contender.name}: {contender.milliseconds[-1] / 1000:.2f} s, "
-                    f"{contender.peak_bytes / 2**20:.0f} MiB",
-                    flush=True,
-                )
-        rows += rows_of(config, side, direction, contenders, flops[direction], peaks)
+        run_in_turns(f"{config.name} {clip} {direction}", contenders, repeats, device)
+        tokens = config.codebook_size is not None and direction == "encode"
+        given: Row = {"model": config.name, "clip": clip, "direction": direction}
+        rows += rows_of(given, contenders, "diffusers", reference, flops[direction], peaks, tokens=tokens)
     return rows
+
+
+def compare_vidtwin(
+    config: VidTwinConfig, repeats: int, device: str, peaks: dict[torch.dtype, float], *, ours_only: bool
+) -> list[Row]:
+    """Measure the rows of a VidTwin model at its size."""
+    ours = load_tokenizer(config, None, seed=0, device=device)
+    half = load_tokenizer(config, None, seed=0, device=device, dtype=torch.bfloat16)
+    random = torch.Generator().manual_seed(0)
+    clip = config.default_clip
+    x_BCTHW = (torch.rand(1, 3, *clip, generator=random) * 2 - 1).to(device)
+    latents = {
+        name: torch.randn(1, *shape, generator=random).to(device) for name, shape in config.latent_shapes.items()
+    }
+
+    directions = {
+        "encode": [
+            Contender(name="vidshard", run=lambda: _joined(m.mean for m in ours.moments(x_BCTHW).values())),
+            Contender(name="vidshard, bfloat16", run=lambda: _joined(m.mean for m in half.moments(x_BCTHW).values())),
+        ],
+        "decode": [
+            Contender(name="vidshard", run=lambda: ours.decode(latents)),
+            Contender(name="vidshard, bfloat16", run=lambda: half.decode(latents)),
+        ],
+    }
+    if not ours_only:
+        plain = plain_vidtwin(config, ours.state_dict()).to(device)
+        for name, need_weights in ((PLAIN, True), (f"{PLAIN}, need_weights=False", False)):
+            directions["encode"].append(Contender(name=name, run=partial(_plain_encode, plain, need_weights, x_BCTHW)))
+            directions["decode"].append(Contender(name=name, run=partial(_plain_decode, plain, need_weights, latents)))
+    flops = plain_flops(config)
+    reference: dict[str, str] = defaultdict(lambda: "vidshard")
+    rows: list[Row] = []
+    for direction, contenders in directions.items():
+        run_in_turns(f"{config.name} {direction}", contenders, repeats, device)
+        given: Row = {"model": config.name, "clip": "x".join(map(str, clip)), "direction": direction}
+        rows += rows_of(given, contenders, PLAIN, reference, flops[direction], peaks, tokens=False)
+    return rows
+
+
+def _plain_encode(model: PlainVidTwin, need_weights: bool, x_BCTHW: Tensor) -> Tensor:
+    model.return_weights(need_weights)
+    return _joined(mean for mean, _ in model.encode(x_BCTHW).values())
+
+
+def _plain_decode(model: PlainVidTwin, need_weights: bool, latents: Mapping[str, Tensor]) -> Tensor:
+    model.return_weights(need_weights)
+    return model.decode(latents)
+
+
+def _joined(means: Iterable[Tensor]) -> Tensor:
+    return torch.cat([mean.flatten(1) for mean in means], dim=1)
+
+
+PLAIN = "nn.MultiheadAttention"
+"""Name of the plain implementation of VidTwin."""
+
+
+def plain_flops(config: VidTwinConfig) -> dict[str, float]:
+    """Count FLOPs of encoding and of decoding a clip with the plain implementation of VidTwin."""
+    with torch.device("meta"):
+        model = PlainVidTwin(config)
+        x_BCTHW = torch.empty(1, 3, *config.default_clip)
+        latents = {name: torch.empty(1, *shape) for name, shape in config.latent_shapes.items()}
+    flops = {}
+    for direction in ("encode", "decode"):
+        with FlopCounterMode(display=False) as counter:
+            _ = model.encode(x_BCTHW) if direction == "encode" else model.decode(latents)
+        flops[direction] = float(counter.get_total_flops())
+    return flops
+
+
+def run_in_turns(title: str, contenders: list[Contender], repeats: int, device: str) -> None:
+    """Measure all implementations of a direction, alternating between them."""
+    for contender in contenders:
+        contender.run()  # kernels are chosen, and libraries loaded, by the first pass
+    for _ in range(repeats):
+        for contender in contenders:
+            measure(contender, device)
+            print(
+                f"{title} {contender.name}: {contender.milliseconds[-1] / 1000:.2f} s, "
+                f"{contender.peak_bytes / 2**20:.0f} MiB",
+                flush=True,
+            )
 
 
 def measure(contender: Contender, device: str) -> None:
@@ -138,10 +236,11 @@ def measure(contender: Contender, device: str) -> None:
     contender.output = None
     gc.collect()
     before = reset_peak(device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     output = contender.run()
     if device == "cuda":
         torch.cuda.synchronize()
+    contender.cpu_milliseconds.append((time.process_time() - cpu_start) * 1000)
     contender.milliseconds.append((time.perf_counter() - start) * 1000)
     contender.peak_bytes = max(contender.peak_bytes, read_peak(device) - before)
     contender.output = output.float()
@@ -206,40 +305,46 @@ def equal_positions(one: Contender, other: Contender) -> float:
 
 
 def rows_of(
-    config: VidTokConfig,
-    side: int,
-    direction: str,
+    given: Row,
     contenders: list[Contender],
+    baseline: str,
+    reference: Mapping[str, str],
     flops: float,
     peaks: dict[torch.dtype, float],
+    *,
+    tokens: bool,
 ) -> list[Row]:
-    """Make a row for each implementation, with ratios to diffusers where it took part."""
+    """Make a row for each implementation, with ratios to the baseline where it took part.
+
+    Args:
+        given: first columns of each row.
+        baseline: name of the implementation that ratios refer to.
+        reference: name of the implementation that each one's result is compared with.
+        tokens: whether results are codes, so that equal ones are counted.
+    """
     by_name = {contender.name: contender for contender in contenders}
-    theirs = by_name.get("diffusers")
+    theirs = by_name.get(baseline)
     medians = {c.name: statistics.median(c.milliseconds) for c in contenders}
-    # what each must agree with: its own rules in float32, and theirs where those are v1.1's
-    compared = defaultdict(lambda: "vidshard", {"vidshard, v1.1 rules": "diffusers", "diffusers": "diffusers"})
-    tokens = config.codebook_size is not None
     rows: list[Row] = []
     for contender in contenders:
         dtype = torch.bfloat16 if "bfloat16" in contender.name else torch.float32
-        other = by_name.get(compared[contender.name], contender)
+        other = by_name.get(reference[contender.name], contender)
         assert contender.output is not None
         assert other.output is not None
         rows.append(
             {
-                "model": config.name,
-                "clip": f"{NUM_FRAMES}x{side}x{side}",
-                "direction": direction,
+                **given,
                 "implementation": contender.name,
                 "ms": round(medians[contender.name]),
-                "times as fast": round(medians["diffusers"] / medians[contender.name], 2) if theirs else "-",
+                "times as fast": round(medians[baseline] / medians[contender.name], 2) if theirs else "-",
+                "CPU ms": round(statistics.median(contender.cpu_milliseconds)),
                 "peak MiB": round(contender.peak_bytes / 2**20),
                 "of its memory": round(contender.peak_bytes / theirs.peak_bytes, 2) if theirs else "-",
+                "TFLOP": round(flops / 1e12, 2),
                 "FLOP utilisation": f"{flops / medians[contender.name] * 1000 / peaks[dtype]:.0%}",
-                "agrees with": compared[contender.name] if other is not contender else "-",
+                "agrees with": reference[contender.name] if other is not contender else "-",
                 "max difference": float(f"{(contender.output - other.output).abs().max():.1e}"),
-                "equal tokens": f"{equal_positions(contender, other):.2%}" if tokens and direction == "encode" else "-",
+                "equal tokens": f"{equal_positions(contender, other):.2%}" if tokens else "-",
             }
         )
     return rows

@@ -23,6 +23,15 @@ from vidshard.models.vidtwin.model import checkpoint_name
 class PlainVidTwin(nn.Module):
     """The released architecture: clips to means and log-variances of three latents, and latents to clips."""
 
+    def return_weights(self, value: bool) -> None:
+        """Let attention return its weights too, as `nn.MultiheadAttention` does by default.
+
+        Without them PyTorch takes its fused kernels.
+        """
+        for module in self.modules():
+            if isinstance(module, PlainBlock | PlainQFormerLayer):
+                module.need_weights = value
+
     def __init__(self, config: VidTwinConfig) -> None:
         super().__init__()
         self.config = config
@@ -153,6 +162,8 @@ class PlainDecoder(PlainTransformer):
 class PlainBlock(nn.Module):
     """Spatial attention, causal temporal attention, MLP."""
 
+    need_weights = True
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
@@ -165,12 +176,12 @@ class PlainBlock(nn.Module):
         B, _, C = x_BNC.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.scale_shift_table
         a = (self.norm(x_BNC) * (1 + scale1) + shift1).view(B * T, S, C)
-        x_BNC = x_BNC + gate1 * self.attn(a, a, a, need_weights=False)[0].reshape(B, T * S, C)
+        x_BNC = x_BNC + gate1 * self.attn(a, a, a, need_weights=self.need_weights)[0].reshape(B, T * S, C)
         t = x_BNC.view(B, T, S, C).transpose(1, 2).reshape(B * S, T, C)
         if code_1TC is not None:
             t = t + code_1TC
         mask = nn.Transformer.generate_square_subsequent_mask(T, device=t.device)
-        t = self.attn_temp(t, t, t, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        t = self.attn_temp(t, t, t, attn_mask=mask, need_weights=self.need_weights)[0]
         x_BNC = x_BNC + gate1 * t.view(B, S, T, C).transpose(1, 2).reshape(B, T * S, C)
         m = self.norm(x_BNC) * (1 + scale2) + shift2
         return x_BNC + gate2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](m), approximate="tanh"))  # type: ignore[no-any-return]
@@ -196,6 +207,8 @@ class PlainQFormer(nn.Module):
 class PlainQFormerLayer(nn.Module):
     """Post-norm layer as in BERT."""
 
+    need_weights = True
+
     def __init__(self, config: VidTwinConfig, reads: bool) -> None:
         super().__init__()
         width, token_width = config.query_width, config.width
@@ -211,9 +224,11 @@ class PlainQFormerLayer(nn.Module):
         self.output_query = nn.Linear(config.qformer_mlp_width, width)
 
     def forward(self, q: Tensor, tokens_NLC: Tensor) -> Tensor:
-        q = self.norms["attention"](self.attention(q, q, q, need_weights=False)[0] + q)
+        q = self.norms["attention"](self.attention(q, q, q, need_weights=self.need_weights)[0] + q)
         if self.crossattention is not None:
-            q = self.norms["crossattention"](self.crossattention(q, tokens_NLC, tokens_NLC, need_weights=False)[0] + q)
+            q = self.norms["crossattention"](
+                self.crossattention(q, tokens_NLC, tokens_NLC, need_weights=self.need_weights)[0] + q
+            )
         return self.norms["mlp"](self.output_query(F.gelu(self.intermediate_query(q))) + q)  # type: ignore[no-any-return]
 
 
