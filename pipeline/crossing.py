@@ -6,6 +6,7 @@ B. Nothing is decoded here, and no weights are loaded.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -85,22 +86,22 @@ def cross_clips(resolved: ResolvedRun, clips: Mapping[str, StoredClip]) -> Store
         UserError: a part is missing or unknown, or the clips are of different tokenizers, weights, shapes or rates.
         ShardError: as :func:`check_clip`.
     """
-    check_parts(resolved, list(clips))
+    for first, other in itertools.pairwise(clips.values()):
+        _check_pair(first, other)
+    check_parts(resolved, clips)
     missing = [name for name in resolved.config.parts if name not in clips]
     if missing:
         raise UserError(
             f"crossing takes a clip for each payload part of {resolved.config.name} ({_names(resolved)}); "
             f"there is none for {', '.join(missing)}"
         )
-    first, *others = clips.values()
-    for other in others:
-        _check_pair(first, other)
     for clip in clips.values():
         check_clip(resolved, clip)
     valid = min(clip.values["num_valid_frames"] for clip in clips.values())
     payload = {
         column: clips[part].payload[column] for part, columns in resolved.config.parts.items() for column in columns
     }
+    first = next(iter(clips.values()))
     return replace(first, values={**first.values, "num_valid_frames": valid}, payload=payload)
 
 

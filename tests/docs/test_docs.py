@@ -102,7 +102,7 @@ def tokens(workspace: Path, run_command: Callable[[str], str]) -> Path:
 
 @pytest.fixture(scope="session")
 def latents(workspace: Path, run_command: Callable[[str], str]) -> Path:
-    """``latents/`` in the workspace: clips of VidTwin."""
+    """``latents/`` in the workspace, as a command of docs/tokenizing.md makes it."""
     run_command(
         "vidshard tokenize clips/ --out latents/ --tokenizer vidtwin_tiny --random-weights 0 --frames 8 --size 64"
     )

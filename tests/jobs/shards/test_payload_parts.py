@@ -240,6 +240,16 @@ def test_a_clip_among_shards_of_several_tokenizers_is_decoded_by_its_own_or_refu
         [output.reconstruct(clip) for clip in output.clips()]
 
 
+def test_clips_of_different_families_are_not_crossed(latents: Path, tmp_path: Path) -> None:
+    for number, out in enumerate((latents, FIXTURE)):
+        for path in (out / "shards").glob("*.parquet"):
+            shutil.copy(path, tmp_path / f"{number}.parquet")
+    toy, vidtok = (next(open_output(str(out)).clips()).clip_id for out in (latents, FIXTURE))
+    for a, b in ((toy, vidtok), (vidtok, toy)):
+        crossing = ("--structure", a, "--cross", f"motion={b}", "--to", tmp_path / "v.mp4")
+        assert "they differ in the tokenizer" in printed_by("decode", tmp_path, *crossing, code=2)
+
+
 def test_a_clip_that_two_tokenizers_encoded_is_ambiguous(videos: Path, latents: Path, tmp_path: Path) -> None:
     other = made(videos, tmp_path / "out", seed=1)
     (tmp_path / "both").mkdir()

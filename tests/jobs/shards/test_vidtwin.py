@@ -27,7 +27,8 @@ from vidshard.pipeline.output.shard_reader import StoredClip, decodable
 
 CONFIG = PRESETS["vidtwin_tiny"]
 LATENTS = ("structure", "dynamics_x", "dynamics_y")
-RUN = ("--tokenizer", CONFIG.name, "--random-weights", 0, "--frames", 8, "--size", 64, "--fps", 8, "--local")
+SHAPES = {column.name: list(column.shape) for column in CONFIG.payload(*CONFIG.default_clip, keep_logvar=True)}
+RUN = ("--tokenizer", CONFIG.name, "--random-weights", 0, "--fps", 8, "--local")
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +100,12 @@ def test_the_lines_of_the_readme_find_the_latents_in_every_reader(
 def test_every_latent_states_its_shape_and_has_its_log_variance_beside_it(latents: Path) -> None:
     [path] = shard_paths(str(latents))
     schema = pq.read_schema(path)
-    shapes = {"structure": [4, 4, 4, 4], "dynamics_x": [8, 4, 8], "dynamics_y": [8, 4, 8]}
-    columns = [field.name for field in schema if field.metadata and b"shape" in field.metadata]
-    assert columns == [f"{name}{suffix}" for name in LATENTS for suffix in ("", "_logvar")]
-    for column in columns:
-        assert json.loads(schema.field(column).metadata[b"shape"]) == shapes[column.removesuffix("_logvar")]
+    shapes = {f.name: json.loads(f.metadata[b"shape"]) for f in schema if f.metadata and b"shape" in f.metadata}
+    assert shapes == SHAPES
+    assert list(shapes) == [f"{name}{suffix}" for name in LATENTS for suffix in ("", "_logvar")]
+    assert all(shapes[name] == shapes[f"{name}_logvar"] for name in LATENTS)
+    assert len(shapes["structure"]) == 4, "queries, rows, columns, channels"
+    assert shapes["dynamics_x"][0] == CONFIG.default_clip.num_frames, "frames, positions, channels"
 
 
 def test_clips_decode_whole_by_part_and_crossed_as_the_model_decodes_them(latents: Path, tokenizer: Tokenizer) -> None:
@@ -127,7 +129,7 @@ def test_the_command_decodes_parts_crosses_and_shows_them_side_by_side(latents: 
     for name, arguments in shown.items():
         printed_by("decode", latents, *arguments, "--to", file)
         with av.open(str(file)) as container:
-            widths[name] = container.streams.video[0].width // 64
+            widths[name] = container.streams.video[0].width // CONFIG.default_clip.width
     assert widths == {"whole": 4, "dynamics": 1, "crossed": 3}
     refusals: dict[tuple[object, ...], str] = {
         ("--structure", a, "--to", file): "there is none for dynamics",
@@ -144,7 +146,7 @@ def test_verify_and_inspect_know_every_latent(latents: Path) -> None:
     assert "0 of" in printed
     printed = printed_by("inspect", latents)
     for name in LATENTS:
-        assert f"{name} fixed_size_list<element: halffloat>[256] shape" in printed
+        assert f"{name} fixed_size_list<element: halffloat>[{np.prod(SHAPES[name])}] shape" in printed
         assert f"{name} float16 [" in printed
 
 
@@ -161,7 +163,7 @@ def without_dynamics_y(table: pa.Table) -> pa.Table:
 
 def without_dynamics(table: pa.Table) -> pa.Table:
     """As if software had stored the structure alone, and said so."""
-    columns = [{"name": "structure", "shape": [4, 4, 4, 4], "dtype": "float16", "codebook_size": None}]
+    columns = [{"name": "structure", "shape": SHAPES["structure"], "dtype": "float16", "codebook_size": None}]
     kept = table.drop_columns([name for name in table.column_names if name.startswith("dynamics")])
     return kept.replace_schema_metadata({**kept.schema.metadata, b"vidshard.payloads": json.dumps(columns).encode()})
 
@@ -180,7 +182,7 @@ def with_nan(table: pa.Table) -> pa.Table:
         (without_dynamics_y, "column 'dynamics_y' is missing"),
         (
             without_dynamics,
-            "holds structure [4, 4, 4, 4], and vidtwin_tiny decodes structure [4, 4, 4, 4] + dyn",
+            f"and vidtwin_tiny decodes structure {SHAPES['structure']} + dynamics_x",
         ),
         (with_nan, "it holds dynamics_x that are not finite numbers"),
     ],
