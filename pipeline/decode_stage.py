@@ -109,7 +109,7 @@ def _run(
     else:
         opened = remote_file(uri, limits, fingerprint)
     with opened as file:
-        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, files=(file,), **options)
+        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, files=(file,), subject=uri, **options)
 
 
 def _given(_uri: str) -> BinaryIO:

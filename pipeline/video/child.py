@@ -4,7 +4,10 @@
                (function, arguments, keyword arguments, seconds)
     answer     number of arrays (uint64), length of the text (uint64), size of each array (uint64), the text; the arrays
                are in shared memory, each at a multiple of 64
-    or first   2**64 - 1 and a number of bytes (uint64): asks for shared memory of that size; its descriptor comes back
+    or first   2**64 - 1 and a number of bytes (uint64): asks for shared memory; its size (int64) and descriptor come
+
+Confined processes are forks of one that loads modules and sees no video. Such a fork has one thread, so the confinement
+holds for all of it.
 
 Requests are pickles: the parent is trusted. Answers are not: ``pipeline.video.answers``.
 """
@@ -12,6 +15,7 @@ Requests are pickles: the parent is trusted. Answers are not: ``pipeline.video.a
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import resource
@@ -21,19 +25,25 @@ import stat
 import struct
 import sys
 import traceback
+from contextlib import suppress
 from itertools import accumulate
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, NoReturn, cast
 
 from vidshard.pipeline.video.answers import error_to_text, to_text
 from vidshard.pipeline.video.byte_ranges import RangeFile
-from vidshard.pipeline.video.confinement import confine
+from vidshard.pipeline.video.confinement import confine, library_paths, ruleset_of
 
 Role = Literal["fetch", "decode", "confined"]
 
 GRACE_SECONDS = 5.0
 """Seconds after the time limit at which a child ends itself, if its parent is no longer there to do so."""
 
+WAIT, FORK = "wait", "fork"
+"""What a process that forks is told: to wait for a fork and answer its exit code; to load the modules that a request
+needs, fork, and answer the process id."""
+
 REQUEST = struct.Struct("<QI")
+NUMBER = struct.Struct("<q")
 HEADER = struct.Struct("<QQ")
 WANTS_MEMORY = 2**64 - 1
 """Stands in place of the number of arrays where the child asks for memory of the size that follows."""
@@ -73,35 +83,79 @@ def missing_confinement() -> list[str]:
     return _missing
 
 
-def serve(socket_fd: int, memory_limit_bytes: int, role: Role, parent: int) -> None:
-    """Answer requests from a socket until it closes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)  # it ended before that call
+def begin(socket_fd: int, memory_limit_bytes: int, role: Role, parent: int) -> None:
+    """Answer requests from a socket until it closes, in this process or, if they are to be confined, in forks of it."""
+    _end_with(parent)
     for number in (signal.SIGINT, signal.SIGHUP):  # sent to all by a terminal; the parent finishes what is begun
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock what the parent's thread had blocked
     connection = socket.socket(fileno=socket_fd)
-    shared = _SharedMemory(connection)
     if role != "fetch":
         import av.logging
 
         av.logging.set_libav_level(av.logging.PANIC)
-    request = _next_request(connection)
     if role == "confined":
-        _confine(request, memory_limit_bytes)
-    elif memory_limit_bytes:
+        _fork_on_request(connection, memory_limit_bytes)
+    if memory_limit_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
+    _serve(_next_request(connection), connection)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process with the thread that started it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)  # it ended before that call
+
+
+def _fork_on_request(connection: socket.socket, memory_limit_bytes: int) -> NoReturn:
+    """Fork a confined process whenever the worker asks for one, and say how one ended.
+
+    This process loads modules and sees no video, so each fork is as it was before the first one.
+    """
+    ruleset = ruleset_of(library_paths())
+    here = os.getpid()
+    while True:
+        command, value = pickle.loads(_next_request(connection))  # noqa: S301  from our own parent
+        if command == WAIT:
+            code = os.waitstatus_to_exitcode(os.waitpid(value, 0)[1])
+            connection.sendall(NUMBER.pack(code))
+            continue
+        [fd] = given_descriptors()
+        num_modules = len(sys.modules)
+        with suppress(Exception):  # the fork fails for the same reason, and says so
+            pickle.loads(value)  # noqa: S301  from our own parent; it loads the modules that the fork needs
+        if len(sys.modules) > num_modules:
+            gc.collect()
+            gc.freeze()  # a collection in a fork then copies no memory
+        pid = os.fork()
+        if pid == 0:
+            try:
+                connection.close()
+                _end_with(here)
+                _serve_confined(socket.socket(fileno=fd), ruleset, memory_limit_bytes)
+            finally:
+                os._exit(1)
+        os.close(fd)
+        connection.sendall(NUMBER.pack(pid))
+
+
+def _serve_confined(connection: socket.socket, ruleset: int | None, memory_limit_bytes: int) -> None:
+    """Confine this process for ever, with the modules loaded that the first request needs, and answer requests."""
+    global _missing
+    request = _next_request(connection)
+    with suppress(Exception):  # it comes again where it is answered
+        pickle.loads(request)  # noqa: S301  from our own parent
+    limit = memory_limit_bytes or None
+    _missing = confine(ruleset, max_file_bytes=limit, max_memory_bytes=limit)
+    _serve(request, connection)
+
+
+def _serve(request: bytes, connection: socket.socket) -> NoReturn:
+    shared = _SharedMemory(connection)
     while True:
         _answer(request, connection, shared)
         request = _next_request(connection)
-
-
-def _confine(request: bytes, memory_limit_bytes: int) -> None:
-    """Confine this process for ever, with the modules loaded that a request needs."""
-    global _missing
-    pickle.loads(request)  # noqa: S301  from our own parent
-    _missing = confine(max_file_bytes=memory_limit_bytes or None, max_memory_bytes=memory_limit_bytes or None)
 
 
 def _next_request(connection: socket.socket) -> bytes:
@@ -175,8 +229,8 @@ class _SharedMemory:
         if self._fd >= 0:
             os.close(self._fd)
         self._connection.sendall(HEADER.pack(WANTS_MEMORY, num_bytes))
-        _, (self._fd,), _, _ = socket.recv_fds(self._connection, 1, 1)
-        self._num_bytes = num_bytes
+        size, (self._fd,), _, _ = socket.recv_fds(self._connection, NUMBER.size, 1)
+        [self._num_bytes] = NUMBER.unpack(size)
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write an array."""
@@ -187,7 +241,7 @@ class _SharedMemory:
 
 if __name__ == "__main__":
     from vidshard.pipeline.video.child import (
-        serve as serve_here,  # by its importable name, whose variables the functions see
+        begin as begin_here,  # by its importable name, whose variables the functions see
     )
 
-    serve_here(int(sys.argv[1]), int(sys.argv[2]), cast(Role, sys.argv[3]), int(sys.argv[4]))
+    begin_here(int(sys.argv[1]), int(sys.argv[2]), cast(Role, sys.argv[3]), int(sys.argv[4]))

@@ -138,12 +138,12 @@ _CALLS = {
 
 
 def confine(
-    readable: Iterable[str] | None = None, *, max_file_bytes: int | None = None, max_memory_bytes: int | None = None
+    ruleset: int | None, *, max_file_bytes: int | None = None, max_memory_bytes: int | None = None
 ) -> list[str]:
     """Give up everything that decoding an open file does not need. Threads that run already are not confined.
 
     Args:
-        readable: folders and files that may still be opened to read; None for those of `library_paths`.
+        ruleset: descriptor of `ruleset_of`, which is closed here.
         max_file_bytes: largest size to which the process may write a file; None for no limit.
         max_memory_bytes: memory that the process may allocate (RLIMIT_DATA); None for no limit.
 
@@ -161,8 +161,10 @@ def confine(
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return ["no_new_privs", "landlock", "seccomp"]  # the others need it
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if not _restrict_files(libc, library_paths() if readable is None else readable):
+    if ruleset is None or libc.syscall(_RESTRICT_SELF, ruleset, 0):
         missing.append("landlock")
+    if ruleset is not None:
+        os.close(ruleset)
     if max_memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (max_memory_bytes, max_memory_bytes))
     if not _filter_calls(libc):
@@ -181,7 +183,7 @@ def library_paths() -> list[str]:
     found += [path for path in sys.path if path.endswith(("-packages", ".zip", "lib-dynload"))]
     found += [path for room in _PACKAGES for path in importlib.import_module(room).__path__]  # an editable install's
     found += ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom", "/dev/zero"]
-    found += ["/proc/self/status", "/proc/self/maps", "/proc/self/statm", "/proc/meminfo", "/proc/cpuinfo"]
+    found += ["/proc/meminfo", "/proc/cpuinfo"]
     found += ["/sys/devices/system/cpu"]
     return sorted({os.path.realpath(path) for path in found if path and os.path.realpath(path) != "/"})
 
@@ -195,21 +197,24 @@ _FIRST_RIGHTS = (1 << 13) - 1
 """Rights of version 1: execute, write, read, remove and make everything. Later versions add one bit each."""
 
 
-def _restrict_files(libc: ctypes.CDLL, readable: Iterable[str]) -> bool:
+def ruleset_of(readable: Iterable[str]) -> int | None:
+    """Make the rules of landlock that let nothing be opened but folders and files to read; it takes 10 ms.
+
+    Returns:
+        A descriptor for `confine`; None where the kernel lacks landlock.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GET_VERSION)
     if version < 1:
-        return False
+        return None
     rights = _FIRST_RIGHTS | (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0)
     attributes = struct.pack("<Q", rights)
-    ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+    ruleset: int = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
-        return False
-    try:
-        for path in readable:
-            _allow_reading(libc, ruleset, path)
-        return not libc.syscall(_RESTRICT_SELF, ruleset, 0)
-    finally:
-        os.close(ruleset)
+        return None
+    for path in readable:
+        _allow_reading(libc, ruleset, path)
+    return ruleset
 
 
 def _allow_reading(libc: ctypes.CDLL, ruleset: int, path: str) -> None:

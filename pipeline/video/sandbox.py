@@ -4,8 +4,10 @@ A hostile file can segfault, abort, hang or exhaust memory inside the decoder. `
 in one child process, started once and reused, and turns its death into a VideoError that names the signal. The next
 call starts a new child. ``pipeline.video.child`` is what runs there.
 
-The child is a fresh interpreter, never a fork: it may be started from a process full of threads, such as a Ray
-worker, and imports nothing of the caller's main module. The kernel ends it with its parent, however the parent ended.
+The child is a fresh interpreter, never a fork of the caller: it may be started from a process full of threads, such
+as a Ray worker, and imports nothing of the caller's main module. A confined child is a fork of such an interpreter,
+which has one thread and sees no video; it is replaced between files, so that a video that takes it over cannot falsify
+all later ones. The kernel ends children with their parent, however the parent ended.
 
 Cost: 0.06 ms a call, and 10 ms (21 on two busy cores) for nine clips of 17x256x256 frames, 30 MB, which come back
 through shared memory; 0.25 s to start a child.
@@ -17,23 +19,28 @@ import fcntl
 import mmap
 import os
 import pickle
-import queue
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from itertools import accumulate
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Protocol, Self, TypeVar, cast
 
 from vidshard.pipeline.video.answers import MalformedAnswerError, from_text
-from vidshard.pipeline.video.child import GRACE_SECONDS, HEADER, REQUEST, WANTS_MEMORY, Role, aligned
+from vidshard.pipeline.video.child import GRACE_SECONDS, HEADER, NUMBER, REQUEST, WANTS_MEMORY, Role, aligned
+from vidshard.pipeline.video.child_processes import (
+    Fork,
+    ForkingProcess,
+    Process,
+    end_process,
+    processor_seconds,
+    started,
+)
 from vidshard.schemas.rejections import Reason, VideoError
 
 R = TypeVar("R")
@@ -42,6 +49,9 @@ ANSWER_BYTES = 1 << 30
 """Default of the largest size of the arrays in an answer."""
 ANSWER_RECORDS = 64
 """Default of the largest number of records in an answer, such as clips."""
+
+RENEWAL_SECONDS = 4.0
+"""Processor time after which a confined child gets no other file. A new one costs 25 to 55 ms, so at most 1.4 %."""
 
 _RECORD_BYTES, _OTHER_BYTES = 1 << 10, 256 << 10
 """Text that a record in an answer may take, and the rest of it with an error and its traceback; a clip takes 0.3 KB."""
@@ -72,6 +82,9 @@ class ChildProcess:
         self._role: Role = role
         self._memory_limit_bytes = memory_limit_bytes
         self._child: _Child | None = None
+        self._forks: ForkingProcess | None = None
+        self._shared = _Shared()
+        self._subject: str | None = None
         self._lock = threading.Lock()
 
     def run(
@@ -82,6 +95,7 @@ class ChildProcess:
         answer_bytes: int = ANSWER_BYTES,
         answer_records: int = ANSWER_RECORDS,
         files: Sequence[_HasDescriptor] = (),
+        subject: str | None = None,
         **kwargs: object,
     ) -> R:
         """Call ``function(*args, **kwargs)`` in the child.
@@ -94,6 +108,8 @@ class ChildProcess:
             answer_records: largest number of records in the answer.
             files: open files and sockets whose descriptors the function gets from `given_file` or
                 `given_descriptors`.
+            subject: name of the file that the call is about. A confined child that has worked for
+                ``RENEWAL_SECONDS`` is replaced before it gets another file; None to keep it.
             kwargs: anything that pickles.
 
         Returns:
@@ -114,6 +130,7 @@ class ChildProcess:
         who = "process that fetches" if self._role == "fetch" else "decoding process"
         with self._lock:
             deadline = time.monotonic() + timeout_seconds
+            self._renew(subject)
             try:
                 child = self._send(request, files, deadline)
                 value = child.receive(deadline, answer_bytes, answer_records)
@@ -148,12 +165,21 @@ class ChildProcess:
         """End the child. A later call starts another one."""
         with self._lock:
             self._end_child()
+            self._end_forks()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _renew(self, subject: str | None) -> None:
+        """End a child that has seen enough other files, as one of them may have taken it over."""
+        if subject is not None and subject != self._subject:
+            self._subject = subject
+            child = self._child if self._role == "confined" else None
+            if child is not None and processor_seconds(child.process.pid) >= RENEWAL_SECONDS:
+                self._end_child()
 
     def _send(self, request: bytes, files: Sequence[_HasDescriptor], deadline: float) -> _Child:
         """Send the request to the child, or to a new one if it died since the last call."""
@@ -162,15 +188,49 @@ class ChildProcess:
                 self._child.send(request, files, deadline)
                 return self._child
             self._end_child()
-        self._child = _Child(self._memory_limit_bytes, self._role)
+        self._child = self._new_child(request, deadline)
         with suppress(ConnectionError):  # it died while starting: receive() says how
             self._child.send(request, files, deadline)
         return self._child
+
+    def _new_child(self, request: bytes, deadline: float) -> _Child:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process: Process
+                if self._role == "confined":
+                    process = self._fork(theirs, request, deadline)
+                else:
+                    process = started(theirs, self._memory_limit_bytes, self._role)
+        except BaseException:
+            ours.close()
+            raise
+        return _Child(process, ours, self._shared, trusted=self._role == "fetch")
+
+    def _fork(self, connection: socket.socket, request: bytes, deadline: float) -> Fork:
+        """A fork of the process that forks, or of a new one where that died."""
+        for is_new in (False, True):
+            if self._forks is None or is_new:
+                self._end_forks()
+                self._forks = ForkingProcess(self._memory_limit_bytes)
+            try:
+                return self._forks.fork(connection, request, deadline)
+            except ConnectionError:
+                continue
+            except BaseException:
+                self._end_forks()  # its answer may still come
+                raise
+        raise _Death("could not be started")
 
     def _end_child(self) -> None:
         if self._child is not None:
             self._child.end()
             self._child = None
+
+    def _end_forks(self) -> None:
+        if self._forks is not None:
+            self._forks.end()
+            self._forks = None
 
 
 class DecodeSandbox(ChildProcess):
@@ -194,18 +254,12 @@ class _Death(Exception):  # noqa: N818  a death is no error of ours
 class _Child:
     """One child process, and the socket of requests and answers."""
 
-    def __init__(self, memory_limit_bytes: int | None, role: Role) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self.process = _from_lasting_thread(lambda: _start(theirs.fileno(), memory_limit_bytes, role))
-            except BaseException:
-                ours.close()
-                raise
-        self._socket = ours
-        self._trusted = role == "fetch"
-        self._shared = memoryview(b"")
-        self.end = weakref.finalize(self, _end, self.process, ours)
+    def __init__(self, process: Process, connection: socket.socket, shared: _Shared, *, trusted: bool) -> None:
+        self.process = process
+        self._socket = connection
+        self._trusted = trusted
+        self._shared = shared
+        self.end = weakref.finalize(self, end_process, process, connection)
 
     def send(self, request: bytes, files: Sequence[_HasDescriptor], deadline: float) -> None:
         """Send a request, and the files that go with it.
@@ -235,14 +289,14 @@ class _Child:
         if num_buffers > 2 * answer_records or payload_bytes > _OTHER_BYTES + _RECORD_BYTES * answer_records:
             raise MalformedAnswerError(f"{num_buffers} arrays, {payload_bytes} bytes of text")
         sizes = struct.unpack(f"<{num_buffers}Q", self._read(num_buffers * 8, deadline))
-        if sum(map(aligned, sizes)) > len(self._shared):
+        if sum(map(aligned, sizes)) > len(self._shared.memory):
             raise MalformedAnswerError("more arrays than there is memory for")
         payload = self._read(payload_bytes, deadline)
         offsets = accumulate(map(aligned, sizes), initial=0)
         # copied out, so that the child can use the memory again: new shared pages for every answer cost more
         # than the copy (30 MB: 19 ms to write new ones, 7 ms to rewrite them, 3 ms for the copy)
         buffers = [
-            bytearray(self._shared[offset : offset + size]) for offset, size in zip(offsets, sizes, strict=False)
+            bytearray(self._shared.memory[offset : offset + size]) for offset, size in zip(offsets, sizes, strict=False)
         ]
         value = from_text(payload, buffers, may_claim_outages=self._trusted)
         if isinstance(value, MemoryError):
@@ -250,22 +304,16 @@ class _Child:
         return value
 
     def _give_memory(self, num_bytes: int, most: int) -> None:
-        """Make memory for an answer, and send it. Its size is sealed, so the child cannot take it from under us.
+        """Send memory for an answer.
 
         Raises:
             MalformedAnswerError: more was asked for than an answer may have.
         """
-        if not len(self._shared) < num_bytes <= most:
+        if not 0 < num_bytes <= most:
             raise MalformedAnswerError(f"{num_bytes} bytes of memory asked for, {most} allowed")
-        fd = os.memfd_create("answers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, num_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._shared = memoryview(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED))
-            with suppress(ConnectionError):  # the child died: _read says how
-                socket.send_fds(self._socket, [b"m"], [fd])
-        finally:
-            os.close(fd)
+        self._shared.grow(num_bytes)
+        with suppress(ConnectionError):  # the child died: _read says how
+            socket.send_fds(self._socket, [NUMBER.pack(len(self._shared.memory))], [self._shared.fd])
 
     def _read(self, num_bytes: int, deadline: float) -> bytes:
         """Exactly ``num_bytes`` bytes."""
@@ -294,64 +342,33 @@ class _Child:
         return f"died of {name}{hint}"
 
 
-def _start(socket_fd: int, memory_limit_bytes: int | None, role: Role) -> subprocess.Popen[bytes]:
-    arguments = [str(socket_fd), str(memory_limit_bytes or 0), role, str(os.getpid())]
-    return subprocess.Popen(  # noqa: S603  our own interpreter and module
-        [sys.executable, "-P", "-m", "vidshard.pipeline.video.child", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if role == "confined" else None,  # a terminal takes orders from what it is shown
-        pass_fds=(socket_fd,),
-        # the same modules as here, whatever put them on the path; one thread for each numerical library
-        env={
-            **{name: text for name, text in os.environ.items() if role != "confined" or _is_harmless(name)},
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        },
-        process_group=0,  # a terminal's Ctrl-C is for the parent, which decides
-    )
+class _Shared:
+    """Memory for answers, made and sized here; later children get it too, as new pages cost more than old ones."""
 
+    def __init__(self) -> None:
+        self.fd = -1
+        self.memory = memoryview(b"")
 
-def _is_harmless(name: str) -> bool:
-    """Whether an environment variable is one that a confined child needs; credentials are in others."""
-    names = {"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED"}
-    return name in names or name.startswith(("LC_", "MALLOC_", "OMP_", "COV_", "COVERAGE_"))
-
-
-def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    process.kill()
-    process.wait()
-    connection.close()
-
-
-# The kernel ends a child with the thread that started it (PR_SET_PDEATHSIG), so that thread must last.
-
-_Call = tuple[Callable[[], Any], Future[Any]]
-_calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-_lasting: tuple[int, threading.Thread] | None = None
-_lasting_lock = threading.Lock()
-
-
-def _from_lasting_thread(call: Callable[[], R]) -> R:
-    """Call something in a thread that lasts as long as this process."""
-    global _calls, _lasting
-    with _lasting_lock:
-        if _lasting is None or _lasting[0] != os.getpid() or not _lasting[1].is_alive():
-            _calls = queue.SimpleQueue()  # a fork has no threads
-            thread = threading.Thread(target=_serve_calls, args=(_calls,), name="starts children", daemon=True)
-            thread.start()
-            _lasting = os.getpid(), thread
-    future: Future[R] = Future()
-    _calls.put((call, future))
-    return future.result()
-
-
-def _serve_calls(calls: queue.SimpleQueue[_Call]) -> None:
-    while True:
-        call, future = calls.get()
+    def grow(self, num_bytes: int) -> None:
+        """Make it at least this large. Its size is sealed, so no child can take it from under us."""
+        if num_bytes <= len(self.memory):
+            return
+        fd = os.memfd_create("answers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001  it is the caller's
-            future.set_exception(error)
-        del call, future
+            os.ftruncate(fd, num_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            memory = memoryview(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED))
+        except BaseException:
+            os.close(fd)
+            raise
+        self.close()
+        self.fd, self.memory = fd, memory
+
+    def close(self) -> None:
+        """Close the descriptor; the memory goes with its last view."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd, self.memory = -1, memoryview(b"")
+
+    def __del__(self) -> None:
+        self.close()

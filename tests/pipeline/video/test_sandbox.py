@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def attempt(what: str, target: str, number: int) -> str:
         "open a library to write": lambda: os.open(os.__file__, os.O_RDWR),
         "open a device to write": lambda: os.open("/dev/null", os.O_WRONLY),
         "make a file without a name": lambda: os.open(Path(target).parent, os.O_TMPFILE | os.O_RDWR),
-        "send a descriptor": lambda: socket.send_fds(socket.socket(fileno=os.dup(int(sys.argv[1]))), [b"x"], [0]),
+        "send a descriptor": lambda: socket.send_fds(socket.socket(fileno=os.dup(own_socket())), [b"x"], [0]),
         "write without end": lambda: os.ftruncate(os.memfd_create("big"), 1 << 40),
     }
     try:
@@ -197,6 +198,29 @@ def open_without_end() -> str:
 
 def environment_text() -> str:
     return str(os.environ)
+
+
+def own_socket() -> int:
+    """The descriptor over which requests come."""
+    for fd in range(64):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                return fd
+    raise AssertionError("a child has a socket")
+
+
+def taken_over() -> bool:
+    """Whether this process was taken over before; it is now."""
+    before = bool(_taken)
+    _taken.append(True)
+    return before
+
+
+_taken: list[bool] = []
+
+
+def parent_id() -> int:
+    return os.getppid()
 
 
 def start_a_thread() -> str:
@@ -566,15 +590,48 @@ def test_functions_that_no_other_process_can_find_are_refused(sandbox: DecodeSan
         sandbox.run(lambda: 1, timeout_seconds=60)
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path, busy: bool) -> None:
+def test_a_confined_child_has_one_thread_so_that_all_of_it_is_confined(confined: DecodeSandbox) -> None:
+    confined.run(process_id, timeout_seconds=60)
+    assert len(os.listdir(f"/proc/{confined.pid}/task")) == 1
+
+
+def test_a_child_that_was_taken_over_gets_no_later_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    with DecodeSandbox(confined=True) as sandbox:
+        found = [sandbox.run(taken_over, timeout_seconds=60, subject=name) for name in "aabbcc"]
+        assert found == [False, True, True, True, True, True], "a child that has hardly worked is kept"
+        monkeypatch.setattr("vidshard.pipeline.video.sandbox.RENEWAL_SECONDS", 0)
+        found = [sandbox.run(taken_over, timeout_seconds=60, subject=name) for name in "ddeeff"]
+        assert found == [False, True] * 3
+        assert len(sandbox.run(arrays, [1 << 20], timeout_seconds=60, subject="g")[0]) == 1 << 20
+        assert len(sandbox.run(arrays, [1 << 10], timeout_seconds=60, subject="h")[0]) == 1 << 10
+
+
+def test_a_process_that_forks_is_replaced_when_it_dies() -> None:
+    with DecodeSandbox(confined=True) as sandbox:
+        first = sandbox.run(parent_id, timeout_seconds=60)
+        pidfd = os.pidfd_open(sandbox.pid or 0)
+        os.kill(first, signal.SIGKILL)
+        assert wait_for_end(pidfd), "its forks end with it"
+        os.close(pidfd)
+        assert sandbox.run(parent_id, timeout_seconds=60) != first
+
+
+@pytest.mark.parametrize("confinement", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_a_death_is_named_in_any_kind_of_child(number: signal.Signals, confinement: bool) -> None:
+    with DecodeSandbox(confined=confinement) as sandbox, pytest.raises(VideoError, match=f"died of {number.name}"):
+        sandbox.run(die_of, int(number), timeout_seconds=60)
+
+
+@pytest.mark.parametrize(("busy", "confinement"), [(False, False), (True, False), (True, True)])
+def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path, busy: bool, confinement: bool) -> None:
     """The parent is a script without a main guard, which a sandbox must not need."""
     call = "sandbox.run(spin, timeout_seconds=600)" if busy else "input()"
     script = tmp_path / "parent.py"
     script.write_text(
         "from vidshard.pipeline.video.sandbox import DecodeSandbox\n"
         "from tests.pipeline.video.test_sandbox import process_id, spin\n"
-        "sandbox = DecodeSandbox()\n"
+        f"sandbox = DecodeSandbox(confined={confinement})\n"
         "print(sandbox.run(process_id, timeout_seconds=60), flush=True)\n"
         f"{call}\n"
     )
