@@ -4,7 +4,7 @@
 
 One command for one GPU and at most eleven minutes. It needs torch, numpy, pyarrow, pydantic, safetensors and rich. Ray
 and PyAV are not needed, except for the section ``job``. Sections run in this order: versions, agreement, precisions,
-batches, operators, compile, transfers, memory, faults, job. One that has no time left, or cannot run, says so in the
+batches, operators, fusion, compile, transfers, memory, faults, job. One that has no time left, or cannot run, says so in the
 table. The JSON file is written after every section, so that an interrupted run leaves what it measured.
 
 Times are medians of CUDA events after a warm-up, with the settings that production has (``make_reproducible``). FLOPs
@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks.report import Row, report
 from vidshard.models.cost import Cost, encoding_cost
 from vidshard.models.tokenizer import frames_to_input, get_preset
+from vidshard.models.vidtok import fused
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import SHIPPED, load_tokenizer, shipped_weights
 from vidshard.pipeline.devices import end_process, examine_gpu, is_gpu_fault, is_out_of_memory, make_reproducible
@@ -177,6 +178,26 @@ def norm_speed(channels: int) -> float:
     return 2 * x.numel() * 2 / seconds_of(lambda: norm(x))
 
 
+def fusion(bench: Bench) -> None:
+    """The kernel of norm, SiLU and padding: equal tokens, and speed with and without it."""
+    for name in (LARGE, SHIPPED):
+        model = random_model(name, "float16")
+        x_BCTHW = to_input(model, noise(8))
+        with_kernel = model.encode(x_BCTHW).tokens
+        original = fused.is_used
+        fused.is_used = lambda x_BTHWC, weight: False
+        try:
+            without = model.encode(x_BCTHW).tokens
+            seconds = seconds_of(partial(model.encode, x_BCTHW)) / 8
+        finally:
+            fused.is_used = original
+        assert with_kernel is not None
+        assert without is not None
+        equal = 100 * float((with_kernel == without).float().mean())
+        bench.add("fusion", f"{name}: equal tokens", equal, "%")
+        bench.add("fusion", f"{name}: without the kernel", 1 / seconds, "clips/s")
+
+
 def compiled(bench: Bench) -> None:
     """The large encoder through ``torch.compile``: seconds to compile, speed, and equal tokens."""
     model = random_model(LARGE, "float16")
@@ -283,6 +304,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "precisions": (precisions, 60),
     "batches": (batches, 30),
     "operators": (operators, 30),
+    "fusion": (fusion, 30),
     "compile": (compiled, 150),
     "transfers": (transfers, 20),
     "memory": (memory, 20),

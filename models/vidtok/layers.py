@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from vidshard.models.vidtok import fused
+
 LayerPast = tuple[Tensor, ...]
 """Maps that one layer keeps from the frames before a chunk; empty at the start of a video."""
 
@@ -85,9 +87,30 @@ class ChannelNorm(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
     def forward(self, x_BTHWC: Tensor, *, silu: bool = False) -> Tensor:
+        if fused.is_used(x_BTHWC, self.norm.weight):
+            return self._fused(x_BTHWC, silu=silu, lead=0)
         h: Tensor = self.norm(x_BTHWC)
         # The norm's output is a new tensor, so without a graph it can be overwritten.
         return F.silu(h, inplace=not h.requires_grad) if silu else h
+
+    def in_context(self, x_BTHWC: Tensor, past: LayerPast, rule: TimeRule) -> tuple[Tensor, LayerPast]:
+        """Norm and SiLU of a chunk, behind the two frames before it, and the past of the next chunk.
+
+        The result is that of `forward` and `TimeRule.context` for a causal convolution over three frames.
+        """
+        if not fused.is_used(x_BTHWC, self.norm.weight) or not rule.causal:
+            before = 2 if rule.causal else 1
+            return rule.context(self(x_BTHWC, silu=True), past, before=before, after=1)
+        joined_BTHWC = self._fused(x_BTHWC, silu=True, lead=2, repeat_first=not past and rule.start == "first frame")
+        if past:
+            joined_BTHWC[:, :2] = past[0]
+        return joined_BTHWC, (joined_BTHWC[:, -2:].clone(),)
+
+    def _fused(self, x_BTHWC: Tensor, *, silu: bool, lead: int, repeat_first: bool = False) -> Tensor:
+        y_BTHWC: Tensor = fused.norm_silu(
+            x_BTHWC, self.norm.weight, self.norm.bias, self.norm.eps, silu, lead, repeat_first
+        )
+        return y_BTHWC
 
 
 class TimeConv(nn.Module):
@@ -114,9 +137,13 @@ class TimeConv(nn.Module):
             A map with as many frames as ``x``, and the last two input frames.
         """
         joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=2 if self.rule.causal else 1, after=1)
+        return self.convolved(joined_BTHWC), past
+
+    def convolved(self, joined_BTHWC: Tensor) -> Tensor:
+        """Convolve a chunk that has its context already."""
         if isinstance(self.conv, nn.Conv3d):
-            return conv3d(joined_BTHWC, self.conv.weight, self.conv.bias), past
-        return conv_over_time(joined_BTHWC, self.conv.weight, self.conv.bias), past
+            return conv3d(joined_BTHWC, self.conv.weight, self.conv.bias)
+        return conv_over_time(joined_BTHWC, self.conv.weight, self.conv.bias)
 
 
 class PointConv(nn.Module):
@@ -213,8 +240,10 @@ class TimeUnit(nn.Module):
         return y_BTHWC, tuple(torch.cat(pieces) for pieces in zip(*pasts, strict=True))
 
     def _through_time(self, x_BTHWC: Tensor, past: LayerPast, out: Tensor | None = None) -> tuple[Tensor, LayerPast]:
-        h, past1 = self.conv1(self.norm1(x_BTHWC, silu=True), past[:1])
-        h, past2 = self.conv2(self.norm2(h, silu=True), past[1:])
+        joined_BTHWC, past1 = self.norm1.in_context(x_BTHWC, past[:1], self.conv1.rule)
+        h = self.conv1.convolved(joined_BTHWC)
+        joined_BTHWC, past2 = self.norm2.in_context(h, past[1:], self.conv2.rule)
+        h = self.conv2.convolved(joined_BTHWC)
         if self.nin_shortcut is not None:
             x_BTHWC = self.nin_shortcut(x_BTHWC)
         return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out), (*past1, *past2)
