@@ -4,8 +4,8 @@
 
 One command for one GPU and at most eleven minutes. It needs torch, numpy, pyarrow, pydantic, safetensors and rich. Ray
 and PyAV are not needed, except for the section ``job``. Sections run in this order: versions, agreement, precisions,
-batches, operators, fusion, compile, transfers, memory, faults, job. One that has no time left, or cannot run, says so in the
-table. The JSON file is written after every section, so that an interrupted run leaves what it measured.
+batches, operators, fusion, compile, transfers, memory, faults, job. One that has no time left, or cannot run, says so
+in the table. The JSON file is written after every section, so that an interrupted run leaves what it measured.
 
 Times are medians of CUDA events after a warm-up, with the settings that production has (``make_reproducible``). FLOPs
 and bytes are counted by `vidshard.models.cost`.
@@ -185,7 +185,7 @@ def fusion(bench: Bench) -> None:
         x_BCTHW = to_input(model, noise(8))
         with_kernel = model.encode(x_BCTHW).tokens
         original = fused.is_used
-        fused.is_used = lambda x_BTHWC, weight: False
+        fused.is_used = lambda *_: False
         try:
             without = model.encode(x_BCTHW).tokens
             seconds = seconds_of(partial(model.encode, x_BCTHW)) / 8
