@@ -173,7 +173,10 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         Raises:
             ValueError: they take more memory than allowed.
         """
-        _refuse_large(self._group_bytes(number, columns), MAX_GROUP_BYTES, f"row group {number}")
+        # reading the footer anew takes 0.5 ms a row group, a quarter of the time of reading its tokens
+        bound = None if columns is None else self._fixed_bytes(number, columns)
+        if bound is None or bound > MAX_GROUP_BYTES:
+            _refuse_large(self._group_bytes(number, columns), MAX_GROUP_BYTES, f"row group {number}")
         return self.read_row_group(number, columns=None if columns is None else list(columns))
 
     def check_size(self) -> None:
@@ -207,9 +210,30 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
             self._chunks = row_groups(self._file, self.metadata.num_columns)
         return self._chunks[group]
 
-    def keep_chunks(self, chunks: list[list[ColumnChunk]]) -> None:
-        """Take over the answers of :meth:`chunks` for all row groups of the same file, opened before."""
+    @property
+    def known_chunks(self) -> list[list[ColumnChunk]] | None:
+        """What :meth:`chunks` has read of the footer; None before it was needed."""
+        return self._chunks
+
+    def keep_chunks(self, chunks: list[list[ColumnChunk]] | None) -> None:
+        """Take over `known_chunks` of the same file, opened before."""
         self._chunks = chunks
+
+    def _fixed_bytes(self, group: int, columns: Sequence[str]) -> int | None:
+        """Bound of the memory of columns whose values have a fixed width, without reading the footer once more.
+
+        It is the size of the whole row group as its footer states it, or of the values if that is larger; None for
+        other columns.
+        """
+        row_group = self.metadata.row_group(group)
+        total = 0
+        for field in self.schema_arrow:
+            if field.name in columns:
+                for leaf, fixed, is_flat in _leaves(field.type):
+                    if not is_flat or not pa.types.is_primitive(leaf):
+                        return None
+                    total += row_group.num_rows * fixed * max(1, leaf.bit_width // 8)
+        return max(total, int(row_group.total_byte_size))
 
     def _group_bytes(self, group: int, columns: Sequence[str] | None) -> int:
         """Bytes that columns of a row group take in memory, from the footer."""

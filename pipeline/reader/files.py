@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -71,9 +72,11 @@ class RangeFile(io.RawIOBase):
         if stop <= start:
             return b""
         self._at = stop
-        if self._tail is not None and start >= self._tail[0]:
-            return self._tail[1][start - self._tail[0] : stop - self._tail[0]]
-        return self._fetch(start, stop)
+        if self._tail is None or stop <= self._tail[0]:
+            return self._fetch(start, stop)
+        begin, tail = self._tail
+        before = self._fetch(start, begin) if start < begin else b""
+        return before + tail[max(0, start - begin) : stop - begin]
 
     def keep_tail(self) -> None:
         """Fetch the end of the file, and serve reads of it from memory.
@@ -100,8 +103,9 @@ class ShardFiles:
     def __init__(self, paths: Sequence[str]) -> None:
         """Remember the paths; nothing is opened."""
         self._paths = paths
-        self._footers: OrderedDict[int, tuple[pq.FileMetaData, list[list[ColumnChunk]], int]] = OrderedDict()
+        self._footers: OrderedDict[int, _Footer] = OrderedDict()
         self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_paths": self._paths}
@@ -118,37 +122,57 @@ class ShardFiles:
         """
         path = self._paths[shard]
         with named_if_damaged(path, remedy=""):
-            with self._lock:
-                known = self._footers.get(shard)
-                if known is not None:
-                    self._footers.move_to_end(shard)
-            file = _open(path, None if known is None else known[2])
+            known = self._footer(shard)
+            if known is None:
+                with self._lock:
+                    opening = self._opening.setdefault(shard, threading.Lock())
+                with opening:  # of several threads one reads the footer
+                    known = self._footer(shard) or self._read_footer(shard)
+            file = _open(path, known.num_bytes)
             try:
-                parquet = self._parquet(file, shard, known)
+                parquet = BoundedParquet(file, metadata=known.metadata, pre_buffer=isinstance(file, RangeFile))
+                parquet.keep_chunks(known.chunks)
                 if not 0 <= number < parquet.metadata.num_row_groups:
                     raise ValueError("it was replaced since it was opened")
-                return parquet.group(number, columns)
+                table = parquet.group(number, columns)
+                known.chunks = parquet.known_chunks
+                return table
             finally:
                 file.close()
 
-    def _parquet(
-        self, file: Any, shard: int, known: tuple[pq.FileMetaData, list[list[ColumnChunk]], int] | None
-    ) -> BoundedParquet:
-        remote = isinstance(file, RangeFile)
-        if known is not None:
-            parquet = BoundedParquet(file, metadata=known[0], pre_buffer=remote)
-            parquet.keep_chunks(known[1])
-            return parquet
-        if remote:
-            file.keep_tail()
-        parquet = BoundedParquet(file, pre_buffer=remote)
-        size = file.num_bytes if remote else 0
-        chunks = [parquet.chunks(group) for group in range(parquet.metadata.num_row_groups)]
+    def _footer(self, shard: int) -> _Footer | None:
         with self._lock:
-            self._footers[shard] = (parquet.metadata, chunks, size)
+            known = self._footers.get(shard)
+            if known is not None:
+                self._footers.move_to_end(shard)
+            return known
+
+    def _read_footer(self, shard: int) -> _Footer:
+        file = _open(self._paths[shard], None)
+        try:
+            if isinstance(file, RangeFile):
+                file.keep_tail()
+            parquet = BoundedParquet(file)
+            size = file.num_bytes if isinstance(file, RangeFile) else 0
+            footer = _Footer(metadata=parquet.metadata, num_bytes=size)
+        finally:
+            file.close()
+        with self._lock:
+            self._footers[shard] = footer
             while len(self._footers) > FOOTERS:
                 self._footers.popitem(last=False)
-        return parquet
+        return footer
+
+
+@dataclass(kw_only=True)
+class _Footer:
+    """What is kept of a shard."""
+
+    metadata: pq.FileMetaData
+    num_bytes: int
+    """Size of a remote file; 0 for a local one."""
+    chunks: list[list[ColumnChunk]] | None = None
+    """What `BoundedParquet.chunks` has read; None before columns were read that need it."""
 
 
 def _open(path: str, num_bytes: int | None) -> Any:

@@ -210,7 +210,7 @@ class Source:
                     if not uses[group]:
                         del uses[group], loads[group]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
     def _first_values(self, name: str) -> Any:
         """Values of a column in the first row group that has samples, or at least values; None if none has."""
