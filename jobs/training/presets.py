@@ -199,13 +199,13 @@ def vidtwin_tiny(videos: list[str], out: str) -> TrainRun:
         update={
             "frames": 8,
             "size": (64, 64),
-            "steps": 600,
+            "steps": 1000,
             "batch_size": 4,
             "learning_rate": 2e-3,
             "warmup_steps": 20,
             "final_rate_share": 0.05,
             "perceptual_weight": 0,
-            "gan_start": 500,
+            "gan_start": 900,
             "discriminator_learning_rate": 3e-4,
             "discriminator_width": 16,
             "precision": "float32",
@@ -218,7 +218,7 @@ def vidtwin_tiny(videos: list[str], out: str) -> TrainRun:
             "clips_per_video": 4,
             "validation_share": 0.1,
             "checkpoint_steps": 200,
-            "evaluate_steps": 100,
+            "evaluate_steps": 200,
             "eval_clips": 16,
         }
     )

@@ -53,8 +53,15 @@ def write_motion(path: Path, seed: int) -> Path:
     return path
 
 
-def run_of(videos: Path | str, out: Path | str, stages: tuple[str, ...] = ("stage1",), **changes: Any) -> TrainRun:
-    return training_run("tiny", stages, {"videos": [str(videos)], "out": str(out), **SMALL, **changes})
+def run_of(
+    videos: Path | str,
+    out: Path | str,
+    stages: tuple[str, ...] = ("stage1",),
+    *,
+    preset: str = "tiny",
+    **changes: Any,
+) -> TrainRun:
+    return training_run(preset, stages, {"videos": [str(videos)], "out": str(out), **SMALL, **changes})
 
 
 def exit_code_of(result: Callable[[], Result]) -> int:

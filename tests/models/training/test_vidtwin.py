@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.golden import TWIN_TINY_A, FloatArray, video
+from tests.support.two_processes import in_two_processes
 from vidshard.models.tokenizer import PRESETS, frames_to_input
 from vidshard.models.training import evaluation, step
 from vidshard.models.training.discriminator import adversarial_loss
 from vidshard.models.training.families import check_stages, trainable_of
-from vidshard.models.training.generator import Generator, start_tokenizer
+from vidshard.models.training.generator import Generator, shard_generator, start_tokenizer
 from vidshard.models.training.perceptual import Perceptual, load_perceptual
 from vidshard.models.training.state import TrainState, begin_stage
 from vidshard.models.training.step import train_step
@@ -516,3 +518,53 @@ def test_vidtwin_has_one_stage_and_can_be_fine_tuned() -> None:
     )
     with pytest.raises(ValueError, match=r"is vidtwin_test, not tiny \(.*family"):
         begin_stage(small(frames=5, size=(32, 32)), start_tokenizer(PRESETS["tiny"], 5), previous=first.state_dict())
+
+
+# Several workers
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": shard_generator}
+
+
+def without_noise(monkeypatch: pytest.MonkeyPatch, state: TrainState) -> TrainState:
+    """Noise and dropout are each worker's own."""
+    monkeypatch.setattr(step, "_noise", lambda *_: {})
+    twin_of(state).branches.eval()
+    return state
+
+
+def both_wrappings(rank: int, folder: str) -> None:
+    for name, wrap in WRAPS.items():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            state = without_noise(monkeypatch, state_of(small(gan_weight=0), wrap=wrap))
+            metrics = train_step(state, clips()[rank : rank + 1])
+        config = small(gan_start=1, ema_decay=0.9, activation_checkpointing=True)
+        state = state_of(config, wrap=wrap)
+        for seed in range(2):
+            train_step(state, clips(seed=seed)[rank : rank + 1])
+        kept = state.state_dict()
+        expected = train_step(state, clips(seed=2)[rank : rank + 1])
+        again = begin_stage(config, start_tokenizer(TINY, 9), wrap=wrap)
+        again.load_state_dict(kept)
+        resumed = train_step(again, clips(seed=2)[rank : rank + 1])
+        with state.averaged():
+            measured = evaluation.evaluate_batch(state, clips(1)).metrics()
+        result = {"metrics": metrics, "expected": expected, "resumed": resumed, "measured": measured}
+        torch.save(result | {"exported": state.weights(averaged=True)}, f"{folder}/{name}{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_workers_are_one_with_all_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = train_step(without_noise(monkeypatch, state_of(small(gan_weight=0))), clips())
+    in_two_processes(both_wrappings, tmp_path)
+    exported = {}
+    for wrapping in WRAPS:
+        results = [torch.load(tmp_path / f"{wrapping}{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for result in results:
+            assert result["metrics"] == pytest.approx(alone, rel=1e-4)
+            assert result["resumed"] == pytest.approx(result["expected"], rel=1e-4)
+            assert {"adaptive_weight", "kl_structure"} <= result["expected"].keys()
+            assert "psnr_dynamics_only" in result["measured"]
+        exported[wrapping] = results[0]["exported"]
+    for name, weight in exported["ddp"].items():
+        torch.testing.assert_close(exported["fsdp2"][name], weight, rtol=1e-3, atol=1e-4, msg=name)
