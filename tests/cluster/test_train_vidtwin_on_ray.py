@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -10,14 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from benchmarks import twin_split
+from tests.support.cli import vidshard_exits
 from tests.support.training import run_of, train, write_motion
-from vidshard.jobs.tokenization.job import tokenize
 from vidshard.models.tokenizer import PRESETS
 from vidshard.pipeline.output.layout import shard_paths
-from vidshard.schemas.runs import TokenizeRun
 
 LATENTS = ("structure", "dynamics_x", "dynamics_y")
 
@@ -29,8 +26,8 @@ def lines_of(out: Path, group: str) -> list[dict[str, float]]:
 
 def tokenized(weights: Path, video: Path, out: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the payload columns of a run with trained weights, which takes the clips of the model by itself."""
-    run = TokenizeRun(inputs=[str(video)], out=str(out), weights=str(weights))
-    assert tokenize(run, Console(file=io.StringIO(), width=200)).exit_code == 0
+    code, printed = vidshard_exits("tokenize", video, "--out", out, "--weights", weights, "--local")
+    assert code == 0, printed
     [shard] = shard_paths(str(out))
     table = pq.read_table(shard)
     assert table.num_rows >= 2
