@@ -4,7 +4,10 @@ Writes tokens and latents in vidshard's format (uniform tokens, normal latents: 
 with every reader that is installed: `datasets` (streaming), `ray.data` (with --ray), and PyArrow alone, which reads the
 same bytes row group by row group without making batches.
 
-    python -m benchmarks.read
+    python -m benchmarks.read --datasets
+    python -m benchmarks.read --workers 0 --datasets
+
+CPU time is that of the process that reads; it holds on a busy machine too, and is not known where workers read.
 """
 
 from __future__ import annotations
@@ -126,17 +129,15 @@ def ray_data(folder: str, name: str, *, shuffle: bool) -> Iterator[int]:
         yield len(batch[name])
 
 
-def measure(read: Callable[[], Iterator[int]], most_seconds: float) -> tuple[int, float]:
-    """Clips and seconds, from the first batch on, for at most so long."""
-    batches = read()
-    next(batches)
-    started = time.perf_counter()
+def measure(read: Callable[[], Iterator[int]], most_seconds: float) -> tuple[int, float, float]:
+    """Clips, seconds, and CPU seconds of this process and its threads; for at most so long."""
+    started, cpu = time.perf_counter(), time.process_time()
     clips = 0
-    for count in batches:
+    for count in read():
         clips += count
         if time.perf_counter() - started > most_seconds:
             break
-    return clips, time.perf_counter() - started
+    return clips, time.perf_counter() - started, time.process_time() - cpu
 
 
 def rows_of(kind: str, payload: Payload, folder: Path, arguments: argparse.Namespace) -> list[Row]:
@@ -148,7 +149,7 @@ def rows_of(kind: str, payload: Payload, folder: Path, arguments: argparse.Names
     for shuffle, workers in choices:
         how = f"{'shuffled' if shuffle else 'in order'}, {workers} workers"
         readers[f"vidshard, {how}"] = lambda s=shuffle, w=workers: ours(place, name, shuffle=s, workers=w)  # type: ignore[misc]
-        if workers:
+        if arguments.datasets:
             readers[f"datasets, {how}"] = lambda s=shuffle, w=workers: hugging_face(place, name, shuffle=s, workers=w)  # type: ignore[misc]
     if arguments.ray:
         for shuffle in (False, True):
@@ -157,9 +158,10 @@ def rows_of(kind: str, payload: Payload, folder: Path, arguments: argparse.Names
     rows: list[Row] = []
     base = 0.0
     for reader, read in readers.items():
-        clips, seconds = measure(read, arguments.seconds)
-        rate = clips / seconds
-        base = base or rate
+        for _ in range(2):  # the first time warms caches and imports
+            clips, seconds, cpu = measure(read, arguments.seconds)
+        rate, own = clips / seconds, reader.endswith(("raw", " 0 workers"))
+        base = base or cpu / clips
         rows.append(
             {
                 "payload": kind,
@@ -167,7 +169,8 @@ def rows_of(kind: str, payload: Payload, folder: Path, arguments: argparse.Names
                 "clips/s": round(rate),
                 "values/s": f"{rate * column.num_values / 1e6:.1f} M",
                 "MB/s": round(rate * payload_bytes(payload) / 1e6),
-                "raw time x": round(base / rate, 2),
+                "CPU us/clip": f"{1e6 * cpu / clips:.0f}" if own else "",
+                "x raw CPU": f"{cpu / clips / base:.2f}" if own else "",
             }
         )
     return rows
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="Longest time for each reader.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--datasets", action="store_true", help="Measure datasets too.")
     parser.add_argument("--ray", action="store_true", help="Measure ray.data too.")
     parser.add_argument("--json")
     arguments = parser.parse_args()
