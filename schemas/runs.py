@@ -280,8 +280,8 @@ class SamplingSettings(Settings):
         common=True,
         ge=1,
         metavar="T",
-        help="Frames per clip. Most causal tokenizers need 1 plus a multiple of their temporal stride. A tokenizer "
-        "with another clip, see `vidshard tokenizers`, replaces the default.",
+        help="Frames per clip; most causal tokenizers need 1 plus a multiple of their temporal stride. The default "
+        "is that of the tokenizer (`vidshard tokenizers`).",
     )
     size: FrameSize = setting(
         (256, 256),
@@ -289,8 +289,8 @@ class SamplingSettings(Settings):
         identity=Without("buckets"),
         common=True,
         metavar="SIZE",
-        help="Frame size: 256 for a square, or 256x448 for height x width. Both are multiples of the tokenizer's "
-        "spatial stride. A tokenizer with another clip, see `vidshard tokenizers`, replaces the default.",
+        help="Frame size, such as 256 or 256x448 (height x width): multiples of the tokenizer's spatial stride. The "
+        "default is that of the tokenizer.",
     )
     buckets: FrameSizes | None = setting(
         None,

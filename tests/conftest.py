@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -202,6 +202,29 @@ def pytest_collection_finish() -> None:
     """Let the garbage collector pass by what imports have made: a full collection takes milliseconds, not a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None]:
+    """Leave real-time scheduling after what was set up."""
+    yield
+    _leave_real_time()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    """Leave real-time scheduling after each test."""
+    yield
+    _leave_real_time()
+
+
+def _leave_real_time() -> None:
+    """Schedule this thread as usual again: as root the encoder SVT-AV1 gives it real-time priority and leaves it there.
+
+    Every other process would then wait for the tests, Ray first of all.
+    """
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

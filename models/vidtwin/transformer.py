@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Self
 
 import torch
@@ -236,7 +237,7 @@ def gated(x_BTSC: Tensor, gate_C: Tensor, change_BTSC: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """Apply a linear layer to the last axis, in the dtype of its weights, and a GELU in its tanh form."""
     x = x.to(weight.dtype)
-    if x.device.type == "cpu" and not is_recorded(x, weight) and _HAS_ONEDNN:
+    if x.device.type == "cpu" and not is_recorded(x, weight) and _onednn_takes(weight.dtype):
         # F.linear takes MKL. oneDNN is no slower on any processor that we measured, and adds bias and GELU while the
         # result is in the cache: the MLP of 3136 tokens takes 307 instead of 362 ms on one core of an AMD EPYC (Zen 4).
         name, algorithm = ("gelu", "tanh") if gelu else ("none", "")
@@ -246,7 +247,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+@cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the oneDNN linear layer, and this processor the instructions for the dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
 
 BLOCK_TOKENS = 800
 """Largest number of tokens in a block: at 768 channels, the MLP's 3072 then fit into 10 MB."""
