@@ -24,10 +24,16 @@ def probe(path: Path, limits: Limits | None = None) -> VideoProbe:
     return probe_video(VideoRef(uri=str(path), num_bytes=path.stat().st_size), lambda uri: open(uri, "rb"), limits)
 
 
-def decode(path: Path, spec: ClipSpec = SPEC, clips_per_span: int = 1000, max_clips: int = 1000) -> list[Clip]:
+def decode(
+    path: Path,
+    spec: ClipSpec = SPEC,
+    clips_per_span: int = 1000,
+    max_clips: int = 1000,
+    limits: Limits | None = None,
+) -> list[Clip]:
     """Every clip of a video, span by span."""
-    spans = plan_spans(probe(path), spec, clips_per_span)
-    return [clip for span in spans for clip in decode_span(span, spec, str(path), max_clips=max_clips)]
+    spans = plan_spans(probe(path, limits), spec, clips_per_span)
+    return [clip for span in spans for clip in decode_span(span, spec, str(path), max_clips=max_clips, limits=limits)]
 
 
 def rejection(path: Path, spec: ClipSpec = SPEC) -> VideoError:

@@ -294,10 +294,10 @@ def test_a_fresh_network_begins_as_the_original_does() -> None:
             "mlp.fc1": (4 * width, width),
             "mlp.fc2": (width, 4 * width),
         }.items():
-            uniform(f"{side}.blocks.1.{name}.weight", math.sqrt(6 / (rows + columns)))
-            assert not weights[f"{side}.blocks.1.{name}.bias"].any()
-        assert not weights[f"{side}.blocks.1.attn_temp.proj.weight"].any()
-        assert not weights[f"{side}.blocks.1.attn_temp.proj.bias"].any()
+            uniform(f"{side}.blocks.0.{name}.weight", math.sqrt(6 / (rows + columns)))
+            assert not weights[f"{side}.blocks.0.{name}.bias"].any()
+        assert not weights[f"{side}.blocks.0.attn_temp.proj.weight"].any()
+        assert not weights[f"{side}.blocks.0.attn_temp.proj.bias"].any()
         normal(f"{side}.blocks.0.scale_shift_table", 1 / math.sqrt(width))
         uniform(f"{side}.x_embedder.proj.weight", math.sqrt(6 / (width + patch)))
         uniform(f"{side}.x_embedder.proj.bias", 1 / math.sqrt(patch))

@@ -439,7 +439,7 @@ def test_opening_without_decoding_teaches_the_same(
     for _ in range(2):
         quickly = learned(path)
         with monkeypatch.context() as patch:
-            patch.setattr("vidshard.pipeline.video.container._quick_options", lambda head: None)
+            patch.setattr("vidshard.pipeline.video.container._quick_options", lambda head, limits: None)
             assert learned(path) == quickly
         without_aspect_box(path)  # then only the pictures say it
 
