@@ -9,9 +9,10 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,7 @@ from vidshard.jobs.runtime.private_ray import private_ray
 from vidshard.pipeline.output.lease import release_held_leases
 from vidshard.pipeline.resources import GpuNode
 from vidshard.pipeline.storage import StorageError
-from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, RunFailedError
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, RunFailedError, VidshardError
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
@@ -175,6 +176,7 @@ def _death_noticed() -> Iterator[None]:
 
     def fail(_number: int, _frame: FrameType | None) -> None:
         if deaths:
+            sys.unraisablehook = partial(_report_unless_of_ray, sys.unraisablehook)
             raise RayDiedError(deaths[0])
 
     before = signal.signal(signal.SIGUSR1, fail)
@@ -184,6 +186,12 @@ def _death_noticed() -> Iterator[None]:
     finally:
         is_over.set()
         signal.signal(signal.SIGUSR1, before)
+
+
+def _report_unless_of_ray(report: Callable[[Any], object], unraisable: sys.UnraisableHookArgs) -> None:
+    """Report an exception of a finalizer, unless it lacks a Ray whose death has its own message."""
+    if not isinstance(unraisable.exc_value, VidshardError | ray.exceptions.RayError):
+        report(unraisable)
 
 
 def _death(name: str, code: int) -> str:
