@@ -179,4 +179,4 @@ _TRAITS: tuple[tuple[str, Callable[[StoredClip], Any], Callable[[StoredClip], st
     ("the padding", _provenance(_padding), lambda clip: str(_provenance(_padding)(clip))),
     ("frames per second", lambda clip: clip.values["fps"], lambda clip: f"{clip.values['fps']:g}"),
 )
-"""What clips must have in common to be crossed: its name, its value, and the value as it is shown."""
+"""Property that clips must have in common to be crossed: its name, its value, and the value as it is shown."""

@@ -35,7 +35,7 @@ BROKEN_CUDNN = range(90800, 91500)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuReport:
-    """What PyTorch makes of the GPU of a process, and of the node that it runs on."""
+    """State of the GPU of a process as PyTorch sees it, and of the node that it runs on."""
 
     node: str
     torch_version: str

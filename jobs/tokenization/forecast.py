@@ -12,7 +12,7 @@ from vidshard.pipeline.output.layout import FORECAST_FILE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What `vidshard plan` expects of a run."""
+    """Expectation of `vidshard plan` for a run."""
 
     videos: int
     rejected_videos: int

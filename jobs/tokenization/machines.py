@@ -35,7 +35,7 @@ class Machine:
     is_measured: bool
     """False for a roofline."""
     source: str
-    """Where the speeds come from, in words."""
+    """Source of the speeds, in words."""
 
     def seconds(self, cost: Cost, precision: str, bytes_per_value: int) -> float:
         """Seconds of a GPU, or of a core, for one clip.

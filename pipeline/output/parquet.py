@@ -201,7 +201,7 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         return pa.concat_tables([self.group(group, columns) for group in groups])
 
     def chunks(self, group: int) -> list[ColumnChunk]:
-        """What the footer says of each column of a row group.
+        """Statements of the footer about each column of a row group.
 
         Raises:
             ValueError: the footer states what cannot be.
@@ -212,7 +212,7 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
 
     @property
     def known_chunks(self) -> list[list[ColumnChunk]] | None:
-        """What :meth:`chunks` has read of the footer; None before it was needed."""
+        """Chunks that :meth:`chunks` has read from the footer; None before it was needed."""
         return self._chunks
 
     def keep_chunks(self, chunks: list[list[ColumnChunk]] | None) -> None:

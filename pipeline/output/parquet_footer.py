@@ -21,7 +21,7 @@ _DEEPEST = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnChunk:
-    """What a footer says of one column of a row group."""
+    """Statement of a footer about one column of a row group."""
 
     path: str
     """Names in the schema, joined by dots."""

@@ -96,8 +96,8 @@ class PayloadValues:
 
 
 @dataclass(frozen=True)
-class NumberValues:
-    """A column of numbers or booleans; null floats become NaN."""
+class _OneColumn:
+    """Base of what is read from one column and keeps its name."""
 
     name: str
 
@@ -110,6 +110,11 @@ class NumberValues:
     def names(self) -> tuple[str, ...]:
         """The column itself."""
         return (self.name,)
+
+
+@dataclass(frozen=True)
+class NumberValues(_OneColumn):
+    """A column of numbers or booleans; null floats become NaN."""
 
     def load(self, table: pa.Table) -> np.ndarray:
         """Array (rows,)."""
@@ -134,20 +139,8 @@ def _torch_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
-class ObjectValues:
+class ObjectValues(_OneColumn):
     """Any other column: a list of Python values, such as texts; lists of numbers become a list of tensors."""
-
-    name: str
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The column itself."""
-        return (self.name,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The column itself."""
-        return (self.name,)
 
     def load(self, table: pa.Table) -> pa.Array:
         """The column in one piece."""

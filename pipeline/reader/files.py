@@ -166,13 +166,13 @@ class ShardFiles:
 
 @dataclass(kw_only=True)
 class _Footer:
-    """What is kept of a shard."""
+    """Facts about a shard that are kept."""
 
     metadata: pq.FileMetaData
     num_bytes: int
     """Size of a remote file; 0 for a local one."""
     chunks: list[list[ColumnChunk]] | None = None
-    """What `BoundedParquet.chunks` has read; None before columns were read that need it."""
+    """Chunks that `BoundedParquet.chunks` has read; None before columns were read that need it."""
 
 
 def _open(path: str, num_bytes: int | None) -> Any:

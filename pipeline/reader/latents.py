@@ -21,7 +21,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LatentRule:
-    """What is done to latents, in this order: sampling, then normalization. Results are float32."""
+    """Treatment of latents, in this order: sampling, then normalization. Results are float32."""
 
     sampled: tuple[str, ...]
     """Latents that are sampled."""
@@ -83,7 +83,7 @@ def latent_rule(
     normalize: bool | Mapping[str, Any],
     sample: bool,
 ) -> LatentRule | None:
-    """What is done to latents; None for nothing.
+    """Make the treatment of latents; None for nothing.
 
     Args:
         catalog: the shards.

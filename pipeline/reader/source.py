@@ -25,7 +25,7 @@ from vidshard.schemas.tokens import payload_bytes
 
 Integers = npt.NDArray[np.int64]
 Loaded = list[Any]
-"""What was loaded of a row group, by the number of the column."""
+"""Loaded columns of a row group, by the number of the column."""
 
 AHEAD_BYTES = 64 << 20
 """Payload that is read ahead of the batch that is made."""
@@ -247,7 +247,7 @@ class GroupCache:
         self._most = max(1, int(max_bytes / max(1.0, mean_rows * payload_bytes(catalog.provenance.payload))))
 
     def __call__(self, group: int) -> Loaded:
-        """What is loaded of a row group."""
+        """Columns of a row group that are loaded."""
         if group not in self._groups:
             self._groups[group] = self._source.load(group)
             while len(self._groups) > self._most:

@@ -98,7 +98,7 @@ def write_stats(path: str, catalog: Catalog, stats: Mapping[str, ChannelStats]) 
 
 
 def stats_path(path: str) -> str:
-    """Where the statistics of an output are.
+    """Path of the statistics of an output.
 
     Raises:
         UserError: the path is a single shard.

@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 
 class Process(Protocol):
-    """What a child is asked for, as of ``subprocess.Popen``."""
+    """Interface of a child, as of ``subprocess.Popen``."""
 
     @property
     def pid(self) -> int:

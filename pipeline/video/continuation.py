@@ -77,7 +77,7 @@ class Continuation:
     """The frames of one file from some place on, of which spans take what they need."""
 
     key: Hashable
-    """What the file, the times and the rules of a later span must agree on."""
+    """Properties of file, times and rules that a later span must share."""
     watched: WatchedFile
     _wanted: _Wanted
     _frames: Generator[TimedFrame, None, None]

@@ -58,9 +58,9 @@ class Jump:
     """A place at which the counter of the stream jumps, or packets are marked as damaged."""
 
     offset: int
-    """Of the first packet behind it."""
+    """Position of the first packet behind it."""
     words: str
-    """What is wrong there."""
+    """Damage there, in words."""
     may_be_harmless: bool
     """Whether it is a jump of the counter, in front of a new picture that states its time."""
     of_tables: bool = False
@@ -286,7 +286,7 @@ class _Pictures:
     is_before_joint: bool = False
     must_decode_clean: bool = False
     gap_end: int | None = None
-    """Where the next picture begins, which is not decoded one step later, while the next tables may tell more."""
+    """Offset of the next picture, which is not decoded one step later, while the next tables may tell more."""
 
 
 _MARKED_EARLY = 2
