@@ -52,6 +52,14 @@ class SectionedOption(click.Option):
         return record[0].split(" / ")[0], record[1]
 
 
+class OrderedGroup(click.Group):
+    """A group whose help lists sub-commands in the order in which a newcomer meets them."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Names of the sub-commands in the order of their definition."""
+        return list(self.commands)
+
+
 class SectionedCommand(click.Command):
     """A command with many options: ``--help`` lists the common ones, ``--help-all`` all of them by section."""
 

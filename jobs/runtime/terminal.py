@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,13 @@ class SafeConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as ``rich.console.Console.print`` does."""
         super().print(*map(_safe, objects), **options)
+
+
+def output_console() -> SafeConsole:
+    """Console on standard output: as wide as the terminal; 160 columns without a line limit where there is none."""
+    if sys.stdout.isatty():
+        return SafeConsole()
+    return SafeConsole(width=160, soft_wrap=True)  # a pipe has no width of its own, and tables need one
 
 
 def _safe(value: Any) -> Any:

@@ -82,13 +82,14 @@ def _check_exit_code(code: object, said: str) -> None:
 
 @contextmanager
 def _jobs_replaced() -> Iterator[None]:
-    """Every function that ``jobs/cli.py`` imports inside a command raises `_JobReachedError` instead of working."""
+    """Every function that ``jobs/commands/`` imports inside a command raises `_JobReachedError` instead of working."""
 
     def reached(*_: object, **__: object) -> None:
         raise _JobReachedError
 
     patches = []
-    for node in ast.walk(ast.parse(inspect.getsource(cli))):
+    nodes = (node for path in (ROOT / "jobs/commands").glob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.col_offset and node.module:
             module = importlib.import_module(node.module)
             names = [alias.name for alias in node.names if inspect.isfunction(getattr(module, alias.name))]

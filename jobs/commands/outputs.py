@@ -1,0 +1,241 @@
+"""``vidshard inspect``, ``stats``, ``verify`` and ``decode``: what is done with an output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vidshard.jobs.runtime.terminal import output_console
+from vidshard.schemas.fields import parse_size
+
+if TYPE_CHECKING:
+    from vidshard.jobs.shards.verify import Verification
+
+
+@click.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option("--rows", default=3, show_default=True, metavar="N", help="Number of rows to print.")
+def inspect(out: str, rows: int) -> None:
+    """Show what an output holds.
+
+    Prints counts, schema, provenance, rejections and some rows. OUTPUT is the folder of a run, or a single shard.
+    """
+    from vidshard.jobs.shards.show import inspect_output
+
+    inspect_output(out, output_console(), num_rows=rows)
+
+
+@click.command()
+@click.argument("out", metavar="OUTPUT")
+def stats(out: str) -> None:
+    """Compute mean and standard deviation of latents.
+
+    Reads the latents of OUTPUT once, and writes the statistics of each channel to OUTPUT/stats.json. The training
+    reader normalizes with them: vidshard.TokenShards(OUTPUT, normalize=True).
+
+    \b
+    vidshard stats latents/
+    """
+    from vidshard.jobs.shards.stats import write_output_stats
+
+    write_output_stats(out, output_console())
+
+
+_moved_weights = click.option(
+    "--weights",
+    metavar="FILE",
+    help="Weights to use: a path, a URL or hf://OWNER/REPO/PATH. Needed if they have moved since the run, or would "
+    "have to be fetched.",
+)
+_fetch_sources = click.option(
+    "--fetch-sources",
+    is_flag=True,
+    help="Read source videos from remote storage too. The output names them; give this only if you trust it.",
+)
+
+
+@click.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option(
+    "--exact",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Share of the clips to encode again from their sources and compare, such as 0.01.",
+)
+@click.option("--seed", default=0, show_default=True, help="Random seed of the clips that --exact takes.")
+@_moved_weights
+@_fetch_sources
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Remove damaged shards, duplicate clips and clips of replaced videos, unless a run holds the lease. The same "
+    "`vidshard tokenize` then fills the gaps.",
+)
+@click.option(
+    "--audit",
+    "audit_file",
+    metavar="FILE",
+    help="Write the status of each video to FILE.parquet or FILE.csv: seconds, reasons of rejections and remedies.",
+)
+@click.option("--account", "former_audit_file", hidden=True)
+def verify(
+    out: str,
+    exact: float | None,
+    seed: int,
+    weights: str | None,
+    fetch_sources: bool,
+    repair: bool,
+    audit_file: str | None,
+    former_audit_file: str | None,
+) -> Verification:
+    """Check that an output is complete and undamaged.
+
+    Reads every shard in full and checks checksums, schema, values, duplicate ids and the settings of run.json. Then
+    compares the shards with the plan: what is tokenized, rejected or left to do, in videos and in seconds.
+
+    The exit code is 1 if anything is damaged; work that is left to do is no damage.
+
+    With --exact, clips are decoded and encoded again, cut into other pieces than in the run. In float32 on a CPU
+    every token must be equal, except where a value lies at a rounding tie. On a GPU, or in bfloat16, the share of
+    different tokens is printed.
+
+    \b
+    vidshard verify tokens/
+    vidshard verify tokens/ --exact 0.01
+    vidshard verify tokens/ --repair
+    """
+    if former_audit_file is not None:
+        if audit_file is not None:
+            raise click.UsageError("--account is now --audit: give it once")
+        click.echo("note: --account is now --audit", err=True)
+        audit_file = former_audit_file
+    from vidshard.jobs.shards.verify import verify_output
+
+    return verify_output(
+        out,
+        output_console(),
+        exact=exact,
+        seed=seed,
+        weights=weights,
+        fetch_sources=fetch_sources,
+        repair=repair,
+        audit_file=audit_file,
+    )
+
+
+@click.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option("--clip", "clip_id", metavar="ID", help="Clip to decode; the beginning of its id is enough.")
+@click.option("--video", "video_id", metavar="ID", help="Video to decode as a whole, from an output of --continuous.")
+@click.option("--to", "target", metavar="FILE", help="Video file to write, such as clip.mp4. Not with --all.")
+@click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Decode only the first N clips of --all.")
+@click.option(
+    "--only",
+    metavar="PART",
+    multiple=True,
+    help="Decode this payload part alone, such as structure or dynamics. May be repeated.",
+)
+@click.option("--structure", metavar="ID", help="Clip whose structure is decoded with the --dynamics of another clip.")
+@click.option("--dynamics", metavar="ID", help="Clip whose dynamics are decoded with the --structure of another clip.")
+@click.option(
+    "--cross",
+    "crossed",
+    metavar="PART=ID",
+    multiple=True,
+    help="Clip that gives a payload part of any name to the crossed video; repeated for every part.",
+)
+@click.option(
+    "--side-by-side",
+    is_flag=True,
+    help="Show the source at the left, if it can be read, and each payload part at the right.",
+)
+@_moved_weights
+@_fetch_sources
+@click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
+@click.option(
+    "--tile-overlap",
+    type=click.IntRange(min=0),
+    metavar="PIXELS",
+    help="Minimum overlap of neighboring tiles. Default: as encoded.",
+)
+def decode(
+    out: str,
+    clip_id: str | None,
+    video_id: str | None,
+    target: str | None,
+    folder: str | None,
+    limit: int | None,
+    only: tuple[str, ...],
+    structure: str | None,
+    dynamics: str | None,
+    crossed: tuple[str, ...],
+    side_by_side: bool,
+    weights: str | None,
+    fetch_sources: bool,
+    tile_size: str | None,
+    tile_overlap: int | None,
+) -> None:
+    """Turn tokens back into video.
+
+    The tokenizer and the weights are those that made the tokens. Weights whose digest differs from the shard's are
+    refused.
+
+    \b
+    vidshard decode tokens/ --clip 3f2a --to clip.mp4 --side-by-side
+    vidshard decode tokens/ --all reconstructions/
+    vidshard decode latents/ --structure 3f2a --dynamics 9c01 --to crossed.mp4
+    """
+    parts = _crossed_parts(structure, dynamics, crossed)
+    if [clip_id, video_id, folder, parts or None].count(None) != 3:
+        raise click.UsageError(
+            "give one of --clip ID, --video ID or --structure ID with --dynamics ID, and --to FILE; or --all DIR"
+        )
+    if folder is None and target is None:
+        raise click.UsageError("--clip, --video and crossed clips need --to FILE, the video file to write")
+    if parts and only:
+        raise click.UsageError("--only decodes parts of one clip (--clip ID); a crossed video takes every part")
+    try:
+        tiles = None if tile_size is None else parse_size(tile_size)
+    except ValueError as error:
+        raise click.UsageError(f"--tile-size: {error}") from error
+    from vidshard.jobs.shards.decode import DecodeRun, decode_output
+
+    request = DecodeRun(
+        out=out,
+        clip_ids=() if clip_id is None else (clip_id,),
+        video_id=video_id,
+        target=target,
+        folder=folder,
+        limit=limit,
+        only=tuple(dict.fromkeys(only)),
+        crossed=parts,
+        side_by_side=side_by_side,
+        weights=weights,
+        fetch_sources=fetch_sources,
+        tile_size=tiles,
+        tile_overlap=tile_overlap,
+    )
+    decode_output(request, output_console())
+
+
+def _crossed_parts(structure: str | None, dynamics: str | None, crossed: tuple[str, ...]) -> dict[str, str]:
+    """Clip ids by payload part, from the flags of `decode`.
+
+    Raises:
+        click.UsageError: a value is no PART=ID, or a part is named twice.
+    """
+    named: list[tuple[str, str | None]] = [("structure", structure), ("dynamics", dynamics)]
+    for text in crossed:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise click.UsageError(f"--cross {text}: give PART=ID, such as structure=3f2a")
+        named.append((name, value))
+    parts: dict[str, str] = {}
+    for part, clip_id in named:
+        if clip_id is not None:
+            if part in parts:
+                raise click.UsageError(f"the payload part '{part}' is named twice: give one clip for it")
+            parts[part] = clip_id
+    return parts

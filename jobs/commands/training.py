@@ -1,0 +1,126 @@
+"""``vidshard train``: one sub-command for each way to train, and ``resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vidshard.jobs.runtime.terminal import output_console
+from vidshard.jobs.settings import OrderedGroup, SectionedCommand, options_of
+from vidshard.jobs.training.settings import preset_defaults, training_run
+from vidshard.schemas.training import TrainFlags
+
+if TYPE_CHECKING:
+    from vidshard.jobs.training.summary import Result
+
+
+@click.group(cls=OrderedGroup)
+def train() -> None:
+    """Train a tokenizer on raw videos.
+
+    A run uses one machine or a Ray cluster. The same command again, or `vidshard train resume`, continues a run where
+    it stopped.
+
+    \b
+    Both stages of the VidTok paper, or a tiny tokenizer on a CPU in minutes:
+      vidshard train two_stage --videos clips/ --out runs/mine
+      vidshard train two_stage --videos clips/ --out runs/try --preset tiny
+
+    \b
+    VidTwin, which has a single stage, or a tiny one:
+      vidshard train one_stage --videos clips/ --out runs/twin
+      vidshard train one_stage --videos clips/ --out runs/a --preset vidtwin_tiny
+
+    \b
+    One stage at a time, on two corpora:
+      vidshard train stage1 --videos a/=0.7 --videos b/=0.3 --out runs/one
+      vidshard train stage2 --init-from runs/one/stage1 --videos a/ --out runs/two
+
+    \b
+    Adapt published weights to your videos:
+      vidshard train finetune --init-from fsq.safetensors --videos a/ --out runs/a
+    """
+
+
+def _training_command(kind: str, preset: str, stages: tuple[str, ...], text: str) -> None:
+    """Add ``vidshard train KIND``: flags and file, laid over some stages of a preset."""
+
+    def run_command(config_path: Path | None, **flags: Any) -> Result:
+        run = training_run(preset, stages, flags, config_path)
+        from vidshard.jobs.training.job import train as run_job
+
+        return run_job(run, output_console())
+
+    run_command.__doc__ = text
+    own_stages = frozenset[str]() if len(stages) > 1 else frozenset({"stage1", "stage2"})
+    options = options_of(TrainFlags, leave_out=own_stages, defaults=preset_defaults(preset, stages))
+    train.command(kind, cls=SectionedCommand)(options(run_command))
+
+
+_training_command(
+    "two_stage",
+    "paper",
+    ("stage1", "stage2"),
+    """Train both stages, one after the other.
+
+    Stage 1 trains everything at low resolution; stage 2 trains the decoder at full resolution. A flag applies to both
+    stages. --stage1 and --stage2 set values for one of them, as do the keys stage1 and stage2 of a YAML file.
+    """,
+)
+_training_command(
+    "stage1",
+    "paper_stage1",
+    ("stage1",),
+    """Train everything at low resolution.
+
+    This is the first stage of the VidTok paper.
+    """,
+)
+_training_command(
+    "stage2",
+    "paper_stage2",
+    ("stage2",),
+    """Train the decoder at full resolution.
+
+    This is the second stage of the VidTok paper. Its starting point is a first stage, given with --init-from. Encoder
+    and quantizer stay as they are, so existing tokens stay valid.
+    """,
+)
+_training_command(
+    "one_stage",
+    "vidtwin",
+    ("one_stage",),
+    """Train everything in one stage, at full resolution.
+
+    VidTwin is trained so. The defaults are those of its paper; --preset vidtwin_tiny trains a tiny one on a CPU in
+    minutes. --init-from starts from published weights or from an earlier run.
+    """,
+)
+_training_command(
+    "finetune",
+    "domain",
+    ("finetune",),
+    """Adapt a trained tokenizer to your own videos.
+
+    The tokenizer is given with --init-from. With --preset long_video, it is adapted to longer sequences.
+    """,
+)
+
+
+@train.command()
+@click.argument("out", metavar="RUN")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Number of training processes from now on.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads of a worker on CPUs.")
+@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to run on, such as 'auto' or ray://head:10001.")
+@click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
+def resume(out: str, **changes: Any) -> Result:
+    """Resume a training run from its folder.
+
+    RUN is the folder that an earlier command named with --out. The run continues at its last checkpoint, with the
+    settings that the folder holds.
+    """
+    from vidshard.jobs.training.job import resume as run_job
+
+    return run_job(out, {name: value for name, value in changes.items() if value is not None}, output_console())
