@@ -10,6 +10,11 @@ import os
 import signal
 from types import FrameType
 
+_THREADS_SLEEP = ("OMP_WAIT_POLICY", "passive")
+"""Environment variable that OpenMP reads when torch is loaded. By default a thread that waits for the others spins, and
+takes the core that these or another program need. On two cores with a load of 9 a 17x128x128 clip of the tiny model
+then takes 1.03 s of CPU time instead of 0.22 (medians of 20)."""
+
 _INTERRUPTED = "interrupted; run the same command again to continue\n"
 
 
@@ -18,6 +23,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _end_at_once)
+    os.environ.setdefault(*_THREADS_SLEEP)
     from vidshard.jobs import cli
 
     cli.main()

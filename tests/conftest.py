@@ -10,6 +10,9 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# As the command does: an encoder has a thread for each core, and each would spin while it waits for another.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Ray gives its workers the niceness 15, and beside the other processes of `make test` they would get next to no time.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vidshard.jobs import cli
+from vidshard.jobs import cli, main
 from vidshard.jobs.cli import vidshard
 from vidshard.jobs.runtime.errors import HungUp, Terminated
 from vidshard.jobs.shards import verify
@@ -106,6 +107,20 @@ def test_a_deleted_working_directory_is_named(tmp_path: Path) -> None:
     ended = main_in_a_process(f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: the working directory cannot be used (No such file or directory): change to")
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+def test_waiting_threads_sleep_before_torch_is_loaded_unless_the_user_wants_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "main", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    seen: list[str] = []
+    main.main()
+    assert seen == [given or "passive"]
 
 
 def main_in_a_process(before: str) -> subprocess.CompletedProcess[str]:
