@@ -150,18 +150,17 @@ def _damaged(path: str, error: Exception, remedy: str) -> ShardError:
 class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
     """A Parquet file whose row groups are refused before they take too much memory; page checksums are checked."""
 
-    def __init__(self, file: Any, *, metadata: pq.FileMetaData | None = None, pre_buffer: bool = False) -> None:
+    def __init__(self, file: Any, *, metadata: pq.FileMetaData | None = None) -> None:
         """Open a file.
 
         Args:
             file: open for reading, and seekable.
             metadata: its footer, if that was read before.
-            pre_buffer: join the ranges of columns that are read together, for storage where each request is slow.
 
         Raises:
             ValueError: it has more rows than any file of vidshard.
         """
-        super().__init__(file, metadata=metadata, pre_buffer=pre_buffer, page_checksum_verification=True)
+        super().__init__(file, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
         self._file = file
         self._chunks: list[list[ColumnChunk]] | None = None
         if self.metadata.num_rows > MAX_ROWS:

@@ -73,10 +73,20 @@ def open_shard(path: str) -> Iterator[tuple[BoundedParquet, Provenance]]:
     """
     with storage.open_binary(path) as file, named_if_damaged(path, remedy=""):
         parquet = BoundedParquet(file)
-        schema = parquet.schema_arrow
-        provenance = Provenance.from_metadata(schema.metadata, name=shown_uri(path))
-        _check_columns(schema, provenance)
-        yield parquet, provenance
+        yield parquet, checked_provenance(parquet, path)
+
+
+def checked_provenance(parquet: BoundedParquet, path: str) -> Provenance:
+    """Provenance of an open shard, after a check that its columns are those of a shard.
+
+    Raises:
+        ShardError: its format version is unknown.
+        ValueError: it is no token shard, or lacks a column.
+    """
+    schema = parquet.schema_arrow
+    provenance = Provenance.from_metadata(schema.metadata, name=shown_uri(path))
+    _check_columns(schema, provenance)
+    return provenance
 
 
 def _check_columns(schema: pa.Schema, provenance: Provenance) -> None:

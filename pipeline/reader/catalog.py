@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from vidshard.pipeline.output.shard_reader import ShardError, open_shard, output_shards
+from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged
+from vidshard.pipeline.output.parquet_footer import ColumnRanges, column_ranges
+from vidshard.pipeline.output.shard_reader import ShardError, checked_provenance, output_shards
+from vidshard.pipeline.reader.files import open_end
 from vidshard.pipeline.reader.where import near_names
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.tokens import Payload, PayloadColumn, Provenance
@@ -61,6 +65,10 @@ class Catalog:
     """Provenance of each shard; equal ones are one object."""
     shard_schema: list[pa.Schema]
     """Columns of each shard; equal ones are one object."""
+    shard_bytes: npt.NDArray[np.int64]
+    """int64 (shards,): size of the file."""
+    shard_ranges: list[Mapping[str, ColumnRanges]]
+    """Where the payload columns lie in each shard, as far as that could be found."""
 
     @property
     def num_rows(self) -> int:
@@ -152,12 +160,13 @@ def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[s
     group_shard: list[int] = []
     group_number: list[int] = []
     shard_provenance, shard_schema = [], []
-    for at, (provenance, schema, group_rows) in enumerate(ends):
-        shard_provenance.append(provenances.setdefault(json.dumps(provenance.to_metadata()), provenance))
-        shard_schema.append(schemas.setdefault(schema, schema))
-        rows += group_rows
-        group_shard += [at] * len(group_rows)
-        group_number += range(len(group_rows))
+    for at, end in enumerate(ends):
+        key = json.dumps(end.provenance.to_metadata())
+        shard_provenance.append(provenances.setdefault(key, end.provenance))
+        shard_schema.append(schemas.setdefault(end.schema, end.schema))
+        rows += end.group_rows
+        group_shard += [at] * len(end.group_rows)
+        group_number += range(len(end.group_rows))
     catalog = Catalog(
         paths=shards,
         group_shard=np.array(group_shard, np.int64),
@@ -165,6 +174,8 @@ def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[s
         group_ends=np.cumsum(np.array(rows, np.int64)),
         shard_provenance=shard_provenance,
         shard_schema=shard_schema,
+        shard_bytes=np.array([end.num_bytes for end in ends], np.int64),
+        shard_ranges=[end.ranges for end in ends],
     )
     if not catalog.num_rows:
         raise ShardError(f"{shown_uri(shards[0])} holds no clips")
@@ -172,13 +183,39 @@ def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[s
     return catalog
 
 
-def _read_end(path: str) -> tuple[Provenance, pa.Schema, list[int]]:
-    with open_shard(path) as (parquet, provenance):
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """Statements of a shard's footer."""
+
+    provenance: Provenance
+    schema: pa.Schema
+    group_rows: list[int]
+    num_bytes: int
+    ranges: Mapping[str, ColumnRanges]
+
+
+def _read_end(path: str) -> _End:
+    with open_end(path) as file, named_if_damaged(path, remedy=""):
+        parquet = BoundedParquet(file)
+        provenance = checked_provenance(parquet, path)
         metadata = parquet.metadata
         rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise ValueError("its footer states impossible numbers of rows")
-        return provenance, parquet.schema_arrow.remove_metadata(), rows
+        leaves = [parquet.schema.column(at).path for at in range(metadata.num_columns)]
+        ranges: dict[str, ColumnRanges] = {}
+        for column in provenance.payload:
+            [leaf] = [leaf for leaf in leaves if leaf.split(".")[0] == column.name]
+            found = column_ranges(file, leaf, len(rows))
+            if found is not None:
+                ranges[column.name] = found
+        return _End(
+            provenance=provenance,
+            schema=parquet.schema_arrow.remove_metadata(),
+            group_rows=rows,
+            num_bytes=file.seek(0, os.SEEK_END),
+            ranges=ranges,
+        )
 
 
 def _refuse_mixed(catalog: Catalog, allowed: Collection[str]) -> None:

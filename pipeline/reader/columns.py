@@ -81,10 +81,14 @@ class PayloadValues:
         flat = chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, self.column.dtype), *chunks])
         if len(flat) != table.num_rows * width:
             raise ValueError(f"column '{name}' lacks values")
+        return self.checked(flat.reshape(table.num_rows, width))
+
+    def checked(self, values: np.ndarray) -> np.ndarray:
+        """The same values, (rows, values); token ids are checked against the codebook."""
         size = self.column.codebook_size
-        if size is not None and len(flat) and int(flat.max()) >= size:
-            raise ValueError(f"it holds token {int(flat.max())}, the codebook ends at {size - 1}")
-        return flat.reshape(table.num_rows, width)
+        if size is not None and values.size and int(values.max()) >= size:
+            raise ValueError(f"it holds token {int(values.max())}, the codebook ends at {size - 1}")
+        return values
 
     def gather(self, picks: Picks, num_rows: int) -> dict[str, Any]:
         """``{name: (rows, values)}``; all rows have one payload shape."""

@@ -1,4 +1,7 @@
-"""Row groups of shards, read by many: footers are kept, remote ranges are joined, and nothing is read twice."""
+"""Row groups of shards, read by many: footers are kept, remote ranges are joined, and nothing is read twice.
+
+Payload columns are decoded from their pages (`pages`), other columns by Arrow.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,34 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged
-from vidshard.pipeline.output.parquet_footer import ColumnChunk
+from vidshard.pipeline.output.parquet_footer import ColumnChunk, ColumnRanges
+from vidshard.pipeline.reader.pages import decoded
 from vidshard.pipeline.storage.file_systems import bounded, file_info
 from vidshard.pipeline.storage.retry import ReadError, errors_named, whole
+from vidshard.schemas.tokens import PayloadColumn
 
 FOOTERS = 64
 """Footers kept in memory: more than the shards that are read at a time."""
 _TAIL_BYTES = 256 << 10
 """Bytes at the end of a remote shard that are fetched at once: the footer of most shards, in one request."""
+_HOLE_BYTES = 64 << 10
+"""Bytes between two ranges that are fetched with them, rather than in a request of their own."""
 
 
 class RangeFile(io.RawIOBase):
-    """A remote file whose every read is one request for exactly these bytes; the end is fetched once."""
+    """A remote file whose every read is one request for exactly these bytes, unless they were fetched before."""
 
     def __init__(self, path: str, num_bytes: int | None = None) -> None:
         """Ask for the size of the file, unless it is known.
@@ -42,7 +52,7 @@ class RangeFile(io.RawIOBase):
                 num_bytes = int(storage.with_retries(path, lambda: file_info(self._fs, self._inner))["size"])
         self.num_bytes = num_bytes
         self._at = 0
-        self._tail: tuple[int, bytes] | None = None
+        self._held: list[tuple[int, bytes]] = []
 
     def readable(self) -> bool:
         """True."""
@@ -72,20 +82,37 @@ class RangeFile(io.RawIOBase):
         if stop <= start:
             return b""
         self._at = stop
-        if self._tail is None or stop <= self._tail[0]:
-            return self._fetch(start, stop)
-        begin, tail = self._tail
-        before = self._fetch(start, begin) if start < begin else b""
-        return before + tail[max(0, start - begin) : stop - begin]
+        for at, (begin, data) in enumerate(self._held):
+            if start < begin < stop <= begin + len(data):
+                data = self._fetch(start, begin) + data
+                self._held[at] = begin, data = start, data
+            if begin <= start and stop <= begin + len(data):
+                return data[start - begin : stop - begin]
+        return self._fetch(start, stop)
 
-    def keep_tail(self) -> None:
+    def hold(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch ranges that are not held, near ones in one request, and serve reads of them from memory.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        joined: list[list[int]] = []
+        for start, stop in sorted(ranges):
+            if any(begin <= start and stop <= begin + len(data) for begin, data in self._held):
+                continue
+            if joined and start <= joined[-1][1] + _HOLE_BYTES:
+                joined[-1][1] = max(joined[-1][1], stop)
+            else:
+                joined.append([start, stop])
+        self._held += [(start, self._fetch(start, min(stop, self.num_bytes))) for start, stop in joined]
+
+    def hold_tail(self) -> None:
         """Fetch the end of the file, and serve reads of it from memory.
 
         Raises:
             StorageError: the storage failed.
         """
-        start = max(0, self.num_bytes - _TAIL_BYTES)
-        self._tail = (start, self._fetch(start, self.num_bytes))
+        self.hold([(max(0, self.num_bytes - _TAIL_BYTES), self.num_bytes)])
 
     def _fetch(self, start: int, stop: int) -> bytes:
         def once() -> bytes:
@@ -100,18 +127,18 @@ class RangeFile(io.RawIOBase):
 class ShardFiles:
     """Reads row groups of a list of shards; safe to use from several threads."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        """Remember the paths; nothing is opened."""
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], num_bytes: npt.NDArray[np.int64]) -> None:
+        """Remember paths and sizes of the shards; nothing is opened."""
+        self._paths, self._num_bytes = paths, num_bytes
         self._footers: OrderedDict[int, _Footer] = OrderedDict()
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths}
+        return {"_paths": self._paths, "_num_bytes": self._num_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_paths"])  # type: ignore[misc]
+        self.__init__(state["_paths"], state["_num_bytes"])  # type: ignore[misc]
 
     def group(self, shard: int, number: int, columns: Sequence[str]) -> pa.Table:
         """Read columns of one row group.
@@ -120,25 +147,104 @@ class ShardFiles:
             ShardError: the shard is damaged, or the columns take more memory than allowed.
             storage.StorageError: the storage failed.
         """
-        path = self._paths[shard]
-        with named_if_damaged(path, remedy=""):
-            known = self._footer(shard)
-            if known is None:
-                with self._lock:
-                    opening = self._opening.setdefault(shard, threading.Lock())
-                with opening:  # of several threads one reads the footer
-                    known = self._footer(shard) or self._read_footer(shard)
-            file = _open(path, known.num_bytes)
+        with named_if_damaged(self._paths[shard], remedy=""):
+            file = self._open(shard)
             try:
-                parquet = BoundedParquet(file, metadata=known.metadata, pre_buffer=isinstance(file, RangeFile))
-                parquet.keep_chunks(known.chunks)
-                if not 0 <= number < parquet.metadata.num_row_groups:
-                    raise ValueError("it was replaced since it was opened")
-                table = parquet.group(number, columns)
-                known.chunks = parquet.known_chunks
-                return table
+                return self._table(file, shard, number, columns, [])
             finally:
                 file.close()
+
+    def payload_and_table(
+        self,
+        shard: int,
+        number: int,
+        num_rows: int,
+        payload: Sequence[tuple[PayloadColumn, ColumnRanges | None]],
+        columns: Sequence[str],
+    ) -> tuple[Mapping[str, np.ndarray], pa.Table | None]:
+        """Read payload columns and other columns of one row group.
+
+        Args:
+            shard: number of the shard.
+            number: number of the row group in the shard.
+            num_rows: rows of the row group.
+            payload: payload columns as the shard has them, and where they lie if that is known.
+            columns: other columns.
+
+        Returns:
+            Values (rows, values of a row) by payload column; and a table of the other columns, with the payload columns
+            whose pages Arrow must read. None if there are none of these.
+
+        Raises:
+            ShardError, storage.StorageError: as `group`.
+        """
+        with named_if_damaged(self._paths[shard], remedy=""):
+            file = self._open(shard)
+            try:
+                known = [(column, ranges) for column, ranges in payload if ranges is not None]
+                left = [column.name for column, ranges in payload if ranges is None]
+                wanted = [(int(r.starts[number]), int(r.stops[number])) for _, r in known]
+                if isinstance(file, RangeFile) and wanted and not (columns or left):
+                    file.hold(wanted)
+                table = self._table(file, shard, number, [*columns, *left], wanted) if columns or left else None
+                values: dict[str, np.ndarray] = {}
+                for (column, ranges), (start, stop) in zip(known, wanted, strict=True):
+                    file.seek(start)
+                    found = decoded(
+                        memoryview(file.read(stop - start)),
+                        codec=ranges.codec,
+                        dtype=column.dtype,
+                        num_rows=num_rows,
+                        width=column.num_values,
+                    )
+                    if found is not None:
+                        values[column.name] = found
+                if odd := [column.name for column, _ in known if column.name not in values]:
+                    more = self._table(file, shard, number, odd, [])
+                    if table is not None:
+                        for name in table.column_names:
+                            more = more.append_column(name, table[name])
+                    table = more
+                return values, table
+            finally:
+                file.close()
+
+    def _table(
+        self, file: Any, shard: int, number: int, columns: Sequence[str], more: Sequence[tuple[int, int]]
+    ) -> pa.Table:
+        """Read columns by Arrow; of a remote file these and ``more`` ranges are fetched together."""
+        known = self._footer(shard)
+        if known is None:
+            with self._lock:
+                opening = self._opening.setdefault(shard, threading.Lock())
+            with opening:  # of several threads one reads the footer
+                known = self._footer(shard) or self._read_footer(shard)
+        parquet = BoundedParquet(file, metadata=known.metadata)
+        parquet.keep_chunks(known.chunks)
+        if not 0 <= number < parquet.metadata.num_row_groups:
+            raise ValueError("it was replaced since it was opened")
+        if isinstance(file, RangeFile):
+            ranges = [(c.start, c.stop) for c in parquet.chunks(number) if c.path.split(".")[0] in columns]
+            file.hold([*ranges, *more])
+        table = parquet.group(number, columns)
+        known.chunks = parquet.known_chunks
+        return table
+
+    def _open(self, shard: int) -> Any:
+        """Open a shard to read row groups.
+
+        Raises:
+            ValueError: it has another size than when its end was read.
+            OSError, StorageError: it cannot be read.
+        """
+        path, num_bytes = self._paths[shard], int(self._num_bytes[shard])
+        if not storage.is_local(path):
+            return RangeFile(path, num_bytes)
+        file = pa.OSFile(storage.absolute(path))
+        if file.size() != num_bytes:
+            file.close()
+            raise ValueError("it was replaced since it was opened")
+        return file
 
     def _footer(self, shard: int) -> _Footer | None:
         with self._lock:
@@ -148,15 +254,12 @@ class ShardFiles:
             return known
 
     def _read_footer(self, shard: int) -> _Footer:
-        file = _open(self._paths[shard], None)
-        try:
-            if isinstance(file, RangeFile):
-                file.keep_tail()
+        with open_end(self._paths[shard], num_bytes=int(self._num_bytes[shard])) as file:
             parquet = BoundedParquet(file)
-            size = file.num_bytes if isinstance(file, RangeFile) else 0
-            footer = _Footer(metadata=parquet.metadata, num_bytes=size)
-        finally:
-            file.close()
+            chunks = None
+            if isinstance(file, RangeFile):
+                chunks = [parquet.chunks(number) for number in range(parquet.metadata.num_row_groups)]
+            footer = _Footer(metadata=parquet.metadata, chunks=chunks)
         with self._lock:
             self._footers[shard] = footer
             while len(self._footers) > FOOTERS:
@@ -169,15 +272,25 @@ class _Footer:
     """Facts about a shard that are kept."""
 
     metadata: pq.FileMetaData
-    num_bytes: int
-    """Size of a remote file; 0 for a local one."""
-    chunks: list[list[ColumnChunk]] | None = None
-    """Chunks that `BoundedParquet.chunks` has read; None before columns were read that need it."""
+    chunks: list[list[ColumnChunk]] | None
+    """Chunks that `BoundedParquet.chunks` has read; None before they were needed."""
 
 
-def _open(path: str, num_bytes: int | None) -> Any:
-    if not storage.is_local(path):
-        return RangeFile(path, num_bytes)
-    if num_bytes is None:
-        storage.open_binary(path).close()  # which refuses what is no regular file
-    return pa.OSFile(storage.absolute(path))
+@contextmanager
+def open_end(path: str, num_bytes: int | None = None) -> Iterator[Any]:
+    """Open a shard to read its footer; the end of a remote one comes in one request.
+
+    Args:
+        path: the shard.
+        num_bytes: its size, if that is known.
+
+    Raises:
+        StorageError: it is missing, not readable, or no regular file.
+    """
+    if storage.is_local(path):
+        with storage.open_binary(path) as file:  # which refuses what is no regular file
+            yield file
+        return
+    with RangeFile(path, num_bytes) as file:
+        file.hold_tail()
+        yield file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ from vidshard.schemas.tokens import payload_bytes
 Integers = npt.NDArray[np.int64]
 Loaded = list[Any]
 """Loaded columns of a row group, by the number of the column."""
+Picks = list[tuple[int, Integers, Integers]]
+"""Rows of a batch by row group: its number, rows in it, and rows of the batch."""
 
 AHEAD_BYTES = 64 << 20
 """Payload that is read ahead of the batch that is made."""
@@ -68,7 +71,7 @@ class Source:
         if signals_per not in ("frame", "latent"):
             raise UserError(f"signals_per is 'frame' or 'latent', got {signals_per!r:.40}")
         self.catalog: Catalog = read_catalog(paths, allow_mixed=allow_mixed)
-        self.files = ShardFiles(self.catalog.paths)
+        self.files = ShardFiles(self.catalog.paths, self.catalog.shard_bytes)
         payload = self.catalog.provenance.payload
         names = [c.name for c in payload if not c.is_logvar] if columns is None else names_of(columns)
         self._columns: list[Column] = [column_of(self.catalog, name) for name in dict.fromkeys(names)]
@@ -85,7 +88,10 @@ class Source:
         if self.rule is not None:
             have = set(names)
             self._columns += [column_of(self.catalog, n) for n in self.rule.more_columns if n not in have]
-        self._reads = list(dict.fromkeys(name for column in self._columns for name in column.reads))
+        self._payload_names = {c.column.name for c in self._columns if isinstance(c, PayloadValues)}
+        others = [column for column in self._columns if not isinstance(column, PayloadValues)]
+        self._reads = list(dict.fromkeys(name for column in others for name in column.reads))
+        self._group_starts = np.concatenate([[0], self.catalog.group_ends[:-1]])
         self.units: Units = find_units(self.catalog, self.files, where=where, sequence=sequence, stride=stride)
         self.sequence = sequence
         self._is_continuous = bool(self.catalog.provenance.run.get("continuous"))
@@ -106,16 +112,33 @@ class Source:
         """
         catalog = self.catalog
         shard = int(catalog.group_shard[group])
-        table = self.files.group(shard, int(catalog.group_number[group]), self._reads)
+        num_rows = int(catalog.group_ends[group] - (catalog.group_ends[group - 1] if group else 0))
+        payload = [
+            (column, catalog.shard_ranges[shard].get(column.name))
+            for column in catalog.shard_provenance[shard].payload
+            if column.name in self._payload_names
+        ]
+        values, table = self.files.payload_and_table(
+            shard, int(catalog.group_number[group]), num_rows, payload, self._reads
+        )
         with named_if_damaged(catalog.paths[shard], remedy=""):
-            if table.num_rows != catalog.group_ends[group] - (catalog.group_ends[group - 1] if group else 0):
+            if table is not None and table.num_rows != num_rows:
                 raise ValueError("it was replaced since it was opened")
-            return [column.load(table) for column in self._columns]
+            return [
+                column.checked(values[column.column.name])
+                if isinstance(column, PayloadValues) and column.column.name in values
+                else column.load(table)
+                for column in self._columns
+            ]
 
-    def groups(self, units: Integers) -> tuple[Integers, Integers]:
-        """Rows of units, flat, and the row group of each."""
+    def picks(self, units: Integers) -> tuple[Integers, Picks]:
+        """Rows of units, flat, and the same rows by row group."""
         rows = self.units.rows_of(units).reshape(-1)
-        return rows, np.searchsorted(self.catalog.group_ends, rows, side="right")
+        groups = np.searchsorted(self.catalog.group_ends, rows, side="right")
+        order = np.argsort(groups, kind="stable")
+        groups, inside = groups[order], rows[order] - self._group_starts[groups[order]]
+        cuts = [0, *(np.flatnonzero(groups[1:] != groups[:-1]) + 1).tolist(), len(rows)]
+        return rows, [(int(groups[a]), inside[a:b], order[a:b]) for a, b in itertools.pairwise(cuts)]
 
     def batch(self, plan: Plan, loaded: Callable[[int], Loaded]) -> dict[str, Any]:
         """Make a batch of units that have one payload shape.
@@ -127,13 +150,11 @@ class Source:
         Raises:
             ShardError: values are not those of the column.
         """
-        rows, groups = self.groups(plan.units)
-        starts = np.concatenate([[0], self.catalog.group_ends])
-        parts = []
-        for group in np.unique(groups):
-            here = np.flatnonzero(groups == group)
-            parts.append((loaded(int(group)), rows[here] - starts[group], here))
-        shard = int(self.catalog.group_shard[groups[0]])
+        return self._batch(plan, *self.picks(plan.units), loaded)
+
+    def _batch(self, plan: Plan, rows: Integers, picks: Picks, loaded: Callable[[int], Loaded]) -> dict[str, Any]:
+        parts = [(loaded(group), inside, places) for group, inside, places in picks]
+        shard = int(self.catalog.group_shard[picks[0][0]])
         found: dict[str, Any] = {}
         with named_if_damaged(self.catalog.paths[shard], remedy=""):
             for at, column in enumerate(self._columns):
@@ -170,21 +191,20 @@ class Source:
         """
         row_bytes = payload_bytes(self.catalog.provenance.payload)
         ends = self.catalog.group_ends
-        waiting: deque[tuple[Plan, dict[int, int]]] = deque()
+        waiting: deque[tuple[Plan, Integers, Picks]] = deque()
         uses: Counter[int] = Counter()
         loads: dict[int, Future[Loaded]] = {}
         fresh: dict[int, int] = {}
-        submitted = 0
+        fresh_bytes = submitted = 0
         pool = ThreadPoolExecutor(_REMOTE_THREADS if self._is_remote else _LOCAL_THREADS, "vidshard-reader")
 
         def plan_one() -> bool:
             plan = next(plans, None)
             if plan is None:
                 return False
-            groups, counts = np.unique(self.groups(plan.units)[1], return_counts=True)
-            needs = dict(zip(groups.tolist(), counts.tolist(), strict=True))
-            uses.update(needs)
-            waiting.append((plan, needs))
+            rows, picks = self.picks(plan.units)
+            uses.update(group for group, _, _ in picks)
+            waiting.append((plan, rows, picks))
             return True
 
         try:
@@ -192,21 +212,22 @@ class Source:
                 while waiting[-1][0].block_end <= waiting[0][0].block_end and plan_one():
                     pass
                 while submitted < len(waiting) or plan_one():
-                    missing = [group for group in waiting[submitted][1] if group not in loads]
-                    if submitted and sum(fresh.values()) > AHEAD_BYTES and missing:
+                    missing = [group for group, _, _ in waiting[submitted][2] if group not in loads]
+                    if submitted and fresh_bytes > AHEAD_BYTES and missing:
                         break
                     for group in missing:
                         loads[group] = pool.submit(self.load, group)
-                        fresh[group] = int(ends[group] - (ends[group - 1] if group else 0)) * row_bytes
+                        fresh[group] = int(ends[group] - self._group_starts[group]) * row_bytes
+                        fresh_bytes += fresh[group]
                     submitted += 1
                     if submitted > 1 << 16:
                         break
-                plan, needs = waiting.popleft()
+                plan, rows, picks = waiting.popleft()
                 submitted -= 1
-                yield plan, self.batch(plan, lambda group: loads[group].result())
-                for group, count in needs.items():
-                    fresh.pop(group, None)
-                    uses[group] -= count
+                yield plan, self._batch(plan, rows, picks, lambda group: loads[group].result())
+                for group, _, _ in picks:
+                    fresh_bytes -= fresh.pop(group, 0)
+                    uses[group] -= 1
                     if not uses[group]:
                         del uses[group], loads[group]
         finally:

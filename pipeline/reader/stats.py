@@ -57,7 +57,7 @@ def compute_stats(path: str) -> tuple[Catalog, dict[str, ChannelStats]]:
     columns = [PayloadValues(c) for c in catalog.provenance.payload if c.codebook_size is None and not c.is_logvar]
     if not columns:
         raise UserError(f"{shown_uri(path)} holds tokens: there are no latents to normalize")
-    files = ShardFiles(catalog.paths)
+    files = ShardFiles(catalog.paths, catalog.shard_bytes)
     found: dict[str, ChannelStats] = {}
     for group, shard in enumerate(catalog.group_shard.tolist()):
         table = files.group(shard, int(catalog.group_number[group]), [c.column.name for c in columns])

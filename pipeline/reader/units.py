@@ -142,7 +142,7 @@ def _groups_that_may_pass(path: str, expression: pc.Expression) -> list[int]:
         fragment = parquet.make_fragment(storage.absolute(path), filesystem=pa.fs.LocalFileSystem())
     else:
         file = RangeFile(path)
-        file.keep_tail()
+        file.hold_tail()
         fragment = parquet.make_fragment(file)
     return [group.id for group in fragment.subset(filter=expression).row_groups]
 

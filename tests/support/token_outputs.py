@@ -137,7 +137,19 @@ def write_shard(
         schema=schema,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=rows_per_group, compression="zstd", write_page_checksum=True)
+    encodings = {
+        f"{column.name}.list.element": "PLAIN" if column.codebook_size is None else "BYTE_STREAM_SPLIT"
+        for column in payload
+    }
+    pq.write_table(
+        table,
+        path,
+        row_group_size=rows_per_group,
+        compression="zstd",
+        use_dictionary=["video_id", "uri"],
+        column_encoding=encodings,
+        write_page_checksum=True,
+    )
     return first_id + len(rows)
 
 

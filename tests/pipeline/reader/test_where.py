@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -94,13 +95,18 @@ def test_a_filter_passes_the_rows_that_meet_it(out: Path) -> None:
 
 def test_row_groups_that_cannot_pass_are_not_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int, tuple[str, ...]]] = []
-    group = ShardFiles.group
+    group, load = ShardFiles.group, ShardFiles.payload_and_table
 
     def counted(self: ShardFiles, shard: int, number: int, columns: list[str]) -> pa.Table:
         reads.append((shard, number, tuple(columns)))
         return group(self, shard, number, columns)
 
+    def counted_load(self: ShardFiles, shard: int, number: int, *others: Any) -> Any:
+        reads.append((shard, number, ("tokens",)))
+        return load(self, shard, number, *others)
+
     monkeypatch.setattr(ShardFiles, "group", counted)
+    monkeypatch.setattr(ShardFiles, "payload_and_table", counted_load)
     found = list(vidshard.TokenShards(str(out), where="video_id = 'a000000'"))
     assert len(found) == 2
     assert {shard for shard, _, _ in reads} == {0}
