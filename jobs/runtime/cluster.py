@@ -9,11 +9,9 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from types import FrameType
 from typing import Any
 
 import ray
@@ -21,20 +19,16 @@ from ray.data import DataContext
 
 from vidshard.jobs.runtime.errors import cause_of, terminate
 from vidshard.jobs.runtime.private_ray import private_ray
+from vidshard.jobs.runtime.ray_watch import death_noticed, processes_of_joined_ray, processes_of_own_ray
 from vidshard.pipeline.output.lease import release_held_leases
 from vidshard.pipeline.resources import GpuNode
 from vidshard.pipeline.storage import StorageError
-from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, RunFailedError, VidshardError
+from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
 _STOPPING_SECONDS = 60.0
-_WATCHING_SECONDS = 0.5
 _RELEASING_SECONDS = 10.0
-
-
-class RayDiedError(RunFailedError):
-    """A process ended that a Ray of our own cannot do without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +67,8 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
             where = address or os.environ.get("RAY_ADDRESS", "")
             own = where in ("", "local")
             _start(stack, where, own=own, object_store_bytes=object_store_bytes, verbose=verbose)
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(_death_noticed(own=own))
         _quiet(verbose)
         resources = ray.cluster_resources()
         yield Cluster(
@@ -128,8 +124,6 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
         raise StorageError(f"{problem}: {cause_of(error)}. {_remedy(error, own=own)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # replaces Ray's handler, which aborts the process
-        if own:
-            stack.enter_context(_death_noticed())
 
 
 def _stop() -> None:
@@ -153,57 +147,15 @@ def _end(text: str) -> None:
     os._exit(EXIT_FAILED)
 
 
-@contextmanager
-def _death_noticed() -> Iterator[None]:
-    """Raise RayDiedError in the main thread once a process has ended that a Ray of our own cannot do without.
-
-    Ray itself notices after some 15 seconds, and then ends this process without a word of what to do.
-    """
-    started = getattr(ray._private.worker._global_node, "all_processes", {})
-    watched = [(name, info.process) for name in ("gcs_server", "raylet") for info in started.get(name, [])]
-    main_thread = threading.get_ident()
-    deaths: list[str] = []
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(_WATCHING_SECONDS):
-            deaths.extend(_death(name, code) for name, process in watched if (code := process.poll()) is not None)
-            if deaths:
-                signal.pthread_kill(main_thread, signal.SIGUSR1)
-                if not is_over.wait(_STOPPING_SECONDS):
-                    _end(deaths[0])
-                return
-
-    def fail(_number: int, _frame: FrameType | None) -> None:
-        if deaths:
-            sys.unraisablehook = partial(_report_unless_of_ray, sys.unraisablehook)
-            raise RayDiedError(deaths[0])
-
-    before = signal.signal(signal.SIGUSR1, fail)
-    threading.Thread(target=watch, name="ray-watch", daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        signal.signal(signal.SIGUSR1, before)
-
-
-def _report_unless_of_ray(report: Callable[[Any], object], unraisable: sys.UnraisableHookArgs) -> None:
-    """Report an exception of a finalizer, unless it lacks a Ray whose death has its own message."""
-    if not isinstance(unraisable.exc_value, VidshardError | ray.exceptions.RayError):
-        report(unraisable)
-
-
-def _death(name: str, code: int) -> str:
-    if code >= 0:
-        cause = f"with exit code {code}"
-    else:
-        cause = f"by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
-        cause += ", perhaps as the machine was out of memory" if -code == signal.SIGKILL else ""
-    return (
-        f"the run stopped: Ray's process {name} ended ({cause}); what is committed is valid. Run the same command "
-        "again, with -v or --verbose for Ray's log"
+def _death_noticed(*, own: bool) -> AbstractContextManager[None]:
+    """Raise RayDiedError in the main thread once a process of Ray has ended without which the run cannot go on."""
+    remedy = (
+        "Run the same command again, with -v or --verbose for Ray's log"
+        if own
+        else "Start the cluster again, or give the address of another one, and run the same command again"
     )
+    watched = processes_of_own_ray() if own else processes_of_joined_ray()
+    return death_noticed(watched, remedy=remedy, patience_seconds=_STOPPING_SECONDS, end=_end)
 
 
 def _remedy(error: BaseException, *, own: bool) -> str:
@@ -284,6 +236,15 @@ def _no_chatter() -> Iterator[int]:
         os.close(kept)
 
 
+_print_of_ray = ray._private.worker.print_to_stdstream
+
+
+def _print_unless_of_a_dead_raylet(batch: dict[str, Any], ignore_prefix: bool) -> None:
+    """Print a message of Ray, unless it is the last twenty lines of a raylet's log: the death has a message of ours."""
+    if not any(str(line).startswith("Raylet is terminated") for line in batch.get("lines", ())):
+        _print_of_ray(batch, ignore_prefix)
+
+
 def _quiet(verbose: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = verbose
@@ -292,5 +253,6 @@ def _quiet(verbose: bool) -> None:
     # retries can only be bounded by arguments that Ray 2.64 will remove, and no replacement is documented yet
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     if not verbose:
+        ray._private.worker.print_to_stdstream = _print_unless_of_a_dead_raylet
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it also raises

@@ -18,6 +18,7 @@ import ray
 from ray.cluster_utils import Cluster as RayCluster
 from ray.exceptions import RayTaskError
 
+from tests.support.cli import tokenize
 from tests.support.encoding import clip_spec, decoded_row, encoder_spec
 from tests.support.held_back import held_back
 from tests.support.processes import (
@@ -40,6 +41,7 @@ from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.flow import EncoderActor, build_flow
 from vidshard.pipeline.output.committed import committed_spans
+from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import WORK_SCHEMA
 
@@ -193,3 +195,34 @@ def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -
     with pytest.raises(RayTaskError) as caught:
         list(flow.iter_batches(batch_format="pyarrow", batch_size=None))
     assert cause_of(caught.value).startswith("the weights in memory are not those expected")
+
+
+@pytest.mark.parametrize("killed", [pytest.param("raylet", marks=pytest.mark.slow), "gcs_server"])
+def test_the_death_of_a_joined_clusters_process_ends_the_run_with_a_remedy_and_another_cluster_goes_on(
+    many_spans: Path, undisturbed: Tokens, tmp_path: Path, killed: str
+) -> None:
+    out = tmp_path / "tokens"
+    joined = RayCluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        arguments: tuple[str | Path, ...] = ("--out", out, *RUN, *COMMITTED_AT_ONCE, "--ray-address", joined.address)
+        with held_back(many_spans / "2.mp4", out) as held, started(*inputs(many_spans, held), *arguments) as process:
+            until(process, lambda: is_under_way(out) and held.is_reached)
+            [info] = joined.head_node.all_processes[killed]
+            os.kill(info.process.pid, signal.SIGKILL)
+            printed, _ = process.communicate(timeout=50)  # Ray itself takes 61 s to notice
+            assert process.returncode == 1, printed
+            words = " ".join(printed.split())
+            assert f"the run stopped: Ray's process {killed}" in words
+            assert (
+                "Start the cluster again, or give the address of another one, and run the same command again" in words
+            )
+            assert "Traceback" not in printed
+            assert "[state-dump]" not in printed
+            assert 0 < len(tokens_by_clip(out)) < len(undisturbed)
+            Lease.acquire(str(out), ttl_seconds=600, on_wait=lambda text: pytest.fail(text)).release()
+            held.let_go()
+            finished = tokenize(*inputs(many_spans, held), "--out", out, *RUN)
+    finally:
+        joined.shutdown()
+    assert finished.exit_code == 0, finished.output
+    assert tokens_by_clip(out) == undisturbed

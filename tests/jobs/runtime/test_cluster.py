@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vidshard.jobs.runtime.cluster import _report_unless_of_ray
+from vidshard.jobs.runtime.ray_watch import _report_unless_of_ray
 from vidshard.schemas.errors import RunFailedError
 
 
