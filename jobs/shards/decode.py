@@ -5,9 +5,7 @@ Clips of a family with payload parts are also written by part, or crossed: the p
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline import storage
 from vidshard.pipeline.crossing import check_parts, cross_clips
+from vidshard.pipeline.output.names import safe_name
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, open_shard, output_shards, read_clips
 from vidshard.pipeline.reconstruct import (
     ClipDecoder,
@@ -260,18 +259,9 @@ def _identity(path: str) -> str:
         return json.dumps(provenance.identity, sort_keys=True)
 
 
-_OWN_ID = re.compile(r"[0-9a-z]{1,64}(?:-[0-9a-z]{1,64}){0,2}(?:-[0-9]{6,12})?", re.ASCII)
-"""Form of the ids that vidshard makes of clips and videos."""
-
-
 def file_name(clip_id: str) -> str:
-    """Name of the video file of a clip; one that leaves no folder, whatever text a shard has as the id.
-
-    It is the id itself where it has the form of vidshard's own, else a digest of it.
-    """
-    if _OWN_ID.fullmatch(clip_id):
-        return f"{clip_id}.mp4"
-    return f"clip-{hashlib.sha256(clip_id.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.mp4"
+    """Name of the video file of a clip; one that leaves no folder, whatever text a shard has as the id."""
+    return f"{safe_name(clip_id)}.mp4"
 
 
 def tiling_for(request: DecodeRun, resolved: ResolvedRun) -> Tiling | None:

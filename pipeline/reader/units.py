@@ -176,6 +176,42 @@ def _windows(
     return windows[np.argsort(windows[:, 0], kind="stable")], len(chain)
 
 
+def runs_of_rows(catalog: Catalog, files: ShardFiles, rows: Integers) -> tuple[Integers, Integers]:
+    """Order rows by runs: maximal sequences of consecutive rows of one video.
+
+    Args:
+        catalog: the shards.
+        files: of the same shards.
+        rows: int64 (rows,), numbers of rows in ascending order, each once.
+
+    Returns:
+        The rows, run after run and in the order of time within each; and the number of the run of each, from 0,
+        non-decreasing. Runs are ordered by their first row.
+
+    Raises:
+        ShardError: a shard is damaged.
+    """
+    if not len(rows):
+        return rows, rows
+    table, numbers = _sequence_table(catalog, files, rows)
+    following = _following(table, catalog.shard_shape[_shards(catalog, numbers)])
+    run, place = np.full(len(numbers), -1), np.zeros(len(numbers), np.int64)
+    is_first = np.ones(len(numbers), bool)
+    is_first[following[following >= 0]] = False
+    at = of = np.flatnonzero(is_first)
+    depth = 0
+    while len(at):
+        run[at], place[at] = of, depth
+        at, depth = following[at], depth + 1
+        at, of = at[at >= 0], of[at >= 0]
+        new = run[at] < 0  # each row is in one run, also where two rows end when it begins
+        at, of = at[new], of[new]
+    alone = run < 0
+    run[alone] = np.flatnonzero(alone)
+    order = np.lexsort((place, run))
+    return numbers[order], np.unique(run[order], return_inverse=True)[1].astype(np.int64)
+
+
 def _shards(catalog: Catalog, rows: Integers) -> Integers:
     return catalog.group_shard[np.searchsorted(catalog.group_ends, rows, side="right")]
 
