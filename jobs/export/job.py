@@ -86,7 +86,7 @@ def export_output(request: ExportRun, console: Console) -> ExportResult:
         _check_settings(state, request, catalog)
         if state.is_complete and state.source_digest == catalog.digest:
             return _report(state, request, layout, console, num_new=0)
-    files = ShardFiles(catalog.paths)
+    files = ShardFiles(catalog.paths, catalog.shard_bytes)
     selection = select(catalog, files, layout, where=request.where, limit=request.limit)
     source = source_of(catalog, selection, layout, dest, request.columns)
     left_out = layout.check(source)
