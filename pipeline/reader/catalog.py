@@ -205,7 +205,7 @@ def _read_end(path: str) -> _End:
         leaves = [parquet.schema.column(at).path for at in range(metadata.num_columns)]
         ranges: dict[str, ColumnRanges] = {}
         for column in provenance.payload:
-            [leaf] = [leaf for leaf in leaves if leaf.split(".")[0] == column.name]
+            [leaf] = [leaf for leaf in leaves if leaf.rpartition(".list.")[0] == column.name]
             found = column_ranges(file, leaf, len(rows))
             if found is not None:
                 ranges[column.name] = found

@@ -224,7 +224,10 @@ class ShardFiles:
         if not 0 <= number < parquet.metadata.num_row_groups:
             raise ValueError("it was replaced since it was opened")
         if isinstance(file, RangeFile):
-            ranges = [(c.start, c.stop) for c in parquet.chunks(number) if c.path.split(".")[0] in columns]
+            wanted = tuple(f"{name}." for name in columns)  # names may hold dots
+            ranges = [
+                (c.start, c.stop) for c in parquet.chunks(number) if c.path in columns or c.path.startswith(wanted)
+            ]
             file.hold([*ranges, *more])
         table = parquet.group(number, columns)
         known.chunks = parquet.known_chunks
