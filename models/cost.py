@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_flop_count
 
 from vidshard.models.tokenizer import FAMILIES, Tokenizer, TokenizerConfig
+from vidshard.models.vidtok.config import VidTokConfig
 
 MOST_VALUES = 2**31 - 1
 """Largest number of values in one map of a GPU: kernels of cuDNN and of PyTorch count them in int32."""
@@ -56,8 +57,8 @@ class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operator and count it."""
         result = operator(*args, **(kwargs or {}))
-        written = _tensors(result)
-        read = [] if operator.overloadpacket in _FACTORIES else _tensors((args, kwargs))
+        written = _written(operator, args, result)
+        read = [] if operator.overloadpacket in _FACTORIES else _read(operator, args, kwargs or {})
         is_view = operator.is_view or not written or operator.overloadpacket in _FREE
         if not is_view:
             self._kernels += 1
@@ -93,6 +94,20 @@ def encoding_cost(
     return _cost_of(config, dtype, lambda model: model.encode(_clip(num_frames, height, width, dtype)))
 
 
+@lru_cache(maxsize=64)
+def decoding_cost(
+    config: TokenizerConfig, num_frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Cost:
+    """Count the cost of decoding one whole clip on a GPU, as `encoding_cost`."""
+    shapes = {column.name: (1, *column.shape) for column in config.payload(num_frames, height, width)}
+    # Tokens would be checked against the codebook, which needs their values; latents of VidTok are what they stand for.
+    if list(shapes) == ["tokens"]:
+        assert isinstance(config, VidTokConfig)
+        shapes = {"latents": (1, config.latent_channels, *shapes["tokens"][1:])}
+    payload = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    return _cost_of(config, dtype, lambda model: model.decode_payload(payload, num_frames))
+
+
 def _cost_of(config: TokenizerConfig, dtype: torch.dtype, run: Callable[[Tokenizer], object]) -> Cost:
     with torch.device("meta"):
         network = FAMILIES[config.family].build(config).eval().requires_grad_(False)
@@ -121,6 +136,22 @@ _FREE = frozenset(
 
 _FACTORIES = frozenset({torch.ops.aten.new_zeros, torch.ops.aten.new_ones, torch.ops.aten.zeros_like})
 """Operators that take only shape and dtype from their input."""
+
+
+def _written(operator: Any, args: tuple[Any, ...], result: object) -> list[Tensor]:
+    """Results of an operator, and the inputs that it overwrites without returning them."""
+    written = _tensors(result)
+    for argument, value in zip(operator._schema.arguments, args, strict=False):
+        is_changed = argument.alias_info is not None and argument.alias_info.is_write
+        if is_changed and isinstance(value, Tensor) and not any(value is tensor for tensor in written):
+            written.append(value)
+    return written
+
+
+def _read(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Inputs of an operator, without a tensor that is only given to hold its result."""
+    outputs = {argument.name for argument in operator._schema.arguments if argument.is_out}
+    return _tensors((args, {name: value for name, value in kwargs.items() if name not in outputs}))
 
 
 def _flops(operator: Any, args: tuple[Any, ...], written: list[Tensor]) -> int:

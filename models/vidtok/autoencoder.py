@@ -11,19 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vidshard.models.vidtok import fused
 from vidshard.models.vidtok.layers import (
     ChannelNorm,
     FrameAttention,
     Layer,
     LayerPast,
     LinearTimeUp,
+    Map,
     SpaceDown,
     SpaceUp,
     SpatialUnit,
+    Sum,
+    TimeBlend,
     TimeConv,
     TimeDown,
     TimeRule,
@@ -282,11 +287,10 @@ def run_layers(
     recompute: bool = False,
 ) -> tuple[Tensor, Past]:
     """Run a network over a chunk and collect the past of each layer for the next one."""
-    features_BTHWC, next_past = run_to_features(
-        network, x_BTHWC, past, keep_past=keep_past, last=last, recompute=recompute
-    )
-    x_BTHWC, kept = network.conv_out(features_BTHWC, past[-1] if past else ())
-    return x_BTHWC, (*next_past, kept) if keep_past else ()
+    h, next_past = _run(network, x_BTHWC, past, keep_past=keep_past, last=last, recompute=recompute)
+    rule = network.conv_out.rule
+    joined_BTHWC, kept = network.norm_out.in_context(h, past[-1] if past else (), rule, keep_past=keep_past)
+    return network.conv_out.convolved(joined_BTHWC), (*next_past, kept) if keep_past else ()
 
 
 def run_to_features(
@@ -304,20 +308,34 @@ def run_to_features(
         recompute: keep only each layer's input, and compute its activations again in the backward pass. Training
             then holds one layer's maps at a time, for a third more work.
     """
+    h, next_past = _run(network, x_BTHWC, past, keep_past=keep_past, last=last, recompute=recompute)
+    return network.norm_out(h, silu=True), next_past
+
+
+def _run(
+    network: Encoder | Decoder, x_BTHWC: Tensor, past: Past, *, keep_past: bool, last: bool, recompute: bool
+) -> tuple[Map, Past]:
+    """Run the layers before the output's norm."""
     next_past: list[LayerPast] = []
+    h: Map = x_BTHWC
+    defer_sum = not recompute and fused.is_used(x_BTHWC, network.norm_out.norm.weight)
     for index, layer in enumerate(network.layers()):
         layer_past = past[index] if past else ()
+        options: dict[str, bool] = {}
         # Every map but the first, which is the caller's, has no other reader and may be overwritten: encoding
         # 17 x 256 x 256 then takes 1.9 GB in place of 3.9.
-        run: Callable[[Tensor, LayerPast], tuple[Tensor, LayerPast]] = layer
+        if isinstance(layer, (SpatialUnit, TimeUnit)):
+            options["overwrite"] = index > 0
+        # Nothing is kept of a whole clip: at 17 x 256 x 256 the pasts of all layers together are some 0.45 GB.
+        if isinstance(layer, (TimeConv, TimeUnit, TimeBlend)):
+            options["keep_past"] = keep_past
+        if isinstance(layer, (SpatialUnit, TimeUnit, FrameAttention)):
+            options["defer_sum"] = defer_sum
+        elif isinstance(h, Sum) and not isinstance(layer, SpaceDown):
+            h = h.total()
         if isinstance(layer, LinearTimeUp):
-            run = partial(layer, last=last)
-        elif isinstance(layer, (SpatialUnit, TimeUnit)):
-            run = partial(layer, overwrite=index > 0)
-        if recompute:
-            x_BTHWC, kept = checkpoint(run, x_BTHWC, layer_past, use_reentrant=False)
-        else:
-            x_BTHWC, kept = run(x_BTHWC, layer_past)
-        # Dropped at once unless kept: at 17 x 256 x 256 the pasts of all layers together are some 0.45 GB.
+            options["last"] = last
+        run: Callable[..., tuple[Map, LayerPast]] = partial(cast(Any, layer), **options)
+        h, kept = checkpoint(run, h, layer_past, use_reentrant=False) if recompute else run(h, layer_past)
         next_past.append(kept if keep_past else ())
-    return network.norm_out(x_BTHWC, silu=True), tuple(next_past)
+    return h, tuple(next_past)

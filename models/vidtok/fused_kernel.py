@@ -1,4 +1,4 @@
-"""The Triton kernel of `models.vidtok.fused`; imported on a GPU only, as not every torch comes with Triton."""
+"""The Triton kernels of `models.vidtok.fused`; imported on a GPU only, as not every torch comes with Triton."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 @triton.jit  # type: ignore[untyped-decorator]
 def norm_silu_kernel(  # type: ignore[no-untyped-def]
     x,
+    residual,
     weight,
     bias,
     y,
@@ -20,13 +21,23 @@ def norm_silu_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
-    """Norm, and SiLU of it, of ``rows`` rows of C channels; those of a clip lie behind ``lead_rows`` more in ``y``."""
+    """Norm, and SiLU of it, of ``rows`` rows of C channels; those of a clip lie behind ``lead_rows`` more in ``y``.
+
+    With RESIDUAL the rows of ``residual`` are added first, and the sum is written back into ``x``.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_column = (column < C)[None, :]
     mask = (row < rows)[:, None] & is_column
-    values = tl.load(x + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    source = row[:, None] * C + column[None, :]
+    values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        values += tl.load(residual + source, mask=mask, other=0.0).to(tl.float32)
+        total = values.to(x.dtype.element_ty)
+        tl.store(x + source, total, mask=mask)
+        values = total.to(tl.float32)
     mean = tl.sum(values, 1) / C
     centered = tl.where(is_column, values - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
@@ -38,3 +49,47 @@ def norm_silu_kernel(  # type: ignore[no-untyped-def]
         normed = rounded / (1.0 + tl.exp(-rounded))
     place = row + (row // clip_rows + 1) * lead_rows
     tl.store(y + place[:, None] * C + column[None, :], normed.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sum_taps_kernel(  # type: ignore[no-untyped-def]
+    products,
+    first,
+    second,
+    share,
+    y,
+    num_frames,
+    num_outputs,
+    frame_values,
+    num_blocks,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MIXED: tl.constexpr,
+):
+    """Sum the products of three taps, (frames, positions, 3 C), into output frames (positions, C).
+
+    Tap k of output j is that of source frame ``first[j + k]``, or with MIXED the interpolation between it and frame
+    ``second[j + k]``; frame -1 is one of zeros.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    output = program // num_blocks
+    value = program % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = value < frame_values
+    clip_frame = output // num_outputs * num_frames
+    number = output % num_outputs
+    place = value // C * (3 * C) + value % C
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tap in tl.static_range(3):
+        frame = tl.load(first + number + tap)
+        at = products + (clip_frame + tl.maximum(frame, 0)) * frame_values * 3 + tap * C
+        term = tl.where(frame >= 0, tl.load(at + place, mask=mask, other=0.0).to(tl.float32), 0.0)
+        if MIXED:
+            other_frame = tl.load(second + number + tap)
+            weight = tl.load(share + number + tap)
+            at = products + (clip_frame + tl.maximum(other_frame, 0)) * frame_values * 3 + tap * C
+            other = tl.where(other_frame >= 0, tl.load(at + place, mask=mask, other=0.0).to(tl.float32), 0.0)
+            low = term + weight * (other - term)
+            high = other - (other - term) * (1.0 - weight)
+            term = tl.where(weight < 0.5, low, high).to(y.dtype.element_ty).to(tl.float32)  # as torch.lerp
+        total = (total + term).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + output * frame_values + value, total.to(y.dtype.element_ty), mask=mask)

@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vidshard.models.vidtok.constants import constant
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Encoded:
@@ -409,7 +411,7 @@ def _entropies(
     by_channel: list[Tensor] = []
     token_entropy = z_NC.new_zeros(())
     for channel, codes in enumerate(values):
-        affinity = 2 * z_NC[:, channel, None] * z_NC.new_tensor(codes)
+        affinity = 2 * z_NC[:, channel, None] * constant(tuple(codes), z_NC.dtype, z_NC.device)
         log_p = torch.log_softmax(INVERSE_TEMPERATURE * affinity, dim=1)
         by_channel.append(log_p.exp())
         token_entropy = token_entropy - (by_channel[-1] * log_p).sum(dim=1).mean()
@@ -479,4 +481,4 @@ def _per_channel(values: Sequence[float], like: Tensor, dtype: torch.dtype | Non
     """Make a tensor of one value per channel that broadcasts with (B, K, ...)."""
     if dtype is None:
         dtype = torch.float32 if like.dtype.is_floating_point else torch.int64
-    return torch.tensor(values, dtype=dtype, device=like.device).view(-1, *(1,) * (like.ndim - 2))
+    return constant(tuple(values), dtype, like.device).view(-1, *(1,) * (like.ndim - 2))

@@ -8,6 +8,9 @@ Layers are stateless. A layer that looks back in time takes the frames before it
 pass. A `TimeRule` says what lies beyond the ends of a video and whether layers look ahead; if they do, they take whole
 videos only.
 
+On a GPU without gradients the sum at the end of a residual unit is left to the first kernel of the next layer (`Sum`,
+`models.vidtok.fused`).
+
 On a CPU without gradients, a large map passes through a layer in blocks that fit the cache (`blocks`): whole frames
 where the layer works within frames, rows of all frames where it works through time.
 
@@ -18,18 +21,39 @@ Parameter names are those of the released VidTok checkpoints, hence their ``conv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vidshard.models.vidtok import fused
+from vidshard.models.vidtok.constants import constant
 
 LayerPast = tuple[Tensor, ...]
 """Maps that one layer keeps from the frames before a chunk; empty at the start of a video."""
+
+
+class Sum(NamedTuple):
+    """Sum at the end of a residual unit that is not computed yet: the next layer's first kernel does it.
+
+    A layer that takes one computes the sum exactly once, which writes it into ``branch``.
+    """
+
+    branch: Tensor
+    """Result of the unit's last convolution, (B, T, H, W, C)."""
+    residual: Tensor
+    """Input of the unit, or its 1x1 convolution where the width changes, (B, T, H, W, C)."""
+
+    def total(self) -> Tensor:
+        """Compute the sum by itself."""
+        return self.branch.add_(self.residual)
+
+
+Map = Tensor | Sum
+"""Input of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +67,14 @@ class TimeRule:
     upsampling: Literal["repeated", "linear"]
     """Method of upsampling in time."""
 
-    def context(self, x_BTHWC: Tensor, past: LayerPast, *, before: int, after: int) -> tuple[Tensor, LayerPast]:
+    def context(
+        self, x_BTHWC: Tensor, past: LayerPast, *, before: int, after: int, keep_past: bool = True
+    ) -> tuple[Tensor, LayerPast]:
         """Concatenate the frames before a chunk with it and, unless causal, zeros after it.
 
         Returns:
             The longer map, and its last ``before`` frames for the next chunk: a copy, so that a past does not keep
-            its chunk alive. The past is empty unless causal.
+            its chunk alive. The past is empty unless causal and kept.
         """
         B, _, H, W, C = x_BTHWC.shape
         if past:
@@ -60,7 +86,7 @@ class TimeRule:
         if not self.causal:
             return torch.cat([before_BTHWC, x_BTHWC, x_BTHWC.new_zeros(B, after, H, W, C)], dim=1), ()
         joined_BTHWC = torch.cat([before_BTHWC, x_BTHWC], dim=1)
-        return joined_BTHWC, (joined_BTHWC[:, -before:].clone(),)
+        return joined_BTHWC, (joined_BTHWC[:, -before:].clone(),) if keep_past else ()
 
 
 TIME_RULES = {
@@ -86,29 +112,35 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, x_BTHWC: Tensor, *, silu: bool = False) -> Tensor:
-        if fused.is_used(x_BTHWC, self.norm.weight):
+    def forward(self, x_BTHWC: Map, *, silu: bool = False) -> Tensor:
+        if isinstance(x_BTHWC, Sum) or fused.is_used(x_BTHWC, self.norm.weight):
             return self._fused(x_BTHWC, silu=silu, lead=0)
         h: Tensor = self.norm(x_BTHWC)
         # The norm's output is a new tensor, so without a graph it can be overwritten.
         return F.silu(h, inplace=not h.requires_grad) if silu else h
 
-    def in_context(self, x_BTHWC: Tensor, past: LayerPast, rule: TimeRule) -> tuple[Tensor, LayerPast]:
+    def in_context(
+        self, x_BTHWC: Map, past: LayerPast, rule: TimeRule, *, keep_past: bool = True
+    ) -> tuple[Tensor, LayerPast]:
         """Norm and SiLU of a chunk, behind the two frames before it, and the past of the next chunk.
 
         The result is that of `forward` and `TimeRule.context` for a causal convolution over three frames.
         """
-        if not fused.is_used(x_BTHWC, self.norm.weight) or not rule.causal:
+        is_fused = isinstance(x_BTHWC, Sum) or fused.is_used(x_BTHWC, self.norm.weight)
+        if not is_fused or not rule.causal:
             before = 2 if rule.causal else 1
-            return rule.context(self(x_BTHWC, silu=True), past, before=before, after=1)
+            return rule.context(self(x_BTHWC, silu=True), past, before=before, after=1, keep_past=keep_past)
         joined_BTHWC = self._fused(x_BTHWC, silu=True, lead=2, repeat_first=not past and rule.start == "first frame")
         if past:
             joined_BTHWC[:, :2] = past[0]
-        return joined_BTHWC, (joined_BTHWC[:, -2:].clone(),)
+        return joined_BTHWC, (joined_BTHWC[:, -2:].clone(),) if keep_past else ()
 
-    def _fused(self, x_BTHWC: Tensor, *, silu: bool, lead: int, repeat_first: bool = False) -> Tensor:
-        y_BTHWC: Tensor = fused.norm_silu(
-            x_BTHWC, self.norm.weight, self.norm.bias, self.norm.eps, silu, lead, repeat_first
+    def _fused(self, x_BTHWC: Map, *, silu: bool, lead: int, repeat_first: bool = False) -> Tensor:
+        settings = (self.norm.weight, self.norm.bias, self.norm.eps, silu, lead, repeat_first)
+        y_BTHWC: Tensor = (
+            fused.add_norm_silu(*x_BTHWC, *settings)
+            if isinstance(x_BTHWC, Sum)
+            else fused.norm_silu(x_BTHWC, *settings)
         )
         return y_BTHWC
 
@@ -130,13 +162,15 @@ class TimeConv(nn.Module):
             self.conv = nn.Conv3d(in_channels, out_channels, kernel)
         self.rule = rule
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, keep_past: bool = True) -> tuple[Tensor, LayerPast]:
         """Convolve a chunk; a causal one is given the two input frames before it as ``past``.
 
         Returns:
             A map with as many frames as ``x``, and the last two input frames.
         """
-        joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=2 if self.rule.causal else 1, after=1)
+        joined_BTHWC, past = self.rule.context(
+            x_BTHWC, past, before=2 if self.rule.causal else 1, after=1, keep_past=keep_past
+        )
         return self.convolved(joined_BTHWC), past
 
     def convolved(self, joined_BTHWC: Tensor) -> Tensor:
@@ -168,8 +202,18 @@ class SpatialUnit(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, overwrite: bool = False) -> tuple[Tensor, LayerPast]:
-        """Apply the unit; the number of frames stays. ``overwrite`` allows writing the result into ``x``."""
+    def forward(
+        self, x_BTHWC: Map, past: LayerPast = (), *, overwrite: bool = False, defer_sum: bool = False
+    ) -> tuple[Map, LayerPast]:
+        """Apply the unit; the number of frames stays.
+
+        Args:
+            overwrite: allow writing the result into ``x``.
+            defer_sum: leave the sum to the next layer.
+        """
+        if defer_sum or isinstance(x_BTHWC, Sum):
+            result = self._deferred(x_BTHWC)
+            return result if defer_sum else result.total(), past
         B, T, H, W, C = x_BTHWC.shape
         out_channels = self.conv1.out_channels
         cuts = blocks(x_BTHWC, self.conv1.weight, B * T, H * W * max(C, out_channels))
@@ -183,11 +227,16 @@ class SpatialUnit(nn.Module):
         return y_1FHWC.view(B, T, H, W, out_channels), past
 
     def _within_frames(self, x_BTHWC: Tensor, out: Tensor | None = None) -> Tensor:
+        h, x_BTHWC = self._deferred(x_BTHWC)
+        return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out)
+
+    def _deferred(self, x_BTHWC: Map) -> Sum:
         h = conv2d(self.norm1(x_BTHWC, silu=True), self.conv1.weight, self.conv1.bias, padding=1)
         h = conv2d(self.norm2(h, silu=True), self.conv2.weight, self.conv2.bias, padding=1)
+        x_BTHWC = computed(x_BTHWC)
         if self.nin_shortcut is not None:
             x_BTHWC = matrix_product(x_BTHWC, self.nin_shortcut.weight.flatten(1), self.nin_shortcut.bias)
-        return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out)
+        return Sum(h, x_BTHWC)
 
 
 class TimeUnit(nn.Module):
@@ -220,33 +269,60 @@ class TimeUnit(nn.Module):
             for parameter in self.conv2.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, overwrite: bool = False) -> tuple[Tensor, LayerPast]:
-        """Apply the unit; the number of frames stays. ``overwrite`` allows writing the result into ``x``."""
+    def forward(
+        self,
+        x_BTHWC: Map,
+        past: LayerPast = (),
+        *,
+        overwrite: bool = False,
+        keep_past: bool = True,
+        defer_sum: bool = False,
+    ) -> tuple[Map, LayerPast]:
+        """Apply the unit; the number of frames stays.
+
+        Args:
+            overwrite: allow writing the result into ``x``.
+            keep_past: return the past of the next chunk; otherwise an empty one.
+            defer_sum: leave the sum to the next layer.
+        """
+        if defer_sum or isinstance(x_BTHWC, Sum):
+            result, kept = self._deferred(x_BTHWC, past, keep_past=keep_past)
+            return result if defer_sum else result.total(), kept
         B, T, H, W, C = x_BTHWC.shape
         cuts = blocks(x_BTHWC, self.conv1.conv.weight, H, T * W * C)
         if len(cuts) == 1 or self.sees_neighbours:
-            return self._through_time(x_BTHWC, past)
+            return self._through_time(x_BTHWC, past, keep_past=keep_past)
         y_BTHWC = x_BTHWC if overwrite else torch.empty_like(x_BTHWC)
         pasts: list[LayerPast] = []
         for clip in range(B):
             at = slice(clip, clip + 1)
-            kept = [
+            pieces = [
                 self._through_time(
-                    x_BTHWC[at, :, cut], tuple(frames[at, :, cut] for frames in past), out=y_BTHWC[at, :, cut]
+                    x_BTHWC[at, :, cut],
+                    tuple(frames[at, :, cut] for frames in past),
+                    out=y_BTHWC[at, :, cut],
+                    keep_past=keep_past,
                 )[1]
                 for cut in cuts
             ]
-            pasts.append(tuple(torch.cat(pieces, dim=2) for pieces in zip(*kept, strict=True)))
-        return y_BTHWC, tuple(torch.cat(pieces) for pieces in zip(*pasts, strict=True))
+            pasts.append(tuple(torch.cat(rows, dim=2) for rows in zip(*pieces, strict=True)))
+        return y_BTHWC, tuple(torch.cat(clips) for clips in zip(*pasts, strict=True))
 
-    def _through_time(self, x_BTHWC: Tensor, past: LayerPast, out: Tensor | None = None) -> tuple[Tensor, LayerPast]:
-        joined_BTHWC, past1 = self.norm1.in_context(x_BTHWC, past[:1], self.conv1.rule)
+    def _through_time(
+        self, x_BTHWC: Tensor, past: LayerPast, out: Tensor | None = None, *, keep_past: bool
+    ) -> tuple[Tensor, LayerPast]:
+        (h, x_BTHWC), kept = self._deferred(x_BTHWC, past, keep_past=keep_past)
+        return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out), kept
+
+    def _deferred(self, x_BTHWC: Map, past: LayerPast, *, keep_past: bool) -> tuple[Sum, LayerPast]:
+        joined_BTHWC, past1 = self.norm1.in_context(x_BTHWC, past[:1], self.conv1.rule, keep_past=keep_past)
         h = self.conv1.convolved(joined_BTHWC)
-        joined_BTHWC, past2 = self.norm2.in_context(h, past[1:], self.conv2.rule)
+        joined_BTHWC, past2 = self.norm2.in_context(h, past[1:], self.conv2.rule, keep_past=keep_past)
         h = self.conv2.convolved(joined_BTHWC)
+        residual_BTHWC = computed(x_BTHWC)
         if self.nin_shortcut is not None:
-            x_BTHWC = self.nin_shortcut(x_BTHWC)
-        return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out), (*past1, *past2)
+            residual_BTHWC = self.nin_shortcut(residual_BTHWC)
+        return Sum(h, residual_BTHWC), (*past1, *past2)
 
 
 class FrameAttention(nn.Module):
@@ -260,12 +336,54 @@ class FrameAttention(nn.Module):
         self.v = PointConv(channels, channels)
         self.proj_out = PointConv(channels, channels)
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        B, T, H, W, C = x_BTHWC.shape
+    def forward(self, x_BTHWC: Map, past: LayerPast = (), *, defer_sum: bool = False) -> tuple[Map, LayerPast]:
+        """Apply the attention; ``defer_sum`` leaves the residual sum to the next layer."""
         h = self.norm(x_BTHWC)
+        x_BTHWC = computed(x_BTHWC)
+        B, T, H, W, C = x_BTHWC.shape
         q_F1NC, k_F1NC, v_F1NC = (project(h).view(B * T, 1, H * W, C) for project in (self.q, self.k, self.v))
         h_F1NC = F.scaled_dot_product_attention(q_F1NC, k_F1NC, v_F1NC)
-        return self.proj_out(h_F1NC.reshape(B, T, H, W, C)).add_(x_BTHWC), past
+        result = Sum(self.proj_out(h_F1NC.reshape(B, T, H, W, C)), x_BTHWC)
+        return result if defer_sum else result.total(), past
+
+
+def computed(x_BTHWC: Map) -> Tensor:
+    """Return the value of a map after a norm has read it, which adds up a sum."""
+    return x_BTHWC.branch if isinstance(x_BTHWC, Sum) else x_BTHWC
+
+
+class Folding(nn.Module):
+    """Layer whose convolution is computed from its parameters: in every pass, or once by `fold`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folded: tuple[Tensor, Tensor | None] | None = None
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Compute weight and bias of the convolution, in a dtype."""
+        raise NotImplementedError
+
+    def fold(self, dtype: torch.dtype) -> None:
+        """Keep weight and bias of the convolution, in a dtype; later changes of the parameters' values are not seen.
+
+        Loading parameters, moving and casting them end this.
+        """
+        self._folded = self.folded(dtype)
+
+    def kernel(self, x_BTHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the convolution for a map."""
+        if self._folded is not None and self._folded[0].dtype == x_BTHWC.dtype:
+            return self._folded
+        return self.folded(x_BTHWC.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._folded = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        self._folded = None
+        super()._load_from_state_dict(*arguments, **named)
 
 
 class SpaceDown(nn.Module):
@@ -275,12 +393,19 @@ class SpaceDown(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3)
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        padded_BTHWC = F.pad(x_BTHWC, (0, 0, 0, 1, 0, 1))
+    def forward(self, x_BTHWC: Map, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        if isinstance(x_BTHWC, Sum):
+            B, T, H, W, C = x_BTHWC.branch.shape
+            padded_BTHWC = x_BTHWC.branch.new_empty(B, T, H + 1, W + 1, C)
+            padded_BTHWC[:, :, H:].zero_()
+            padded_BTHWC[:, :, :H, W:].zero_()
+            torch.add(*x_BTHWC, out=padded_BTHWC[:, :, :H, :W])
+        else:
+            padded_BTHWC = F.pad(x_BTHWC, (0, 0, 0, 1, 0, 1))
         return conv2d(padded_BTHWC, self.conv.weight, self.conv.bias, stride=2), past
 
 
-class SpaceUp(nn.Module):
+class SpaceUp(Folding):
     """Double height and width: repeat each pixel, then apply a 3x3 convolution.
 
     The enlarged map is never built. Along each axis, two of the three taps always meet the same source pixel. Each of
@@ -292,17 +417,23 @@ class SpaceUp(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3)
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        B, T, H, W, C = x_BTHWC.shape
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Compute the kernels of the four phases: (4 C, C, 2, 2) and (4 C)."""
         weight = torch.cat([fold_pair(rows, 3, p) for rows in fold_rows(self.conv.weight) for p in (0, 1)])
         bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+        B, T, H, W, C = x_BTHWC.shape
+        weight, bias = self.kernel(x_BTHWC)
         x_1FHWC = x_BTHWC.flatten(0, 1)[None]
         cuts = blocks(x_BTHWC, self.conv.weight, B * T, 4 * H * W * C)
-        y = torch.empty(0) if len(cuts) == 1 else x_BTHWC.new_empty(B * T, H, 2, W, 2, C)
+        is_whole = len(cuts) == 1 and not fused.is_used(x_BTHWC, self.conv.weight)  # else each value is moved once
+        y = torch.empty(0) if is_whole else x_BTHWC.new_empty(B * T, H, 2, W, 2, C)
         for cut in cuts:
             phases = conv2d(x_1FHWC[:, cut], weight, bias, padding=1).view(-1, H + 1, W + 1, 4, C).unbind(3)
             shifted = [phases[i][:, i // 2 : i // 2 + H, i % 2 : i % 2 + W] for i in range(4)]
-            if len(cuts) == 1:
+            if is_whole:
                 rows = [torch.stack(shifted[:2], dim=3), torch.stack(shifted[2:], dim=3)]
                 y = torch.stack(rows, dim=2)
             else:
@@ -311,7 +442,7 @@ class SpaceUp(nn.Module):
         return y.view(B, T, 2 * H, 2 * W, C), past
 
 
-class TimeBlend(nn.Module):
+class TimeBlend(Folding):
     """Base of resampling in time: a 3x3x3 convolution blended with a path that has no weights.
 
     Both paths are linear, so one convolution computes them: ``(1 - s)`` times the weights, plus ``s`` times the other
@@ -332,12 +463,18 @@ class TimeDown(TimeBlend):
     Output i sees the input frames 2i-1, 2i, 2i+1; if not causal, 2i, 2i+1, 2i+2.
     """
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
-        """Halve a chunk with an even number of frames."""
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Compute the blend as one kernel: (C, C, 3, 3, 3) and (C)."""
         weight, bias, mix = blended(self.conv.conv, self.mix_factor)
         weight[:, :, :, 1, 1] += mix / 3 * identity_like(weight)[:, :, None]
-        joined_BTHWC, past = self.rule.context(x_BTHWC, past, before=1 if self.rule.causal else 0, after=1)
-        return conv3d(joined_BTHWC, weight.to(x_BTHWC.dtype), bias.to(x_BTHWC.dtype), time_stride=2), past
+        return weight.to(dtype), bias.to(dtype)
+
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, keep_past: bool = True) -> tuple[Tensor, LayerPast]:
+        """Halve a chunk with an even number of frames."""
+        joined_BTHWC, past = self.rule.context(
+            x_BTHWC, past, before=1 if self.rule.causal else 0, after=1, keep_past=keep_past
+        )
+        return conv3d(joined_BTHWC, *self.kernel(x_BTHWC), time_stride=2), past
 
 
 Between = tuple[int, int, float] | None
@@ -353,21 +490,33 @@ class TimeUp(TimeBlend):
     up to rounding.
     """
 
-    def convolved(self, frames: Sequence[Tensor], doubled: Sequence[Between]) -> Tensor:
-        """Convolve a doubled sequence.
-
-        Args:
-            frames: source frames, each (B, 1, H, W, C).
-            doubled: the sequence with the kernel's context, two frames more than the output has.
-        """
-        B, _, H, W, C = frames[0].shape
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Compute the blend as one kernel in space, with the taps as further output channels: (3 C, C, 3, 3), (3 C)."""
         weight, bias, mix = blended(self.conv.conv, self.mix_factor)
         own_tap = 2 if self.rule.causal else 1
         weight[:, :, own_tap, 1, 1] += mix * identity_like(weight)
-        by_tap = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).to(frames[0].dtype)
-        bias = F.pad(bias, (own_tap * C, (2 - own_tap) * C)).to(frames[0].dtype)
+        by_tap = weight.permute(2, 0, 1, 3, 4).flatten(0, 1).to(dtype)
+        C = bias.shape[0]
+        return by_tap, F.pad(bias, (own_tap * C, (2 - own_tap) * C)).to(dtype)
+
+    def convolved(self, chunks: Sequence[Tensor], doubled: Sequence[Between]) -> Tensor:
+        """Convolve a doubled sequence.
+
+        Args:
+            chunks: source frames in consecutive maps, each (B, number of frames, H, W, C).
+            doubled: the sequence with the kernel's context, two frames more than the output has.
+        """
+        B, _, H, W, C = chunks[0].shape
+        by_tap, bias = self.kernel(chunks[0])
+        frames = [frame for chunk in chunks for frame in single_frames(chunk)]
         if len(blocks(frames[0], self.conv.conv.weight, len(frames), 3 * H * W * C)) == 1:
-            return summed_at_once(conv2d(torch.cat(list(frames), dim=1), by_tap, bias, padding=1), doubled)
+            joined_BTHWC = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=1)
+            products_BTHWC = conv2d(joined_BTHWC, by_tap, bias, padding=1)
+            if not fused.is_used(products_BTHWC, self.conv.conv.weight):
+                return summed_at_once(products_BTHWC, doubled)
+            first, second, shares = zip(*((-1, -1, 0.0) if one is None else one for one in doubled), strict=True)
+            y_BTHWC: Tensor = fused.sum_taps(products_BTHWC, first, second, shares)
+            return y_BTHWC
         products: dict[int, Tensor] = {}
         y_BTHWC = frames[0].new_empty(B, len(doubled) - 2, H, W, C)
         for number in range(y_BTHWC.shape[1]):
@@ -383,14 +532,16 @@ class TimeUp(TimeBlend):
 class RepeatedTimeUp(TimeUp):
     """Double the number of frames by repeating each."""
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = ()) -> tuple[Tensor, LayerPast]:
+    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, keep_past: bool = True) -> tuple[Tensor, LayerPast]:
         """Double a chunk; if causal, ``past`` is the one input frame before it."""
-        frames = [*past, *single_frames(x_BTHWC)]
-        doubled: list[Between] = [(index, index, 0.0) for index in range(len(past), len(frames)) for _ in range(2)]
+        chunks = [*past, x_BTHWC]
+        indices = range(len(past), len(past) + x_BTHWC.shape[1])
+        doubled: list[Between] = [(index, index, 0.0) for index in indices for _ in range(2)]
         if not self.rule.causal:
-            return self.convolved(frames, [None, *doubled, None]), ()
+            return self.convolved(chunks, [None, *doubled, None]), ()
         before: Between = (0, 0, 0.0) if past else None
-        return self.convolved(frames, [before, before, *doubled]), (frames[-1].clone(),)
+        y_BTHWC = self.convolved(chunks, [before, before, *doubled])
+        return y_BTHWC, (x_BTHWC[:, -1:].clone(),) if keep_past else ()
 
 
 class LinearTimeUp(TimeUp):
@@ -406,7 +557,9 @@ class LinearTimeUp(TimeUp):
         super().__init__(channels, rule, blend=blend)
         self.first_frames = first_frames
 
-    def forward(self, x_BTHWC: Tensor, past: LayerPast = (), *, last: bool = True) -> tuple[Tensor, LayerPast]:
+    def forward(
+        self, x_BTHWC: Tensor, past: LayerPast = (), *, keep_past: bool = True, last: bool = True
+    ) -> tuple[Tensor, LayerPast]:
         """Double a chunk.
 
         Args:
@@ -415,21 +568,23 @@ class LinearTimeUp(TimeUp):
             last: whether the video ends with this chunk, so that its last frame is emitted now.
         """
         doubled: list[Between]
+        chunks = [chunk for chunk in (*past, x_BTHWC) if chunk.shape[1]]
+        frames = [frame for chunk in chunks for frame in single_frames(chunk)]
         if past:
-            frames = [*single_frames(past[0]), *single_frames(past[1])]
-            first = len(frames) - past[1].shape[1]
-            frames += single_frames(x_BTHWC)
+            first = past[0].shape[1]
             doubled = [(0, 0, 0.0), (1, 1, 0.0)]
             doubled += interpolated(range(first, len(frames)), starts=not past[1].shape[1], ends=last)
         else:
-            frames = single_frames(x_BTHWC)
             first = min(self.first_frames, len(frames))
             doubled = [(0, 0, 0.0), (0, 0, 0.0)]
             doubled += interpolated(range(first), starts=True, ends=True)
             doubled += interpolated(range(first, len(frames)), starts=True, ends=last)
+        y_BTHWC = self.convolved(chunks, doubled)
+        if not keep_past:
+            return y_BTHWC, ()
         before_BTHWC = torch.cat([frames[i].lerp(frames[j], w) for i, j, w in filter(None, doubled[-2:])], dim=1)
         waiting_BTHWC = frames[-1].clone() if len(frames) > first else x_BTHWC.new_empty(*x_BTHWC[:, :0].shape)
-        return self.convolved(frames, doubled), (before_BTHWC, waiting_BTHWC)
+        return y_BTHWC, (before_BTHWC, waiting_BTHWC)
 
 
 def time_up(channels: int, rule: TimeRule, first_frames: int, *, blend: bool = True) -> RepeatedTimeUp | LinearTimeUp:
@@ -483,8 +638,9 @@ def summed_at_once(products_BTHWC: Tensor, doubled: Sequence[Between]) -> Tensor
     first, second, shares = zip(*between, strict=True)
     # Integers whatever the map's dtype: bfloat16 counts to 256 and float16 to 2048, and longer clips would take wrong
     # frames. Shares are quarters, which every dtype holds.
-    first_index, second_index = (torch.tensor(numbers, device=products_BTHWC.device) for numbers in (first, second))
-    share = products_BTHWC.new_tensor(shares)[:, None, None, None]
+    device = products_BTHWC.device
+    first_index, second_index = (constant(numbers, torch.int64, device) for numbers in (first, second))
+    share = constant(shares, products_BTHWC.dtype, device)[:, None, None, None]
     total: Tensor | None = None
     for tap, product_BTHWC in enumerate(products_BTHWC.chunk(3, dim=-1)):
         seen = slice(tap, tap + len(doubled) - 2)

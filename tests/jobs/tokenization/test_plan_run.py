@@ -64,7 +64,7 @@ def test_a_plan_for_another_machine_needs_neither_it_nor_an_output(videos: Path)
 def test_the_table_gives_the_times_of_the_roofline() -> None:
     cost = encoding_cost(get_preset("fsq_causal_488_32768"), 17, 256, 256)
     h200 = MACHINES["h200"]
-    assert h200.seconds(cost, "float16", 2) == pytest.approx(17.6e-3, rel=0.02)  # eager passes: 21.8 ms
+    assert h200.seconds(cost, "float16", 2) == pytest.approx(16.6e-3, rel=0.02)  # without the fused kernels 21.8 ms
     assert 0.11 < h200.seconds(cost, "float32", 4) < 0.15
     assert decoding_seconds("h264", 1280, 720, 30, 1) - decoding_seconds("h264", 1280, 720, 30, 0) == pytest.approx(
         0.061, rel=0.02
