@@ -32,6 +32,8 @@ Picks = list[tuple[int, Integers, Integers]]
 
 AHEAD_BYTES = 64 << 20
 """Payload that is read ahead of the batch that is made."""
+_OTHER_BYTES = 16 << 10
+"""Bytes of a row in shared memory for columns beside the payload, such as signals."""
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 16
 """Threads that read: locally to decode beside the caller, remotely to wait for as many requests at once."""
 
@@ -98,6 +100,19 @@ class Source:
         order = f"{where}|{sequence}|{stride if stride is not None else sequence}"
         self.digest = hashlib.blake2b(f"{self.catalog.digest}|{order}".encode(), digest_size=8).hexdigest()
         self._is_remote = not all(storage.is_local(path) for path in self.catalog.paths)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a unit in a batch, at most: payload, and other columns of a usual size."""
+        payload = [
+            sum(
+                c.num_values * max(4, PayloadValues(c).dtype.itemsize)
+                for c in p.payload
+                if c.name in self._payload_names
+            )
+            for p in {id(p): p for p in self.catalog.shard_provenance}.values()
+        ]
+        return (max(payload) + _OTHER_BYTES) * (self.sequence or 1)
 
     def __len__(self) -> int:
         """Number of units."""

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from vidshard.pipeline.reader.order import Order, num_steps, positions, steps
 from vidshard.pipeline.reader.source import GroupCache, Plan, Source
+from vidshard.pipeline.reader.transport import Slots
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.tokens import Provenance
 
@@ -24,6 +25,8 @@ POSITION = "_position"
 _UNEVEN = ("drop", "repeat")
 _MAX_WORKERS = 1 << 12
 _CACHE_BYTES = 64 << 20
+_AHEAD = 2
+"""Default of ``prefetch_factor`` in PyTorch: batches that a worker makes ahead."""
 
 
 class TokenShards(IterableDataset[Batch]):
@@ -305,11 +308,33 @@ class TokenLoader:
         """The rest of the epoch. When it is over, the next iteration is the next epoch."""
         dataset = self._dataset
         dataset._begin(dataset._epoch, dataset._position)
-        loader = DataLoader(cast("Dataset[Batch]", dataset), num_workers=self._num_workers, **self._options)
-        for batch in loader:
-            dataset._position = int(batch[POSITION])
+        for mark, batch in self._sent() if self._num_workers else self._made():
+            dataset._position = mark
             yield batch
         dataset._begin(dataset._epoch + 1, 0)
+
+    def _made(self) -> Iterator[tuple[int, Batch]]:
+        """Batches that this process makes."""
+        for batch in DataLoader(cast("Dataset[Batch]", self._dataset), **self._options):
+            yield int(batch[POSITION]), batch
+
+    def _sent(self) -> Iterator[tuple[int, Batch]]:
+        """Batches that workers make; they come through shared memory of their own."""
+        options = dict(self._options)
+        convert, pin = options.pop("collate_fn", None), options.pop("pin_memory", False) and torch.cuda.is_available()
+        slots = Slots(
+            self._dataset,
+            mark=POSITION,
+            num_workers=self._num_workers,
+            ahead=options.get("prefetch_factor") or _AHEAD,
+            num_bytes=self._dataset._source.row_bytes * (self._dataset._batch_size or 1),
+            convert=convert,
+        )
+        loader: Any = DataLoader(
+            cast("Dataset[Any]", slots), num_workers=self._num_workers, collate_fn=_unchanged, **options
+        )
+        for sent in loader:
+            yield sent.mark, slots.take(sent, pin=pin)
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch that was given."""
@@ -319,6 +344,10 @@ class TokenLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state was taken; see `TokenShards.load_state_dict`."""
         self._dataset.load_state_dict(state)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class TokenShardsMap(Dataset[Batch]):

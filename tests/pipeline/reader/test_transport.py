@@ -1,0 +1,80 @@
+"""Batches from workers: what came out is what went in, and stays so while the worker goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+import vidshard
+from tests.support.token_outputs import write_output
+from vidshard.pipeline.reader.transport import Slots
+
+BATCHES: list[dict[str, Any]] = [
+    {
+        "tokens": torch.arange(at, at + 600, dtype=torch.int32).reshape(2, 300),
+        "latents": torch.full((3, 2), at, dtype=torch.float16),
+        "empty": torch.empty((0, 4)),
+        "scalar": torch.tensor(at),
+        "flags": torch.tensor([True, False]),
+        "texts": ["a", None, "b"],
+        "lists": [torch.arange(at), None, torch.arange(2.0)],
+        "_position": at,
+    }
+    for at in range(9)
+]
+
+
+class Listed(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from BATCHES
+
+
+def equal(a: Any, b: Any) -> bool:
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype is b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[name], b[name]) for name in a)
+    return all(map(equal, a, b)) and len(a) == len(b) if isinstance(a, list) else a == b
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 16, 700, 0])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_every_kind_of_value_comes_as_it_was_whether_it_fits_or_not(num_bytes: int, start: str) -> None:
+    if start == "spawn" and num_bytes != 700:
+        pytest.skip("once is enough: a process that is spawned imports torch anew")
+    slots = Slots(Listed(), mark="_position", num_workers=1, ahead=2, num_bytes=num_bytes, convert=None)
+    loader: Any = torch.utils.data.DataLoader(
+        slots, batch_size=None, num_workers=1, collate_fn=unchanged, multiprocessing_context=start
+    )
+    taken = [(sent.mark, slots.take(sent, pin=False)) for sent in loader]
+    assert [mark for mark, _ in taken] == list(range(9))
+    assert all(equal(batch, BATCHES[mark]) for mark, batch in taken), "earlier batches are not written over"
+
+
+def unchanged(value: Any) -> Any:
+    return value
+
+
+def sums(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"sum": batch["tokens"].sum(), "extra": batch["caption"]}
+
+
+def test_workers_give_the_batches_of_one_process_with_the_options_of_a_loader(tmp_path: Any) -> None:
+    write_output(tmp_path, num_shards=3, signals=True)
+    shards = vidshard.TokenShards(
+        str(tmp_path), columns=["tokens", "caption", "fps"], signals=["actions", "poses"], batch_size=4, shuffle=True
+    )
+    plain = list(shards.loader())
+    assert len(plain) > 8
+
+    def again(workers: int, **options: Any) -> list[Any]:
+        loader = shards.loader(workers, multiprocessing_context="fork", **options)
+        loader.load_state_dict({**loader.state_dict(), "samples": 0})
+        return list(loader)
+
+    assert equal(plain, again(2, prefetch_factor=3))
+    assert [int(batch["sum"]) for batch in again(1, collate_fn=sums)] == [int(b["tokens"].sum()) for b in plain]
