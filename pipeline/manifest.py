@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.manifest_file import RowFaults, read_csv, read_json_lines, valid_texts
+from vidshard.pipeline.manifest_csv import read_csv
+from vidshard.pipeline.manifest_file import MAX_COLUMNS, RowFaults, valid_texts
+from vidshard.pipeline.manifest_json import read_json_lines
 from vidshard.pipeline.output.entries import row_fault
 from vidshard.pipeline.output.parquet import BoundedParquet
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
@@ -84,8 +86,13 @@ def read_manifest(path: str, signals: Sequence[str] = (), *, extension: str) -> 
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
     if repeated:
         raise InputError(f"manifest {shown} has more than one column named {', '.join(repeated)}")
+    if table.num_columns > MAX_COLUMNS:
+        raise InputError(f"manifest {shown} has {table.num_columns} columns, and {MAX_COLUMNS} are the most")
     if "uri" not in table.column_names:
-        raise InputError(f"manifest {shown} has no column 'uri'; its columns are {', '.join(table.column_names)}")
+        shown_names = ", ".join(f"'{readable(name, 40)}'" for name in table.column_names[:20])
+        raise InputError(f"manifest {shown} has no column 'uri'; its columns are {shown_names}")
+    if "" in table.column_names:
+        raise InputError(f"manifest {shown} has a column without a name: give it one, or take it away")
     folder = path.rsplit("/", 1)[0]
     uris = _uris(_as_text(table, "uri", shown), folder, faults)
     table = _with_signal_sources(table, signals, folder, shown)
@@ -95,13 +102,14 @@ def read_manifest(path: str, signals: Sequence[str] = (), *, extension: str) -> 
     refs = pa.Table.from_arrays(
         [pa.array(names, pa.string()), pa.repeat(-1, len(names)), pa.nulls(len(names), pa.string())], schema=REF_SCHEMA
     )
-    for name, column in zip(PART_COLUMNS.values(), parts, strict=True):
-        refs = refs.append_column(name, column)
-    for name in extras.column_names:
-        refs = refs.append_column(extras.schema.field(name).with_nullable(True).remove_metadata(), extras[name])
+    fields = [*refs.schema, *(pa.field(name, pa.float64()) for name in PART_COLUMNS.values())]
+    fields += [field.with_nullable(True).remove_metadata() for field in extras.schema]
+    columns = [*refs.columns, *parts, *extras.columns]
     if faults:
         texts = [None if text is None else row_fault(row, shown, text) for row, text in faults.column(len(names))]
-        refs = refs.append_column("fault", pa.array(texts, pa.string()))
+        fields.append(pa.field("fault", pa.string()))
+        columns.append(pa.array(texts, pa.string()))
+    refs = pa.Table.from_arrays(columns, schema=pa.schema(fields))
     try:
         pq.write_table(refs.slice(0, 0), io.BytesIO())
     except pa.ArrowException as error:

@@ -117,7 +117,7 @@ def test_manifest_columns_that_clash_with_shard_columns_get_another_name(tmp_pat
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("m.csv", "path,caption\na,b\n", "no column 'uri'; its columns are path, caption"),
+        ("m.csv", "path,caption\na,b\n", "no column 'uri'; its columns are 'path', 'caption'"),
         ("m.jsonl", "{not json", "cannot be read"),
         ("m.parquet", "PAR1", "cannot be read"),
         ("m.jsonl", "[1]\n2\n", "cannot be read"),

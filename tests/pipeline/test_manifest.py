@@ -13,13 +13,14 @@ import pytest
 from tests.support.cli import printed_by, tokenize
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.discover import discover
+from vidshard.pipeline.manifest import InputError
 from vidshard.pipeline.output.rejects import read_rejects
 
 GOOD = [{"uri": f"{name}.mp4", "start_seconds": 0.5, "end_seconds": 1.5, "s": "s.npy"} for name in "abc"]
 """Rows around the bad one."""
 
 BAD_JSON = [
-    (b"{not json", "is no JSON object"), (b"[1, 2]", "a list"), (b'"x"', "text"), (b"null", "no 'uri'"),
+    (b"{not json", "is no JSON object"), (b"[1, 2]", "a list"), (b'"x"', "text"), (b"null", "it is null"),
     (b'{"uri": 1}', "'uri' holds a number"), (b'{"uri": ["a.mp4"]}', "'uri' holds a list"), (b"{}", "no 'uri'"),
     (b'{"uri": {"a": 1}}', "'uri' holds an object"), (b'{"uri": null}', "no 'uri'"),
     (b'{"uri": true}', "true or false"),
@@ -33,11 +34,14 @@ BAD_JSON = [
     (b'{"uri": "x", "start_seconds": -1}', "before the video"), (b'{"uri": "x", "start_seconds": NaN}', "finite"),
     (b'{"uri": "x", "s": 5}', "'s' holds a number"), (b'{"uri": "x", "s": ["t.npy"]}', "'s' holds a list"),
     (b"[" * 2000, "nested too deep"), (b'{"uri": "x"', "is no JSON object"),
+    (b'{"uri": "x", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+    (b'{"uri": "x", ' + b", ".join(b'"c%d": 1' % n for n in range(5000)) + b"}", "4096 are the most"),
+    (b'{"uri": "x",}', "is no JSON object"), (b'{"uri": "x"},', "is no JSON object"), (b"\0" * 4, "is no JSON object"),
 ]  # fmt: skip
 
 BAD_CSV = [
     (b",1,2,s", "'uri' is empty"), (b"   ,1,2,s", "'uri' is empty"), (b"x", "1 fields"), (b"x,1,2,s,t", "5 fields"),
-    (b'"x,1,2,s', "is the end of a quote missing"), (b"x\xff,1,2,s", "'uri' is not UTF-8"),
+    (b'"x,1,2,s', "is not closed"), (b'x,1,2,"s"t', "more follows"), (b"x\xff,1,2,s", "'uri' is not UTF-8"),
     (b"x,1,2,\xff", "'s' is not"),
     (b"x,soon,2,s", "'start_seconds' must be a number"), (b"x,1:30,99,s", "must be a number"),
     (b"x,1,nan,s", "finite"), (b"x,inf,,s", "finite"), (b"x,-1,,s", "before the video"),
@@ -148,3 +152,126 @@ def test_a_manifest_of_bad_rows_alone_ends_in_rejections(tmp_path: Path) -> None
     result = tokenize(tmp_path / "m.jsonl", "--out", tmp_path / "out", "--tokenizer", "tiny", "--size", 32)
     assert "bad_row" in result.output
     assert read_rejects(str(tmp_path / "out")).num_rows == 2
+
+
+ROWS = [b"a.mp4,x,p", b'b.mp4,"two, of, it",q', b'c.mp4,"three\nlines\nof text",r', b'd.mp4,"say ""hi""",s']
+
+
+def labels_of(path: Path, data: bytes) -> dict[str, str | None]:
+    """For the name of each video of a manifest its label, or the fault of its row."""
+    path.write_bytes(data)
+    rows = discover([str(path)]).videos.to_pylist()
+    return {Path(row["uri"]).name: row.get("fault") or row["label"] for row in rows}
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+def test_quoted_fields_may_hold_commas_quotes_and_line_breaks(tmp_path: Path, newline: bytes) -> None:
+    text = newline.join([b"uri,label,more", *ROWS, b""])
+    assert labels_of(tmp_path / "m.csv", b"\xef\xbb\xbf" + text) == {
+        "a.mp4": "x", "b.mp4": "two, of, it", "c.mp4": "three\nlines\nof text", "d.mp4": 'say "hi"',
+    }  # fmt: skip
+
+
+def test_fields_of_several_lines_stay_whole_in_a_file_of_many_blocks(tmp_path: Path) -> None:
+    labels = {f"{n}.mp4": f"a caption of two lines\n{'x' * 500}, number {n}" for n in range(4000)}
+    rows = [f'{name},"{label}"'.encode() for name, label in labels.items()]
+    found = labels_of(tmp_path / "m.csv", b"\n".join([b"uri,label", *rows]))  # 2 MB, and Arrow's blocks have 1 MiB
+    assert found == labels
+
+
+@pytest.mark.parametrize(
+    ("stray", "lost"),
+    [
+        (b'x.mp4,"open,p', 1), (b'"x.mp4,open,p', 1), (b'x.mp4,p,"open', 1), (b'x.mp4,"12" tv,p', 1),
+        (b'x.mp4,"open,p\ny.mp4,q"', 1), (b'x.mp4,"open,p\na.mp4,q,"', 1), (b'x.mp4,"a"b"c,p', 1),
+    ],
+)  # fmt: skip
+def test_a_stray_quote_costs_its_own_row_and_takes_in_no_other(tmp_path: Path, stray: bytes, lost: int) -> None:
+    for at in range(4):
+        rows = [b"a.mp4,x,p", b"b.mp4,y,q", b"c.mp4,z,r"]
+        found = labels_of(tmp_path / "m.csv", b"\n".join([b"uri,label,more", *rows[:at], stray, *rows[at:], b""]))
+        assert {name: label for name, label in found.items() if name in ("b.mp4", "c.mp4")} == {
+            "b.mp4": "y", "c.mp4": "z",
+        }  # fmt: skip
+        assert f"m.csv row {at + 1}" in found, "the row of the quote is named by its number"
+        assert "quote" in str(found[f"m.csv row {at + 1}"])
+
+
+def test_a_text_before_the_uri_may_have_lines(tmp_path: Path) -> None:
+    assert labels_of(tmp_path / "m.csv", b'label,uri\n"one\ntwo, three",a.mp4\n"b\n",b.mp4\n') == {
+        "a.mp4": "one\ntwo, three", "b.mp4": "b\n",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("extension", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("text".encode("utf-16"), "UTF-16 text: save it again as UTF-8"),
+        ("text".encode("utf-16-be"), "UTF-16 text"), ("text".encode("utf-32"), "text: save it again as UTF-8"),
+        (b"\x1f\x8b\x08\0", "gzip"), (b"PK\x03\x04", "zip file, or a workbook"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_encoding_is_refused_by_its_name(
+    tmp_path: Path, extension: str, data: bytes, words: str
+) -> None:
+    path = tmp_path / f"m.{extension}"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"manifest {path} cannot be read: it is .*{words}"):
+        discover([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'[{"uri": "a.mp4"}]', "a JSON array: write one object a line"),
+        (b'{"uri": "a.mp4"},\n{"uri": "b.mp4"},\n', "none of its lines is a JSON object; of the first: .*Extra data"),
+        (b"", "none of its lines is a JSON object"), (b'{"uri": "a", "": 1}\n', "a column without a name"),
+    ],
+)  # fmt: skip
+def test_json_that_is_no_lines_of_objects_is_refused_with_what_it_is(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "m.jsonl").write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        discover([str(tmp_path / "m.jsonl")])
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b"\r", b" "])
+def test_objects_may_be_written_over_lines_or_several_on_one(tmp_path: Path, blank: bytes) -> None:
+    text = b'{"uri": "a.mp4", "label": "x"}' + blank + b'{"uri":\n"b.mp4", "label":\n"[{"}' + blank
+    assert labels_of(tmp_path / "m.jsonl", b"\xef\xbb\xbf" + text) == {"a.mp4": "x", "b.mp4": "[{"}
+
+
+@pytest.mark.parametrize("extension", ["csv", "jsonl"])
+def test_lines_longer_than_a_block_of_arrow_are_read(tmp_path: Path, extension: str) -> None:
+    long = "y" * 3_000_000
+    rows = [{"uri": "a.mp4", "label": long}, {"uri": "b.mp4", "label": "z"}]
+    text = "uri,label\n" + "\n".join(f"{row['uri']},{row['label']}" for row in rows)
+    if extension == "jsonl":
+        text = "\n".join(json.dumps(row) for row in rows)
+    assert labels_of(tmp_path / f"m.{extension}", text.encode()) == {"a.mp4": long, "b.mp4": "z"}
+
+
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [
+        (("18446744073709551615", "1"), ["18446744073709551615", "1"]),
+        (("9007199254740993", "1.5"), ["9007199254740993", "1.5"]),
+        (("9007199254740993", "1"), [9007199254740993, 1]), (("1e300", "1"), [1e300, 1.0]),
+        (("NaN", "2"), ["nan", 2.0]),
+    ],
+)  # fmt: skip
+def test_integers_that_float64_would_round_stay_as_they_are_written(
+    tmp_path: Path, values: tuple[str, ...], stored: list[object]
+) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(f'{{"uri": "{n}.mp4", "id": {value}}}' for n, value in enumerate(values)))
+    found = discover([str(path)]).videos["id"].to_pylist()
+    assert ["nan" if value != value else value for value in found] == stored
+
+
+def test_commas_at_the_ends_of_all_lines_make_no_column(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("uri,label,\na.mp4,x,\n")
+    assert discover([str(tmp_path / "m.csv")]).videos.column_names[-1] == "label"
+    (tmp_path / "m.csv").write_text("uri,label,\na.mp4,x,y\n")
+    with pytest.raises(InputError, match="a column without a name"):
+        discover([str(tmp_path / "m.csv")])

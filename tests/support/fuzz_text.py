@@ -44,6 +44,7 @@ ODD_TEXTS = (
     "http://127.0.0.1:1/\0", "s3:///", "s3://", "hf://", "file://", "file:///\0", "zip://a::b", "a::b", "tar://",
     "reference://", "dir://x", "jlab://x", "gist://x", "generic::x", "async_wrapper://x", "data://x", "memory://x",
     "%", "%00", "%ff", "../" * 50, "~nobody-there/x", "C:\\x", "?", "*", "[", "{", "#", "\\", "/" * 300,
+    '"', '"\n', ',"', "[" * 20_000, '{"a":' * 20_000, "\ufeff", "18446744073709551615",
 )  # fmt: skip
 """Texts that trip parsers of numbers, times, paths and addresses."""
 
