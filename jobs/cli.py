@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from vidshard.jobs.commands.exporting import export
+from vidshard.jobs.commands.exporting import export, push
 from vidshard.jobs.commands.outputs import decode, inspect, stats, verify
 from vidshard.jobs.commands.tokenizing import demo, plan, tokenize
 from vidshard.jobs.commands.training import train
@@ -75,7 +75,7 @@ def main() -> None:
 _CODE = Path(__file__).parents[1]
 """Folder of the package ``vidshard``, under which all of its modules are imported."""
 
-_RUNS = frozenset({"tokenize", "decode", "export", "convert", "demo", "train"})
+_RUNS = frozenset({"tokenize", "decode", "export", "push", "convert", "demo", "train"})
 """Commands whose result is files; what they print may be lost. The result of the others is what they print."""
 
 
@@ -170,7 +170,7 @@ def vidshard() -> None:
     """
 
 
-_COMMANDS = (demo, tokenize, plan, inspect, stats, verify, decode, export, tokenizers, convert, train)
+_COMMANDS = (demo, tokenize, plan, inspect, stats, verify, decode, export, push, tokenizers, convert, train)
 """In the order in which ``--help`` lists them."""
 
 for _command in _COMMANDS:

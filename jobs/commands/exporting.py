@@ -1,4 +1,4 @@
-"""``vidshard export``: outputs in the layouts of other programs."""
+"""``vidshard export`` and ``push``: outputs in the layouts of other programs, and on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vidshard.jobs.runtime.terminal import output_console
 
 if TYPE_CHECKING:
     from vidshard.jobs.export.job import ExportResult
+    from vidshard.jobs.export.push import PushResult
 
 
 @click.command()
@@ -77,3 +78,30 @@ def _pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
             raise click.UsageError(f"{flag}: {name} is named twice")
         found[name] = value
     return found
+
+
+@click.command()
+@click.argument("out", metavar="OUTPUT")
+@click.argument("target", metavar="hf://datasets/OWNER/NAME")
+@click.option(
+    "--create", is_flag=True, help="Make the dataset if it is missing. It is private unless --public is given."
+)
+@click.option("--public", is_flag=True, help="Make the new dataset of --create visible to everybody.")
+@click.option("--prune", is_flag=True, help="Delete shards of the dataset that OUTPUT has not.")
+def push(out: str, target: str, create: bool, public: bool, prune: bool) -> PushResult:
+    """Push the shards of an output to the Hugging Face Hub.
+
+    Sends the finished shards and a generated dataset card. The same command again sends what is missing. Text that you
+    add to the card is kept; its license is yours to state.
+
+    The token is that of HF_TOKEN or of `hf auth login`. HF_ENDPOINT is used as by other tools.
+
+    \b
+    vidshard push tokens/ hf://datasets/me/driving-tokens --create
+    """
+    if public and not create:
+        raise click.UsageError("--public is for a dataset that is made: give --create too")
+    from vidshard.jobs.export.push import PushRun, push_output
+
+    request = PushRun(out=out, target=target, create=create, public=public, prune=prune)
+    return push_output(request, output_console())
