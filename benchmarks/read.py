@@ -195,7 +195,7 @@ def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments:
             "MB/s": round(rate * payload_bytes(payload) / 1e6, 1),
             "x raw time": round(raw_rate / rate, 2),
             "CPU us/clip": round(1e6 * cpu, 1),
-            "x raw CPU": round(cpu / raw_cpu, 2),
+            "x raw CPU": round(cpu / max(raw_cpu, 1e-9), 2),
         }
         for (reader, how, workers), (rate, cpu) in best.items()
     ]
@@ -241,8 +241,8 @@ def upload(places: Mapping[str, Place], endpoint: str) -> dict[str, Place]:
         path = f"s3://{Path(place.path).parent.name}/{Path(place.path).name}"
         if not fs.exists(path):
             with suppress(FileExistsError):
-                fs.mkdir(Path(place.path).parent.name)
-            fs.put(place.path + "/", path, recursive=True)
+                fs.mkdir(Path(place.path).parent.name, acl="public-read")
+            fs.put(place.path + "/", path, recursive=True, ACL="public-read")
         found[name] = replace(place, path=path, endpoint=endpoint)
     return found
 

@@ -90,7 +90,7 @@ def _ray(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
     import pyarrow.fs
     import ray
 
-    ray.init(num_cpus=workers, log_to_driver=False, ignore_reinit_error=True, include_dashboard=False)
+    ray.init(address="local", num_cpus=workers, log_to_driver=False, ignore_reinit_error=True, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     options: dict[str, Any] = {}
     if place.endpoint:
@@ -100,6 +100,7 @@ def _ray(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
     dataset = ray.data.read_parquet(paths, columns=[place.name], **options)
     batches = dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=BUFFER if shuffle else None)
     yield from _counted(batches, place.name)
+    ray.shutdown()
 
 
 def _write_tars(folder: Path, values: np.ndarray) -> None:
@@ -119,7 +120,8 @@ def _webdataset(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
 
     urls: Any = sorted(str(path) for path in Path(place.path).glob("*.tar"))
     if place.endpoint:
-        urls = [f"{place.endpoint}/{place.path.removeprefix('s3://')}/{number:04d}.tar" for number in range(8)]
+        address = f"{place.endpoint}/{place.path.removeprefix('s3://')}"
+        urls = [f"pipe:curl -s -f {address}/{number:04d}.tar" for number in range(8)]
     dataset = webdataset.WebDataset(urls, shardshuffle=8 if shuffle else False, seed=0)
     if shuffle:
         dataset = dataset.shuffle(BUFFER)
@@ -150,6 +152,9 @@ def _litdata(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
 
     options: dict[str, Any] = {}
     if place.endpoint:
+        from litdata.streaming import downloader
+
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         options = {
             "storage_options": {"endpoint_url": place.endpoint},
             "cache_dir": tempfile.mkdtemp(prefix="vidshard-litdata-"),

@@ -65,6 +65,10 @@ class Catalog:
     """Provenance of each shard; equal ones are one object."""
     shard_schema: list[pa.Schema]
     """Columns of each shard; equal ones are one object."""
+    shard_output: npt.NDArray[np.int64]
+    """int64 (shards,): number of the path in `outputs` that names the shard."""
+    outputs: list[str]
+    """The paths that were given: outputs, folders of shards, or shards."""
     shard_bytes: npt.NDArray[np.int64]
     """int64 (shards,): size of the file."""
     shard_ranges: list[Mapping[str, ColumnRanges]]
@@ -147,7 +151,9 @@ def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[s
     allowed = set(MIXES) if allow_mixed is True else set(allow_mixed or ())
     if unknown := allowed - set(MIXES):
         raise UserError(f"allow_mixed: there is no kind {sorted(unknown)[0]!r}; there are: {', '.join(MIXES)}")
-    shards = [shard for path in ([paths] if isinstance(paths, str) else paths) for shard in output_shards(str(path))]
+    named = [str(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    of_path = [output_shards(path) for path in named]
+    shards = [shard for found in of_path for shard in found]
     if not shards:
         raise UserError("there is nothing to read: no output was named")
     if repeated := {path for path in shards if shards.count(path) > 1} if len(shards) > len(set(shards)) else set():
@@ -174,6 +180,8 @@ def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[s
         group_ends=np.cumsum(np.array(rows, np.int64)),
         shard_provenance=shard_provenance,
         shard_schema=shard_schema,
+        shard_output=np.repeat(np.arange(len(named)), [len(found) for found in of_path]),
+        outputs=named,
         shard_bytes=np.array([end.num_bytes for end in ends], np.int64),
         shard_ranges=[end.ranges for end in ends],
     )

@@ -23,6 +23,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,17 @@ class Atoms:
 class Order:
     """Order of the units of one epoch; computed block by block."""
 
-    def __init__(self, atoms: Atoms, *, shuffle: bool, seed: int, epoch: int, lanes: int) -> None:
+    def __init__(
+        self,
+        atoms: Atoms,
+        *,
+        shuffle: bool,
+        seed: int,
+        epoch: int,
+        lanes: int,
+        cycle: int | None = None,
+        name: str | None = None,
+    ) -> None:
         """Lay out blocks and segments.
 
         Args:
@@ -76,11 +87,14 @@ class Order:
             seed: any integer.
             epoch: number of the epoch; each has an order of its own.
             lanes: number of lanes of a block, at least 1.
+            cycle: units that a block takes from all lanes in turn; None for ``CHUNK`` of each.
+            name: tells apart the orders of several outputs.
         """
         self._atoms = atoms
         self._shuffle = shuffle
-        self._key = f"{seed}/{epoch}"
+        self._key = f"{seed}/{epoch}" if name is None else f"{seed}/{epoch}/{name}"
         self._lanes = lanes
+        self._cycle = lanes * CHUNK if cycle is None else cycle
         mean_bytes = max(1, atoms.num_bytes // max(1, len(atoms.ends)))
         self._atoms_per_block = max(1, min(lanes * ATOMS_PER_LANE, BLOCK_BYTES // mean_bytes))
         segments = self._segments()
@@ -149,7 +163,14 @@ class Order:
         units = np.concatenate(of_lane)
         mixed = np.lexsort((self._keys(len(units), f"units {block}"), lane))
         rank = np.concatenate([np.arange(len(units)) for units in of_lane])
-        return units[mixed][np.lexsort((rank % CHUNK, lane, rank // CHUNK))]
+        chunk = self._chunks(len(lanes))[lane]
+        return units[mixed][np.lexsort((rank % chunk, lane, rank // chunk))]
+
+    def _chunks(self, lanes: int) -> Integers:
+        """Units that each lane gives in its turn."""
+        if self._cycle == self._lanes * CHUNK:
+            return np.full(lanes, CHUNK, np.int64)
+        return np.maximum(1, np.diff(np.arange(lanes + 1) * self._cycle // lanes))
 
     def _keys(self, count: int, purpose: str) -> npt.NDArray[np.uint64]:
         """Random keys to sort by. Raw numbers of a bit generator are the same in every version of NumPy."""
@@ -158,6 +179,20 @@ class Order:
 
     def _permutation(self, count: int, purpose: str) -> Integers:
         return np.argsort(self._keys(count, purpose), kind="stable")
+
+
+class Positions(Protocol):
+    """An order of units: `Order`, or that of a mixture."""
+
+    segment_ends: Integers
+
+    def __len__(self) -> int: ...
+
+    def at(self, start: int, stop: int) -> Integers:
+        """Units at the positions [start, stop)."""
+
+    def segment_of(self, position: int) -> tuple[int, int]:
+        """Positions at which the segment of a position begins and ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +208,7 @@ class Step:
 
 
 def steps(
-    order: Order, position: int, *, batch_size: int, rank: int, world_size: int, uneven: str, drop_last: bool
+    order: Positions, position: int, *, batch_size: int, rank: int, world_size: int, uneven: str, drop_last: bool
 ) -> Iterator[Step]:
     """Batches of one rank from a position on; every rank has equally many, of equal sizes at the same step.
 
@@ -211,7 +246,7 @@ def steps(
         position = end
 
 
-def positions(order: Order, step: Step) -> Integers:
+def positions(order: Positions, step: Step) -> Integers:
     """Units of a step; positions beyond the end of the segment continue at its start."""
     begin, end = order.segment_of(min(step.start, step.end - 1))
     if step.stop <= end:
@@ -220,7 +255,7 @@ def positions(order: Order, step: Step) -> Integers:
     return np.array([order.at(int(at), int(at) + 1)[0] for at in wrapped], np.int64)
 
 
-def num_steps(order: Order, *, batch_size: int, world_size: int, uneven: str, drop_last: bool) -> int:
+def num_steps(order: Positions, *, batch_size: int, world_size: int, uneven: str, drop_last: bool) -> int:
     """Number of batches of each rank in a whole epoch."""
     total = 0
     for length in np.diff(order.segment_ends, prepend=0):

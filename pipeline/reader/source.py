@@ -23,10 +23,13 @@ from vidshard.pipeline.reader.latents import LatentRule, latent_rule
 from vidshard.pipeline.reader.units import Units, check_sequence, find_units, names_of
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.tokens import payload_bytes
+from vidshard.schemas.uris import shown_uri
 
 Integers = npt.NDArray[np.int64]
 Loaded = list[Any]
 """Loaded columns of a row group, by the number of the column."""
+SOURCE = "_source"
+"""Entry of a batch of a mixture: the path that each clip or sequence is from, as it was given."""
 Picks = list[tuple[int, Integers, Integers]]
 """Rows of a batch by row group: its number, rows in it, and rows of the batch."""
 
@@ -47,8 +50,10 @@ class Plan:
     """Seed and epoch, which decide the noise of sampled latents."""
     mark: int
     """Handed back with the batch."""
+    stop: int
+    """Position after its last unit."""
     block_end: int
-    """Plans of one block have the same number; those of later blocks greater ones."""
+    """Position up to which row groups that it needs may be needed again."""
 
 
 class Source:
@@ -96,10 +101,32 @@ class Source:
         self._group_starts = np.concatenate([[0], self.catalog.group_ends[:-1]])
         self.units: Units = find_units(self.catalog, self.files, where=where, sequence=sequence, stride=stride)
         self.sequence = sequence
+        self.names_sources = False
+        """Whether batches say which path each unit is from."""
         self._is_continuous = bool(self.catalog.provenance.run.get("continuous"))
         order = f"{where}|{sequence}|{stride if stride is not None else sequence}"
         self.digest = hashlib.blake2b(f"{self.catalog.digest}|{order}".encode(), digest_size=8).hexdigest()
         self._is_remote = not all(storage.is_local(path) for path in self.catalog.paths)
+
+    def make_mixture(self) -> None:
+        """Name the source of each unit in the batches, after a check that the outputs can be mixed in one batch.
+
+        Raises:
+            UserError: their payload shapes differ, or none of an output's clips passes the filter.
+        """
+        catalog, atoms = self.catalog, self.units.atoms
+        if len(catalog.shapes) > 1:
+            other = int(np.flatnonzero(catalog.shard_shape)[0])
+            shapes = [", ".join(f"{name} {list(shape)}" for name, shape in shapes) for shapes in catalog.shapes[:2]]
+            raise UserError(
+                f"{shown_uri(catalog.paths[0])} and {shown_uri(catalog.paths[other])} have other payload shapes "
+                f"({shapes[0]}; {shapes[1]}): outputs with weights are mixed within a batch, and need one shape"
+            )
+        has_units = np.isin(np.arange(len(catalog.outputs)), catalog.shard_output[atoms.shard])
+        if not has_units.all():
+            path = catalog.outputs[int(np.flatnonzero(~has_units)[0])]
+            raise UserError(f"{shown_uri(path)} has a weight, and none of its clips passes where= and sequence=")
+        self.names_sources = True
 
     @property
     def row_bytes(self) -> int:
@@ -175,6 +202,8 @@ class Source:
             for at, column in enumerate(self._columns):
                 found |= column.gather([(values[at], picked, places) for values, picked, places in parts], len(rows))
         shapes = dict(self.catalog.shapes[int(self.catalog.shard_shape[shard])])
+        if self.names_sources:
+            found[SOURCE] = self._sources_of(picks, rows)
         if self.rule is not None:
             found = self.rule.apply(found, shapes, rows, plan.noise)
         for column in self._columns:
@@ -184,6 +213,13 @@ class Source:
             if name in found:
                 found[name] = shaped(found[name], shape, self.sequence, self._time_axis(name))
         return found
+
+    def _sources_of(self, picks: Picks, rows: Integers) -> list[str]:
+        """Path, as it was given, of each unit."""
+        numbers = np.empty(len(rows), np.int64)
+        for group, _, places in picks:
+            numbers[places] = self.catalog.shard_output[self.catalog.group_shard[group]]
+        return [self.catalog.outputs[number] for number in numbers[:: self.sequence or 1].tolist()]
 
     def _windowed(self, values: Any) -> Any:
         if self.sequence is None:
@@ -202,7 +238,7 @@ class Source:
         """Make batches in order; row groups are read on threads, and kept until their last use within a block.
 
         Args:
-            plans: batches in the order of their blocks.
+            plans: batches in the order of their positions.
         """
         row_bytes = payload_bytes(self.catalog.provenance.payload)
         ends = self.catalog.group_ends
@@ -224,7 +260,7 @@ class Source:
 
         try:
             while waiting or plan_one():
-                while waiting[-1][0].block_end <= waiting[0][0].block_end and plan_one():
+                while waiting[-1][0].stop <= waiting[0][0].block_end and plan_one():
                     pass
                 while submitted < len(waiting) or plan_one():
                     missing = [group for group, _, _ in waiting[submitted][2] if group not in loads]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from vidshard.pipeline.reader.mixture import Mixture, Shares, check_weights
 from vidshard.pipeline.reader.order import Order, num_steps, positions, steps
 from vidshard.pipeline.reader.source import GroupCache, Plan, Source
 from vidshard.pipeline.reader.transport import Slots
@@ -39,7 +40,7 @@ class TokenShards(IterableDataset[Batch]):
 
     def __init__(
         self,
-        paths: str | Sequence[str],
+        paths: str | Sequence[str] | Mapping[str, float],
         *,
         columns: str | Sequence[str] | None = None,
         where: str | None = None,
@@ -63,7 +64,10 @@ class TokenShards(IterableDataset[Batch]):
         """Open outputs for training; the ends of all shards are read.
 
         Args:
-            paths: output folders, folders of shards or shards; local paths or URLs.
+            paths: output folders, folders of shards or shards; local paths or URLs. With weights, as in
+                ``{"a/": 3, "b/": 1}``, they form a mixture: three of four clips are from the first one, and ``_source``
+                names the path of each. An epoch has as many clips as all of them together. An output that is used up
+                begins anew in another order; one that is not is continued in the next epoch.
             columns: columns of the batches; None for the payload without log-variances.
             where: condition that clips must meet, such as ``"source_fps >= 24 and num_valid_frames = 17"``.
             sequence: consecutive clips of one video that form one sequence; None for single clips.
@@ -99,8 +103,10 @@ class TokenShards(IterableDataset[Batch]):
             raise UserError(f"uneven is 'drop' or 'repeat', got {uneven!r:.40}")
         if (rank is None) != (world_size is None):
             raise UserError("rank and world_size go together: give both or neither")
+        if isinstance(paths, Mapping):
+            check_weights(paths)
         self._source = Source(
-            paths,
+            list(paths) if isinstance(paths, Mapping) else paths,
             columns=columns,
             where=where,
             sequence=sequence,
@@ -111,6 +117,10 @@ class TokenShards(IterableDataset[Batch]):
             sample=sample,
             allow_mixed=allow_mixed,
         )
+        self._shares: Shares | None = None
+        if isinstance(paths, Mapping):
+            self._shares = Shares.of_weights(list(paths.values()), lanes)
+            self._source.make_mixture()
         self._batch_size, self._drop_last, self._uneven = batch_size, drop_last, uneven
         self._shuffle, self._seed, self._epoch, self._lanes = shuffle, int(seed), int(epoch), lanes
         self._given = None if rank is None or world_size is None else (int(rank), int(world_size))
@@ -194,7 +204,7 @@ class TokenShards(IterableDataset[Batch]):
             for at, step in enumerate(all_steps):
                 if at % num_workers == worker:
                     block = order.block_end(min(step.stop, step.end) - 1)
-                    yield Plan(positions(order, step), (self._seed, epoch), step.end, block)
+                    yield Plan(positions(order, step), (self._seed, epoch), step.end, step.stop, block)
 
         for plan, batch in self._source.read_ahead(plans()):
             if track:
@@ -243,7 +253,7 @@ class TokenShards(IterableDataset[Batch]):
             )
         if theirs[2] != ours[2]:
             raise UserError(
-                "the state is of another order: shuffle, seed and lanes must be those of the run that wrote it"
+                "the state is of another order: shuffle, seed, lanes and weights must be those of the run that wrote it"
             )
         if samples < 0:
             raise UserError(f"the state counts {samples} samples")
@@ -262,12 +272,24 @@ class TokenShards(IterableDataset[Batch]):
         self._epoch, self._start, self._position = epoch, position, position
         self._begun.zero_()
 
-    def _order(self) -> Order:
+    def _order(self) -> Order | Mixture:
         atoms = self._source.units.atoms
+        if self._shares is not None:
+            return Mixture(
+                atoms,
+                self._source.catalog.shard_output[atoms.shard],
+                self._shares,
+                shuffle=self._shuffle,
+                seed=self._seed,
+                epoch=self._epoch,
+                lanes=self._lanes,
+            )
         return Order(atoms, shuffle=self._shuffle, seed=self._seed, epoch=self._epoch, lanes=self._lanes)
 
     def _digest(self) -> str:
         text = f"{self._shuffle}|{self._seed if self._shuffle else ''}|{self._lanes if self._shuffle else ''}"
+        if self._shares is not None:
+            text += f"|{self._seed}|{self._shares.slots}"
         return f"{self._source.digest}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
     def _ranks(self) -> tuple[int, int]:
@@ -416,7 +438,7 @@ class TokenShardsMap(Dataset[Batch]):
         shapes = self._shapes(units)
         for shape in np.unique(shapes):
             places = np.flatnonzero(shapes == shape)
-            batch = self._source.batch(Plan(units[places], (self._seed, 0), 0, 0), self._groups)
+            batch = self._source.batch(Plan(units[places], (self._seed, 0), 0, 0, 0), self._groups)
             for at, place in enumerate(places.tolist()):
                 found[place] = {name: values[at] for name, values in batch.items()}
         return [found[place] for place in range(len(units))]

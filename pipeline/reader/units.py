@@ -152,7 +152,8 @@ def _windows(
 ) -> tuple[Integers, int]:
     """Windows of consecutive rows: int64 (windows, sequence), by their first row; and the longest run of rows."""
     table, numbers = _sequence_table(catalog, files, rows)
-    following = _following(table, catalog.shard_shape[_shards(catalog, numbers)])
+    shards = _shards(catalog, numbers)
+    following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
     # position of each row in its run, and the run itself, by walking all runs at once
     is_first = np.ones(len(numbers), bool)
     is_first[following[following >= 0]] = False
@@ -194,7 +195,8 @@ def runs_of_rows(catalog: Catalog, files: ShardFiles, rows: Integers) -> tuple[I
     if not len(rows):
         return rows, rows
     table, numbers = _sequence_table(catalog, files, rows)
-    following = _following(table, catalog.shard_shape[_shards(catalog, numbers)])
+    shards = _shards(catalog, numbers)
+    following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
     run, place = np.full(len(numbers), -1), np.zeros(len(numbers), np.int64)
     is_first = np.ones(len(numbers), bool)
     is_first[following[following >= 0]] = False
@@ -250,13 +252,19 @@ def _sequence_table(catalog: Catalog, files: ShardFiles, rows: Integers | None) 
     return pa.concat_tables([table for table, _ in parts]), np.concatenate([here for _, here in parts])
 
 
-def _following(table: pa.Table, shape: Integers) -> Integers:
-    """For each row the row that begins where it ends, in the same part of the same video and of the same shape.
+def _folders(catalog: Catalog) -> Integers:
+    """Number of the folder of each shard: a video may be in several outputs, and a window is of one of them."""
+    return np.unique([path.rpartition("/")[0] for path in catalog.paths], return_inverse=True)[1].astype(np.int64)
+
+
+def _following(table: pa.Table, shape: Integers, folder: Integers) -> Integers:
+    """For each row the row that begins where it ends, in the same part of the same video, of the same shape and output.
 
     Returns:
         int64 (rows,): -1 where there is none.
     """
-    columns: list[np.ndarray] = [table["video"].combine_chunks().dictionary_encode().indices.to_numpy(), shape]
+    videos = table["video"].combine_chunks().dictionary_encode().indices.to_numpy()
+    columns: list[np.ndarray] = [videos, shape, folder]
     columns += [
         pc.fill_null(table[name], -1.0).to_numpy() for name in ("part_start_seconds", "part_end_seconds", "fps")
     ]

@@ -110,3 +110,11 @@ def test_every_window_comes_once_on_any_ranks(tmp_path: Path) -> None:
     found = [w for rank in range(2) for w in windows(path, sequence=3, stride=2, shuffle=True, rank=rank, world_size=2)]
     assert sorted(found) == expected
     assert torch.equal(torch.tensor(len(expected)), torch.tensor(len(found)))
+
+
+def test_a_video_that_is_in_two_outputs_gives_windows_of_each(tmp_path: Path) -> None:
+    second = write_shard(tmp_path / "a" / "0.parquet", [Made(video="v", count=4)])
+    write_shard(tmp_path / "b" / "0.parquet", [Made(video="v", count=4)], first_id=second)
+    both = [str(tmp_path / name) for name in ("a", "b")]
+    windows = [row["tokens"].flatten(1)[:, 0].tolist() for row in vidshard.TokenShards(both, sequence=2)]
+    assert windows == [[0, 1], [2, 3], [4, 5], [6, 7]]
