@@ -64,6 +64,19 @@ class CodebookUse:
         return self.num_used / self.counts.size
 
     @property
+    def ceiling(self) -> int:
+        """Largest number of different tokens that could have occurred: tokens counted, at most the codebook."""
+        return min(self.num_tokens, self.counts.size)
+
+    @property
+    def share_of_ceiling(self) -> float:
+        """Share of `ceiling` that occurred, in [0, 1]; 0 before the first token.
+
+        Few positions cannot use a large codebook: 72 tokens of 32,768 are 0.2 % of the codebook and all that could be.
+        """
+        return self.num_used / max(self.ceiling, 1)
+
+    @property
     def entropy_bits(self) -> float:
         """Entropy of the token frequencies, in [0, log2 of the codebook size]; 0 before the first token."""
         counts = self.counts[self.counts > 0]

@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from vidshard.models.checkpoint_parts import own_state, own_tokenizer, own_weights
 from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, TokenizerConfig, parse_config
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
@@ -50,6 +51,10 @@ takes 2.4 GB and 42 s."""
 
 class WeightsError(VidshardError, ValueError):
     """A file holds no weights that can be used; the message names it and says why."""
+
+
+class UnstatedModelError(WeightsError):
+    """A file does not say which model it holds, and no config was given."""
 
 
 class NoAveragesError(WeightsError):
@@ -239,7 +244,8 @@ def load_weights(
 
     Reads ``.safetensors``, and ``.ckpt``, ``.pt`` and ``.pth`` without executing code in them. Weights may lie at the
     top level or under ``state_dict``, named as by `checkpoint_name`. Names that start with ``loss.`` or ``model_ema.``
-    are ignored; ``module.`` and ``_orig_mod.`` segments are removed.
+    are ignored; ``module.`` and ``_orig_mod.`` segments are removed. Of a checkpoint of ``vidshard train`` the weights
+    are those that its stage would export: averages where it keeps some.
 
     Args:
         config: config of the weights; None for the config that `save_tokenizer` stored in the file.
@@ -262,12 +268,15 @@ def load_weights(
     if path.suffix == ".safetensors":
         stated, entries = _read_safetensors(path)
     elif path.suffix in (".ckpt", ".pt", ".pth"):
-        stated, entries = None, _read_pickle(path)
+        stated, entries = None, read_checkpoint(path)
+        if (state := own_state(entries)) is not None:
+            stated, entries = _of_own_checkpoint(path, state, ema)
+            ema = False
     else:
         raise WeightsError(f"{path}: weights files end in .safetensors, .ckpt, .pt or .pth, got {path.suffix!r}")
     if config is None:
         if stated is None:
-            raise WeightsError(f"{path} does not say which model it holds: give a preset or config")
+            raise UnstatedModelError(f"{path} does not say which model it holds: give a preset or config")
         config = stated
     if stated is not None:
         _check_same_network(path, stated, config)
@@ -403,7 +412,14 @@ _HARMLESS: list[Any] = [
 ]
 
 
-def _read_pickle(path: Path) -> dict[str, object]:
+def read_checkpoint(path: Path) -> dict[str, object]:
+    """Read the entries of a ``.ckpt``, ``.pt`` or ``.pth`` file, those under ``state_dict`` if it has one.
+
+    Nothing in the file is executed.
+
+    Raises:
+        WeightsError: the file is unreadable, or would execute code.
+    """
     _refuse_packed(path)
     try:
         with warnings.catch_warnings():
@@ -427,6 +443,18 @@ def _read_pickle(path: Path) -> dict[str, object]:
     if not isinstance(loaded, dict):
         raise WeightsError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
     return {str(name): value for name, value in loaded.items()}
+
+
+def _of_own_checkpoint(path: Path, state: Mapping[str, Any], ema: bool) -> tuple[TokenizerConfig, dict[str, object]]:
+    """Config and entries of a checkpoint of ``vidshard train``, as its stage would export them."""
+    if ema and not state["averages"]:
+        raise NoAveragesError(f"{path} holds no averaged (EMA) weights, only one set: take it without ema")
+    try:
+        config = parse_config(own_tokenizer(state))
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise WeightsError(f"{path} states a tokenizer config that this version does not know: {error}") from error
+    weights = own_weights(state, averaged=True)
+    return config, {checkpoint_name(name, config): value for name, value in weights.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -144,13 +144,13 @@ class OptimizerSettings(Settings):
         help="Gradient clipping: the largest gradient norm of either network. With 0 gradients are not clipped.",
     )
     ema_decay: float = setting(
-        0.999,
+        0.0,
         section="Optimizer",
         ge=0,
         lt=1,
         metavar="DECAY",
-        help="Decay of the moving average (EMA) of the weights, which is what a stage exports. With 0 no average is "
-        "kept.",
+        help="Decay of the moving average (EMA) of the weights, such as 0.999; a stage then exports the average. With "
+        "0, as released, no average is kept.",
     )
 
 
@@ -190,6 +190,12 @@ class LossSettings(Settings):
         ge=0,
         metavar="WEIGHT",
         help="Weight of the entropy loss of FSQ and LFQ: token entropy minus codebook entropy.",
+    )
+    entropy_affinity: Literal["dot", "distance"] = setting(
+        "dot",
+        section="Losses",
+        help="Affinity of an encoder output to an FSQ code in the entropy loss: the dot product, as in VidTok, or the "
+        "squared distance.",
     )
     entropy_start_factor: float = setting(
         3.0,
@@ -245,22 +251,21 @@ class DiscriminatorSettings(Settings):
         "there is no discriminator.",
     )
     gan_start: int = setting(
-        20_001,
+        10_000,
         section="Discriminator",
         ge=0,
         metavar="STEP",
         help="Step at which the discriminator starts, counted in batches. The released VidTok code counts two per "
         "batch, so its 20001 is 10000 here.",
     )
-    """Counted in batches, like all steps. The released code has the same threshold, 20,001, but compares it with
-    Lightning's ``global_step``, which two optimizers raise twice per batch: its discriminator starts after about
-    10,000 batches. The default follows the words of the paper; 10000 does what the released code does. The entropy's
+    """Counted in batches, like all steps. The released configurations state 20,001 and compare it with Lightning's
+    ``global_step``, which two optimizers raise twice per batch: the discriminator starts at batch 10,000. The entropy's
     annealing was halved in the released code, and is counted in batches in both."""
     gan_loss: Literal["softplus", "hinge"] = setting(
         "softplus",
         section="Discriminator",
-        help="Adversarial loss of the tokenizer: softplus is non-saturating over a frame's mean score, hinge is the "
-        "negative mean score.",
+        help="Adversarial loss of the tokenizer: softplus is non-saturating over the mean score of a frame, or a clip "
+        "in 3D. Hinge is the negative mean score.",
     )
     discriminator_width: int = setting(
         64,
@@ -594,6 +599,8 @@ class TrainRun(RunSettings):
 
     stages: dict[str, StageConfig]
     """Stages by name, in order; each one starts from the tokenizer of the one before."""
+    tokenizer_is_default: bool = False
+    """Whether ``tokenizer`` is the preset's, so that weights to start from may state another one."""
 
     @property
     def identity(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""``vidshard train``: one sub-command for each way to train, and ``resume``."""
+"""``vidshard train``: one sub-command for each way to train, ``resume`` and ``export``."""
 
 from __future__ import annotations
 
@@ -109,13 +109,61 @@ _training_command(
 )
 
 
+@train.command("run", cls=SectionedCommand)
+@options_of(TrainFlags, defaults={name: [None] for name in TrainFlags.model_fields if name not in ("videos", "out")})
+def run_preset(config_path: Path | None, **flags: Any) -> Result:
+    """Train all stages of a preset.
+
+    The preset is named with --preset. A flag applies to all of its stages; the preset decides what is left out.
+
+    \b
+    vidshard train run --preset small --videos clips/ --out runs/small
+    """
+    run = training_run(None, (), flags, config_path)
+    from vidshard.jobs.training.job import train as run_job
+
+    return run_job(run, output_console())
+
+
+@train.command("export")
+@click.argument("out", metavar="RUN")
+@click.option(
+    "--step",
+    default="last",
+    show_default=True,
+    metavar="N|best|last",
+    help="Step of the checkpoint: its number, the last one, or the best one by the --best-by of the run.",
+)
+@click.option("--to", "target", metavar="FILE", help="File to write. Default: RUN/STAGE/tokenizer-step-N.safetensors.")
+@click.option("--raw", is_flag=True, help="Take the weights of the step itself rather than their average (EMA).")
+def export_step(out: str, step: str, target: str | None, raw: bool) -> None:
+    """Write the tokenizer of a checkpoint.
+
+    RUN is the folder of a run, whose last stage with a checkpoint is taken, or of a stage such as runs/mine/stage1.
+    The run may have been interrupted, or may still go on.
+
+    \b
+    vidshard train export runs/mine
+    vidshard train export runs/mine/stage1 --step best --to best.safetensors
+    """
+    from vidshard.jobs.training.export import export_checkpoint
+
+    export_checkpoint(out, output_console(), step=step, target=target, raw=raw)
+
+
 @train.command()
 @click.argument("out", metavar="RUN")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of steps of the stage that the run has come to, to make it longer. All its state is kept.",
+)
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Number of training processes from now on.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads of a worker on CPUs.")
 @click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to run on, such as 'auto' or ray://head:10001.")
 @click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
-def resume(out: str, **changes: Any) -> Result:
+def resume(out: str, steps: int | None, **changes: Any) -> Result:
     """Resume a training run from its folder.
 
     RUN is the folder that an earlier command named with --out. The run continues at its last checkpoint, with the
@@ -123,4 +171,5 @@ def resume(out: str, **changes: Any) -> Result:
     """
     from vidshard.jobs.training.job import resume as run_job
 
-    return run_job(out, {name: value for name, value in changes.items() if value is not None}, output_console())
+    given = {name: value for name, value in changes.items() if value is not None}
+    return run_job(out, given, output_console(), steps=steps)

@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -38,17 +38,32 @@ from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.recorder import read_metrics
-from vidshard.jobs.training.resolve import ResolvedTraining, begin_run, plan_resources, print_run, read_record, resolve
+from vidshard.jobs.training.resolve import (
+    ResolvedTraining,
+    begin_run,
+    lengthened,
+    plan_resources,
+    print_run,
+    read_record,
+    resolve,
+)
 from vidshard.jobs.training.stage_job import EXPORT, HELD_OUT, StageJob
 from vidshard.jobs.training.status import RunStatus
-from vidshard.jobs.training.summary import REJECTS, Result, StageResult, print_result, write_summary
+from vidshard.jobs.training.summary import (
+    REJECTS,
+    Result,
+    StageResult,
+    print_result,
+    why_unmeasured,
+    write_summary,
+)
 from vidshard.jobs.training.worker import train_worker
 from vidshard.pipeline import storage
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.training_data.cache import fill_cache
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
-from vidshard.pipeline.training_data.loader import ClipReader, decode_held_out, rows_per_block, training_clips
+from vidshard.pipeline.training_data.loader import ClipReader, held_out_clips, rows_per_block, training_clips
 from vidshard.pipeline.training_data.sampler import ClipSampler
 from vidshard.pipeline.training_data.videos import (
     TrainingVideos,
@@ -80,19 +95,26 @@ def train(run: TrainRun, console: Console) -> Result:
     return result
 
 
-def resume(out: str, changes: dict[str, Any], console: Console) -> Result:
+def resume(out: str, changes: dict[str, Any], console: Console, *, steps: int | None = None) -> Result:
     """Resume a run from its folder alone, and print the result.
 
     Args:
         out: folder of the run.
         changes: settings of its execution that differ from the stored ones, such as ``workers``.
+        steps: number of steps of the stage that the run has come to, more than it has; None for those it has.
 
     Raises:
-        VidshardError: there is no run in the folder, or as `train` raises.
+        VidshardError: there is no run in the folder, it cannot be made longer so, or as `train` raises.
     """
     out = storage.absolute(out)
     record = read_record(out)
-    return train(TrainRun.model_validate({**record["run"], **changes, "out": out}), console)
+    training = resolve(TrainRun.model_validate({**record["run"], **changes, "out": out}))
+    if steps is not None:
+        training = replace(training, run_id=record["run_id"])
+        training = lengthened(training, steps, lambda name: _finished(training, name) is not None, console)
+    result = _train_stages(training, console)
+    print_result(result, training.run.out, console)
+    return result
 
 
 def _train_stages(training: ResolvedTraining, console: Console) -> Result:
@@ -127,6 +149,8 @@ def _train_stages(training: ResolvedTraining, console: Console) -> Result:
             _write_rejects(job, videos.rejections)
             lease.check()
             outcome = _train_stage(job, sampler, workers, cluster, lease, result, console)
+            if not outcome.measured:
+                outcome.unmeasured = why_unmeasured(videos)
             outcome.digests["videos_sha256"] = videos.digest
             result.stages.append(outcome)
             storage.write_atomic(storage.join(job.folder, STAGE_RESULT), json.dumps(asdict(outcome), indent=1).encode())
@@ -143,7 +167,7 @@ def _train_stages(training: ResolvedTraining, console: Console) -> Result:
 def prepare_data(
     training: ResolvedTraining, name: str, stage: StageConfig, cluster: Cluster, console: Console
 ) -> tuple[TrainingVideos, ClipSampler]:
-    """Open the videos of a stage, decode one clip of each held-out video, and fill the cache if there is to be one.
+    """Open the videos of a stage, decode clips of its held-out videos, and fill the cache if there is to be one.
 
     A stage with a checkpoint keeps the videos that it began with, since its clips are numbered by them: newer videos
     play no part, and those that are gone are rejections.
@@ -154,7 +178,15 @@ def prepare_data(
     run = training.run
     spec = stage.clip_spec(clips_per_video=run.clips_per_video)
     try:
-        videos = _videos_of(training, name, stage, cluster, console)
+        videos, before, has_trained = _videos_of(training, name, stage, cluster, console)
+        held_out, videos = held_out_clips(
+            videos,
+            stage.clip_spec(clips_per_video=1, placement="even"),
+            run.eval_clips,
+            Limits(),
+            replacing=not has_trained,
+            before=before,
+        )
         if videos.train.num_rows < stage.batch_size:
             raise UnusableError(
                 f"{name}: {videos.train.num_rows} clips in an epoch of {videos.num_videos} videos "
@@ -162,12 +194,8 @@ def prepare_data(
                 "videos, raise --clips-per-video, or lower --batch-size"
             )
         items = videos.train if run.cache is None else _cached(run.cache, videos, run, stage, console)
-        held_out, broken = decode_held_out(
-            videos.held_out.slice(0, run.eval_clips), stage.clip_spec(clips_per_video=1, placement="even"), Limits()
-        )
     except _FAILED_TO_DECODE as error:
         raise UnusableError(f"{name}: {cause_of(error)}") from error
-    videos.rejections.extend(broken)
     weights = [weight for _, weight in run.corpora if weight is not None]
     sampler = ClipSampler(items=items, weights=tuple(weights) or None, seed=stage.seed)
     console.print(
@@ -175,8 +203,8 @@ def prepare_data(
         f"{spec.fps} per second, {held_out.num_rows} held-out clips, {len(videos.rejections)} rejections",
         highlight=False,
     )
-    if videos.held_out.num_rows and not held_out.num_rows:
-        warn(console, f"{name}: no held-out video can be decoded, so nothing will be measured; see {REJECTS}")
+    if not held_out.num_rows:
+        warn(console, f"{name}: nothing will be measured: {why_unmeasured(videos)}")
     folder = storage.join(run.out, name)
     videos.write(storage.join(folder, VIDEOS))
     buffer = pa.BufferOutputStream()
@@ -187,25 +215,31 @@ def prepare_data(
 
 def _videos_of(
     training: ResolvedTraining, name: str, stage: StageConfig, cluster: Cluster, console: Console
-) -> TrainingVideos:
-    """Videos that the stage began with, if it has a checkpoint; otherwise those that the run names now."""
+) -> tuple[TrainingVideos, TrainingVideos | None, bool]:
+    """Videos that the stage began with, if it has a checkpoint; otherwise those that the run names now.
+
+    Returns:
+        The videos, those of the stage that it starts from, and whether the stage has a checkpoint.
+    """
     run = training.run
     folder = storage.join(run.out, name)
     kept = storage.join(folder, VIDEOS)
     if Checkpoints(folder, training.run_id).latest() is not None and storage.exists(kept):
         console.print(f"{name}: goes on with the videos that it began with", highlight=False)
-        return read_training_videos(kept)
+        return read_training_videos(kept), None, True
     previous, _ = _start_of(training, name)["previous"] or (None, None)
-    before = storage.join(previous, VIDEOS) if previous else None
+    path = storage.join(previous, VIDEOS) if previous else None
+    before = read_training_videos(path) if path and storage.exists(path) else None
     with PhaseProgress(console, f"{name}: opening videos", 1000) as progress:
-        return open_training_videos(
+        videos = open_training_videos(
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
             validation_share=run.validation_share,
             num_tasks=4 * cluster.num_cpus,
-            before=read_training_videos(before) if before and storage.exists(before) else None,
+            before=before,
             on_video=lambda done, total: progress.update(1000 * done / total, f"{done} of {total}"),
         )
+    return videos, before, False
 
 
 def _cached(folder: str, videos: TrainingVideos, run: TrainRun, stage: StageConfig, console: Console) -> pa.Table:
@@ -274,7 +308,7 @@ def _finished(training: ResolvedTraining, name: str) -> StageResult | None:
                     f"finished. To train it anew, take {storage.public_uri(folder)} away"
                 ) from error
         else:
-            if known.is_finished:
+            if known.is_finished and known.steps >= training.run.stages[name].steps:
                 return known  # even if its checkpoints, which are large, were deleted
     if checkpoint is None or checkpoint.step < training.run.stages[name].steps:
         return None

@@ -110,7 +110,8 @@ def small(videos: list[str], out: str) -> TrainRun:
 def paper_stage1(videos: list[str], out: str) -> TrainRun:
     """Stage 1 of the paper: all weights at 128x128, 17 frames at 3 per second, 50,000 steps of 16 clips.
 
-    Tang et al., "VidTok", 2024, section 4.1, with the rates and weights of the released configurations.
+    Tang et al., "VidTok", 2024, with the rates and weights of the released configurations. `jobs.training.sources`
+    says where each value comes from.
     """
     return TrainRun(videos=videos, out=out, tokenizer="fsq_causal_488_32768", stages={"stage1": StageConfig()})
 
@@ -130,7 +131,8 @@ def paper(videos: list[str], out: str) -> TrainRun:
 def long_video(videos: list[str], out: str) -> TrainRun:
     """Fine-tune v1.0 weights to a v1.1 model for long sequences: all weights, clips of 33 frames.
 
-    VidTok 1.1 was fine-tuned so. Its resolution, steps and batch size are not published; those here are ours.
+    VidTok 1.1 was fine-tuned so. Its resolution, steps and batch size are not published; those here are ours. The
+    discriminator starts at once: released checkpoints hold a trained one, which ``--init-from`` loads.
     """
     stage = StageConfig(
         frames=33,
@@ -154,6 +156,7 @@ def domain(videos: list[str], out: str) -> TrainRun:
         warmup_steps=200,
         schedule="cosine",
         final_rate_share=0.1,
+        ema_decay=0.999,
         entropy_start_factor=1.0,
         gan_start=2000,
     )
@@ -223,6 +226,9 @@ def vidtwin_tiny(videos: list[str], out: str) -> TrainRun:
         }
     )
 
+
+FIXED_MODEL = frozenset({"long_video"})
+"""Presets whose purpose is the model that they name, whatever model the weights to start from state."""
 
 TRAININGS: dict[str, Callable[[list[str], str], TrainRun]] = {
     preset.__name__: preset

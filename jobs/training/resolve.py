@@ -7,7 +7,9 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import av
@@ -19,14 +21,15 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.progress import warn
-from vidshard.jobs.training.worker import last_state, start_weights
+from vidshard.jobs.training.start import Start, describe_start, last_state, read_start
 from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
 from vidshard.models.tokenizer import FAMILIES, TokenizerConfig, get_preset, parse_config
 from vidshard.models.training.families import check_stages
 from vidshard.models.training.generator import Generator
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.training.state import check_stage
-from vidshard.models.weights import count_parameters, load_weights, network_differences
+from vidshard.models.training.step import learning_rate
+from vidshard.models.weights import UnstatedModelError, count_parameters, load_weights, network_differences
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
@@ -50,6 +53,12 @@ class ResolvedTraining:
     """Folder and run id of the stage that ``--init-from`` names; None without one."""
     weights: str | None
     """Weights file that ``--init-from`` names; None without one."""
+    start_note: str = ""
+    """What the first stage takes of the file that it starts from; empty without one."""
+    new_discriminator_at_once: bool = False
+    """Whether the first stage begins with an untrained discriminator at step 0 though it starts from weights."""
+    longer: str | None = None
+    """Stage that was given more steps than its record has; None without one."""
 
 
 def resolve(run: TrainRun) -> ResolvedTraining:
@@ -66,7 +75,10 @@ def resolve(run: TrainRun) -> ResolvedTraining:
             "multiple of the other: the best checkpoint is one that was measured"
         )
     run = _with_absolute_paths(run)
-    previous, weights, tokenizer = _look_up_start(run)
+    previous, weights, tokenizer, start = _look_up_start(run)
+    if run.tokenizer_is_default:
+        kept = run.tokenizer if weights is None or tokenizer.name == run.tokenizer else None
+        run = run.model_copy(update={"tokenizer": kept, "tokenizer_is_default": False})
     try:
         check_stages(tokenizer, {name: stage.trainable for name, stage in run.stages.items()})
     except ValueError as error:
@@ -88,7 +100,20 @@ def resolve(run: TrainRun) -> ResolvedTraining:
             import wandb  # noqa: F401
         except ImportError as error:
             raise UserError("--wandb needs the package wandb: pip install wandb, or leave --wandb out") from error
-    return ResolvedTraining(run=run, tokenizer=tokenizer, run_id="", previous=previous, weights=weights)
+    note, new_at_once = "", False
+    if start is not None:
+        assert weights is not None
+        note = f"{storage.public_uri(weights)}: {describe_start(start, tokenizer, first)}"
+        new_at_once = first.has_discriminator and first.gan_start == 0 and "begins a new discriminator" in note
+    return ResolvedTraining(
+        run=run,
+        tokenizer=tokenizer,
+        run_id="",
+        previous=previous,
+        weights=weights,
+        start_note=note,
+        new_discriminator_at_once=new_at_once,
+    )
 
 
 def _with_absolute_paths(run: TrainRun) -> TrainRun:
@@ -133,28 +158,29 @@ def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: Toke
         raise UserError(f"{name}: no checkpoint would be the best by {metric}: {reason}; give another --best-by")
 
 
-def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig]:
+def _look_up_start(
+    run: TrainRun,
+) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig, Start | None]:
     """Look up ``--init-from`` and ``--tokenizer``.
 
     Returns:
-        Folder and run id of the earlier stage, the weights file, and the configuration of the tokenizer to train. One
-        of the first two at most is not None.
+        Folder and run id of the earlier stage, the weights file, the configuration of the tokenizer to train, and what
+        the file holds. One of the first two at most is not None.
     """
     try:
         named = None if run.tokenizer is None else get_preset(run.tokenizer)
         if run.init_from is None:
             if named is None:
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
-            return None, None, named
+            return None, None, named, None
         source = run.init_from
         if source.endswith(WEIGHT_SUFFIXES):
             source = storage.pinned(source)
-            with storage.local_copy(source) as local:
-                assert local is not None
-                if named is None:
-                    named = load_weights(local)[0]
-            start_weights(source, named)
-            return None, source, named
+            if named is None or run.tokenizer_is_default:
+                with storage.local_copy(source) as local:
+                    assert local is not None
+                    named = _stated_model(local, named)
+            return None, source, named, read_start(source, named)
         folder, record = _stage_folder(source)
         there = parse_config(record["tokenizer"])
         if named is not None and (differing := network_differences(there, named)):
@@ -165,7 +191,21 @@ def _look_up_start(run: TrainRun) -> tuple[tuple[str, str] | None, str | None, T
         Checkpoints(folder, record["run_id"]).latest() or last_state(folder, record["run_id"])
     except (ValueError, FileNotFoundError, storage.StorageError, CheckpointError) as error:
         raise UserError(f"{error}") from error
-    return (folder, record["run_id"]), None, there
+    return (folder, record["run_id"]), None, there, None
+
+
+def _stated_model(path: Path, default: TokenizerConfig | None) -> TokenizerConfig:
+    """Configuration that a weights file states, or the default if it states none.
+
+    Raises:
+        UnstatedModelError: it states none, and there is no default.
+    """
+    try:
+        return load_weights(path)[0]
+    except UnstatedModelError:
+        if default is None:
+            raise
+        return default
 
 
 def _stage_folder(source: str) -> tuple[str, dict[str, Any]]:
@@ -255,6 +295,49 @@ def activation_bytes(tokenizer: TokenizerConfig, stage: StageConfig) -> int:
     return sum(kept.values())
 
 
+# A longer run
+
+
+def lengthened(
+    training: ResolvedTraining, steps: int, is_finished: Callable[[str], bool], console: Console
+) -> ResolvedTraining:
+    """Give the stage that a run has come to more steps: the first that is not finished, or else the last.
+
+    Args:
+        is_finished: whether a stage is finished, by its name.
+
+    Raises:
+        UserError: the stage has as many steps already, or no checkpoint to go on from.
+    """
+    run = training.run
+    name = next((name for name in run.stages if not is_finished(name)), list(run.stages)[-1])
+    stage = run.stages[name]
+    if steps <= stage.steps:
+        raise UserError(
+            f"--steps {steps}: {name} has {stage.steps} steps already, and a run is made longer only; give more"
+        )
+    folder = storage.join(run.out, name)
+    try:
+        checkpoint = Checkpoints(folder, training.run_id).latest()
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if checkpoint is None:
+        raise UserError(
+            f"--steps {steps}: {storage.public_uri(folder)} has no checkpoint to go on from; start a new run with "
+            f"--init-from and other --out"
+        )
+    longer = stage.model_copy(update={"steps": steps})
+    if stage.schedule == "cosine":
+        before, now = (learning_rate(config, checkpoint.step) for config in (stage, longer))
+        warn(
+            console,
+            f"{name}: the cosine schedule now ends at step {steps}, so the learning rate goes from {before:.3g} to "
+            f"{now:.3g} at step {checkpoint.step}",
+        )
+    console.print(f"{name}: {steps} steps instead of {stage.steps}, on from step {checkpoint.step}", highlight=False)
+    return replace(training, run=run.model_copy(update={"stages": {**run.stages, name: longer}}), longer=name)
+
+
 # The record.
 
 
@@ -300,6 +383,8 @@ def begin_run(training: ResolvedTraining) -> ResolvedTraining:
     record: dict[str, Any] | None = None
     if storage.exists(path):
         record = read_record(run.out)
+        if training.longer is not None:
+            record["identity"]["stages"][training.longer]["steps"] = run.stages[training.longer].steps
         changed = differences(record["identity"], _identity(run))
         if changed and _has_checkpoint(run.out, record):
             lines = "\n".join(f"  {line}" for line in changed)
@@ -359,6 +444,15 @@ def print_run(training: ResolvedTraining, cluster: Cluster, workers: int, consol
                 f"{name} has no discriminator: it would start at step {stage.gan_start}, and there are {stage.steps}. "
                 "Give a lower --gan-start, or --gan-weight 0 if none is wanted",
             )
+    if training.start_note:
+        console.print(f"start: {training.start_note}", highlight=False, markup=False)
+    if training.new_discriminator_at_once:
+        name = next(iter(training.run.stages))
+        warn(
+            console,
+            f"{name} begins an untrained discriminator at step 0: give a --gan-start of some thousand steps, in which "
+            "the tokenizer settles, or a checkpoint that holds a trained one",
+        )
     if training.previous is not None:
         folder, run_id = training.previous
         record = read_record(folder.rpartition("/")[0])

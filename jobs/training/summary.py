@@ -32,6 +32,8 @@ class StageResult:
     """Metrics of held-out clips before the first step."""
     measured: dict[str, float] = field(default_factory=dict)
     """Metrics of held-out clips after the last step."""
+    unmeasured: str = ""
+    """Why there are none; empty if there are."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Losses of the last step, and overall speed."""
     digests: dict[str, str] = field(default_factory=dict)
@@ -60,10 +62,19 @@ class Result:
         return 0 if self.interruption is None else exit_code_of(self.interruption)
 
 
+def why_unmeasured(videos: TrainingVideos) -> str:
+    """Why no held-out clip could be measured."""
+    if not videos.held_out.num_rows and not videos.rejections:
+        return "no video is held out; give --validation-share above 0"
+    return f"no held-out video can be decoded; see {REJECTS}"
+
+
 def print_result(result: Result, out: str, console: Console) -> None:
     """Print the result of each stage, and the command that comes next."""
     for stage in result.stages:
         _print_stage(stage, console)
+        if stage.unmeasured:
+            warn(console, f"{stage.name}: nothing was measured: {stage.unmeasured}")
     again = f"vidshard train resume {out}"
     if result.problem is not None:
         warn(console, result.problem)
@@ -102,9 +113,9 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
         f"{len({row['video_id'] for row in videos.held_out.select(['video_id']).to_pylist()})} of them held out; "
         f"rejections stand in `{REJECTS}`.",
         "",
-        "| stage | trains | clips | steps | PSNR dB | SSIM | LPIPS | codebook used | clips/s | waiting | MFU "
-        "| restarts |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| stage | trains | clips | steps | PSNR dB | SSIM | LPIPS | codebook used | of what the clips could use "
+        "| clips/s | waiting | MFU | restarts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in result.stages:
         config = run.stages[stage.name]
@@ -118,7 +129,10 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
             str(stage.restarts),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Held-out figures are of averaged weights, before the first step and after the last.", ""]
+    lines += ["", _HELD_OUT, ""]
+    lines += [f"**{s.name}: nothing was measured:** {s.unmeasured}.\n" for s in result.stages if s.unmeasured]
+    if training.start_note:
+        lines += [f"Start: {training.start_note}.", ""]
     for stage in result.stages:
         lines += [f"* {stage.name}: {name} `{digest}`" for name, digest in stage.digests.items()]
     if result.problem:
@@ -130,7 +144,17 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
     storage.write_atomic(storage.join(run.out, SUMMARY), ("\n".join(lines) + "\n").encode())
 
 
-_COLUMNS = (("psnr", ".2f"), ("ssim", ".3f"), ("lpips", ".3f"), ("codebook_utilisation", ".1%"))
+_HELD_OUT = (
+    "Held-out figures are before the first step and after the last: of averaged weights where averages are kept, in "
+    "the stage's precision, of the mean of continuous latents. No more codes can be used than there are tokens."
+)
+_COLUMNS = (
+    ("psnr", ".2f"),
+    ("ssim", ".3f"),
+    ("lpips", ".3f"),
+    ("codebook_utilisation", ".1%"),
+    ("codebook_share_of_ceiling", ".0%"),
+)
 _SPEEDS = (("clips_per_second", ".3g"), ("waiting", ".0%"), ("mfu", ".1%"))
 
 

@@ -7,18 +7,16 @@ they keep the last few and the best, lie on any storage that fsspec supports, an
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vidshard.jobs.runtime.errors import cause_of
@@ -26,17 +24,15 @@ from vidshard.jobs.training.measuring import evaluate, read_held_out
 from vidshard.jobs.training.recorder import Recorder
 from vidshard.jobs.training.speed import Speed, flops_per_clip, peak_flops
 from vidshard.jobs.training.stage_job import EXPORT, StageJob, Worker
-from vidshard.models.config import TokenizerConfig
-from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer
-from vidshard.models.training.families import trainable_family
+from vidshard.jobs.training.start import Start, last_state, read_start, write_tokenizer
 from vidshard.models.training.generator import Generator, shard_generator, start_tokenizer
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.training.state import TrainState, begin_stage
 from vidshard.models.training.step import DivergedError, NonFiniteError, train_step
-from vidshard.models.weights import load_weights, network_differences, preset_in_name, save_tokenizer, weights_digest
+from vidshard.models.weights import weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
-from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints, CheckpointWriter
+from vidshard.pipeline.training_data.checkpoints import CheckpointError, CheckpointWriter
 from vidshard.pipeline.training_data.loader import Batch, batches
 from vidshard.pipeline.training_data.videos import UnusableError
 from vidshard.schemas.training import StageConfig
@@ -152,11 +148,13 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
             perceptual = load_perceptual(vgg)
     tokenizer = start_tokenizer(job.tokenizer, stage.seed)
     checkpoint = job.checkpoints.latest()
-    previous = None
+    start = Start()
     if checkpoint is None and job.previous is not None:
-        previous = last_state(*job.previous)["state"]
+        start = Start(state=last_state(*job.previous)["state"])
     elif checkpoint is None and job.weights is not None:
-        tokenizer.load_state_dict(start_weights(job.weights, job.tokenizer))
+        start = read_start(job.weights, job.tokenizer)
+    if start.weights is not None:
+        tokenizer.load_state_dict(start.weights)
 
     def wrap(network: nn.Module) -> nn.Module:
         if job.run.compile and isinstance(network, Generator):
@@ -167,7 +165,15 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
             return network
         return DistributedDataParallel(network, device_ids=[worker.device] if worker.device.type == "cuda" else None)
 
-    state = begin_stage(stage, tokenizer, perceptual=perceptual, device=worker.device, wrap=wrap, previous=previous)
+    state = begin_stage(
+        stage,
+        tokenizer,
+        perceptual=perceptual,
+        device=worker.device,
+        wrap=wrap,
+        previous=start.state,
+        loss=start.loss,
+    )
     if checkpoint is None:
         started = weights_digest(state.weights(averaged=False))
         return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}
@@ -177,48 +183,6 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return state, saved["digests"]
-
-
-def last_state(folder: str, run_id: str) -> dict[str, Any]:
-    """Load the last checkpoint of a stage.
-
-    Raises:
-        CheckpointError: the stage has none, or it is damaged.
-    """
-    checkpoints = Checkpoints(folder, run_id)
-    checkpoint = checkpoints.latest()
-    if checkpoint is None:
-        raise CheckpointError(f"{storage.public_uri(folder)} has no checkpoint: train that stage first")
-    return checkpoints.load(checkpoint)
-
-
-def start_weights(path: str, config: TokenizerConfig) -> dict[str, Tensor]:
-    """Load weights from a file to start training from, named as in the model's state dict.
-
-    The family decides what may differ, see `TrainableFamily.start_differences`.
-
-    Raises:
-        ValueError: the weights belong to another architecture.
-        StorageError, FileNotFoundError: there is no such file.
-    """
-    with storage.local_copy(path) as local:
-        assert local is not None
-        try:
-            stated, weights = load_weights(local)
-        except ValueError as error:
-            if "does not say which model" not in str(error):
-                raise
-            stated, weights = load_weights(local, PRESETS.get(preset_in_name(path) or "", config))
-    if stated.family == config.family:
-        differing = trainable_family(config).start_differences(stated, config)
-    else:
-        differing = network_differences(stated, config)
-    if differing:
-        raise ValueError(
-            f"{storage.public_uri(path)} is of {stated.name}, not {config.name} ({differing}): --tokenizer says which "
-            "model is meant"
-        )
-    return weights
 
 
 def _out_of_memory_text(job: StageJob, error: BaseException) -> str:
@@ -291,7 +255,7 @@ def save(
 
 
 def export(job: StageJob, worker: Worker, state: TrainState, digests: Mapping[str, str]) -> dict[str, Any]:
-    """Write the averaged weights as a tokenizer for ``vidshard tokenize --weights``.
+    """Write the weights, averaged where averages are kept, as a tokenizer for ``vidshard tokenize --weights``.
 
     Returns:
         Digests of the weights, on the first worker; empty on the others.
@@ -304,10 +268,5 @@ def export(job: StageJob, worker: Worker, state: TrainState, digests: Mapping[st
     weights = state.weights(averaged=bool(state.averages))
     if not worker.is_first:
         return {}
-    tokenizer = FAMILIES[job.tokenizer.family].build(job.tokenizer)
-    tokenizer.load_state_dict(weights)
-    with tempfile.TemporaryDirectory(prefix="vidshard-") as folder:
-        path = Path(folder) / EXPORT
-        save_tokenizer(path, cast(Tokenizer, tokenizer))
-        storage.write_atomic(storage.join(job.folder, EXPORT), path.read_bytes())
+    write_tokenizer(storage.join(job.folder, EXPORT), job.tokenizer, weights)
     return {"digests": {**digests, "weights_sha256": weights_digest(weights)}}

@@ -5,7 +5,8 @@ LeCam's averages are buffers that a checkpoint keeps and evaluation leaves alone
 while it is used, and no part of this is loaded for inference.
 """
 
-# B batch, C channels, T frames, H height, W width; F = B * T frames; P patches of a frame
+# B batch, C channels, T frames, H height, W width; F = B * T frames, or B clips for a 3D discriminator; P patches of
+# one of these
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class Discriminator(nn.Module):
             videos_BCTHW: (B, 3, T, H, W) in [-1, 1].
 
         Returns:
-            For each video float32 (F, P), or (B * T', P) from a 3D discriminator.
+            For each video float32 (F, P), or (B, P) from a 3D discriminator, whose patches are of space and time.
         """
         return tuple(self._scores(x_BCTHW) for x_BCTHW in videos_BCTHW)
 
@@ -77,7 +78,8 @@ class Discriminator(nn.Module):
         # tries (torch 2.13, 8 to 16 channels of 8 x 8, strides 1, 2, 2).
         autocast = x_BCTHW.device.type != "cpu" and torch.is_autocast_enabled(x_BCTHW.device.type)
         with torch.autocast(x_BCTHW.device.type, enabled=autocast):
-            return frames_of(self.main(x_BCTHW)).flatten(1).float()
+            scores_BCTHW: Tensor = self.main(x_BCTHW)
+            return scores_BCTHW.flatten(1).float()
 
 
 def scores_for_generator(discriminator: nn.Module, x_BCTHW: Tensor) -> Tensor:
@@ -95,9 +97,10 @@ def scores_for_generator(discriminator: nn.Module, x_BCTHW: Tensor) -> Tensor:
 
 
 def adversarial_loss(scores_FP: Tensor, kind: Literal["softplus", "hinge"]) -> Tensor:
-    """Adversarial loss of the tokenizer: ``softplus(-mean score of a frame)``, as released, or minus the mean score.
+    """Adversarial loss of the tokenizer: ``softplus(-mean score)`` of each frame, as released, or minus the mean score.
 
-    The first is the non-saturating loss of Goodfellow et al., 2014, section 3, on a frame's mean logit.
+    The first is the non-saturating loss of Goodfellow et al., 2014, section 3, on the mean logit of a frame or, where
+    the discriminator sees clips (3D), of a clip.
     """
     if kind == "softplus":
         return F.softplus(-scores_FP.mean(dim=1)).mean()

@@ -55,8 +55,9 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Means over frames, and codebook statistics, by name.
 
-        Those that could be measured of psnr, l1, ssim, lpips, codebook_utilisation, codebook_entropy_bits and
-        codebook_perplexity; and psnr_PART_only for each part of the latents.
+        Those that could be measured of psnr, l1, ssim, lpips, codebook_utilisation, codebook_share_of_ceiling (the used
+        part of what the counted tokens could use), codebook_entropy_bits and codebook_perplexity; and psnr_PART_only
+        for each part of the latents.
         """
         sums = {"psnr": self.psnr, "l1": self.l1, "ssim": self.ssim, "lpips": self.lpips}
         sums |= {f"psnr_{name}_only": total for name, total in self.parts.items()}
@@ -65,6 +66,7 @@ class Evaluation:
             return means
         return means | {
             "codebook_utilisation": self.use.utilisation,
+            "codebook_share_of_ceiling": self.use.share_of_ceiling,
             "codebook_entropy_bits": self.use.entropy_bits,
             "codebook_perplexity": self.use.perplexity,
         }

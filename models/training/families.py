@@ -11,6 +11,7 @@ from vidshard.models.config import TokenizerConfig
 from vidshard.models.training.trainable import Trainable, TrainableFamily
 from vidshard.models.training.vidtok import VidTokTraining
 from vidshard.models.training.vidtwin import VidTwinTraining
+from vidshard.models.vidtok.heads import Affinity
 
 TRAINABLES: dict[str, TrainableFamily] = {"vidtok": VidTokTraining, "vidtwin": VidTwinTraining}
 """The families that can be trained, by the ``family`` tag of their configs."""
@@ -33,18 +34,19 @@ def trainable_family(config: TokenizerConfig) -> TrainableFamily:
     return TRAINABLES[config.family]
 
 
-def trainable_of(network: nn.Module, trainable: str) -> Trainable:
+def trainable_of(network: nn.Module, trainable: str, affinity: Affinity = "dot") -> Trainable:
     """Make the training interface of a network, let gradients reach the weights that it trains, and no others.
 
     Args:
         network: network with a ``config``, which is put into training mode.
         trainable: "all" of the weights, or the "decoder" alone.
+        affinity: affinity of the entropies of FSQ.
 
     Raises:
         ValueError: tokenizers of this family cannot be trained, or not in part.
     """
     config = cast(TokenizerConfig, network.config)
-    made = trainable_family(config)(network, trainable)
+    made = trainable_family(config)(network, trainable, affinity)
     network.requires_grad_(False)
     for parameter in made.parameters_to_train():
         parameter.requires_grad_(True)

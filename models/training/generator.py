@@ -50,7 +50,7 @@ class Generator(nn.Module):
     def __init__(self, tokenizer: nn.Module, config: StageConfig) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.trainable = trainable_of(tokenizer, config.trainable)
+        self.trainable = trainable_of(tokenizer, config.trainable, config.entropy_affinity)
         self.logvar = nn.Parameter(torch.zeros(1), requires_grad=config.learn_logvar)
         self.activation_checkpointing = config.activation_checkpointing
 

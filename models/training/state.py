@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidshard.models.checkpoint_parts import LossParts
 from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import parse_config
 from vidshard.models.training.discriminator import Discriminator, LeCam
@@ -28,6 +29,13 @@ from vidshard.models.training.distributed import (
 )
 from vidshard.models.training.generator import Generator
 from vidshard.models.training.perceptual import Perceptual
+from vidshard.models.training.start import (
+    STATE_FORMAT,
+    check_format,
+    init_from_loss,
+    init_from_stage,
+    new_discriminator,
+)
 from vidshard.models.training.trainable import Trainable
 from vidshard.models.weights import network_differences, weights_digest
 from vidshard.schemas.fields import differences
@@ -35,9 +43,6 @@ from vidshard.schemas.training import StageConfig
 
 Wrap = Callable[[nn.Module], nn.Module]
 """Wrapper that distributes a network over workers: DDP, or `shard_generator` for FSDP2."""
-
-STATE_FORMAT = 1
-"""Format version of `TrainState.state_dict`."""
 
 
 # The state
@@ -114,6 +119,8 @@ class TrainState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict` of the same stage; only the number of ``steps`` may differ.
 
+        A stage that had no discriminator, since it would have ended before ``gan_start``, and is longer now begins one.
+
         Raises:
             ValueError: the state belongs to another tokenizer or stage (the message names the differences), or has
                 another format.
@@ -128,11 +135,11 @@ class TrainState:
             raise ValueError(f"the checkpoint is of another stage of training ({'; '.join(changed)})")
         load_full_state(self.bare_generator, state["generator"])
         copy_full_tensors(self.averages, state["averages"])
-        if self.bare_discriminator is not None:
+        if self.bare_discriminator is not None and state["discriminator"]:
             load_full_state(self.bare_discriminator, state["discriminator"])
         load_full_state(self.lecam, state["lecam"])
         load_full_optimizer_state(self.generator_optimizer, state["generator_optimizer"])
-        if self.discriminator_optimizer is not None:
+        if self.discriminator_optimizer is not None and state["discriminator_optimizer"]:
             load_full_optimizer_state(self.discriminator_optimizer, state["discriminator_optimizer"])
         self.step = state["step"]
         self.average_l1 = state["average_l1"]
@@ -189,16 +196,6 @@ class TrainState:
                     parameters[name].copy_(weight)
 
 
-def check_format(state: Mapping[str, Any]) -> None:
-    """Refuse a stored state of another format version.
-
-    Raises:
-        ValueError: its format is not ``STATE_FORMAT``.
-    """
-    if state.get("format") != STATE_FORMAT:
-        raise ValueError(f"a training state of format {STATE_FORMAT} is needed, got {state.get('format')!r}")
-
-
 # The beginning of a stage
 
 
@@ -211,6 +208,7 @@ def begin_stage(
     wrap: Wrap = lambda network: network,
     previous: Mapping[str, Any] | None = None,
     averaged: bool = True,
+    loss: LossParts | None = None,
 ) -> TrainState:
     """Make the state before a stage's first step.
 
@@ -221,6 +219,7 @@ def begin_stage(
             optimizers are made. The discriminator must keep full weights.
         previous: state of an earlier stage; see `init_from_stage`. `tokenizer` then gives the architecture alone.
         averaged: take the previous stage's averaged weights, where it kept some.
+        loss: trained parts of the loss from a released checkpoint; see `init_from_loss`.
 
     Raises:
         ValueError: clips that the tokenizer or the discriminator does not accept, LPIPS missing, weights that are not
@@ -235,9 +234,11 @@ def begin_stage(
             f"training keeps its weights in float32, got {', '.join(map(str, other))}; see the stage's precision"
         )
     device = torch.device(device)
-    discriminator, lecam = _new_discriminator(config), LeCam(config.lecam_decay)
+    discriminator, lecam = new_discriminator(config), LeCam(config.lecam_decay)
     if previous is not None:
         init_from_stage(previous, generator, discriminator, lecam, averaged=averaged)
+    elif loss is not None:
+        init_from_loss(loss, generator, discriminator, config)
     lecam.to(device)
     wrapped_generator = wrap(generator.to(device))
     wrapped_discriminator = None if discriminator is None else wrap(discriminator.to(device))
@@ -276,53 +277,6 @@ def check_stage(config: StageConfig, tokenizer: TokenizerConfig) -> None:
             f"a 2d discriminator needs frames of at least {smallest} x {smallest}, got {config.size}: take larger "
             "frames, the 3d one, or gan_weight 0"
         )
-
-
-def init_from_stage(
-    previous: Mapping[str, Any],
-    generator: Generator,
-    discriminator: Discriminator | None,
-    lecam: LeCam,
-    *,
-    averaged: bool,
-) -> None:
-    """Copy what an earlier stage learned: tokenizer, log variance, and the discriminator with LeCam if it is the same.
-
-    Optimizers, steps and moving averages begin anew. As in the released code, the discriminator rests again until
-    ``gan_start``.
-
-    Args:
-        previous: the earlier stage's `TrainState.state_dict`.
-        averaged: copy averaged weights where the stage kept some.
-
-    Raises:
-        ValueError: the earlier stage trained another architecture.
-    """
-    check_format(previous)
-    there, here = parse_config(json.loads(previous["tokenizer"])), generator.trainable.config
-    if differing := network_differences(there, here):
-        raise ValueError(
-            f"a stage goes on with the tokenizer of the one before it, which is {there.name}, not {here.name} "
-            f"({differing})"
-        )
-    weights = dict(previous["generator"])
-    if averaged:
-        weights |= {f"tokenizer.{name}": average for name, average in previous["averages"].items()}
-    load_full_state(generator, weights)
-    stage = StageConfig.model_validate_json(previous["config"])
-    if discriminator is not None and previous["discriminator"] and stage.discriminator == discriminator.kind:
-        own = {name: value.shape for name, value in discriminator.state_dict().items()}
-        if own == {name: value.shape for name, value in previous["discriminator"].items()}:
-            load_full_state(discriminator, previous["discriminator"])
-            load_full_state(lecam, previous["lecam"])
-
-
-def _new_discriminator(config: StageConfig) -> Discriminator | None:
-    if not config.has_discriminator:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Discriminator(config.discriminator, config.discriminator_width)
 
 
 def _adam(parameters: Iterable[nn.Parameter], config: StageConfig) -> torch.optim.Adam:

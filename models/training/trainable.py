@@ -14,6 +14,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 from torch import Tensor, nn
 
 from vidshard.models.config import TokenizerConfig
+from vidshard.models.vidtok.heads import Affinity
 
 
 class Made(TypedDict):
@@ -99,11 +100,12 @@ class TrainableFamily(Protocol):
     trains_in_stages: bool
     """Whether a run may have several stages, and a stage may train the decoder alone."""
 
-    def __call__(self, network: Any, trainable: str) -> Trainable:
+    def __call__(self, network: Any, trainable: str, affinity: Affinity) -> Trainable:
         """Make the interface of a network.
 
         Args:
             trainable: "all" or, for a family that trains in stages, "decoder".
+            affinity: affinity of the entropies of FSQ, for families that have it.
         """
         ...
 

@@ -17,6 +17,7 @@ from vidshard.models.training.discriminator import last_layer_gradient
 from vidshard.models.training.distributed import mean_over_workers
 from vidshard.models.training.trainable import Made
 from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.models.vidtok.heads import Affinity
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import network_differences
 
@@ -33,9 +34,10 @@ class VidTokTraining:
     trains_in_stages = True
     part_names: tuple[str, ...] = ()
 
-    def __init__(self, network: VidTok, trainable: str) -> None:
+    def __init__(self, network: VidTok, trainable: str, affinity: Affinity = "dot") -> None:
         self.network = network
         self.trains_encoder = trainable == "all"
+        self.affinity = affinity
 
     @property
     def config(self) -> VidTokConfig:
@@ -84,7 +86,9 @@ class VidTokTraining:
                 encoded = network.head.quantize(z_BCTHW.float())
                 terms: dict[str, Tensor] = {}
                 if torch.is_grad_enabled():
-                    terms = network.head.regularization(z_BCTHW.float(), encoded, mean_over_workers=mean_over_workers)
+                    terms = network.head.regularization(
+                        z_BCTHW.float(), encoded, mean_over_workers=mean_over_workers, affinity=self.affinity
+                    )
                 latents_BCTHW = encoded.latents
                 if LATENTS in noise and encoded.logvar is not None:
                     latents_BCTHW = latents_BCTHW + torch.exp(0.5 * encoded.logvar) * noise[LATENTS]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vidshard.models.training.discriminator import last_layer_gradient
 from vidshard.models.training.trainable import Made
+from vidshard.models.vidtok.heads import Affinity
 from vidshard.models.vidtwin.branches import Branch
 from vidshard.models.vidtwin.config import VidTwinConfig
 from vidshard.models.vidtwin.model import Moments, VidTwin, sum_of
@@ -29,7 +30,7 @@ class VidTwinTraining:
 
     trains_in_stages = False
 
-    def __init__(self, network: VidTwin, trainable: str) -> None:
+    def __init__(self, network: VidTwin, trainable: str, affinity: Affinity = "dot") -> None:  # noqa: ARG002
         if trainable != "all":
             raise ValueError(f"{network.config.name}: all weights train together, not the {trainable} alone")
         self.network = network

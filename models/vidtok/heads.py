@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -67,6 +67,12 @@ MeanOverWorkers = Callable[[Tensor], Tensor]
 """Function that averages a tensor without gradient over all workers; every worker must call it equally often."""
 
 
+Affinity = Literal["dot", "distance"]
+"""Affinity of an encoder output to an FSQ code in the entropies. "dot" is VidTok's: twice the dot product of the
+unbounded output with the code. Its softmax peaks at an outermost level, since codes differ in length. "distance" is
+minus the squared distance of the bounded output from the code, and peaks at the level of the token."""
+
+
 def alone(value: Tensor) -> Tensor:
     """Return the value itself: the mean over a single worker."""
     return value
@@ -95,7 +101,12 @@ class Head(Protocol):
         ...
 
     def regularization(
-        self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
+        self,
+        z_BCTHW: Tensor,
+        encoded: Encoded,
+        *,
+        mean_over_workers: MeanOverWorkers = alone,
+        affinity: Affinity = "dot",
     ) -> dict[str, Tensor]:
         """Compute the head's terms of a training loss, by name.
 
@@ -104,6 +115,7 @@ class Head(Protocol):
             encoded: the result of `quantize` for it.
             mean_over_workers: averages a tensor over workers that each hold a part of the batch. Only
                 ``codebook_entropy`` needs it: the other terms are means, which workers average themselves.
+            affinity: affinity of the entropies of FSQ. For LFQ both give the same, and other heads have no entropies.
 
         Returns:
             float32 scalars with gradients, unweighted. Training maximizes ``codebook_entropy`` and minimizes the
@@ -188,11 +200,19 @@ class FSQ:
         return self.indices_to_codes(tokens)
 
     def regularization(
-        self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
+        self,
+        z_BCTHW: Tensor,
+        encoded: Encoded,
+        *,
+        mean_over_workers: MeanOverWorkers = alone,
+        affinity: Affinity = "dot",
     ) -> dict[str, Tensor]:
         """Compute ``token_entropy``, ``codebook_entropy`` and ``commitment`` of the unbounded encoder output."""
         values = [[(digit - level // 2) / (level // 2) for digit in range(level)] for level in self.levels]
-        return _entropies(z_BCTHW, values, mean_over_workers) | {"commitment": _commitment(z_BCTHW, encoded)}
+        by_distance = affinity == "distance"
+        compared = self.bound(z_BCTHW) / self._half_widths(z_BCTHW) if by_distance else z_BCTHW
+        entropies = _entropies(compared, values, mean_over_workers, by_distance=by_distance)
+        return entropies | {"commitment": _commitment(z_BCTHW, encoded)}
 
     def _half_widths(self, like: Tensor) -> Tensor:
         return _per_channel([level // 2 for level in self.levels], like, torch.float32)
@@ -245,7 +265,12 @@ class LFQ:
         return 2.0 * ((expanded >> shifts) & 1).float() - 1.0
 
     def regularization(
-        self, z_BCTHW: Tensor, encoded: Encoded, *, mean_over_workers: MeanOverWorkers = alone
+        self,
+        z_BCTHW: Tensor,
+        encoded: Encoded,
+        *,
+        mean_over_workers: MeanOverWorkers = alone,
+        affinity: Affinity = "dot",  # noqa: ARG002 - all codes have one length, so both are the same
     ) -> dict[str, Tensor]:
         """Compute ``token_entropy``, ``codebook_entropy`` and ``commitment`` as FSQ does, with codes -1 and 1."""
         values = [[-1.0, 1.0]] * self.latent_channels
@@ -335,6 +360,7 @@ class VQ(nn.Module):
         encoded: Encoded,
         *,
         mean_over_workers: MeanOverWorkers = alone,  # noqa: ARG002 - only entropies need it
+        affinity: Affinity = "dot",  # noqa: ARG002 - only entropies need it
     ) -> dict[str, Tensor]:
         """Compute ``commitment``, which pulls the encoder to the entries, and ``codebook``, which pulls the entries."""
         assert encoded.tokens is not None
@@ -375,6 +401,7 @@ class KL:
         encoded: Encoded,
         *,
         mean_over_workers: MeanOverWorkers = alone,  # noqa: ARG002 - only entropies need it
+        affinity: Affinity = "dot",  # noqa: ARG002 - only entropies need it
     ) -> dict[str, Tensor]:
         """Compute ``kl``: the divergence from N(0, 1), in nats per clip."""
         assert encoded.logvar is not None
@@ -387,16 +414,20 @@ INVERSE_TEMPERATURE = 100.0
 
 
 def _entropies(
-    z_BCTHW: Tensor, values: Sequence[Sequence[float]], mean_over_workers: MeanOverWorkers
+    z_BCTHW: Tensor,
+    values: Sequence[Sequence[float]],
+    mean_over_workers: MeanOverWorkers,
+    *,
+    by_distance: bool = False,
 ) -> dict[str, Tensor]:
     """Compute entropies in nats: the mean over the positions' soft assignments, and that of the mean assignment.
 
-    The affinity to a code is twice the dot product with it, and the softmax over the codes runs at
-    `INVERSE_TEMPERATURE`, as in VidTok's training. The codebook is a product of the channels' values, so the softmax is
-    a product of one softmax a channel. Entropies of positions then add up over channels, and the mean over positions of
-    the joint probability is a matrix product of two halves of the channels: no array of positions x codes is built.
-    For 5120 positions and 262,144 codes, value and gradient take 0.6 s and 60 MiB on two cores; one such array alone
-    has 5.4 GB.
+    The affinity to a code is twice the dot product with it, or minus the squared distance from it, and the softmax over
+    the codes runs at `INVERSE_TEMPERATURE`, as in VidTok's training. The codebook is a product of the channels' values,
+    so the softmax is a product of one softmax a channel. Entropies of positions then add up over channels, and the mean
+    over positions of the joint probability is a matrix product of two halves of the channels: no array of positions x
+    codes is built. For 5120 positions and 262,144 codes, value and gradient take 0.6 s and 60 MiB on two cores; one
+    such array alone has 5.4 GB.
 
     VidTok clamps probabilities at 1e-5 within the logarithm, which limits its codebook entropy to 11.5 nats; 262,144
     codes have 12.5. We do not clamp.
@@ -405,13 +436,15 @@ def _entropies(
         values: the possible values of each channel.
         mean_over_workers: averages the assignment over all workers' positions. Where gradients are averaged over
             workers, the result is the gradient of the whole batch, unlike in VidTok.
+        by_distance: take the squared distance; otherwise the dot product.
     """
     z_NC = z_BCTHW.float().movedim(1, -1).reshape(-1, len(values))
     # Products of probabilities need half the memory for gradients of an outer sum of logarithms.
     by_channel: list[Tensor] = []
     token_entropy = z_NC.new_zeros(())
     for channel, codes in enumerate(values):
-        affinity = 2 * z_NC[:, channel, None] * constant(tuple(codes), z_NC.dtype, z_NC.device)
+        own_N1, codes_L = z_NC[:, channel, None], constant(tuple(codes), z_NC.dtype, z_NC.device)
+        affinity = -(own_N1 - codes_L).square() if by_distance else 2 * own_N1 * codes_L
         log_p = torch.log_softmax(INVERSE_TEMPERATURE * affinity, dim=1)
         by_channel.append(log_p.exp())
         token_entropy = token_entropy - (by_channel[-1] * log_p).sum(dim=1).mean()

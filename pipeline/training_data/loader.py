@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -31,7 +31,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import decode_clip, header_of
 from vidshard.pipeline.rows import row_span
 from vidshard.pipeline.training_data.sampler import ClipSampler
-from vidshard.pipeline.training_data.videos import UnusableError, rejection_of
+from vidshard.pipeline.training_data.videos import ITEM_SCHEMA, TrainingVideos, UnusableError, rejection_of
 from vidshard.pipeline.video.sampling import ClipTimeline
 from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
 from vidshard.schemas.video import ClipSpec, Limits
@@ -284,11 +284,79 @@ def batches(
 # Held-out clips
 
 
-def decode_held_out(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa.Table, list[Rejection]]:
-    """Decode one clip in the middle of each held-out video.
+def held_out_clips(
+    videos: TrainingVideos,
+    spec: ClipSpec,
+    count: int,
+    limits: Limits,
+    *,
+    replacing: bool,
+    before: TrainingVideos | None,
+) -> tuple[pa.Table, TrainingVideos]:
+    """Decode the clips that a stage is measured by, evenly placed in the held-out videos.
+
+    A video of which no clip can be decoded is a rejection, and the next one by the order of hashes takes its place.
+
+    Args:
+        spec: clip specification; the number of clips a video is chosen here.
+        count: largest number of clips. Few videos give several clips each.
+        replacing: hold out other videos in place of broken ones; not allowed once the stage has trained.
+        before: videos of the stage that this one starts from.
 
     Returns:
-        The clips, ``CLIP_SCHEMA``, and rejections of the videos that could not be decoded.
+        The clips, ``CLIP_SCHEMA``, the first of each video before the second of any; and the videos as they are held
+        out now, with the rejections added.
+    """
+    tables: list[pa.Table] = []
+    tried: set[str] = set()
+    rejections = list(videos.rejections)
+    number = clips_each(videos.held_out, spec, count)
+    even = replace(spec, clips_per_video=number, placement="even")
+    while True:
+        rows = videos.held_out.slice(0, count)
+        rows = rows.filter(pc.invert(pc.is_in(rows["video_id"], pa.array(tried, pa.string()))))
+        tried |= set(rows["video_id"].to_pylist())
+        clips, broken = decode_held_out(_places(rows, even).slice(0, count), even, limits)
+        tables.append(clips)
+        rejections += broken
+        undecodable = set(rows["video_id"].to_pylist()) - set(clips["video_id"].to_pylist())
+        if not undecodable or not replacing:
+            break
+        videos = videos.without_held_out(undecodable, before)
+    return pa.concat_tables(tables).slice(0, count), replace(videos, rejections=rejections)
+
+
+def clips_each(items: pa.Table, spec: ClipSpec, count: int) -> int:
+    """Smallest number of clips of each video that gives ``count`` clips in all, or as many as there are.
+
+    Args:
+        items: ``ITEM_SCHEMA``, one row a video.
+    """
+    room = [len(_placed(row, replace(spec, clips_per_video=count))) for row in items.to_pylist()]
+    return next((n for n in range(1, count) if sum(min(n, own) for own in room) >= min(count, sum(room))), count)
+
+
+def _placed(row: dict[str, Any], spec: ClipSpec) -> Sequence[object]:
+    span = row_span(row | {"first_clip": 0, "end_clip": None})
+    return ClipTimeline.of(span, span.part, spec).placed or ()
+
+
+def _places(items: pa.Table, spec: ClipSpec) -> pa.Table:
+    """Every place of every video as an item, the first of each video before the second of any."""
+    rows = [(row, len(_placed(row, spec))) for row in items.to_pylist()]
+    assert spec.clips_per_video is not None
+    numbered = [row | {"number": n} for n in range(spec.clips_per_video) for row, room in rows if n < max(1, room)]
+    return pa.Table.from_pylist(numbered, schema=ITEM_SCHEMA)
+
+
+def decode_held_out(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa.Table, list[Rejection]]:
+    """Decode the clip of each item.
+
+    Args:
+        items: ``ITEM_SCHEMA``, each with its ``number`` among the places of the video.
+
+    Returns:
+        The clips, ``CLIP_SCHEMA``, and rejections of those that could not be decoded.
     """
     if not items.num_rows:
         return CLIP_SCHEMA.empty_table(), []

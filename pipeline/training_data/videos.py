@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -68,6 +68,39 @@ class TrainingVideos:
             for row in table.select(parts).to_pylist()
         }
         return hashlib.sha256("\n".join(sorted(map(str, rows))).encode()).hexdigest()
+
+    def without_held_out(self, broken: Set[str], before: TrainingVideos | None = None) -> TrainingVideos:
+        """Copy without some held-out videos, in whose place the next ones by the same order of hashes are held out.
+
+        Those come from the videos to train on, none of which may have been trained on yet. A corpus keeps a video to
+        train on, so there may be fewer held-out videos than before.
+
+        Args:
+            broken: ids of held-out videos that cannot be decoded.
+            before: videos of the stage that this one starts from; what it trained on is not held out.
+        """
+        held_out = [row for row in self.held_out.to_pylist() if row["video_id"] not in broken]
+        train = self.train.to_pylist()
+        in_corpus: dict[int, set[str]] = {}
+        for row in train:
+            in_corpus.setdefault(row["corpus"], set()).add(row["video_id"])
+        trained = set() if before is None else set(before.train["video_id"].to_pylist())
+        corpus_of = {row["video_id"]: row["corpus"] for row in train}
+        chosen: set[str] = set()
+        for video_id in sorted(corpus_of.keys() - trained, key=held_out_order):
+            if len(chosen) == len(broken):
+                break
+            own = in_corpus[corpus_of[video_id]]
+            if len(own) > 1:
+                own.remove(video_id)
+                chosen.add(video_id)
+        held_out += [row for row in train if row["video_id"] in chosen and row["number"] == 0]
+        return replace(
+            self,
+            train=self.train.filter(pc.invert(pc.is_in(self.train["video_id"], pa.array(chosen, pa.string())))),
+            held_out=pa.Table.from_pylist(held_out, schema=ITEM_SCHEMA),
+            num_videos=self.num_videos - len(broken),
+        )
 
     def write(self, path: str) -> None:
         """Store the videos, without the rejections, as Parquet for `read_training_videos`."""
@@ -134,7 +167,7 @@ def open_training_videos(
     """
     assert spec.clips_per_video is not None
     videos, rejections = _usable_videos(paths, spec, limits or Limits(), num_tasks, on_video)
-    ids = sorted({video_id for video_id, _, _ in videos}, key=lambda video_id: stable_hash("held out", video_id))
+    ids = sorted({video_id for video_id, _, _ in videos}, key=held_out_order)
     held_out = _choose_held_out(ids, max(1, round(validation_share * len(ids))), before) if validation_share else set()
     for corpus, path in enumerate(paths):
         own = {video_id for (video_id, _, _), row in videos.items() if row["corpus"] == corpus}
@@ -223,6 +256,11 @@ def _choose_held_out(ids: Sequence[str], count: int, before: TrainingVideos | No
 
 
 # Shared with the other rooms of training data
+
+
+def held_out_order(video_id: str) -> str:
+    """Sort key by which videos are held out: the first ones."""
+    return stable_hash("held out", video_id)
 
 
 def stable_hash(*parts: object) -> str:

@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from tests.support.markdown import ROOT, project_pages
 from vidshard.jobs.training.presets import TRAININGS
+from vidshard.jobs.training.sources import SOURCES
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters
 from vidshard.schemas.fields import Identity, When, With, Without, setting_of
@@ -134,6 +135,26 @@ def training_presets(_: str) -> str:
             )
     header = ["preset", "tokenizer", "stage", "trained", "clip", "steps", "batch size", "learning rate", "precision"]
     return _table(header, rows)
+
+
+def training_sources(_: str) -> str:
+    """Value and source of each setting in the presets that follow a publication."""
+    rows = []
+    for name in StageConfig.model_fields:
+        cells = []
+        for sources in SOURCES.values():
+            source = sources[name]
+            cells.append(f"{_shown(source.value)} ({source.kind}{f': {source.note}' if source.note else ''})")
+        rows.append([f"`{name}`", *cells])
+    return _table(["setting", *(f"`{preset}`" for preset in SOURCES)], rows)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def tokenizers(_: str) -> str:
@@ -268,6 +289,7 @@ RENDERERS: dict[str, Callable[[str], str]] = {
     "settings of tokenize": tokenize_settings,
     "settings of train": train_settings,
     "training presets": training_presets,
+    "sources of training presets": training_sources,
     "tokenizers": tokenizers,
     "columns of a shard": clip_columns,
     "columns of a rejection": reject_columns,

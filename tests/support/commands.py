@@ -99,7 +99,7 @@ def _jobs_replaced() -> Iterator[None]:
     try:
         yield
     finally:
-        for job in patches:
+        for job in reversed(patches):  # one function may be imported by several commands
             job.stop()
 
 

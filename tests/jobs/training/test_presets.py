@@ -7,9 +7,10 @@ from fractions import Fraction
 import pytest
 
 from vidshard.jobs.training.presets import TRAININGS
+from vidshard.jobs.training.sources import SOURCES
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.training.state import check_stage
-from vidshard.schemas.training import TrainRun
+from vidshard.schemas.training import StageConfig, TrainRun
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -32,6 +33,20 @@ def test_the_presets_of_the_paper_are_its_stages() -> None:
         16,
     )
     assert (second.size, second.steps, second.batch_size, second.trainable) == ((256, 256), 30_000, 8, "decoder")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_setting_of_a_published_preset_has_its_source_and_the_value_stated_there(name: str) -> None:
+    [stage] = TRAININGS[name](["videos"], "out").stages.values()
+    assert SOURCES[name].keys() == StageConfig.model_fields.keys()
+    assert {setting: getattr(stage, setting) for setting in SOURCES[name]} == {
+        setting: source.value for setting, source in SOURCES[name].items()
+    }
+
+
+def test_the_presets_of_the_paper_begin_their_adversary_and_average_as_released() -> None:
+    for stage in TRAININGS["paper"](["videos"], "out").stages.values():
+        assert (stage.gan_start, stage.ema_decay, stage.entropy_affinity) == (10_000, 0, "dot")
 
 
 def test_the_vidtwin_preset_is_table_6_of_its_paper() -> None:

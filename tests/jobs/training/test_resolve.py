@@ -9,7 +9,7 @@ import pytest
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.resolve import activation_bytes, plan_resources, resolve
-from vidshard.jobs.training.worker import start_weights
+from vidshard.jobs.training.start import start_weights
 from vidshard.models.training.generator import start_tokenizer
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import save_tokenizer

@@ -152,8 +152,8 @@ def test_the_table_of_released_names_says_the_same() -> None:
     [
         ("2d", (2, 3, 5, 128, 128), (10, 14 * 14)),
         ("2d", (1, 3, 1, 24, 32), (1, 1 * 2)),
-        ("3d", (2, 3, 5, 32, 48), (2 * 2, 4 * 6)),
-        ("3d", (1, 3, 17, 32, 32), (5, 16)),
+        ("3d", (2, 3, 5, 32, 48), (2, 2 * 4 * 6)),
+        ("3d", (1, 3, 17, 32, 32), (1, 5 * 16)),
     ],
 )
 def test_patches_of_frames_are_scored(kind: str, shape: tuple[int, ...], scores: tuple[int, int]) -> None:
@@ -192,6 +192,14 @@ def test_the_tokenizer_meets_the_mean_score_of_each_frame() -> None:
     by_frame = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(1.0))]
     assert adversarial_loss(scores, "softplus").item() == pytest.approx(sum(by_frame) / 2)
     assert adversarial_loss(scores, "hinge").item() == pytest.approx(-0.5)
+
+
+def test_the_tokenizer_meets_the_mean_score_of_each_clip_of_a_3d_discriminator() -> None:
+    torch.manual_seed(0)
+    discriminator = Discriminator("3d", width=2).eval()
+    scores = discriminator(torch.rand(2, 3, 17, 32, 32) * 2 - 1)[0] * 50
+    by_clip = scores.reshape(2, -1).mean(dim=1)
+    assert adversarial_loss(scores, "softplus").item() == pytest.approx(torch.log1p(torch.exp(-by_clip)).mean().item())
 
 
 def test_hinge_asks_for_scores_beyond_one() -> None:

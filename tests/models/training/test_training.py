@@ -43,6 +43,7 @@ SMALL = StageConfig(
     steps=100,
     batch_size=2,
     learning_rate=1e-3,
+    ema_decay=0.999,
     perceptual_weight=0,
     gan_start=2,
     discriminator_width=4,
@@ -373,7 +374,7 @@ def test_the_defaults_are_the_first_stage_of_the_paper() -> None:
     config = StageConfig()
     assert (config.frames, config.size, config.steps, config.batch_size) == (17, (128, 128), 50_000, 16)
     assert config.fps == Fraction(3)
-    assert (config.learning_rate, config.max_grad_norm, config.gan_weight, config.gan_start) == (1e-5, 20, 0.2, 20_001)
+    assert (config.learning_rate, config.max_grad_norm, config.gan_weight, config.gan_start) == (1e-5, 20, 0.2, 10_000)
     again = StageConfig.model_validate_json(config.model_dump_json())
     assert again == config
 

@@ -275,6 +275,33 @@ def test_entropies_and_their_gradients_are_those_of_the_whole_softmax(
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("levels", [[8, 5, 3], [7], [2, 9], [8] * 4], ids=repr)
+@pytest.mark.parametrize("scale", [0.05, 0.5, 3.0])
+def test_by_distance_entropies_are_those_of_the_nearest_level_and_by_dot_product_of_an_outermost_one(
+    levels: list[int], scale: float
+) -> None:
+    head = FSQ(levels)
+    assert head.codebook_size is not None
+    z = (scale * outputs(head.encoder_channels)).requires_grad_()
+    encoded = head.quantize(z)
+    codes = head.tokens_to_latents(torch.arange(head.codebook_size)[:, None])[..., 0]
+    half = torch.tensor([level // 2 for level in levels])
+    bounded = head.bound(z).movedim(1, -1).flatten(0, -2) / half
+    affinity = -(bounded[:, None] - codes).square().sum(-1)
+    assert encoded.tokens is not None
+    assert (affinity.argmax(dim=1) == encoded.tokens.flatten()).all()
+    p = torch.softmax(100 * affinity, dim=1)
+    entropy = torch.special.entr
+    naive = {"token_entropy": entropy(p).sum(1).mean(), "codebook_entropy": entropy(p.mean(0)).sum()}
+    terms = head.regularization(z, encoded, affinity="distance")
+    for name, expected in naive.items():
+        torch.testing.assert_close(terms[name], expected, atol=1e-4, rtol=1e-4)
+    by_dot_product = 2 * z.movedim(1, -1).flatten(0, -2) @ codes.T
+    highest = codes[by_dot_product.argmax(dim=1)]
+    outermost = torch.stack([highest == codes.amin(dim=0), highest == codes.amax(dim=0)]).any(dim=0)
+    assert outermost.all()
+
+
 @pytest.mark.parametrize("head", [FSQ([8] * 6), LFQ(18), vq(64, 3), KL(4)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_terms_are_finite_float32_scalars_with_finite_gradients(head: Head, dtype: torch.dtype) -> None:
