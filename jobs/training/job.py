@@ -150,7 +150,7 @@ def _train_stages(training: ResolvedTraining, console: Console) -> Result:
             lease.check()
             outcome = _train_stage(job, sampler, workers, cluster, lease, result, console)
             if not outcome.measured:
-                outcome.unmeasured = why_unmeasured(videos)
+                outcome.unmeasured = why_unmeasured(run.validation_share)
             outcome.digests["videos_sha256"] = videos.digest
             result.stages.append(outcome)
             storage.write_atomic(storage.join(job.folder, STAGE_RESULT), json.dumps(asdict(outcome), indent=1).encode())
@@ -204,7 +204,7 @@ def prepare_data(
         highlight=False,
     )
     if not held_out.num_rows:
-        warn(console, f"{name}: nothing will be measured: {why_unmeasured(videos)}")
+        warn(console, f"{name}: nothing will be measured: {why_unmeasured(run.validation_share)}")
     folder = storage.join(run.out, name)
     videos.write(storage.join(folder, VIDEOS))
     buffer = pa.BufferOutputStream()

@@ -62,9 +62,9 @@ class Result:
         return 0 if self.interruption is None else exit_code_of(self.interruption)
 
 
-def why_unmeasured(videos: TrainingVideos) -> str:
+def why_unmeasured(validation_share: float) -> str:
     """Why no held-out clip could be measured."""
-    if not videos.held_out.num_rows and not videos.rejections:
+    if not validation_share:
         return "no video is held out; give --validation-share above 0"
     return f"no held-out video can be decoded; see {REJECTS}"
 

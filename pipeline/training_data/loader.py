@@ -318,7 +318,7 @@ def held_out_clips(
         tried |= set(rows["video_id"].to_pylist())
         clips, broken = decode_held_out(_places(rows, even).slice(0, count), even, limits)
         tables.append(clips)
-        rejections += broken
+        rejections += list({(r.video_id, r.reason): r for r in reversed(broken)}.values())
         undecodable = set(rows["video_id"].to_pylist()) - set(clips["video_id"].to_pylist())
         if not undecodable or not replacing:
             break
