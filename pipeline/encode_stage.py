@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -21,6 +22,7 @@ from vidshard.models.tokenizer import Tokenizer
 from vidshard.models.vidtok.lengths import Padding
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.batch_sizes import BatchSizes
+from vidshard.pipeline.compiled import CompileCache, compile_encoder
 from vidshard.pipeline.devices import GpuFaultError, examine_gpu, free_caches, is_out_of_memory, make_reproducible
 from vidshard.pipeline.encode import NotFiniteError, encode_clips, encode_spans
 from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
@@ -51,6 +53,8 @@ class EncoderSpec:
     """CPU threads of one encoder."""
     device: str = "cpu"
     """``cuda`` or ``cpu``; an encoder that was promised a GPU never computes on a CPU."""
+    compile_cache: str | None = None
+    """Folder of compiled networks if ``torch.compile`` makes the kernels; None for those of `models.vidtok.fused`."""
     most_clips: tuple[tuple[tuple[int, int], int], ...] = ()
     """Largest batch by frame size (height, width), where it is below ``batch_size``. Pairs, as Ray hashes the spec."""
     padding: Padding | None = None
@@ -88,6 +92,7 @@ class ClipEncoder:
         self._spec = spec
         self._model: Tokenizer | None = None
         self._batch_sizes = BatchSizes(spec.batch_size, dict(spec.most_clips))
+        self._compiled = None if spec.compile_cache is None else CompileCache(spec.compile_cache, _model_name(spec))
         self._idle_since: float | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -133,6 +138,8 @@ class ClipEncoder:
                 )
             make_reproducible(spec.device, spec.num_threads, spec.precision)
             self._model = spec.source.load(spec.device, PRECISIONS[spec.precision])
+            if self._compiled is not None:
+                compile_encoder(self._model)
         return self._model
 
     def _encode(
@@ -168,7 +175,8 @@ class ClipEncoder:
             # does not fit, the row must be known.
             several = tokenizer.device.type == "cuda" and batch_size > 1
             batch = units[start:] if several else units[start : start + batch_size]
-            values, shortage = self._unless_out_of_memory(tokenizer, batch, batch_size)
+            with self._passes(size, batch_size):
+                values, shortage = self._unless_out_of_memory(tokenizer, batch, batch_size)
             if values is not None:
                 _share_out(values, batch, encoded)
                 num_slots += _num_slots(batch, batch_size)
@@ -192,6 +200,12 @@ class ClipEncoder:
                 log.warning("out of memory (%s): not even one clip of %s fits", shortage, what)
                 has_freed = False
         return num_slots
+
+    def _passes(self, size: tuple[int, int], batch_size: int) -> AbstractContextManager[None]:
+        """Passes of one shape, of which the first is compiled once for all encoders."""
+        if self._compiled is None:
+            return nullcontext()
+        return self._compiled.passes(self._spec.num_frames, size, batch_size)
 
     def _unless_out_of_memory(
         self, tokenizer: Tokenizer, batch: Sequence[_Unit], batch_size: int
@@ -248,6 +262,10 @@ class _UnitNotFiniteError(Exception):
         self.clip = clip
         """Position among the row's clips without the halo."""
         self.what = what
+
+
+def _model_name(spec: EncoderSpec) -> str:
+    return f"{spec.source.config.name} {spec.precision}"
 
 
 def _num_slots(units: Sequence[_Unit], batch_size: int) -> int:

@@ -19,6 +19,7 @@ from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.weights import SHIPPED, load_weights, preset_in_name
 from vidshard.pipeline import storage
 from vidshard.pipeline.clip_specs import clip_specs_of, encoded_frames, padding_of, payload_of, requested_tiling
+from vidshard.pipeline.compiled import default_compile_cache
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.rows import INTERNAL_COLUMNS
@@ -200,6 +201,7 @@ class ResolvedRun:
         return EncoderSpec(
             source=self.source,
             device=self.run.device,
+            compile_cache=self._compile_cache,
             most_clips=tuple((most_clips or {}).items()),
             precision=self.run.precision,
             num_frames=self.largest.num_frames,
@@ -210,6 +212,12 @@ class ResolvedRun:
             padding=self.padding,
             tiling=self.tiling,
         )
+
+    @property
+    def _compile_cache(self) -> str | None:
+        if self.run.gpu_kernels != "compiled" or self.run.device != "cuda":
+            return None
+        return self.run.compile_cache or default_compile_cache()
 
 
 def stored_run(record: Any) -> TokenizeRun:
@@ -278,6 +286,8 @@ def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
     """Raise UserError for settings that contradict the tokenizer or one another."""
     if run.keep_logvar and not config.has_logvar:
         raise UserError(f"--keep-logvar is for KL tokenizers; {config.name} gives tokens")
+    if run.gpu_kernels == "compiled" and config.family != "vidtok":
+        raise UserError(f"--gpu-kernels compiled is for encoders of the VidTok family, which {config.name} is not")
     try:
         for size in run.sizes:
             payload_of(run, config, *size)

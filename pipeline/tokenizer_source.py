@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 
 from vidshard.models.tokenizer import Tokenizer, TokenizerConfig
+from vidshard.models.vidtok.prepared import prepare_passes
 from vidshard.models.weights import NoAveragesError, load_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.schemas.errors import UserError
@@ -77,7 +78,9 @@ class TokenizerSource:
                 f"the weights in {storage.public_uri(self.weights or 'memory')} are not those expected: their SHA-256 "
                 f"is {digest}, expected {self.sha256}; give the file that was used, or start a new output"
             )
-        return tokenizer.set_precision(dtype).to(device)
+        tokenizer = tokenizer.set_precision(dtype).to(device)
+        prepare_passes(cast(torch.nn.Module, tokenizer))
+        return tokenizer
 
     def with_digest(self) -> Self:
         """Copy of this source with the digest of its present weights.

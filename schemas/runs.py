@@ -574,6 +574,20 @@ class ExecutionSettings(Settings):
         metavar="SHARE",
         help="GPUs per encoder process, at most 1; with a fraction, several processes share a GPU. Ignored on CPUs.",
     )
+    gpu_kernels: Literal["fused", "compiled"] = setting(
+        "fused",
+        section="Execution",
+        identity=False,
+        help="Kernels of encoders on GPUs: fused ones of the package, or compiled ones that torch.compile makes. "
+        "Compiling takes minutes for each frame size and batch size; CPUs ignore the setting.",
+    )
+    compile_cache: str | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        metavar="FOLDER",
+        help="Folder for compiled kernels, shared by all encoders that see it. Default: ~/.cache/vidshard/compiled.",
+    )
     encode_threads: int | None = setting(
         None,
         section="Execution",

@@ -40,6 +40,8 @@ def is_used(x_BTHWC: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x_BTHWC.requires_grad or weight.requires_grad):
         return False
+    if torch.compiler.is_compiling():  # a compiler fuses PyTorch's own operators by itself
+        return False
     if x_BTHWC.device.type == "meta":
         return True
     return HAS_TRITON and not torch.is_autocast_enabled("cuda")  # which would take the norm in float32

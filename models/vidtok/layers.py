@@ -363,12 +363,16 @@ class Folding(nn.Module):
         """Compute weight and bias of the convolution, in a dtype."""
         raise NotImplementedError
 
-    def fold(self, dtype: torch.dtype) -> None:
+    def fold(self, dtype: torch.dtype, stored: Callable[[Tensor], Tensor] | None = None) -> None:
         """Keep weight and bias of the convolution, in a dtype; later changes of the parameters' values are not seen.
 
         Loading parameters, moving and casting them end this.
+
+        Args:
+            stored: layout in which the weight is kept; None for that of `folded`.
         """
-        self._folded = self.folded(dtype)
+        weight, bias = self.folded(dtype)
+        self._folded = (weight if stored is None else stored(weight)), bias
 
     def kernel(self, x_BTHWC: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the convolution for a map."""
