@@ -7,10 +7,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidshard.models.tokenizer import FAMILIES, Tokenizer, TokenizerConfig, frames_to_input, get_preset
+from vidshard.models.vidtok.constants import constant
 
 READS_A_VALUE = frozenset(
     {
@@ -87,3 +89,12 @@ def test_the_finder_finds_them() -> None:
         x.to("meta")
         torch.tensor([1.0, 2.0], device="meta")
     assert len(finder.found) >= 4, finder.found
+
+
+def test_a_constant_of_a_fake_tensor_mode_is_not_kept_for_real_passes() -> None:
+    numbers = (0.125, 0.375)
+    with FakeTensorMode():
+        assert isinstance(constant(numbers, torch.float32, torch.device("cpu")), FakeTensor)
+    assert constant(numbers, torch.float32, torch.device("cpu")).tolist() == list(numbers)
+    with FakeTensorMode():
+        assert isinstance(constant(numbers, torch.float32, torch.device("cpu")), FakeTensor)
