@@ -90,17 +90,18 @@ def _ray(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
     import pyarrow.fs
     import ray
 
-    ray.init(address="local", num_cpus=workers, log_to_driver=False, ignore_reinit_error=True, include_dashboard=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    options: dict[str, Any] = {}
-    if place.endpoint:
-        options["filesystem"] = pyarrow.fs.S3FileSystem(endpoint_override=place.endpoint, scheme="http")
-    yield 0  # from here on its time counts: much is read before the first batch
-    paths = [place.path.removeprefix("s3://")] * 8
-    dataset = ray.data.read_parquet(paths, columns=[place.name], **options)
-    batches = dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=BUFFER if shuffle else None)
-    yield from _counted(batches, place.name)
-    ray.shutdown()
+    ray.init(address="local", num_cpus=workers, log_to_driver=False, include_dashboard=False)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        options: dict[str, Any] = {}
+        if place.endpoint:
+            options["filesystem"] = pyarrow.fs.S3FileSystem(endpoint_override=place.endpoint, scheme="http")
+        paths = [place.path.removeprefix("s3://")] * 8  # so that little of it is read before the first batch
+        dataset = ray.data.read_parquet(paths, columns=[place.name], **options)
+        batches = dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=BUFFER if shuffle else None)
+        yield from _counted(batches, place.name)
+    finally:
+        ray.shutdown()
 
 
 def _write_tars(folder: Path, values: np.ndarray) -> None:
