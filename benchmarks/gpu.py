@@ -1,11 +1,14 @@
 """First measurements on a GPU: agreement, speed by operator, batch size and precision, transfers, memory and faults.
 
-    python -m benchmarks.gpu [--json gpu.json] [--minutes 11] [--only SECTION,...]
+    python -m benchmarks.gpu [--json gpu.json] [--minutes 11] [--only SECTION,...] [--quick] [--dry]
 
 One command for one GPU and at most eleven minutes. It needs torch, numpy, pyarrow, pydantic, safetensors and rich. Ray
-and PyAV are not needed, except for the section ``job``. Sections run in this order: versions, agreement, precisions,
-batches, operators, fusion, compile, transfers, memory, faults, job. One that has no time left, or cannot run, says so
-in the table. The JSON file is written after every section, so that an interrupted run leaves what it measured.
+and PyAV are not needed, except for the section ``job``. Sections run in this order: versions, agreement, fusion,
+precisions, decoder, batches, operators, transfers, memory, faults, compile, job. One that has no time left, fails,
+hangs or ends its process says so in the table, and the others go on. The JSON file is written after every row.
+
+``--quick`` measures fewer precisions and batches. ``--dry`` runs the sections that need no GPU on this CPU, with the
+smallest model: its figures mean nothing, but it shows that the script works.
 
 Times are medians of CUDA events after a warm-up, with the settings that production has (``make_reproducible``). FLOPs
 and bytes are counted by `vidshard.models.cost`.
@@ -14,31 +17,50 @@ and bytes are counted by `vidshard.models.cost`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import Row, report
-from vidshard.models.cost import Cost, encoding_cost
+from benchmarks.report import report
+from benchmarks.sections import Rows, Section, Supervisor, run_here
+from vidshard.models.cost import Cost, decoding_cost, encoding_cost
 from vidshard.models.tokenizer import frames_to_input, get_preset
 from vidshard.models.vidtok import fused
 from vidshard.models.vidtok.model import VidTok
+from vidshard.models.vidtok.prepared import prepare_passes
 from vidshard.models.weights import SHIPPED, load_tokenizer, shipped_weights
-from vidshard.pipeline.devices import end_process, examine_gpu, is_gpu_fault, is_out_of_memory, make_reproducible
+from vidshard.pipeline.compiled import compile_encoder
+from vidshard.pipeline.devices import (
+    end_process,
+    examine_gpu,
+    free_caches,
+    is_gpu_fault,
+    is_out_of_memory,
+    make_reproducible,
+)
 from vidshard.pipeline.encode import encode_clips
 
-LARGE = "fsq_causal_488_32768"
-NUM_FRAMES, SIDE = 17, 256
+IS_DRY = bool(os.environ.get("VIDSHARD_BENCH_DRY"))
+"""Whether everything runs on this CPU, with small clips of the smallest model; set by ``--dry`` for child processes."""
+IS_QUICK = IS_DRY or bool(os.environ.get("VIDSHARD_BENCH_QUICK"))
+DEVICE = "cpu" if IS_DRY else "cuda"
+LARGE = "tiny" if IS_DRY else "fsq_causal_488_32768"
+SMALL = "tiny" if IS_DRY else SHIPPED
+NUM_FRAMES, SIDE = (5, 32) if IS_DRY else (17, 256)
+BATCH = 2 if IS_DRY else 8
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -50,187 +72,225 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "
 PEAK_BYTES = {"H100": 3.35e12, "H200": 4.8e12, "GH200": 4.8e12, "A100": 2.0e12, "B200": 8.0e12}
 
 
-class Bench:
-    """Rows measured so far, and the time that is left."""
-
-    def __init__(self, minutes: float, json_path: str | None) -> None:
-        self.rows: list[Row] = []
-        self._json_path = json_path
-        self._end = time.monotonic() + 60 * minutes
-
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the time is over."""
-        return self._end - time.monotonic()
-
-    def add(self, section: str, what: str, value: float | str, unit: str, note: str = "") -> None:
-        """Add one row, print it, and write the file."""
-        shown = value if isinstance(value, str) else float(f"{value:.4g}")
-        self.rows.append({"section": section, "what": what, "value": shown, "unit": unit, "note": note})
-        print(f"{section}: {what}: {shown} {unit} {note}".rstrip(), flush=True)
-        if self._json_path:
-            Path(self._json_path).write_text(json.dumps({"benchmark": "gpu", "rows": self.rows}, indent=2) + "\n")
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sections and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--minutes", type=float, default=11.0, help="time after which no section begins")
     parser.add_argument("--only", default="", metavar="SECTIONS", help="comma-separated sections; all without it")
+    parser.add_argument("--quick", action="store_true", help="fewer precisions and batches")
+    parser.add_argument("--dry", action="store_true", help="try the script on this CPU; its figures mean nothing")
     parser.add_argument("--fault", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.fault:
+    parser.add_argument("--child", metavar="SECTIONS", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.fault:
         provoke_fault()
-    if not torch.cuda.is_available():
-        sys.exit(f"benchmarks.gpu needs a GPU: {examine_gpu().problem('float32')}")
-    bench = Bench(arguments.minutes, arguments.json)
-    only = [name for name in arguments.only.split(",") if name]
-    for name, (section, seconds) in SECTIONS.items():
-        if only and name not in only:
-            continue
-        if bench.seconds_left < seconds:
-            bench.add(name, "skipped", "-", "", f"takes some {seconds} s, {bench.seconds_left:.0f} s are left")
-            continue
-        try:
-            section(bench)
-        except Exception as error:  # noqa: BLE001  one section must not take the others with it
-            bench.add(name, "failed", "-", "", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            torch.cuda.empty_cache()
-    report("gpu", bench.rows, None)
+    if options.child:
+        with torch.inference_mode():
+            run_here(SECTIONS, options.child.split(","), after_failure=free_caches)
+        return
+    names = options.only.split(",") if options.only else list(SECTIONS)
+    unknown = sorted(set(names) - set(SECTIONS))
+    if unknown:
+        parser.error(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if options.dry:
+        os.environ["VIDSHARD_BENCH_DRY"] = "1"
+        names = [name for name in names if not SECTIONS[name].needs_gpu]
+    elif not torch.cuda.is_available():
+        sys.exit(f"benchmarks.gpu needs a GPU, or --dry: {examine_gpu().problem('float32')}")
+    if options.quick:
+        os.environ["VIDSHARD_BENCH_QUICK"] = "1"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--child"]
+    supervisor = Supervisor("gpu", command, options.minutes, options.json)
+    report("gpu", supervisor.supervise({name: SECTIONS[name].seconds for name in names}), None)
 
 
-def versions(bench: Bench) -> None:
+def versions(bench: Rows) -> None:
     """Versions, and whether a run would take this GPU in every precision."""
     gpu = examine_gpu()
-    bench.add("versions", str(gpu), "-", "")
+    bench.add("versions", "GPU", "-", "", str(gpu))
     for precision in DTYPES:
-        bench.add("versions", f"usable in {precision}", gpu.problem(precision) or "yes", "")
-    free, total = torch.cuda.mem_get_info()
-    bench.add("versions", "free memory", free / 2**30, "GiB", f"of {total / 2**30:.0f}")
-    make_reproducible("cuda", torch.get_num_threads(), "float16")
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
-    bench.add("versions", "8192^3 float16 product", 2 * 8192**3 / seconds_of(lambda: a @ a) / 1e12, "TFLOP/s")
-    big = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+        problem = gpu.problem(precision)
+        bench.add("versions", f"usable in {precision}", "no" if problem else "yes", "", problem or "")
+    if not IS_DRY:
+        free, total = torch.cuda.mem_get_info()
+        bench.add("versions", "free memory", free / 2**30, "GiB", f"of {total / 2**30:.0f}")
+    bench.add("versions", "Triton", "yes" if fused.HAS_TRITON else "NO: the fused kernels are not used", "")
+    make_reproducible(DEVICE, torch.get_num_threads(), "float16")
+    side = 64 if IS_DRY else 8192
+    a = torch.randn(side, side, device=DEVICE, dtype=torch.float16)
+    bench.add("versions", f"{side}^3 float16 product", 2 * side**3 / seconds_of(lambda: a @ a) / 1e12, "TFLOP/s")
+    big = torch.empty(1 << (20 if IS_DRY else 31), dtype=torch.uint8, device=DEVICE)
     bench.add("versions", "copy on the device", 2 * big.numel() / seconds_of(big.clone) / 1e12, "TB/s")
 
 
-def agreement(bench: Bench) -> None:
+def agreement(bench: Rows) -> None:
     """Tokens of the trained model of the package on this GPU beside those of float32 on the CPU."""
-    clips = natural_clips(20, 128)
+    clips = natural_clips(4, 64) if IS_DRY else natural_clips(20, 128)
     tokens: dict[str, np.ndarray] = {}
-    for device, precision in [("cpu", "float32"), *(("cuda", name) for name in DTYPES)]:
+    for device, precision in [("cpu", "float32"), *((DEVICE, name) for name in DTYPES)]:
         model = trained(device, precision)
         encoded = [model.encode(to_input(model, clips[at : at + 4])).tokens for at in range(0, len(clips), 4)]
-        tokens[f"{device} {precision}"] = torch.cat([t for t in encoded if t is not None]).cpu().numpy()
-    expected = tokens.pop("cpu float32")
+        tokens[f"{'reference' if not tokens else device} {precision}"] = (
+            torch.cat([t for t in encoded if t is not None]).cpu().numpy()
+        )
+    expected = tokens.pop("reference float32")
     for name, found in tokens.items():
         equal = (found == expected).reshape(len(clips), -1).mean(axis=1)
         bench.add("agreement", f"{name}: equal tokens", 100 * equal.mean(), "%", f"worst clip {equal.min():.2%}")
 
 
-def precisions(bench: Bench) -> None:
+def precisions(bench: Rows) -> None:
     """Speed of the large encoder and of the small one in every precision, eight clips a pass."""
-    for name in (LARGE, SHIPPED):
-        for precision in DTYPES:
-            model = random_model(name, precision)
-            clips_per_second(bench, "precisions", model, precision, 8)
-            del model
+    for name, precision in [(n, p) for p in ("float16", "bfloat16", "tf32", "float32") for n in (LARGE, SMALL)]:
+        if not IS_QUICK or precision == "float16":
+            clips_per_second(bench, "precisions", random_model(name, precision), precision, BATCH)
 
 
-def batches(bench: Bench) -> None:
+def decoder(bench: Rows) -> None:
+    """Speed of the large decoder in float16, with the fused kernels and without, and how far the pictures differ."""
+    model = random_model(LARGE, "float16")
+    shape = model.config.latent_shape(NUM_FRAMES, SIDE, SIDE)
+    z_BCTHW = torch.rand(BATCH, model.config.latent_channels, *shape, device=DEVICE).to(model.dtype) * 2 - 1
+    cost = decoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, torch.float16)
+    expected = None
+    for what, context in (("with the kernels", every_kernel()), ("without", no_kernels())):
+        with context:
+            x_BCTHW = model.decode(z_BCTHW)
+            seconds = seconds_of(partial(model.decode, z_BCTHW)) / BATCH
+        bench.add("decoder", what, 1 / seconds, "clips/s", rates(cost, seconds))
+        if expected is not None:
+            bench.add("decoder", "largest difference", float((x_BCTHW - expected).abs().max()), "of [-1, 1]")
+        expected = x_BCTHW
+
+
+def batches(bench: Rows) -> None:
     """Speed of the large encoder in float16 by batch size, and memory of a clip."""
     model = random_model(LARGE, "float16")
-    for batch_size in (1, 4, 16, 32):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    for batch_size in (1, 2) if IS_DRY else (1, 16) if IS_QUICK else (1, 4, 16, 32):
+        if not IS_DRY:
+            torch.cuda.reset_peak_memory_stats()
+        before = 0 if IS_DRY else torch.cuda.memory_allocated()
         clips_per_second(bench, "batches", model, "float16", batch_size)
-        peak = (torch.cuda.max_memory_allocated() - before) / batch_size
-        bench.add("batches", f"B={batch_size}: peak memory of a clip", peak / 2**30, "GiB")
+        if not IS_DRY:
+            peak = (torch.cuda.max_memory_allocated() - before) / batch_size
+            bench.add("batches", f"B={batch_size}: peak memory of a clip", peak / 2**30, "GiB")
 
 
-def operators(bench: Bench) -> None:
+def operators(bench: Rows) -> None:
     """Time of each operator of the large encoder, with the bytes that it moves."""
     model = random_model(LARGE, "float16")
-    x_BCTHW = to_input(model, noise(8))
+    x_BCTHW = to_input(model, noise(BATCH))
     cost = encoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, torch.float16)
     model.encode(x_BCTHW)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if not IS_DRY:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         model.encode(x_BCTHW)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+        synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -device_time(event))
     for event in events[:14]:
-        milliseconds = event.self_device_time_total / 1000 / 8
+        milliseconds = device_time(event) / 1000 / BATCH
         if milliseconds > 0.01:
             bench.add("operators", event.key[:70], milliseconds, "ms/clip", f"{event.count} calls a pass")
     for operator, moved in list(cost.bytes_by_operator.items())[:6]:
         bench.add("operators", f"{operator}: bytes by the count", moved / 1e9, "GB/clip")
-    widths = {channels: norm_speed(channels) for channels in (128, 256, 512)}
-    for channels, speed in widths.items():
-        bench.add("operators", f"layer norm of {channels} channels", speed / 1e12, "TB/s", share_of(PEAK_BYTES, speed))
+    for channels in (128, 256, 512):
+        for what, moved, seconds in norm_speeds(channels):
+            speed = moved / seconds
+            note = share_of(PEAK_BYTES, speed)
+            bench.add("operators", f"{what} of {channels} channels", speed / 1e12, "TB/s", note)
 
 
-def norm_speed(channels: int) -> float:
-    """Bytes per second of PyTorch's layer norm over the channels of a large map."""
-    x = torch.randn((1 << 28) // channels, channels, device="cuda", dtype=torch.float16)
-    norm = torch.nn.LayerNorm(channels, device="cuda", dtype=torch.float16)
-    return 2 * x.numel() * 2 / seconds_of(lambda: norm(x))
+def device_time(event: object) -> float:
+    """Microseconds that an operator's own kernels took; on a CPU its own time."""
+    name = "self_cpu_time_total" if IS_DRY else "self_device_time_total"
+    return float(getattr(event, name))
 
 
-def fusion(bench: Bench) -> None:
+def norm_speeds(channels: int) -> Iterator[tuple[str, int, float]]:
+    """Bytes and seconds of norms over a large map: PyTorch's, and the fused kernels' with SiLU and with a sum."""
+    rows = (1 << (16 if IS_DRY else 28)) // channels
+    x = torch.randn(1, 1, rows, 1, channels, device=DEVICE, dtype=torch.float16)
+    norm = torch.nn.LayerNorm(channels, device=DEVICE, dtype=torch.float16)
+    size = 2 * x.numel()
+    yield "layer norm", 2 * size, seconds_of(lambda: norm(x))
+    if IS_DRY or not fused.HAS_TRITON:
+        return
+    settings = (norm.weight, norm.bias, 1e-6, True, 0, False)
+    yield "fused norm and SiLU", 2 * size, seconds_of(lambda: fused.norm_silu(x, *settings))
+    other = torch.zeros_like(x)
+    yield "fused sum, norm and SiLU", 4 * size, seconds_of(lambda: fused.add_norm_silu(x, other, *settings))
+
+
+def fusion(bench: Rows) -> None:
     """The kernel of norm, SiLU and padding: equal tokens, and speed with and without it."""
-    for name in (LARGE, SHIPPED):
+    for name in (LARGE, SMALL):
         model = random_model(name, "float16")
-        x_BCTHW = to_input(model, noise(8))
+        x_BCTHW = to_input(model, noise(BATCH))
         with_kernel = model.encode(x_BCTHW).tokens
-        original = fused.is_used
-        fused.is_used = lambda *_: False
-        try:
+        with no_kernels():
             without = model.encode(x_BCTHW).tokens
-            seconds = seconds_of(partial(model.encode, x_BCTHW)) / 8
-        finally:
-            fused.is_used = original
+            seconds = seconds_of(partial(model.encode, x_BCTHW)) / BATCH
         assert with_kernel is not None
         assert without is not None
         equal = 100 * float((with_kernel == without).float().mean())
         bench.add("fusion", f"{name}: equal tokens", equal, "%")
-        bench.add("fusion", f"{name}: without the kernel", 1 / seconds, "clips/s")
+        bench.add("fusion", f"{name}: without the kernels", 1 / seconds, "clips/s")
+        clips_per_second(bench, "fusion", model, "float16", BATCH)
 
 
-def compiled(bench: Bench) -> None:
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    """Compute with PyTorch's own operators."""
+    original = fused.is_used
+    fused.is_used = lambda *_: False
+    try:
+        yield
+    finally:
+        fused.is_used = original
+
+
+@contextmanager
+def every_kernel() -> Iterator[None]:
+    """Compute as production does."""
+    yield
+
+
+def compiled(bench: Rows) -> None:
     """The large encoder through ``torch.compile``: seconds to compile, speed, and equal tokens."""
     model = random_model(LARGE, "float16")
-    x_BCTHW = to_input(model, noise(8))
+    x_BCTHW = to_input(model, noise(BATCH))
     expected = model.encode(x_BCTHW).tokens
-    model.encoder_output = torch.compile(model.encoder_output, dynamic=False)  # type: ignore[method-assign]
+    compile_encoder(model, backend="eager" if IS_DRY else "inductor")
     started = time.perf_counter()
     found = model.encode(x_BCTHW).tokens
-    torch.cuda.synchronize()
+    synchronize()
     bench.add("compile", "first pass", time.perf_counter() - started, "s")
     assert expected is not None
     assert found is not None
     bench.add("compile", "equal tokens", 100 * float((expected == found).float().mean()), "%")
-    clips_per_second(bench, "compile", model, "float16", 8)
+    clips_per_second(bench, "compile", model, "float16", BATCH)
 
 
-def transfers(bench: Bench) -> None:
+def transfers(bench: Rows) -> None:
     """The encoder as production calls it, with frames from memory and tokens to it, beside the bare passes."""
-    for name in (LARGE, SHIPPED):
+    for name in (LARGE, SMALL):
         model = random_model(name, "float16")
         payload = model.config.payload(NUM_FRAMES, SIDE, SIDE)
-        clips = list(noise(8 * 8))
-        encode_clips(model, clips[:16], payload, batch_size=8)
-        torch.cuda.synchronize()
+        clips = list(noise(8 * BATCH))
+        encode_clips(model, clips[: 2 * BATCH], payload, batch_size=BATCH)
+        synchronize()
         started = time.perf_counter()
-        encode_clips(model, clips, payload, batch_size=8)
+        encode_clips(model, clips, payload, batch_size=BATCH)
         speed = len(clips) / (time.perf_counter() - started)
-        x_BCTHW = to_input(model, noise(8))
-        bare = 8 / seconds_of(partial(model.encode, x_BCTHW))
+        x_BCTHW = to_input(model, noise(BATCH))
+        bare = BATCH / seconds_of(partial(model.encode, x_BCTHW))
         bench.add("transfers", f"{name}: with transfers", speed, "clips/s", f"{speed / bare:.0%} of the passes alone")
 
 
-def memory(bench: Bench) -> None:
+def memory(bench: Rows) -> None:
     """A batch that does not fit: the exception must be recognized, and half of it fit in the end."""
     model = random_model(LARGE, "float16")
     total = torch.cuda.get_device_properties().total_memory
@@ -253,7 +313,7 @@ def memory(bench: Bench) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def faults(bench: Bench) -> None:
+def faults(bench: Rows) -> None:
     """A fault of the GPU in another process: the exception must be recognized."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--fault"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.strip().splitlines()
@@ -272,7 +332,7 @@ def provoke_fault() -> None:
     end_process(0)
 
 
-def job(bench: Bench) -> None:
+def job(bench: Rows) -> None:
     """The whole command on generated videos, if Ray and PyAV are there."""
     try:
         import av  # noqa: F401
@@ -290,7 +350,7 @@ def job(bench: Bench) -> None:
         videos = make_corpus(Path(folder) / "videos", 320, spec)
         command = [sys.executable, "-m", "vidshard.jobs.cli", "tokenize", str(videos[0].parent)]
         command += ["--out", f"{folder}/tokens", "--tokenizer", LARGE, "--random-weights", "0"]
-        subprocess.run(command, check=True, timeout=max(60.0, bench.seconds_left), stdout=sys.stderr)
+        subprocess.run(command, check=True, timeout=300, stdout=sys.stderr)
         summary = json.loads((Path(folder) / "tokens" / "summary.json").read_text())
     seconds = summary["seconds"]
     busy, wait = seconds["encoding, all workers"], seconds["encoders waiting for frames"]
@@ -298,27 +358,36 @@ def job(bench: Bench) -> None:
     bench.add("job", "encoders busy", 100 * busy / (busy + wait), "%")
 
 
-SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
-    "versions": (versions, 20),
-    "agreement": (agreement, 60),
-    "precisions": (precisions, 60),
-    "batches": (batches, 30),
-    "operators": (operators, 30),
-    "fusion": (fusion, 30),
-    "compile": (compiled, 150),
-    "transfers": (transfers, 20),
-    "memory": (memory, 20),
-    "faults": (faults, 30),
-    "job": (job, 120),
+SECTIONS = {
+    "versions": Section(versions, 20),
+    "agreement": Section(agreement, 45),
+    "fusion": Section(fusion, 30),
+    "precisions": Section(precisions, 45),
+    "decoder": Section(decoder, 30),
+    "batches": Section(batches, 25),
+    "operators": Section(operators, 30),
+    "transfers": Section(transfers, 20),
+    "memory": Section(memory, 20, needs_gpu=True),
+    "faults": Section(faults, 30, needs_gpu=True),
+    "compile": Section(compiled, 120),
+    "job": Section(job, 120, needs_gpu=True),
 }
-"""Sections, and the seconds that each may take."""
+"""Sections in their order: the most important ones first."""
+
+
+@lru_cache(maxsize=2)
+def seeded(name: str) -> VidTok:
+    """A model with seeded random weights in float32 on the CPU; making 158 million of them takes seconds."""
+    model = load_tokenizer(get_preset(name), None, seed=0)
+    assert isinstance(model, VidTok)
+    return model
 
 
 def random_model(name: str, precision: str) -> VidTok:
-    """A model with seeded random weights on the GPU, and the flags of its precision."""
-    make_reproducible("cuda", torch.get_num_threads(), precision)
-    model = load_tokenizer(get_preset(name), None, seed=0, device="cuda", dtype=DTYPES[precision])
-    assert isinstance(model, VidTok)
+    """A model with seeded random weights on the GPU as production has it, and the flags of its precision."""
+    make_reproducible(DEVICE, torch.get_num_threads(), precision)
+    model = copy.deepcopy(seeded(name)).set_precision(DTYPES[precision]).to(DEVICE)
+    prepare_passes(model)
     return model
 
 
@@ -330,19 +399,24 @@ def trained(device: str, precision: str) -> VidTok:
     return model
 
 
-def clips_per_second(bench: Bench, section: str, model: VidTok, precision: str, batch_size: int) -> None:
+def clips_per_second(bench: Rows, section: str, model: VidTok, precision: str, batch_size: int) -> None:
     """Measure passes of one batch size, and add speed and utilization."""
     x_BCTHW = to_input(model, noise(batch_size))
     seconds = seconds_of(lambda: model.encode(x_BCTHW)) / batch_size
-    cost: Cost = encoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, DTYPES[precision])
+    cost = encoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, DTYPES[precision])
+    bench.add(section, f"{model.config.name} {precision} B={batch_size}", 1 / seconds, "clips/s", rates(cost, seconds))
+
+
+def rates(cost: Cost, seconds: float) -> str:
+    """Rates of FLOPs and of counted bytes for a clip in so many seconds, in words."""
     note = f"{1000 * seconds:.2f} ms, {cost.flops / seconds / 1e12:.0f} TFLOP/s"
     note += f" ({share_of(PEAK_FLOPS, cost.flops / seconds)}), {cost.traffic_bytes / seconds / 1e12:.2f} TB/s counted"
-    bench.add(section, f"{model.config.name} {precision} B={batch_size}", 1 / seconds, "clips/s", note)
+    return note
 
 
 def share_of(peaks: dict[str, float], value: float) -> str:
     """Share of this GPU's peak, in words."""
-    name = torch.cuda.get_device_name()
+    name = "cpu" if IS_DRY else torch.cuda.get_device_name()
     peak = next((peak for part, peak in sorted(peaks.items(), key=lambda item: -len(item[0])) if part in name), None)
     return "peak unknown" if peak is None else f"{value / peak:.1%} of the peak"
 
@@ -352,18 +426,29 @@ def seconds_of(run: Callable[[], object], repeats: int = 5) -> float:
     with torch.inference_mode():
         for _ in range(2):
             run()
-        torch.cuda.synchronize()
+        synchronize()
         return statistics.median(_timed(run, repeats))
 
 
 def _timed(run: Callable[[], object], repeats: int) -> Iterator[float]:
     for _ in range(repeats):
+        if IS_DRY:
+            started = time.perf_counter()
+            run()
+            yield time.perf_counter() - started
+            continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         run()
         end.record()
         end.synchronize()
         yield begin.elapsed_time(end) / 1000
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if not IS_DRY:
+        torch.cuda.synchronize()
 
 
 def to_input(model: VidTok, clips: np.ndarray) -> Tensor:
@@ -392,5 +477,4 @@ def natural_clips(count: int, side: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
-WITHOUT = """
+import pytest
+
+from benchmarks.gpu import SECTIONS
+from benchmarks.sections import Rows, Section, Supervisor, run_here
+
+MISSING = """
 import sys
 
 class Missing:
@@ -14,14 +22,16 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
+"""
+
+WITHOUT = f"""{MISSING}
 import torch
 from benchmarks import gpu
-bench = gpu.Bench(11, None)
-gpu.job(bench)
+gpu.job(gpu.Rows("job"))
 clips = gpu.natural_clips(2, 32)
 assert clips.shape == (2, 17, 32, 32, 3) and clips.std() > 20, clips.std()
 assert gpu.trained("cpu", "float16").dtype is torch.float16
-assert sum(seconds for _, seconds in gpu.SECTIONS.values()) <= 11 * 60
+assert sum(section.seconds for section in gpu.SECTIONS.values()) <= 11 * 60
 sys.argv = ["gpu", "--minutes", "1"]
 torch.cuda.is_available = lambda: False
 gpu.main()
@@ -30,6 +40,65 @@ gpu.main()
 
 def test_the_script_for_a_gpu_needs_neither_ray_nor_pyav_and_says_why_it_cannot_run() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
-    assert "job: skipped: -  needs av" in done.stdout, done.stderr
+    assert '"skipped", "value": "-", "unit": "", "note": "needs av"' in done.stdout, done.stderr
     assert done.returncode == 1
-    assert "benchmarks.gpu needs a GPU: PyTorch sees no GPU" in done.stderr
+    assert "benchmarks.gpu needs a GPU, or --dry: PyTorch sees no GPU" in done.stderr
+
+
+CHILD = """
+import json, os, sys
+def say(kind, value):
+    print("\\x1evidshard " + json.dumps([kind, value]), flush=True)
+print("a line of a library")
+for name in sys.argv[1].split(","):
+    say("begin", name)
+    if name == "dies":
+        os._exit(7)
+    if name == "hangs":
+        import threading
+        threading.Event().wait()
+    say("row", {"section": name, "what": "time", "value": 1.0, "unit": "s", "note": ""})
+    say("end", name)
+"""
+
+
+def test_a_section_that_dies_or_hangs_costs_none_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    supervisor = Supervisor("test", [sys.executable, "-c", CHILD], minutes=1, json_path=str(path))
+    limits = {"first": 10.0, "dies": 10.0, "second": 10.0, "hangs": 0.1, "third": 10.0, "long": 1000.0}
+    rows = supervisor.supervise(limits)
+    assert [(row["section"], row["what"]) for row in rows] == [
+        ("first", "time"),
+        ("dies", "failed"),
+        ("second", "time"),
+        ("hangs", "stopped"),
+        ("third", "time"),
+        ("long", "skipped"),
+    ]
+    assert "code 7" in str(rows[1]["note"])
+    assert json.loads(path.read_text())["rows"] == rows
+
+
+def test_a_section_that_raises_is_a_row(capfd: pytest.CaptureFixture[str]) -> None:
+    def fails(rows: Rows) -> None:
+        rows.add("fails", "before", 1.0, "s")
+        raise ValueError("of two\nlines")
+
+    freed: list[None] = []
+    run_here({"fails": Section(fails, 1)}, ["fails"], after_failure=lambda: freed.append(None))
+    said = capfd.readouterr().out
+    assert said.index('"before"') < said.index("ValueError: of two lines")
+    assert len(freed) == 1
+
+
+@pytest.mark.parametrize("only", ["versions", pytest.param("", marks=pytest.mark.slow)])
+def test_the_script_for_a_gpu_runs_dry_without_ray_and_pyav(only: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(MISSING)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--json", str(tmp_path / "gpu.json"), "--only", only]
+    paths = f"{tmp_path}{os.pathsep}{Path.cwd()}"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    expected = only.split(",") if only else [name for name, section in SECTIONS.items() if not section.needs_gpu]
+    assert list(dict.fromkeys(row["section"] for row in rows)) == expected
+    assert [row for row in rows if row["what"] in ("failed", "stopped", "skipped")] == []
