@@ -47,6 +47,8 @@ class Peer:
     convert: Callable[[Path, np.ndarray], None] | None = None
     """Write clips (rows, values) in its own format; None if it reads vidshard's shards."""
     reads_s3: bool = True
+    is_apart: bool = False
+    """Whether each measurement needs a process of its own, as what it starts does not end before the process."""
 
     @property
     def is_installed(self) -> bool:
@@ -91,17 +93,14 @@ def _ray(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
     import ray
 
     ray.init(address="local", num_cpus=workers, log_to_driver=False, include_dashboard=False)
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        options: dict[str, Any] = {}
-        if place.endpoint:
-            options["filesystem"] = pyarrow.fs.S3FileSystem(endpoint_override=place.endpoint, scheme="http")
-        paths = [place.path.removeprefix("s3://")] * 8  # so that little of it is read before the first batch
-        dataset = ray.data.read_parquet(paths, columns=[place.name], **options)
-        batches = dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=BUFFER if shuffle else None)
-        yield from _counted(batches, place.name)
-    finally:
-        ray.shutdown()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    options: dict[str, Any] = {}
+    if place.endpoint:
+        options["filesystem"] = pyarrow.fs.S3FileSystem(endpoint_override=place.endpoint, scheme="http")
+    paths = [place.path.removeprefix("s3://")] * 8  # so that little of it is read before the first batch
+    dataset = ray.data.read_parquet(paths, columns=[place.name], **options)
+    batches = dataset.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=BUFFER if shuffle else None)
+    yield from _counted(batches, place.name)
 
 
 def _write_tars(folder: Path, values: np.ndarray) -> None:
@@ -216,7 +215,7 @@ def _streaming(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
 
 PEERS = {
     "datasets": Peer(module="datasets", read=_datasets),
-    "ray.data": Peer(module="ray", read=_ray),
+    "ray.data": Peer(module="ray", read=_ray, is_apart=True),
     "webdataset": Peer(module="webdataset", read=_webdataset, convert=_write_tars),
     "litdata": Peer(module="litdata", read=_litdata, convert=_write_litdata),
     "grain": Peer(module="grain", read=_grain, convert=_write_array_records, reads_s3=False),
