@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+CLUSTER_READY := $(VENV)/.cluster-ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check format docs bench constraints clean
@@ -35,6 +36,11 @@ $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
+# Ray's job server, which the slow tests of deploy/ need.
+$(CLUSTER_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]'
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/vidshard demo $(VIDEOS)
 
@@ -42,7 +48,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -m 'not slow' --numprocesses 3 --no-loadscope-reorder
 
-test-slow: $(READY)
+test-slow: $(CLUSTER_READY)
 	$(BIN)/pytest -m slow
 
 check: $(READY)
@@ -69,7 +75,7 @@ constraints:
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,cluster]'
 	{ echo "# What CI runs: every package of the environment, pinned. Remade by 'make constraints'."; \
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt
 

@@ -74,7 +74,7 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
         yield Cluster(
             num_cpus=max(1, int(resources.get("CPU", 1))),
             num_gpus=resources.get("GPU", 0.0),
-            num_nodes=sum(name.startswith("node:") and "internal" not in name for name in resources),
+            num_nodes=sum(node["Alive"] for node in ray.nodes()),
             is_own=own,
             gpu_nodes=_gpu_nodes(),
         )

@@ -147,7 +147,7 @@ def _check_docker(arguments: list[str]) -> None:
 
 
 def known_flags() -> set[str]:
-    """Every flag of every command of vidshard, hidden ones included, and of the benchmarks."""
+    """Every flag of every command of vidshard, hidden ones included, of the benchmarks, and in the files of deploy/."""
     flags = {"--help", "--version"}
 
     def collect(command: click.Command) -> None:
@@ -158,6 +158,8 @@ def known_flags() -> set[str]:
     collect(cli.vidshard)
     for path in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests/support/fuzz.py"]:
         flags.update(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text()))
+    for path in (ROOT / "deploy").iterdir():
+        flags.update(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", path.read_text()))
     return flags
 
 
