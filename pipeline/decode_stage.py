@@ -62,9 +62,9 @@ def read_groups(groups: pa.Table, plan: str) -> pa.Table:
 
 
 @cache
-def _sandbox(memory_bytes: int, confined: bool) -> DecodeSandbox:
+def _sandbox(memory_bytes: int, confined: bool, files_per_child: int) -> DecodeSandbox:
     """Sandbox of this worker process, started at its first video and reused for all later ones."""
-    return DecodeSandbox(memory_limit_bytes=memory_bytes, confined=confined)
+    return DecodeSandbox(memory_limit_bytes=memory_bytes, confined=confined, files_per_child=files_per_child)
 
 
 def forget_processes() -> None:
@@ -77,7 +77,8 @@ def confinement_lacks(limits: Limits) -> list[str]:
     """The parts of the confinement that this machine lacks; none where the limits ask for no confinement."""
     if limits.sandbox == "off":
         return []
-    return _sandbox(limits.memory_bytes, True).run(_lacks_in_child, timeout_seconds=PROBE_TIMEOUT_SECONDS)
+    sandbox = _sandbox(limits.memory_bytes, True, limits.videos_per_decoder)
+    return sandbox.run(_lacks_in_child, timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
 
 def _lacks_in_child() -> list[str]:
@@ -103,7 +104,7 @@ def _run(
     """
     if limits.sandbox == "required" and (lacking := confinement_lacks(limits)):
         raise UserError(f"--sandbox required, and the kernel of this machine lacks {' and '.join(lacking)}")
-    sandbox = _sandbox(limits.memory_bytes, limits.sandbox != "off")
+    sandbox = _sandbox(limits.memory_bytes, limits.sandbox != "off", limits.videos_per_decoder)
     if storage.is_local(uri):
         opened: AbstractContextManager[Any] = open_file(uri, storage.open_video)
     else:

@@ -199,6 +199,5 @@ def source_frames(clip: StoredClip, resolved: ResolvedRun) -> np.ndarray:
     values = clip.values
     spec = replace(stored_spec(resolved, values), halo_clips=0)
     uri, video_id, part = values["uri"], values["video_id"], row_part(values)
-    limits = replace(resolved.run.limits, private_hosts=None)  # the caller asked whether a source may be fetched
-    source = decode_again(uri, video_id, values["clip_index"], spec, part, limits)[-1]
+    source = decode_again(uri, video_id, values["clip_index"], spec, part, resolved.source_limits)[-1]
     return source.frames[source.lead_frames :]

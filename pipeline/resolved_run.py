@@ -29,7 +29,7 @@ from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun, identity_settings
 from vidshard.schemas.tokens import Payload, Provenance
-from vidshard.schemas.video import ClipSpec
+from vidshard.schemas.video import ClipSpec, Limits
 
 RANDOM_WEIGHTS_NOTICE = (
     "RANDOM WEIGHTS: this tokenizer was never trained (seed {seed}). Its tokens mean nothing and its "
@@ -45,6 +45,8 @@ class ResolvedRun:
     source: TokenizerSource
     notice: str | None
     """A warning for readers, such as that the weights are random."""
+    source_hosts: tuple[str, ...] | None = ()
+    """Web servers with private addresses that sources may be fetched from again; None for all."""
 
     @classmethod
     def of(cls, run: TokenizeRun) -> Self:
@@ -69,11 +71,14 @@ class ResolvedRun:
         return cls(run=run, source=source.with_digest(), notice=notice)
 
     @classmethod
-    def from_provenance(cls, provenance: Provenance, *, weights: str | None = None) -> Self:
+    def from_provenance(
+        cls, provenance: Provenance, *, weights: str | None = None, source_hosts: tuple[str, ...] | None = ()
+    ) -> Self:
         """Resolve the run that made a shard.
 
         Args:
             weights: present location of its weights; None for the location in the provenance.
+            source_hosts: web servers with private addresses that its sources may be fetched from; None for all.
 
         Raises:
             UserError: this vidshard does not know a setting or the tokenizer.
@@ -86,12 +91,17 @@ class ResolvedRun:
         source = TokenizerSource.stored(
             config, source=provenance.weights_source, ema=run.ema, sha256=provenance.weights_sha256, weights=weights
         )
-        return cls(run=run, source=source, notice=provenance.notice)
+        return cls(run=run, source=source, notice=provenance.notice, source_hosts=source_hosts)
 
     @property
     def config(self) -> TokenizerConfig:
         """Complete configuration of the tokenizer."""
         return self.source.config
+
+    @property
+    def source_limits(self) -> Limits:
+        """Limits for decoding a source again; what the output records decides nothing about addresses."""
+        return replace(self.run.limits, private_hosts=self.source_hosts)
 
     @cached_property
     def clip_specs(self) -> list[ClipSpec]:

@@ -474,6 +474,15 @@ class LimitSettings(Settings):
         help="Confinement of the processes that decode videos: no network, programs, secrets or other files. "
         "With required, the run is refused where the kernel lacks a part of it.",
     )
+    videos_per_decoder: int = setting(
+        16,
+        section="Limits of a video",
+        identity=False,
+        ge=1,
+        metavar="N",
+        help="Number of videos that a decoding process sees before it is replaced, as a hostile one could falsify "
+        "later ones. Each new process costs about 15 ms of a CPU.",
+    )
     decoders: list[str] = setting(
         ["default"],
         section="Limits of a video",
@@ -652,6 +661,7 @@ class TokenizeRun(
             seconds_per_second=self.decode_seconds_per_second,
             memory_bytes=self.decode_memory,
             sandbox=self.sandbox,
+            videos_per_decoder=self.videos_per_decoder,
             decoders=tuple(self.decoders),
             image_fps=self.image_fps,
             private_hosts=None if self.allow_private else typed_hosts([*self.inputs, self.out]),

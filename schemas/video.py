@@ -307,6 +307,8 @@ class Limits:
     """Memory that one decoding process may allocate: some twenty times what 4K video takes."""
     sandbox: Literal["auto", "required", "off"] = "auto"
     """Confinement of the processes that decode videos; "required" refuses where the kernel lacks a part."""
+    videos_per_decoder: int = 16
+    """Files that one confined decoding process may see, as one of them may take it over."""
     max_clips: int = 100_000
     """Clips of one video, or of one part of it, by its header."""
     image_fps: Fraction = Fraction(24)

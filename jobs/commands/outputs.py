@@ -54,6 +54,12 @@ _fetch_sources = click.option(
     help="Read source videos from remote storage too. The output names them; give this only if you trust it.",
 )
 
+_allow_private = click.option(
+    "--allow-private",
+    is_flag=True,
+    help="Let --fetch-sources, and redirects, reach web servers with private addresses that OUTPUT does not name.",
+)
+
 
 @click.command()
 @click.argument("out", metavar="OUTPUT")
@@ -66,6 +72,7 @@ _fetch_sources = click.option(
 @click.option("--seed", default=0, show_default=True, help="Random seed of the clips that --exact takes.")
 @_moved_weights
 @_fetch_sources
+@_allow_private
 @click.option(
     "--repair",
     is_flag=True,
@@ -85,6 +92,7 @@ def verify(
     seed: int,
     weights: str | None,
     fetch_sources: bool,
+    allow_private: bool,
     repair: bool,
     audit_file: str | None,
     former_audit_file: str | None,
@@ -119,6 +127,7 @@ def verify(
         seed=seed,
         weights=weights,
         fetch_sources=fetch_sources,
+        allow_private=allow_private,
         repair=repair,
         audit_file=audit_file,
     )
@@ -153,6 +162,7 @@ def verify(
 )
 @_moved_weights
 @_fetch_sources
+@_allow_private
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
 @click.option(
     "--tile-overlap",
@@ -174,6 +184,7 @@ def decode(
     side_by_side: bool,
     weights: str | None,
     fetch_sources: bool,
+    allow_private: bool,
     tile_size: str | None,
     tile_overlap: int | None,
 ) -> None:
@@ -214,6 +225,7 @@ def decode(
         side_by_side=side_by_side,
         weights=weights,
         fetch_sources=fetch_sources,
+        allow_private=allow_private,
         tile_size=tiles,
         tile_overlap=tile_overlap,
     )

@@ -35,7 +35,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import readable
-from vidshard.schemas.uris import is_remote, shown_uri
+from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class DecodeRun:
     """Whether to show the source at the left and, of a whole clip, its payload parts at the right."""
     fetch_sources: bool = False
     """Whether sources may be read from remote storage: the output names them, and may be foreign."""
+    allow_private: bool = False
+    """Whether sources may lie on web servers with private addresses that ``out`` does not name."""
     weights: str | None = None
     """Present location of the weights; None for the location that the shards record."""
     tile_size: tuple[int, int] | None = None
@@ -96,7 +98,11 @@ def decode_output(request: DecodeRun, console: Console) -> list[Path]:
 def _resolved(request: DecodeRun, path: str) -> ResolvedRun:
     """Resolve the run that made a shard."""
     with open_shard(path) as (_, provenance):
-        return ResolvedRun.from_provenance(provenance, weights=request.weights)
+        return ResolvedRun.from_provenance(
+            provenance,
+            weights=request.weights,
+            source_hosts=None if request.allow_private else typed_hosts([request.out]),
+        )
 
 
 def _introduce(resolved: ResolvedRun, console: Console) -> None:

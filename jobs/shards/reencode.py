@@ -71,6 +71,7 @@ def encode_again(
     seed: int,
     weights: str | None,
     fetch_sources: bool = False,
+    source_hosts: tuple[str, ...] | None = (),
 ) -> Comparison:
     """Encode a share of the clips of some shards again, and print how they differ from the stored payload.
 
@@ -80,12 +81,13 @@ def encode_again(
         seed: random seed that selects the clips.
         weights: present location of the weights; None for the location that the shards record.
         fetch_sources: whether sources may be read from remote storage: the shards name them, and may be foreign.
+        source_hosts: web servers with private addresses that sources may be fetched from; None for all.
 
     Raises:
         VidshardError: the weights are missing, or have another digest, or a source is remote and may not be fetched.
     """
     with open_shard(paths[0]) as (_, provenance):
-        resolved = ResolvedRun.from_provenance(provenance, weights=weights)
+        resolved = ResolvedRun.from_provenance(provenance, weights=weights, source_hosts=source_hosts)
     tokenizer = load_decoder(resolved, precision=resolved.run.precision)
     everything = find_clips(paths, "")
     chosen = sorted(random.Random(seed).sample(everything, math.ceil(share * len(everything))))  # noqa: S311
@@ -132,10 +134,11 @@ def encode_by_another_cut(tokenizer: Tokenizer, resolved: ResolvedRun, values: M
         VideoError: the source is gone, was replaced, or no longer decodes.
     """
     config = tokenizer.config
-    limits = replace(resolved.run.limits, private_hosts=None)  # the caller asked whether a source may be fetched
     spec = stored_spec(resolved, values)
     wider = replace(spec, halo_clips=spec.halo_clips + int(spec.continuous))
-    clips = decode_again(values["uri"], values["video_id"], values["clip_index"], wider, row_part(values), limits)
+    clips = decode_again(
+        values["uri"], values["video_id"], values["clip_index"], wider, row_part(values), resolved.source_limits
+    )
     x_BCTHW = _to_input(tokenizer, clips)
     if spec.continuous:
         num_latents = spec.num_frames // config.time_stride

@@ -36,7 +36,7 @@ from vidshard.pipeline.resolved_run import stored_run
 from vidshard.schemas.errors import EXIT_FAILED, UserError, one_line
 from vidshard.schemas.text import readable, spreadsheet_cell
 from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX, parse_json
-from vidshard.schemas.uris import shown_uri
+from vidshard.schemas.uris import shown_uri, typed_hosts
 
 
 @dataclass(kw_only=True)
@@ -99,6 +99,7 @@ def verify_output(
     seed: int = 0,
     weights: str | None = None,
     fetch_sources: bool = False,
+    allow_private: bool = False,
     repair: bool = False,
     audit_file: str | None = None,
 ) -> Verification:
@@ -109,6 +110,7 @@ def verify_output(
         seed: random seed that selects these clips.
         weights: present location of the weights; None for the location that the shard records.
         fetch_sources: whether ``exact`` may read sources from remote storage.
+        allow_private: whether these may lie on web servers with private addresses that ``out`` does not name.
         repair: remove broken files and clips.
         audit_file: path of a table with the status of each video, ``.parquet`` or ``.csv``; None for none.
 
@@ -135,7 +137,15 @@ def verify_output(
         )
     comparison = None
     if exact is not None and not findings.num_wrong:
-        comparison = encode_again(paths, console, share=exact, seed=seed, weights=weights, fetch_sources=fetch_sources)
+        comparison = encode_again(
+            paths,
+            console,
+            share=exact,
+            seed=seed,
+            weights=weights,
+            fetch_sources=fetch_sources,
+            source_hosts=None if allow_private else typed_hosts([out]),
+        )
     return Verification(
         num_wrong=findings.num_wrong,
         num_repaired=findings.num_repaired,

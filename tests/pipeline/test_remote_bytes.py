@@ -244,7 +244,7 @@ def test_a_decoder_of_remote_files_holds_no_secrets(
         monkeypatch.setenv(name, secret.decode())
     decode_stage.forget_processes()
     uri = f"{server.url}/large.mp4?signature={secret.decode()}"
-    decoder = decode_stage._sandbox(LIMITS.memory_bytes, True)
+    decoder = decode_stage._sandbox(LIMITS.memory_bytes, True, LIMITS.videos_per_decoder)
     monkeypatch.setattr("vidshard.pipeline.video.sandbox.RENEWAL_SECONDS", math.inf)
     for process in (decoder, fetching_process(LIMITS.memory_bytes)):
         process.run(loaded, OpensMaps(), timeout_seconds=60)

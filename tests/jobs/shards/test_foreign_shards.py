@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import shutil
@@ -14,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.cli import vidshard_exits
-from tests.support.http_server import http_server
+from tests.support.cli import SMALL, tokenize, vidshard_exits
+from tests.support.http_server import Answer, http_server
+from tests.support.videos import Recipe, write_video
 from vidshard.jobs.shards.decode import file_name
 from vidshard.jobs.shards.verify import _check_shard, verify_output
-from vidshard.pipeline import storage
+from vidshard.pipeline import decode_stage, storage
 from vidshard.pipeline.open_output import open_output
 from vidshard.pipeline.output.committed import shard_spans
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
@@ -254,9 +256,59 @@ def test_sources_that_a_shard_names_are_fetched_only_if_asked(table: pa.Table, t
         code, printed = vidshard_exits("verify", path, "--exact", 1)
         assert code == 2, printed
         assert server.asked == []
-        code, printed = vidshard_exits("decode", path, "--all", tmp_path / "c", "--side-by-side", "--fetch-sources")
+        fetching = ("decode", path, "--all", tmp_path / "c", "--side-by-side", "--fetch-sources")
+        code, printed = vidshard_exits(*fetching)
+        assert code == 0, printed
+        assert "is refused: its address 127.0.0.1 is not public" in " ".join(printed.split())
+        assert server.asked == []
+        code, printed = vidshard_exits(*fetching, "--allow-private")
         assert code == 0, printed
         assert server.asked
+
+
+@pytest.fixture(scope="module")
+def small_video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    recipe = Recipe(num_frames=16, codec="mpeg4", width=32, height=32)
+    return write_video(tmp_path_factory.mktemp("source") / "v.mp4", recipe).read_bytes()
+
+
+def test_sources_whose_server_turned_hostile_are_named_and_no_clip_is_compared_with_them(
+    small_video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDSHARD_STORAGE_RETRY_SECONDS", "0.2")
+    monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", 0.2)
+    decode_stage.forget_processes()
+    answers: dict[str, Answer | None] = {
+        "changed": small_video.replace(b"mdat", b"mdaT"),
+        "cut": small_video[: len(small_video) // 2],
+        "gone": None,
+        "redirects for ever": (302, {"Location": "/v.mp4"}, b""),
+        "redirects to a file": (302, {"Location": "file:///etc/passwd"}, b""),
+        "compressed": (200, {"Content-Encoding": "gzip"}, gzip.compress(small_video[:-9] + bytes(9))),
+    }
+    now: list[Answer | None] = [small_video]
+    with http_server(lambda _path: b"x") as other, http_server(lambda _path: now[0]) as server:
+        out = tmp_path / "out"
+        made = tokenize(f"{server.url}/v.mp4", "--out", out, *SMALL)
+        assert made.exit_code == 0, made.output
+        verify = ("verify", out, "--exact", 1, "--fetch-sources")
+        code, printed = vidshard_exits(*verify, "--allow-private")
+        assert code == 0, printed
+        assert "encoded 1 clips again" in " ".join(printed.split())
+        for name, answer in answers.items():
+            now[0] = answer
+            code, printed = vidshard_exits(*verify, "--allow-private")
+            assert code == 0, (name, printed)
+            assert "encoded 0 clips again" in " ".join(printed.split()), name
+            assert f"of {server.url}/v.mp4" in printed, f"{name}: the source is named"
+            assert "Traceback" not in printed, name
+        monkeypatch.setattr("vidshard.jobs.shards.verify.typed_hosts", lambda _named: ("127.0.0.1",))
+        elsewhere = other.url.replace("127.0.0.1", "localhost")
+        now[0] = (302, {"Location": f"{elsewhere}/latest/meta-data"}, b"")
+        code, printed = vidshard_exits(*verify)
+        assert "localhost is refused" in " ".join(printed.split()), printed
+        assert other.asked == [], "a redirect to a private address is not followed"
+    decode_stage.forget_processes()
 
 
 def test_names_of_files_cannot_steer_a_terminal(tmp_path: Path) -> None:

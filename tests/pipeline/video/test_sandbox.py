@@ -606,6 +606,15 @@ def test_a_child_that_was_taken_over_gets_no_later_file(monkeypatch: pytest.Monk
         assert len(sandbox.run(arrays, [1 << 10], timeout_seconds=60, subject="h")[0]) == 1 << 10
 
 
+@pytest.mark.parametrize("files_per_child", [1, 3])
+def test_a_child_that_uses_no_time_sees_a_stated_number_of_files(files_per_child: int) -> None:
+    names = [name for number in range(7) for name in (str(number), str(number))]  # a probe and a span of each file
+    with DecodeSandbox(confined=True, files_per_child=files_per_child) as sandbox:
+        pids = [sandbox.run(process_id, timeout_seconds=60, subject=name) for name in names]
+    seen = {pid: {name for name, other in zip(names, pids, strict=True) if other == pid} for pid in pids}
+    assert [len(files) for files in seen.values()] == ([1] * 7 if files_per_child == 1 else [3, 3, 1])
+
+
 def test_a_process_that_forks_is_replaced_when_it_dies() -> None:
     with DecodeSandbox(confined=True) as sandbox:
         first = sandbox.run(parent_id, timeout_seconds=60)
