@@ -53,7 +53,7 @@ def by_datasets_streaming(path: str) -> Any:
 def by_duckdb(path: str) -> Any:
     import duckdb
 
-    relation = duckdb.sql(f"from '{path}'")
+    relation: Any = duckdb.sql(f"from '{path}'")
     return [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
 
 
@@ -64,8 +64,7 @@ def by_polars(path: str) -> Any:
 
 
 def by_pandas(path: str) -> Any:
-    import pandas
-
+    pandas: Any = pytest.importorskip("pandas")
     return pandas.read_parquet(path).to_dict("records")
 
 
