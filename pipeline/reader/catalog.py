@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,9 @@ from vidshard.schemas.tokens import Payload, PayloadColumn, Provenance
 from vidshard.schemas.uris import shown_uri
 
 _READERS = 16
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""One path or several."""
 
 MIXES = ("weights", "rates", "lengths", "geometries", "versions")
 """Kinds of differences between shards that are refused unless they are allowed."""
@@ -137,7 +140,23 @@ def shapes_of(payload: Payload) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((column.name, column.shape) for column in payload)
 
 
-def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[str] = ()) -> Catalog:
+def paths_of(paths: Paths) -> list[str]:
+    """The paths that were given, as texts.
+
+    Raises:
+        UserError: one is no path.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
+        raise UserError(f"outputs are named by a path or a list of paths, got {paths!r:.200}")
+    found = list(given)
+    for path in found:
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"{path!r:.200} is no path of an output")
+    return [os.fspath(path) for path in found]
+
+
+def read_catalog(paths: Paths, *, allow_mixed: bool | Collection[str] = ()) -> Catalog:
     """Read the ends of all shards of one or several outputs.
 
     Args:
@@ -151,7 +170,7 @@ def read_catalog(paths: str | Sequence[str], *, allow_mixed: bool | Collection[s
     allowed = set(MIXES) if allow_mixed is True else set(allow_mixed or ())
     if unknown := allowed - set(MIXES):
         raise UserError(f"allow_mixed: there is no kind {sorted(unknown)[0]!r}; there are: {', '.join(MIXES)}")
-    named = [str(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    named = paths_of(paths)
     of_path = [output_shards(path) for path in named]
     shards = [shard for found in of_path for shard in found]
     if not shards:

@@ -77,7 +77,7 @@ def _normalized(values: Tensor, stats: ChannelStats, shape: tuple[int, ...], axi
 
 def latent_rule(
     catalog: Catalog,
-    paths: str | Sequence[str],
+    paths: Sequence[str],
     names: Sequence[str],
     *,
     normalize: bool | Mapping[str, Any],
@@ -114,7 +114,7 @@ def latent_rule(
         for name, numbers in normalize.items():
             stats[name] = _given(name, numbers, catalog)
     elif normalize:
-        read = read_stats(catalog, [paths] if isinstance(paths, str) else paths)
+        read = read_stats(catalog, paths)
         stats = {name: read[name] for name in latents}
     dropped = tuple(f"{name}_logvar" for name in latents if sample and f"{name}_logvar" not in names)
     return LatentRule(sampled=tuple(latents) if sample else (), stats=stats, dropped=dropped)

@@ -11,6 +11,7 @@ takes every n-th batch therefore meets the same lanes again, in a mixture too.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -174,5 +175,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
     if not weights:
         raise UserError("there is nothing to read: no output was named")
     for path, weight in weights.items():
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"{path!r:.200} is no path of an output")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise UserError(f"the weight of {path!r:.200} must be a positive number, got {weight!r:.40}")

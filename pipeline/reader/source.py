@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.parquet import named_if_damaged
-from vidshard.pipeline.reader.catalog import Catalog, read_catalog
+from vidshard.pipeline.reader.catalog import Catalog, Paths, paths_of, read_catalog
 from vidshard.pipeline.reader.columns import Column, PayloadValues, column_of, shaped, signal_of
 from vidshard.pipeline.reader.files import ShardFiles
 from vidshard.pipeline.reader.latents import LatentRule, latent_rule
@@ -61,7 +61,7 @@ class Source:
 
     def __init__(
         self,
-        paths: str | Sequence[str],
+        paths: Paths,
         *,
         columns: str | Sequence[str] | None,
         where: str | None,
@@ -77,6 +77,7 @@ class Source:
         check_sequence(sequence, stride)
         if signals_per not in ("frame", "latent"):
             raise UserError(f"signals_per is 'frame' or 'latent', got {signals_per!r:.40}")
+        paths = paths_of(paths)
         self.catalog: Catalog = read_catalog(paths, allow_mixed=allow_mixed)
         self.files = ShardFiles(self.catalog.paths, self.catalog.shard_bytes)
         payload = self.catalog.provenance.payload

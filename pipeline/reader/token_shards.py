@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from vidshard.pipeline.reader.catalog import Paths
 from vidshard.pipeline.reader.mixture import Mixture, Shares, check_weights
 from vidshard.pipeline.reader.order import Order, num_steps, positions, steps
 from vidshard.pipeline.reader.source import GroupCache, Plan, Source
@@ -40,7 +41,7 @@ class TokenShards(IterableDataset[Batch]):
 
     def __init__(
         self,
-        paths: str | Sequence[str] | Mapping[str, float],
+        paths: Paths | Mapping[str, float],
         *,
         columns: str | Sequence[str] | None = None,
         where: str | None = None,
@@ -64,7 +65,7 @@ class TokenShards(IterableDataset[Batch]):
         """Open outputs for training; the ends of all shards are read.
 
         Args:
-            paths: output folders, folders of shards or shards; local paths or URLs. With weights, as in
+            paths: one or several output folders, folders of shards or shards; local paths or URLs. With weights, as in
                 ``{"a/": 3, "b/": 1}``, they form a mixture: three of four clips are from the first one, and ``_source``
                 names the path of each. An epoch has as many clips as all of them together. An output that is used up
                 begins anew in another order; one that is not is continued in the next epoch.
@@ -377,7 +378,7 @@ class TokenShardsMap(Dataset[Batch]):
 
     def __init__(
         self,
-        paths: str | Sequence[str],
+        paths: Paths,
         *,
         columns: str | Sequence[str] | None = None,
         where: str | None = None,

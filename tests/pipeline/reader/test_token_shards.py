@@ -90,6 +90,20 @@ def test_several_outputs_and_any_way_to_name_them_are_read_as_one(out: Path, tmp
     whole = vidshard.TokenShards([str(out), str(other)], batch_size=50)
     assert sorted(numbers(whole)) == sorted([*range(98), *range(98)])
     assert len(vidshard.TokenShards(str(other / "0000.parquet"))) == 14
+    assert len(vidshard.TokenShards(out)) == len(vidshard.TokenShards(path for path in [out])) == 98
+    mixture = next(iter(vidshard.TokenShards({out: 1, other: 1}, batch_size=4)))
+    assert set(mixture["_source"]) == {str(out), str(other)}
+
+
+@pytest.mark.parametrize("paths", [None, 3, b"tokens", [3], [None], {3: 1}])
+def test_what_is_no_path_is_refused(paths: Any) -> None:
+    with pytest.raises(UserError, match="path"):
+        vidshard.TokenShards(paths)
+
+
+def test_the_twin_takes_no_weights(out: Path) -> None:
+    with pytest.raises(UserError, match="list of paths"):
+        vidshard.TokenShardsMap({str(out): 1})
 
 
 # ranks, workers, states
