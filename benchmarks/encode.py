@@ -4,7 +4,7 @@
     python -m benchmarks.encode --sizes 128 --repeats 3 --json encode.json
     python -m benchmarks.encode --models vidtwin_structure_7_7_8_dynamics_7_8
 
-VidTok is compared with diffusers, VidTwin with a plain PyTorch implementation (`benchmarks.plain_vidtwin`).
+VidTok is compared with diffusers, VidTwin with plain PyTorch implementations (`benchmarks.plain_vidtwin`).
 
 * Milliseconds are medians over the repeats, which alternate between the implementations in one process.
 * CPU milliseconds are those of all threads. On a shared machine they are steadier than the time on the clock; with
@@ -14,8 +14,8 @@ VidTok is compared with diffusers, VidTwin with a plain PyTorch implementation (
   torch on the model of diffusers, or on the plain one. Their share is relative to a large matrix product in the same
   run. An implementation that saves multiplications can show more than 100 %.
 
-VidTwin takes one size only. The plain implementation calls `torch.nn.MultiheadAttention` as it is by default, and with
-``need_weights=False``, which takes PyTorch's fused attention.
+VidTwin takes one size only. One plain implementation has the structure of the released code. The other calls
+`torch.nn.MultiheadAttention` as it is by default, and with ``need_weights=False``, which takes its fused attention.
 
 Diffusers computes causal models by the rules of v1.1 only. Ours is therefore measured twice: as the named model, and by
 those rules, where both must agree. Needs diffusers (``pip install -e '.[dev]'``).
@@ -171,8 +171,12 @@ def compare_vidtwin(
         ],
     }
     if not ours_only:
-        plain = plain_vidtwin(config, ours.state_dict()).to(device)
-        for name, need_weights in ((PLAIN, True), (f"{PLAIN}, need_weights=False", False)):
+        parts, released = (plain_vidtwin(config, ours.state_dict(), structure) for structure in ("parts", "released"))
+        for name, plain, need_weights in (
+            (RELEASED, released, True),
+            (PARTS, parts, True),
+            (f"{PARTS}, need_weights=False", parts, False),
+        ):
             directions["encode"].append(Contender(name=name, run=partial(_plain_encode, plain, need_weights, x_BCTHW)))
             directions["decode"].append(Contender(name=name, run=partial(_plain_decode, plain, need_weights, latents)))
     flops = plain_flops(config)
@@ -181,7 +185,7 @@ def compare_vidtwin(
     for direction, contenders in directions.items():
         run_in_turns(f"{config.name} {direction}", contenders, repeats, device)
         given: Row = {"model": config.name, "clip": "x".join(map(str, clip)), "direction": direction}
-        rows += rows_of(given, contenders, PLAIN, reference, flops[direction], peaks, tokens=False)
+        rows += rows_of(given, contenders, RELEASED, reference, flops[direction], peaks, tokens=False)
     return rows
 
 
@@ -199,8 +203,10 @@ def _joined(means: Iterable[Tensor]) -> Tensor:
     return torch.cat([mean.flatten(1) for mean in means], dim=1)
 
 
-PLAIN = "nn.MultiheadAttention"
-"""Name of the plain implementation of VidTwin."""
+PARTS = "nn.MultiheadAttention"
+"""Name of the plain implementation of VidTwin with PyTorch's own attention."""
+RELEASED = "structure of the release"
+"""Name of the plain implementation of VidTwin in the released order of work."""
 
 
 def plain_flops(config: VidTwinConfig) -> dict[str, float]:

@@ -1,15 +1,21 @@
-"""VidTwin as one would write it from its description with PyTorch's own parts, to compare ours with.
+"""VidTwin as one would write it from its description with PyTorch's own parts, in two structures, to compare with ours.
 
-Attention is `torch.nn.MultiheadAttention`, everything between is plain tensor arithmetic on maps that are laid out anew
-for each attention. It loads the weights of ours and gives the same latents and video.
+* "parts": attention is `torch.nn.MultiheadAttention`, and everything between is plain float32 arithmetic.
+* "released": the order of work of the released code. Attention is written out (scores, softmax, product), and a block's
+  residual stream is float64 until its MLP, as it is there. The released code does not run on a CPU, so two things
+  differ: attention computes in float32 instead of half precision, and it is causal in time without flash-attn.
+
+Both lay tokens out anew for each attention. They load the weights of ours and give the same latents and video.
 """
 
 # B batch, T frames, S positions of a frame, C channels; Q queries, D their channels; H height, W width
+# N sequences, L tokens of a sequence
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +24,8 @@ from torch import Tensor, nn
 from vidshard.models.vidtwin.branches import halvings
 from vidshard.models.vidtwin.config import QFORMER_HEADS, VidTwinConfig
 from vidshard.models.vidtwin.model import checkpoint_name
+
+Structure = Literal["parts", "released"]
 
 
 class PlainVidTwin(nn.Module):
@@ -32,13 +40,13 @@ class PlainVidTwin(nn.Module):
             if isinstance(module, PlainBlock | PlainQFormerLayer):
                 module.need_weights = value
 
-    def __init__(self, config: VidTwinConfig) -> None:
+    def __init__(self, config: VidTwinConfig, structure: Structure = "parts") -> None:
         super().__init__()
         self.config = config
         width, query_width, grid = config.width, config.query_width, config.grid
-        self.encoder = PlainEncoder(config)
-        self.decoder = PlainDecoder(config)
-        self.temporal_qformer = PlainQFormer(config)
+        self.encoder = PlainEncoder(config, structure)
+        self.decoder = PlainDecoder(config, structure)
+        self.temporal_qformer = PlainQFormer(config, structure)
         widths = [config.structure_width << level for level in range(config.structure_halvings + 1)]
         self.conv_in = nn.Conv2d(query_width, widths[0], 3, padding=1)
         self.content_downsample_blocks = halvings(widths)
@@ -110,12 +118,14 @@ class PlainTransformer(nn.Module):
     pos_embed: Tensor
     pos_embed_temporal: Tensor
 
-    def __init__(self, config: VidTwinConfig) -> None:
+    def __init__(self, config: VidTwinConfig, structure: Structure) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("pos_embed", torch.zeros(1, config.num_positions, config.width))
-        self.register_buffer("pos_embed_temporal", torch.zeros(1, config.num_frames, config.width))
-        self.blocks = nn.ModuleList(PlainBlock(config.width, config.num_heads) for _ in range(config.depth))
+        dtype = torch.float64 if structure == "released" else torch.float32
+        self.register_buffer("pos_embed", torch.zeros(1, config.num_positions, config.width, dtype=dtype))
+        self.register_buffer("pos_embed_temporal", torch.zeros(1, config.num_frames, config.width, dtype=dtype))
+        block = ReleasedBlock if structure == "released" else PlainBlock
+        self.blocks = nn.ModuleList(block(config.width, config.num_heads) for _ in range(config.depth))
 
     def through_blocks(self, x_BNC: Tensor) -> Tensor:
         T, S = self.config.num_frames, self.config.num_positions
@@ -128,8 +138,8 @@ class PlainTransformer(nn.Module):
 class PlainEncoder(PlainTransformer):
     """Clips to tokens (B, C, T, H, W)."""
 
-    def __init__(self, config: VidTwinConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: VidTwinConfig, structure: Structure) -> None:
+        super().__init__(config, structure)
         patch = (1, config.patch_size, config.patch_size)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(3, config.width, patch, stride=patch)})
 
@@ -142,8 +152,8 @@ class PlainEncoder(PlainTransformer):
 class PlainDecoder(PlainTransformer):
     """Tokens (B, C, T, H, W) to clips."""
 
-    def __init__(self, config: VidTwinConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: VidTwinConfig, structure: Structure) -> None:
+        super().__init__(config, structure)
         self.final_layer = nn.ModuleDict({"linear": nn.Linear(config.width, 3 * config.patch_size**2)})
         self.final_layer.scale_shift_table = nn.Parameter(torch.zeros(2, config.width))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
@@ -187,13 +197,60 @@ class PlainBlock(nn.Module):
         return x_BNC + gate2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](m), approximate="tanh"))  # type: ignore[no-any-return]
 
 
+class ReleasedBlock(nn.Module):
+    """As `PlainBlock`, in the released order of work: a float64 residual stream until the MLP."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, width))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = ReleasedAttention(width, num_heads)
+        self.attn_temp = ReleasedAttention(width, num_heads)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x_BNC: Tensor, T: int, S: int, code_1TC: Tensor | None) -> Tensor:
+        B, _, C = x_BNC.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.scale_shift_table
+        x_BNC = x_BNC.double()
+        a = (self.norm(x_BNC) * (1 + scale1) + shift1).view(B * T, S, C)
+        x_BNC = x_BNC + gate1 * self.attn(a.float()).view(B, T * S, C)
+        t = x_BNC.view(B, T, S, C).transpose(1, 2).reshape(B * S, T, C)
+        if code_1TC is not None:
+            t = t + code_1TC
+        t = self.attn_temp(t.float(), causal=True)
+        x_BNC = x_BNC + gate1 * t.view(B, S, T, C).transpose(1, 2).reshape(B, T * S, C)
+        x_BNC = x_BNC.float()
+        m = self.norm(x_BNC) * (1 + scale2) + shift2
+        return x_BNC + gate2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](m), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class ReleasedAttention(nn.Module):
+    """Self-attention written out, with the weights of queries, keys and values in one."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_NLC: Tensor, *, causal: bool = False) -> Tensor:
+        N, L, C = x_NLC.shape
+        q, k, v = self.qkv(x_NLC).view(N, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if causal:
+            scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+        h: Tensor = scores.softmax(dim=-1) @ v
+        return self.proj(h.transpose(1, 2).reshape(N, L, C))  # type: ignore[no-any-return]
+
+
 class PlainQFormer(nn.Module):
     """Learned queries that read the frames of each position."""
 
-    def __init__(self, config: VidTwinConfig) -> None:
+    def __init__(self, config: VidTwinConfig, structure: Structure) -> None:
         super().__init__()
         self.query_embeds = nn.Parameter(torch.zeros(config.num_queries, config.query_width))
-        layers = nn.ModuleList(PlainQFormerLayer(config, index % 2 == 0) for index in range(config.qformer_layers))
+        layer = ReleasedQFormerLayer if structure == "released" else PlainQFormerLayer
+        layers = nn.ModuleList(layer(config, index % 2 == 0) for index in range(config.qformer_layers))
         norm = nn.LayerNorm(config.query_width, eps=1e-12)
         self.qformer = nn.ModuleDict({"layernorm": norm, "encoder": nn.ModuleDict({"layer": layers})})
 
@@ -232,15 +289,64 @@ class PlainQFormerLayer(nn.Module):
         return self.norms["mlp"](self.output_query(F.gelu(self.intermediate_query(q))) + q)  # type: ignore[no-any-return]
 
 
-def plain_vidtwin(config: VidTwinConfig, weights: Mapping[str, Tensor]) -> PlainVidTwin:
-    """Build the model with weights of ours, by the network's names; it shares no memory with them."""
-    model = PlainVidTwin(config)
+class ReleasedQFormerLayer(nn.Module):
+    """As `PlainQFormerLayer`, with attention written out and the published names."""
+
+    def __init__(self, config: VidTwinConfig, reads: bool) -> None:
+        super().__init__()
+        width = config.query_width
+        self.attention = ReleasedQFormerAttention(width, width)
+        self.crossattention = ReleasedQFormerAttention(width, config.width) if reads else None
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, config.qformer_mlp_width)})
+        self.output_query = _output(config.qformer_mlp_width, width)
+
+    def forward(self, q: Tensor, tokens_NLC: Tensor) -> Tensor:
+        q = self.attention(q, q)
+        if self.crossattention is not None:
+            q = self.crossattention(q, tokens_NLC)
+        h = self.output_query["dense"](F.gelu(self.intermediate_query["dense"](q)))
+        return self.output_query["LayerNorm"](h + q)  # type: ignore[no-any-return]
+
+
+class ReleasedQFormerAttention(nn.Module):
+    """Attention of the queries to a sequence, written out, with residual and norm."""
+
+    def __init__(self, width: int, token_width: int) -> None:
+        super().__init__()
+        widths = {"query": width, "key": token_width, "value": token_width}
+        self.attention = nn.ModuleDict({name: nn.Linear(inputs, width) for name, inputs in widths.items()})
+        self.output = _output(width, width)
+
+    def forward(self, q_NQD: Tensor, tokens_NLC: Tensor) -> Tensor:
+        given = {"query": q_NQD, "key": tokens_NLC, "value": tokens_NLC}
+        q, k, v = (
+            self.attention[name](value).view(*value.shape[:2], QFORMER_HEADS, -1).permute(0, 2, 1, 3)
+            for name, value in given.items()
+        )
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        h = (scores.softmax(dim=-1) @ v).permute(0, 2, 1, 3).contiguous().view(q_NQD.shape)
+        return self.output["LayerNorm"](self.output["dense"](h) + q_NQD)  # type: ignore[no-any-return]
+
+
+def _output(in_width: int, width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"dense": nn.Linear(in_width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
+
+
+def plain_vidtwin(config: VidTwinConfig, weights: Mapping[str, Tensor], structure: Structure) -> PlainVidTwin:
+    """Build the model with weights of ours, by the network's names; only "released" shares memory with them."""
+    with torch.device("meta"):
+        model = PlainVidTwin(config, structure)
+    unused = ("encoder.final_layer.", "decoder.x_embedder.")
     published = {checkpoint_name(name, config): tensor for name, tensor in weights.items()}
-    state: dict[str, Tensor] = {}
-    for name, tensor in published.items():
-        if name.startswith(("encoder.final_layer.", "decoder.x_embedder.")):
-            continue
-        state[_plain_name(name)] = tensor.float()
+    published = {name: tensor for name, tensor in published.items() if not name.startswith(unused)}
+    state = published if structure == "released" else _parts_state(published)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _parts_state(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names of `torch.nn.MultiheadAttention`."""
+    state = {_plain_name(name): tensor.float() for name, tensor in published.items()}
     for prefix in {name[: -len("query.weight")] for name in list(state) if name.endswith(".query.weight")}:
         query, key, value = (
             [state.pop(f"{prefix}{part}.{kind}") for kind in ("weight", "bias")] for part in ("query", "key", "value")
@@ -251,8 +357,7 @@ def plain_vidtwin(config: VidTwinConfig, weights: Mapping[str, Tensor]) -> Plain
         else:
             parts = zip("qkv", (query[0], key[0], value[0]), strict=True)
             state |= {f"{prefix}{part}_proj_weight": weight for part, weight in parts}
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    return state
 
 
 def _plain_name(name: str) -> str:
