@@ -9,13 +9,15 @@ VidTok is compared with diffusers, VidTwin with plain PyTorch implementations (`
 * Milliseconds are medians over the repeats, which alternate between the implementations in one process.
 * CPU milliseconds are those of all threads. On a shared machine they are steadier than the time on the clock; with
   several threads they include waiting, so compare them with ``OMP_NUM_THREADS=1``.
+* Everything runs with the settings of glibc's allocator that the job gives its encoders, unless ``--default-allocator``
+  is given. By default glibc returns large blocks to the system, and their pages fault at the next operator.
 * Memory is the peak above what the process held before the call, so it includes no weights.
 * FLOPs are those of the published network, two for each multiplication of a convolution or matrix product, counted by
   torch on the model of diffusers, or on the plain one. Their share is relative to a large matrix product in the same
   run. An implementation that saves multiplications can show more than 100 %.
 
 VidTwin takes one size only. One plain implementation has the structure of the released code. The other calls
-`torch.nn.MultiheadAttention` as it is by default, and with ``need_weights=False``, which takes its fused attention.
+`torch.nn.MultiheadAttention` with ``need_weights=False``, which takes PyTorch's fused attention.
 
 Diffusers computes causal models by the rules of v1.1 only. Ours is therefore measured twice: as the named model, and by
 those rules, where both must agree. Needs diffusers (``pip install -e '.[dev]'``).
@@ -41,7 +43,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
-from benchmarks.plain_vidtwin import PlainVidTwin, plain_vidtwin
+from benchmarks.plain_vidtwin import PlainVidTwin, Structure, plain_vidtwin
 from benchmarks.report import Row, report
 from vidshard.models.tokenizer import get_preset
 from vidshard.models.vidtok.config import VidTokConfig
@@ -71,12 +73,16 @@ class Contender:
 @click.option("--models", default="kl_causal_488_4chn,fsq_causal_488_262144", show_default=True, metavar="NAMES")
 @click.option("--sizes", default="128,256", show_default=True, metavar="SIDES", help="Sides of the square frames.")
 @click.option("--repeats", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--default-allocator", is_flag=True, help="Leave the settings of the allocator as a shell has them.")
 @click.option("--ours-only", is_flag=True, help="Leave the other implementations out.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the table there too.")
-def main(models: str, sizes: str, repeats: int, ours_only: bool, json_path: str | None) -> None:
+def main(
+    models: str, sizes: str, repeats: int, default_allocator: bool, ours_only: bool, json_path: str | None
+) -> None:
     """Measure, and print the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and any(os.environ.get(name) != value for name, value in ENCODER_ENVIRONMENT.items()):
+    keeps_memory = device == "cpu" and not default_allocator
+    if keeps_memory and any(os.environ.get(name) != value for name, value in ENCODER_ENVIRONMENT.items()):
         # the allocator reads its settings when the process starts; the job's encoders start with these
         os.execve(
             sys.executable, [sys.executable, "-m", "benchmarks.encode", *sys.argv[1:]], os.environ | ENCODER_ENVIRONMENT
@@ -171,14 +177,13 @@ def compare_vidtwin(
         ],
     }
     if not ours_only:
-        parts, released = (plain_vidtwin(config, ours.state_dict(), structure) for structure in ("parts", "released"))
-        for name, plain, need_weights in (
-            (RELEASED, released, True),
-            (PARTS, parts, True),
-            (f"{PARTS}, need_weights=False", parts, False),
-        ):
-            directions["encode"].append(Contender(name=name, run=partial(_plain_encode, plain, need_weights, x_BCTHW)))
-            directions["decode"].append(Contender(name=name, run=partial(_plain_decode, plain, need_weights, latents)))
+        structures: dict[str, Structure] = {RELEASED: "released", PARTS: "parts"}
+        for name, structure in structures.items():
+            plain = plain_vidtwin(config, ours.state_dict(), structure)
+            plain.return_weights(False)
+            runs = {"encode": partial(_plain_encode, plain, x_BCTHW), "decode": partial(plain.decode, latents)}
+            for direction, run in runs.items():
+                directions[direction].append(Contender(name=name, run=run))
     flops = plain_flops(config)
     reference: dict[str, str] = defaultdict(lambda: "vidshard")
     rows: list[Row] = []
@@ -189,14 +194,8 @@ def compare_vidtwin(
     return rows
 
 
-def _plain_encode(model: PlainVidTwin, need_weights: bool, x_BCTHW: Tensor) -> Tensor:
-    model.return_weights(need_weights)
+def _plain_encode(model: PlainVidTwin, x_BCTHW: Tensor) -> Tensor:
     return _joined(mean for mean, _ in model.encode(x_BCTHW).values())
-
-
-def _plain_decode(model: PlainVidTwin, need_weights: bool, latents: Mapping[str, Tensor]) -> Tensor:
-    model.return_weights(need_weights)
-    return model.decode(latents)
 
 
 def _joined(means: Iterable[Tensor]) -> Tensor:

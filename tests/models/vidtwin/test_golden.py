@@ -150,11 +150,11 @@ def stages_of(model: VidTwin, x_BCTHW: Tensor) -> dict[str, Tensor]:
     assert isinstance(block, Block)
     shift1, scale1, gate1, shift2, scale2, _ = block.scale_shift_table
     a_BTSC = modulated(x_BTSC, shift1, scale1)
-    attended = block.attn.over_space(a_BTSC)
+    attended = block.attn.ready().over_space(a_BTSC)
     t_BTSC = x_BTSC + gate1 * attended + model.encoder.pos_embed_temporal.float()[0][:, None]
-    over_time = block.attn_temp.over_time(t_BTSC)
+    over_time = block.attn_temp.ready().over_time(t_BTSC)
     m_BTSC = modulated(x_BTSC + gate1 * attended + gate1 * over_time, shift2, scale2)
-    seen |= {"enc/b0/attn_in": a_BTSC[0], "enc/b0/attn_out": attended[0], "enc/b0/mlp_out": block.mlp(m_BTSC)}
+    seen |= {"enc/b0/attn_in": a_BTSC[0], "enc/b0/attn_out": attended[0], "enc/b0/mlp_out": block.mlp.ready()(m_BTSC)}
     seen |= {"enc/b0/temp_in": t_BTSC[0].transpose(0, 1), "enc/b0/temp_out": over_time[0].transpose(0, 1)}
 
     moments = model.moments(x_BCTHW)
