@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
-from vidshard.jobs.tokenization.placement import cpu_has_bfloat16
+from vidshard.jobs.tokenization.placement import bfloat16_pays
 from vidshard.jobs.tokenization.planning import uri_columns
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors
@@ -275,7 +275,7 @@ class SpanCounter:
         spec = resolved.largest
         encoders = 1 if isinstance(executor, LocalExecutor) else resources.encode_workers
         per_frame = min(float(spec.clip_seconds), float(spec.stride_seconds or spec.clip_seconds)) / spec.num_frames
-        return Usage(
+        usage = Usage(
             video_seconds=self.num_frames * per_frame,
             seconds=seconds["tokenize"],
             encode_seconds=seconds["encoding, all workers"],
@@ -287,8 +287,9 @@ class SpanCounter:
             cpus=executor.num_cpus,
             encoder_cpus=encoders * resources.cpus_per_worker,
             precision=resolved.run.precision,
-            has_bfloat16=resolved.run.device == "cpu" and cpu_has_bfloat16(),
         )
+        # the answer takes a count of the network's operators
+        return replace(usage, bfloat16_pays=usage.waits_for_encoders and bfloat16_pays(resolved.run, resolved.config))
 
 
 def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -> None:

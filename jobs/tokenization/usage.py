@@ -11,6 +11,8 @@ WRITING_SHARE = 0.8
 STARTING_SHARE = 0.5
 """Share of the phase that encoders may take to start before their start counts as the limit."""
 
+_FOR_ENCODERS = "waited for encoders:"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
@@ -35,8 +37,8 @@ class Usage:
     encoder_cpus: float
     """CPUs that were reserved for encoders."""
     precision: str
-    has_bfloat16: bool = False
-    """Whether the CPU has units for bfloat16."""
+    bfloat16_pays: bool = False
+    """Whether the CPU and the network would be faster in bfloat16."""
 
     @property
     def busy_share(self) -> float:
@@ -83,7 +85,12 @@ class Usage:
             return "waited for the writer, which is one thread: split the inputs into several outputs"
         if self.wait_share > WAITING_SHARE:
             return f"waited for decoders: {self._cores()}"
-        return f"waited for encoders: {self._faster()}"
+        return f"{_FOR_ENCODERS} {self._faster()}"
+
+    @property
+    def waits_for_encoders(self) -> bool:
+        """Whether the encoders' speed is what the run waited for."""
+        return self.verdict.startswith(_FOR_ENCODERS)
 
     def _cores(self) -> str:
         units = self.gpus or self.encoders
@@ -98,7 +105,7 @@ class Usage:
         if self.gpus:
             faster = ", or --precision float16 and another --out" if self.precision in ("float32", "tf32") else ""
             return f"add GPUs{faster}"
-        if self.precision == "float32" and self.has_bfloat16:
+        if self.bfloat16_pays:
             return (
                 "add CPUs or a GPU, or --precision bfloat16 and another --out: this CPU has units for it, some twice "
                 "as fast, and other tokens come out"

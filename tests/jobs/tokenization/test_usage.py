@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from vidshard.jobs.tokenization import placement
 from vidshard.jobs.tokenization.usage import Usage
+from vidshard.models.tokenizer import get_preset
+from vidshard.schemas.runs import TokenizeRun
 
 BALANCED = Usage(
     video_seconds=7200,
@@ -37,7 +41,7 @@ def test_the_yield_is_stated_per_gpu_hour_and_per_cpu_hour() -> None:
         (replace(BALANCED, precision="float32"), ["add GPUs", "--precision float16"]),
         (replace(BALANCED, precision="tf32"), ["--precision float16"]),
         (ON_CPUS, ["waited for encoders", "add CPUs"]),
-        (replace(ON_CPUS, has_bfloat16=True), ["--precision bfloat16", "twice as fast"]),
+        (replace(ON_CPUS, bfloat16_pays=True), ["--precision bfloat16", "twice as fast"]),
         (
             replace(BALANCED, encode_seconds=3000, wait_seconds=4000, decode_seconds=60_000),
             ["waited for decoders", "20 cores for each GPU are needed, 15 were there", "add CPU nodes, or lower --fps"],
@@ -60,7 +64,42 @@ def test_one_sentence_names_the_limit_and_the_setting_that_would_change_it(usage
     assert usage.verdict.count(". ") == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "tokenizer", "precision", "device", "pays"),
+    [
+        ("avx512f avx512_bf16 avx512vbmi", "fsq_causal_488_small", "float32", "cpu", True),
+        (
+            "amx_bf16 avx512_bf16 amx_tile amx_int8",
+            "vidtwin_small_structure_7_7_4_dynamics_7_8",
+            "float32",
+            "cpu",
+            True,
+        ),
+        ("avx512f avx512_vnni amx_int8", "fsq_causal_488_small", "float32", "cpu", False),
+        (None, "fsq_causal_488_small", "float32", "cpu", False),
+        ("avx512_bf16", "tiny", "float32", "cpu", False),
+        ("avx512_bf16", "fsq_causal_488_small", "bfloat16", "cpu", False),
+        ("avx512_bf16", "fsq_causal_488_small", "float32", "cuda", False),
+    ],
+)
+def test_bfloat16_pays_on_cpus_with_units_for_it_and_networks_of_large_products(
+    flags: str | None,
+    tokenizer: str,
+    precision: str,
+    device: str,
+    pays: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu vme {flags}\n")
+    monkeypatch.setattr(placement, "CPU_INFO", tmp_path / "cpuinfo")
+    given = {"inputs": ["v.mp4"], "out": "out", "device": device, "precision": precision}
+    run = TokenizeRun.model_validate(given)
+    assert placement.bfloat16_pays(run, get_preset(tokenizer)) is pays
+
+
 def test_bfloat16_is_offered_only_where_it_would_pay() -> None:
-    assert "bfloat16" not in replace(ON_CPUS, has_bfloat16=True, precision="bfloat16").verdict
-    assert "bfloat16" not in replace(ON_CPUS, has_bfloat16=True, encode_seconds=2000, wait_seconds=5000).verdict
-    assert "bfloat16" not in replace(BALANCED, has_bfloat16=True).verdict
+    assert "bfloat16" not in ON_CPUS.verdict
+    assert "bfloat16" not in replace(ON_CPUS, bfloat16_pays=True, encode_seconds=2000, wait_seconds=5000).verdict
+    assert "bfloat16" not in replace(BALANCED, bfloat16_pays=True).verdict
