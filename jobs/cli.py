@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from vidshard.jobs.commands.exporting import export, push
-from vidshard.jobs.commands.outputs import decode, inspect, stats, verify
+from vidshard.jobs.commands.outputs import debug, decode, inspect, stats, verify
 from vidshard.jobs.commands.tokenizing import demo, plan, tokenize
 from vidshard.jobs.commands.training import train
 from vidshard.jobs.commands.weights import convert, tokenizers
@@ -170,7 +170,7 @@ def vidshard() -> None:
     """
 
 
-_COMMANDS = (demo, tokenize, plan, inspect, stats, verify, decode, export, push, tokenizers, convert, train)
+_COMMANDS = (demo, tokenize, plan, inspect, stats, verify, debug, decode, export, push, tokenizers, convert, train)
 """In the order in which ``--help`` lists them."""
 
 for _command in _COMMANDS:

@@ -1,4 +1,4 @@
-"""``vidshard inspect``, ``stats``, ``verify`` and ``decode``: what is done with an output."""
+"""``vidshard inspect``, ``stats``, ``verify``, ``debug`` and ``decode``: what is done with an output."""
 
 from __future__ import annotations
 
@@ -130,6 +130,48 @@ def verify(
         allow_private=allow_private,
         repair=repair,
         audit_file=audit_file,
+    )
+
+
+@click.command()
+@click.argument("out", metavar="OUTPUT")
+@click.option("--span", "span_id", metavar="ID", help="Span to replay; the beginning of its id is enough.")
+@click.option("--uri", metavar="VIDEO", help="Video whose rejected spans are replayed, or its first span if none was.")
+@click.option("--pictures", metavar="DIR", help="Write the sampled frames into this folder, one PNG file per clip.")
+@click.option("--no-encode", is_flag=True, help="Stop after decoding.")
+@_moved_weights
+@_fetch_sources
+def debug(
+    out: str,
+    span_id: str | None,
+    uri: str | None,
+    pictures: str | None,
+    no_encode: bool,
+    weights: str | None,
+    fetch_sources: bool,
+) -> int:
+    """Replay a span in this process, stage by stage.
+
+    Opens the video, decodes the span and encodes it with the settings of the run, and prints what each stage gave. The
+    output stays as it is, and signals are not read. The exit code is 1 if a stage rejected something.
+
+    \b
+    vidshard debug tokens/ --uri clips/broken.mp4 --pictures debug/
+    vidshard debug tokens/ --span 3f2a
+    """
+    if (span_id is None) == (uri is None):
+        raise click.UsageError("give one of --span ID and --uri VIDEO; rejects/ and `vidshard inspect` name both")
+    from vidshard.jobs.shards.debug import debug_spans
+
+    return debug_spans(
+        out,
+        output_console(),
+        span_id=span_id,
+        uri=uri,
+        pictures=pictures,
+        encode=not no_encode,
+        weights=weights,
+        fetch_sources=fetch_sources,
     )
 
 

@@ -77,6 +77,37 @@ def read_run_record(out: str) -> RunRecord | None:
     return found
 
 
+def resolved_run_of(out: str, *, weights: str | None = None) -> ResolvedRun:
+    """Resolve the run that made an output, whether or not it has shards.
+
+    Args:
+        weights: present location of its weights; None for the location that the output records.
+
+    Raises:
+        UserError: there is no run record, it is damaged, or this vidshard does not know a setting or the tokenizer.
+        StorageError: the output could not be read.
+    """
+    path = storage.join(out, RUN)
+    if not storage.exists(path):
+        raise UserError(f"{shown_uri(out)} is no output of vidshard: it has no {RUN}")
+    try:
+        record = parse_json(storage.read_bytes(path, max_bytes=MAX_RECORD_BYTES), RUN)
+        provenance = Provenance(
+            tokenizer=dict(record["tokenizer"]),
+            weights_sha256=str(record["weights_sha256"]),
+            weights_source=str(record["weights_source"]),
+            payload=(),
+            run=dict(record["run"]),
+            identity=dict(record["identity"]),
+            code_version=str(record.get("code_version")),
+            libraries={},
+            notice=record.get("notice"),
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{shown_uri(path)} is no run record ({one_line(error, 200)})") from error
+    return ResolvedRun.from_provenance(provenance, weights=weights)
+
+
 def check_output(resolved: ResolvedRun) -> RunRecord:
     """Refuse an output with another identity; returns the record of the runs before, of an empty one for a new output.
 
