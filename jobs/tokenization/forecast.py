@@ -38,6 +38,8 @@ class Forecast:
     """Wall time of the command on this machine; None for another machine."""
     machine: str
     """The machine in words, with where its speeds come from."""
+    machine_speed: float | None = None
+    """Speed of this machine while it was measured (`calibration`); None for GPUs, clusters and other machines."""
 
     def save(self, out: str) -> None:
         """Write ``forecast.json`` into an output."""
@@ -56,20 +58,26 @@ class Forecast:
         except (ValueError, TypeError):
             return None
 
-    def compared(self, clips: int, output_bytes: int, seconds: float) -> str:
+    def compared(self, clips: int, output_bytes: int, seconds: float, machine_speed: float | None = None) -> str:
         """Compare with what came out, in one line.
 
         Args:
             clips: clips written.
             output_bytes: bytes of all shards.
             seconds: wall time of the command.
+            machine_speed: speed of this machine during the run; None if it was not measured.
         """
         texts = [
             f"{self.clips} clips, {clips} came",
             f"{self.output_bytes:,} bytes, {output_bytes:,} came ({_ratio(output_bytes, self.output_bytes)})",
         ]
         if self.run_seconds is not None:
-            texts.append(f"{self.run_seconds:.0f} s, it took {seconds:.0f} ({_ratio(seconds, self.run_seconds)})")
+            took = f"{self.run_seconds:.0f} s, it took {seconds:.0f} ({_ratio(seconds, self.run_seconds)})"
+            if self.machine_speed and machine_speed:
+                slower = self.machine_speed / machine_speed
+                expected = self.run_seconds * slower
+                took += f"; at the machine's speed of then, {1 / slower:.2f} times, {_ratio(seconds, expected)}"
+            texts.append(took)
         return "; ".join(texts)
 
 

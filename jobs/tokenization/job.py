@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pyarrow.compute as pc
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
+from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place
@@ -77,7 +79,13 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     lease = Lease.acquire(
         run.out, ttl_seconds=run.lease_seconds, on_wait=lambda text: console.print(text, markup=False)
     )
-    with lease, open_executor(run, local=local) as executor:
+    forecast = Forecast.of_output(run.out)
+    with ExitStack() as stack:
+        stack.enter_context(lease)
+        executor = stack.enter_context(open_executor(run, local=local))
+        watch = None
+        if forecast is not None and forecast.machine_speed is not None and is_one_machine(executor):
+            watch = stack.enter_context(SpeedWatch(every_seconds=10))
         record = check_output(resolved)  # checked again: another first run may just have ended
         resolved = place(resolved, record, executor, console)
         run = resolved.run
@@ -103,7 +111,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
             batch_fill=1.0,
             example_clip_id=None,
             notice=resolved.notice,
-            forecast=Forecast.of_output(run.out),
+            forecast=forecast,
         )
         check_reject_share(summary, rejected, run)
         broken = {r.uri for r in planned.new_rejections if r.reason is Reason.INTERNAL_ERROR}
@@ -111,6 +119,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         if work.num_spans and not summary.problems:
             tokenize_spans(resolved, work, executor, lease, summary, rejected, console, limits=limits)
         summary.seconds["total"] = time.monotonic() - started
+        summary.machine_speed = None if watch is None else watch.speed
         try:
             lease.check()
             if not summary.problems and summary.interruption is None:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor, open_executor
 from vidshard.jobs.runtime.run_record import RunRecord
+from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import open_sink, span_decoder
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.machines import Machine, decoding_seconds, find_machine
@@ -111,7 +112,7 @@ def _plan(resolved: ResolvedRun, console: Console, *, local: bool, other: Machin
     signals = [name for name, _ in run.signals or []]
     found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck, access=access)
     lease = Lease.acquire(run.out, ttl_seconds=run.lease_seconds, on_wait=console.print)
-    with lease, open_executor(run, local=local) as executor:
+    with SpeedWatch(every_seconds=2) as watch, lease, open_executor(run, local=local) as executor:
         if other is None:
             resolved = place(resolved, RunRecord(identity={}, code_version=""), executor, console)
         else:
@@ -128,7 +129,9 @@ def _plan(resolved: ResolvedRun, console: Console, *, local: bool, other: Machin
         speed = _try_encoding(resolved, rows, trial, planned.work, executor) if other is None else None
         videos = pc.count_distinct(found.videos["uri"]).as_py()
         rejected = {r.uri for r in planned.new_rejections} | trial.rejected
-        return _forecast(resolved, rows, trial, speed, other, executor, preparing, videos, len(rejected))
+        forecast = _forecast(resolved, rows, trial, speed, other, executor, preparing, videos, len(rejected))
+        is_comparable = other is None and not forecast.is_gpu and is_one_machine(executor)
+        return replace(forecast, machine_speed=watch.speed if is_comparable else None)
 
 
 def _rows_of(work: WorkList) -> pa.Table:

@@ -60,6 +60,8 @@ class Summary:
     """Use of the machines; None if nothing was encoded."""
     forecast: Forecast | None = None
     """Forecast of `vidshard plan` for this output; None without one."""
+    machine_speed: float | None = None
+    """Speed of this machine during the run, if it follows a forecast that has one (`calibration`)."""
     notice: str | None
     """Warning for readers, such as that the weights are random."""
     num_recut_spans: int = 0
@@ -191,7 +193,8 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         line("machines", f"{usage.yields}; encoders {busy}")
         line("", usage.verdict)
     if summary.forecast is not None and summary.is_complete_first:
-        line("forecast", summary.forecast.compared(written.num_clips, written.file_bytes, seconds["total"]))
+        came = (written.num_clips, written.file_bytes, seconds["total"], summary.machine_speed)
+        line("forecast", summary.forecast.compared(*came))
     for reason, count in summary.reasons.most_common():
         line("rejected", f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
     if summary.reasons:

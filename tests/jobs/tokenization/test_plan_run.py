@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 
 from tests.support.cli import printed_by
 from tests.support.videos import Recipe, write_damaged, write_video
+from vidshard.jobs.tokenization.calibration import SpeedWatch
+from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.machines import MACHINES, decoding_seconds, find_machine
 from vidshard.models.cost import encoding_cost
 from vidshard.models.tokenizer import get_preset
@@ -47,10 +51,34 @@ def test_a_plan_agrees_with_the_run_that_follows_and_the_run_says_so(
     assert forecast["output_bytes"] == pytest.approx(written["file_bytes"], rel=0.1)
     assert f"{forecast['clips']} (" in planned
     assert re.search(rf"forecast {forecast['clips']} clips, {written['num_clips']} came; .*\d s, it took \d", said)
+    assert forecast["machine_speed"] > 0
+    assert summary["machine_speed"] > 0
+    assert "at the machine's speed of then" in said
     assert summary["usage"]["video_seconds"] == pytest.approx(forecast["video_seconds"], rel=0.1)
     assert "hours of video per CPU-hour" in said
     again = printed_by("tokenize", videos, "--out", out, *SMALL, *more)
     assert "forecast" not in again  # it did none of the work
+
+
+def test_a_run_on_a_machine_that_became_slower_is_compared_at_the_speed_of_the_forecast(
+    videos: Path, tmp_path: Path
+) -> None:
+    printed_by("plan", videos, "--out", tmp_path, *SMALL)
+    forecast = Forecast.of_output(str(tmp_path))
+    assert forecast is not None
+    forecast = replace(forecast, run_seconds=10.0, machine_speed=2e9)
+    said = forecast.compared(forecast.clips, forecast.output_bytes, 22.0, machine_speed=1e9)
+    assert "10 s, it took 22 (2.20 times); at the machine's speed of then, 0.50 times, 1.10 times" in said
+    for unknown in (replace(forecast, machine_speed=None), forecast):
+        assert unknown.compared(1, 1, 22.0).endswith("it took 22 (2.20 times)")  # a cluster, a GPU, an older forecast
+
+
+def test_a_watch_takes_the_first_sample_at_once_and_ends_with_its_block() -> None:
+    with SpeedWatch(every_seconds=1000, sample_seconds=0.01) as watch:
+        pass
+    assert watch.speed is not None
+    assert watch.speed > 1e6
+    assert "vidshard-speed" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_plan_for_another_machine_needs_neither_it_nor_an_output(videos: Path) -> None:
