@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vidshard.jobs.runtime.terminal import output_console
+from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
 from vidshard.schemas.fields import parse_size
 
 if TYPE_CHECKING:
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("out", metavar="OUTPUT")
 @click.option("--rows", default=3, show_default=True, metavar="N", help="Number of rows to print.")
-def inspect(out: str, rows: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print counts and provenance as one JSON object instead.")
+def inspect(out: str, rows: int, as_json: bool) -> None:
     """Show what an output holds.
 
     Prints counts, schema, provenance, rejections and some rows. OUTPUT is the folder of a run, or a single shard.
     """
-    from vidshard.jobs.shards.show import inspect_output
+    from vidshard.jobs.shards.show import inspect_output, output_record
 
-    inspect_output(out, output_console(), num_rows=rows)
+    if as_json:
+        print_json(output_record(out))
+    else:
+        inspect_output(out, output_console(), num_rows=rows)
 
 
 @click.command()
@@ -86,6 +90,7 @@ _allow_private = click.option(
     help="Write the status of each video to FILE.parquet or FILE.csv: seconds, reasons of rejections and remedies.",
 )
 @click.option("--account", "former_audit_file", hidden=True)
+@json_option
 def verify(
     out: str,
     exact: float | None,
@@ -96,6 +101,7 @@ def verify(
     repair: bool,
     audit_file: str | None,
     former_audit_file: str | None,
+    as_json: bool,
 ) -> Verification:
     """Check that an output is complete and undamaged.
 
@@ -120,9 +126,9 @@ def verify(
         audit_file = former_audit_file
     from vidshard.jobs.shards.verify import verify_output
 
-    return verify_output(
+    result = verify_output(
         out,
-        output_console(),
+        output_console(stderr=as_json),
         exact=exact,
         seed=seed,
         weights=weights,
@@ -131,6 +137,9 @@ def verify(
         repair=repair,
         audit_file=audit_file,
     )
+    if as_json:
+        print_json(result.record)
+    return result
 
 
 @click.command()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vidshard.jobs.runtime.terminal import output_console
+from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
 from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.schemas.runs import TokenizeRun
 
@@ -87,7 +88,8 @@ def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
     common=True,
     help="Machine to forecast for: here, h200, h100, a100, or a file of `python -m benchmarks.machine`.",
 )
-def plan(config_path: Path | None, out: str | None, local: bool, machine: str, **flags: Any) -> None:
+@json_option
+def plan(config_path: Path | None, out: str | None, local: bool, machine: str, as_json: bool, **flags: Any) -> None:
     """Forecast the output and the cost of a run before it starts.
 
     Opens every video, decodes a sample and encodes a few clips, with the settings of `vidshard tokenize`. Prints
@@ -100,4 +102,7 @@ def plan(config_path: Path | None, out: str | None, local: bool, machine: str, *
     run = resolve_settings(TokenizeRun, flags | {"out": out or "."}, config_path)
     from vidshard.jobs.tokenization.plan_run import plan_run
 
-    plan_run(run, output_console(), local=local, machine=machine, save=out is not None)
+    console = output_console(stderr=as_json)
+    forecast = plan_run(run, console, local=local, machine=machine, save=out is not None)
+    if as_json:
+        print_json(asdict(forecast))

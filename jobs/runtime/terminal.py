@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.text import Text
 
@@ -22,11 +26,43 @@ class SafeConsole(Console):
         super().print(*map(_safe, objects), **options)
 
 
-def output_console() -> SafeConsole:
-    """Console on standard output: as wide as the terminal; 160 columns without a line limit where there is none."""
-    if sys.stdout.isatty():
-        return SafeConsole()
-    return SafeConsole(width=160, soft_wrap=True)  # a pipe has no width of its own, and tables need one
+def output_console(*, stderr: bool = False) -> SafeConsole:
+    """Console on standard output: as wide as the terminal; 160 columns without a line limit where there is none.
+
+    Args:
+        stderr: use standard error instead, as standard output is for JSON.
+    """
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return SafeConsole(stderr=stderr)
+    return SafeConsole(width=160, soft_wrap=True, stderr=stderr)  # a pipe has no width of its own, tables need one
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result as one JSON object on standard output, and the report on standard error.",
+)
+"""Flag of a command whose result schedulers read."""
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Print a JSON object on one line of standard output, in ASCII, so that no value can steer a terminal.
+
+    Args:
+        record: JSON values; numbers that are not finite become null, which JSON lacks.
+    """
+    sys.stdout.write(json.dumps(_finite(record), ensure_ascii=True, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def _safe(value: Any) -> Any:

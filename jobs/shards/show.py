@@ -48,6 +48,45 @@ def inspect_output(out: str, console: Console, *, num_rows: int) -> None:
         _show_rejects(folder, console)
 
 
+def output_record(out: str) -> dict[str, Any]:
+    """Describe an output folder or a single shard in JSON values: counts, payload, provenance, rejections by reason.
+
+    Raises:
+        ShardError, StorageError: the output does not exist, or cannot be read.
+    """
+    folder = storage.absolute(out)
+    is_shard = out.endswith(".parquet")
+    paths = [out] if is_shard else shard_paths(folder)
+    if not paths and not storage.exists(storage.join(folder, RUN)):
+        paths = output_shards(out)  # which says what is wrong with it
+    record: dict[str, Any] = {"num_shards": len(paths), "num_clips": 0, "num_uncompressed_bytes": 0, "num_videos": 0}
+    videos: set[str] = set()
+    for path in paths:
+        with open_shard(path) as (parquet, provenance):
+            groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
+            record["num_uncompressed_bytes"] += sum(group.total_byte_size for group in groups)
+            record["num_clips"] += parquet.metadata.num_rows
+            for group in range(parquet.metadata.num_row_groups):
+                videos.update(parquet.group(group, ["video_id"])["video_id"].unique().to_pylist())
+            record["provenance"] = {
+                "tokenizer": provenance.tokenizer.get("name"),
+                "weights_source": without_secrets(provenance.weights_source),
+                "weights_sha256": provenance.weights_sha256,
+                "code_version": provenance.code_version,
+                "format_version": provenance.format_version,
+                "notice": provenance.notice,
+                "run": dict(provenance.run),
+            }
+            record["payload"] = [
+                {"name": column.name, "shape": list(column.shape), "codebook_size": column.codebook_size}
+                for column in provenance.payload
+            ]
+    record["num_videos"] = len(videos)
+    if not is_shard:
+        record["rejects"] = dict(Counter(read_rejects(folder)["reason"].to_pylist()))
+    return record
+
+
 def _show_counts(paths: list[str], console: Console) -> Provenance:
     clips = size = 0
     videos: set[str] = set()

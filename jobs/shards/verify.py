@@ -36,7 +36,7 @@ from vidshard.pipeline.resolved_run import stored_run
 from vidshard.schemas.errors import EXIT_FAILED, UserError, one_line
 from vidshard.schemas.text import readable, spreadsheet_cell
 from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX, parse_json
-from vidshard.schemas.uris import shown_uri, typed_hosts
+from vidshard.schemas.uris import shown_uri, typed_hosts, without_secrets
 
 
 @dataclass(kw_only=True)
@@ -46,9 +46,15 @@ class _Findings:
     lease: Lease | None
     """Lease of a repair, checked before each change; None where nothing is changed."""
     console: Console
-    num_wrong: int = 0
     num_repaired: int = 0
     wrong_paths: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    num_clips: int = 0
+
+    @property
+    def num_wrong(self) -> int:
+        """Number of problems found."""
+        return len(self.problems)
 
     def wrong(self, text: str, mend: Callable[[], object] | None = None, done: str = "") -> None:
         """Report a problem; with ``--repair`` call ``mend`` and report ``done``.
@@ -56,7 +62,7 @@ class _Findings:
         Raises:
             LeaseLostError: another run has taken over the output; nothing is changed.
         """
-        self.num_wrong += 1
+        self.problems.append(text)
         print_alert(self.console, f"broken: {text}", style="bold red")
         if self.lease is not None and mend is not None:
             self.lease.check()
@@ -83,12 +89,44 @@ class Verification:
     num_repaired: int
     comparison: Comparison | None
     """Comparison with clips encoded again; None if not requested, or if other problems were found."""
+    problems: tuple[str, ...] = ()
+    """The problems in words."""
+    num_shards: int = 0
+    """Number of shards that are whole."""
+    num_clips: int = 0
+    """Number of clips in them."""
+    audit: Audit | None = None
+    """Comparison with the plan; None for a single shard, or where the plan cannot be read."""
 
     @property
     def exit_code(self) -> int:
         """0 if no problem was found, otherwise 1."""
         differs = self.comparison is not None and self.comparison.is_broken
         return EXIT_FAILED if self.num_wrong or differs else 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        compared = self.comparison
+        return {
+            "is_whole": self.exit_code == 0,
+            "problems": [without_secrets(text) for text in self.problems],
+            "num_repaired": self.num_repaired,
+            "num_shards": self.num_shards,
+            "num_clips": self.num_clips,
+            "videos_by_status": None if self.audit is None else dict(self.audit.statuses),
+            "num_spans": None if self.audit is None else self.audit.num_spans,
+            "num_pending_spans": None if self.audit is None else self.audit.num_pending,
+            "compared": None
+            if compared is None
+            else {
+                "num_clips": compared.num_clips,
+                "num_values": compared.num_values,
+                "num_different": compared.num_different,
+                "num_ties": compared.num_ties,
+                "different_clips": compared.different_clips,
+            },
+        }
 
 
 def verify_output(
@@ -127,8 +165,7 @@ def verify_output(
         findings = _Findings(lease=lease, console=console)
         paths = _paths(folder, findings) if is_output else output_shards(out)
         facts = _check_shards(paths, folder if is_output else None, findings)
-        if is_output:
-            _report_audit(folder, paths, facts, findings, audit_file)
+        audit = _report_audit(folder, paths, facts, findings, audit_file) if is_output else None
     if findings.num_repaired:
         console.print(
             f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
@@ -150,17 +187,22 @@ def verify_output(
         num_wrong=findings.num_wrong,
         num_repaired=findings.num_repaired,
         comparison=comparison,
+        problems=tuple(findings.problems),
+        num_shards=len(facts),
+        num_clips=findings.num_clips,
+        audit=audit,
     )
 
 
 def _report_audit(
     folder: str, paths: Sequence[str], facts: Sequence[ShardSpans], findings: _Findings, audit_file: str | None
-) -> None:
+) -> Audit | None:
     audit = _check_audit(folder, paths, facts, findings)
     if audit is not None:
         print_audit(audit, findings.console)
         if audit_file:
             _write_audit(audit, audit_file, findings.console)
+    return audit
 
 
 def _paths(folder: str, findings: _Findings) -> list[str]:
@@ -209,6 +251,7 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
             display.update(number, f"{number} of {len(paths)} shards · {clips} clips")
     text = f"verified {len(facts)} of {len(paths)} shards, {clips} clips"
     findings.console.print(text, highlight=False)
+    findings.num_clips = clips
     return facts
 
 
