@@ -17,7 +17,9 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast, overload
 
 import numpy as np
@@ -331,12 +333,18 @@ def _empty(config: TokenizerConfig) -> torch.nn.Module:
         return FAMILIES[config.family].build(config)
 
 
-def _expected_shapes(config: TokenizerConfig, limit: int = MAX_PARAMETERS) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+def _expected_shapes(config: TokenizerConfig, limit: int = MAX_PARAMETERS) -> Mapping[str, tuple[int, ...]]:
+    shapes = _shapes(config)
     count = sum(map(math.prod, shapes.values()))
     if count > limit:
         raise WeightsError(f"{readable(config.name)} has {count:,} parameters; at most {limit:,} are allowed here")
     return shapes
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: TokenizerConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shape of each weight; kept, as building the smallest network takes a tenth of a second."""
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()})
 
 
 def _checkpoint_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:

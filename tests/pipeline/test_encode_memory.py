@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ def status(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
 
 
-def main(batch_size: int, share: float, continuous: bool) -> None:
+def encode(batch_size: int, share: float, continuous: bool) -> None:
     """Encode with memory for ``share`` large clips at once beyond what the process has, and print what comes out."""
     import resource
 
@@ -56,28 +57,48 @@ def main(batch_size: int, share: float, continuous: bool) -> None:
     encoded = encoder(rows)
     again = encoder(rows)
     assert encoded["tokens"] == again["tokens"]
-    print(json.dumps(outcome(encoded)))
+    print(json.dumps(outcome(encoded)), flush=True)
 
 
-def encoded_with_little_memory(batch_size: int, share: float, *, continuous: bool) -> tuple[list[dict[str, Any]], str]:
-    """What a process of its own prints, and its log."""
+MORE_THAN_TWO, LESS_THAN_ONE = 2.5, 0.4
+"""Large clips at once that a process has memory for."""
+
+
+def main(folder: Path) -> None:
+    """Encode in a process for each share of memory and each mode, forked before PyTorch has threads."""
+    for share in (MORE_THAN_TWO, LESS_THAN_ONE):
+        for continuous in (False, True):
+            pid = os.fork()
+            if not pid:
+                for number, name in ((1, "printed"), (2, "log")):
+                    with open(folder / f"{name}-{share}-{continuous}", "w") as file:
+                        os.dup2(file.fileno(), number)
+                encode(8, share, continuous)
+                os._exit(0)
+            _, code = os.waitpid(pid, 0)
+            assert code == 0, (folder / f"log-{share}-{continuous}").read_text()
+
+
+@pytest.fixture(scope="module")
+def with_little_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the processes of `main` printed, and their logs."""
+    folder = tmp_path_factory.mktemp("encoded")
     # freed memory goes back at once, so that the limit is one of what is in use
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "1000000",
         "MALLOC_TRIM_THRESHOLD_": "1000000",
         "MALLOC_ARENA_MAX": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "tests.pipeline.test_encode_memory",
-        str(batch_size),
-        str(share),
-        str(int(continuous)),
-    ]
+    command = [sys.executable, "-m", "tests.pipeline.test_encode_memory", str(folder)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout), process.stderr
+    return folder
+
+
+def encoded_with_little_memory(folder: Path, share: float, *, continuous: bool) -> tuple[list[dict[str, Any]], str]:
+    """What a process of its own prints, and its log."""
+    printed, log = (folder / f"{name}-{share}-{continuous}" for name in ("printed", "log"))
+    return json.loads(printed.read_text()), log.read_text()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["clips", "streams"])
@@ -95,9 +116,9 @@ def undisturbed(continuous: bool) -> list[dict[str, Any]]:
 
 
 def test_a_batch_that_does_not_fit_is_halved_once_and_for_all_and_gives_the_same_tokens(
-    continuous: bool, undisturbed: list[dict[str, Any]]
+    with_little_memory: Path, continuous: bool, undisturbed: list[dict[str, Any]]
 ) -> None:
-    printed, log = encoded_with_little_memory(8, 2.5, continuous=continuous)
+    printed, log = encoded_with_little_memory(with_little_memory, MORE_THAN_TWO, continuous=continuous)
     assert printed == undisturbed
     lines = [line for line in log.splitlines() if "out of memory" in line]
     assert 1 <= len(lines) <= 3  # 8 to 4, 2, 1, though the rows were encoded twice
@@ -106,9 +127,9 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_for_all_and_gives_the_same
 
 
 def test_a_clip_that_does_not_fit_by_itself_rejects_its_row_alone(
-    continuous: bool, undisturbed: list[dict[str, Any]]
+    with_little_memory: Path, continuous: bool, undisturbed: list[dict[str, Any]]
 ) -> None:
-    printed, _ = encoded_with_little_memory(8, 0.4, continuous=continuous)
+    printed, _ = encoded_with_little_memory(with_little_memory, LESS_THAN_ONE, continuous=continuous)
     spec = clip_spec(LARGE, continuous=continuous)
     for row, expected in zip(printed, undisturbed, strict=True):
         if row["span_id"].startswith(("video2", "video3", "video4")):
@@ -148,4 +169,4 @@ def test_any_other_error_ends_the_call() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), bool(int(sys.argv[3])))
+    main(Path(sys.argv[1]))
