@@ -133,12 +133,20 @@ def root_cause(error: BaseException) -> BaseException:
     """The innermost error of the chain of causes that says whether it is transient; else the error itself.
 
     File systems translate the errors of their clients and lose some of them: s3fs raises the same OSError for
-    throttling and for a conflict, and fsspec's HTTP a FileNotFoundError for everything.
+    throttling and for a conflict, and fsspec's HTTP a FileNotFoundError for everything. They also ask again in the
+    handler of an error, as s3fs lists what it does not find: trouble with that is not caused by the error before.
     """
     links = [error]
-    while (below := links[-1].__cause__ or links[-1].__context__) is not None and below not in links:
+    while (below := _below(links[-1])) is not None and below not in links:
         links.append(below)
     return next((link for link in reversed(links) if _verdict(link) is not None), error)
+
+
+def _below(error: BaseException) -> BaseException | None:
+    """The error that caused this one, or was handled when it came and may have caused it."""
+    if error.__cause__ is None and _verdict(error):
+        return None
+    return error.__cause__ or error.__context__
 
 
 def _verdict(error: BaseException) -> bool | None:

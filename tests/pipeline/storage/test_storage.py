@@ -494,6 +494,15 @@ def test_errors_of_the_clients_of_other_stores(
     assert isinstance(caught.value, storage.StorageOutageError) == bool(transient)
 
 
+@pytest.mark.parametrize("later", [ConnectionResetError(), TimeoutError(), EOFError()], ids=repr)
+def test_trouble_while_another_error_is_handled_is_not_judged_by_that_error(later: Exception) -> None:
+    """As s3fs lists a folder when there is no such object, and the listing breaks off."""
+    later.__context__ = FileNotFoundError("404")
+    assert storage.is_transient(later)
+    later.__cause__ = PermissionError("stated")
+    assert not storage.is_transient(later)
+
+
 def client_error(status: int, code: str) -> ClientError:
     return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
 
