@@ -264,7 +264,7 @@ class TokenShards(IterableDataset[Batch]):
         """A loader over this dataset that counts epochs and knows its state.
 
         Args:
-            num_workers: processes that read; 0 reads on threads of this process, which is often as fast.
+            num_workers: processes that read; 0 reads on threads of this process, which takes the least CPU time.
             options: further arguments of `torch.utils.data.DataLoader`, such as ``pin_memory``.
         """
         return TokenLoader(self, num_workers, options)
@@ -338,8 +338,13 @@ class TokenLoader:
 
     def _made(self) -> Iterator[tuple[int, Batch]]:
         """Batches that this process makes."""
-        for batch in DataLoader(cast("Dataset[Batch]", self._dataset), **self._options):
-            yield int(batch[POSITION]), batch
+        options = dict(self._options)
+        convert = options.pop("collate_fn", None)
+
+        def marked(batch: Any) -> tuple[int, Any]:
+            return int(batch[POSITION]), batch if convert is None else convert(batch)
+
+        yield from DataLoader(cast("Dataset[Any]", self._dataset), collate_fn=marked, **options)
 
     def _sent(self) -> Iterator[tuple[int, Batch]]:
         """Batches that workers make; they come through shared memory of their own."""

@@ -72,9 +72,11 @@ def test_workers_give_the_batches_of_one_process_with_the_options_of_a_loader(tm
     assert len(plain) > 8
 
     def again(workers: int, **options: Any) -> list[Any]:
-        loader = shards.loader(workers, multiprocessing_context="fork", **options)
+        loader = shards.loader(workers, **({"multiprocessing_context": "fork"} if workers else {}), **options)
         loader.load_state_dict({**loader.state_dict(), "samples": 0})
         return list(loader)
 
     assert equal(plain, again(2, prefetch_factor=3))
-    assert [int(batch["sum"]) for batch in again(1, collate_fn=sums)] == [int(b["tokens"].sum()) for b in plain]
+    for workers in (0, 1):
+        reduced = again(workers, collate_fn=sums)
+        assert [int(batch["sum"]) for batch in reduced] == [int(batch["tokens"].sum()) for batch in plain]
