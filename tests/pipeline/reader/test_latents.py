@@ -147,6 +147,14 @@ def test_what_should_not_be_mixed_is_refused_by_name_unless_allowed(
     assert len(vidshard.TokenShards(both, allow_mixed=True)) == 8
 
 
+def test_format_versions_are_refused_by_name(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", [Made(video="a")], payload=LATENTS)
+    write_shard(tmp_path / "b.parquet", [Made(video="b")], payload=TWIN)
+    for paths in ([str(tmp_path)], {str(tmp_path / "a.parquet"): 1, str(tmp_path / "b.parquet"): 2}):
+        with pytest.raises(UserError, match=r"a\.parquet and .*b\.parquet differ in format version: 1; 2"):
+            vidshard.TokenShards(paths)
+
+
 def test_outputs_with_other_payloads_cannot_be_mixed(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", [Made(video="a")])
     write_shard(tmp_path / "b.parquet", [Made(video="b")], payload=TWIN)
