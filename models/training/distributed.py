@@ -97,7 +97,11 @@ def copy_full_tensors(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
 
 
 def load_full_optimizer_state(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
-    """Copy a full optimizer state into an optimizer, sharded as its parameters are."""
+    """Copy a full optimizer state into an optimizer, sharded as its parameters are.
+
+    The optimizer stays fused or not, whatever device stored the state.
+    """
+    fused = [group["fused"] for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_number = {
         number: {
@@ -107,3 +111,5 @@ def load_full_optimizer_state(optimizer: torch.optim.Adam, state: Mapping[str, A
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+    for group, is_fused in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = is_fused

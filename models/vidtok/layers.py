@@ -115,7 +115,7 @@ class ChannelNorm(nn.Module):
     def forward(self, x_BTHWC: Map, *, silu: bool = False) -> Tensor:
         if isinstance(x_BTHWC, Sum) or fused.is_used(x_BTHWC, self.norm.weight):
             return self._fused(x_BTHWC, silu=silu, lead=0)
-        h: Tensor = self.norm(x_BTHWC)
+        h = self._in_own_dtype(x_BTHWC) if is_autocast_on_gpu(x_BTHWC) else self.norm(x_BTHWC)
         # The norm's output is a new tensor, so without a graph it can be overwritten.
         return F.silu(h, inplace=not h.requires_grad) if silu else h
 
@@ -134,6 +134,15 @@ class ChannelNorm(nn.Module):
         if past:
             joined_BTHWC[:, :2] = past[0]
         return joined_BTHWC, (joined_BTHWC[:, -2:].clone(),) if keep_past else ()
+
+    def _in_own_dtype(self, x_BTHWC: Tensor) -> Tensor:
+        """Compute the norm in the map's dtype, with statistics in float32.
+
+        Autocast would compute it in float32, so that a map of two bytes a value is read and written with four.
+        """
+        with torch.autocast(x_BTHWC.device.type, enabled=False):
+            weight, bias = (parameter.to(x_BTHWC.dtype) for parameter in (self.norm.weight, self.norm.bias))
+            return F.layer_norm(x_BTHWC, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
     def _fused(self, x_BTHWC: Map, *, silu: bool, lead: int, repeat_first: bool = False) -> Tensor:
         settings = (self.norm.weight, self.norm.bias, self.norm.eps, silu, lead, repeat_first)
@@ -345,6 +354,11 @@ class FrameAttention(nn.Module):
         h_F1NC = F.scaled_dot_product_attention(q_F1NC, k_F1NC, v_F1NC)
         result = Sum(self.proj_out(h_F1NC.reshape(B, T, H, W, C)), x_BTHWC)
         return result if defer_sum else result.total(), past
+
+
+def is_autocast_on_gpu(x_BTHWC: Tensor) -> bool:
+    """Whether a map is of a GPU whose operators autocast, as in training."""
+    return x_BTHWC.device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def computed(x_BTHWC: Map) -> Tensor:

@@ -20,12 +20,13 @@ from tests.support.shared import SHARED
 from tests.support.two_processes import in_two_processes
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.discriminator import adversarial_loss
+from vidshard.models.training.distributed import load_full_optimizer_state
 from vidshard.models.training.evaluation import evaluate_batch, reconstruct
 from vidshard.models.training.families import trainable_of
 from vidshard.models.training.generator import Generator, shard_generator, start_tokenizer
 from vidshard.models.training.losses import weighted_regularization
 from vidshard.models.training.perceptual import Perceptual
-from vidshard.models.training.state import TrainState, begin_stage
+from vidshard.models.training.state import TrainState, _adam, begin_stage
 from vidshard.models.training.step import DivergedError, NonFiniteError, average_decay, learning_rate, train_step
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
@@ -277,6 +278,19 @@ def test_rates_rise_and_fall_as_said() -> None:
     assert learning_rate(small(), 0) == learning_rate(small(), 99) == 1e-3
     slow = small(discriminator_learning_rate=1e-5)
     assert learning_rate(slow, 7, discriminator=True) == 1e-5
+
+
+def test_an_optimizer_is_fused_on_gpus_alone_whatever_device_stored_its_state() -> None:
+    state = state_of(SMALL)
+    optimizer = state.generator_optimizer
+    assert [group["fused"] for group in optimizer.param_groups] == [None]
+    stored = optimizer.state_dict()
+    stored["param_groups"][0]["fused"] = True  # as a GPU stores it
+    load_full_optimizer_state(optimizer, stored)
+    assert [group["fused"] for group in optimizer.param_groups] == [None]
+    with torch.device("meta"):
+        parameter = torch.nn.Parameter(torch.empty(2))
+    assert _adam([parameter], SMALL).param_groups[0]["fused"] is None
 
 
 def test_averages_follow_the_weights_quickly_at_first() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vidshard.models.vidtok import layers
 from vidshard.models.vidtok.layers import (
     TIME_RULES,
+    ChannelNorm,
     FrameAttention,
     LinearTimeUp,
     RepeatedTimeUp,
@@ -262,3 +263,20 @@ def test_attention_mixes_positions_but_not_frames() -> None:
 def test_a_fresh_temporal_unit_passes_frames_through() -> None:
     unit = TimeUnit(CHANNELS, (3,), V1_0, starts_as_identity=True)
     assert torch.equal(unit(clip(3))[0], clip(3))
+
+
+def test_a_norm_under_autocast_on_a_gpu_reads_and_writes_the_dtype_of_its_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "is_autocast_on_gpu", lambda x: True)
+    norm = ChannelNorm(CHANNELS)
+    torch.nn.init.normal_(norm.norm.weight)
+    x = (10 + torch.randn(2, 3, 4, 4, CHANNELS)).to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x, silu=True)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    x32 = x.detach().float().requires_grad_()
+    expected = torch.nn.functional.silu(norm.norm(x32))
+    torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.02)
+    expected.square().sum().backward()
+    assert norm.norm.weight.grad is not None
+    assert norm.norm.weight.grad.dtype == torch.float32
