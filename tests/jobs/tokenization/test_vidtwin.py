@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from tests.support.videos import Recipe, write_video
 from vidshard.models import tokenizer as models
 from vidshard.models.tokenizer import frames_to_input, parse_config
 from vidshard.models.vidtwin.config import PRESETS
-from vidshard.models.weights import load_tokenizer
+from vidshard.models.vidtwin.model import checkpoint_name
+from vidshard.models.weights import load_tokenizer, seeded_weights
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard, read_clips
 from vidshard.pipeline.reconstruct import source_frames
@@ -106,6 +109,56 @@ def test_clips_streams_and_tiles_that_the_model_does_not_take_are_refused(
     code, printed = vidshard_exits("tokenize", "v.mp4", "--out", tmp_path / "out", *run, *flags)
     assert code == 2
     assert message in " ".join(printed.split())
+    assert not (tmp_path / "out").exists()
+
+
+class Executes:
+    """A pickled object whose loading would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("tokenize", "another setting"),
+        ("tokenize", "another size"),
+        ("tokenize", "pickle that executes"),
+        ("tokenize", "bytes"),
+        ("convert", "another setting"),
+        ("convert", "pickle that executes"),
+    ],
+)
+def test_weights_that_do_not_fit_or_would_execute_end_in_one_message(
+    videos: Path, tmp_path: Path, command: str, kind: str
+) -> None:
+    config = TWIN_TINY_B
+    if kind.startswith("another"):
+        change = {"structure_channels": 2} if kind == "another setting" else {"width": 32}
+        config = TWIN_TINY_B.model_copy(update=change)
+    published = {checkpoint_name(n, config): t for n, t in seeded_weights(config, 0).items()}
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": published, "callbacks": Executes(tmp_path / "made") if "pickle" in kind else {}}, path)
+    if kind == "bytes":
+        path.write_bytes(bytes(range(256)) * 9)
+    words = {
+        "another setting": "structure 5x2x2x6, dynamics_x 4x4x4, dynamics_y 4x4x4; the file's are structure 5x2x2x2,",
+        "another size": "does not fit vidtwin_tiny_b",
+        "pickle that executes": "mkdir",
+        "bytes": "weights.ckpt",
+    }
+    arguments: tuple[object, ...] = ("tokenize", videos, "--out", tmp_path / "out", *RUN, "--weights", path)
+    if command == "convert":
+        arguments = ("convert", path, tmp_path / "out", "--tokenizer", TWIN_TINY_B.name)
+    code, printed = vidshard_exits(*arguments)
+    assert code == 2, printed
+    assert words[kind] in " ".join(printed.split())
+    assert "Traceback" not in printed
+    assert not (tmp_path / "made").exists()
     assert not (tmp_path / "out").exists()
 
 
