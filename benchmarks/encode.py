@@ -73,11 +73,18 @@ class Contender:
 @click.option("--models", default="kl_causal_488_4chn,fsq_causal_488_262144", show_default=True, metavar="NAMES")
 @click.option("--sizes", default="128,256", show_default=True, metavar="SIDES", help="Sides of the square frames.")
 @click.option("--repeats", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--depth", type=click.IntRange(min=1), help="Blocks of VidTwin's transformers, to measure a part.")
 @click.option("--default-allocator", is_flag=True, help="Leave the settings of the allocator as a shell has them.")
 @click.option("--ours-only", is_flag=True, help="Leave the other implementations out.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the table there too.")
 def main(
-    models: str, sizes: str, repeats: int, default_allocator: bool, ours_only: bool, json_path: str | None
+    models: str,
+    sizes: str,
+    repeats: int,
+    depth: int | None,
+    default_allocator: bool,
+    ours_only: bool,
+    json_path: str | None,
 ) -> None:
     """Measure, and print the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,6 +103,7 @@ def main(
     for name in models.split(","):
         config = get_preset(name)
         if isinstance(config, VidTwinConfig):
+            config = config.model_copy(update={"depth": depth or config.depth})
             rows += compare_vidtwin(config, repeats, device, peaks, ours_only=ours_only)
             continue
         assert isinstance(config, VidTokConfig)
