@@ -16,12 +16,16 @@ from tests.support.cli import printed_by
 from tests.support.encoding import CONFIG, SMALL, clip_spec, decoded_row, encoder_spec, rows_of_two_sizes
 from tests.support.videos import Recipe, write_video
 from vidshard.models.tokenizer import frames_to_input
+from vidshard.models.training.state import _adam
+from vidshard.models.vidtok import fused
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
 from vidshard.pipeline.devices import examine_gpu, is_out_of_memory, make_reproducible
 from vidshard.pipeline.encode import encode_clips
 from vidshard.pipeline.encode_stage import ClipEncoder
 from vidshard.pipeline.tokenizer_source import PRECISIONS
 from vidshard.schemas.errors import RunFailedError
+from vidshard.schemas.training import StageConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +104,54 @@ def test_every_precision_tokenizes_goes_on_verifies_and_decodes(precision: str, 
     assert "0 written in 0 shards" in printed_by(*run)
     assert "encoded 4 clips again" in printed_by("verify", out, "--exact", 1)
     printed_by("decode", out, "--all", tmp_path / "clips")
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_the_fused_kernels_give_what_pytorch_gives_for_clips_and_pictures(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_reproducible("cuda", 1, precision)
+    model = load_tokenizer(CONFIG, None, seed=0, device="cuda", dtype=PRECISIONS[precision])
+    assert isinstance(model, VidTok)
+    x_BCTHW = (2 * torch.rand(3, 3, 9, 48, 32, device="cuda") - 1).to(model.dtype)
+    with torch.inference_mode():
+        z_BCTHW = model.encoder_output(x_BCTHW)
+        frames = model.decode(z_BCTHW.tanh())
+        monkeypatch.setattr(fused, "is_used", lambda *_: False)
+        within = 1e-3 if precision == "float32" else 0.1
+        torch.testing.assert_close(z_BCTHW, model.encoder_output(x_BCTHW), atol=within, rtol=within)
+        torch.testing.assert_close(frames, model.decode(z_BCTHW.tanh()), atol=within, rtol=within)
+
+
+def test_a_pass_never_waits_for_the_gpu() -> None:
+    make_reproducible("cuda", 1, "float16")
+    model = load_tokenizer(CONFIG, None, seed=0, device="cuda", dtype=torch.float16)
+    frames = torch.zeros(2, 5, 32, 32, 3, dtype=torch.uint8, device="cuda")
+    with torch.inference_mode():
+        model.encode(frames_to_input(frames, model.dtype))  # makes the constants and compiles the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model.encode(frames_to_input(frames, model.dtype))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow  # compiles for a minute
+def test_a_compiled_encoder_gives_nearly_the_same_tokens_and_leaves_its_kernels_in_the_cache(tmp_path: Path) -> None:
+    rows = decoded_row(3, clip_spec(SMALL), 3)
+    spec = replace(encoder_spec(2), device="cuda", precision="float16")
+    expected, found = (
+        np.concatenate([np.ravel(clip) for clip in ClipEncoder(each)(rows)["tokens"].to_pylist()[0]])
+        for each in (spec, replace(spec, compile_cache=str(tmp_path)))
+    )
+    assert (expected == found).mean() >= 0.97
+    assert any(path.is_file() for path in tmp_path.glob("**/inductor/**/*"))
+
+
+def test_adam_is_fused_on_a_gpu() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    optimizer = _adam([parameter], StageConfig())
+    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert optimizer.param_groups[0]["fused"] is True
+    assert bool((parameter < 1).all())

@@ -273,10 +273,10 @@ def test_a_norm_under_autocast_on_a_gpu_reads_and_writes_the_dtype_of_its_map(mo
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x, silu=True)
     assert y.dtype == torch.bfloat16
-    y.float().square().sum().backward()  # type: ignore[no-untyped-call]
+    y.float().square().sum().backward()
     x32 = x.detach().float().requires_grad_()
     expected = torch.nn.functional.silu(norm.norm(x32))
     torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.02)
-    expected.square().sum().backward()
+    expected.square().sum().backward()  # type: ignore[no-untyped-call]
     assert norm.norm.weight.grad is not None
     assert norm.norm.weight.grad.dtype == torch.float32
