@@ -12,6 +12,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vidshard.pipeline.video.color_tags import ColorTags
 from vidshard.pipeline.video.container import ThreadType, codec_name, ffmpeg_failures_as, may_reorder, open_video
 from vidshard.pipeline.video.cropping import crop_of
 from vidshard.pipeline.video.entry_points import EntryPoints
@@ -247,6 +248,7 @@ def _decode_once(
                 lead, packets = _before(clock.start_pts, packets, convert)
             schedule = Schedule(packets, stream, _in_clock(needed, convert), first_pts)
         crop = crop_of(watched, stream)
+        tags = ColorTags(stream)
         order = FrameOrder(stream, convert, first_pts, crop, conceal=keep_going, is_certain=is_certain, places=places)
         held = HeldFrames(MOST_REORDERED + 2 if by_place or not is_certain else 0)
         failure = "no packets"
@@ -256,6 +258,8 @@ def _decode_once(
                 try:
                     if places is not None and step is not None:
                         places.sent(step.packet)
+                    if step is not None and tags.is_needed and step.packet.is_keyframe:
+                        tags.restore_before(bytes(step.packet))
                     frames = _decode_step(watched, stream, step)
                 except VideoError as error:
                     if not keep_going or by_place:

@@ -18,9 +18,10 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.color import Color, Transfer, color_of, rgb_from_ycbcr, to_bt709
-from vidshard.pipeline.video.container import ffmpeg_failures_as
+from vidshard.pipeline.video.container import codec_name, ffmpeg_failures_as
 from vidshard.pipeline.video.cropping import Crop
 from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.geometry import Orientation, display_size, paste, plan_geometry
@@ -91,6 +92,8 @@ class Renderer:
             orientation = orientation_of(frame)
             width, height = display_size(*shown.shown_size, shown.pixel_aspect, orientation)
             geometry = plan_geometry(width, height, self.spec)
+            if _has_stale_format(shown):
+                frame = _of_limited_range(frame)
             color = color_of(frame)
         except ValueError as error:
             raise VideoError(Reason.UNSUPPORTED, str(error)) from error
@@ -239,6 +242,43 @@ def _cropped(frame: VideoFrame, crop: Crop) -> VideoFrame:
     graph.configure()
     graph.push(frame)
     return cast(VideoFrame, sink.pull())
+
+
+def _has_stale_format(shown: TimedFrame) -> bool:
+    """Whether a picture of h264 has a format of full range from those before it, and says that its own is limited."""
+    frame = shown.frame
+    return (
+        frame is not None
+        and frame.format.name.startswith("yuvj")
+        and frame.color_range == ColorRange.MPEG
+        and isinstance(shown.stream, VideoStream)
+        and codec_name(shown.stream) == "h264"
+    )
+
+
+def _of_limited_range(frame: VideoFrame) -> VideoFrame:
+    """The same samples in a format that swscale does not take for full range, whatever the frame says.
+
+    The decoder of h264 keeps such a format when the range changes in mid-stream.
+    """
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    planes = "map0p=0:map1p=1:map2p=2:" if len(frame.planes) == 3 else ""
+    renamed = graph.add("mergeplanes", f"{planes}format={frame.format.name.replace('yuvj', 'yuv', 1)}")
+    # the merge forgets where chroma lies: at the left, unless a stream of h264 says otherwise
+    placed, sink = graph.add("setparams", "chroma_location=left"), graph.add("buffersink")
+    source.link_to(renamed)
+    renamed.link_to(placed)
+    placed.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    graph.push(None)
+    limited = cast(VideoFrame, sink.pull())
+    limited.color_range, limited.colorspace = ColorRange.MPEG, frame.colorspace  # the graph made them of the format
+    return limited
 
 
 def orientation_of(frame: VideoFrame) -> Orientation:
