@@ -21,11 +21,19 @@ class HttpServer:
     """Method, path and query of each request."""
 
 
+_held: list[socket.socket] = []
+"""Sockets of ports at which nothing listens."""
+
+
 def unused_port() -> int:
-    """A port of loopback at which nothing listens."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port of loopback at which nothing listens, nor will as long as this process lives.
+
+    Given back at once, it could become the port of another test's server, which would then get these requests.
+    """
+    held = socket.socket()
+    held.bind(("127.0.0.1", 0))
+    _held.append(held)
+    return int(held.getsockname()[1])
 
 
 @contextmanager
