@@ -322,6 +322,8 @@ class TokenLoader:
         self._options = {"batch_size": None, **options}
         if self._options["batch_size"] is not None:
             raise UserError("give batch_size= to TokenShards instead of the loader")
+        if not self._options.get("in_order", True):
+            raise UserError("in_order=False would lose the order, and with it the state: leave it out")
 
     def __len__(self) -> int:
         """Number of batches in a whole epoch."""

@@ -63,7 +63,8 @@ class Slots(IterableDataset[Sent]):
         """
         super().__init__()
         self._dataset, self._mark, self._convert = dataset, mark, convert
-        # one slot is read while another one is written
+        # A `DataLoader` asks a worker for another batch when it gives one of its batches out. So at most ``ahead`` are
+        # made or wait while one is copied from its slot; one more slot is kept to spare.
         size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = torch.empty((num_workers, ahead + 2, size), dtype=torch.uint8)
         self._memory.share_memory_()  # type: ignore[no-untyped-call]

@@ -80,3 +80,35 @@ def test_workers_give_the_batches_of_one_process_with_the_options_of_a_loader(tm
     for workers in (0, 1):
         reduced = again(workers, collate_fn=sums)
         assert [int(batch["sum"]) for batch in reduced] == [int(batch["tokens"].sum()) for batch in plain]
+
+
+@pytest.mark.parametrize(("workers", "ahead", "total"), [(1, 1, 40), (2, 2, 41), (2, 1, 43)])
+def test_workers_that_are_faster_than_the_loop_write_over_no_batch_that_is_waiting(
+    workers: int, ahead: int, total: int
+) -> None:
+    """Workers make batches as fast as they can, and the loop looks at every value of each."""
+    slots = Slots(Numbered(total), mark="_position", num_workers=workers, ahead=ahead, num_bytes=1 << 17, convert=None)
+    loader: Any = torch.utils.data.DataLoader(
+        slots, batch_size=None, num_workers=workers, collate_fn=unchanged, prefetch_factor=ahead
+    )
+    for number, sent in enumerate(loader):
+        values = slots.take(sent, pin=False)["values"]
+        assert (values == number).all()
+    assert number == total - 1
+
+
+class Numbered(IterableDataset[Any]):
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = torch.utils.data.get_worker_info()
+        assert worker is not None
+        for number in range(worker.id, self.total, worker.num_workers):
+            yield {"values": torch.full((30_000,), number, dtype=torch.int32), "_position": number}
+
+
+def test_a_loader_that_loses_the_order_is_refused(tmp_path: Any) -> None:
+    write_output(tmp_path, num_shards=1)
+    with pytest.raises(vidshard.VidshardError, match="in_order"):
+        vidshard.TokenShards(str(tmp_path), batch_size=2).loader(2, in_order=False)
