@@ -284,7 +284,10 @@ def _decode_once(
                 if last is not None and until is not None and until > order.end_pts:
                     order.end_pts = until
                     yield replace(last, end_pts=convert(until))
-                refuse_truncated(stream, order.end_pts * time_base_of(stream))
+                reached = order.end_pts
+                if schedule is not None and schedule.left_out and end.last is not None and end.last.pts is not None:
+                    reached = max(reached, end.last.pts + (end.last.duration or 0))  # it is there, and was not decoded
+                refuse_truncated(stream, reached * time_base_of(stream))
             elif start.seek_pts is None:
                 raise VideoError(
                     Reason.NO_FRAMES, f"no frame of its {codec_name(stream)} stream could be decoded: {failure}"

@@ -12,6 +12,7 @@ import pytest
 from tests.support.combinations import RATE, combinations, encoders, formats, write_combination
 from tests.support.law import breaches
 from tests.support.shared import SHARED
+from tests.support.videos import Recipe, write_video
 
 # Combinations that are refused though plain decoding gives frames, and what the refusal says.
 REFUSED = {("wmv2", "wtv"): "wtv lost the header without which wmv2 shows noise"}
@@ -63,3 +64,13 @@ def test_the_law_holds_for_real_videos() -> None:
         if lines:
             found[path.name] = lines
     assert not found
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("seconds", [2, 10])
+def test_the_law_holds_where_each_picture_stays_for_seconds(tmp_path: Path, seconds: int, suffix: str) -> None:
+    # a span ends within a picture, and those after it are there without being decoded: nothing is cut off
+    recipe = Recipe(num_frames=12, rate=Fraction(1, seconds), b_frames=2)
+    found, refused = breaches(write_video(tmp_path / f"slides.{suffix}", recipe), Fraction(2))
+    assert not found
+    assert refused is None
