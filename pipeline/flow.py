@@ -99,7 +99,7 @@ def map_videos(tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]
     """Run the probe stage on tables of videos as Ray tasks; results come in any order."""
     # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
     DataContext.get_current().raise_original_map_exception = True
-    dataset = ray.data.from_arrow(list(tables)).map_batches(
+    dataset = _from_tables(tables).map_batches(
         probe, batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
     )
     yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0)
@@ -149,10 +149,15 @@ def build_flow(
 def _rows_of(plan: str | pa.Table) -> Dataset:
     """Rows of the work list, read through pipeline.storage because Ray's Parquet reader does not retry HTTP 503."""
     if isinstance(plan, pa.Table):
-        return ray.data.from_arrow(plan.combine_chunks())
+        return _from_tables([plan.combine_chunks()])
     with storage.open_binary(plan) as file:
         num_groups = pq.ParquetFile(file).num_row_groups
     groups = [pa.table({"group": pa.array([number], pa.int64())}) for number in range(num_groups)]
-    return ray.data.from_arrow(groups).map_batches(
+    return _from_tables(groups).map_batches(
         read_groups, fn_args=(plan,), batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1
     )
+
+
+def _from_tables(tables: Sequence[pa.Table]) -> Dataset:
+    """Dataset with a block for each table; unlike `ray.data.from_arrow` it runs no task for each to learn its size."""
+    return ray.data.from_blocks(list(tables))

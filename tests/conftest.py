@@ -30,8 +30,8 @@ from tests.support import budget
 from tests.support.cli import SMALL, tokenize
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
-from tests.support.processes import RUN, only_the_text_is_rejected
-from tests.support.scheduling import GroupScheduling
+from tests.support.processes import OBJECT_STORE, PATIENCE, RUN, only_the_text_is_rejected
+from tests.support.scheduling import GroupScheduling, turn_of
 from tests.support.shards import Tokens, tokens_by_clip
 from tests.support.videos import (
     Recipe,
@@ -102,10 +102,23 @@ def faulty_s3(s3_proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3: str) -> Iterator[None]:
-    """Ray on this machine. Started after S3, so that its workers know the server."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+def ray_session(s3_proxy: FaultyS3) -> Iterator[None]:
+    """Ray on this machine. Its workers reach S3 through the proxy, as `faulty_s3` in this process does."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # also for the driver: Ray Data has an actor for it
+    environment = {
+        "FSSPEC_S3_ENDPOINT_URL": s3_proxy.url,
+        "VIDSHARD_STORAGE_RETRY_SECONDS": PATIENCE,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=OBJECT_STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
     yield
     ray.shutdown()
 
@@ -199,6 +212,11 @@ def tiny() -> VidTok:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling:
     """Keep what shares fixtures in one process."""
     return GroupScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest, so that none of them is left for the end."""
+    items.sort(key=lambda item: turn_of(item.nodeid))
 
 
 def pytest_collection_finish() -> None:

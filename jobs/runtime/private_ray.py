@@ -1,4 +1,4 @@
-"""Environment of a Ray that a job starts for itself: private files, a token of its own, loopback ports alone.
+"""Environment of a Ray that a job starts for itself: private files, a token of its own, loopback ports, few processes.
 
 Ray's own defaults keep the token in the user's home, where others may read it, open the session's folder to everybody,
 and listen on every network interface. Whoever has the token runs code as this user.
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 LONGEST_FOLDER = (103 if sys.platform == "darwin" else 107) - len(
@@ -31,7 +31,7 @@ def private_ray(*, keep_files: bool) -> Iterator[dict[str, Any]]:
     """Prepare the environment for a Ray of our own, and restore it after Ray has stopped.
 
     Args:
-        keep_files: leave Ray's logs where they are, rather than removing them at the end.
+        keep_files: leave Ray's logs where they are, rather than removing them at the end, and print those of workers.
 
     Yields:
         Arguments of ``ray.init``.
@@ -45,8 +45,34 @@ def private_ray(*, keep_files: bool) -> Iterator[dict[str, Any]]:
         # the name says another thing, but it is what lets Ray keep 127.0.0.1 rather than look for an outer address
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     }
-    with _private_folder(keep=keep_files) as folder, _environment(environment):
+    with (
+        _private_folder(keep=keep_files) as folder,
+        _environment(environment),
+        _without_idle_processes(log_monitor=keep_files),
+    ):
         yield {"_temp_dir": str(folder), "_node_ip_address": "127.0.0.1"}
+
+
+@contextmanager
+def _without_idle_processes(*, log_monitor: bool) -> Iterator[None]:
+    """Let ``ray.init`` start no process that has nothing to do on one machine; it has no arguments for them.
+
+    These are the autoscaler's monitor, as there are no machines to add, and the log monitor where nothing is printed.
+    Together they take 1.3 of the 21 s of CPU time of the smallest run, and 190 MB.
+    """
+    usual = parameter.RayParams
+
+    def made(**settings: Any) -> Any:
+        params = usual(**settings)
+        params.no_monitor = True
+        params.include_log_monitor = log_monitor
+        return params
+
+    parameter.RayParams = made
+    try:
+        yield
+    finally:
+        parameter.RayParams = usual
 
 
 @contextmanager

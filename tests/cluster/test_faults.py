@@ -1,4 +1,4 @@
-"""Whole runs as processes of their own, on storage that misbehaves or fills up, and two of them at once."""
+"""Whole runs on storage that misbehaves or fills up, and two of them at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec.config
 import pytest
 from rich.console import Console
 
+from tests.support.cli import tokenize_on_ray
 from tests.support.faulty_s3 import FaultyS3
 from tests.support.held_back import held_back
 from tests.support.processes import (
     COMMITTED_AT_ONCE,
+    PATIENCE,
     RUN,
     SETTINGS,
     VIDSHARD,
@@ -51,9 +54,13 @@ def test_of_two_runs_on_one_output_the_second_is_refused_and_the_first_undisturb
     assert tokens_by_clip(out) == undisturbed
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_run_on_object_storage_that_misbehaves_gives_what_any_run_gives(
-    many_spans: Path, undisturbed: Tokens, faulty_s3: FaultyS3, tmp_path: Path
+    many_spans: Path, undisturbed: Tokens, faulty_s3: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # clients with their own retries, as in a command
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": faulty_s3.url})
+    monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", float(PATIENCE))
     root = f"s3://videos/{tmp_path.name}"
     for name in ("0.mp4", "text.mp4"):
         storage.write_atomic(f"{root}/in/{name}", (many_spans / name).read_bytes())
@@ -62,12 +69,11 @@ def test_a_run_on_object_storage_that_misbehaves_gives_what_any_run_gives(
     for number, kind in enumerate(kinds):  # each at least once, whatever chance says
         faulty_s3.misbehave(kind, skip=5 * number)
     faulty_s3.misbehave_at_random(7, 0.15, kinds)
-    with started(f"{root}/in/", "--out", f"{root}/out", *RUN, *COMMITTED_AT_ONCE) as process:
-        printed, _ = process.communicate(timeout=400)
+    result = tokenize_on_ray(f"{root}/in/", "--out", f"{root}/out", *RUN, *COMMITTED_AT_ONCE)
     faulty_s3.behave()
     spoilt = [kind for _, _, kind in faulty_s3.seen if kind]
-    assert process.returncode == 0, printed
-    assert "a-secret-that-must-not-be-seen" not in printed
+    assert result.exit_code == 0, result.output
+    assert "a-secret-that-must-not-be-seen" not in result.output
     assert set(spoilt) == set(kinds)
     assert len(spoilt) > 2 * len(kinds)
     for shard in storage.list_files(f"{root}/out/shards", ".parquet"):

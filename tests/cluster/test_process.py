@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from tests.support.cli import tokenize
+from tests.support.cli import tokenize, tokenize_on_ray
 from tests.support.held_back import held_back
+from tests.support.models import NARROW
 from tests.support.processes import (
     COMMITTED_AT_ONCE,
+    OBJECT_STORE,
     RUN,
     inputs,
     is_held_up,
@@ -28,6 +31,7 @@ from tests.support.processes import (
 )
 from tests.support.shards import Tokens, tokens_by_clip
 from tests.support.videos import Recipe, write_video
+from vidshard.models.weights import load_tokenizer, save_tokenizer
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.lease import Lease
@@ -108,16 +112,19 @@ def test_the_death_of_ray_ends_the_run_with_words_of_ours_and_commits_what_is_do
     Lease.acquire(str(out), ttl_seconds=600, on_wait=lambda text: pytest.fail(text)).release()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_corpus_larger_than_the_object_store_runs_in_it(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for number in range(7):
         recipe = Recipe(num_frames=120, codec="mpeg4", width=256, height=256, gop=10 + number)
         write_video(tmp_path / "videos" / f"{number}.mp4", recipe)
+    weights = tmp_path / "narrow.safetensors"
+    save_tokenizer(weights, load_tokenizer(NARROW, None, seed=0))
     out = tmp_path / "tokens"
-    sizes = ("--tokenizer", "tiny", "--fps", "25", "--frames", "5", "--size", "256")
-    with started(tmp_path / "videos", "--out", out, *sizes, "--object-store", "80MB") as process:
-        output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output
+    sizes = ("--weights", weights, "--fps", "25", "--frames", "5", "--size", "256")
+    result = tokenize_on_ray(tmp_path / "videos", "--out", out, *sizes)
+    assert result.exit_code == 0, result.output
+    assert ray.cluster_resources()["object_store_memory"] <= OBJECT_STORE
     written = json.loads((out / "summary.json").read_text())["written"]
     assert written["num_clips"] == 7 * 24
-    assert written["num_clips"] * 5 * 256 * 256 * 3 > 2 * 80e6
+    assert written["num_clips"] * 5 * 256 * 256 * 3 > 2 * OBJECT_STORE

@@ -95,9 +95,19 @@ def workers_killed(folder: Path) -> Iterator[list[int]]:
 def quick_controller() -> Iterator[None]:
     """Ray Train looks every two seconds whether its workers live, and ended; here it shall not be waited for.
 
-    Nor shall it start a process to learn of preemptions.
+    Nor shall it start a process to learn of preemptions, and one that frees placement groups when a driver dies, as
+    the session's Ray ends with its driver.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_V2_ENABLED", "1")  # read at the import
+        from ray.train.torch import TorchTrainer
+
+        usual = TorchTrainer._create_default_callbacks
+
+        def callbacks(trainer: TorchTrainer) -> list[Any]:
+            return [each for each in usual(trainer) if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+        patch.setattr(TorchTrainer, "_create_default_callbacks", callbacks)
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         yield

@@ -31,6 +31,12 @@ def small(name: str) -> VidTokConfig:
     return VidTokConfig.model_validate(PRESETS[name].model_dump() | narrow)
 
 
+NARROW = VidTokConfig.model_validate(
+    PRESETS["tiny"].model_dump() | {"name": "narrow", "base_width": 2, "width_multipliers": (1, 1, 1, 1)}
+)
+"""A tokenizer that takes half the time of ``tiny``, for tests of many frames."""
+
+
 @lru_cache(maxsize=len(EACH_VARIANT))
 def model_of(name: str) -> VidTok:
     """A `small` model with the random weights of seed 0, the same one for every caller: copy it before changing it."""

@@ -21,6 +21,8 @@ SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64, "clips_per
 RUN = tuple(text for key, value in SETTINGS.items() for text in (f"--{key.replace('_', '-')}", str(value)))
 PATIENCE = "600"
 """Seconds that storage is asked again, as a test on busy cores may hold a video back for long."""
+OBJECT_STORE = 80_000_000
+"""Bytes of the object store of the session's Ray; Ray takes 79 MB at least."""
 COMMITTED_AT_ONCE = ("--commit-minutes", "0.0001")
 
 VIDSHARD = str(Path(sys.executable).with_name("vidshard"))

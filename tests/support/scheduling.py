@@ -1,19 +1,26 @@
-"""Which tests share a process when `make test` runs in several.
+"""Which tests share a process when `make test` runs in several, and which of them begin.
 
-A file stays in one process, as its tests share what its fixtures set up. So does all of ``tests/cluster``, and it is
-begun first: its tests wait for Ray more than they compute, and two Rays at once would take each other's cores.
+A file stays in one process, as its tests share what its fixtures set up. The files of ``tests/cluster`` share a Ray and
+form two groups, one that trains and one that does not: their tests wait for Ray more than they compute, so that one
+group alone would be at work when all else is done. They begin, as they take longest, and then the files of `NEXT`.
 """
 
 from __future__ import annotations
 
 from xdist.scheduler import LoadScopeScheduling
 
-CLUSTER = "tests/cluster/"
+CLUSTER, TRAINING = "tests/cluster/", "tests/cluster/test_train"
+NEXT = ("tests/test_wheel.py", "tests/models/training/", "tests/models/vidtok/test_golden.py")
 
 
 def group_of(nodeid: str) -> str:
-    """Name of the group of tests that a test is handed out with: `CLUSTER`, or its file."""
-    return CLUSTER if nodeid.startswith(CLUSTER) else nodeid.partition("::")[0]
+    """Name of the group of tests that a test is handed out with: `TRAINING`, `CLUSTER`, or its file."""
+    return next((group for group in (TRAINING, CLUSTER) if nodeid.startswith(group)), nodeid.partition("::")[0])
+
+
+def turn_of(nodeid: str) -> int:
+    """When a test has its turn, counted from 0; tests of one turn keep their order."""
+    return next((turn for turn, begin in enumerate((TRAINING, CLUSTER, *NEXT)) if nodeid.startswith(begin)), 9)
 
 
 class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types

@@ -1,4 +1,4 @@
-"""What a run says once its Ray has died."""
+"""How a run starts a Ray of its own, and what it says once its Ray has died."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import ray
+from ray._private import parameter
 
+from vidshard.jobs.runtime.cluster import ray_cluster
 from vidshard.jobs.runtime.ray_watch import _report_unless_of_ray
+from vidshard.pipeline.storage import StorageError
 from vidshard.schemas.errors import RunFailedError
 
 
@@ -30,3 +34,30 @@ def test_finalizers_that_miss_a_dead_ray_print_no_traceback(
     next(running)
     del running
     assert bool(reported) is is_reported
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_ray_of_our_own_has_the_object_store_that_was_asked_for_and_no_process_without_work(
+    monkeypatch: pytest.MonkeyPatch, verbose: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        params = parameter.RayParams(temp_dir=options["_temp_dir"])
+        asked.append(options | {"monitor": not params.no_monitor, "log_monitor": params.include_log_monitor})
+        raise OSError("enough")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with (
+        pytest.raises(StorageError, match="Ray cannot be started on this machine: OSError: enough"),
+        ray_cluster(address="local", object_store_bytes=80_000_000, verbose=verbose),
+    ):
+        pass
+    [options] = asked
+    assert options["object_store_memory"] == 80_000_000
+    assert not options["include_dashboard"]
+    assert not options["monitor"]
+    assert options["log_monitor"] is verbose
+    assert not parameter.RayParams(temp_dir="/tmp").no_monitor
