@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from vidshard.jobs.commands.evaluating import evaluate
 from vidshard.jobs.commands.exporting import export, push
 from vidshard.jobs.commands.outputs import debug, decode, inspect, stats, verify
 from vidshard.jobs.commands.tokenizing import demo, plan, tokenize
@@ -170,7 +171,22 @@ def vidshard() -> None:
     """
 
 
-_COMMANDS = (demo, tokenize, plan, inspect, stats, verify, debug, decode, export, push, tokenizers, convert, train)
+_COMMANDS = (
+    demo,
+    tokenize,
+    plan,
+    inspect,
+    stats,
+    verify,
+    debug,
+    decode,
+    evaluate,
+    export,
+    push,
+    tokenizers,
+    convert,
+    train,
+)
 """In the order in which ``--help`` lists them."""
 
 for _command in _COMMANDS:

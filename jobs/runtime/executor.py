@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +22,7 @@ from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.local import run_locally
 from vidshard.pipeline.resources import GpuNode, StageResources
 from vidshard.schemas.errors import RunFailedError, VidshardError
-from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.fields import ClusterSettings
 
 if TYPE_CHECKING:
     from vidshard.jobs.runtime.cluster import Cluster
@@ -127,6 +127,10 @@ class LocalExecutor:
         """Make a cancellation token for this process."""
         return LocalCancelToken()
 
+    def failures_named(self) -> AbstractContextManager[None]:
+        """Context in which a defect of a stage becomes a StageFailedError."""
+        return _defects_named(self.verbose)
+
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
         """Run the probe stage, as `Executor.map_videos`; results keep their order."""
         with _defects_named(self.verbose):
@@ -199,6 +203,10 @@ class ClusterExecutor:
         """Make a cancellation token for the workers of the cluster."""
         return ClusterCancelToken()
 
+    def failures_named(self) -> AbstractContextManager[None]:
+        """Context in which an error of Ray becomes a StageFailedError."""
+        return _ray_failures_named()
+
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
         """Run the probe stage, as `Executor.map_videos`."""
         from vidshard.pipeline.flow import map_videos
@@ -218,7 +226,7 @@ class ClusterExecutor:
 
 
 @contextmanager
-def open_executor(run: TokenizeRun, *, local: bool) -> Iterator[LocalExecutor | ClusterExecutor]:
+def open_executor(run: ClusterSettings, *, local: bool) -> Iterator[LocalExecutor | ClusterExecutor]:
     """Open the executor of a run; at the end a Ray that was started for it is stopped.
 
     Args:

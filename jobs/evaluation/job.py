@@ -1,0 +1,319 @@
+"""Evaluation job: reconstructs clips with several tokenizers, scores them, and writes tables.
+
+:func:`evaluate` is the main line. The folder of an evaluation:
+
+    run.json            settings, and the identity of the scores
+    scores/*.parquet    scores of every clip, with the counts of its tokens
+    scores.json         figures over all clips
+    scores.md, .csv     the same as tables
+
+The same command again continues: spans that are in ``scores/`` are not decoded again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from vidshard.jobs.evaluation.resolve import Group, ResolvedEvaluation, resolve
+from vidshard.jobs.evaluation.tables import record_of, render
+from vidshard.jobs.runtime.executor import ClusterExecutor, LocalExecutor, open_executor
+from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.pipeline import storage
+from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.discover import Discovery, discover
+from vidshard.pipeline.evaluation.local import score_locally
+from vidshard.pipeline.evaluation.scorer import ClipScorer, ScorerSpec, load, span_key
+from vidshard.pipeline.evaluation.scores import ScoredSpans, figures_of, read_scores, write_scores
+from vidshard.pipeline.evaluation.stored import STORED_SCHEMA, StoredScorer, StoredSpec
+from vidshard.pipeline.output.entries import Inputs
+from vidshard.pipeline.output.layout import RUN
+from vidshard.pipeline.output.lease import Lease
+from vidshard.pipeline.output.shard_reader import find_clips
+from vidshard.pipeline.plan import open_videos
+from vidshard.pipeline.rows import WORK_SCHEMA
+from vidshard.pipeline.versions import code_version, library_versions
+from vidshard.schemas.errors import UserError, one_line
+from vidshard.schemas.evaluation import EvaluateRun
+from vidshard.schemas.fields import differences
+from vidshard.schemas.video import Part
+
+_FORMAT = 1
+_LEASE_SECONDS = 60.0
+_MAX_RECORD_BYTES = 64 << 20
+
+SCORES_JSON, SCORES_MARKDOWN, SCORES_CSV = "scores.json", "scores.md", "scores.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Rows that are left to score, and the stages that score them."""
+
+    rows: pa.Table
+    decoder: SpanDecoder | None
+    make: type[ClipScorer] | type[StoredScorer]
+    spec: ScorerSpec | StoredSpec
+    clips: int
+    """Expected number of clips."""
+    workers: int
+    threads: int
+    gpus: float
+
+
+def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict[str, Any]:
+    """Measure reconstructions, write scores and tables, and print the table.
+
+    Args:
+        local: run every stage in this process, without Ray.
+
+    Returns:
+        The content of ``scores.json``.
+
+    Raises:
+        VidshardError: the evaluation cannot be carried out as it stands, or failed; what is stored stays valid.
+    """
+    if local and run.ray_address is not None:
+        raise UserError("--local runs without Ray: leave --ray-address out, or --local")
+    out = storage.absolute(run.out)
+    if out != storage.public_uri(out):
+        raise UserError(f"--out {storage.public_uri(out)}: put the credentials into the environment, not the URL")
+    progress = Console(stderr=True, quiet=console.quiet) if run.format != "text" else console
+    evaluation = resolve(run, progress)
+    storage.check_writable(out)
+    found = None if evaluation.stored else discover(run.inputs, limit=run.limit)
+    lease = Lease.acquire(out, ttl_seconds=_LEASE_SECONDS, on_wait=lambda text: progress.print(text, markup=False))
+    with lease, open_executor(run, local=local) as executor:
+        _write_record(evaluation)
+        done = set(read_scores(out).spans)
+        for group in evaluation.groups:
+            if found is None:
+                work = _stored_work(evaluation, group, executor, done)
+            else:
+                work = _work(evaluation, group, found, executor, done, lease, progress)
+            _score(evaluation, work, executor, lease, progress)
+        lease.check()
+        scored = read_scores(out)
+        record = _report(evaluation, scored)
+    console.print(render(record, run.format), highlight=False, markup=False, soft_wrap=True, end="")
+    return record
+
+
+def _write_record(evaluation: ResolvedEvaluation) -> None:
+    """Write ``run.json``, or refuse a folder with scores of another identity.
+
+    Raises:
+        UserError: the identity differs (the message lists the differences), or the record is damaged.
+    """
+    path = storage.join(evaluation.run.out, RUN)
+    identity = json.loads(json.dumps(evaluation.identity, default=str))
+    if storage.exists(path):
+        try:
+            record = json.loads(storage.read_bytes(path, max_bytes=_MAX_RECORD_BYTES))
+            before = record["evaluation"]
+            known = record["format_version"] == _FORMAT and isinstance(before, dict)
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{storage.public_uri(path)} is not the record of an evaluation ({one_line(error, 200)}): choose "
+                "another --out"
+            ) from error
+        if not known or before != identity:
+            lines = "\n".join(f"  {line}" for line in differences(before, identity)) if known else "  another format"
+            raise UserError(
+                f"{storage.public_uri(evaluation.run.out)} holds scores of other settings:\n{lines}\nchoose another "
+                "--out"
+            )
+    settings = evaluation.run.model_dump(mode="json")
+    settings["inputs"] = [storage.public_uri(uri) for uri in evaluation.run.inputs]
+    record = {
+        "format_version": _FORMAT,
+        "evaluation": identity,
+        "settings": settings,
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "code_version": code_version(),
+        "libraries": library_versions(),
+    }
+    storage.write_atomic(path, json.dumps(record, indent=2, default=str).encode())
+
+
+# Work
+
+
+def _resources(evaluation: ResolvedEvaluation, executor: LocalExecutor | ClusterExecutor) -> tuple[int, int, float]:
+    """Number of scorers, threads of each, and GPUs of each."""
+    gpus = int(executor.num_gpus)
+    workers = evaluation.run.workers or (gpus or max(1, executor.num_cpus // 4))
+    if isinstance(executor, LocalExecutor):
+        workers = 1
+    threads = max(1, executor.num_cpus // executor.num_nodes // workers)
+    return workers, threads, min(1.0, gpus / workers) if gpus else 0.0
+
+
+def _work(
+    evaluation: ResolvedEvaluation,
+    group: Group,
+    found: Discovery,
+    executor: LocalExecutor | ClusterExecutor,
+    done: set[str],
+    lease: Lease,
+    console: Console,
+) -> _Work:
+    """Open the videos and list the spans that are not scored yet."""
+    resolved, run = group.resolved, evaluation.run
+    digest = resolved.largest.digest()
+    limits = resolved.run.limits
+    inputs = Inputs.of(found.videos, Part(), found.manifests)
+    spans: dict[str, dict[str, Any]] = {}
+    refused = ScoredSpans()
+    tables = open_videos(
+        inputs.videos,
+        resolved.clip_specs,
+        part=Part(),
+        span_clips=resolved.clips_per_span,
+        num_tasks=4 * executor.num_cpus,
+        map_videos=executor.map_videos,
+        limits=limits,
+    )
+    with PhaseProgress(console, "opening videos", inputs.videos.num_rows) as display:
+        for opened, table in enumerate(tables, start=1):
+            display.update(opened, f"{opened} groups of videos")
+            for row in table.to_pylist():
+                if row["rejection"] is None:
+                    spans.setdefault(row["span_id"], row)
+                    continue
+                span = f"{digest} video {row['seen_entry'].hex()}"
+                if span not in done and span not in refused.spans:
+                    refused.spans.append(span)
+                    refused.rejections.append(row["rejection"])
+    lease.check()
+    write_scores(run.out, refused)
+    left = [spans[span] for span in sorted(spans) if span_key(resolved.largest, span) not in done]
+    workers, threads, gpus = _resources(evaluation, executor)
+    return _Work(
+        rows=pa.Table.from_pylist(left, schema=WORK_SCHEMA),
+        decoder=SpanDecoder(
+            spec=resolved.largest,
+            max_clips=4 * resolved.clips_per_span + 16,
+            clips_per_pass=resolved.clips_per_span,
+            limits=limits,
+        ),
+        make=ClipScorer,
+        spec=ScorerSpec(
+            tokenizers=group.tokenizers,
+            spec=resolved.largest,
+            metrics=evaluation.metrics,
+            precision=run.precision,
+            device="cuda" if gpus else "cpu",
+            batch_size=run.batch_size,
+            num_threads=threads,
+        ),
+        clips=sum(row["expected_clips"] for row in left),
+        workers=workers,
+        threads=threads,
+        gpus=gpus,
+    )
+
+
+def _stored_work(
+    evaluation: ResolvedEvaluation, group: Group, executor: LocalExecutor | ClusterExecutor, done: set[str]
+) -> _Work:
+    """List the stored clips that are not scored yet."""
+    stored = evaluation.stored
+    assert stored is not None
+    clips = find_clips(stored.shards, "")
+    if evaluation.run.limit is not None:
+        videos = list(dict.fromkeys(clip.rsplit("-", 2)[0] for _, clip in sorted(clips, key=lambda c: c[1])))
+        kept = set(videos[: evaluation.run.limit])
+        clips = [(path, clip) for path, clip in clips if clip.rsplit("-", 2)[0] in kept]
+    rows = [{"span_id": clip, "path": path} for path, clip in clips if clip not in done]
+    workers, threads, gpus = _resources(evaluation, executor)
+    return _Work(
+        rows=pa.Table.from_pylist(rows, schema=STORED_SCHEMA),
+        decoder=None,
+        make=StoredScorer,
+        spec=StoredSpec(
+            measured=group.tokenizers[0],
+            resolved=group.resolved,
+            paths=tuple(stored.shards),
+            metrics=evaluation.metrics,
+            device="cuda" if gpus else "cpu",
+        ),
+        clips=len(rows),
+        workers=workers,
+        threads=threads,
+        gpus=gpus,
+    )
+
+
+def _score(
+    evaluation: ResolvedEvaluation,
+    work: _Work,
+    executor: LocalExecutor | ClusterExecutor,
+    lease: Lease,
+    console: Console,
+) -> None:
+    """Score the rows and store their scores as they come; an interrupt stores what is finished."""
+    if not work.rows.num_rows:
+        return
+    waiting, done = ScoredSpans(), 0
+    try:
+        with PhaseProgress(console, "scoring", work.clips) as display, executor.failures_named():
+            for table in _scored(work, executor):
+                for text in table["scored"].to_pylist():
+                    part = load(text)
+                    waiting.add(part)
+                    done += len({row["clip_id"] for row in part.rows})
+                display.update(done, f"{done} of {work.clips} clips")
+                if len(waiting.rows) >= evaluation.run.commit_clips:
+                    lease.check()
+                    write_scores(evaluation.run.out, waiting)
+                    waiting = ScoredSpans()
+    finally:
+        lease.check()
+        write_scores(evaluation.run.out, waiting)
+
+
+def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor) -> Iterator[pa.Table]:
+    make: type[Any] = work.make
+    if isinstance(executor, LocalExecutor):
+        yield from score_locally(work.rows, decoder=work.decoder, make=make, spec=work.spec)
+        return
+    from vidshard.pipeline.evaluation.flow import ScoreResources, score_on_ray  # imports Ray
+
+    cpus = min(max(1, work.threads - 1), (executor.num_cpus - 1) / work.workers)
+    resources = ScoreResources(
+        workers=work.workers,
+        gpus_per_worker=work.gpus,
+        cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
+        rows_per_task=max(1, min(8, work.rows.num_rows // (4 * executor.num_cpus))),
+    )
+    yield from score_on_ray(work.rows, decoder=work.decoder, make=make, spec=work.spec, resources=resources)
+
+
+# Report
+
+
+def _report(evaluation: ResolvedEvaluation, scored: ScoredSpans) -> dict[str, Any]:
+    """Write the tables, and return the record.
+
+    Raises:
+        UserError: no clip could be scored.
+    """
+    sizes = {label: config.codebook_size for label, config in evaluation.measured.items()}
+    figures = figures_of(scored, sizes)
+    rejections = Counter(reason for _, reason in {(r["uri"], r["reason"]) for r in scored.rejections})
+    if not figures:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(rejections.items()))
+        why = f"all were rejected: {reasons}" if reasons else "no video has a whole clip; give fewer --frames"
+        raise UserError(f"no clip could be scored: {why}")
+    record = record_of(evaluation, figures, rejections)
+    for name, form in ((SCORES_JSON, "json"), (SCORES_MARKDOWN, "markdown"), (SCORES_CSV, "csv")):
+        text = render(record, form)  # type: ignore[arg-type]
+        storage.write_atomic(storage.join(evaluation.run.out, name), text.encode())
+    return record

@@ -1,0 +1,200 @@
+"""Tables of an evaluation: text, Markdown, CSV and JSON, with the published figures beside ours."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from vidshard.jobs.evaluation.published import PUBLISHED, Published
+from vidshard.jobs.evaluation.resolve import ResolvedEvaluation
+from vidshard.models.config import TokenizerConfig
+from vidshard.pipeline.evaluation.scores import Figures
+from vidshard.schemas.evaluation import PROTOCOLS, Average
+
+Format = Literal["text", "markdown", "csv", "json"]
+
+_DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3, "fvd": 1}
+_TITLES = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS", "fvd": "FVD"}
+NOT_MEASURED = "not measured"
+
+
+def record_of(
+    evaluation: ResolvedEvaluation, figures: Sequence[Figures], rejections: Mapping[str, int]
+) -> dict[str, Any]:
+    """Everything that was measured, as JSON values: the content of ``scores.json``."""
+    average, data = evaluation.run.shown_average, _data(evaluation)
+    return {
+        "average": average,
+        "protocol": evaluation.run.protocol,
+        "identity": evaluation.identity,
+        "not_measured": dict(evaluation.not_measured),
+        "rejections": dict(rejections),
+        "notices": {m.label: m.notice for g in evaluation.groups for m in g.tokenizers if m.notice is not None},
+        "rows": [_row(one, evaluation, average, data) for one in figures],
+    }
+
+
+def _data(evaluation: ResolvedEvaluation) -> str:
+    """Data set whose published figures are shown."""
+    protocol = evaluation.run.protocol
+    return PROTOCOLS[protocol].data if protocol and PROTOCOLS[protocol].data in PUBLISHED else "MCL-JCV"
+
+
+def _row(one: Figures, evaluation: ResolvedEvaluation, average: Average, data: str) -> dict[str, Any]:
+    config = evaluation.measured[one.tokenizer]
+    bits = bits_of_clip(config, evaluation, one)
+    found = PUBLISHED[data].get(config.name)
+    shown: dict[str, float | None] = {name: values[average] for name, values in one.means.items()}
+    shown["fvd"] = one.fvd
+    return {
+        "tokenizer": one.tokenizer,
+        "preset": config.name,
+        "fps": one.fps,
+        "videos": one.num_videos,
+        "clips": one.num_clips,
+        "frames": one.num_frames,
+        **{name: shown.get(name) for name in _DIGITS},
+        "means": {name: dict(values) for name, values in one.means.items()},
+        "fvd_clips": one.num_clips if one.fvd is not None else None,
+        "codebook": None if one.use is None else codebook_of(one),
+        **bits,
+        "published": None if found is None else {"data": data, **asdict(found)},
+        "difference": None if found is None else _difference(shown, found),
+        "worst": [{"clip_id": clip, "uri": uri, "psnr": value} for clip, uri, value in one.worst],
+    }
+
+
+def codebook_of(one: Figures) -> dict[str, float | int]:
+    """Use of the codebook over all clips of a tokenizer."""
+    use = one.use
+    assert use is not None
+    return {
+        "size": use.codebook_size,
+        "tokens": use.num_tokens,
+        "used": use.num_used,
+        "ceiling": use.ceiling,
+        "used_of_ceiling": use.share_of_ceiling,
+        "utilisation": use.utilisation,
+        "dead": use.codebook_size - use.num_used,
+        "perplexity": use.perplexity,
+        "entropy_bits": use.entropy_bits,
+    }
+
+
+def bits_of_clip(config: TokenizerConfig, evaluation: ResolvedEvaluation, one: Figures) -> dict[str, float | None]:
+    """Bits per pixel and per second: log2 of the codebook for a token, 16 for a value of a latent, which is float16."""
+    frames, height, width = _clip_of(evaluation, one)
+    payload = config.payload(config.valid_frames(frames), height, width)
+    bits = sum(
+        column.num_values * (math.log2(column.codebook_size) if column.codebook_size else 16.0)
+        for column in payload
+        if not column.name.endswith("logvar")
+    )
+    return {"bits_per_pixel": bits / (frames * height * width), "bits_per_second": bits * one.fps / frames}
+
+
+def _clip_of(evaluation: ResolvedEvaluation, one: Figures) -> tuple[int, int, int]:
+    """Frames, height and width of the clips of a tokenizer at a frame rate; with several buckets, of the largest."""
+    [spec] = [
+        group.resolved.largest
+        for group in evaluation.groups
+        if float(group.resolved.largest.fps) == one.fps and any(m.label == one.tokenizer for m in group.tokenizers)
+    ]
+    return spec.num_frames, spec.height, spec.width
+
+
+def _difference(shown: Mapping[str, float | None], found: Published) -> dict[str, float | None]:
+    there = asdict(found)
+    differences: dict[str, float | None] = {}
+    for name in _DIGITS:
+        value = shown.get(name)
+        differences[name] = None if value is None else value - there[name]
+    return differences
+
+
+# Formats
+
+
+def render(record: Mapping[str, Any], form: Format) -> str:
+    """Render the record of an evaluation as a table."""
+    if form == "json":
+        return json.dumps(record, indent=2, default=str) + "\n"
+    header, lines = _cells(record)
+    if form == "csv":
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
+        return buffer.getvalue()
+    if form == "markdown":
+        table = [header, ["---"] * len(header), *lines]
+        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
+        return "\n\n".join([text, *_notes(record)]) + "\n"
+    widths = [max(len(line[n]) for line in [header, *lines]) for n in range(len(header))]
+    rows = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *lines]
+    ]
+    return "\n".join([*rows, "", *_notes(record)]) + "\n"
+
+
+def _cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "tokenizer", "fps", *_TITLES.values(), "codes used", "of what could be", "perplexity", "dead codes",
+        "bits/pixel", "kbit/s", "videos", "clips",
+    ]  # fmt: skip
+    lines = []
+    for row in record["rows"]:
+        codebook = row["codebook"]
+        codes = ["", "", "", ""]
+        if codebook is not None:
+            codes = [
+                f"{codebook['used']:,} of {codebook['size']:,}",
+                f"{codebook['used_of_ceiling']:.1%} of {codebook['ceiling']:,}",
+                f"{codebook['perplexity']:,.0f}",
+                f"{codebook['dead']:,}",
+            ]
+        lines.append(
+            [
+                row["tokenizer"],
+                f"{row['fps']:g}",
+                *(NOT_MEASURED if row[name] is None else f"{row[name]:.{digits}f}" for name, digits in _DIGITS.items()),
+                *codes,
+                f"{row['bits_per_pixel']:.4f}",
+                f"{row['bits_per_second'] / 1000:.1f}",
+                str(row["videos"]),
+                str(row["clips"]),
+            ]
+        )
+        if row["published"] is not None:
+            empty = [""] * (len(header) - 6)
+            published, difference = row["published"], row["difference"]
+            figures = [f"{published[name]:.{digits}f}" for name, digits in _DIGITS.items()]
+            lines.append([f"  published, {published['data']}", "", *figures, *empty])
+            changes = ["" if difference[n] is None else f"{difference[n]:+.{digits}f}" for n, digits in _DIGITS.items()]
+            lines.append(["  difference", "", *changes, *empty])
+    return header, lines
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    notes = [f"Means over {record['average']}."]
+    notes += [f"{label}: {notice}" for label, notice in record["notices"].items()]
+    notes += [f"{name} is not measured: {reason}." for name, reason in record["not_measured"].items()]
+    clips = [row["fvd_clips"] for row in record["rows"] if row["fvd_clips"] is not None]
+    if clips:
+        notes.append(
+            f"FVD is of {min(clips)} clips. It falls with their number, so compare it only at equal numbers of clips; "
+            "the papers do not state theirs."
+        )
+    if any(row["published"] for row in record["rows"]) and record["protocol"] is None:
+        notes.append(
+            "The published figures are of other videos and perhaps other clips: --protocol names the clips of a paper, "
+            "and its videos have to be given."
+        )
+    if record["rejections"]:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(record["rejections"].items()))
+        notes.append(f"Rejected: {reasons}.")
+    return notes
