@@ -42,7 +42,7 @@ def evaluate(config_path: Path | None, local: bool, **flags: Any) -> None:
 
     \b
     vidshard evaluate clips/ --tokenizer fsq_causal_488_small --fps 8,30
-    vidshard evaluate mcl/ --protocol mcl_jcv --tokenizer kl_causal_488_4chn=kl.ckpt
+    vidshard evaluate mcl/ --protocol mcl_jcv --tokenizer fsq.safetensors
     vidshard evaluate --from tokens/
     """
     run = resolve_settings(EvaluateRun, flags, config_path)
