@@ -1,6 +1,7 @@
-"""Cost of the driver as a corpus grows: planning and resuming a thousand to a million videos, shards, and the sink.
+"""Cost of the driver as a corpus and a cluster grow: planning, resuming, shards, writers, and runs on declared GPUs.
 
-    python -m benchmarks.scale                     10^3 to 10^6 videos of ten clips, ten minutes
+    python -m benchmarks.scale                     10^3 to 10^6 videos of ten clips, twenty minutes
+    python -m benchmarks.scale --only driver --gpus 64
     python -m benchmarks.scale --videos 1000,10000
     python -m benchmarks.scale --json scale.json
 
@@ -23,14 +24,22 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 import vidshard.jobs.tokenization.job  # noqa: F401  all that the driver loads
+from benchmarks.driver import (
+    CLIPS_PER_SPAN,
+    PAYLOADS,
+    SHARD_BYTES,
+    StubDecoder,
+    StubSpec,
+    measure_driver,
+    provenance_of,
+    work_rows,
+)
 from benchmarks.report import Row, report
 from vidshard.jobs.tokenization.planning import MAX_PLANNED_ROWS, plan_output
 from vidshard.pipeline.discover import discover
@@ -40,37 +49,42 @@ from vidshard.pipeline.output.layout import SHARDS, SPANS_KEY, shard_paths
 from vidshard.pipeline.output.plan_store import write_planned
 from vidshard.pipeline.output.shard_writer import TokenShardSink
 from vidshard.pipeline.output.state import OutputState
-from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
+from vidshard.pipeline.rows import WORK_SCHEMA, span_row
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.tokens import Provenance, payload_bytes, tokens_payload
-from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
+from vidshard.schemas.tokens import payload_bytes
+from vidshard.schemas.video import ClipSpec, Span, VideoSource
 
 CLIPS_PER_VIDEO = 10
 SPANS_PER_SHARD = 1300
 """128 MiB of 17x256x256 clips, 10 kB of tokens each, ten in a span."""
 SPEC = ClipSpec(fps=Fraction(8), num_frames=17, height=256, width=256)
-PAYLOAD = tokens_payload((5, 32, 32), 32768)
 SOURCE = VideoSource(width=1280, height=720, codec="h264", fps=30.0, rotation_degrees=0)
-PROVENANCE = Provenance(
-    tokenizer={},
-    weights_sha256="0",
-    weights_source="seed:0",
-    payload=PAYLOAD,
-    run={},
-    identity={},
-    code_version="0",
-    libraries={},
-)
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--videos", "sizes", default="1000,10000,100000,1000000", show_default=True, metavar="N,...")
+@click.option(
+    "--gpus", default="8,64", show_default=True, metavar="N,...", help="Declared GPUs; 0.2 GB of memory each."
+)
+@click.option("--clips", "num_clips", default=40_000, show_default=True, help="Clips of a run on declared GPUs.")
+@click.option("--only", type=click.Choice(["driver"]), help="Measure nothing but the driver of a run.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the tables there too.")
 @click.option("--step", hidden=True)
 @click.option("--folder", hidden=True)
-def main(sizes: str, json_path: str | None, step: str | None, folder: str | None) -> None:
+def main(
+    sizes: str,
+    gpus: str,
+    num_clips: int,
+    only: str | None,
+    json_path: str | None,
+    step: str | None,
+    folder: str | None,
+) -> None:
     """Print the tables."""
+    if only == "driver":
+        measure_drivers(gpus, num_clips)
+        return
     if step is not None and folder is not None:
         print(json.dumps(STEPS[step](Path(folder))))
         return
@@ -90,7 +104,15 @@ def main(sizes: str, json_path: str | None, step: str | None, folder: str | None
                 )
     report("the driver, by videos", rows, json_path)
     report("shards, listed and their ends read", [measure_shards(count) for count in (100, 1000, 10_000)], None)
-    report("the sink", [measure_sink(clips_per_span) for clips_per_span in (1, 10)], None)
+    report("a writer", [measure_writer(name, threads) for name in PAYLOADS for threads in (1, 2)], None)
+    measure_drivers(gpus, num_clips)
+
+
+def measure_drivers(gpus: str, num_clips: int) -> None:
+    """Print what the driver of a run costs for each clip, as ``benchmarks.driver`` measures it."""
+    wanted = [(name, kind, int(count)) for count in gpus.split(",") for name in PAYLOADS for kind in ("disk", "S3")]
+    rows = [measure_driver(name, kind, num_gpus=count, num_clips=num_clips) for name, kind, count in wanted]
+    report("the driver, by GPUs", rows, None)
 
 
 def names_of(size: int) -> list[str]:
@@ -241,56 +263,37 @@ def measure_shards(count: int, spans_per_shard: int = 100) -> Row:
     }
 
 
-def measure_sink(clips_per_span: int, num_clips: int = 20_000) -> Row:
-    """Measure writing rows of the encoder into shards on the local disk."""
-    rows = [encoded_row(number, clips_per_span) for number in range(32)]
-    span_ids = pa.array([f"{number:024x}-000000-end" for number in range(num_clips // clips_per_span)])
+def measure_writer(name: str, num_threads: int, num_clips: int = 4_000) -> Row:
+    """Measure writing rows of the encoder, each clip with its own values, into shards on the local disk."""
+    payload = PAYLOADS[name]
+    encode = StubSpec(payload).encoder()
+    spans = num_clips // CLIPS_PER_SPAN
+    decoded = StubDecoder()(work_rows(0, spans))
+    rows = [encode(row).drop_columns("todo_number") for row in decoded]
     with tempfile.TemporaryDirectory() as folder:
         sink = TokenShardSink(
             folder,
-            buckets=[(SPEC, PAYLOAD)],
-            provenance=PROVENANCE,
+            buckets=[(SPEC, payload)],
+            provenance=provenance_of(payload),
             manifest_fields=[],
-            shard_bytes=128 << 20,
+            shard_bytes=SHARD_BYTES // 8,
             commit_seconds=600,
+            num_threads=num_threads,
         )
         started = time.monotonic()
-        for number, span_id in enumerate(span_ids):
-            row = rows[number % len(rows)]
-            sink.add(row.set_column(0, row.schema.field(0), pa.array([span_id.as_py()])))
+        for row in rows:
+            sink.add(row)
         sink.close()
         seconds = time.monotonic() - started
     clips = sink.committed.num_clips
     return {
-        "clips in a row": clips_per_span,
+        "payload": name,
+        "threads": num_threads,
         "clips": clips,
         "clips/s": round(clips / seconds),
-        "payload MB/s": round(clips * payload_bytes(PAYLOAD) / seconds / 1e6, 1),
+        "payload MB/s": round(clips * payload_bytes(payload) / seconds / 1e6, 1),
         "bytes/clip on disk": round(sink.committed.file_bytes / clips),
     }
-
-
-def encoded_row(number: int, num_clips: int) -> pa.Table:
-    """Make an encoder's rows for one span."""
-    rng = np.random.default_rng(number)
-    span = span_of(number)
-    clips = [
-        Clip(
-            video_id=span.video_id,
-            clip_index=index,
-            frames=np.zeros((17, 1, 1, 3), np.uint8),
-            start_seconds=index * 17 / 8,
-            frame_pts_seconds=index * 17 / 8 + np.arange(17) / 8,
-            num_valid_frames=17,
-            geometry=Geometry(policy="crop", scaled_width=455, scaled_height=256, left=99, top=0),
-        )
-        for index in range(num_clips)
-    ]
-    plan_row: dict[str, Any] = span_row(span, SPEC, None)
-    table = pa.Table.from_pylist([plan_row], schema=WORK_SCHEMA)
-    rows = add_clips(table, SpanClips(clips=clips), uri="v.mp4", start_seconds=0.0, seconds=0.0)
-    tokens = [rng.integers(0, 32768, PAYLOAD[0].num_values).astype(PAYLOAD[0].dtype) for _ in clips]
-    return add_payload(rows, {"tokens": tokens}, PAYLOAD, EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1))
 
 
 if __name__ == "__main__":

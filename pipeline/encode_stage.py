@@ -64,6 +64,10 @@ class EncoderSpec:
     continuous: ClipSpec | None = None
     """Clip settings if the clips of a span form one stream; None if each clip is encoded by itself."""
 
+    def encoder(self) -> ClipEncoder:
+        """Make an encoder with these settings; the model is loaded by its first call."""
+        return ClipEncoder(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Unit:

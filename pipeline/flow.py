@@ -52,10 +52,7 @@ class EncoderActor:
     """`ClipEncoder` as a Ray actor, with a limit on the attempts at a batch that kills its process."""
 
     def __init__(self, spec: EncoderSpec, attempts: ActorHandle) -> None:
-        # here, as it loads torch, and training's workers, which decode, import this module too
-        from vidshard.pipeline.encode_stage import ClipEncoder
-
-        self._encode = ClipEncoder(spec)
+        self._encode = spec.encoder()
         self._attempts = attempts
 
     def __call__(self, rows: pa.Table) -> pa.Table:

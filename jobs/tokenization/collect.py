@@ -87,6 +87,10 @@ def tokenize_spans(
         )
 
 
+WRITER_THREADS = 2
+"""Threads that compress and write shards. Compression leaves Python's lock to the thread that takes the rows."""
+
+
 def open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease | None = None) -> TokenShardSink:
     """Make the writer of a run's shards; with a lease it is checked before each commit."""
     run = resolved.run
@@ -99,6 +103,7 @@ def open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease | None = None)
         shard_bytes=run.shard_size,
         commit_seconds=60 * run.commit_minutes,
         before_commit=(lambda: None) if lease is None else lease.check,
+        num_threads=1 if lease is None else WRITER_THREADS,
     )
 
 
@@ -241,7 +246,8 @@ class SpanCounter:
             new.append(bool(self.is_awaited[number]))
             self.is_awaited[number] = False
         self.num_awaited -= sum(new)
-        rows = rows.filter(pa.array(new, pa.bool_()))
+        if not all(new):  # a filter copies the payload, also where it keeps every row
+            rows = rows.filter(pa.array(new, pa.bool_()))
         self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
         self.videos += rows["end_clip"].null_count
         self.recut += pc.sum(rows["is_recut"]).as_py() or 0
@@ -281,7 +287,7 @@ class SpanCounter:
             encode_seconds=seconds["encoding, all workers"],
             wait_seconds=seconds["encoders waiting for frames"],
             decode_seconds=seconds["decoding, all workers"],
-            write_seconds=seconds["writing shards"],
+            write_seconds=seconds["writing shards"] / WRITER_THREADS,
             encoders=encoders,
             gpus=encoders * resources.gpus_per_worker,
             cpus=executor.num_cpus,

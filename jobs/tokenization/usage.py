@@ -82,7 +82,7 @@ class Usage:
                 "better"
             )
         if self.write_seconds > WRITING_SHARE * self.seconds:
-            return "waited for the writer, which is one thread: split the inputs into several outputs"
+            return "waited for the writer, which is one process: split the inputs into several outputs"
         if self.wait_share > WAITING_SHARE:
             return f"waited for decoders: {self._cores()}"
         return f"{_FOR_ENCODERS} {self._faster()}"

@@ -83,7 +83,8 @@ class TokenShardSink:
     """Gathers encoded rows and commits them as shards, and rejections as files of ``rejects/``.
 
     A shard is committed when it is full. Everything is committed when the oldest row has waited ``commit_seconds``,
-    and at :meth:`close`. Compression and upload run on a separate thread, at most two shards behind.
+    and at :meth:`close`. Compression and upload run on threads of their own. At most one
+    shard more than there are threads waits for them.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class TokenShardSink:
         shard_bytes: int,
         commit_seconds: float,
         before_commit: Callable[[], None] = lambda: None,
+        num_threads: int = 1,
     ) -> None:
         """Create an empty sink; nothing is written yet.
 
@@ -108,7 +110,8 @@ class TokenShardSink:
             signal_fields: signal columns.
             shard_bytes: payload of a full shard in bytes, before compression.
             commit_seconds: longest time that an encoded clip waits for its commit.
-            before_commit: called on the writer's thread before each file is written; an exception stops the writing.
+            before_commit: called on a writer's thread before each file is written; an exception stops the writing.
+            num_threads: threads that compress and write, each a shard.
         """
         self._out = out
         self._buckets = {
@@ -126,7 +129,8 @@ class TokenShardSink:
         self._before_commit = before_commit
         self._rejections: list[Rejection] = []
         self._oldest: float | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._writer = ThreadPoolExecutor(num_threads, thread_name_prefix="shard-writer")
+        self._most_pending = 1 + num_threads
         self._pending: deque[Future[WriteStats]] = deque()
         self.committed = WriteStats()
         """Counts of what is committed so far."""
@@ -138,8 +142,10 @@ class TokenShardSink:
             storage.StorageError: an earlier shard could not be written.
         """
         refused = pc.and_(rows["rejection"].is_valid(), pc.equal(pc.list_value_length(rows["clips"]), 0))
-        self._rejections += _rejections_of(rows.filter(refused))
-        good = rows.filter(pc.invert(refused))
+        good = rows
+        if pc.any(refused).as_py():  # a filter copies the payload, also where it keeps every row
+            self._rejections += _rejections_of(rows.filter(refused))
+            good = rows.filter(pc.invert(refused))
         self._oldest = time.monotonic() if self._oldest is None else self._oldest
         for at, size in enumerate(frame_sizes(good)):
             row = good.slice(at, 1)
@@ -182,7 +188,7 @@ class TokenShardSink:
         self._pending.append(
             self._writer.submit(write_rows, self._out, rows, rejections, bucket, before_commit=self._before_commit)
         )
-        while self._pending and (len(self._pending) > 2 or self._pending[0].done()):
+        while self._pending and (len(self._pending) > self._most_pending or self._pending[0].done()):
             self.committed.add(self._pending.popleft().result())
 
     def close(self) -> None:

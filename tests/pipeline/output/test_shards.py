@@ -85,6 +85,42 @@ def written_and_read(values: np.ndarray[Any, Any], payload: Payload) -> np.ndarr
         return clips
 
 
+def test_several_threads_write_each_clip_once(tmp_path: Path) -> None:
+    payload = tokens_payload((1, 1, 1), 256)
+    provenance = Provenance(
+        tokenizer={},
+        weights_sha256="0",
+        weights_source="seed:0",
+        payload=payload,
+        run={},
+        identity={},
+        code_version="0",
+        libraries={},
+    )
+    sink = TokenShardSink(
+        str(tmp_path),
+        buckets=[(SPEC, payload)],
+        provenance=provenance,
+        manifest_fields=[],
+        shard_bytes=2,
+        commit_seconds=60.0,
+        num_threads=3,
+    )
+    stats = EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1)
+    for number in range(20):
+        row = span_rows(1)
+        for name, value in (("span_id", f"{number}-0-end"), ("video_id", f"{number}")):
+            row = row.set_column(row.schema.get_field_index(name), row.schema.field(name), pa.array([value]))
+        sink.add(add_payload(row, {"tokens": [np.array([number], np.uint8)]}, payload, stats))
+    sink.close()
+    paths = shard_paths(str(tmp_path))
+    clips = [
+        (clip.values["video_id"], int(clip.payload["tokens"].item())) for path in paths for clip in read_clips(path)
+    ]
+    assert sorted(clips) == sorted((str(number), number) for number in range(20))
+    assert (sink.committed.num_shards, sink.committed.num_clips) == (len(paths), 20) == (10, 20)
+
+
 SHAPES = hnp.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=4)
 """Clips, then T', H', W'."""
 
