@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -147,18 +147,33 @@ def reconstruct_video(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[np.
     Args:
         rows: all rows of the sequence, in order.
     """
+    yield from reconstruct_stream(map(stored_clip, rows), tokenizer)
+
+
+def reconstruct_stream(
+    clips: Iterable[StoredClip], tokenizer: Tokenizer, *, inside: bool = False
+) -> Iterator[np.ndarray]:
+    """Decode consecutive clips of a continuous sequence, as `reconstruct_video`.
+
+    Args:
+        clips: the clips in order.
+        inside: the clip before the first one is missing, so that the first latent is decoded to one frame, its last.
+    """
     past: Past = ()
-    wanted = 0
-    for number, row in enumerate(rows, start=1):
-        clip = stored_clip(row)
+    wanted = 1 - tokenizer.config.time_stride if inside else 0
+    left = iter(clips)
+    clip = next(left, None)
+    while clip is not None:
+        after = next(left, None)
         wanted += clip.values["num_valid_frames"]
         with torch.inference_mode():
             decoded, past = tokenizer.decode_payload_stream(
-                to_tensors(clip.payload, tokenizer), past, last=number == len(rows)
+                to_tensors(clip.payload, tokenizer), past, last=after is None
             )
         frames = output_to_frames(decoded)[0].cpu().numpy()
-        yield from frames[:wanted]
+        yield from frames[: max(0, wanted)]
         wanted -= len(frames)
+        clip = after
 
 
 def rows_of_video(paths: Sequence[str], sequence: str) -> list[tuple[int, Row]]:

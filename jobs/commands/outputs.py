@@ -10,6 +10,7 @@ from vidshard.jobs.runtime.terminal import json_option, output_console, print_js
 from vidshard.schemas.fields import parse_size
 
 if TYPE_CHECKING:
+    from vidshard.jobs.shards.decode_all import DecodeResult
     from vidshard.jobs.shards.verify import Verification
 
 
@@ -189,8 +190,11 @@ def debug(
 @click.option("--clip", "clip_id", metavar="ID", help="Clip to decode; the beginning of its id is enough.")
 @click.option("--video", "video_id", metavar="ID", help="Video to decode as a whole, from an output of --continuous.")
 @click.option("--to", "target", metavar="FILE", help="Video file to write, such as clip.mp4. Not with --all.")
-@click.option("--all", "folder", metavar="DIR", help="Decode every clip into this folder, as ID.mp4.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Decode only the first N clips of --all.")
+@click.option("--all", "folder", metavar="DIR", help="Decode every video as a whole into this folder, as ID.mp4.")
+@click.option("--each-clip", is_flag=True, help="Write a file for each clip with --all, as --side-by-side does too.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Decode only the first N videos, or clips, of --all."
+)
 @click.option(
     "--only",
     metavar="PART",
@@ -221,12 +225,22 @@ def debug(
     metavar="PIXELS",
     help="Minimum overlap of neighboring tiles. Default: as encoded.",
 )
+@click.option("--local", is_flag=True, help="Decode the videos of --all in this process, without Ray.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of decoding processes of --all. Default: one per GPU, or one per four CPUs.",
+)
+@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster for --all, such as 'auto' or ray://head:10001.")
+@click.option("-v", "--verbose", is_flag=True, help="Show Ray's own log and progress.")
 def decode(
     out: str,
     clip_id: str | None,
     video_id: str | None,
     target: str | None,
     folder: str | None,
+    each_clip: bool,
     limit: int | None,
     only: tuple[str, ...],
     structure: str | None,
@@ -238,11 +252,18 @@ def decode(
     allow_private: bool,
     tile_size: str | None,
     tile_overlap: int | None,
-) -> None:
+    local: bool,
+    workers: int | None,
+    ray_address: str | None,
+    verbose: bool,
+) -> DecodeResult | None:
     """Turn tokens back into video.
 
     The tokenizer and the weights are those that made the tokens. Weights whose digest differs from the shard's are
     refused.
+
+    With --all, the clips of each video are joined in order, on Ray or with --local in this process. The same command
+    again writes what is missing. A video of which clips are missing becomes several files.
 
     \b
     vidshard decode tokens/ --clip 3f2a --to clip.mp4 --side-by-side
@@ -256,6 +277,8 @@ def decode(
         )
     if folder is None and target is None:
         raise click.UsageError("--clip, --video and crossed clips need --to FILE, the video file to write")
+    if folder is None and (each_clip or local or workers or ray_address or limit):
+        raise click.UsageError("--each-clip, --limit, --local, --workers and --ray-address belong to --all DIR")
     if parts and only:
         raise click.UsageError("--only decodes parts of one clip (--clip ID); a crossed video takes every part")
     try:
@@ -279,8 +302,16 @@ def decode(
         allow_private=allow_private,
         tile_size=tiles,
         tile_overlap=tile_overlap,
+        ray_address=ray_address,
+        workers=workers,
+        verbose=verbose,
     )
+    if folder is not None and not each_clip and not side_by_side:
+        from vidshard.jobs.shards.decode_all import decode_all
+
+        return decode_all(request, output_console(), local=local)
     decode_output(request, output_console())
+    return None
 
 
 def _crossed_parts(structure: str | None, dynamics: str | None, crossed: tuple[str, ...]) -> dict[str, str]:

@@ -189,7 +189,7 @@ class ClusterExecutor:
             ).remote()
             for node in self.gpu_nodes
         ]
-        with _ray_failures_named():
+        with ray_failures_named():
             answered, silent = ray.wait(asked, num_returns=len(asked), timeout=_EXAMINATION_SECONDS)
             for task in silent:
                 ray.cancel(task, force=True)
@@ -211,7 +211,7 @@ class ClusterExecutor:
         """Run the probe stage, as `Executor.map_videos`."""
         from vidshard.pipeline.flow import map_videos
 
-        with _ray_failures_named():
+        with ray_failures_named():
             yield from map_videos(tables, probe)
 
     def run(
@@ -220,7 +220,7 @@ class ClusterExecutor:
         """Run all stages, as `Executor.run`."""
         from vidshard.pipeline.flow import build_flow
 
-        with _ray_failures_named():
+        with ray_failures_named():
             flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources)
             yield from flow.iter_batches(batch_format="pyarrow", batch_size=None)
 
@@ -258,7 +258,8 @@ def _defects_named(verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _ray_failures_named() -> Iterator[None]:
+def ray_failures_named() -> Iterator[None]:
+    """Convert a failure of Ray to StageFailedError."""
     from ray.data.exceptions import UserCodeException
     from ray.exceptions import RayError
 

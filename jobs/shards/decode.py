@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from rich.console import Console
 
@@ -32,6 +29,7 @@ from vidshard.pipeline.reconstruct import (
     stored_clip,
 )
 from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.pipeline.video_file import write_video
 from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import readable
@@ -68,6 +66,12 @@ class DecodeRun:
     """Present location of the weights; None for the location that the shards record."""
     tile_size: tuple[int, int] | None = None
     """(height, width) in pixels of the tiles in which large frames are decoded; None for that of the run."""
+    ray_address: str | None = None
+    """Address of the Ray cluster that decodes whole videos; None for a new one on this machine."""
+    workers: int | None = None
+    """Number of processes that decode whole videos; None for one per GPU, or per four CPUs."""
+    verbose: bool = False
+    """Show Ray's log."""
     tile_overlap: int | None = None
     """Overlap of tiles in pixels; None for that of the run."""
 
@@ -83,19 +87,19 @@ def decode_output(request: DecodeRun, console: Console) -> list[Path]:
     if request.crossed:
         return [_decode_crossed(request, paths, console)]
     rows = [_only_clip(paths, clip_id) for clip_id in request.clip_ids] or find_clips(paths, "")[: request.limit]
-    resolved = _resolved(request, rows[0][0] if rows else paths[0])
+    resolved = resolved_of(request, rows[0][0] if rows else paths[0])
     if request.only:
         check_parts(resolved, request.only)
     if request.video_id is not None:
         rows = _whole_video(paths, request.video_id, resolved)
     decoder = ClipDecoder(resolved, paths, tiling=tiling_for(request, resolved))
-    _introduce(resolved, console)
+    introduce(resolved, console)
     if request.video_id is not None:
         return [_decode_video(request, request.video_id, rows, resolved, console)]
     return _decode_clips(request, rows, decoder, resolved, console)
 
 
-def _resolved(request: DecodeRun, path: str) -> ResolvedRun:
+def resolved_of(request: DecodeRun, path: str) -> ResolvedRun:
     """Resolve the run that made a shard."""
     with open_shard(path) as (_, provenance):
         return ResolvedRun.from_provenance(
@@ -105,7 +109,7 @@ def _resolved(request: DecodeRun, path: str) -> ResolvedRun:
         )
 
 
-def _introduce(resolved: ResolvedRun, console: Console) -> None:
+def introduce(resolved: ResolvedRun, console: Console) -> None:
     """Print the notice of a run and, if the output names weights that do not come with vidshard, which are opened."""
     if resolved.notice:
         warn(console, readable(resolved.notice))
@@ -159,9 +163,9 @@ def _pictures(
 def _decode_crossed(request: DecodeRun, paths: Sequence[str], console: Console) -> Path:
     rows = {part: _only_clip(paths, clip_id) for part, clip_id in request.crossed.items()}
     clips = {part: stored_clip(row) for part, row in rows.items()}
-    resolved = _resolved(request, next(iter(rows.values()))[0])
+    resolved = resolved_of(request, next(iter(rows.values()))[0])
     crossed = cross_clips(resolved, clips)
-    _introduce(resolved, console)
+    introduce(resolved, console)
     assert request.target is not None, "a crossed clip has no name of its own"
     file = Path(request.target)
     pictures: dict[str, np.ndarray] = {}
@@ -312,33 +316,3 @@ def describe_clip(clip: StoredClip) -> str:
     times = values["frame_pts_seconds"]
     source = shown_uri(values["uri"])
     return f"{values['num_valid_frames']} frames of {source} from {times[0]:.2f} s to {times[-1]:.2f} s"
-
-
-def write_video(target: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
-    """Write frames as an H.264 video, atomically.
-
-    Args:
-        target: path of the file; its extension selects the container.
-        frames: at least one frame, each uint8 (H, W, 3) RGB with even height and width.
-        rate: frames per second.
-
-    Raises:
-        UserError: the file cannot be written, or its extension names no video format.
-    """
-    unfinished = target.with_name(f".unfinished-{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(unfinished), "w") as container:
-            stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "veryfast"})
-            stream.pix_fmt = "yuv420p"
-            for number, array in enumerate(frames):
-                if number == 0:
-                    stream.height, stream.width = array.shape[:2]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
-            container.mux(stream.encode())
-        unfinished.replace(target)
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise UserError(f"cannot write {target}: {error}; name a file such as clip.mp4") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)

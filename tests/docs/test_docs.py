@@ -78,7 +78,7 @@ def run_command(workspace: Path) -> Callable[[str], str]:
         if command not in printed:
             program, *arguments = shlex.split(command, comments=True)
             assert program == "vidshard", f"only vidshard commands are run, got {command}"
-            if arguments[0] == "tokenize":
+            if arguments[0] == "tokenize" or (arguments[0] == "decode" and "--all" in arguments):
                 arguments.append("--local")  # no Ray: the stages are the same callables
             before = Path.cwd()
             os.chdir(workspace)

@@ -103,7 +103,7 @@ def test_every_precision_tokenizes_goes_on_verifies_and_decodes(precision: str, 
     assert "device cuda" in printed_by(*run, "--device", "cuda", "--precision", precision)
     assert "0 written in 0 shards" in printed_by(*run)
     assert "encoded 4 clips again" in printed_by("verify", out, "--exact", 1)
-    printed_by("decode", out, "--all", tmp_path / "clips")
+    printed_by("decode", out, "--all", tmp_path / "clips", "--each-clip")
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])

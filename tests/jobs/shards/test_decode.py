@@ -59,7 +59,7 @@ def test_decode_writes_a_playable_clip_beside_its_source(output: Path, tmp_path:
 
 
 def test_decode_all_writes_every_clip(output: Path, tmp_path: Path) -> None:
-    result = run("decode", output, "--all", tmp_path / "clips")
+    result = run("decode", output, "--all", tmp_path / "clips", "--each-clip")
     assert result.exit_code == 0, result.output
     assert {p.stem for p in (tmp_path / "clips").iterdir()} == set(tokens_by_clip(output))
 

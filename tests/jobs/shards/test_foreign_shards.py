@@ -237,7 +237,7 @@ def test_nothing_that_a_shard_names_is_fetched(
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         path = write(tmp_path / "s.parquet", table, weights_source=source.replace("URL", server.url))
-        for command in (["decode", path, "--all", tmp_path / "clips"], ["verify", path, "--exact", 1]):
+        for command in (["decode", path, "--all", tmp_path / "clips", "--each-clip"], ["verify", path, "--exact", 1]):
             code, printed = vidshard_exits(*command)
             assert code == 2, printed
             assert "--weights" in printed
@@ -320,7 +320,7 @@ def test_names_of_files_cannot_steer_a_terminal(tmp_path: Path) -> None:
         ["tokenize", evil, "--out", tmp_path / "o2", "--local"],
         ["inspect", evil],
         ["verify", evil],
-        ["decode", evil, "--all", tmp_path],
+        ["decode", evil, "--all", tmp_path, "--local"],
     ):
         _, printed = vidshard_exits(*command)
         assert not {"\x1b]", "\x07"} & {c for c in ("\x1b]", "\x07") if c in printed}, printed

@@ -114,7 +114,7 @@ def test_the_command_writes_parts_and_crossed_clips_as_python_gives_them(latents
     assert np.abs(frames_of(file).astype(int) - expected(structure=a, motion=b)).mean() < 6
     printed_by("decode", latents, "--structure", b.clip_id, "--cross", f"motion={a.clip_id}", "--to", file)
     assert np.abs(frames_of(file).astype(int) - expected(structure=b, motion=a)).mean() < 6
-    printed_by("decode", latents, "--all", tmp_path / "all", "--only", "motion")
+    printed_by("decode", latents, "--all", tmp_path / "all", "--only", "motion", "--each-clip")
     assert np.abs(frames_of(tmp_path / "all" / f"{a.clip_id}.mp4").astype(int) - expected(motion=a)).mean() < 6
 
 
@@ -190,7 +190,7 @@ def test_a_family_without_parts_says_what_its_clips_hold(tmp_path: Path) -> None
     words = "tiny has no payload parts: its clips hold tokens [2, 4, 4], and decode as a whole only"
     for arguments in (
         ("--clip", clip_id, "--only", "structure", "--to", tmp_path / "v.mp4"),
-        ("--all", tmp_path, "--only", "structure"),
+        ("--all", tmp_path, "--only", "structure", "--each-clip"),
         ("--structure", clip_id, "--dynamics", clip_id, "--to", tmp_path / "v.mp4"),
     ):
         assert words in printed_by("decode", FIXTURE, *arguments, code=2)
@@ -233,7 +233,9 @@ def test_a_clip_among_shards_of_several_tokenizers_is_decoded_by_its_own_or_refu
         printed = printed_by("decode", mixed[name], "--clip", clip.clip_id, "--to", tmp_path / "v.mp4")
         assert clip.provenance is not None
         assert f"({clip.provenance.weights_source.replace(':', ' ')})" in printed
-    assert "open the output that holds it" in printed_by("decode", mixed[name], "--all", tmp_path / "all", code=2)
+    assert "open the output that holds it" in printed_by(
+        "decode", mixed[name], "--all", tmp_path / "all", "--each-clip", code=2
+    )
     printed = printed_by("verify", mixed[name], "--exact", 1, code=2)
     assert "open the output that holds it" in printed
     with pytest.raises(ShardError, match="was made by toy"):

@@ -78,7 +78,7 @@ def test_all_commands_work_on_several_payloads(output: Path, tmp_path: Path) -> 
     assert code == 0, printed
     assert all(f"{name} " in printed for name in ("structure", "motion", "tokens"))
     assert "of 300 tokens used" in printed
-    code, printed = vidshard_exits("decode", output, "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", output, "--all", tmp_path / "clips", "--each-clip")
     assert code == 0, printed
     clips = sorted((tmp_path / "clips").glob("*.mp4"))
     assert len(clips) == 3
@@ -103,7 +103,7 @@ def test_a_changed_payload_of_any_name_is_found(output: Path) -> None:
 
 def test_a_family_that_is_not_there_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(models.FAMILIES, "toy")
-    code, printed = vidshard_exits("decode", output, "--all", output / "clips")
+    code, printed = vidshard_exits("decode", output, "--all", output / "clips", "--each-clip")
     assert code == 2
     assert "unknown tokenizer family 'toy'" in printed
 

@@ -57,7 +57,7 @@ def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
         recorded = ResolvedRun.from_provenance(provenance)
     assert recorded.run.pad_frames == policy
     assert provenance.identity.get("pad_frames", "refuse") == policy
-    code, printed = vidshard_exits("decode", tmp_path / "out", "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", tmp_path / "out", "--all", tmp_path / "clips", "--each-clip")
     assert code == 0, printed
     clips = list(read_clips(path))
     assert [clip.values["num_valid_frames"] for clip in clips] == [num_frames, num_frames - 1]

@@ -72,7 +72,7 @@ def test_every_precision_tokenizes_goes_on_verifies_and_decodes(
     code, printed = vidshard_exits("verify", out, "--exact", 1)
     assert code == 0, printed
     assert "encoded 6 clips again" in printed
-    code, printed = vidshard_exits("decode", out, "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", out, "--all", tmp_path / "clips", "--each-clip")
     assert code == 0, printed
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == 6
 

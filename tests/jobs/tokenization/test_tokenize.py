@@ -336,7 +336,7 @@ def test_averaged_weights_are_recorded_and_decoded_with(good_videos: Path, tmp_p
 
     converted = tmp_path / "averages.safetensors"
     assert run("convert", files["both"], converted, "--tokenizer", "tiny", "--ema").exit_code == 0
-    decode = ("decode", out, "--all", tmp_path / "videos", "--limit", "1")
+    decode = ("decode", out, "--all", tmp_path / "videos", "--limit", "1", "--each-clip")
     for weights in ((), ("--weights", files["both"]), ("--weights", converted)):
         result = run(*decode, *weights)
         assert result.exit_code == 0, result.output

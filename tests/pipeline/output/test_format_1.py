@@ -68,7 +68,7 @@ def test_the_same_command_continues_an_output_of_the_first_version(output: Path)
 def test_an_output_of_the_first_version_is_inspected_and_decoded(output: Path, tmp_path: Path) -> None:
     code, printed = vidshard_exits("inspect", output)
     assert code == 0, printed
-    code, printed = vidshard_exits("decode", output, "--all", tmp_path / "clips")
+    code, printed = vidshard_exits("decode", output, "--all", tmp_path / "clips", "--each-clip")
     assert code == 0, printed
     [path] = shard_paths(str(output))
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == len(list(read_clips(path)))
