@@ -131,7 +131,8 @@ def _results(
         left,
         decoder,
         workers=workers,
-        cpus_per_worker=max(1, cluster.num_cpus // cluster.num_nodes // workers) if not gpus else 1,
+        # one CPU is left, as a pool of actors that takes all of them may stop a flow
+        cpus_per_worker=1 if gpus else max(1, (cluster.num_cpus - 1) // max(1, cluster.num_nodes) // workers),
         gpus_per_worker=min(1.0, gpus / workers),
     )
 
