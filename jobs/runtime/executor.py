@@ -205,7 +205,7 @@ class ClusterExecutor:
 
     def failures_named(self) -> AbstractContextManager[None]:
         """Context in which an error of Ray becomes a StageFailedError."""
-        return _ray_failures_named()
+        return ray_failures_named()
 
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
         """Run the probe stage, as `Executor.map_videos`."""
