@@ -42,7 +42,7 @@ from vidshard.schemas.tokens import Provenance
 PAGES = project_pages()
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 LANGUAGES = {"bash", "console", "python", "sql", "yaml", "text", "mermaid"}
-TOP_FOLDERS = ("schemas", "models", "pipeline", "jobs", "tests", "benchmarks", "deploy", "docs", "vidshard")
+TOP_FOLDERS = ("schemas", "models", "pipeline", "jobs", "tests", "benchmarks", "deploy", "docs", "examples", "vidshard")
 
 on_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
