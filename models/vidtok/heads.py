@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -337,7 +338,8 @@ class VQ(nn.Module):
         rows = max(1, self.BLOCK_VALUES // codebook.shape[0])
         nearest = []
         # An enclosing autocast would take the products in bfloat16, and near entries would change places.
-        with torch.autocast(z_NC.device.type, enabled=False):
+        device = z_NC.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             for start in range(0, z_NC.shape[0], rows):
                 block = z_NC[start : start + rows]
                 # Always as many rows: otherwise the order of summation, and with it a near tie, would depend on the

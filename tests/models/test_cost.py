@@ -51,3 +51,11 @@ def test_overwritten_inputs_are_counted_as_written_and_outputs_as_not_read() -> 
         assert counter.cost().traffic_bytes == 3 * 40
         x.add_(y)
         assert counter.cost().traffic_bytes == 6 * 40
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_kl", "vq_causal_488_262144", "lfq_causal_488_262144", "vidtwin_tiny"])
+def test_the_cost_of_a_network_of_each_head_and_family_can_be_counted(name: str) -> None:
+    config = get_preset(name)
+    size = config.default_clip if config.parts else (5, 64, 64)
+    assert encoding_cost(config, *size).flops > 0
+    assert decoding_cost(config, *size).flops > 0

@@ -43,7 +43,9 @@ def job(
     out: Path, folder: Path, state: Any, kill_at: int | None, *, ranks: int, workers: int, batch_size: int
 ) -> tuple[list[int], dict[str, Any]]:
     """Run all ranks, each in a process of its own. Clips seen, and the state after the last batch."""
-    context = multiprocessing.get_context("fork")
+    # Forked from a server without threads: a fork of the test process may wait for locks that its threads hold.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     seen: list[int] = []
     states: list[dict[str, Any]] = []
     for rank in range(ranks):
