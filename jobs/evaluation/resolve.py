@@ -45,14 +45,14 @@ class ResolvedEvaluation:
 
     run: EvaluateRun
     groups: tuple[Group, ...]
-    """What is encoded and decoded; with stored tokens one group of one tokenizer."""
+    """Groups that are encoded and decoded; with stored tokens one group of one tokenizer."""
     stored: Output | None
     """Output whose tokens are evaluated; None where videos are encoded."""
     metrics: MetricsSpec
     not_measured: Mapping[str, str]
     """Reason by metric that is not taken."""
     identity: Mapping[str, Any]
-    """What decides about the scores, as JSON values; a folder holds scores of one identity."""
+    """Identity: the settings that decide the scores, as JSON values; a folder holds scores of one identity."""
 
     @property
     def measured(self) -> dict[str, TokenizerConfig]:

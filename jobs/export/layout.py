@@ -160,7 +160,7 @@ class Written:
     refused: Counter[str] = field(default_factory=Counter)
     """Clips that were not written, by reason."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the layout must know of the batch later, as JSON values."""
+    """Facts of the batch that the layout needs later, as JSON values."""
 
     def put(self, source: Source, path: str, data: bytes | memoryview) -> None:
         """Write a file atomically, and count it.

@@ -28,7 +28,7 @@ _SAVE_SECONDS = 5.0
 
 @dataclass(kw_only=True)
 class State:
-    """What an export has written."""
+    """Record of an export: the pieces that it has written."""
 
     settings: Mapping[str, Any]
     """Layout, filter and columns, and the tokenizer and weights of the clips: an export has one set of them."""

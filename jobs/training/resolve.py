@@ -54,7 +54,7 @@ class ResolvedTraining:
     weights: str | None
     """Weights file that ``--init-from`` names; None without one."""
     start_note: str = ""
-    """What the first stage takes of the file that it starts from; empty without one."""
+    """Parts of the file that the first stage starts from, as far as it takes them; empty without one."""
     new_discriminator_at_once: bool = False
     """Whether the first stage begins with an untrained discriminator at step 0 though it starts from weights."""
     longer: str | None = None

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 Kind = Literal["paper", "released", "ours"]
-"""Where a value comes from: the paper, the released code with its configurations and README, or our decision."""
+"""Origin of a value: the paper, the released code with its configurations and README, or our decision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Source:
     value: Any
     """The value there, in our units; for "ours" the value of the preset."""
     note: str = ""
-    """What a reader must know beside the value."""
+    """Remark that belongs to the value."""
 
 
 def _paper(value: Any, note: str = "") -> Source:

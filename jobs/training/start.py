@@ -32,7 +32,7 @@ _PICKLED = (".ckpt", ".pt", ".pth")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Start:
-    """What a stage starts from; with nothing it starts from the initial weights of its family."""
+    """Starting point of a stage; with nothing it starts from the initial weights of its family."""
 
     weights: dict[str, Tensor] | None = None
     """Weights of the tokenizer."""

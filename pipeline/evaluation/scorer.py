@@ -44,7 +44,7 @@ class Measured:
     """Placement of the frames that pad clips to a valid length; None if their length is valid."""
     tiling: Tiling | None = None
     notice: str | None = None
-    """What a reader of its figures must know, such as that its weights are random."""
+    """Warning for readers of its figures, such as that its weights are random."""
 
 
 @dataclass(frozen=True, kw_only=True)

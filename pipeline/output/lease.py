@@ -42,7 +42,7 @@ _MAX_TTL_SECONDS = 7 * 86400.0
 """Longest time to live that is believed."""
 _MAX_LEASE_BYTES = 1 << 16
 _CHECK_SECONDS = 5.0
-"""How long a check of the storage counts, where the caller allows that."""
+"""Seconds for which a check of the storage counts, where the caller allows that."""
 
 
 class LeaseHeldError(VidshardError):

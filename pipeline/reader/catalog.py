@@ -75,7 +75,7 @@ class Catalog:
     shard_bytes: npt.NDArray[np.int64]
     """int64 (shards,): size of the file."""
     shard_ranges: list[Mapping[str, ColumnRanges]]
-    """Where the payload columns lie in each shard, as far as that could be found."""
+    """Place of the payload columns in each shard, as far as it could be found."""
 
     @property
     def num_rows(self) -> int:

@@ -39,7 +39,7 @@ GRACE_SECONDS = 5.0
 """Seconds after the time limit at which a child ends itself, if its parent is no longer there to do so."""
 
 WAIT, FORK = "wait", "fork"
-"""What a process that forks is told: to wait for a fork and answer its exit code; to load the modules that a request
+"""Requests to a process that forks: to wait for a fork and answer its exit code; to load the modules that a request
 needs, fork, and answer the process id."""
 
 REQUEST = struct.Struct("<QI")

@@ -33,7 +33,7 @@ _MAX_TAGS = 200
 
 
 def encryption_of(watched: WatchedFile) -> list[str | None]:
-    """How each video stream of a file is encrypted, in words, in the order of the streams; None where it is not.
+    """Encryption of each video stream of a file, in words, in the order of the streams; None where there is none.
 
     Formats that say it for the whole file give one entry; an empty list says nothing. The file's position is kept.
     """
