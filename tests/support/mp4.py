@@ -39,6 +39,16 @@ def with_edits(whole: Path, path: Path, edits: Sequence[tuple[Fraction, int, int
     return path
 
 
+def with_long_last_frame(whole: Path, path: Path, *, seconds: int, rate: int) -> Path:
+    """A copy of a video of a whole frame rate whose index shows the last frame for so many seconds."""
+    data = whole.read_bytes()
+    at = data.index(b"stts") + 12
+    count, ticks = struct.unpack(">II", data[at : at + 8])
+    stts = struct.pack(">6I", 0, 2, count - 1, ticks, 1, seconds * ticks * rate)
+    path.write_bytes(replace_box(data, (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stts"), stts))
+    return path
+
+
 def with_clean_aperture(whole: Path, path: Path, entry: bytes, values: Sequence[int]) -> Path:
     """A copy whose sample entry has a clean aperture: width, height, and the offsets of its center, as fractions."""
     data = whole.read_bytes()

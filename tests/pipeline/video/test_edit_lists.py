@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.decoding import SPEC, assert_same, decode, numbers, probe
-from tests.support.mp4 import with_edits
+from tests.support.mp4 import with_edits, with_long_last_frame
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.video.decode import decode_spans
 from vidshard.pipeline.video.frames import decode_from
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.sampling import plan_spans
+from vidshard.schemas.rejections import Reason, VideoError
 
 PAL, NTSC = Fraction(25), Fraction(30000, 1001)
 
@@ -84,3 +85,15 @@ def test_frames_of_cuts_are_skipped_and_sought_as_those_of_any_video(
     alone = [decode_spans([span], spec, str(cut), max_clips=9)[0] for span in spans]
     for some, other in zip(together, alone, strict=True):
         assert_same(some.clips, other.clips)
+
+
+def test_a_last_frame_that_lasts_for_an_hour_by_the_index_is_a_reason_and_no_hour_of_one_picture(
+    tmp_path: Path,
+) -> None:
+    whole = write_video(tmp_path / "whole.mp4", Recipe(num_frames=100, rate=PAL))
+    long = with_long_last_frame(whole, tmp_path / "long.mp4", seconds=3600, rate=25)
+    cut = with_edits(long, tmp_path / "cut.mp4", [(Fraction(4), 0, 1)])
+    for path in (long, cut):
+        with pytest.raises(VideoError, match=r"the header says 4\.00 s") as refused:
+            decode(path, replace(SPEC, fps=PAL))
+        assert refused.value.reason is Reason.LONGER_THAN_HEADER
