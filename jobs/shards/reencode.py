@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.runtime.progress import PhaseProgress, print_alert
 from vidshard.models.tokenizer import EncodedClips, Past, Tokenizer, frames_to_input
 from vidshard.models.vidtok.lengths import pad
 from vidshard.pipeline.crossing import check_clip, stored_spec
@@ -59,8 +59,9 @@ class Comparison:
 
     @property
     def is_broken(self) -> bool:
-        """Whether values differ that must be equal."""
-        return self.must_be_equal and self.num_different > self.num_ties
+        """Whether values differ that must be equal, or all sources are gone, so that nothing was compared."""
+        differs = self.must_be_equal and self.num_different > self.num_ties
+        return differs or (not self.num_clips and bool(self.gone))
 
 
 def encode_again(
@@ -230,3 +231,5 @@ def _report(result: Comparison, share: float, seed: int, console: Console) -> No
         console.print(f"  not compared: {line}", highlight=False, markup=False)
     if len(result.gone) > 10:
         console.print(f"  ... and {len(result.gone) - 10} more whose source cannot be read", highlight=False)
+    if result.gone and not result.num_clips:
+        print_alert(console, "no clip was compared: none of their sources can be read", style="bold red")

@@ -298,7 +298,7 @@ def test_sources_whose_server_turned_hostile_are_named_and_no_clip_is_compared_w
         for name, answer in answers.items():
             now[0] = answer
             code, printed = vidshard_exits(*verify, "--allow-private")
-            assert code == 0, (name, printed)
+            assert code == 1, (name, printed)
             assert "encoded 0 clips again" in " ".join(printed.split()), name
             assert f"of {server.url}/v.mp4" in printed, f"{name}: the source is named"
             assert "Traceback" not in printed, name

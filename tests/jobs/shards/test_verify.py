@@ -77,12 +77,13 @@ def test_a_token_that_was_changed_is_found(video: Path, tmp_path: Path) -> None:
     assert f"differs: {table['clip_id'][4].as_py()}" in printed
 
 
-def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_source_that_is_gone_is_named_and_comparing_nothing_is_no_success(tmp_path: Path) -> None:
     video = write_video(tmp_path / "gone.mp4", Recipe(num_frames=20, rate=Fraction(10)))
     out = tokenized("clips", video, tmp_path)
     video.unlink()
     code, printed = vidshard_exits("verify", out, "--exact", 1)
-    assert code == 0, printed
+    assert code == 1, printed
+    assert "no clip was compared: none of their sources can be read" in printed
     assert "encoded 0 clips again" in printed
     assert "not compared: " in printed
     assert "gone.mp4" in printed
