@@ -28,6 +28,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_rank(log: Path, out: Path, state: Any, kill_at: int | None, workers: int, options: dict[str, Any]) -> None:
     """Read as one rank and write down every batch; die, with all that is going on, after so many of them."""
+    # its loader workers notice that death only as children of its own
+    multiprocessing.set_start_method("fork", force=True)
     loader = vidshard.TokenShards(str(out), shuffle=True, seed=3, **options).loader(workers)
     if state is not None:
         loader.load_state_dict(state)
