@@ -151,6 +151,7 @@ def verify(
 @click.option("--no-encode", is_flag=True, help="Stop after decoding.")
 @_moved_weights
 @_fetch_sources
+@_allow_private
 def debug(
     out: str,
     span_id: str | None,
@@ -159,6 +160,7 @@ def debug(
     no_encode: bool,
     weights: str | None,
     fetch_sources: bool,
+    allow_private: bool,
 ) -> int:
     """Replay a span in this process, stage by stage.
 
@@ -182,6 +184,7 @@ def debug(
         encode=not no_encode,
         weights=weights,
         fetch_sources=fetch_sources,
+        allow_private=allow_private,
     )
 
 

@@ -77,11 +77,12 @@ def read_run_record(out: str) -> RunRecord | None:
     return found
 
 
-def resolved_run_of(out: str, *, weights: str | None = None) -> ResolvedRun:
+def resolved_run_of(out: str, *, weights: str | None = None, source_hosts: tuple[str, ...] | None = ()) -> ResolvedRun:
     """Resolve the run that made an output, whether or not it has shards.
 
     Args:
         weights: present location of its weights; None for the location that the output records.
+        source_hosts: web servers with private addresses that its sources may be fetched from; None for all.
 
     Raises:
         UserError: there is no run record, it is damaged, or this vidshard does not know a setting or the tokenizer.
@@ -105,7 +106,7 @@ def resolved_run_of(out: str, *, weights: str | None = None) -> ResolvedRun:
         )
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{shown_uri(path)} is no run record ({one_line(error, 200)})") from error
-    return ResolvedRun.from_provenance(provenance, weights=weights)
+    return ResolvedRun.from_provenance(provenance, weights=weights, source_hosts=source_hosts)
 
 
 def check_output(resolved: ResolvedRun) -> RunRecord:

@@ -29,7 +29,7 @@ from vidshard.pipeline.rows import clip_frames, row_span
 from vidshard.schemas.errors import EXIT_FAILED, UserError
 from vidshard.schemas.rejections import REMEDIES, Reason, VideoError
 from vidshard.schemas.text import readable
-from vidshard.schemas.uris import is_remote, shown_uri, without_secrets
+from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts, without_secrets
 from vidshard.schemas.video import Limits, VideoRef
 
 _COLUMNS_OF_SHEET = 6
@@ -45,6 +45,7 @@ def debug_spans(
     encode: bool,
     weights: str | None,
     fetch_sources: bool,
+    allow_private: bool,
 ) -> int:
     """Replay one span, or the rejected spans of one video, in this process, and print what each stage gave.
 
@@ -58,6 +59,7 @@ def debug_spans(
         encode: whether to encode what was decoded.
         weights: present location of the weights; None for the location that the output records.
         fetch_sources: whether the video may be read from remote storage.
+        allow_private: whether it may lie on a web server with a private address that neither ``out`` nor ``uri`` names.
 
     Returns:
         0 if every stage gave a result; 1 if one of them rejected something.
@@ -67,11 +69,11 @@ def debug_spans(
             fetched.
     """
     folder = storage.absolute(out)
-    resolved = resolved_run_of(folder, weights=weights)
+    hosts = None if allow_private else typed_hosts([out, *([] if uri is None else [uri])])
+    resolved = resolved_run_of(folder, weights=weights, source_hosts=hosts)
     record = read_run_record(folder)
     limits = replace(
-        resolved.run.limits,
-        private_hosts=None if fetch_sources else resolved.run.limits.private_hosts,
+        resolved.source_limits,
         sandbox="auto",  # what an output records does not switch it off
         sampled_ids=record is not None and record.sampled_ids,
     )

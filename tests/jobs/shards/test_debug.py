@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.support.cli import SMALL, printed_by, tokenize
+from tests.support.http_server import http_server
 from tests.support.shards import clips_of
 from tests.support.videos import Recipe, read_frame_number, write_damaged, write_video
+from vidshard.pipeline.decode_stage import forget_processes
 from vidshard.pipeline.output.committed import committed_spans
 
 
@@ -100,3 +102,23 @@ def test_what_is_not_in_the_plan_is_refused_by_name(output: Path, arguments: tup
 
 def test_what_is_no_output_is_refused_by_name(tmp_path: Path) -> None:
     assert "has no run.json" in printed_by("debug", tmp_path, "--span", "a", code=2)
+
+
+def test_a_remote_source_is_fetched_on_request_and_from_private_addresses_only_where_they_are_named(
+    output: Path, tmp_path: Path
+) -> None:
+    content = (output / "videos/good.mp4").read_bytes()
+    with http_server(lambda _path: content) as server:
+        uri = f"{server.url}/good.mp4"
+        assert tokenize(uri, "--out", tmp_path / "tokens", *SMALL).exit_code == 0
+        span = committed_spans(str(tmp_path / "tokens"))[0].as_py()
+        by_span, by_uri = (
+            ("debug", tmp_path / "tokens", "--no-encode", *of) for of in (("--span", span), ("--uri", uri))
+        )
+        asked = len(server.asked)
+        forget_processes()  # which keep a connection of that run, as no other command would
+        assert "is not fetched by itself" in printed_by(*by_uri, code=2)
+        assert "127.0.0.1 is refused" in printed_by(*by_span, "--fetch-sources", code=1)
+        assert len(server.asked) == asked
+        assert "decode" in printed_by(*by_span, "--fetch-sources", "--allow-private")
+        assert "decode" in printed_by(*by_uri, "--fetch-sources")
