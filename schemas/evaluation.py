@@ -83,6 +83,19 @@ class EvaluateRun(ClusterSettings):
         help="Output of `vidshard tokenize` to evaluate instead of VIDEOS. Its tokens are decoded and compared with "
         "the sources, without encoding again.",
     )
+    fetch_sources: bool = setting(
+        False,
+        section="Input",
+        identity=False,
+        help="With --from, read source videos from remote storage too. The output names them; give this only if you "
+        "trust it.",
+    )
+    allow_private: bool = setting(
+        False,
+        section="Input",
+        identity=False,
+        help="Let --fetch-sources, and redirects, reach web servers with private addresses that --from does not name.",
+    )
     limit: int | None = setting(
         None, section="Input", ge=1, metavar="N", identity=False, help="Largest number of videos."
     )

@@ -21,11 +21,13 @@ from vidshard.models.weights import weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.evaluation.scorer import Measured, MetricsSpec
 from vidshard.pipeline.open_output import Output
+from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.evaluation import PROTOCOLS, EvaluateRun
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import WEIGHT_SUFFIXES
+from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
 
 DEFAULT_FPS = Fraction(8)
 
@@ -78,7 +80,7 @@ def resolve(run: EvaluateRun, console: Console) -> ResolvedEvaluation:
         }
     )
     stored = None if run.tokens is None else Output(run.tokens)
-    groups = _groups(run) if stored is None else (_stored_group(stored),)
+    groups = _groups(run) if stored is None else (_stored_group(run, stored),)
     for measured in {m.label: m for group in groups for m in group.tokenizers}.values():
         if measured.notice is not None:
             warn(console, f"{measured.label}: {measured.notice}")
@@ -172,12 +174,32 @@ def _labels(named: Sequence[tuple[ResolvedRun, str]]) -> list[str]:
     return [f"{label} #{number}" if again[label] > 1 else label for number, label in enumerate(labels, start=1)]
 
 
-def _stored_group(stored: Output) -> Group:
-    resolved = ResolvedRun.from_provenance(stored.provenance)
+def _stored_group(run: EvaluateRun, stored: Output) -> Group:
+    if not run.fetch_sources:
+        _refuse_remote_sources(stored)
+    hosts = None if run.allow_private else typed_hosts([stored.path])
+    resolved = ResolvedRun.from_provenance(stored.provenance, source_hosts=hosts)
     measured = Measured(
         label=resolved.config.name, source=resolved.source, padding=resolved.padding, notice=resolved.notice
     )
     return Group(resolved=resolved, tokenizers=(measured,))
+
+
+def _refuse_remote_sources(stored: Output) -> None:
+    """Refuse an output that names a remote source.
+
+    Raises:
+        UserError: there is one.
+    """
+    for path in stored.shards:
+        with open_shard(path) as (parquet, _):
+            for group in range(parquet.metadata.num_row_groups):
+                for uri in parquet.group(group, ["uri"])["uri"].unique().to_pylist():
+                    if is_remote(uri):
+                        raise UserError(
+                            f"{shown_uri(uri)} is not fetched by itself: the output names it, and may be foreign; "
+                            "--fetch-sources fetches such sources"
+                        )
 
 
 # Metrics

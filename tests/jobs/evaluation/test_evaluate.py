@@ -14,12 +14,14 @@ import pytest
 
 from tests.models.test_frechet import Program, save_program
 from tests.support.cli import SMALL, printed_by, run, tokenize
+from tests.support.http_server import http_server
 from tests.support.videos import Recipe, write_undecodable, write_video
 from vidshard.jobs.evaluation.published import PUBLISHED
 from vidshard.jobs.evaluation.resolve import resolve
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.vidtok.config import PRESETS as VIDTOK
 from vidshard.models.weights import load_tokenizer, save_tokenizer
+from vidshard.pipeline.decode_stage import forget_processes
 from vidshard.pipeline.evaluation import scorer
 from vidshard.pipeline.evaluation.scores import ScoredSpans
 from vidshard.schemas.evaluation import EvaluateRun
@@ -158,6 +160,22 @@ def test_stored_tokens_are_measured_as_if_they_were_encoded_again(videos: Path, 
     fewer = record_in(tmp_path / "fewer")
     assert fewer["rows"][0]["clips"] == 4
     assert sum(fewer["rejections"].values()) == 1
+
+
+def test_remote_sources_of_stored_tokens_are_fetched_only_on_request(videos: Path, tmp_path: Path) -> None:
+    content = (videos / "v0.mp4").read_bytes()
+    with http_server(lambda _path: content) as server:
+        made = tokenize(f"{server.url}/v0.mp4", "--out", tmp_path / "tokens", *SMALL, "--tail", "drop")
+        assert made.exit_code == 0, made.output
+        forget_processes()  # which keep a connection of that run, as no other command would
+        command = ("evaluate", "--from", tmp_path / "tokens", "--local", "--no-lpips", "--out")
+        asked = len(server.asked)
+        assert "is not fetched by itself" in printed_by(*command, tmp_path / "no", code=2)
+        refused = printed_by(*command, tmp_path / "private", "--fetch-sources", code=2)
+        assert "no clip could be scored: all were rejected" in refused
+        assert len(server.asked) == asked
+        printed_by(*command, tmp_path / "yes", "--fetch-sources", "--allow-private")
+        assert record_in(tmp_path / "yes")["rows"][0]["clips"] > 0
 
 
 def test_weights_files_are_compared_under_their_names(videos: Path, tmp_path: Path) -> None:
