@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vidshard.schemas.errors import UserError
-from vidshard.schemas.fields import Setting, Settings, setting_of
+from vidshard.schemas.fields import ReportSettings, Setting, Settings, setting_of
 
 Model = TypeVar("Model", bound=Settings)
 T = TypeVar("T")
@@ -160,6 +160,15 @@ def options_of(
         return function
 
     return decorate
+
+
+def report_options(function: Any) -> Any:
+    """Decorator that gives a click command without a settings model the flags of ``ReportSettings``."""
+    for name, field in reversed(ReportSettings.model_fields.items()):
+        choices = [text for part in get_args(field.annotation) for text in get_args(part)]
+        kind = {"type": click.Choice(choices)} if choices else {"metavar": setting_of(field).metavar}
+        function = click.option(_flag(name), name, default=None, help=field.description, **kind)(function)
+    return function
 
 
 def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[Any], Any]:

@@ -27,6 +27,7 @@ from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
 from vidshard.pipeline.versions import code_version, library_versions
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.fields import ReportSettings
 from vidshard.schemas.runs import TokenizeRun, identity_settings
 from vidshard.schemas.tokens import Payload, Provenance
 from vidshard.schemas.video import ClipSpec, Limits
@@ -329,8 +330,9 @@ def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
 
 
 def public_record(run: TokenizeRun) -> dict[str, Any]:
-    """Settings of a run for display and storage, without credentials in URLs."""
-    record = in_stored_order(run.model_dump(mode="json"), _RUN_ORDER)
+    """Settings of a run for display and storage, without credentials in URLs, and without what it tells meanwhile."""
+    told = set(ReportSettings.model_fields)
+    record = in_stored_order(run.model_dump(mode="json", exclude=told), _RUN_ORDER)
     record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
     return record | {name: storage.public_uri(record[name]) for name in ("out", "weights") if record[name]}
 

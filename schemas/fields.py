@@ -375,7 +375,32 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class ClusterSettings(Settings):
+ProgressMode = Literal["none", "plain", "live"]
+"""Display of progress: nothing, a line about every ten seconds, or one live line."""
+
+
+class ReportSettings(Settings):
+    """Settings of what a job tells while it runs. They are no part of what an output records about its run."""
+
+    progress: ProgressMode | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        metavar="none|plain|live",
+        help="Display of progress: 'live' is one line that changes, 'plain' a line about every ten seconds, 'none' "
+        "nothing. Default: live on a terminal, plain elsewhere.",
+    )
+    log_json: str | None = setting(
+        None,
+        section="Execution",
+        identity=False,
+        metavar="FILE",
+        help="Local file to append events to, one JSON object per line, for schedulers and log stores. "
+        "docs/deploying.md lists the events.",
+    )
+
+
+class ClusterSettings(ReportSettings):
     """Settings of the Ray cluster, shared by every job that runs on one."""
 
     ray_address: str | None = setting(

@@ -38,6 +38,12 @@ def readable_lines(text: object) -> str:
     return "".join(c if c in "\n\t" else _shown(c) for c in whole)
 
 
+def indented(text: object) -> str:
+    """A message safe to print, its lines after the first indented."""
+    first, *others = readable_lines(text).split("\n")
+    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in others)])
+
+
 def spreadsheet_cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula: one that begins like a formula gets a ``'`` before it."""
     return f"'{text}" if text.lstrip(" \u00a0\u3000").startswith(_FORMULA) or text.startswith(_FORMULA) else text

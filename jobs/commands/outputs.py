@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
-from vidshard.schemas.fields import parse_size
+from vidshard.jobs.settings import report_options
+from vidshard.schemas.fields import ProgressMode, ReportSettings, parse_size
 
 if TYPE_CHECKING:
     from vidshard.jobs.shards.decode_all import DecodeResult
@@ -236,6 +237,7 @@ def debug(
     help="Number of decoding processes of --all. Default: one per GPU, or one per four CPUs.",
 )
 @click.option("--ray-address", metavar="ADDRESS", help="Ray cluster for --all, such as 'auto' or ray://head:10001.")
+@report_options
 @click.option("-v", "--verbose", is_flag=True, help="Show Ray's own log and progress.")
 def decode(
     out: str,
@@ -258,6 +260,8 @@ def decode(
     local: bool,
     workers: int | None,
     ray_address: str | None,
+    progress: ProgressMode | None,
+    log_json: str | None,
     verbose: bool,
 ) -> DecodeResult | None:
     """Turn tokens back into video.
@@ -288,6 +292,7 @@ def decode(
         tiles = None if tile_size is None else parse_size(tile_size)
     except ValueError as error:
         raise click.UsageError(f"--tile-size: {error}") from error
+    from vidshard.jobs.runtime.events import reported
     from vidshard.jobs.shards.decode import DecodeRun, decode_output
 
     request = DecodeRun(
@@ -308,12 +313,15 @@ def decode(
         ray_address=ray_address,
         workers=workers,
         verbose=verbose,
+        reporting=ReportSettings(progress=progress, log_json=log_json),
     )
     if folder is not None and not each_clip and not side_by_side:
         from vidshard.jobs.shards.decode_all import decode_all
 
         return decode_all(request, output_console(), local=local)
-    decode_output(request, output_console())
+    console = output_console()
+    with reported(console, request.reporting, command="decode", out=folder or target):
+        decode_output(request, console)
     return None
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from vidshard.jobs.evaluation.resolve import Group, ResolvedEvaluation, resolve
 from vidshard.jobs.evaluation.tables import record_of, render
+from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import ClusterExecutor, LocalExecutor, open_executor
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.pipeline import storage
@@ -85,6 +86,14 @@ def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict
     if out != storage.public_uri(out):
         raise UserError(f"--out {storage.public_uri(out)}: put the credentials into the environment, not the URL")
     progress = Console(stderr=True, quiet=console.quiet) if run.format != "text" else console
+    with reported(progress, run, command="evaluate", out=out):
+        record = _evaluate(run, out, progress, local=local)
+    console.print(render(record, run.format), highlight=False, markup=False, soft_wrap=True, end="")
+    return record
+
+
+def _evaluate(run: EvaluateRun, out: str, progress: Console, *, local: bool) -> dict[str, Any]:
+    """As :func:`evaluate`, without the printed table."""
     evaluation = resolve(run, progress)
     storage.check_writable(out)
     found = None if evaluation.stored else discover(run.inputs, limit=run.limit)
@@ -99,10 +108,7 @@ def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict
                 work = _work(evaluation, group, found, executor, done, lease, progress)
             _score(evaluation, work, executor, lease, progress)
         lease.check()
-        scored = read_scores(out)
-        record = _report(evaluation, scored)
-    console.print(render(record, run.format), highlight=False, markup=False, soft_wrap=True, end="")
-    return record
+        return _report(evaluation, read_scores(out))
 
 
 def _write_record(evaluation: ResolvedEvaluation) -> None:

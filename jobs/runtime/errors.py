@@ -8,8 +8,8 @@ from types import FrameType
 
 import click
 
-from vidshard.jobs.runtime.progress import indented
 from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.text import indented
 from vidshard.schemas.uris import without_secrets
 
 

@@ -1,4 +1,7 @@
-"""Progress display of a job: one live line on a terminal, otherwise a plain line about every ten seconds."""
+"""Progress display of a job: one live line on a terminal, otherwise a plain line about every ten seconds, or none.
+
+``--progress`` chooses another one. Each plain line is also an event of ``--log-json`` (`jobs.runtime.events`).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from vidshard.schemas.text import readable_lines
+from vidshard.jobs.runtime.events import events_of, mode_of
+from vidshard.schemas.text import indented
 
 PLAIN_INTERVAL_SECONDS = 10.0
-"""Shortest time between two lines where the output is not a terminal."""
+"""Shortest time between two plain lines, and between two events."""
 
 
 class PhaseProgress:
@@ -26,16 +30,18 @@ class PhaseProgress:
         self._done = 0.0
         self._started = time.monotonic()
         self._printed = -math.inf
+        mode = mode_of(console)
+        self._is_plain = mode == "plain"
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
-            console=console,
+            console=_forced(console) if mode == "live" else console,
             transient=True,
             refresh_per_second=4,
-            disable=not console.is_terminal,
+            disable=mode != "live",
         )
         self._task = self._progress.add_task(title, total=self._total, figures="starting")
 
@@ -65,9 +71,26 @@ class PhaseProgress:
         line = figures + (f" · {_duration(left)} left" if left is not None and self._done < self._total else "")
         self._progress.update(self._task, completed=self._done, figures=line)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL_SECONDS:
+        if now - self._printed >= PLAIN_INTERVAL_SECONDS:
             self._printed = now
-            self._console.print(f"{self._title}: {self._done / self._total:.0%} · {line}", highlight=False)
+            if self._is_plain:
+                self._console.print(f"{self._title}: {self._done / self._total:.0%} · {line}", highlight=False)
+            events_of(self._console).emit(
+                "progress",
+                phase=self._title,
+                done=self._done,
+                total=self._total,
+                seconds=round(self.seconds, 1),
+                left_seconds=None if left is None else round(left, 1),
+                text=line,
+            )
+
+
+def _forced(console: Console) -> Console:
+    """A console for a live line where the output is no terminal, as ``--progress live`` asks for."""
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, force_terminal=True, width=160, quiet=console.quiet)
 
 
 def _duration(seconds: float) -> str:
@@ -79,16 +102,11 @@ def _duration(seconds: float) -> str:
 
 
 def warn(console: Console, text: str) -> None:
-    """Print a warning, marked by ``!!`` and by color."""
+    """Print a warning, marked by ``!!`` and by color; it is an event too."""
     print_alert(console, f"!! {text}", style="bold yellow")
+    events_of(console).emit("warning", text=text)
 
 
 def print_alert(console: Console, text: str, *, style: str) -> None:
     """Print a message that may quote foreign text; lines after the first are indented, so that none passes for ours."""
     console.print(Text(indented(text), style=style))
-
-
-def indented(text: object) -> str:
-    """A message safe to print, its lines after the first indented."""
-    first, *others = readable_lines(text).split("\n")
-    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in others)])

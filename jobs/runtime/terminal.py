@@ -52,16 +52,17 @@ def print_json(record: Mapping[str, Any]) -> None:
     Args:
         record: JSON values; numbers that are not finite become null, which JSON lacks.
     """
-    sys.stdout.write(json.dumps(_finite(record), ensure_ascii=True, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(finite(record), ensure_ascii=True, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value in which numbers that are not finite are null, as JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(name): _finite(each) for name, each in value.items()}
+        return {str(name): finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return value
 
 

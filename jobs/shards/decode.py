@@ -31,6 +31,7 @@ from vidshard.pipeline.reconstruct import (
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.video_file import write_video
 from vidshard.schemas.errors import UserError, one_line
+from vidshard.schemas.fields import ReportSettings
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import readable
 from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
@@ -72,6 +73,8 @@ class DecodeRun:
     """Number of processes that decode whole videos; None for one per GPU, or per four CPUs."""
     verbose: bool = False
     """Show Ray's log."""
+    reporting: ReportSettings = field(default_factory=ReportSettings)
+    """What it tells meanwhile."""
     tile_overlap: int | None = None
     """Overlap of tiles in pixels; None for that of the run."""
 

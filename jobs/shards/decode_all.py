@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 
+from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import ray_failures_named
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.shards.decode import DecodeRun, introduce, resolved_of, tiling_for
@@ -68,13 +69,22 @@ def decode_all(request: DecodeRun, console: Console, *, local: bool) -> DecodeRe
         VidshardError: the weights are missing or others, a shard is damaged, or a file cannot be written.
     """
     assert request.folder is not None, "the command says where to"
+    with reported(console, request.reporting, command="decode --all", out=request.folder) as events:
+        result = _decode_all(request, request.folder, console, local=local)
+        events.emit("summary", result=asdict(result))
+        events.exit_code = result.exit_code
+    return result
+
+
+def _decode_all(request: DecodeRun, folder: str, console: Console, *, local: bool) -> DecodeResult:
+    """As :func:`decode_all`."""
     paths = output_shards(request.out)
     resolved = resolved_of(request, paths[0])
     if request.only:
         check_parts(resolved, request.only)
     tiling = tiling_for(request, resolved)
     introduce(resolved, console)
-    dest = storage.absolute(request.folder)
+    dest = storage.absolute(folder)
     if dest != storage.public_uri(dest):
         raise UserError(f"{storage.public_uri(dest)}: put the credentials into the environment, not the URL")
     lost_frames = resolved.config.time_stride - 1 if resolved.run.continuous else 0

@@ -24,6 +24,7 @@ from vidshard.jobs.tokenization.placement import bfloat16_pays
 from vidshard.jobs.tokenization.planning import uri_columns
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors
+from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
@@ -50,6 +51,7 @@ def tokenize_spans(
     summary: Summary,
     rejected: set[str],
     console: Console,
+    telemetry: Telemetry,
     *,
     limits: Limits,
 ) -> None:
@@ -62,13 +64,14 @@ def tokenize_spans(
         lease: lease on the output, checked before each commit.
         summary: summary of the run; updated in place.
         rejected: URIs of the videos with rejections so far; new ones are added in place.
+        telemetry: what the run tells while it goes on.
         limits: largest cost of one video.
     """
     counter = SpanCounter(is_awaited=np.ones(work.num_spans, np.bool_))
     sink = open_sink(resolved, work, lease)
     started = time.monotonic()
     try:
-        _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console, limits)
+        _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console, telemetry, limits)
     except KeyboardInterrupt as interrupt:
         summary.interruption = interrupt
     except (RunFailedError, LeaseLostError) as error:
@@ -117,6 +120,7 @@ def _collect(
     summary: Summary,
     rejected: set[str],
     console: Console,
+    telemetry: Telemetry,
     limits: Limits,
 ) -> None:
     """Take encoded rows until all have come, an interrupt, or too many rejections."""
@@ -139,6 +143,7 @@ def _collect(
                 sink.commit_if_due()
                 continue
             rows, rejections = counter.take(rows)
+            telemetry.took(rows, rejections)
             sink.add(rows)
             summary.reasons.update(r["reason"] for r in rejections)
             rejected |= {r["uri"] for r in rejections}

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pyarrow.compute as pc
 from rich.console import Console
 
+from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
 from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
@@ -22,7 +23,8 @@ from vidshard.jobs.tokenization.collect import check_internal_errors, check_reje
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place
 from vidshard.jobs.tokenization.planning import make_plan
-from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary
+from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary, summary_record
+from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import confinement_lacks
 from vidshard.pipeline.discover import discover
@@ -52,9 +54,12 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
     """
     if local and run.ray_address is not None:
         raise UserError("--local runs without Ray: leave --ray-address out, or --local")
-    resolved = ResolvedRun.of(run)
-    summary = run_job(resolved, console, local=local)
-    print_summary(summary, resolved.payload, console)
+    with reported(console, run, command="tokenize", out=run.out) as events:
+        resolved = ResolvedRun.of(run)
+        summary = run_job(resolved, console, local=local)
+        print_summary(summary, resolved.payload, console)
+        events.emit("summary", result=summary_record(summary))
+        events.exit_code = summary.exit_code
     return summary
 
 
@@ -92,6 +97,8 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         print_run(resolved, found, console)
         console.print(f"running on {executor}", highlight=False)
         warn_of_confinement(run, console)
+        telemetry = Telemetry(console)
+        telemetry.started(resolved, executor)
         ready = time.monotonic()
         write_run_record(resolved, record)
         limits = replace(run.limits, sampled_ids=record.sampled_ids, storage_hosts=found.storage_hosts)
@@ -113,11 +120,12 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
             notice=resolved.notice,
             forecast=forecast,
         )
+        telemetry.planned(summary, planned.new_rejections, work.num_spans)
         check_reject_share(summary, rejected, run)
         broken = {r.uri for r in planned.new_rejections if r.reason is Reason.INTERNAL_ERROR}
         check_internal_errors(summary, broken, run)
         if work.num_spans and not summary.problems:
-            tokenize_spans(resolved, work, executor, lease, summary, rejected, console, limits=limits)
+            tokenize_spans(resolved, work, executor, lease, summary, rejected, console, telemetry, limits=limits)
         summary.seconds["total"] = time.monotonic() - started
         summary.machine_speed = None if watch is None else watch.speed
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor, open_executor
 from vidshard.jobs.runtime.run_record import RunRecord
 from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
@@ -90,6 +91,14 @@ def plan_run(run: TokenizeRun, console: Console, *, local: bool, machine: str, s
     Raises:
         VidshardError: the run could not start as requested, or no video can be opened.
     """
+    with reported(console, run, command="plan", out=run.out if save else None) as events:
+        forecast = _forecast_run(run, console, local=local, machine=machine, save=save)
+        events.emit("summary", result=asdict(forecast))
+    return forecast
+
+
+def _forecast_run(run: TokenizeRun, console: Console, *, local: bool, machine: str, save: bool) -> Forecast:
+    """As :func:`plan_run`."""
     other = None if machine == HERE else find_machine(machine)
     resolved = ResolvedRun.of(run)
     storage.restrict_addresses(resolved.run.limits.private_hosts)

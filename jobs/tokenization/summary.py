@@ -7,6 +7,7 @@ import math
 import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -146,8 +147,14 @@ def describe_column(column: PayloadColumn) -> str:
 
 def save_summary(summary: Summary) -> None:
     """Write ``summary.json`` beside the shards."""
+    record = json.dumps(summary_record(summary), indent=2)
+    storage.write_atomic(storage.join(summary.out, "summary.json"), record.encode())
+
+
+def summary_record(summary: Summary) -> dict[str, Any]:
+    """The content of ``summary.json``, as JSON values."""
     written = summary.written
-    record = {
+    return {
         **{f.name: getattr(summary, f.name) for f in fields(summary)},
         "written": {f.name: getattr(written, f.name) for f in fields(written)}
         | {"rejected_uris": sorted(written.rejected_uris)},
@@ -156,7 +163,6 @@ def save_summary(summary: Summary) -> None:
         "forecast": None if summary.forecast is None else asdict(summary.forecast),
         "interruption": None if summary.interruption is None else type(summary.interruption).__name__,
     }
-    storage.write_atomic(storage.join(summary.out, "summary.json"), json.dumps(record, indent=2).encode())
 
 
 def print_summary(summary: Summary, payload: Payload, console: Console) -> None:

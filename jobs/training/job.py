@@ -35,6 +35,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
 from vidshard.jobs.runtime.errors import cause_of
+from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.recorder import read_metrics
@@ -89,9 +90,11 @@ def train(run: TrainRun, console: Console) -> Result:
     Raises:
         VidshardError: the run cannot be carried out as it stands; nothing was trained.
     """
-    training = resolve(run)
-    result = _train_stages(training, console)
-    print_result(result, training.run.out, console)
+    with reported(console, run, command="train", out=run.out) as events:
+        training = resolve(run)
+        result = _train_stages(training, console)
+        print_result(result, training.run.out, console)
+        events.exit_code = result.exit_code
     return result
 
 
@@ -108,12 +111,15 @@ def resume(out: str, changes: dict[str, Any], console: Console, *, steps: int | 
     """
     out = storage.absolute(out)
     record = read_record(out)
-    training = resolve(TrainRun.model_validate({**record["run"], **changes, "out": out}))
-    if steps is not None:
-        training = replace(training, run_id=record["run_id"])
-        training = lengthened(training, steps, lambda name: _finished(training, name) is not None, console)
-    result = _train_stages(training, console)
-    print_result(result, training.run.out, console)
+    run = TrainRun.model_validate({**record["run"], **changes, "out": out})
+    with reported(console, run, command="train resume", out=out) as events:
+        training = resolve(run)
+        if steps is not None:
+            training = replace(training, run_id=record["run_id"])
+            training = lengthened(training, steps, lambda name: _finished(training, name) is not None, console)
+        result = _train_stages(training, console)
+        print_result(result, training.run.out, console)
+        events.exit_code = result.exit_code
     return result
 
 

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tests.support.markdown import ROOT, project_pages
+from vidshard.jobs.runtime.events import EVENTS
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.sources import SOURCES
 from vidshard.models.tokenizer import PRESETS
@@ -285,6 +286,15 @@ def ray_files(_: str) -> str:
     return "\n".join(found)
 
 
+def events(_: str) -> str:
+    """Every event of ``--log-json``, and its fields."""
+    rows = [
+        [f"`{name}`", meaning, ". ".join(f"`{field}`: {text}" for field, text in fields.items())]
+        for name, (meaning, fields) in EVENTS.items()
+    ]
+    return _table(["event", "meaning", "fields"], rows)
+
+
 RENDERERS: dict[str, Callable[[str], str]] = {
     "settings of tokenize": tokenize_settings,
     "settings of train": train_settings,
@@ -297,6 +307,7 @@ RENDERERS: dict[str, Callable[[str], str]] = {
     "modules": modules,
     "imports of rooms": room_imports,
     "files that import Ray": ray_files,
+    "events": events,
 }
 
 
