@@ -23,8 +23,9 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged
 from vidshard.pipeline.output.parquet_footer import ColumnChunk, ColumnRanges
 from vidshard.pipeline.reader.pages import decoded
+from vidshard.pipeline.storage.errors import ReadError
 from vidshard.pipeline.storage.file_systems import bounded, file_info
-from vidshard.pipeline.storage.retry import ReadError, errors_named, whole
+from vidshard.pipeline.storage.retry import errors_named, whole
 from vidshard.schemas.tokens import PayloadColumn
 
 FOOTERS = 64

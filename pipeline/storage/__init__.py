@@ -1,6 +1,7 @@
 """One face for local and remote files: list, open, write atomically, and retry transient errors."""
 
 from vidshard.pipeline.storage.addresses import restrict_addresses
+from vidshard.pipeline.storage.errors import StorageError, StorageOutageError
 from vidshard.pipeline.storage.file_systems import filesystem
 from vidshard.pipeline.storage.files import (
     check_writable,
@@ -17,15 +18,8 @@ from vidshard.pipeline.storage.files import (
 )
 from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.remote_video import WHOLE_BYTES, RemoteVideo, open_video
-from vidshard.pipeline.storage.retry import (
-    RETRY_SECONDS,
-    StorageError,
-    StorageOutageError,
-    describe,
-    is_transient,
-    storage_errors,
-    with_retries,
-)
+from vidshard.pipeline.storage.retry import RETRY_SECONDS, with_retries
+from vidshard.pipeline.storage.transient import describe, is_transient, storage_errors
 from vidshard.pipeline.storage.web_hosts import is_of_one_site, storage_hosts
 from vidshard.pipeline.storage.web_listing import list_web_folder
 from vidshard.pipeline.storage.weight_files import SHIPPED_SCHEME, local_copy, pinned

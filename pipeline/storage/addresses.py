@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from vidshard.pipeline.storage.retry import StorageError
+from vidshard.pipeline.storage.errors import StorageError
 from vidshard.schemas.text import readable
 
 HOSTS_VARIABLE = "VIDSHARD_PRIVATE_HOSTS"

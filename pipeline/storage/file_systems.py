@@ -7,34 +7,22 @@ record can leak them.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-import fsspec.config
 from fsspec import get_filesystem_class
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline.storage import retry
-from vidshard.pipeline.storage.addresses import guarded_client
+from vidshard.pipeline.storage.clients import client_options
+from vidshard.pipeline.storage.errors import ReadError, StorageError
 from vidshard.pipeline.storage.paths import absolute, is_local
-from vidshard.pipeline.storage.retry import (
-    ReadError,
-    StorageError,
-    error_code,
-    errors_named,
-    is_transient,
-    root_cause,
-    whole,
-    with_retries,
-)
+from vidshard.pipeline.storage.retry import errors_named, whole, with_retries
+from vidshard.pipeline.storage.transient import error_code, is_transient, root_cause
 from vidshard.schemas.errors import one_line
 from vidshard.schemas.uris import shown_uri
-
-_ANSWER_SECONDS, _CONNECT_SECONDS = 15.0, 5.0
-"""Seconds that one request waits for an answer, or for more of it, and for a connection."""
 
 _MIN_BYTES_PER_SECOND = 1 << 20
 """A transfer slower than this counts as stuck."""
@@ -64,7 +52,7 @@ def filesystem(path: str) -> tuple[Any, str]:
     try:
         kind: Any = get_filesystem_class(protocol.lower())
         # no cached listings: others write there too, and a file may be asked for that a cached listing lacks
-        options = {"use_listings_cache": False, **_timeouts(protocol.lower())}
+        options = {"use_listings_cache": False, **client_options(protocol.lower())}
         fs = kind(**{**options, **kind._get_kwargs_from_urls(path)})
         inner = str(fs._strip_protocol(path))
     except (ImportError, ValueError) as error:
@@ -74,31 +62,6 @@ def filesystem(path: str) -> tuple[Any, str]:
     if hasattr(fs, "call_s3"):
         fs.retries = 1  # its own multiply with botocore's and ours: 25 time-outs of 15 s before one attempt fails
     return fs, inner
-
-
-def _timeouts(protocol: str) -> dict[str, Any]:
-    """Time-out settings of a file system; the user's own in fsspec's config take precedence."""
-    if protocol in ("s3", "s3a"):
-        config: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _ANSWER_SECONDS}
-        if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
-            # one request of many, such as a part of an upload, is retried before all of them are
-            config["retries"] = {"mode": "standard", "total_max_attempts": 3}
-        return {"config_kwargs": config | _configured("config_kwargs", "s3", "s3a")}
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_ANSWER_SECONDS)
-        client = {"timeout": timeout} | _configured("client_kwargs", "http", "https")
-        return {"client_kwargs": client, "get_client": guarded_client}
-    return {}
-
-
-def _configured(option: str, *protocols: str) -> dict[str, Any]:
-    """An option of fsspec's config that is a dictionary, merged over the protocols."""
-    found: dict[str, Any] = {}
-    for protocol in protocols:
-        found |= fsspec.config.conf.get(protocol, {}).get(option) or {}
-    return found
 
 
 def bounded(fs: Any, name: str, *args: Any, num_bytes: int = 0, **options: Any) -> Any:

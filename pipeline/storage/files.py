@@ -18,9 +18,11 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
+from vidshard.pipeline.storage.errors import StorageError
 from vidshard.pipeline.storage.file_systems import bounded, file_info, filesystem, missing_is_fine, retry_reads
 from vidshard.pipeline.storage.paths import absolute, is_local, join
-from vidshard.pipeline.storage.retry import StorageError, errors_named, storage_errors, with_retries
+from vidshard.pipeline.storage.retry import errors_named, with_retries
+from vidshard.pipeline.storage.transient import storage_errors
 from vidshard.schemas.uris import is_web, public_uri, shown_uri
 
 _NO_FOLDER_SYNC = frozenset(

@@ -7,17 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
 
+from vidshard.pipeline.storage.errors import ReadError, StorageError
 from vidshard.pipeline.storage.file_systems import bounded, file_info, filesystem, retry_reads
 from vidshard.pipeline.storage.files import open_binary
 from vidshard.pipeline.storage.paths import is_local
-from vidshard.pipeline.storage.retry import (
-    ReadError,
-    StorageError,
-    errors_named,
-    storage_errors,
-    whole,
-    with_retries,
-)
+from vidshard.pipeline.storage.retry import errors_named, whole, with_retries
+from vidshard.pipeline.storage.transient import storage_errors
 from vidshard.schemas.errors import one_line
 from vidshard.schemas.uris import shown_uri
 

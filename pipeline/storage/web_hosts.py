@@ -1,4 +1,4 @@
-"""Web servers as storages: which of them a run depends on, and whether one that failed is up.
+"""Web servers as storages: which of them a run depends on.
 
 An object store holds all files of its kind, so that a failure of it is an outage. A web server may be one of thousands,
 and gone for good. It counts as a storage of the run if many rows are there, and as one site otherwise.
@@ -7,21 +7,14 @@ and gone for good. It counts as a storage of the run if many rows are there, and
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
-from urllib.parse import urljoin
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from fsspec.asyn import sync
 
-from vidshard.pipeline.storage.file_systems import filesystem
-from vidshard.pipeline.storage.retry import is_transient_status
 from vidshard.schemas.uris import is_web
 
 FEWEST_ROWS, SMALLEST_SHARE = 10, 0.1
 """Number and share of the rows of a run from which on their web server is a storage of the run."""
-
-_ANSWER_SECONDS = 15.0
 
 
 def host_of(url: str) -> str:
@@ -56,18 +49,3 @@ def is_of_one_site(uri: str, hosts: Collection[str]) -> bool:
         hosts: those that it does.
     """
     return is_web(uri) and host_of(uri) not in hosts
-
-
-def answers(url: str) -> bool:
-    """Whether a web server that failed for one file is up: asked for its root, it answers something else than 5xx."""
-    fs, _ = filesystem(url)
-
-    async def ask() -> bool:
-        session: Any = await fs.set_session()
-        async with session.head(urljoin(url, "/"), allow_redirects=False, timeout=_ANSWER_SECONDS) as answer:
-            return not is_transient_status(answer.status)
-
-    try:
-        return bool(sync(fs.loop, ask, timeout=2 * _ANSWER_SECONDS))
-    except Exception:  # noqa: BLE001  whatever it is, it is no answer
-        return False

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urljoin, urlsplit
 
+from vidshard.pipeline.storage.errors import StorageError
 from vidshard.pipeline.storage.files import read_bytes
-from vidshard.pipeline.storage.retry import StorageError
 from vidshard.schemas.uris import shown_uri
 
 MAX_PAGE_BYTES = 8 << 20

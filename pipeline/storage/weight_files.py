@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vidshard.pipeline.storage.errors import StorageError
 from vidshard.pipeline.storage.files import open_binary
 from vidshard.pipeline.storage.paths import absolute, is_local
-from vidshard.pipeline.storage.retry import StorageError
 from vidshard.schemas.uris import public_uri, shown_uri
 
 SHIPPED_SCHEME = "shipped://"

@@ -25,7 +25,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
-from vidshard.pipeline.storage import StorageError, file_systems, files, retry
+from vidshard.pipeline.storage import StorageError, clients, files, retry
 from vidshard.pipeline.storage.retry import errors_named
 from vidshard.schemas.errors import UserError
 
@@ -44,7 +44,7 @@ def haste(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     monkeypatch.setattr(retry, "_FIRST_PAUSE_SECONDS", 0.02)
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("kind") == "stall":
-        monkeypatch.setattr(file_systems, "_ANSWER_SECONDS", 0.4)
+        monkeypatch.setattr(clients, "_ANSWER_SECONDS", 0.4)
 
 
 @pytest.fixture
