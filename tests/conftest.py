@@ -41,6 +41,7 @@ from tests.support.videos import (
     write_video,
     write_without_frames,
 )
+from vidshard.jobs.runtime.private_ray import without_idle_processes
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
@@ -112,13 +113,14 @@ def ray_session(s3_proxy: FaultyS3) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=OBJECT_STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
+        with without_idle_processes(log_monitor=False):
+            ray.init(
+                address="local",
+                num_cpus=2,
+                object_store_memory=OBJECT_STORE,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
     yield
     ray.shutdown()
 

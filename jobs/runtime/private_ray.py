@@ -48,13 +48,13 @@ def private_ray(*, keep_files: bool) -> Iterator[dict[str, Any]]:
     with (
         _private_folder(keep=keep_files) as folder,
         _environment(environment),
-        _without_idle_processes(log_monitor=keep_files),
+        without_idle_processes(log_monitor=keep_files),
     ):
         yield {"_temp_dir": str(folder), "_node_ip_address": "127.0.0.1"}
 
 
 @contextmanager
-def _without_idle_processes(*, log_monitor: bool) -> Iterator[None]:
+def without_idle_processes(*, log_monitor: bool) -> Iterator[None]:
     """Let ``ray.init`` start no process that has nothing to do on one machine; it has no arguments for them.
 
     These are the autoscaler's monitor, as there are no machines to add, and the log monitor where nothing is printed.
