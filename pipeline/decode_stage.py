@@ -8,10 +8,11 @@ and no worker. Nothing here imports torch, which takes 1.1 s and 180 MB in each 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from vidshard.pipeline.checked_answers import checked_clips, checked_probe
 from vidshard.pipeline.recut import Recutting
 from vidshard.pipeline.remote_bytes import fetching_process, remote_file
 from vidshard.pipeline.row_errors import row_error
-from vidshard.pipeline.rows import add_clips, add_signals, row_span, row_spec, signal_source
+from vidshard.pipeline.rows import FRAME_SECONDS, add_clips, add_signals, row_span, row_spec, signal_source
 from vidshard.pipeline.unchanged import read_unchanged, refuse_changed
 from vidshard.pipeline.video.child import given_file, missing_confinement
 from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
@@ -31,7 +32,8 @@ from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
-from vidshard.pipeline.video.signals import Signal, align_clip, read_signal, signal_arrays, signal_fields
+from vidshard.pipeline.video.signal_files import MAX_SIGNALS, Columns, SignalSource, read_signals, read_times
+from vidshard.pipeline.video.signals import Signal, Steps, align_clip, signal_arrays, signal_fields
 from vidshard.pipeline.video.sparse_file import refuse_sparse
 from vidshard.schemas.errors import OutageError, UserError
 from vidshard.schemas.rejections import Reason, VideoError
@@ -118,18 +120,32 @@ def _given(_uri: str) -> BinaryIO:
     return given_file()
 
 
-@lru_cache(maxsize=2)
-def _signal(path: str, limits: Limits) -> Signal:
-    """Read a signal in the sandbox, as it is no more trusted than its video; cached for the video's other rows."""
-    return _run(
-        read_signal,
-        path,
-        storage.public_uri(path),
-        _given,
-        limits=limits,
-        timeout_seconds=PROBE_TIMEOUT_SECONDS,
-        answer_records=_SIGNAL_RECORDS,
-    )
+_SIGNAL_CACHE_BYTES = 512 << 20
+"""Signals that a worker keeps for other rows of the same video; at least those of the last row."""
+
+_signal_cache: OrderedDict[Hashable, list[Signal]] = OrderedDict()
+
+
+def _signals_of(source: SignalSource, columns: tuple[Columns, ...], limits: Limits) -> list[Signal]:
+    """Read signals of one file in the sandbox, as it is no more trusted than its video; kept for other rows."""
+    key = (source, columns, limits)
+    if key in _signal_cache:
+        _signal_cache.move_to_end(key)
+        return _signal_cache[key]
+    read = partial(_run, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS, answer_records=_SIGNAL_RECORDS)
+    times = None
+    if source.times is not None:
+        times = read(read_times, source.times, storage.public_uri(source.times), _given)
+    shown = replace(source, path=storage.public_uri(source.path), times=None)
+    found = read(read_signals, source.path, shown, columns, _given, times=times)
+    _signal_cache[key] = found
+    while len(_signal_cache) > 1 and _held_bytes() > _SIGNAL_CACHE_BYTES:
+        _signal_cache.popitem(last=False)
+    return found
+
+
+def _held_bytes() -> int:
+    return sum(each.values.nbytes + each.seconds.nbytes for found in _signal_cache.values() for each in found)
 
 
 def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoError:
@@ -286,6 +302,7 @@ class SpanDecoder:
     ) -> pa.Table:
         """The row with its clips and signals, or with a rejection."""
         try:
+            _refuse_other_episode(plan, outcome)
             table = add_clips(
                 row,
                 outcome,
@@ -311,28 +328,48 @@ class SpanDecoder:
         span = row_span(row)
         first_seconds = float(span.grid_start_pts * span.time_base)
         columns: list[tuple[pa.Field, pa.Array]] = []
+        clips = [clip for clip in outcome.clips if clip.clip_index >= span.first_clip]
+        signals = self._read_signals(row) if clips else {}
         for name, rule in self.signals:
-            clips = [clip for clip in outcome.clips if clip.clip_index >= span.first_clip]
-            source = row[signal_source(name)]
-            if source is None:
-                arrays = [pa.nulls(len(clips), field.type) for field in signal_fields(name, rule)]
-            else:
-                signal = self._signal(source) if clips else None
+            fields = signal_fields(name, rule)
+            if name in signals:
+                signal, steps = signals[name]
                 aligned = [
-                    align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps))
+                    align_clip(signal, clip, rule, first_seconds=first_seconds, fps=float(spec.fps), steps=steps)
                     for clip in clips
-                    if signal is not None
                 ]
                 arrays = signal_arrays(name, rule, aligned)
-            fields = signal_fields(name, rule)
+            elif row[signal_source(name)] is not None:
+                arrays = signal_arrays(name, rule, [])
+            else:
+                arrays = [pa.nulls(len(clips), field.type) for field in fields]
             columns += [(field, array.cast(field.type)) for field, array in zip(fields, arrays, strict=True)]
         return columns
 
-    def _signal(self, source: str) -> Signal:
-        try:
-            return _signal(source, self.limits)
-        except OutageError as error:
-            raise row_error(error, source, self.limits.storage_hosts) from error
+    def _read_signals(self, row: dict[str, Any]) -> dict[str, tuple[Signal, Steps | None]]:
+        """The signals of a row by name, with their clocks; those of one file are read together.
+
+        Raises:
+            VideoError: a signal cannot be read.
+        """
+        files: dict[SignalSource, list[tuple[str, Columns]]] = {}
+        for name, _ in self.signals:
+            if row[signal_source(name)] is not None:
+                source = SignalSource.of(row[signal_source(name)])
+                files.setdefault(source.without_columns, []).append((name, source.columns))
+        signals: dict[str, tuple[Signal, Steps | None]] = {}
+        for source, wanted in files.items():
+            for first in range(0, len(wanted), MAX_SIGNALS):
+                some = wanted[first : first + MAX_SIGNALS]
+                try:
+                    found = _signals_of(source, tuple(columns for _, columns in some), self.limits)
+                except OutageError as error:
+                    raise row_error(error, source.path, self.limits.storage_hosts) from error
+                steps = (
+                    None if source.rate is None else Steps(offset_seconds=source.offset_seconds, per_second=source.rate)
+                )
+                signals |= {name: (signal, steps) for (name, _), signal in zip(some, found, strict=True)}
+        return signals
 
     def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
         video_id = spans[0].video_id
@@ -361,6 +398,25 @@ class SpanDecoder:
             if error.reason is Reason.DECODER_CRASHED:
                 _crashes[video_id] = error
             return [SpanClips(clips=[], error=error)] * len(spans)
+
+
+def _refuse_other_episode(row: dict[str, Any], outcome: SpanClips) -> None:
+    """Refuse a row of a dataset's episode that begins with a frame of the episode before, as its own first is missing.
+
+    Raises:
+        VideoError: TRUNCATED.
+    """
+    frame_seconds = row.get(FRAME_SECONDS.name)
+    if frame_seconds is None or not outcome.clips or outcome.clips[0].clip_index > 0:
+        return
+    span = row_span(row)
+    shown = float(outcome.clips[0].frame_pts_seconds[0]) - float(span.grid_start_pts * span.time_base)
+    if shown < float(span.part.start_seconds) - frame_seconds / 2:
+        raise VideoError(
+            Reason.TRUNCATED,
+            f"its episode begins at {float(span.part.start_seconds):.6g} s, and the frame shown then is one from "
+            f"{shown:.6g} s, of the episode before: the first frame is missing",
+        )
 
 
 def _start_seconds(span: Span, spec: ClipSpec) -> float:

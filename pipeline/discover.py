@@ -25,10 +25,12 @@ import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.inputs.lerobot import Dataset, is_dataset
 from vidshard.pipeline.manifest import REF_SCHEMA, InputError, read_manifest
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import VidshardError, one_line
+from vidshard.schemas.locations import each_location
 from vidshard.schemas.text import readable
 from vidshard.schemas.uris import is_web
 
@@ -99,18 +101,23 @@ def discover(
     limit: int | None = None,
     ask_remote: bool = False,
     access: RowAccess | None = None,
+    cameras: Sequence[str] = (),
+    episodes: Sequence[tuple[int, int]] = (),
 ) -> Discovery:
     """List the videos that the inputs name.
 
     Files that were listed have their fingerprint from the listing; local files of a manifest are asked one by one.
 
     Args:
-        inputs: files, folders, globs and manifests, local or on any file system that fsspec knows.
-        signals: columns of manifests that hold paths of signal files; they come back as ``NAME_source``.
+        inputs: files, folders, globs, manifests and LeRobot datasets, local or on any file system that fsspec knows.
+        signals: columns of manifests that hold paths of signal files, or features of datasets; they come back as
+            ``NAME_source``.
         limit: keep only so many videos, the first ones.
         ask_remote: also ask object stores for the fingerprint of each file that a manifest names.
         access: rules for what rows of manifests name; a row against them has the reason in a column ``refusal``. None
             allows everything.
+        cameras: keys of the cameras of LeRobot datasets; all by default.
+        episodes: intervals [start, end) of their episodes; all by default.
 
     Raises:
         InputError: an input does not exist, matches nothing or is no usable manifest.
@@ -121,7 +128,15 @@ def discover(
     passed_over: Counter[str] = Counter()
     renamed: dict[str, str] = {}
     read: list[str] = []
+    if (cameras or episodes) and not any(map(is_dataset, inputs)):
+        raise InputError("--cameras and --episodes are for LeRobot datasets: give an input such as lerobot:/data/pusht")
     for text in inputs:
+        if is_dataset(text):
+            dataset = Dataset.open(text)
+            videos = dataset.rows(cameras=cameras, episodes=episodes, signals=signals).videos
+            manifests.append(videos if access is None else _with_refusals(videos, access, dataset.root, signals))
+            read.append(dataset.shown)
+            continue
         path = storage.absolute(text)
         if _extension(path) in MANIFEST_EXTENSIONS and not _is_glob(path):
             try:
@@ -169,7 +184,8 @@ def _with_refusals(table: pa.Table, access: RowAccess, manifest: str, signals: S
     for batch in table.select(columns + ["fault"] * has_faults).to_batches(max_chunksize=_FILES_PER_BATCH):
         faults = batch["fault"].to_pylist() if has_faults else [None] * batch.num_rows
         for fault, *uris in zip(faults, *(batch[name].to_pylist() for name in columns), strict=True):
-            found = (access.refusal(uri, manifest) for uri in uris if uri is not None and fault is None)
+            named = [each for uri in uris if uri is not None and fault is None for each in each_location(uri)]
+            found = (access.refusal(uri, manifest) for uri in named)
             refusals.append(next((text for text in found if text is not None), None))
     if not any(refusals):
         return table

@@ -22,6 +22,7 @@ from vidshard.pipeline.output.entries import row_fault
 from vidshard.pipeline.output.parquet import BoundedParquet
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source
 from vidshard.schemas.errors import VidshardError, one_line
+from vidshard.schemas.locations import map_locations
 from vidshard.schemas.text import readable
 from vidshard.schemas.video import Part
 
@@ -186,7 +187,7 @@ def _with_signal_sources(table: pa.Table, signals: Sequence[str], folder: str, s
             if other in table.column_names:
                 raise InputError(f"manifest {shown}: column '{other}' is where signal '{name}' goes: rename it")
         resolved = [
-            None if not text or not text.strip() else _resolve(text.strip(), folder)
+            None if not text or not text.strip() else map_locations(text.strip(), lambda path: _resolve(path, folder))
             for text in _values(_as_text(table, name, shown))
         ]
         at = table.column_names.index(name)

@@ -17,7 +17,7 @@ from vidshard.pipeline.decode_stage import probe
 from vidshard.pipeline.output.entries import entry_ids, location_keys
 from vidshard.pipeline.output.plan_store import PLAN_SCHEMA
 from vidshard.pipeline.row_errors import row_error
-from vidshard.pipeline.rows import REJECTION, rejection_row, row_part, span_row
+from vidshard.pipeline.rows import FRAME_SECONDS, REJECTION, rejection_row, row_part, span_row
 from vidshard.pipeline.video.geometry import nearest_bucket
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
@@ -70,7 +70,7 @@ def open_videos(
     """
     most = max(_MAX_VIDEOS_PER_TASK, videos.num_rows // _MAX_TASKS)
     size = max(1, min(most, -(-videos.num_rows // num_tasks)))
-    names = ("uri", "num_bytes", "entry", "refusal", "part_start_seconds", "part_end_seconds")
+    names = ("uri", "num_bytes", "entry", "refusal", "part_start_seconds", "part_end_seconds", FRAME_SECONDS.name)
     needed = videos.select([name for name in names if name in videos.column_names])
     tables = [needed.slice(at, size).combine_chunks() for at in range(0, videos.num_rows, size)]
     yield from map_videos(tables, VideoPlanner(tuple(specs), part, span_clips, limits or Limits()))
@@ -112,6 +112,7 @@ class VideoPlanner:
             found, fingerprint = probes[uri]
             if isinstance(found, VideoError):
                 raise found
+            _refuse_other_times(found, row_part(video), video.get(FRAME_SECONDS.name))
             common = self._entries(video, fingerprint)
             rows = [{**span, **common} for span in self._spans(found, row_part(video), fingerprint)]
             return pa.Table.from_pylist(rows, schema=_ROWS)
@@ -156,3 +157,27 @@ class VideoPlanner:
                 f"{num_clips:,} clips by its header, more than the {self.limits.max_clips:,} of --max-clips",
             )
         return rows
+
+
+def _refuse_other_times(video: VideoProbe, part: Part, frame_seconds: float | None) -> None:
+    """Refuse a video whose times are not those of the dataset that names it.
+
+    A header may leave out the last frame's own time on screen, so that a frame may be missing at the end.
+
+    Raises:
+        VideoError: TRUNCATED: it begins later, or ends earlier. UNSUPPORTED: it begins before time 0.
+    """
+    if frame_seconds is None:
+        return
+    first = float(video.grid_start_pts * video.time_base)
+    if abs(first) > frame_seconds / 2:
+        raise VideoError(
+            Reason.TRUNCATED if first > 0 else Reason.UNSUPPORTED,
+            f"its first frame is shown at {first:.6g} s, and the dataset counts from 0: it was cut, or lost a frame",
+        )
+    seconds = video.duration_seconds_from_header
+    if part.end_seconds is not None and 0 < seconds < float(part.end_seconds) - 1.5 * frame_seconds:
+        raise VideoError(
+            Reason.TRUNCATED,
+            f"it is {seconds:.6g} s long, and its episode ends at {float(part.end_seconds):.6g} s",
+        )

@@ -21,6 +21,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.clip_specs import clip_specs_of, encoded_frames, padding_of, payload_of, requested_tiling
 from vidshard.pipeline.compiled import default_compile_cache
 from vidshard.pipeline.encode_stage import EncoderSpec
+from vidshard.pipeline.inputs import lerobot
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.rows import INTERNAL_COLUMNS
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
@@ -63,9 +64,10 @@ class ResolvedRun:
             raise UserError(f"--out {out}: put the credentials into the environment, not the URL")
         config = _config_of(run)
         run = _with_default_clip(run, config)
+        run = _with_signals_of_datasets(run)
         _refuse_impossible(run, config)
         run = _with_weights(run, config)
-        absolute = {"out": storage.absolute(run.out), "inputs": [storage.absolute(i) for i in run.inputs]}
+        absolute = {"out": storage.absolute(run.out), "inputs": [lerobot.absolute(i) for i in run.inputs]}
         run = run.model_copy(update=absolute)
         source = TokenizerSource(config=config, weights=run.weights, ema=run.ema, seed=run.random_weights)
         notice = None if run.weights else RANDOM_WEIGHTS_NOTICE.format(seed=run.random_weights)
@@ -282,6 +284,27 @@ def _config_of(run: TokenizeRun) -> TokenizerConfig:
     if run.weights is None:
         raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`), or give --weights that do")
     return stated_config(run.weights, ema=run.ema)
+
+
+def _with_signals_of_datasets(run: TokenizeRun) -> TokenizeRun:
+    """Take every numeric feature of LeRobot datasets as a signal, where a run names no signals.
+
+    Raises:
+        UserError: what is asked for would break the promise that the cameras of an episode have the same clips.
+        InputError: a dataset cannot be read.
+    """
+    datasets = [lerobot.Dataset.open(text) for text in run.inputs if lerobot.is_dataset(text)]
+    if not datasets:
+        return run
+    if run.clip_placement == "random" and any(len(each.chosen_cameras(run.cameras)) > 1 for each in datasets):
+        raise UserError(
+            "--clip-placement random would place the clips of an episode's cameras at different times: use even, or "
+            "name one of --cameras"
+        )
+    if run.signals is not None:
+        return run
+    signals = dict(signal for each in datasets for signal in each.signals)
+    return run.model_copy(update={"signals": list(signals.items())}) if signals else run
 
 
 def _with_default_clip(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:

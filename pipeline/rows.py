@@ -58,6 +58,10 @@ WORK_SCHEMA = pa.schema(PLAN_FIELDS)
 WORK_NUMBER = pa.field("todo_number", pa.int64())
 """Position of the row in the work list, from 0; the driver uses it to tell which rows have come out."""
 
+FRAME_SECONDS = pa.field("frame_seconds_of_episode", pa.float64())
+"""Seconds of a frame in a row whose times are a dataset's and not relative to the first frame: the first frame of the
+video must then be shown less than half of it from time 0, and the part must not end beyond the video."""
+
 CLIP_TYPE = pa.struct(
     [
         ("clip_index", pa.int32()),
@@ -109,6 +113,7 @@ INTERNAL_COLUMNS = (
         "refusal",
         "seen_entry",
         WORK_NUMBER.name,
+        FRAME_SECONDS.name,
     }
 )
 """Column names of the flow and the shards, which manifest columns must not use."""

@@ -84,7 +84,7 @@ def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
     signals: list[tuple[str, SignalRule]] = []
     for part in _items(value, "give signals as NAME=RULE, such as actions=linear"):
         name, equals, rule = ("=".join(part) if isinstance(part, (list, tuple)) else str(part)).partition("=")
-        if not equals or not name.strip().isidentifier():
+        if not equals or not all(part.isidentifier() for part in name.strip().split(".")):
             raise ValueError(f"a signal is given as NAME=RULE, such as actions=linear, got {part!r}")
         known = next((known for known in get_args(SignalRule) if known == rule.strip()), None)
         if known is None:
@@ -93,6 +93,26 @@ def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
     if len({name for name, _ in signals}) < len(signals):
         raise ValueError(f"the same signal is given twice in {value!r}")
     return signals
+
+
+def parse_episodes(value: object) -> list[tuple[int, int]]:
+    """Intervals [start, end) of episodes, from ``0,7,10:20``, or a list of such texts or of pairs.
+
+    Raises:
+        ValueError: an item has another form, or is empty.
+    """
+    if value in ([], ()):
+        return []
+    intervals = []
+    for part in _items(value, "give episodes such as 0,7,10:20"):
+        for item in [":".join(map(str, part))] if isinstance(part, (list, tuple)) else str(part).split(","):
+            match = re.fullmatch(r"\s*(\d{1,9})(?::(\d{1,9}))?\s*", item)
+            start = int(match[1]) if match else 0
+            end = int(match[2]) if match and match[2] else start + 1
+            if match is None or end <= start:
+                raise ValueError(f"episodes are numbers or START:END such as 0,7,10:20, got {item!r:.80}")
+            intervals.append((start, end))
+    return intervals
 
 
 def parse_pairs(value: object) -> object:
@@ -145,6 +165,10 @@ def _signals_text(signals: list[tuple[str, str]]) -> str:
     return ",".join(f"{name}={rule}" for name, rule in signals)
 
 
+def _episodes_text(episodes: list[tuple[int, int]]) -> list[str]:
+    return [f"{start}:{end}" for start, end in episodes]
+
+
 def _reasons_text(reasons: list[Reason]) -> str:
     return ",".join(reasons) or "all"
 
@@ -159,6 +183,8 @@ FrameSizes = Annotated[list[tuple[int, int]], BeforeValidator(parse_sizes), Plai
 """Distinct (height, width) pairs in pixels, at least one."""
 Signals = Annotated[list[tuple[str, SignalRule]], BeforeValidator(parse_signals), PlainSerializer(_signals_text)]
 """(name, rule) of each signal, at least one."""
+Episodes = Annotated[list[tuple[int, int]], BeforeValidator(parse_episodes), PlainSerializer(_episodes_text)]
+"""Intervals [start, end) of episode indices; empty for all."""
 Reasons = Annotated[list[Reason], BeforeValidator(parse_reasons), PlainSerializer(_reasons_text)]
 """Reasons of rejections; an empty list means every reason."""
 Pairs = Annotated[dict[str, object], BeforeValidator(parse_pairs)]

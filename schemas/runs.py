@@ -18,6 +18,7 @@ from pydantic import field_validator, model_validator
 from vidshard.schemas.fields import (
     ByteSize,
     ClusterSettings,
+    Episodes,
     FrameSize,
     FrameSizes,
     Rate,
@@ -50,9 +51,9 @@ class InputSettings(Settings):
         section="Input",
         identity=False,
         min_length=1,
-        help="Videos: files, folders (searched recursively), globs or manifests, local or at any URL that fsspec "
-        "opens. A manifest is a .parquet, .csv or .jsonl file with a 'uri' column; its other columns are copied to "
-        "the token rows.",
+        help="Videos: files, folders (searched recursively), globs, manifests or LeRobot datasets (lerobot:FOLDER), "
+        "local or at any URL that fsspec opens. A manifest is a .parquet, .csv or .jsonl file with a 'uri' column; its "
+        "other columns are copied to the token rows.",
     )
     limit: int | None = setting(
         None,
@@ -100,8 +101,32 @@ class InputSettings(Settings):
         identity="when set",
         metavar="NAME=RULE,...",
         help="Timestamped signals to store with each clip, such as robot actions, sampled at the times of its frames. "
-        "NAME is a manifest column of .parquet, .npz or .npy paths; RULE is previous, nearest, linear or window.",
+        "NAME is a manifest column of .parquet, .npz or .npy paths; RULE is previous, nearest, linear or window. "
+        "Default: every numeric feature of LeRobot datasets, with nearest.",
     )
+
+    cameras: list[str] = setting(
+        [],
+        section="Input",
+        identity=False,
+        metavar="NAME,...",
+        help="Cameras of LeRobot datasets, such as observation.images.top or top. Default: all.",
+    )
+    episodes: Episodes = setting(
+        [],
+        section="Input",
+        identity=False,
+        metavar="LIST",
+        help="Episodes of LeRobot datasets, such as 0,7 or 10:20, which are 10 to 19. Default: all.",
+    )
+
+    @field_validator("cameras", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
+        if not isinstance(values, list):
+            return values
+        return [name.strip() for text in values for name in str(text).split(",") if name.strip()]
 
     @field_validator("allow_schemes", "allow_under", mode="before")
     @classmethod

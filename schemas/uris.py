@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import unquote, unquote_plus, urlsplit
 
+from vidshard.schemas.locations import map_locations, split_options
 from vidshard.schemas.text import readable
 
 _LINKS = re.compile(r"::(?![^/?#\[\]]*\])")
@@ -34,8 +35,11 @@ def public_uri(uri: str) -> str:
     """The URI without user, password, parameters (``;``), query and fragment.
 
     Each link of a chained URL is stripped, whatever its scheme and the case of its letters: any of these parts may
-    carry a secret, and so may those of an object store's URL. Local paths are returned unchanged.
+    carry a secret, and so may those of an object store's URL. Options of ``schemas.locations`` stay, with the locations
+    in them stripped. Local paths are returned unchanged.
     """
+    if "#" in uri and split_options(uri)[1]:
+        return map_locations(uri, public_uri)
     if not is_remote(uri):
         return uri if _WEB_TYPO.match(uri) is None else re.split("[?#;]", uri, maxsplit=1)[0]
     return "::".join(map(_bare_link, _LINKS.split(uri)))

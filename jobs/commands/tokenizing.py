@@ -43,8 +43,8 @@ def demo(videos: tuple[str, ...], out: str) -> int:
 def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
     """Turn videos into Parquet shards of tokens or latents.
 
-    VIDEOS are files, folders, globs or manifests (.parquet, .csv or .jsonl with a 'uri' column), local or at any URL
-    that fsspec opens. A manifest's other columns are copied to the token rows.
+    VIDEOS are files, folders, globs, manifests or LeRobot datasets (lerobot:FOLDER), local or at any URL that fsspec
+    opens. A manifest is a .parquet, .csv or .jsonl file with a 'uri' column; its other columns are copied to the rows.
 
     Every video becomes tokens or a row in rejects/ with the reason. The same command again continues what is
     unfinished.

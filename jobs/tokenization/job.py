@@ -80,7 +80,15 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     check_output(resolved)
     access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
     signals = [name for name, _ in run.signals or []]
-    found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck, access=access)
+    found = discover(
+        run.inputs,
+        signals=signals,
+        limit=run.limit,
+        ask_remote=run.recheck,
+        access=access,
+        cameras=run.cameras,
+        episodes=run.episodes,
+    )
     lease = Lease.acquire(
         run.out, ttl_seconds=run.lease_seconds, on_wait=lambda text: console.print(text, markup=False)
     )

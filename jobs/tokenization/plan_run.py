@@ -119,7 +119,15 @@ def _plan(resolved: ResolvedRun, console: Console, *, local: bool, other: Machin
     run = resolved.run
     access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
     signals = [name for name, _ in run.signals or []]
-    found = discover(run.inputs, signals=signals, limit=run.limit, ask_remote=run.recheck, access=access)
+    found = discover(
+        run.inputs,
+        signals=signals,
+        limit=run.limit,
+        ask_remote=run.recheck,
+        access=access,
+        cameras=run.cameras,
+        episodes=run.episodes,
+    )
     lease = Lease.acquire(run.out, ttl_seconds=run.lease_seconds, on_wait=console.print)
     with SpeedWatch(every_seconds=2) as watch, lease, open_executor(run, local=local) as executor:
         if other is None:

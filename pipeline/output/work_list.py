@@ -30,7 +30,7 @@ from vidshard.pipeline.output.rejects import (
 )
 from vidshard.pipeline.output.resume import Resume, rejects_to_retry
 from vidshard.pipeline.output.state import OutputState
-from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, manifest_fields
+from vidshard.pipeline.rows import FRAME_SECONDS, WORK_NUMBER, WORK_SCHEMA, manifest_fields
 from vidshard.schemas.rejections import Reason
 
 _SORTED_ROWS = 1 << 16
@@ -117,6 +117,8 @@ def write_work_list(out: str, inputs: Inputs, resume: Resume, uri_columns: Seque
     """
     videos = inputs.videos
     extras = manifest_fields(videos.schema)
+    if FRAME_SECONDS.name in videos.column_names:
+        extras.append(FRAME_SECONDS)
     schema = pa.schema([*WORK_SCHEMA, WORK_NUMBER, *extras])
     has_secrets = _has_credentials(videos, uri_columns)
     sink = pa.BufferOutputStream()

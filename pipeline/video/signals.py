@@ -1,39 +1,22 @@
-"""Signals beside a video (robot actions, controller input, poses): reading them and aligning them with its frames.
+"""Signals beside a video (robot actions, controller input, poses): samples, and aligning them with its frames.
 
-Pure functions: no video is opened here and nothing knows of Ray. All times are seconds after the video's first
-frame. A signal is held whole: an hour at 1 kHz with 16 channels is 260 MB; aligning a clip costs a binary search.
+Pure functions: no file is opened here and nothing knows of Ray. All times are seconds after the video's first frame.
+A signal is held whole: an hour at 1 kHz with 16 channels is 260 MB; aligning a clip costs a binary search.
+``pipeline.video.signal_files`` reads signals.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vidshard.pipeline.video.input_file import open_file
-from vidshard.schemas.errors import OutageError, one_line
-from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.uris import public_uri
 from vidshard.schemas.video import Clip, SignalRule
 
 Rule = SignalRule
-
-MAX_SIGNAL_BYTES = 1 << 30
-"""Largest file, and largest content once decompressed."""
-
-# Names of the column or field of times, and its units per second.
-_TIME_UNITS = {"seconds": 1, "timestamp": 1, "timestamp_ms": 10**3, "timestamp_us": 10**6, "timestamp_ns": 10**9}
-
-_CLOCK_SECONDS = 1e8  # three years: no video is that long, so these are times of day and not of the video
-_EXACT_INTEGER = 1 << 24  # up to here float32 holds every integer
 
 Floats = npt.NDArray[np.float32]
 Seconds = npt.NDArray[np.float64]
@@ -89,254 +72,6 @@ class Aligned:
     """Times of the samples, for ``window`` only: float64 (M,)."""
     offsets: npt.NDArray[np.int64] | None = None
     """Bounds, for ``window`` only: int64 (T + 1,); frame t has samples ``offsets[t]`` up to ``offsets[t + 1]``."""
-
-
-# Reading.
-
-
-class _BadSignalError(ValueError):
-    """The content is not a signal; the message says why and what would be one."""
-
-
-def read_signal(
-    path: str,
-    open_input: Callable[[str], BinaryIO],
-    columns: Sequence[str] | None = None,
-    *,
-    max_bytes: int = MAX_SIGNAL_BYTES,
-) -> Signal:
-    """Read a signal from a ``.parquet``, ``.npz`` or ``.npy`` file.
-
-    Parquet: times in ``seconds`` or ``timestamp`` (seconds), or integers in ``timestamp_ms``, ``_us`` or ``_ns``; every
-    other column of numbers, or of equally long lists of numbers, gives channels, in the file's order. ``.npz``:
-    arrays ``seconds`` (N,) and ``values`` (N, D) or (N,). ``.npy``: (N, 1 + D) with the times first, or a structured
-    array with a field of times. Missing numbers become NaN. Numbers become float32: floats are rounded, an integer
-    beyond 2**24 is refused rather than rounded.
-
-    Args:
-        path: a local path or URL.
-        open_input: opens the path as a binary file, which is closed here.
-        columns: read only these columns or fields, in this order; for Parquet and structured ``.npy``.
-        max_bytes: the largest file, and the largest content once decompressed.
-
-    Raises:
-        VideoError: UNREADABLE: the storage refused. BAD_SIGNAL: the content is not such a signal.
-        OutageError: the storage does not answer.
-    """
-    name = public_uri(path)
-    try:
-        with open_file(path, open_input) as file:
-            data = file.read(max_bytes + 1)
-    except OutageError:
-        raise
-    except OSError as error:
-        detail = one_line(error)
-        raise VideoError(Reason.UNREADABLE, detail if name in detail else f"{name}: {detail}") from error
-    try:
-        if len(data) > max_bytes:
-            raise _BadSignalError(f"more than {max_bytes} bytes; split it, or store fewer channels")
-        suffix = path.split("?", 1)[0].rsplit(".", 1)[-1].lower()
-        if suffix == "parquet":
-            return _signal_of(*_parquet_columns(data, columns, max_bytes))
-        if suffix == "npy":
-            return _signal_of(*_npy_columns(_npy_array(data), columns))
-        if suffix == "npz":
-            if columns is not None:
-                raise _BadSignalError("columns cannot be chosen in .npz; store them in .parquet")
-            return _signal_of(*_npz_columns(data, max_bytes))
-        raise _BadSignalError("not a .parquet, .npz or .npy file")
-    except _BadSignalError as error:
-        raise VideoError(Reason.BAD_SIGNAL, f"{name}: {error}") from error
-
-
-Named = tuple[str | None, npt.NDArray[Any]]
-
-
-def _signal_of(time_name: str, times: npt.NDArray[Any], columns: list[Named]) -> Signal:
-    unit = _TIME_UNITS[time_name]
-    if times.ndim != 1 or times.dtype.kind not in ("iu" if unit > 1 else "iuf"):
-        raise _BadSignalError(
-            f"{time_name} must be {'integers' if unit > 1 else 'numbers'} (N,), got {times.dtype} {times.shape}"
-        )
-    seconds = times.astype(np.float64) / unit
-    if len(seconds) and seconds[0] > _CLOCK_SECONDS:
-        raise _BadSignalError(f"{time_name} begins at {seconds[0]:.0f} s; subtract the time of the video's first frame")
-    blocks, channels = [], []
-    for name, column in columns:
-        block = column[:, None] if column.ndim == 1 else column
-        if block.ndim != 2 or len(block) != len(seconds):
-            raise _BadSignalError(f"{name or 'values'} must be ({len(seconds)}, D), got {column.shape}")
-        blocks.append(_as_float32(name or "values", block))
-        if name is not None:
-            width = block.shape[1]
-            channels += [name] if column.ndim == 1 else [f"{name}[{index}]" for index in range(width)]
-    if not blocks or not sum(block.shape[1] for block in blocks):
-        raise _BadSignalError("no channels beside the times; add columns of numbers")
-    try:
-        return Signal(
-            seconds=seconds,
-            values=np.ascontiguousarray(np.concatenate(blocks, axis=1)),
-            channels=tuple(channels) or None,
-        )
-    except ValueError as error:
-        raise _BadSignalError(f"{error}; sort the samples by time and leave out those without one") from error
-
-
-def _as_float32(name: str, values: npt.NDArray[Any]) -> Floats:
-    if values.dtype.kind not in "biuf":
-        raise _BadSignalError(f"{name} must be numbers, got {values.dtype}")
-    if values.dtype.kind in "iu" and values.size and max(-int(values.min()), int(values.max())) > _EXACT_INTEGER:
-        raise _BadSignalError(
-            f"{name} has integers beyond 2**24, which float32 would round; store differences or floats"
-        )
-    with np.errstate(over="ignore"):
-        result = values.astype(np.float32)
-    if values.dtype.kind == "f" and (np.isinf(result) & np.isfinite(values)).any():
-        raise _BadSignalError(f"{name} has numbers beyond the range of float32; scale them")
-    return result
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        raise error
-    return one_line(error, 200)
-
-
-def _time_column(names: Sequence[str]) -> str:
-    found = [name for name in _TIME_UNITS if name in names]
-    if not found:
-        raise _BadSignalError(f"no column of times; name it one of {', '.join(_TIME_UNITS)}")
-    return found[0]
-
-
-def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[str]:
-    if columns is None:
-        return [name for name in names if name not in _TIME_UNITS]
-    for name in columns:
-        if name not in names:
-            raise _BadSignalError(f"no column {name!r}; there are {', '.join(names)}")
-    return list(columns)
-
-
-def _parquet_columns(
-    data: bytes, columns: Sequence[str] | None, max_bytes: int
-) -> tuple[str, npt.NDArray[Any], list[Named]]:
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        schema = file.schema_arrow
-        time_name = _time_column(schema.names)
-        chosen = _chosen(schema.names, columns)
-        if columns is None:
-            chosen = [name for name in chosen if _holds_numbers(schema.field(name).type)]
-        for name in (time_name, *chosen):
-            if not _holds_numbers(schema.field(name).type):
-                raise _BadSignalError(
-                    f"column {name} must be numbers or lists of numbers, got {schema.field(name).type}"
-                )
-        batches, num_bytes = [], 0
-        wanted = list(dict.fromkeys((time_name, *chosen)))
-        for batch in file.iter_batches(1 << 14, columns=wanted, use_threads=False):  # a confined process starts none
-            num_bytes += batch.nbytes
-            if num_bytes > max_bytes:
-                raise _BadSignalError(f"more than {max_bytes} bytes of content; split it, or store fewer channels")
-            batches.append(batch)
-    except _BadSignalError:
-        raise
-    except Exception as error:  # a damaged file makes Arrow raise whatever its bytes lead to
-        raise _BadSignalError(f"not readable as Parquet: {_words(error)}; write it again") from error
-    if not batches:
-        raise _BadSignalError("no samples; leave the signal out")
-    table = pa.Table.from_batches(batches)
-    if table[time_name].null_count:
-        raise _BadSignalError(f"column {time_name} has missing times; leave those samples out")
-    return time_name, _numbers(time_name, table[time_name]), [(name, _numbers(name, table[name])) for name in chosen]
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _holds_numbers(kind: pa.DataType) -> bool:
-    inner = kind.value_type if _is_list(kind) else kind
-    return bool(pa.types.is_integer(inner) or pa.types.is_floating(inner) or pa.types.is_boolean(inner))
-
-
-def _numbers(name: str, column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    if not _is_list(array.type):
-        return cast(
-            npt.NDArray[Any], array.to_numpy(zero_copy_only=False) if not array.null_count else _with_nan(array)
-        )
-    if array.null_count:
-        raise _BadSignalError(f"column {name} has missing lists; fill them")
-    flat = array.flatten()
-    width, rest = divmod(len(flat), max(1, len(array)))
-    if not pa.types.is_fixed_size_list(array.type) and (rest or (np.diff(array.offsets.to_numpy()) != width).any()):
-        raise _BadSignalError(f"column {name} has lists of different lengths; pad them")
-    values = _with_nan(flat) if flat.null_count else flat.to_numpy(zero_copy_only=False)
-    return cast(npt.NDArray[Any], values.reshape(len(array), width))
-
-
-def _with_nan(array: pa.Array) -> npt.NDArray[Any]:
-    _as_float32("a column", array.drop_null().to_numpy(zero_copy_only=False))  # to refuse the same numbers as elsewhere
-    return cast(npt.NDArray[Any], array.cast(pa.float64()).to_numpy(zero_copy_only=False))
-
-
-def _npz_columns(data: bytes, max_bytes: int) -> tuple[str, npt.NDArray[Any], list[Named]]:
-    arrays = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for key in ("seconds", "values"):
-                with archive.open(f"{key}.npy") as member:
-                    content = member.read(max_bytes + 1)  # limits the content itself, whatever the directory claims
-                if len(content) > max_bytes:
-                    raise _BadSignalError(f"{key} has more than {max_bytes} bytes; split it, or store fewer channels")
-                arrays[key] = _npy_array(content)
-    except KeyError as error:
-        raise _BadSignalError(
-            "it must hold the arrays seconds and values; np.savez(path, seconds=, values=)"
-        ) from error
-    except _BadSignalError:
-        raise
-    except Exception as error:  # a damaged archive makes each decompressor raise something else
-        raise _BadSignalError(f"not readable as .npz: {_words(error)}; write it again") from error
-    return "seconds", arrays["seconds"], [(None, arrays["values"])]
-
-
-def _npy_columns(array: npt.NDArray[Any], columns: Sequence[str] | None) -> tuple[str, npt.NDArray[Any], list[Named]]:
-    if array.dtype.names:
-        time_name = _time_column(array.dtype.names)
-        return time_name, array[time_name], [(name, array[name]) for name in _chosen(array.dtype.names, columns)]
-    if columns is not None:
-        raise _BadSignalError("an array without fields has no columns to choose; store a structured one")
-    if array.ndim != 2 or array.shape[1] < 2:
-        raise _BadSignalError(f"it must be (N, 1 + D) with the times first, got {array.shape}")
-    return "seconds", array[:, 0], [(None, array[:, 1:])]
-
-
-def _npy_array(data: bytes) -> npt.NDArray[Any]:
-    """Load an array, after checking that its header claims no more than the data holds."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version[0]}.{version[1]}")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        if dtype.hasobject:
-            raise _BadSignalError("it holds Python objects, which are never loaded; store numbers")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > len(data) - file.tell():
-            raise _BadSignalError(f"its header claims {dtype} {shape}, more than there is; write it again")
-        if not dtype.itemsize:
-            raise _BadSignalError(f"it must be numbers, got {dtype}")
-        file.seek(0)
-        return cast(npt.NDArray[Any], np.load(file, allow_pickle=False))
-    except _BadSignalError:
-        raise
-    except Exception as error:  # NumPy parses the header as Python source: SyntaxError, TokenError, RecursionError ...
-        raise _BadSignalError(f"not readable as .npy: {_words(error)}; write it again") from error
 
 
 # Aligning.
@@ -395,7 +130,31 @@ def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: flo
     return Aligned(values=np.where(covered[:, None], values, np.float32(np.nan)))
 
 
-def align_clip(signal: Signal, clip: Clip, rule: Rule, *, first_seconds: float, fps: float) -> Aligned:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Steps:
+    """The clock of samples at a steady rate: sample n is at ``offset_seconds`` + n / ``per_second``."""
+
+    offset_seconds: float
+    per_second: float
+
+    def numbers(self, seconds: Seconds) -> Seconds:
+        """Times in steps after sample 0. One within a twentieth of a step of a sample is that of the sample."""
+        steps = (seconds - self.offset_seconds) * self.per_second
+        whole = np.round(steps)
+        return np.where(np.abs(steps - whole) <= _SAME_STEP, whole, steps)
+
+    def seconds(self, numbers: Seconds) -> Seconds:
+        """Inverse of :meth:`numbers`."""
+        return self.offset_seconds + numbers / self.per_second
+
+
+_SAME_STEP = 0.05
+"""Times of frames are rounded to the ticks of their container, up to a millisecond."""
+
+
+def align_clip(
+    signal: Signal, clip: Clip, rule: Rule, *, first_seconds: float, fps: float, steps: Steps | None = None
+) -> Aligned:
     """Align a signal with a clip.
 
     Samples are chosen by the times at which the source shows the frames. Windows are cut at the grid times, so that
@@ -408,13 +167,20 @@ def align_clip(signal: Signal, clip: Clip, rule: Rule, *, first_seconds: float, 
         rule: as in :func:`align`.
         first_seconds: presentation time of the video's first frame.
         fps: frames per second of the grid.
+        steps: clock of a signal whose ``seconds`` are the numbers of samples; None where they are seconds.
     """
     if rule != "window":
         times = clip.frame_pts_seconds - first_seconds
+        times = times if steps is None else steps.numbers(times)
         return align(signal, times, rule, float(times[-1]))
-    steps = np.minimum(np.arange(len(clip.frame_pts_seconds) + 1), clip.num_valid_frames)
-    times = clip.start_seconds - first_seconds + steps / fps
-    return align(signal, times[:-1], rule, float(times[-1]))
+    frames = np.minimum(np.arange(len(clip.frame_pts_seconds) + 1), clip.num_valid_frames)
+    times = clip.start_seconds - first_seconds + frames / fps
+    if steps is None:
+        return align(signal, times[:-1], rule, float(times[-1]))
+    times = steps.numbers(times)
+    aligned = align(signal, times[:-1], rule, float(times[-1]))
+    assert aligned.seconds is not None
+    return replace(aligned, seconds=steps.seconds(aligned.seconds))
 
 
 # Arrow.

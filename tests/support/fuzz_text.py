@@ -32,7 +32,7 @@ from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.plan import VideoPlanner
 from vidshard.pipeline.video.probe import probe_video
-from vidshard.pipeline.video.signals import read_signal
+from vidshard.pipeline.video.signal_files import read_signal
 from vidshard.schemas.errors import VidshardError
 from vidshard.schemas.video import ClipSpec, Limits, Part, VideoRef
 

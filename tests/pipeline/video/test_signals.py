@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video.signals import Rule, Signal, align, read_signal, signal_arrays, signal_fields
+from vidshard.pipeline.video.signal_files import read_signal
+from vidshard.pipeline.video.signals import Rule, Signal, align, signal_arrays, signal_fields
 from vidshard.schemas.fields import parse_signals
 from vidshard.schemas.rejections import Reason, VideoError
 
