@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, report
-from vidshard.models.metrics import CodebookUse, psnr, ssim
+from vidshard.models.codebook_use import CodebookUse
+from vidshard.models.metrics import psnr, ssim
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok

@@ -25,7 +25,16 @@ from vidshard.pipeline.batch_sizes import BatchSizes
 from vidshard.pipeline.compiled import CompileCache, compile_encoder
 from vidshard.pipeline.devices import GpuFaultError, examine_gpu, free_caches, is_out_of_memory, make_reproducible
 from vidshard.pipeline.encode import NotFiniteError, encode_clips, encode_spans
-from vidshard.pipeline.rows import EncodeStats, add_payload, clip_counts, clip_frames, frame_sizes, refuse
+from vidshard.pipeline.quality import QualityAudit, QualityMeter
+from vidshard.pipeline.rows import (
+    EncodeStats,
+    add_payload,
+    add_quality,
+    clip_counts,
+    clip_frames,
+    frame_sizes,
+    refuse,
+)
 from vidshard.pipeline.storage import public_uri
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
 from vidshard.schemas.errors import RunFailedError, one_line
@@ -63,6 +72,8 @@ class EncoderSpec:
     """Tiles in which frames are encoded; None for whole frames."""
     continuous: ClipSpec | None = None
     """Clip settings if the clips of a span form one stream; None if each clip is encoded by itself."""
+    audit: QualityAudit | None = None
+    """Choice of the clips whose quality is measured; None for none."""
 
     def encoder(self) -> ClipEncoder:
         """Make an encoder with these settings; the model is loaded by its first call."""
@@ -98,6 +109,7 @@ class ClipEncoder:
         self._batch_sizes = BatchSizes(spec.batch_size, dict(spec.most_clips))
         self._compiled = None if spec.compile_cache is None else CompileCache(spec.compile_cache, _model_name(spec))
         self._idle_since: float | None = None
+        self._meter: QualityMeter | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Encode the clips of all rows together."""
@@ -129,9 +141,25 @@ class ClipEncoder:
         for row in errors:
             encoded[row] = {column.name: [] for column in spec.payload}
         values = {column.name: [clip for row in encoded for clip in row[column.name]] for column in spec.payload}
+        rows = refuse(rows, errors, Stage.ENCODE)
+        quality = None if spec.audit is None else self._quality_meter(spec.audit).measure(rows, spans, encoded)
         self._idle_since = time.monotonic()
         stats = EncodeStats(seconds=self._idle_since - started, wait_seconds=waited, num_slots=num_slots)
-        return add_payload(refuse(rows, errors, Stage.ENCODE), values, spec.payload, stats)
+        rows = add_payload(rows, values, spec.payload, stats)
+        return rows if quality is None else add_quality(rows, quality)
+
+    def _quality_meter(self, audit: QualityAudit) -> QualityMeter:
+        if self._meter is None:
+            spec = self._spec
+            self._meter = QualityMeter(
+                audit,
+                self._tokenizer(),
+                num_frames=spec.num_frames,
+                padding=spec.padding,
+                tiling=spec.tiling,
+                continuous=spec.continuous is not None,
+            )
+        return self._meter
 
     def _tokenizer(self) -> Tokenizer:
         if self._model is None:

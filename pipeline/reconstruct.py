@@ -13,6 +13,7 @@ from vidshard.models.tokenizer import Past, Tokenizer, output_to_frames
 from vidshard.models.vidtok.lengths import Padding, pad
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.crossing import check_clip, check_parts, cross_clips, stored_spec
+from vidshard.pipeline.decode_payload import clips_before, decode_in_sequence, to_tensors
 from vidshard.pipeline.decode_stage import decode_again
 from vidshard.pipeline.devices import make_reproducible
 from vidshard.pipeline.output.shard_reader import StoredClip, find_clips, read_clips
@@ -126,19 +127,14 @@ def reconstruct_row(clip: StoredClip, paths: Sequence[str], tokenizer: Tokenizer
     config = tokenizer.config
     index = int(clip.values["clip_index"])
     rows = dict(rows_of_video(paths, clip.clip_id.rsplit("-", 1)[0]))
-    num_latents = _num_latents(clip.payload)
     first = index
-    while first - 1 in rows and (index - first) * num_latents < config.history_latents:
+    while first - 1 in rows and index - first < clips_before(config, clip.payload):
         first -= 1
-    payloads = [stored_clip(rows[number]).payload for number in range(first, index)] + [clip.payload]
-    if config.lookahead_latents and index + 1 in rows:
-        after = stored_clip(rows[index + 1]).payload
-        payloads.append({k: np.take(v, range(config.lookahead_latents), axis=-3) for k, v in after.items()})
-    joined = {name: np.concatenate([payload[name] for payload in payloads], axis=-3) for name in clip.payload}
+    before = [stored_clip(rows[number]).payload for number in range(first, index)]
+    after = stored_clip(rows[index + 1]).payload if config.lookahead_latents and index + 1 in rows else None
     with torch.inference_mode():
-        decoded = tokenizer.decode_payload(to_tensors(joined, tokenizer), config.decoded_frames(_num_latents(joined)))
-    before = config.decoded_frames((index - first) * num_latents) if index > first else 0
-    return output_to_frames(decoded)[0][before : before + len(clip.values["frame_pts_seconds"])].cpu().numpy()
+        decoded = decode_in_sequence(before, clip.payload, after, tokenizer)
+    return output_to_frames(decoded)[0][: len(clip.values["frame_pts_seconds"])].cpu().numpy()
 
 
 def reconstruct_video(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -189,20 +185,6 @@ def rows_of_video(paths: Sequence[str], sequence: str) -> list[tuple[int, Row]]:
 def stored_clip(row: Row) -> StoredClip:
     """Read a row with its payload."""
     return next(read_clips(*row))
-
-
-def to_tensors(payload: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-    """Convert the payload of one clip to a batch of one: int64 tokens, float32 latents, each (1, *shape)."""
-    return {
-        name: torch.from_numpy(values.astype(np.int64 if values.dtype.kind == "u" else np.float32))[None].to(
-            tokenizer.device
-        )
-        for name, values in payload.items()
-    }
-
-
-def _num_latents(payload: Mapping[str, np.ndarray]) -> int:
-    return int(next(iter(payload.values())).shape[-3])
 
 
 def source_frames(clip: StoredClip, resolved: ResolvedRun) -> np.ndarray:

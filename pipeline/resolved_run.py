@@ -6,6 +6,7 @@ The same class is made from the settings of a new run (`ResolvedRun.of`) and fro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,13 +24,14 @@ from vidshard.pipeline.compiled import default_compile_cache
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.inputs import lerobot
 from vidshard.pipeline.plan import clips_per_span
+from vidshard.pipeline.quality import QualityAudit
 from vidshard.pipeline.rows import INTERNAL_COLUMNS
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
 from vidshard.pipeline.versions import code_version, library_versions
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.fields import ReportSettings
-from vidshard.schemas.runs import TokenizeRun, identity_settings
+from vidshard.schemas.runs import AuditSettings, TokenizeRun, identity_settings
 from vidshard.schemas.tokens import Payload, Provenance
 from vidshard.schemas.video import ClipSpec, Limits
 
@@ -67,7 +69,11 @@ class ResolvedRun:
         run = _with_signals_of_datasets(run)
         _refuse_impossible(run, config)
         run = _with_weights(run, config)
-        absolute = {"out": storage.absolute(run.out), "inputs": [lerobot.absolute(i) for i in run.inputs]}
+        absolute: dict[str, Any] = {
+            "out": storage.absolute(run.out),
+            "inputs": [lerobot.absolute(i) for i in run.inputs],
+            "vgg_weights": None if run.vgg_weights is None else storage.absolute(run.vgg_weights),
+        }
         run = run.model_copy(update=absolute)
         source = TokenizerSource(config=config, weights=run.weights, ema=run.ema, seed=run.random_weights)
         notice = None if run.weights else RANDOM_WEIGHTS_NOTICE.format(seed=run.random_weights)
@@ -224,7 +230,16 @@ class ResolvedRun:
             num_threads=num_threads,
             padding=self.padding,
             tiling=self.tiling,
+            audit=self.audit,
         )
+
+    @property
+    def audit(self) -> QualityAudit | None:
+        """Choice of the clips whose quality is measured; None without ``--audit``."""
+        if not self.run.audit:
+            return None
+        seed = json.dumps(self.identity, sort_keys=True, default=str)
+        return QualityAudit(share=self.run.audit, seed=seed, vgg_weights=self.run.vgg_weights)
 
     @property
     def _compile_cache(self) -> str | None:
@@ -357,7 +372,10 @@ def public_record(run: TokenizeRun) -> dict[str, Any]:
     told = set(ReportSettings.model_fields)
     record = in_stored_order(run.model_dump(mode="json", exclude=told), _RUN_ORDER)
     record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
-    return record | {name: storage.public_uri(record[name]) for name in ("out", "weights") if record[name]}
+    if not run.audit:  # shards of a run without an audit are what they were before there was one
+        record = {name: value for name, value in record.items() if name not in AuditSettings.model_fields}
+    paths = ("out", "weights", "vgg_weights")
+    return record | {name: storage.public_uri(record[name]) for name in paths if record.get(name)}
 
 
 def in_stored_order(record: dict[str, Any], order: str) -> dict[str, Any]:

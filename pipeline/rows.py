@@ -10,7 +10,7 @@ plan        ``PLAN_FIELDS``, manifest columns
 decode      adds ``frames``, ``clips``, ``rejection``, ``decode_seconds``,
             ``is_recut``
 encode      replaces ``frames`` by the payload (``tokens`` or ``latents`` …), and
-            adds the columns of :class:`EncodeStats`
+            adds the columns of :class:`EncodeStats`, and ``quality`` with ``--audit``
 ==========  ==================================================================
 """
 
@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from vidshard.pipeline.storage import public_uri
 from vidshard.pipeline.video.sampling import expected_clips
 from vidshard.schemas.rejections import REMEDIES, Reason, Rejection, Stage, VideoError
-from vidshard.schemas.tokens import GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
+from vidshard.schemas.tokens import AUDIT_FIELDS, GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
 from vidshard.schemas.video import Clip, ClipSpec, Part, Span, SpanClips, VideoSource
 
 PLAN_FIELDS = (
@@ -75,6 +75,22 @@ CLIP_TYPE = pa.struct(
 )
 REJECTION_TYPE = pa.struct(list(REJECT_SCHEMA))
 
+QUALITY = pa.field(
+    "quality",
+    pa.list_(
+        pa.struct(
+            [
+                ("psnr", pa.float32()),
+                ("ssim", pa.float32()),
+                ("lpips", pa.float32()),
+                ("moments", pa.list_(pa.float64())),
+            ]
+        )
+    ),
+)
+"""Quality of each clip of a row, in a run with ``--audit``: null for clips that were not chosen. An audited clip whose
+decoding failed has nulls inside."""
+
 FRAMES = pa.field("frames", pa.large_binary(), nullable=False)  # int64 offsets: a batch may pass 2 GiB
 CLIPS = pa.field("clips", pa.list_(CLIP_TYPE), nullable=False)
 REJECTION = pa.field("rejection", REJECTION_TYPE)
@@ -106,6 +122,7 @@ INTERNAL_COLUMNS = (
         "rejection",
         "decode_seconds",
         "is_recut",
+        "quality",
         "num_bytes",
         "input_row",
         "entry",
@@ -348,6 +365,11 @@ def add_payload(
     return rows
 
 
+def add_quality(rows: pa.Table, quality: Sequence[Sequence[Mapping[str, Any] | None]]) -> pa.Table:
+    """Add the quality of the clips of each row, see ``QUALITY``."""
+    return rows.append_column(QUALITY, pa.array(quality, QUALITY.type))
+
+
 def refuse(rows: pa.Table, errors: Mapping[int, VideoError], stage: Stage) -> pa.Table:
     """Replace the clips of failed rows by a rejection of the whole span.
 
@@ -426,6 +448,7 @@ def explode(
             for column in payload
         },
         **{name: rows[name].combine_chunks().flatten() for name in signals},
+        **_audit_columns(rows),
     }
     columns = []
     for field in schema:
@@ -434,3 +457,11 @@ def explode(
             column = parents[field.name].cast(field.type)
         columns.append(pa.nulls(len(clips), field.type) if column is None else column)
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _audit_columns(rows: pa.Table) -> dict[str, pa.Array]:
+    """Columns of ``AUDIT_FIELDS``, one value per clip; none for rows without ``QUALITY``."""
+    if QUALITY.name not in rows.schema.names:
+        return {}
+    quality = rows[QUALITY.name].combine_chunks().flatten()
+    return {field.name: pc.struct_field(quality, field.name.removeprefix("audit_")) for field in AUDIT_FIELDS}

@@ -217,6 +217,38 @@ class OutputSettings(Settings):
     )
 
 
+class AuditSettings(Settings):
+    """Settings of the quality audit: a share of the clips is decoded again and compared with its frames."""
+
+    audit: float = setting(
+        0.0,
+        section="Quality audit",
+        identity=False,
+        ge=0.0,
+        le=1.0,
+        metavar="SHARE",
+        help="Share of the clips, such as 0.01, that are decoded again while tokenizing and compared with their "
+        "frames. PSNR, SSIM and LPIPS are stored in their rows, and the summary names the worst videos.",
+    )
+    audit_min_psnr: float = setting(
+        20.0,
+        section="Quality audit",
+        identity=False,
+        ge=0.0,
+        le=80.0,
+        metavar="DB",
+        help="PSNR in dB below which --audit warns, of the mean of all audited clips or of single ones.",
+    )
+    vgg_weights: str | None = setting(
+        None,
+        section="Quality audit",
+        identity=False,
+        metavar="FILE",
+        help="File with torchvision's vgg16 weights, for LPIPS in --audit. Default: torchvision's download if it is "
+        "on the machine; without either LPIPS is null.",
+    )
+
+
 class TokenizerSettings(Settings):
     """Tokenizer and weights. The identity holds the tokenizer's configuration and a digest of the weights instead."""
 
@@ -658,6 +690,7 @@ class TokenizeRun(
     PartSettings,
     SamplingSettings,
     TokenizerSettings,
+    AuditSettings,
     OutputSettings,
     InputSettings,
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -12,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vidshard.jobs.runtime.progress import print_alert, warn
-from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
+from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN, shard_paths
 from vidshard.pipeline.output.parquet import ShardError
+from vidshard.pipeline.output.quality import AuditFigures, read_quality
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import open_shard, output_shards, read_clips, read_payloads
 from vidshard.schemas.text import readable
@@ -42,6 +44,7 @@ def inspect_output(out: str, console: Console, *, num_rows: int) -> None:
     paths = output_shards(out)
     provenance = _show_counts(paths, console)
     _show_codebook_use(paths, provenance.payload, console)
+    _show_audit(paths, console)
     _show_provenance(provenance, console)
     _show_rows(paths[0], num_rows, console)
     if not out.endswith(".parquet"):
@@ -82,6 +85,15 @@ def output_record(out: str) -> dict[str, Any]:
                 for column in provenance.payload
             ]
     record["num_videos"] = len(videos)
+    quality = read_quality(paths, ())
+    if quality.num_shards > quality.num_without:
+        record["audit"] = {
+            "num_clips": quality.figures.num_clips,
+            "num_failed": quality.figures.num_failed,
+            "num_shards_without": quality.num_without,
+            **{name: quality.figures.mean(name) for name in ("psnr", "ssim", "lpips")},
+            "worst": [asdict(clip) | {"uri": shown_uri(clip.uri)} for clip in quality.figures.worst],
+        }
     if not is_shard:
         record["rejects"] = dict(Counter(read_rejects(folder)["reason"].to_pylist()))
     return record
@@ -154,6 +166,34 @@ def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> 
             f"entropy {use.entropy_bits:.2f} bits{part}",
             highlight=False,
         )
+
+
+NUM_WORST_SHOWN = 5
+"""Number of clips with the lowest PSNR that are printed."""
+
+
+def _show_audit(paths: list[str], console: Console) -> None:
+    """Print the figures of the clips that a run with ``--audit`` measured."""
+    try:
+        quality = read_quality(paths, ())
+    except ShardError as error:
+        print_alert(console, f"audit: not counted, {error}", style="bold red")
+        return
+    figures = quality.figures
+    if not figures.num_clips and not figures.num_failed:
+        return
+    means = [f"{title} {value:.{digits}f}" for title, value, digits in _audit_means(figures) if value is not None]
+    failed = f", {figures.num_failed} not decoded for want of memory" if figures.num_failed else ""
+    without = f"; {quality.num_without} of {quality.num_shards} shards have none" if quality.num_without else ""
+    console.print(f"audit: {', '.join(means)} of {figures.num_clips} clips{failed}{without}", highlight=False)
+    for clip in figures.worst[:NUM_WORST_SHOWN]:
+        line = f"  {clip.psnr:.1f} dB: {readable(clip.clip_id, 200)} of {shown_uri(clip.uri)}"
+        console.print(line, highlight=False, markup=False)
+
+
+def _audit_means(figures: AuditFigures) -> list[tuple[str, float | None, int]]:
+    titles = (("mean PSNR in dB", "psnr", 2), ("SSIM", "ssim", 3), ("LPIPS", "lpips", 3))
+    return [(title, figures.mean(name), digits) for title, name, digits in titles]
 
 
 def _show_provenance(provenance: Provenance, console: Console) -> None:

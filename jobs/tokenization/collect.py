@@ -22,6 +22,7 @@ from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.placement import bfloat16_pays
 from vidshard.jobs.tokenization.planning import uri_columns
+from vidshard.jobs.tokenization.quality import QualityWatch
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors
 from vidshard.jobs.tokenization.telemetry import Telemetry
@@ -40,6 +41,7 @@ from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.tokens import AUDIT_FIELDS
 from vidshard.schemas.video import Limits
 
 
@@ -101,7 +103,10 @@ def open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease | None = None)
         run.out,
         buckets=[(spec, resolved.payload_of(spec)) for spec in resolved.clip_specs],
         provenance=resolved.provenance,
-        manifest_fields=[field for field in manifest_fields(work.schema) if field.name not in uri_columns(run)],
+        manifest_fields=[
+            *(AUDIT_FIELDS if run.audit else ()),
+            *(field for field in manifest_fields(work.schema) if field.name not in uri_columns(run)),
+        ],
         signal_fields=[field for name, rule in run.signals or [] for field in signal_fields(name, rule)],
         shard_bytes=run.shard_size,
         commit_seconds=60 * run.commit_minutes,
@@ -127,6 +132,7 @@ def _collect(
     run = resolved.run
     stop = executor.cancel_token()
     broken: set[str] = set()
+    watch = QualityWatch(min_psnr=run.audit_min_psnr, console=console)
     clips_per_row = summary.expected_clips / summary.planned_spans
     resources, encoder = plan_resources(resolved, work.num_spans, clips_per_row, executor)
     counter.resources = resources
@@ -144,6 +150,7 @@ def _collect(
                 continue
             rows, rejections = counter.take(rows)
             telemetry.took(rows, rejections)
+            watch.take(rows)
             sink.add(rows)
             summary.reasons.update(r["reason"] for r in rejections)
             rejected |= {r["uri"] for r in rejections}

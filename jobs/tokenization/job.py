@@ -23,12 +23,16 @@ from vidshard.jobs.tokenization.collect import check_internal_errors, check_reje
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place
 from vidshard.jobs.tokenization.planning import make_plan
+from vidshard.jobs.tokenization.quality import QualitySummary
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary, summary_record
 from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import confinement_lacks
 from vidshard.pipeline.discover import discover
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
+from vidshard.pipeline.output.parquet import ShardError
+from vidshard.pipeline.output.quality import read_quality
 from vidshard.pipeline.output.rejects import forget_retry_set
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
@@ -140,8 +144,10 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
             lease.check()
             if not summary.problems and summary.interruption is None:
                 forget_retry_set(run.out)
+            if run.audit:
+                summary.quality = QualitySummary.of(run, read_quality(shard_paths(run.out), resolved.payload))
             save_summary(summary)
-        except (storage.StorageError, LeaseLostError) as error:
+        except (storage.StorageError, ShardError, LeaseLostError) as error:
             summary.problems += [str(error)] if str(error) not in summary.problems else []
     return summary
 

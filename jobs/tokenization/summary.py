@@ -18,6 +18,7 @@ from rich.text import Text
 from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.tokenization.forecast import Forecast
+from vidshard.jobs.tokenization.quality import QualitySummary, print_quality
 from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
@@ -63,6 +64,8 @@ class Summary:
     """Forecast of `vidshard plan` for this output; None without one."""
     machine_speed: float | None = None
     """Speed of this machine during the run, if it follows a forecast that has one (`calibration`)."""
+    quality: QualitySummary | None = None
+    """Quality of the audited clips; None without ``--audit``."""
     notice: str | None
     """Warning for readers, such as that the weights are random."""
     num_recut_spans: int = 0
@@ -161,6 +164,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "pending_spans": summary.pending_spans,
         "usage": None if summary.usage is None else asdict(summary.usage),
         "forecast": None if summary.forecast is None else asdict(summary.forecast),
+        "quality": None if summary.quality is None else summary.quality.record(),
         "interruption": None if summary.interruption is None else type(summary.interruption).__name__,
     }
 
@@ -198,6 +202,8 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         busy = f"busy {usage.busy_share:.0%} of the phase, waiting for frames {usage.wait_share:.0%} of their time"
         line("machines", f"{usage.yields}; encoders {busy}")
         line("", usage.verdict)
+    if summary.quality is not None:
+        print_quality(summary.quality, console)
     if summary.forecast is not None and summary.is_complete_first:
         came = (written.num_clips, written.file_bytes, seconds["total"], summary.machine_speed)
         line("forecast", summary.forecast.compared(*came))

@@ -22,7 +22,8 @@ from rich.console import Console
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.training.start import Start, describe_start, last_state, read_start
-from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW
+from vidshard.models.codebook_use import MAX_CODEBOOK
+from vidshard.models.metrics import SSIM_WINDOW
 from vidshard.models.tokenizer import FAMILIES, TokenizerConfig, get_preset, parse_config
 from vidshard.models.training.families import check_stages
 from vidshard.models.training.generator import Generator

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW, CodebookUse, psnr, ssim
+from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
+from vidshard.models.metrics import SSIM_WINDOW, psnr, ssim
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.losses import frames_of
 from vidshard.models.training.state import TrainState

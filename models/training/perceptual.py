@@ -82,6 +82,12 @@ def load_perceptual(vgg_weights: str | Path | None = None) -> Perceptual:
             ) from error
 
 
+def cached_vgg_weights() -> str | None:
+    """Path of torchvision's download of VGG16, if it is on this machine; None otherwise."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+    return str(path) if path.is_file() else None
+
+
 def _lpips_with(lpips: ModuleType, trunk: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """Build the package's network with a given trunk.
 

@@ -15,8 +15,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from vidshard.models.codebook_use import MAX_CODEBOOK
 from vidshard.models.frechet import I3D
-from vidshard.models.metrics import MAX_CODEBOOK, SSIM_WINDOW, psnr, ssim
+from vidshard.models.metrics import SSIM_WINDOW, psnr, ssim
 from vidshard.models.tokenizer import Tokenizer, frames_to_input
 from vidshard.models.training.perceptual import Perceptual, load_perceptual
 from vidshard.models.vidtok.lengths import Padding, pad

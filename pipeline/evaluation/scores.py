@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
 from vidshard.models.frechet import frechet_distance
-from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.parquet import BoundedParquet, ShardError, named_if_damaged, write_table
 from vidshard.schemas.evaluation import Average

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY, shard_paths
 from vidshard.pipeline.output.parquet import FileRows, named_if_damaged
+from vidshard.pipeline.output.quality import without_figures
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.output.shard_writer import parquet_bytes
 from vidshard.pipeline.rows import row_part
@@ -157,7 +158,8 @@ def drop_spans(path: str, unwanted: Collection[str]) -> None:
         SPAN_CLIPS_KEY: [listed.num_clips[at] for at in kept],
         SPAN_SECONDS_KEY: [listed.seconds[at] for at in kept],
     }
-    metadata = table.schema.metadata | {name.encode(): json.dumps(values).encode() for name, values in lists.items()}
+    metadata = without_figures(table.schema.metadata)
+    metadata |= {name.encode(): json.dumps(values).encode() for name, values in lists.items()}
     storage.write_atomic(path, parquet_bytes(table.replace_schema_metadata(metadata), provenance.payload))
 
 

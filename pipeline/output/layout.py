@@ -40,6 +40,11 @@ SPAN_CLIPS_KEY = f"{METADATA_PREFIX}span_clips"
 SPAN_SECONDS_KEY = f"{METADATA_PREFIX}span_seconds"
 """Metadata of a shard, JSON: seconds of video in the clips of each span, without repeats of a last frame."""
 
+AUDIT_KEY = f"{METADATA_PREFIX}audit"
+"""Metadata of a shard made with ``--audit``, JSON: figures of its audited clips (`pipeline.output.quality`)."""
+TOKEN_COUNTS_KEY = f"{METADATA_PREFIX}token_counts"
+"""Metadata of a shard made with ``--audit``, JSON: how often each token occurs, by payload column."""
+
 
 def plan_paths(out: str) -> list[str]:
     """Paths of the files of an output's plan, oldest first."""

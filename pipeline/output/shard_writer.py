@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY
+from vidshard.pipeline.output.quality import audit_metadata
 from vidshard.pipeline.output.rejects import write_rejects
-from vidshard.pipeline.rows import explode, frame_sizes, row_part, row_rejection
+from vidshard.pipeline.rows import QUALITY, explode, frame_sizes, row_part, row_rejection
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.tokens import Payload, Provenance, payload_bytes, shard_schema
 from vidshard.schemas.video import ClipSpec
@@ -285,7 +286,10 @@ def shard_table(bucket: _Bucket, rows: pa.Table) -> pa.Table:
     }
     schema = bucket.schema.with_metadata({**bucket.schema.metadata, **listed})
     table = explode(rows, schema, bucket.payload, clip_ids=clip_ids, fps=float(spec.fps), signals=bucket.signals)
-    return table.sort_by("clip_id").replace_schema_metadata(schema.metadata)
+    metadata = dict(schema.metadata)
+    if QUALITY.name in rows.schema.names:
+        metadata |= {k.encode(): v.encode() for k, v in audit_metadata(rows, clip_ids, table, bucket.payload).items()}
+    return table.sort_by("clip_id").replace_schema_metadata(metadata)
 
 
 def _rejections_of(rows: pa.Table) -> list[Rejection]:

@@ -43,8 +43,9 @@ def test_shards_and_rejections_are_to_the_byte_those_of_a_run_in_one_process(
     good_videos: Path, bad_videos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"  # the same for both, as a shard tells where it was written
+    more = ("--audit", 0.5, "--encode-threads", 1)  # scores are sums, whose last digit follows the number of threads
     on_ray, local = (
-        _shards_and_rejects(tokenizing(good_videos, bad_videos, "--out", out, *SMALL), out)
+        _shards_and_rejects(tokenizing(good_videos, bad_videos, "--out", out, *SMALL, *more), out)
         for tokenizing in (tokenize_on_ray, tokenize)
     )
     assert on_ray == local

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidshard.models.metrics import MAX_CODEBOOK, CodebookUse, psnr, ssim
+from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
+from vidshard.models.metrics import psnr, ssim
 
 
 @given(tokens=st.lists(st.integers(0, 19), min_size=1), cut=st.integers(0, 50))
