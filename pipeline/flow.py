@@ -135,12 +135,19 @@ def build_flow(
             zero_copy_batch=True,
             num_gpus=resources.gpus_per_worker or None,
             num_cpus=resources.cpus_per_worker,  # also where it is 0: without a number Ray reserves a whole CPU
-            compute=ActorPoolStrategy(size=resources.encode_workers),
+            compute=_encoder_pool(resources),
             runtime_env={"env_vars": ENCODER_ENVIRONMENT},
             max_restarts=-1,
             max_task_retries=-1,
         )
     )
+
+
+def _encoder_pool(resources: StageResources) -> ActorPoolStrategy:
+    """Pool of encoders. Ray Data asks for another one while the others have a queue and the cluster has room for it."""
+    if not resources.is_elastic:
+        return ActorPoolStrategy(size=resources.encode_workers)
+    return ActorPoolStrategy(min_size=resources.encode_workers, max_size=resources.most_encode_workers)
 
 
 def _rows_of(plan: str | pa.Table) -> Dataset:

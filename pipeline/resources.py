@@ -36,6 +36,7 @@ class StageResources:
     """Number of workers of each stage, and the amount of work per call."""
 
     encode_workers: int
+    """Number of encoders; the smallest and first one if it may change."""
     gpus_per_worker: float
     """GPUs reserved for each encoder, or a fraction of one; 0 without GPUs."""
     cpus_per_worker: float
@@ -46,3 +47,7 @@ class StageResources:
     """Spans per decode task."""
     rows_per_batch: int
     """Spans per call of an encoder, which batches their clips."""
+    is_elastic: bool = False
+    """Whether encoders are added while there is room in the cluster and work for them, and taken away without."""
+    most_encode_workers: int | None = None
+    """Largest number of encoders if it may change; None for as many as fit."""

@@ -145,6 +145,41 @@ def parse_reasons(value: object) -> list[Reason]:
     return [Reason(name) for name in names]
 
 
+@dataclass(frozen=True)
+class WorkerCount:
+    """Number of workers, or the numbers between which a pool may grow and shrink."""
+
+    least: int
+    most: int | None
+    """None for as many as fit."""
+
+    def __str__(self) -> str:
+        return f"{self.least}" if self.most == self.least else f"{self.least}..{self.most or ''}"
+
+
+def parse_workers(value: object) -> WorkerCount:
+    """A number of workers, from ``4``, ``2..8``, or ``2..`` for two and as many more as fit.
+
+    Raises:
+        ValueError: the value is none of these, or no worker is left.
+    """
+    if isinstance(value, WorkerCount):
+        return value
+    match = None if isinstance(value, bool) else re.fullmatch(r"\s*(\d{1,6})(\.\.(\d{1,6})?)?\s*", str(value))
+    if match is None:
+        raise ValueError(f"a number of workers is one such as 4, or a range such as 2..8 or 2.., got {value!r}")
+    least = int(match[1])
+    most = least if match[2] is None else int(match[3]) if match[3] else None
+    if least < 1 or (most is not None and most < least):
+        raise ValueError(f"a range of workers begins with 1 or more and does not fall, got {value!r}")
+    return WorkerCount(least, most)
+
+
+def _workers_record(workers: WorkerCount) -> int | str:
+    """As outputs have recorded it: a plain number if it is fixed."""
+    return workers.least if workers.most == workers.least else str(workers)
+
+
 def _items(value: object, usage: str) -> Sequence[object]:
     """The items of a comma-separated text or of a list, at least one."""
     parts = value.split(",") if isinstance(value, str) else value
@@ -189,6 +224,8 @@ Reasons = Annotated[list[Reason], BeforeValidator(parse_reasons), PlainSerialize
 """Reasons of rejections; an empty list means every reason."""
 Pairs = Annotated[dict[str, object], BeforeValidator(parse_pairs)]
 """Settings by name, whose values are not parsed yet."""
+Workers = Annotated[WorkerCount, BeforeValidator(parse_workers), PlainSerializer(_workers_record)]
+"""A number of workers, or a range of them."""
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 """A positive number of bytes."""
 

@@ -29,6 +29,7 @@ from vidshard.schemas.fields import (
     When,
     With,
     Without,
+    Workers,
     check_identity,
     identity_names,
     setting,
@@ -623,13 +624,21 @@ class ExecutionSettings(Settings):
         metavar="N",
         help="Clips per forward pass, from one video or several. Default: 8 on a GPU, 1 on a CPU.",
     )
-    encode_workers: int | None = setting(
+    encode_workers: Workers | None = setting(
         None,
         section="Execution",
         identity=False,
-        ge=1,
-        metavar="N",
-        help="Number of encoder processes. Default: one per GPU share, or one per four CPUs where there is no GPU.",
+        metavar="N|MIN..MAX",
+        help="Number of encoder processes, or a range such as 2..8 or 2.. in which it follows the cluster. Default: "
+        "one per GPU share, or one per four CPUs; on a joined cluster more as nodes join.",
+    )
+    wait_for_gpus: Seconds = setting(
+        Fraction(0),
+        section="Execution",
+        identity=False,
+        metavar="TIME",
+        help="Longest time to wait for the first GPU node of a joined cluster, such as 600 or 10:00. Nodes that join "
+        "later are used too.",
     )
     gpus_per_worker: float = setting(
         1.0,

@@ -98,7 +98,7 @@ def _evaluate(run: EvaluateRun, out: str, progress: Console, *, local: bool) -> 
     storage.check_writable(out)
     found = None if evaluation.stored else discover(run.inputs, limit=run.limit)
     lease = Lease.acquire(out, ttl_seconds=_LEASE_SECONDS, on_wait=lambda text: progress.print(text, markup=False))
-    with lease, open_executor(run, local=local) as executor:
+    with lease, open_executor(run, local=local) as executor, executor.watched(progress):
         _write_record(evaluation)
         done = set(read_scores(out).spans)
         for group in evaluation.groups:

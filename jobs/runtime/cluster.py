@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -29,6 +30,7 @@ _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
 _STOPPING_SECONDS = 60.0
 _RELEASING_SECONDS = 10.0
+_LOOKING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,14 +72,39 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_death_noticed(own=own))
         _quiet(verbose)
-        resources = ray.cluster_resources()
-        yield Cluster(
-            num_cpus=max(1, int(resources.get("CPU", 1))),
-            num_gpus=resources.get("GPU", 0.0),
-            num_nodes=sum(node["Alive"] for node in ray.nodes()),
-            is_own=own,
-            gpu_nodes=_gpu_nodes(),
-        )
+        yield _look(is_own=own)
+
+
+def _look(*, is_own: bool) -> Cluster:
+    """The cluster as it is at present."""
+    resources = ray.cluster_resources()
+    return Cluster(
+        num_cpus=max(1, int(resources.get("CPU", 1))),
+        num_gpus=resources.get("GPU", 0.0),
+        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+        is_own=is_own,
+        gpu_nodes=_gpu_nodes(),
+    )
+
+
+def await_gpus(cluster: Cluster, seconds: float) -> Cluster | None:
+    """Wait until a cluster has a node with a GPU, and ask its autoscaler for one, if it has one.
+
+    Returns:
+        The cluster as it is then; None if no GPU has come in that time.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    found = cluster
+    end = time.monotonic() + seconds
+    request_resources(bundles=[{"GPU": 1}])
+    try:
+        while not found.gpu_nodes and time.monotonic() < end:
+            time.sleep(min(_LOOKING_SECONDS, max(0.0, end - time.monotonic())))
+            found = _look(is_own=cluster.is_own)
+    finally:
+        request_resources(bundles=[])  # encoders ask for themselves from now on
+    return found if found.gpu_nodes else None
 
 
 def _gpu_nodes() -> tuple[GpuNode, ...]:

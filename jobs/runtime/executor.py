@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
+from rich.console import Console
 
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.pipeline.cancel import CancelToken, ClusterCancelToken, LocalCancelToken
@@ -60,8 +61,17 @@ class Executor(Protocol):
         """Machines with GPUs."""
         ...
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether machines may join while a job runs."""
+        ...
+
     def examine_gpus(self) -> list[GpuReport]:
         """Report on a GPU of each machine that has some, as PyTorch sees it in an encoder's place."""
+        ...
+
+    def watched(self, console: Console) -> AbstractContextManager[None]:
+        """Context in which the machines are watched, and what happens to them is told."""
         ...
 
     def cancel_token(self) -> CancelToken:
@@ -100,6 +110,7 @@ class LocalExecutor:
     num_cpus: int
     num_gpus: float
     num_nodes: int = 1
+    can_grow: bool = False
     verbose: bool = False
     """Print the traceback of a defect."""
 
@@ -122,6 +133,10 @@ class LocalExecutor:
     def __str__(self) -> str:
         gpus = ", one GPU" if self.num_gpus else ", no GPU"
         return f"this process alone, without Ray: {self.num_cpus} CPUs{gpus}"
+
+    def watched(self, console: Console) -> AbstractContextManager[None]:  # noqa: ARG002  the interface has it
+        """Context for this machine, on which nothing is watched."""
+        return nullcontext()
 
     def cancel_token(self) -> CancelToken:
         """Make a cancellation token for this process."""
@@ -176,6 +191,18 @@ class ClusterExecutor:
         """Nodes with GPUs."""
         return self.cluster.gpu_nodes
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether the cluster is one that others can add nodes to."""
+        return not self.cluster.is_own
+
+    def awaiting_gpus(self, seconds: float) -> ClusterExecutor | None:
+        """This executor once its cluster has GPUs; None if none has come in that time."""
+        from vidshard.jobs.runtime.cluster import await_gpus
+
+        cluster = await_gpus(self.cluster, seconds)
+        return None if cluster is None else ClusterExecutor(cluster=cluster)
+
     def examine_gpus(self) -> list[GpuReport]:
         """Report on a GPU of each node, as `Executor.examine_gpus`; nodes whose GPUs are taken do not answer."""
         import ray
@@ -198,6 +225,12 @@ class ClusterExecutor:
 
     def __str__(self) -> str:
         return str(self.cluster)
+
+    def watched(self, console: Console) -> AbstractContextManager[None]:
+        """Context in which the nodes are watched, as `Executor.watched`."""
+        from vidshard.jobs.runtime.node_watch import nodes_watched
+
+        return nodes_watched(console, is_own=self.cluster.is_own)
 
     def cancel_token(self) -> CancelToken:
         """Make a cancellation token for the workers of the cluster."""

@@ -21,7 +21,7 @@ from vidshard.jobs.runtime.run_record import check_output, write_run_record
 from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
 from vidshard.jobs.tokenization.forecast import Forecast
-from vidshard.jobs.tokenization.placement import place
+from vidshard.jobs.tokenization.placement import place, with_gpus
 from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.quality import QualitySummary
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary, summary_record
@@ -99,7 +99,8 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     forecast = Forecast.of_output(run.out)
     with ExitStack() as stack:
         stack.enter_context(lease)
-        executor = stack.enter_context(open_executor(run, local=local))
+        executor = with_gpus(stack.enter_context(open_executor(run, local=local)), run, console)
+        stack.enter_context(executor.watched(console))
         watch = None
         if forecast is not None and forecast.machine_speed is not None and is_one_machine(executor):
             watch = stack.enter_context(SpeedWatch(every_seconds=10))

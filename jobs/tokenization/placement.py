@@ -11,7 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from vidshard.jobs.runtime.executor import Executor
+from vidshard.jobs.runtime.executor import ClusterExecutor, Executor, LocalExecutor
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.runtime.run_record import RunRecord
 from vidshard.models.cost import MOST_VALUES, encoding_cost
@@ -19,10 +19,34 @@ from vidshard.models.tokenizer import TokenizerConfig
 from vidshard.pipeline.devices import DEFAULT_PRECISION, GpuReport, examine_gpu
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.fields import WorkerCount
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import ClipSpec
 
 Device = Literal["cuda", "cpu"]
+
+
+def with_gpus(
+    executor: LocalExecutor | ClusterExecutor, run: TokenizeRun, console: Console
+) -> LocalExecutor | ClusterExecutor:
+    """The executor of a run once its cluster has a GPU, if the run waits for one (``--wait-for-gpus``).
+
+    Raises:
+        UserError: none came in that time.
+    """
+    seconds = float(run.wait_for_gpus)
+    if isinstance(executor, LocalExecutor) or not executor.can_grow or run.device == "cpu" or executor.num_gpus:
+        return executor
+    if not seconds:
+        return executor
+    console.print(f"{executor}: waiting for a GPU node, for {seconds:g} s at most", highlight=False)
+    found = executor.awaiting_gpus(seconds)
+    if found is None:
+        raise UserError(
+            f"--wait-for-gpus {seconds:g}: no GPU node joined {executor} in that time. `ray status` tells what its "
+            "autoscaler waits for; give more time, or --device cpu"
+        )
+    return found
 
 
 def place(resolved: ResolvedRun, record: RunRecord, executor: Executor, console: Console) -> ResolvedRun:
@@ -65,7 +89,9 @@ def _device_of(setting: str, reports: list[GpuReport], executor: Executor) -> tu
         named = {str(report): report for report in reports}
         return "cuda", "; ".join(named)
     if setting == "cuda":
-        problem = examine_gpu().problem("float32") or "Ray knows of none: start its nodes with --num-gpus"
+        problem = examine_gpu().problem("float32") or (
+            "Ray knows of none: start its nodes with --num-gpus, or give --wait-for-gpus TIME if they come later"
+        )
         raise UserError(f"--device cuda, and {executor}: {problem}")
     return "cpu", "no GPU was found"
 
@@ -102,23 +128,23 @@ def has_nvidia_gpu() -> bool:
     return gpus.is_dir() and any(gpus.iterdir())
 
 
-def gpu_workers(wanted: int | None, share: float, executor: Executor) -> int:
-    """Number of encoders on GPUs.
+def gpu_workers(wanted: WorkerCount | None, share: float, executor: Executor) -> WorkerCount:
+    """Number of encoders on GPUs: by default as many as fit, and more as nodes join.
 
     Raises:
-        UserError: more are wanted than fit: those would wait for ever.
+        UserError: more are wanted from the start than fit: those would wait for ever.
     """
     fitting = sum(node.num_encoders(share) for node in executor.gpu_nodes)
     if fitting == 0:
         raise UserError(
             f"--gpus-per-worker {share:g}: no node of {executor} has so much of a GPU; give a smaller share"
         )
-    if wanted is not None and wanted > fitting:
+    if wanted is not None and wanted.least > fitting:
         raise UserError(
             f"--encode-workers {wanted}: {fitting} fit the GPUs of {executor} at --gpus-per-worker {share:g}; the "
-            "others would never start"
+            f"others would never start. For a cluster that grows give {fitting}..{wanted.most or ''}"
         )
-    return wanted or fitting
+    return wanted or WorkerCount(fitting, None if executor.can_grow else fitting)
 
 
 def most_clips(resolved: ResolvedRun) -> dict[tuple[int, int], int]:

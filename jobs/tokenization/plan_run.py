@@ -26,7 +26,7 @@ from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import open_sink, span_decoder
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.machines import Machine, decoding_seconds, find_machine
-from vidshard.jobs.tokenization.placement import place
+from vidshard.jobs.tokenization.placement import place, with_gpus
 from vidshard.jobs.tokenization.planning import make_plan
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.models.cost import Cost, encoding_cost
@@ -129,7 +129,8 @@ def _plan(resolved: ResolvedRun, console: Console, *, local: bool, other: Machin
         episodes=run.episodes,
     )
     lease = Lease.acquire(run.out, ttl_seconds=run.lease_seconds, on_wait=console.print)
-    with SpeedWatch(every_seconds=2) as watch, lease, open_executor(run, local=local) as executor:
+    with SpeedWatch(every_seconds=2) as watch, lease, open_executor(run, local=local) as opened:
+        executor = with_gpus(opened, run, console)
         if other is None:
             resolved = place(resolved, RunRecord(identity={}, code_version=""), executor, console)
         else:
@@ -201,7 +202,9 @@ def _try_encoding(
         return None
     sample = _shortened(rows.take(pa.array(sorted(chosen))), 1 if heavy else 2)
     resources, encoder = plan_resources(resolved, sample.num_rows, 1.0, executor)
-    resources = replace(resources, encode_workers=1, rows_per_batch=1 if encoder.batch_size == 1 else sample.num_rows)
+    resources = replace(
+        resources, encode_workers=1, is_elastic=False, rows_per_batch=1 if encoder.batch_size == 1 else sample.num_rows
+    )
     decoder = span_decoder(resolved, resolved.run.limits, executor.cancel_token())
     started = time.monotonic()
     tables: list[pa.Table] = []

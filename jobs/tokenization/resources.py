@@ -9,6 +9,7 @@ from vidshard.jobs.tokenization.placement import gpu_workers, most_clips
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
+from vidshard.schemas.fields import WorkerCount
 
 
 def plan_resources(
@@ -26,11 +27,16 @@ def plan_resources(
     run = resolved.run
     on_gpu = run.device == "cuda"
     if on_gpu:
-        workers = gpu_workers(run.encode_workers, run.gpus_per_worker, executor)
+        count = gpu_workers(run.encode_workers, run.gpus_per_worker, executor)
+        workers = count.least
         threads = run.encode_threads or 1
     else:
-        workers = run.encode_workers or max(1, executor.num_cpus // 4)
-        threads = run.encode_threads or max(1, executor.num_cpus // executor.num_nodes // workers)
+        default = max(1, executor.num_cpus // 4)
+        count = run.encode_workers or WorkerCount(default, None if executor.can_grow else default)
+        workers = count.least
+        # all that may run on this machine share its CPUs
+        sharing = workers if executor.can_grow else count.most or workers
+        threads = run.encode_threads or max(1, executor.num_cpus // executor.num_nodes // sharing)
     batch_size = run.batch_size or (8 if on_gpu else 1)
     span_clips = resolved.clips_per_span
     span_bytes = (span_clips + resolved.largest.halo_clips) * resolved.largest.clip_bytes
@@ -57,6 +63,8 @@ def plan_resources(
             1, min(math.ceil(8 * span_clips / max(1.0, clips_per_row)), math.ceil(num_spans / (8 * executor.num_cpus)))
         ),
         rows_per_batch=rows_per_batch if batch_size > 1 else 1,
+        is_elastic=count.most != count.least,
+        most_encode_workers=count.most,
     )
     limits = most_clips(resolved) if on_gpu else {}
     return resources, resolved.encoder_spec(batch_size=batch_size, num_threads=threads, most_clips=limits)

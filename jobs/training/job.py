@@ -37,6 +37,7 @@ from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.interrupts import Interrupts
+from vidshard.jobs.runtime.node_watch import nodes_watched
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.recorder import read_metrics
 from vidshard.jobs.training.resolve import (
@@ -130,6 +131,7 @@ def _train_stages(training: ResolvedTraining, console: Console) -> Result:
     with (
         lease,
         ray_cluster(address=run.ray_address, object_store_bytes=run.object_store, verbose=run.verbose) as cluster,
+        nodes_watched(console, is_own=cluster.is_own),
     ):
         workers = plan_resources(training, cluster)
         training = begin_run(training)

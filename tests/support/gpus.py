@@ -27,6 +27,7 @@ class Declared:
     gpu_nodes: list[GpuNode] = field(default_factory=list)
     reports: list[GpuReport] = field(default_factory=list)
     num_nodes: int = 1
+    can_grow: bool = False
 
     @property
     def num_gpus(self) -> float:

@@ -15,8 +15,11 @@ from rich.console import Console
 from tests.support.cli import printed_by
 from tests.support.gpus import GOOD_GPU, Declared
 from tests.support.videos import Recipe, write_video
+from vidshard.jobs.runtime import cluster
+from vidshard.jobs.runtime.cluster import Cluster
+from vidshard.jobs.runtime.executor import ClusterExecutor
 from vidshard.jobs.runtime.run_record import RunRecord
-from vidshard.jobs.tokenization.placement import place
+from vidshard.jobs.tokenization.placement import place, with_gpus
 from vidshard.pipeline.devices import GpuReport
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard
@@ -135,3 +138,38 @@ def test_cuda_is_refused_by_the_command_before_anything_is_written(video: Path, 
 def test_more_than_one_gpu_for_an_encoder_is_refused(video: Path, tmp_path: Path) -> None:
     said = printed_by("tokenize", video, "--out", tmp_path / "tokens", *SMALL, "--gpus-per-worker", "2", code=2)
     assert "--gpus-per-worker" in said
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seconds", "device", "is_own", "comes", "is_waited"),
+    [
+        (0, 60, "auto", False, True, True),
+        (0, 60, "cuda", False, False, True),
+        (0, 0, "auto", False, True, False),
+        (0, 60, "cpu", False, True, False),
+        (2, 60, "auto", False, True, False),
+        (0, 60, "auto", True, True, False),
+    ],
+)
+def test_only_a_run_that_asks_for_it_waits_for_gpus_and_it_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, seconds: int, device: str, is_own: bool, comes: bool, is_waited: bool
+) -> None:
+    def machines(count: int) -> Cluster:
+        nodes = tuple(GpuNode(node_id=str(at), num_cpus=2, num_gpus=1) for at in range(count))
+        return Cluster(num_cpus=2, num_gpus=count, num_nodes=1 + count, is_own=is_own, gpu_nodes=nodes)
+
+    asked: list[object] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(cluster, "_look", lambda **_: machines(1 if comes else 0))
+    monkeypatch.setattr(cluster, "_LOOKING_SECONDS", 0.001)
+    settings = {"inputs": ["clips"], "out": "out", "wait_for_gpus": seconds if comes else 0.01, "device": device}
+    run, said = TokenizeRun.model_validate(settings), io.StringIO()
+    executor = ClusterExecutor(cluster=machines(gpus))
+    console = Console(file=said, width=1000)
+    if is_waited and not comes:
+        with pytest.raises(UserError, match=r"--wait-for-gpus 0\.01: no GPU node joined .*, or --device cpu"):
+            with_gpus(executor, run, console)
+    else:
+        assert with_gpus(executor, run, console).num_gpus == (1 if is_waited else gpus)
+    assert ("waiting for a GPU node" in said.getvalue()) == is_waited
+    assert asked == ([[{"GPU": 1}], []] if is_waited else [])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests.support.gpus import Declared
 from vidshard.jobs.runtime.executor import Executor
@@ -106,3 +108,50 @@ def test_a_clip_that_is_too_large_by_itself_is_refused_unless_it_is_tiled() -> N
         most_clips(placed(**SMALL_MODEL, size=4096))
     tiled = most_clips(placed(**SMALL_MODEL, size=4096, tile_size=256))
     assert tiled == {(4096, 4096): MOST_VALUES // (VALUES_PER_PIXEL * 256 * 256)}
+
+
+@pytest.mark.parametrize(
+    ("text", "can_grow", "expected"),
+    [
+        (None, False, (2, False, 2)),
+        (None, True, (2, True, None)),
+        ("1", True, (1, False, 1)),
+        ("1..2", True, (1, True, 2)),
+        ("1..16", True, (1, True, 16)),
+        ("1..", False, (1, True, None)),
+        ("2..2", True, (2, False, 2)),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_encoders_follow_the_cluster_within_their_range(
+    text: str | None, can_grow: bool, expected: tuple[int, bool, int | None], device: str
+) -> None:
+    settings = {} if text is None else {"encode_workers": text}
+    run = placed(**settings)
+    resolved = replace(run, run=run.run.model_copy(update={"device": device}))
+    machines: Any = replace(cast(Any, with_gpus((8, 2))), can_grow=can_grow)
+    resources, _ = plan_resources(resolved, 100, 1.0, machines)
+    found = (resources.encode_workers, resources.is_elastic, resources.most_encode_workers)
+    assert found == expected
+
+
+def test_a_range_begins_with_what_fits_and_may_end_beyond() -> None:
+    plan_resources(placed(encode_workers="2..99"), 100, 1.0, with_gpus((8, 2)))
+    with pytest.raises(UserError, match=r"For a cluster that grows give 2\.\.99"):
+        plan_resources(placed(encode_workers="3..99"), 100, 1.0, with_gpus((8, 2)))
+
+
+@pytest.mark.parametrize("text", ["0", "0..4", "4..2", "..4", "a", "1...2", "1-4", "-1", "1.5", True, "9999999"])
+def test_what_is_no_number_of_workers_is_refused(text: object) -> None:
+    with pytest.raises(ValidationError, match=r"a (number|range) of workers"):
+        placed(encode_workers=text)
+
+
+@pytest.mark.parametrize(("text", "recorded"), [(4, 4), ("4", 4), ("4..4", 4), ("2..8", "2..8"), ("2..", "2..")])
+def test_a_fixed_number_of_workers_is_recorded_as_before_and_every_record_is_read_back(
+    text: object, recorded: object
+) -> None:
+    run = placed(encode_workers=text).run
+    record = run.model_dump(mode="json")
+    assert record["encode_workers"] == recorded
+    assert TokenizeRun.model_validate(record).encode_workers == run.encode_workers

@@ -1,0 +1,83 @@
+"""A run on a cluster that has no GPU at first, grows and shrinks while the run goes on, and an account that closes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster as RayCluster
+
+from tests.support.cli import vidshard_exits
+from tests.support.held_back import held_back
+from tests.support.processes import (
+    COMMITTED_AT_ONCE,
+    ENCODER,
+    RUN,
+    is_under_way,
+    only_the_text_is_rejected,
+    processes_below,
+    read_rows,
+    read_until,
+    started,
+    until,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """A head for the driver alone, which notices a lost node in two seconds."""
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    arguments = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+    cluster = RayCluster(initialize_head=True, head_node_args=arguments)
+    yield cluster
+    cluster.shutdown()
+
+
+def encoders_below(raylet: int) -> list[str]:
+    return [title for title in processes_below(raylet).values() if title.startswith(f"ray::{ENCODER}")]
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_gpus_and_its_cluster_may_grow_and_shrink(
+    many_spans: Path, tmp_path: Path, cluster: RayCluster
+) -> None:
+    """One cluster for all of it, as its start takes most of the time."""
+    out, log = tmp_path / "tokens", tmp_path / "log.json"
+    joined = ("--ray-address", cluster.address)
+    text = many_spans / "text.mp4"
+    with started(text, "--out", tmp_path / "none", *RUN, *joined, "--wait-for-gpus", "10:00") as process:
+        assert "waiting for a GPU node, for 600 s at most" in read_until(process, "waiting for a GPU node")
+        first = cluster.add_node(num_cpus=2, num_gpus=1)
+        printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, printed  # the GPU is only declared
+    assert "has it: " in " ".join(printed.split())
+
+    run = (*RUN, "--size", "256", "--device", "cpu", "--encode-workers", "1..", *COMMITTED_AT_ONCE)
+    with (
+        held_back(many_spans / "1.mp4", out) as second_video,
+        held_back(many_spans / "2.mp4", out) as last_video,
+        started(
+            *(many_spans / "0.mp4", text, second_video.uri, last_video.uri, "--out", out, "--log-json", log),
+            *(*run, *joined, "--decode-workers", "3"),
+        ) as process,
+    ):
+        until(process, lambda: is_under_way(out) and second_video.is_reached)
+        later = cluster.add_node(num_cpus=3)
+        second_video.let_go()
+        [raylet] = later.all_processes["raylet"]
+        until(process, lambda: bool(encoders_below(raylet.process.pid)))  # a node that joins is used
+        cluster.remove_node(first, allow_graceful=False)
+        last_video.let_go()
+        printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    assert len(read_rows(out)) == len(set(read_rows(out))) == 36
+    assert only_the_text_is_rejected(out)
+    code, said = vidshard_exits("verify", out)
+    assert code == 0, said
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    names = [event["event"] for event in events]
+    assert names.index("node_joined") < names.index("node_lost")
+    assert "a node left" in printed
+    assert events[-1]["exit_code"] == 0
