@@ -12,9 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,6 +30,7 @@ from vidshard.pipeline.rows import FRAME_SECONDS, add_clips, add_signals, row_sp
 from vidshard.pipeline.unchanged import read_unchanged, refuse_changed
 from vidshard.pipeline.video.child import given_file, missing_confinement
 from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
+from vidshard.pipeline.video.frame_times import frame_seconds
 from vidshard.pipeline.video.input_file import open_file
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
@@ -35,6 +38,7 @@ from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.pipeline.video.signal_files import MAX_SIGNALS, Columns, SignalSource, read_signals, read_times
 from vidshard.pipeline.video.signals import Signal, Steps, align_clip, signal_arrays, signal_fields
 from vidshard.pipeline.video.sparse_file import refuse_sparse
+from vidshard.pipeline.video.timestamps import Clock
 from vidshard.schemas.errors import OutageError, UserError
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
@@ -126,22 +130,52 @@ _SIGNAL_CACHE_BYTES = 512 << 20
 _signal_cache: OrderedDict[Hashable, list[Signal]] = OrderedDict()
 
 
-def _signals_of(source: SignalSource, columns: tuple[Columns, ...], limits: Limits) -> list[Signal]:
+def _signals_of(source: SignalSource, columns: tuple[Columns, ...], limits: Limits, *, counted: bool) -> list[Signal]:
     """Read signals of one file in the sandbox, as it is no more trusted than its video; kept for other rows."""
-    key = (source, columns, limits)
+    key = (source, columns, counted, limits)
     if key in _signal_cache:
         _signal_cache.move_to_end(key)
         return _signal_cache[key]
     read = partial(_run, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS, answer_records=_SIGNAL_RECORDS)
-    times = None
+    times, shown = None, replace(source, path=storage.public_uri(source.path))
     if source.times is not None:
         times = read(read_times, source.times, storage.public_uri(source.times), _given)
-    shown = replace(source, path=storage.public_uri(source.path), times=None)
-    found = read(read_signals, source.path, shown, columns, _given, times=times)
+        shown = replace(shown, times=storage.public_uri(source.times))
+    found = read(read_signals, source.path, shown, columns, _given, times=times, counted=counted)
     _signal_cache[key] = found
     while len(_signal_cache) > 1 and _held_bytes() > _SIGNAL_CACHE_BYTES:
         _signal_cache.popitem(last=False)
     return found
+
+
+@lru_cache(maxsize=4)
+def _frame_seconds(uri: str, clock: Clock, limits: Limits) -> npt.NDArray[np.float64]:
+    """Times of a video's frames after the first one, in seconds, in increasing order."""
+    seconds = limits.seconds_for(0)
+    found = _run(_frame_seconds_in_child, uri, clock, limits, limits=limits, timeout_seconds=seconds)
+    if found.dtype != np.float64 or found.ndim != 1 or not np.isfinite(found).all() or (np.diff(found) <= 0).any():
+        raise VideoError(Reason.DECODER_CRASHED, "the decoding process sent times of frames that are none")
+    return found
+
+
+def _frame_seconds_in_child(clock: Clock, limits: Limits) -> npt.NDArray[np.float64]:
+    return frame_seconds(given_file(), clock, limits)
+
+
+def _of_frames(signal: Signal, uri: str, span: Span, limits: Limits) -> Signal:
+    """A signal of numbered samples at the times of the frames with these numbers.
+
+    Raises:
+        VideoError: BAD_SIGNAL: it has more samples than the video has frames. UNSUPPORTED: they cannot be counted.
+    """
+    seconds = _frame_seconds(uri, Clock(time_base=span.time_base, start_pts=span.grid_start_pts), limits)
+    if len(signal.seconds) > len(seconds):
+        raise VideoError(
+            Reason.BAD_SIGNAL,
+            f"it has {len(signal.seconds)} samples, and the video {len(seconds)} frames: with the rule frames a sample "
+            "belongs to each frame",
+        )
+    return replace(signal, seconds=seconds[: len(signal.seconds)])
 
 
 def _held_bytes() -> int:
@@ -352,19 +386,25 @@ class SpanDecoder:
         Raises:
             VideoError: a signal cannot be read.
         """
-        files: dict[SignalSource, list[tuple[str, Columns]]] = {}
-        for name, _ in self.signals:
+        files: dict[tuple[SignalSource, bool], list[tuple[str, Columns]]] = {}
+        for name, rule in self.signals:
             if row[signal_source(name)] is not None:
                 source = SignalSource.of(row[signal_source(name)])
-                files.setdefault(source.without_columns, []).append((name, source.columns))
+                counted = rule == "frames"
+                if counted and (source.rate is not None or source.times is not None or source.offset_seconds):
+                    detail = f"{storage.public_uri(source.path)}: rate=, times= and offset= are not for the rule frames"
+                    raise VideoError(Reason.BAD_SIGNAL, detail)
+                files.setdefault((source.without_columns, counted), []).append((name, source.columns))
         signals: dict[str, tuple[Signal, Steps | None]] = {}
-        for source, wanted in files.items():
+        for (source, counted), wanted in files.items():
             for first in range(0, len(wanted), MAX_SIGNALS):
                 some = wanted[first : first + MAX_SIGNALS]
                 try:
-                    found = _signals_of(source, tuple(columns for _, columns in some), self.limits)
+                    found = _signals_of(source, tuple(columns for _, columns in some), self.limits, counted=counted)
                 except OutageError as error:
                     raise row_error(error, source.path, self.limits.storage_hosts) from error
+                if counted:
+                    found = [_of_frames(signal, row["uri"], row_span(row), self.limits) for signal in found]
                 steps = (
                     None if source.rate is None else Steps(offset_seconds=source.offset_seconds, per_second=source.rate)
                 )

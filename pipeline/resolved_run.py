@@ -317,6 +317,8 @@ def _with_signals_of_datasets(run: TokenizeRun) -> TokenizeRun:
             "name one of --cameras"
         )
     if run.signals is not None:
+        if any(rule == "frames" for _, rule in run.signals):
+            raise UserError("--signals: rows of LeRobot datasets have times: use nearest in place of frames")
         return run
     signals = dict(signal for each in datasets for signal in each.signals)
     return run.model_copy(update={"signals": list(signals.items())}) if signals else run

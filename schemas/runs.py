@@ -102,7 +102,8 @@ class InputSettings(Settings):
         identity="when set",
         metavar="NAME=RULE,...",
         help="Timestamped signals to store with each clip, such as robot actions, sampled at the times of its frames. "
-        "NAME is a manifest column of .parquet, .npz or .npy paths; RULE is previous, nearest, linear or window. "
+        "NAME is a manifest column of paths (.parquet, .npz, .npy, .json, .jsonl); RULE is previous, nearest, linear, "
+        "window or frames. "
         "Default: every numeric feature of LeRobot datasets, with nearest.",
     )
 

@@ -20,7 +20,7 @@ from vidshard.schemas.rejections import VideoError
 TailPolicy = Literal["pad", "drop"]
 ResizePolicy = Literal["crop", "stretch", "pad"]
 ClipPlacement = Literal["even", "random"]
-SignalRule = Literal["previous", "nearest", "linear", "window"]
+SignalRule = Literal["previous", "nearest", "linear", "window", "frames"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

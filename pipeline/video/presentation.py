@@ -164,6 +164,11 @@ def first_frame(watched: WatchedFile) -> Generator[tuple[TimedFrame, Fraction | 
         yield next(whole), None  # or it raises NO_FRAMES
 
 
+def has_several_cuts(watched: WatchedFile) -> bool:
+    """Whether an edit list presents several cuts of the video."""
+    return _cut_video(watched, "NONE", None) is not None
+
+
 def _cut_video(watched: WatchedFile, thread_type: ThreadType, clock: Clock | None) -> _CutVideo | None:
     """The video with its cuts; None where an edit list names fewer than two, which FFmpeg presents."""
     tracks = {track.track_id: track for track in read_tracks(watched)}

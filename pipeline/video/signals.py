@@ -76,6 +76,9 @@ class Aligned:
 
 # Aligning.
 
+_SAME_SECONDS = 1e-6
+"""Times of one frame, computed in two ways, differ by less; different frames by far more."""
+
 
 def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: float) -> Aligned:
     """Align a signal with the frames of a clip.
@@ -85,7 +88,7 @@ def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: flo
     than half a median step before it) and after the last (``previous``: more than a median step, ``nearest``: more
     than half of one, ``linear``: at once). ``window`` takes all samples from this frame (inclusive) to the next
     (exclusive), so that consecutive clips share out the samples, each once. The last of several frames with the same
-    time gets them.
+    time gets them. ``frames`` takes the sample of the frame's own time, and NaN where it has none.
 
     Args:
         signal: the samples.
@@ -111,6 +114,10 @@ def align(signal: Signal, frame_seconds: Seconds, rule: Rule, until_seconds: flo
     num_samples = len(signal.seconds)
     if not num_samples:
         return Aligned(values=np.full((len(times), signal.values.shape[1]), np.nan, np.float32))
+    if rule == "frames":
+        at = np.minimum(np.searchsorted(signal.seconds, times - _SAME_SECONDS), num_samples - 1)
+        is_there = np.abs(signal.seconds[at] - times) <= _SAME_SECONDS
+        return Aligned(values=np.where(is_there[:, None], signal.values[at], np.float32(np.nan)))
     before = np.searchsorted(signal.seconds, times, side="right") - 1
     left, right = np.maximum(before, 0), np.minimum(before + 1, num_samples - 1)
     first, last = signal.seconds[0], signal.seconds[-1]

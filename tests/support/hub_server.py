@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
@@ -140,7 +141,12 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             self.reply(404, {}, {"X-Error-Code": "RepoNotFound"})
         elif more[:1] == ["tree"]:
-            self.reply(200, [_described(path, data) for path, data in sorted(files.items())])
+            self._tree(files, "/".join(more[2:]))
+        elif more[:1] == ["paths-info"]:
+            asked = parse_qs(body.decode()).get("paths", []) if b"=" in body else json.loads(body)["paths"]
+            found = [_described(path, files[path]) for path in asked if path in files]
+            folders = [path for path in asked if any(name.startswith(f"{path}/") for name in files)]
+            self.reply(200, found + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
         elif more[:1] == ["preupload"]:
             asked = json.loads(body)["files"]
             modes = [
@@ -157,6 +163,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(f"{owner}/{name}", files, body)
         else:
             self.reply(200, {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": []})
+
+    def _tree(self, files: dict[str, bytes], folder: str) -> None:
+        """List all files below a folder; with ``recursive=False`` those in it, and its folders."""
+        below = {path: data for path, data in sorted(files.items()) if path.startswith(f"{folder}/" if folder else "")}
+        if folder and not below:
+            self.reply(404, {}, {"X-Error-Code": "EntryNotFound"})
+            return
+        listed = [_described(path, data) for path, data in below.items()]
+        if folder and "recursive=false" in self.path.lower():
+            inner = {path: path.removeprefix(f"{folder}/") for path in below}
+            listed = [_described(path, below[path]) for path, name in inner.items() if "/" not in name]
+            folders = sorted({f"{folder}/{name.split('/')[0]}" for name in inner.values() if "/" in name})
+            listed += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
+        self.reply(200, listed)
 
     def _commit(self, repository: str, files: dict[str, bytes], body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
@@ -188,7 +208,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(404, {}, {"X-Error-Code": "EntryNotFound"})
         else:
             commit = hashlib.sha1(data).hexdigest()
-            self.reply(200, data, {"X-Repo-Commit": commit, "ETag": f'"{commit}"'})
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{commit}"'}
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if asked is None:
+                self.reply(200, data, headers)
+                return
+            start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            self.reply(206, data[start : end + 1], headers)
 
 
 def _described(path: str, data: bytes) -> dict[str, Any]:

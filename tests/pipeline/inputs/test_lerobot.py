@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.hub_server import HubServer
 from tests.support.lerobot import TASKS, TOP, WRIST, Shape, frames_of, make_dataset, rows_of_episode
 from tests.support.videos import read_frame_number
 from vidshard.pipeline import decode_stage
@@ -363,6 +364,50 @@ def test_an_episode_that_would_begin_with_a_frame_of_the_one_before_is_a_rejecti
     assert reasons[2] is None
     assert reasons[1]["reason"] == "truncated"
     assert "the first frame is missing" in reasons[1]["detail"]
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_a_dataset_in_an_object_store_is_read_as_a_local_one(tmp_path: Path, version: str, s3: str) -> None:
+    import s3fs
+
+    assert s3
+    shape = Shape(version=version)
+    root = make_dataset(tmp_path / "data", shape)
+    s3fs.S3FileSystem().put(str(root), f"videos/{version}", recursive=True)
+    spec = ClipSpec(fps=Fraction(10), num_frames=4, height=32, width=32)
+    there = discover([f"lerobot:s3://videos/{version}"], signals=[name for name, _ in SIGNALS])
+    assert _told(clips_of(there, spec)) == _told(clips_of(found_in(root), spec))
+
+
+def test_a_dataset_of_the_hub_is_read_as_a_local_one(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub import constants as hub_constants
+
+    spec = ClipSpec(fps=Fraction(10), num_frames=4, height=32, width=32)
+    local = _told(clips_of(found_in(dataset), spec))
+    with HubServer().running() as hub:
+        files = {str(path.relative_to(dataset)): path for path in dataset.rglob("*") if path.is_file()}
+        hub.repositories["me/pusht"] = {name: path.read_bytes() for name, path in files.items()}
+        template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub_constants.ENDPOINT, hub.url)
+        monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        for name, value in (("HF_ENDPOINT", hub.url), ("HF_TOKEN", hub.token), ("HF_HUB_DISABLE_XET", "1")):
+            monkeypatch.setenv(name, value)
+        HfFileSystem.clear_instance_cache()
+        decode_stage.forget_processes()  # the process that fetches sees the environment of its start
+        try:
+            there = discover(["lerobot:hf://datasets/me/pusht"], signals=[name for name, _ in SIGNALS])
+            assert _told(clips_of(there, spec)) == local
+        finally:
+            decode_stage.forget_processes()
+            HfFileSystem.clear_instance_cache()
+
+
+def _told(clips: list[dict[str, Any]]) -> list[str]:
+    return [str({name: value for name, value in clip.items() if name != "geometry"}) for clip in clips]
 
 
 def test_every_numeric_feature_is_a_signal_and_no_bookkeeping(dataset: Path) -> None:
