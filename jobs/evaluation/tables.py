@@ -13,6 +13,7 @@ from typing import Any, Literal
 from vidshard.jobs.evaluation.published import PUBLISHED, Published
 from vidshard.jobs.evaluation.resolve import ResolvedEvaluation
 from vidshard.models.config import TokenizerConfig
+from vidshard.models.tokenizer import PRESETS
 from vidshard.pipeline.evaluation.scores import Figures
 from vidshard.schemas.evaluation import PROTOCOLS, Average
 
@@ -21,6 +22,7 @@ Format = Literal["text", "markdown", "csv", "json"]
 _DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3, "fvd": 1}
 _TITLES = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS", "fvd": "FVD"}
 NOT_MEASURED = "not measured"
+_POINT = ("fps", "bits_per_pixel", "bits_per_second", "psnr", "ssim", "lpips")
 
 
 def record_of(
@@ -28,6 +30,7 @@ def record_of(
 ) -> dict[str, Any]:
     """Everything that was measured, as JSON values: the content of ``scores.json``."""
     average, data = evaluation.run.shown_average, _data(evaluation)
+    rows = [_row(one, evaluation, average, data) for one in figures]
     return {
         "average": average,
         "protocol": evaluation.run.protocol,
@@ -35,8 +38,39 @@ def record_of(
         "not_measured": dict(evaluation.not_measured),
         "rejections": dict(rejections),
         "notices": {m.label: m.notice for g in evaluation.groups for m in g.tokenizers if m.notice is not None},
-        "rows": [_row(one, evaluation, average, data) for one in figures],
+        "rows": rows,
+        "rate_distortion": rate_distortion(rows, data),
     }
+
+
+def rate_distortion(rows: Sequence[Mapping[str, Any]], data: str) -> list[dict[str, Any]]:
+    """Points of a rate-distortion plot: what was measured, and the published models on a data set, by rate.
+
+    Each has ``source`` (``measured`` or ``published``), ``tokenizer``, ``preset``, ``data`` (None if measured),
+    ``fps``, ``clip`` (frames, height, width), ``bits_per_pixel``, ``bits_per_second``, ``psnr``, ``ssim``, ``lpips``.
+    """
+    points: list[dict[str, Any]] = [
+        {"source": "measured", "data": None} | {name: row[name] for name in ("tokenizer", "preset", "clip", *_POINT)}
+        for row in rows
+    ]
+    for name, found in PUBLISHED[data].items():
+        config = PRESETS[name]
+        protocol = PROTOCOLS["vidtwin" if config.family == "vidtwin" else "mcl_jcv"]
+        frames = protocol.causal_frames if config.is_causal else protocol.noncausal_frames
+        clip, fps = (frames, *protocol.size), float(protocol.fps)
+        points.append(
+            {
+                "source": "published",
+                "data": data,
+                "tokenizer": name,
+                "preset": name,
+                "clip": list(clip),
+                "fps": fps,
+                **bits_of(config, clip, fps),
+                **{metric: value for metric, value in asdict(found).items() if metric != "fvd"},
+            }
+        )
+    return sorted(points, key=lambda p: (p["bits_per_pixel"], p["source"], p["tokenizer"], p["fps"]))
 
 
 def _data(evaluation: ResolvedEvaluation) -> str:
@@ -47,7 +81,7 @@ def _data(evaluation: ResolvedEvaluation) -> str:
 
 def _row(one: Figures, evaluation: ResolvedEvaluation, average: Average, data: str) -> dict[str, Any]:
     config = evaluation.measured[one.tokenizer]
-    bits = bits_of_clip(config, evaluation, one)
+    clip = _clip_of(evaluation, one)
     found = PUBLISHED[data].get(config.name)
     shown: dict[str, float | None] = {name: values[average] for name, values in one.means.items()}
     shown["fvd"] = one.fvd
@@ -58,11 +92,12 @@ def _row(one: Figures, evaluation: ResolvedEvaluation, average: Average, data: s
         "videos": one.num_videos,
         "clips": one.num_clips,
         "frames": one.num_frames,
+        "clip": list(clip),
         **{name: shown.get(name) for name in _DIGITS},
         "means": {name: dict(values) for name, values in one.means.items()},
         "fvd_clips": one.num_clips if one.fvd is not None else None,
         "codebook": None if one.use is None else codebook_of(one),
-        **bits,
+        **bits_of(config, clip, one.fps),
         "published": None if found is None else {"data": data, **asdict(found)},
         "difference": None if found is None else _difference(shown, found),
         "worst": [{"clip_id": clip, "uri": uri, "psnr": value} for clip, uri, value in one.worst],
@@ -86,16 +121,21 @@ def codebook_of(one: Figures) -> dict[str, float | int]:
     }
 
 
-def bits_of_clip(config: TokenizerConfig, evaluation: ResolvedEvaluation, one: Figures) -> dict[str, float | None]:
-    """Bits per pixel and per second: log2 of the codebook for a token, 16 for a value of a latent, which is float16."""
-    frames, height, width = _clip_of(evaluation, one)
+def bits_of(config: TokenizerConfig, clip: tuple[int, int, int], fps: float) -> dict[str, float]:
+    """Bits per pixel and per second: log2 of the codebook for a token, 16 for a value of a latent, which is float16.
+
+    Args:
+        clip: frames, height and width in pixels.
+        fps: frames per second.
+    """
+    frames, height, width = clip
     payload = config.payload(config.valid_frames(frames), height, width)
     bits = sum(
         column.num_values * (math.log2(column.codebook_size) if column.codebook_size else 16.0)
         for column in payload
         if not column.name.endswith("logvar")
     )
-    return {"bits_per_pixel": bits / (frames * height * width), "bits_per_second": bits * one.fps / frames}
+    return {"bits_per_pixel": bits / (frames * height * width), "bits_per_second": bits * fps / frames}
 
 
 def _clip_of(evaluation: ResolvedEvaluation, one: Figures) -> tuple[int, int, int]:
@@ -130,15 +170,45 @@ def render(record: Mapping[str, Any], form: Format) -> str:
         csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
         return buffer.getvalue()
     if form == "markdown":
-        table = [header, ["---"] * len(header), *lines]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
-        return "\n\n".join([text, *_notes(record)]) + "\n"
+        points = ["## Rate and distortion", _markdown(*_point_cells(record)), POINTS_NOTE]
+        return "\n\n".join([_markdown(header, lines), *_notes(record), *points]) + "\n"
     widths = [max(len(line[n]) for line in [header, *lines]) for n in range(len(header))]
     rows = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in [header, *lines]
     ]
     return "\n".join([*rows, "", *_notes(record)]) + "\n"
+
+
+POINTS_NOTE = (
+    "By bits per pixel of the clips. The published figures are of other videos, unless --protocol and its data are "
+    "given. A value of a latent counts 16 bits, as it is stored in float16."
+)
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
+
+
+def _point_cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["tokenizer", "source", "clip", "fps", "bits/pixel", "kbit/s", "PSNR dB", "SSIM", "LPIPS"]
+    lines = [
+        [
+            point["tokenizer"],
+            "measured" if point["data"] is None else f"published, {point['data']}",
+            "x".join(map(str, point["clip"])),
+            f"{point['fps']:g}",
+            f"{point['bits_per_pixel']:.4f}",
+            f"{point['bits_per_second'] / 1000:.1f}",
+            *(
+                NOT_MEASURED if point[name] is None else f"{point[name]:.{_DIGITS[name]}f}"
+                for name in ("psnr", "ssim", "lpips")
+            ),
+        ]
+        for point in record["rate_distortion"]
+    ]
+    return header, lines
 
 
 def _cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

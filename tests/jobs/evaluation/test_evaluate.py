@@ -251,3 +251,28 @@ def test_published_figures_are_of_known_presets_and_stand_beside_ours(videos: Pa
     assert row["difference"]["lpips"] is None
     assert f"published, MCL-JCV {published.psnr:.2f} {published.ssim:.3f}" in text
     assert "The published figures are of other videos" in text
+
+
+def test_points_of_rate_and_distortion_hold_what_was_measured_and_every_published_model(
+    evaluated: tuple[Path, str],
+) -> None:
+    record = record_in(evaluated[0])
+    points = record["rate_distortion"]
+    assert [p["bits_per_pixel"] for p in points] == sorted(p["bits_per_pixel"] for p in points)
+    measured = {(p["tokenizer"], p["fps"]): p for p in points if p["source"] == "measured"}
+    assert measured.keys() == {(row["tokenizer"], row["fps"]) for row in record["rows"]}
+    for row in record["rows"]:
+        names = ("bits_per_pixel", "bits_per_second", "psnr", "ssim", "lpips", "clip")
+        assert {n: measured[row["tokenizer"], row["fps"]][n] for n in names} == {n: row[n] for n in names}
+    published = {p["preset"]: p for p in points if p["source"] == "published"}
+    assert published.keys() == PUBLISHED["MCL-JCV"].keys()
+    # 5 x 32 x 32 tokens of 15 bits in 17 frames of 256 x 256, at 30 frames a second
+    tokens = published["fsq_causal_488_32768"]
+    assert tokens["bits_per_second"] == pytest.approx(5 * 32 * 32 * 15 * 30 / 17)
+    assert tokens["bits_per_pixel"] == pytest.approx(5 * 32 * 32 * 15 / (17 * 256 * 256))
+    assert (tokens["psnr"], tokens["lpips"]) == (29.16, 0.117)
+    assert published["fsq_noncausal_488_262144"]["clip"] == [16, 256, 256]
+    assert published["vidtwin_structure_7_7_4_dynamics_7_8"]["clip"] == [16, 224, 224]
+    assert published["vidtwin_structure_7_7_4_dynamics_7_8"]["fps"] == 25.0
+    text = (evaluated[0] / "scores.md").read_text().partition("## Rate and distortion")[2]
+    assert text.count("published, MCL-JCV") == len(published)
