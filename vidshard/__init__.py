@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vidshard.jobs.api import load_tokenizer, tokenize
+    from vidshard.jobs.export.api import export, push
+    from vidshard.jobs.export.job import ExportResult
+    from vidshard.jobs.export.push import PushResult
     from vidshard.jobs.tokenization.summary import Summary
     from vidshard.models.tokenizer import Tokenizer, frames_to_input, output_to_frames
     from vidshard.pipeline.open_output import Output, open_output
@@ -26,8 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Clip",
+    "ExportResult",
     "Output",
     "Provenance",
+    "PushResult",
     "Rejection",
     "StoredClip",
     "Summary",
@@ -38,18 +43,22 @@ __all__ = [
     "Tokenizer",
     "VidshardError",
     "__version__",
+    "export",
     "frames_to_input",
     "load_tokenizer",
     "open_output",
     "output_to_frames",
+    "push",
     "sample_clips",
     "tokenize",
 ]
 
 _MODULES = {
     "Clip": "vidshard.schemas.video",
+    "ExportResult": "vidshard.jobs.export.job",
     "Output": "vidshard.pipeline.open_output",
     "Provenance": "vidshard.schemas.tokens",
+    "PushResult": "vidshard.jobs.export.push",
     "Rejection": "vidshard.schemas.rejections",
     "StoredClip": "vidshard.pipeline.output.shard_reader",
     "Summary": "vidshard.jobs.tokenization.summary",
@@ -59,10 +68,12 @@ _MODULES = {
     "TokenizeRun": "vidshard.schemas.runs",
     "Tokenizer": "vidshard.models.tokenizer",
     "VidshardError": "vidshard.schemas.errors",
+    "export": "vidshard.jobs.export.api",
     "frames_to_input": "vidshard.models.tokenizer",
     "load_tokenizer": "vidshard.jobs.api",
     "open_output": "vidshard.pipeline.open_output",
     "output_to_frames": "vidshard.models.tokenizer",
+    "push": "vidshard.jobs.export.api",
     "sample_clips": "vidshard.pipeline.sample_clips",
     "tokenize": "vidshard.jobs.api",
 }

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import vidshard
 from tests.support.cli import printed_by, run, vidshard_exits
 from tests.support.exports import files_of, lerobot_segments, made_output, tar_samples
 from tests.support.outputs import Killed, counted
@@ -61,6 +66,40 @@ def test_an_export_killed_before_any_write_goes_on_to_what_an_undisturbed_one_gi
         printed_by("export", latents, dest, *WAYS[way])
         assert state_of(dest) == state_of(tmp_path / "whole"), "with the counts of an undisturbed export"
         assert files_of(dest) == files_of(tmp_path / "whole")
+
+
+def test_an_export_whose_process_is_killed_goes_on_once_its_lease_is_over(tmp_path: Path) -> None:
+    out = made_output(tmp_path / "out", "kl", num_shards=12, videos_per_shard=8)
+    printed_by("export", out, tmp_path / "whole", *WAYS["webdataset"])
+    dest = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vidshard.jobs.main", "export", str(out), str(dest), *WAYS["webdataset"]]
+    )
+    while not list(dest.glob("*.tar")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not state_of(dest)["is_complete"]
+    printed_by("export", out, dest, *WAYS["webdataset"])
+    assert state_of(dest) == state_of(tmp_path / "whole")
+    assert files_of(dest) == files_of(tmp_path / "whole")
+
+
+def test_python_exports_as_the_command_does(latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = vidshard.export(str(latents), str(tmp_path / "x"), to="lerobot-latents", columns={"action": "actions"})
+    assert capfd.readouterr() == ("", "")
+    assert (result.num_clips, result.num_written, result.num_new) == (21, 21, 21)
+    again = vidshard.export(str(latents), str(tmp_path / "x"), to="lerobot-latents", columns={"action": "actions"})
+    assert (again.num_written, again.num_new) == (21, 0)
+    printed_by("export", latents, tmp_path / "y", *WAYS["lerobot-latents"])
+    assert files_of(tmp_path / "x") == files_of(tmp_path / "y")
+    for settings, words in (
+        ({"to": "zarr"}, "give one of fastvideo, lance"),
+        ({"to": "lance", "limit": 0}, "at least 1"),
+    ):
+        with pytest.raises(vidshard.VidshardError, match=words):
+            vidshard.export(str(latents), str(tmp_path / "z"), **settings)
 
 
 def test_shards_that_the_output_got_meanwhile_are_added(tmp_path: Path) -> None:

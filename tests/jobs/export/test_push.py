@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import vidshard
 from tests.support.cli import printed_by, vidshard_exits
 from tests.support.exports import made_output
 from tests.support.hub_server import HubServer
@@ -63,6 +64,16 @@ def test_a_push_sends_every_shard_and_a_card_and_the_next_one_nothing(hub: HubSe
     assert "nothing new was sent" in printed_by("push", tokens, DATASET)
     assert len(hub.commits) == commits, "an empty commit is none"
     assert len(hub.put()) == 2
+
+
+def test_python_pushes_as_the_command_does(hub: HubServer, tokens: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = vidshard.push(str(tokens), DATASET, create=True)
+    assert (result.num_shards, result.num_sent) == (2, 2)
+    assert pushed_shards(hub) == shards_of(tokens)
+    assert vidshard.push(str(tokens), DATASET).num_sent == 0
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(vidshard.VidshardError, match="give create=True too"):
+        vidshard.push(str(tokens), DATASET, public=True)
 
 
 def test_what_was_pushed_reads_as_an_output(hub: HubServer, tokens: Path, tmp_path: Path) -> None:
