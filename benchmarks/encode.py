@@ -6,11 +6,13 @@
 
 VidTok is compared with diffusers, VidTwin with plain PyTorch implementations (`benchmarks.plain_vidtwin`).
 
-* Milliseconds are medians over the repeats, which alternate between the implementations in one process.
+* Milliseconds are medians over the repeats, which alternate between the implementations.
 * CPU milliseconds are those of all threads. On a shared machine they are steadier than the time on the clock; with
-  several threads they include waiting, so compare them with ``OMP_NUM_THREADS=1``.
-* Everything runs with the settings of glibc's allocator that the job gives its encoders, unless ``--default-allocator``
-  is given. By default glibc returns large blocks to the system, and their pages fault at the next operator.
+  several threads they include waiting, so compare them with ``OMP_NUM_THREADS=1``. "times as fast" is the ratio of
+  milliseconds, "by CPU time" that of CPU milliseconds.
+* Ours runs with the settings of glibc's allocator that the job gives its encoders. The others run in processes of their
+  own with glibc's defaults, as in a plain script: large blocks go back to the system, and their pages fault at the next
+  operator. ``--allocator job`` gives all of them the job's settings, and ``--allocator shell`` those of the shell.
 * Memory is the peak above what the process held before the call, so it includes no weights.
 * FLOPs are those of the published network, two for each multiplication of a convolution or matrix product, counted by
   torch on the model of diffusers, or on the plain one. Their share is relative to a large matrix product in the same
@@ -25,23 +27,21 @@ those rules, where both must agree. Needs diffusers (``pip install -e '.[dev]'``
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import click
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.contender import Build, Contender, Elsewhere, Passes, measured
 from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
 from benchmarks.plain_vidtwin import PlainVidTwin, Structure, plain_vidtwin
 from benchmarks.report import Row, report
@@ -57,38 +57,71 @@ from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 NUM_FRAMES = 17
 
 
-@dataclass(kw_only=True)
-class Contender:
-    """One implementation of one direction."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Choice of what is measured, and where."""
 
-    name: str
-    run: Callable[[], Tensor]
-    milliseconds: list[float] = field(default_factory=list)
-    cpu_milliseconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    output: Tensor | None = None
+    device: str
+    repeats: int
+    directions: tuple[str, ...]
+    skipped: frozenset[str]
+    """Names of implementations to leave out."""
+    ours_only: bool
+    elsewhere: bool
+    """The others run in processes of their own."""
+    peaks: Mapping[torch.dtype, float]
+    """FLOP/s of a large matrix product."""
+
+    def contenders(self, ours: Mapping[str, Passes], others: Mapping[str, Build]) -> dict[str, list[Contender]]:
+        """Make the contenders by direction.
+
+        Args:
+            ours: implementations by name, which run in this process.
+            others: functions that make the other implementations, by name.
+        """
+        ours = {name: passes for name, passes in ours.items() if name not in self.skipped}
+        others = {} if self.ours_only else {name: make for name, make in others.items() if name not in self.skipped}
+        remote = {name: Elsewhere(build) for name, build in others.items()} if self.elsewhere else {}
+        here = {**ours, **({} if self.elsewhere else {name: build() for name, build in others.items()})}
+        return {
+            direction: [
+                *(Contender(name=n, measure=partial(measured, p[direction], self.device)) for n, p in here.items()),
+                *(Contender(name=n, measure=partial(p.measure, direction)) for n, p in remote.items()),
+            ]
+            for direction in self.directions
+        }
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--models", default="kl_causal_488_4chn,fsq_causal_488_262144", show_default=True, metavar="NAMES")
 @click.option("--sizes", default="128,256", show_default=True, metavar="SIDES", help="Sides of the square frames.")
+@click.option("--directions", default="encode,decode", show_default=True, metavar="NAMES")
 @click.option("--repeats", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--depth", type=click.IntRange(min=1), help="Blocks of VidTwin's transformers, to measure a part.")
-@click.option("--default-allocator", is_flag=True, help="Leave the settings of the allocator as a shell has them.")
+@click.option(
+    "--allocator",
+    type=click.Choice(["each", "job", "shell"]),
+    default="each",
+    show_default=True,
+    help="Settings of the allocator: of the job for ours and of the shell for the others, or the same for all.",
+)
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave this implementation out. Can be given again.")
 @click.option("--ours-only", is_flag=True, help="Leave the other implementations out.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the table there too.")
 def main(
     models: str,
     sizes: str,
+    directions: str,
     repeats: int,
     depth: int | None,
-    default_allocator: bool,
+    allocator: str,
+    skip: tuple[str, ...],
     ours_only: bool,
     json_path: str | None,
 ) -> None:
     """Measure, and print the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    keeps_memory = device == "cpu" and not default_allocator
+    keeps_memory = device == "cpu" and allocator != "shell"
     if keeps_memory and any(os.environ.get(name) != value for name, value in ENCODER_ENVIRONMENT.items()):
         # the allocator reads its settings when the process starts; the job's encoders start with these
         os.execve(
@@ -99,72 +132,72 @@ def main(
     peaks = {dtype: matrix_product_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for dtype, flops in peaks.items():
         print(f"a matrix product in {dtype} reaches {flops / 1e9:.0f} GFLOP/s", flush=True)
+    comparison = Comparison(
+        device=device,
+        repeats=repeats,
+        directions=tuple(directions.split(",")),
+        skipped=frozenset(skip),
+        ours_only=ours_only,
+        elsewhere=device == "cpu" and allocator == "each",
+        peaks=peaks,
+    )
     rows: list[Row] = []
     for name in models.split(","):
         config = get_preset(name)
         if isinstance(config, VidTwinConfig):
             config = config.model_copy(update={"depth": depth or config.depth})
-            rows += compare_vidtwin(config, repeats, device, peaks, ours_only=ours_only)
+            rows += compare_vidtwin(config, comparison)
             continue
         assert isinstance(config, VidTokConfig)
         for side in map(int, sizes.split(",")):
-            rows += compare(config, side, repeats, device, peaks, ours_only=ours_only)
+            rows += compare(config, side, comparison)
     report("encode and decode", rows, json_path)
 
 
-def compare(
-    config: VidTokConfig,
-    side: int,
-    repeats: int,
-    device: str,
-    peaks: dict[torch.dtype, float],
-    *,
-    ours_only: bool,
-) -> list[Row]:
+def compare(config: VidTokConfig, side: int, comparison: Comparison) -> list[Row]:
     """Measure the rows of one model at one size."""
+    device = comparison.device
     v1_1 = config.model_copy(update={"variant": "causal-v1.1"})
     ours = load_tokenizer(config, None, seed=0, device=device)
     same_rules = VidTok(v1_1).to(device).eval().requires_grad_(False)
     same_rules.load_state_dict(ours.state_dict(), assign=True)
     half = load_tokenizer(config, None, seed=0, device=device, dtype=torch.bfloat16)
-    theirs = None if ours_only else diffusers_model(v1_1, seeded_weights(config, 0)).to(device)
     random = torch.Generator().manual_seed(0)
     x_BCTHW = (torch.rand(1, 3, NUM_FRAMES, side, side, generator=random) * 2 - 1).to(device)
     z_BCTHW = ours.head.quantize(
         torch.randn(1, ours.head.encoder_channels, *config.latent_shape(NUM_FRAMES, side, side)[-3:], generator=random)
     ).latents.to(device)
-    directions = {
-        "encode": [
-            Contender(name="vidshard", run=lambda: ours.encode(x_BCTHW).latents),
-            Contender(name="vidshard, v1.1 rules", run=lambda: same_rules.encode(x_BCTHW).latents),
-            Contender(name="vidshard, bfloat16", run=lambda: half.encode(x_BCTHW).latents),
-        ],
-        "decode": [
-            Contender(name="vidshard", run=lambda: ours.decode(z_BCTHW)),
-            Contender(name="vidshard, v1.1 rules", run=lambda: same_rules.decode(z_BCTHW)),
-            Contender(name="vidshard, bfloat16", run=lambda: half.decode(z_BCTHW)),
-        ],
+    implementations: dict[str, Passes] = {
+        "vidshard": {"encode": lambda: ours.encode(x_BCTHW).latents, "decode": lambda: ours.decode(z_BCTHW)},
+        "vidshard, v1.1 rules": {
+            "encode": lambda: same_rules.encode(x_BCTHW).latents,
+            "decode": lambda: same_rules.decode(z_BCTHW),
+        },
+        "vidshard, bfloat16": {"encode": lambda: half.encode(x_BCTHW).latents, "decode": lambda: half.decode(z_BCTHW)},
     }
-    if theirs is not None:
-        directions["encode"].append(Contender(name="diffusers", run=lambda: diffusers_encode(theirs, x_BCTHW)[0]))
-        directions["decode"].append(Contender(name="diffusers", run=lambda: diffusers_decode(theirs, z_BCTHW)))
+    others = {"diffusers": partial(diffusers_passes, config, v1_1, x_BCTHW, z_BCTHW)}
     # what each must agree with: its own rules in float32, and theirs where those are v1.1's
     reference = defaultdict(lambda: "vidshard", {"vidshard, v1.1 rules": "diffusers", "diffusers": "diffusers"})
     flops = published_flops(v1_1, side)
     clip = f"{NUM_FRAMES}x{side}x{side}"
     rows: list[Row] = []
-    for direction, contenders in directions.items():
-        run_in_turns(f"{config.name} {clip} {direction}", contenders, repeats, device)
+    for direction, contenders in comparison.contenders(implementations, others).items():
+        run_in_turns(f"{config.name} {clip} {direction}", contenders, comparison.repeats)
         tokens = config.codebook_size is not None and direction == "encode"
         given: Row = {"model": config.name, "clip": clip, "direction": direction}
-        rows += rows_of(given, contenders, "diffusers", reference, flops[direction], peaks, tokens=tokens)
+        rows += rows_of(given, contenders, "diffusers", reference, flops[direction], comparison.peaks, tokens=tokens)
     return rows
 
 
-def compare_vidtwin(
-    config: VidTwinConfig, repeats: int, device: str, peaks: dict[torch.dtype, float], *, ours_only: bool
-) -> list[Row]:
+def diffusers_passes(config: VidTokConfig, rules: VidTokConfig, x_BCTHW: Tensor, z_BCTHW: Tensor) -> Passes:
+    """Make the model of diffusers with our weights, on the device of its inputs."""
+    model = diffusers_model(rules, seeded_weights(config, 0)).to(x_BCTHW.device)
+    return {"encode": lambda: diffusers_encode(model, x_BCTHW)[0], "decode": lambda: diffusers_decode(model, z_BCTHW)}
+
+
+def compare_vidtwin(config: VidTwinConfig, comparison: Comparison) -> list[Row]:
     """Measure the rows of a VidTwin model at its size."""
+    device = comparison.device
     ours = load_tokenizer(config, None, seed=0, device=device)
     half = load_tokenizer(config, None, seed=0, device=device, dtype=torch.bfloat16)
     random = torch.Generator().manual_seed(0)
@@ -174,36 +207,39 @@ def compare_vidtwin(
         name: torch.randn(1, *shape, generator=random).to(device) for name, shape in config.latent_shapes.items()
     }
 
-    directions = {
-        "encode": [
-            Contender(name="vidshard", run=lambda: _joined(m.mean for m in ours.moments(x_BCTHW).values())),
-            Contender(name="vidshard, bfloat16", run=lambda: _joined(m.mean for m in half.moments(x_BCTHW).values())),
-        ],
-        "decode": [
-            Contender(name="vidshard", run=lambda: ours.decode(latents)),
-            Contender(name="vidshard, bfloat16", run=lambda: half.decode(latents)),
-        ],
+    implementations: dict[str, Passes] = {
+        "vidshard": {
+            "encode": lambda: _joined(m.mean for m in ours.moments(x_BCTHW).values()),
+            "decode": lambda: ours.decode(latents),
+        },
+        "vidshard, bfloat16": {
+            "encode": lambda: _joined(m.mean for m in half.moments(x_BCTHW).values()),
+            "decode": lambda: half.decode(latents),
+        },
     }
-    if not ours_only:
-        structures: dict[str, Structure] = {RELEASED: "released", PARTS: "parts"}
-        for name, structure in structures.items():
-            plain = plain_vidtwin(config, ours.state_dict(), structure)
-            plain.return_weights(False)
-            runs = {"encode": partial(_plain_encode, plain, x_BCTHW), "decode": partial(plain.decode, latents)}
-            for direction, run in runs.items():
-                directions[direction].append(Contender(name=name, run=run))
+    structures: dict[str, Structure] = {RELEASED: "released", PARTS: "parts"}
+    others = {
+        name: partial(plain_passes, config, structure, x_BCTHW, latents) for name, structure in structures.items()
+    }
     flops = plain_flops(config)
     reference: dict[str, str] = defaultdict(lambda: "vidshard")
     rows: list[Row] = []
-    for direction, contenders in directions.items():
-        run_in_turns(f"{config.name} {direction}", contenders, repeats, device)
+    for direction, contenders in comparison.contenders(implementations, others).items():
+        run_in_turns(f"{config.name} {direction}", contenders, comparison.repeats)
         given: Row = {"model": config.name, "clip": "x".join(map(str, clip)), "direction": direction}
-        rows += rows_of(given, contenders, RELEASED, reference, flops[direction], peaks, tokens=False)
+        rows += rows_of(given, contenders, RELEASED, reference, flops[direction], comparison.peaks, tokens=False)
     return rows
 
 
-def _plain_encode(model: PlainVidTwin, x_BCTHW: Tensor) -> Tensor:
-    return _joined(mean for mean, _ in model.encode(x_BCTHW).values())
+def plain_passes(config: VidTwinConfig, structure: Structure, x_BCTHW: Tensor, latents: Mapping[str, Tensor]) -> Passes:
+    """Make a plain implementation of VidTwin with our weights, on the device of its inputs."""
+    weights = load_tokenizer(config, None, seed=0, device=str(x_BCTHW.device)).state_dict()
+    model = plain_vidtwin(config, weights, structure)
+    model.return_weights(False)
+    return {
+        "encode": lambda: _joined(mean for mean, _ in model.encode(x_BCTHW).values()),
+        "decode": lambda: model.decode(latents),
+    }
 
 
 def _joined(means: Iterable[Tensor]) -> Tensor:
@@ -230,54 +266,18 @@ def plain_flops(config: VidTwinConfig) -> dict[str, float]:
     return flops
 
 
-def run_in_turns(title: str, contenders: list[Contender], repeats: int, device: str) -> None:
+def run_in_turns(title: str, contenders: list[Contender], repeats: int) -> None:
     """Measure all implementations of a direction, alternating between them."""
     for contender in contenders:
-        contender.run()  # kernels are chosen, and libraries loaded, by the first pass
+        contender.measure()  # kernels are chosen, and libraries loaded, by the first pass
     for _ in range(repeats):
         for contender in contenders:
-            measure(contender, device)
+            contender.take_turn()
             print(
                 f"{title} {contender.name}: {contender.milliseconds[-1] / 1000:.2f} s, "
                 f"{contender.peak_bytes / 2**20:.0f} MiB",
                 flush=True,
             )
-
-
-def measure(contender: Contender, device: str) -> None:
-    """Measure one call: its time, its memory above what was held before, and its result."""
-    contender.output = None
-    gc.collect()
-    before = reset_peak(device)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    output = contender.run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    contender.cpu_milliseconds.append((time.process_time() - cpu_start) * 1000)
-    contender.milliseconds.append((time.perf_counter() - start) * 1000)
-    contender.peak_bytes = max(contender.peak_bytes, read_peak(device) - before)
-    contender.output = output.float()
-
-
-def reset_peak(device: str) -> int:
-    """Return freed memory to the system and reset the peak; gives the bytes held now."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def read_peak(device: str) -> int:
-    """Peak of the bytes held since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
@@ -314,7 +314,7 @@ def equal_positions(one: Contender, other: Contender) -> float:
     """Compute the share of positions whose latents are equal in all channels; for codes, the share of equal tokens."""
     assert one.output is not None
     assert other.output is not None
-    return float((one.output == other.output).all(dim=1).float().mean())
+    return float((one.output.cpu() == other.output.cpu()).all(dim=1).float().mean())
 
 
 def rows_of(
@@ -323,7 +323,7 @@ def rows_of(
     baseline: str,
     reference: Mapping[str, str],
     flops: float,
-    peaks: dict[torch.dtype, float],
+    peaks: Mapping[torch.dtype, float],
     *,
     tokens: bool,
 ) -> list[Row]:
@@ -338,6 +338,7 @@ def rows_of(
     by_name = {contender.name: contender for contender in contenders}
     theirs = by_name.get(baseline)
     medians = {c.name: statistics.median(c.milliseconds) for c in contenders}
+    cpu_medians = {c.name: statistics.median(c.cpu_milliseconds) for c in contenders}
     rows: list[Row] = []
     for contender in contenders:
         dtype = torch.bfloat16 if "bfloat16" in contender.name else torch.float32
@@ -350,13 +351,14 @@ def rows_of(
                 "implementation": contender.name,
                 "ms": round(medians[contender.name]),
                 "times as fast": round(medians[baseline] / medians[contender.name], 2) if theirs else "-",
-                "CPU ms": round(statistics.median(contender.cpu_milliseconds)),
+                "CPU ms": round(cpu_medians[contender.name]),
+                "by CPU time": round(cpu_medians[baseline] / cpu_medians[contender.name], 2) if theirs else "-",
                 "peak MiB": round(contender.peak_bytes / 2**20),
                 "of its memory": round(contender.peak_bytes / theirs.peak_bytes, 2) if theirs else "-",
                 "TFLOP": round(flops / 1e12, 2),
                 "FLOP utilisation": f"{flops / medians[contender.name] * 1000 / peaks[dtype]:.0%}",
                 "agrees with": reference[contender.name] if other is not contender else "-",
-                "max difference": float(f"{(contender.output - other.output).abs().max():.1e}"),
+                "max difference": float(f"{(contender.output.cpu() - other.output.cpu()).abs().max():.1e}"),
                 "equal tokens": f"{equal_positions(contender, other):.2%}" if tokens else "-",
             }
         )

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.contender import Elsewhere, Passes
 from benchmarks.gpu import SECTIONS
 from benchmarks.sections import Rows, Section, Supervisor, run_here
+from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 
 MISSING = """
 import sys
@@ -102,3 +105,20 @@ def test_the_script_for_a_gpu_runs_dry_without_ray_and_pyav(only: str, tmp_path:
     expected = only.split(",") if only else [name for name, section in SECTIONS.items() if not section.needs_gpu]
     assert list(dict.fromkeys(row["section"] for row in rows)) == expected
     assert [row for row in rows if row["what"] in ("failed", "stopped", "skipped")] == []
+
+
+def allocator_settings() -> Passes:
+    found = torch.tensor([float(name in os.environ) for name in ENCODER_ENVIRONMENT])
+    return {"encode": lambda: found, "decode": lambda: 1 - found}
+
+
+@pytest.mark.slow  # starts a process that imports torch and Ray
+def test_an_implementation_elsewhere_runs_without_the_settings_of_the_jobs_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in ENCODER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    process = Elsewhere(allocator_settings)
+    assert process.measure("encode").output.sum() == 0
+    assert process.measure("decode").output.sum() == len(ENCODER_ENVIRONMENT)
+    assert all(os.environ[name] == value for name, value in ENCODER_ENVIRONMENT.items())
