@@ -1,8 +1,69 @@
-"""Empty chunks at the end of an AVI: each repeats the picture before it, and FFmpeg's demuxer passes over them."""
+"""Chunks of an AVI that FFmpeg's demuxer passes over without a word: lost ones, and empty ones at the end."""
 
 from __future__ import annotations
 
-from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
+from bisect import bisect_left
+
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from vidshard.pipeline.video.input_file import WatchedFile, position_kept, read_exactly
+
+_CHUNK_HEADER = 8
+"""Bytes before a chunk's content: its name and its size."""
+
+
+class ChunkOrder:
+    """Compares the packets of a stream with the index, which lists all chunks.
+
+    Where a chunk's header is damaged, the demuxer goes on at the next one it finds, and counts time from there: the
+    pictures after it come too early. Nothing is said without an index, or where packets are not in it.
+    """
+
+    def __init__(self, watched: WatchedFile, stream: VideoStream) -> None:
+        """Look at nothing yet."""
+        self._watched = watched
+        self._entries = stream.index_entries
+        self._next: int | None = None  # entry of the next packet; None where it has to be looked for
+
+    def lacks_chunk_before(self, packet: Packet[VideoStream], *, is_start: bool) -> bool:
+        """Whether a chunk with content lies between a packet and the one asked about before.
+
+        Args:
+            packet: a packet of at least one byte.
+            is_start: whether it is the first one of the file that the demuxer gave.
+        """
+        if packet.pos is None:
+            self._next = None
+            return False
+        offset = packet.pos - _CHUNK_HEADER
+        at = 0 if is_start else self._next
+        if is_start and self._is_second(packet.size):
+            return True
+        lacks = False
+        while at is not None and at < len(self._entries) and self._entries[at].pos < offset:
+            lacks = lacks or (self._entries[at].size > 0 and not self._is_palette(self._entries[at].pos))
+            at += 1
+        if at is None or at >= len(self._entries) or self._entries[at].pos != offset:
+            at = self._find(offset)
+            lacks = lacks and at is not None
+        self._next = None if at is None else at + 1
+        return lacks
+
+    def _is_second(self, num_bytes: int) -> bool:
+        """Whether the first packet is the second chunk: FFmpeg moves the offsets of the index to fit it."""
+        sizes = [entry.size for entry, _ in zip(self._entries, range(2), strict=False)]
+        return len(sizes) == 2 and sizes[0] != num_bytes and sizes[1] == num_bytes
+
+    def _find(self, offset: int) -> int | None:
+        at = bisect_left(self._entries, offset, key=lambda entry: entry.pos)
+        return at if at < len(self._entries) and self._entries[at].pos == offset else None
+
+    def _is_palette(self, offset: int) -> bool:
+        with position_kept(self._watched):
+            self._watched.seek(offset)
+            return read_exactly(self._watched, 4)[2:] == b"pc"
+
 
 _MAX_CHUNKS = 1_000_000
 """Chunks that are looked at; the end of a file has few."""

@@ -20,8 +20,9 @@ from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.decoders import opening_whitelist, refuse_decoder, whitelist
+from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, of_lost_packets
 from vidshard.pipeline.video.h264 import usability_of
-from vidshard.pipeline.video.input_file import WatchedFile, read_exactly
+from vidshard.pipeline.video.input_file import WatchedFile, position_kept, read_exactly
 from vidshard.pipeline.video.mp4 import MP4_FIRST_BOXES
 from vidshard.pipeline.video.stream_choice import choose_stream, has_decoder
 from vidshard.schemas.rejections import Reason, VideoError
@@ -136,21 +137,45 @@ def _container(watched: WatchedFile, head: bytes, with_edits: bool) -> InputCont
 
 def _av_open(watched: WatchedFile, options: dict[str, str], container_options: dict[str, str]) -> InputContainer:
     watched.seek(0)
-    return av.open(
-        watched,
-        "r",
-        # max_pixels: for the decoders that look for the streams' parameters
-        options={"max_pixels": str(allocated_pixels(watched.limits)), **options},
-        container_options={
-            "format_whitelist": ALLOWED_FORMATS,
-            "protocol_whitelist": "none",
-            "enable_drefs": "0",
-            "max_streams": str(_MAX_STREAMS),
-            **container_options,
-        },
-        metadata_errors="replace",
-        buffer_size=_READ_BYTES,
-    )
+    with ErrorsLogged() as messages:
+        container = av.open(
+            watched,
+            "r",
+            # max_pixels: for the decoders that look for the streams' parameters
+            options={"max_pixels": str(allocated_pixels(watched.limits)), **options},
+            container_options={
+                "format_whitelist": ALLOWED_FORMATS,
+                "protocol_whitelist": "none",
+                "enable_drefs": "0",
+                "max_streams": str(_MAX_STREAMS),
+                **container_options,
+            },
+            metadata_errors="replace",
+            buffer_size=_READ_BYTES,
+        )
+    watched.opening = of_lost_packets(container.format.name, messages)
+    return container
+
+
+def num_packets_before_damage(watched: WatchedFile, stream_index: int) -> int:
+    """Number of packets of a stream before the first place that the demuxer passes over; 0 if that is not found.
+
+    The file is opened once more, so that FFmpeg reads no packets ahead; its position and what it said before stay.
+    """
+    opening, num_packets = watched.opening, 0
+    with position_kept(watched), suppress(av.FFmpegError):
+        options = {**opening_whitelist(watched.limits), "probesize": "32", "analyzeduration": "0"}
+        with _av_open(watched, {"skip_frame": "all"}, options) as container:
+            is_known = stream_index < len(container.streams)  # FLV names some streams by their packets alone
+            packets = container.demux(container.streams[stream_index]) if is_known else iter(())
+            while is_known and not watched.opening:
+                with ErrorsLogged() as messages:
+                    packet = next(packets, None)
+                if packet is None or any(name == container.format.name for _, name, _ in messages):
+                    break
+                num_packets += bool(packet.size)
+    watched.opening = opening
+    return num_packets
 
 
 # Decoders that learn from the header all that they would learn from a picture, apart from the pixel format.

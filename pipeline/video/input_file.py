@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, runtime_checkable
 
+from vidshard.pipeline.video.ffmpeg_log import Message
 from vidshard.schemas.errors import OutageError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
@@ -36,6 +37,8 @@ class WatchedFile:
     """The first storage error; None while there was none."""
     num_bytes: int = 0
     limits: Limits = field(default_factory=Limits)
+    opening: list[Message] = field(default_factory=list)
+    """Complaints of FFmpeg about packets that it passed over while it opened the file."""
 
     def read(self, num_bytes: int = -1) -> bytes:
         """At most this many bytes."""

@@ -11,16 +11,17 @@ from fractions import Fraction
 from functools import partial
 
 import av
-import av.logging
 from av.container import InputContainer
 from av.packet import Packet, PacketSideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vidshard.pipeline.video.container import refuse_large, refuse_long
+from vidshard.pipeline.video.avi import ChunkOrder
+from vidshard.pipeline.video.container import num_packets_before_damage, refuse_large, refuse_long
 from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoints
-from vidshard.pipeline.video.h264 import PictureNumbers
+from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, refuse_lost_position
 from vidshard.pipeline.video.input_file import WatchedFile
+from vidshard.pipeline.video.losses import MISSING_REFERENCE, loss_check
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
 from vidshard.pipeline.video.transport_stream import Damage, Whole, checked
 from vidshard.schemas.rejections import Reason, VideoError
@@ -43,14 +44,6 @@ class SeekPoint:
 
 _MAX_BYTES_KEPT = 64 << 20
 """Packets kept while a later entry point is looked for; beyond it, decoding starts at the one found."""
-
-
-class _MissingReference:
-    """Attached to a packet, as its ``opaque`` value, whose reference picture is missing.
-
-    Each packet gets an object of its own. PyAV keeps these values by their ``id`` and forgets one when the first packet
-    that has it is freed. With one object for all, a packet lost its mark when the garbage collector freed another.
-    """
 
 
 class NoKeyframeError(Exception):
@@ -92,10 +85,15 @@ def read_packets(
         NoKeyframeError: there were packets, but no keyframe.
     """
     waiting = start.await_keyframe
-    context = stream.codec_context
-    numbers = PictureNumbers(bytes(context.extradata or b"")) if context.codec.canonical_name == "h264" else None
+    missing = loss_check(stream)
     found = _nonempty_packets(container, stream, watched.limits, end or StreamEnd())
-    packets = _Lookahead(checked(found, watched, stream) if container.format.name == "mpegts" else found)
+    if container.format.name == "mpegts":
+        found = checked(found, watched, stream)
+    elif container.format.name == "avi":
+        found = _in_order(found, ChunkOrder(watched, stream), is_start=start.seek_pts is None)
+    if watched.opening and start.seek_pts is None:
+        found = _damaged_after(found, num_packets_before_damage(watched, stream.index), watched.opening[0][2])
+    packets = _Lookahead(found)
     if start.seek_pts is not None:
         waiting = False
         entries = EntryPoints(stream)
@@ -109,13 +107,38 @@ def read_packets(
         waiting = waiting and not packet.is_keyframe
         # a damaged packet among those before the first keyframe may have been one
         if not waiting or isinstance(packet.opaque, Damage):
-            is_one_missing = numbers is not None and numbers.is_one_missing(bytes(packet), packet.is_keyframe)
-            if is_one_missing and not isinstance(packet.opaque, Damage):
-                packet.opaque = _MissingReference()
+            words = missing(packet, packets.show) if missing is not None else None
+            if words is not None and not isinstance(packet.opaque, Damage):
+                packet.opaque = Damage(words)
             yield packet
     if waiting and num_packets:
         raise NoKeyframeError
     yield None
+
+
+def _in_order(
+    packets: Iterator[Packet[VideoStream]], order: ChunkOrder, *, is_start: bool
+) -> Iterator[Packet[VideoStream]]:
+    """Mark each packet of an AVI before which chunks of its index are missing."""
+    for packet in packets:
+        if order.lacks_chunk_before(packet, is_start=is_start):
+            packet.opaque = Damage("chunks that the index lists are missing before it")
+        is_start = False
+        yield packet
+
+
+def _damaged_after(
+    packets: Iterator[Packet[VideoStream]], num_before: int, words: str
+) -> Iterator[Packet[VideoStream]]:
+    """Mark the packet behind so many others, as the demuxer passed over what lay before it; raise where none is."""
+    words = " ".join(words.split())
+    for packet in packets:
+        if num_before == 0:
+            packet.opaque = Damage(words)
+        num_before -= 1
+        yield packet
+    if num_before >= 0:
+        raise VideoError(Reason.DECODE_ERROR, f"at the end: {words}")
 
 
 _PACKETS_TIMED = 48
@@ -151,12 +174,12 @@ def _nonempty_packets(
     packets = container.demux(stream)
     while True:
         try:
-            with _ErrorsLogged() as messages:
+            with ErrorsLogged() as messages:
                 packet = next(packets, None)
         except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
             raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
         if messages:
-            _refuse_lost_position(container, messages, num_packets)
+            refuse_lost_position(container.format.name, messages, num_packets)
         if packet is None:
             return
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
@@ -270,35 +293,6 @@ def _read_to_entry(packets: _Lookahead, start: SeekPoint, entries: EntryPoints, 
     return state is not None or first is None
 
 
-def _refuse_lost_position(container: InputContainer, messages: list[tuple[int, str, str]], num_packets: int) -> None:
-    """Raise for damage that FFmpeg's demuxer only writes into its log.
-
-    The demuxer resumes at the next place it understands. The pictures in between are missing without a mark, and
-    those after them would be wrong.
-    """
-    for _, name, text in messages:
-        if name == container.format.name:
-            cut_off = "prematurely" in text or "partial file" in text
-            reason = Reason.TRUNCATED if cut_off else Reason.DECODE_ERROR
-            raise VideoError(reason, f"after {num_packets} packets: {' '.join(text.split())}")
-
-
-class _ErrorsLogged:
-    """Captures the errors FFmpeg logs within a block: level, component, text. Costs a microsecond."""
-
-    __slots__ = ("_capture",)
-
-    def __enter__(self) -> list[tuple[int, str, str]]:
-        av.logging.set_level(av.logging.ERROR)
-        av.logging.set_skip_repeated(False)  # else a message is end back until another one comes, of another file
-        self._capture = av.logging.Capture()
-        return self._capture.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._capture.__exit__(None, None, None)
-        av.logging.set_level(None)
-
-
 def decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream]) -> list[VideoFrame]:
     """The frames that the decoder gives for a packet.
 
@@ -313,8 +307,6 @@ def decode_packet(watched: WatchedFile, stream: VideoStream, packet: Packet[Vide
         if packet.pos is not None and packet.pos + packet.size >= watched.num_bytes:
             raise VideoError(Reason.TRUNCATED, f"{at}: the file ends in the middle of a packet")
         raise VideoError(Reason.DECODE_ERROR, f"{at}: the container marks the packet as damaged")
-    if isinstance(mark, _MissingReference):
-        raise _missing_reference(_time_of(packet, stream))
     return _decode(watched, stream, packet, must_be_clean=isinstance(mark, Whole) and mark.must_decode_clean)
 
 
@@ -331,7 +323,7 @@ def _decode(
     watched: WatchedFile, stream: VideoStream, packet: Packet[VideoStream] | None, *, must_be_clean: bool = False
 ) -> list[VideoFrame]:
     try:
-        with _ErrorsLogged() as messages:
+        with ErrorsLogged() as messages:
             frames = stream.codec_context.decode(packet)
     except av.FFmpegError as error:
         for _, _, text in messages:  # each codec has another error for it, "out of memory" among them
@@ -350,7 +342,7 @@ def _decode(
 
 
 def _missing_reference(at: str) -> VideoError:
-    return VideoError(Reason.DECODE_ERROR, f"{at}: a picture that this one refers to is missing")
+    return VideoError(Reason.DECODE_ERROR, f"{at}: {MISSING_REFERENCE}")
 
 
 def _time_of(packet: Packet[VideoStream], stream: VideoStream) -> str:

@@ -262,7 +262,11 @@ def _program_maps(packet: bytes) -> tuple[int, ...]:
 
 
 class Damage:
-    """Attached to a packet, as its ``opaque`` value, at which packets of the transport stream are missing."""
+    """Attached to a packet, as its ``opaque`` value, that is damaged, or before which others are missing.
+
+    Each packet gets an object of its own. PyAV keeps these values by their ``id`` and forgets one when the first packet
+    that has it is freed. With one object for all, a packet lost its mark when the garbage collector freed another.
+    """
 
     def __init__(self, words: str) -> None:
         self.words = words
