@@ -24,6 +24,7 @@ import click
 from vidshard.jobs.commands.evaluating import evaluate
 from vidshard.jobs.commands.exporting import export, push
 from vidshard.jobs.commands.outputs import debug, decode, inspect, stats, verify
+from vidshard.jobs.commands.reporting import report
 from vidshard.jobs.commands.tokenizing import demo, plan, tokenize
 from vidshard.jobs.commands.training import train
 from vidshard.jobs.commands.weights import convert, tokenizers
@@ -76,7 +77,7 @@ def main() -> None:
 _CODE = Path(__file__).parents[1]
 """Folder of the package ``vidshard``, under which all of its modules are imported."""
 
-_RUNS = frozenset({"tokenize", "decode", "export", "push", "convert", "demo", "train"})
+_RUNS = frozenset({"tokenize", "decode", "export", "push", "convert", "demo", "train", "report"})
 """Commands whose result is files; what they print may be lost. The result of the others is what they print."""
 
 
@@ -179,6 +180,7 @@ _COMMANDS = (
     stats,
     verify,
     debug,
+    report,
     decode,
     evaluate,
     export,

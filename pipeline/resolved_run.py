@@ -30,7 +30,7 @@ from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
 from vidshard.pipeline.versions import code_version, library_versions
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import UserError
-from vidshard.schemas.fields import ReportSettings
+from vidshard.schemas.fields import PageSettings, ReportSettings
 from vidshard.schemas.runs import AuditSettings, TokenizeRun, identity_settings
 from vidshard.schemas.tokens import Payload, Provenance
 from vidshard.schemas.video import ClipSpec, Limits
@@ -371,7 +371,7 @@ def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
 
 def public_record(run: TokenizeRun) -> dict[str, Any]:
     """Settings of a run for display and storage, without credentials in URLs, and without what it tells meanwhile."""
-    told = set(ReportSettings.model_fields)
+    told = set(ReportSettings.model_fields) | set(PageSettings.model_fields)
     record = in_stored_order(run.model_dump(mode="json", exclude=told), _RUN_ORDER)
     record["inputs"] = [storage.public_uri(uri) for uri in run.inputs]
     if not run.audit:  # shards of a run without an audit are what they were before there was one

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from vidshard.schemas.rejections import Reason
@@ -485,3 +485,23 @@ class ClusterSettings(ReportSettings):
     verbose: bool = setting(
         False, section="Execution", short="-v", identity=False, help="Show Ray's own log and progress."
     )
+
+
+class PageSettings(Settings):
+    """Setting of the report, shared by every job that writes one."""
+
+    report: str = setting(
+        "auto",
+        section="Output",
+        metavar="auto|none|FILE",
+        identity=False,
+        help="Page about the run, one HTML file that needs no network. With auto it is report.html in the output, or "
+        "none if $VIDSHARD_REPORT is 'none'.",
+    )
+
+    @field_validator("report", mode="after")
+    @classmethod
+    def _named_as_a_page(cls, value: str) -> str:
+        if value not in ("auto", "none") and not value.lower().endswith((".html", ".htm")):
+            raise ValueError(f"a report is auto, none or a file that ends in .html, got {value!r:.80}")
+        return value

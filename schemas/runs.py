@@ -21,6 +21,7 @@ from vidshard.schemas.fields import (
     Episodes,
     FrameSize,
     FrameSizes,
+    PageSettings,
     Rate,
     Reasons,
     Seconds,
@@ -701,6 +702,7 @@ class TokenizeRun(
     SamplingSettings,
     TokenizerSettings,
     AuditSettings,
+    PageSettings,
     OutputSettings,
     InputSettings,
 ):

@@ -20,6 +20,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
 from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.tokenization.history import Timeline
 from vidshard.jobs.tokenization.placement import bfloat16_pays
 from vidshard.jobs.tokenization.planning import uri_columns
 from vidshard.jobs.tokenization.quality import QualityWatch
@@ -238,6 +239,7 @@ class SpanCounter:
     """Number of frames in all clips, without repeats of a last frame."""
     resources: StageResources | None = None
     """Workers of the stages; None before they are planned."""
+    timeline: Timeline = field(default_factory=Timeline)
 
     def __post_init__(self) -> None:
         self.num_awaited = int(self.is_awaited.sum())
@@ -265,7 +267,9 @@ class SpanCounter:
         self.recut += pc.sum(rows["is_recut"]).as_py() or 0
         clips = pc.list_flatten(rows["clips"])
         self.num_frames += pc.sum(pc.struct_field(clips, "num_valid_frames")).as_py() or 0
-        return rows, [r for r in rows["rejection"].to_pylist() if r is not None]
+        rejections = [r for r in rows["rejection"].to_pylist() if r is not None]
+        self.timeline.count(len(clips), len(rejections))
+        return rows, rejections
 
     def report(self, summary: Summary, seconds: float) -> None:
         """Write times and batch fill to the summary.
@@ -281,6 +285,7 @@ class SpanCounter:
             "encoders waiting for frames": self.seconds["encode_wait_seconds"],
             "writing shards": summary.written.seconds,
         }
+        summary.timeline = self.timeline.end()
         summary.num_recut_spans = self.recut
         summary.batch_fill = self.clips / self.slots if self.slots else 1.0
         summary.example_clip_id = summary.written.last_clip_id

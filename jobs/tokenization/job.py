@@ -15,6 +15,7 @@ from dataclasses import replace
 import pyarrow.compute as pc
 from rich.console import Console
 
+from vidshard.jobs.report.job import add_report
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import open_executor
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
@@ -64,6 +65,8 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
         print_summary(summary, resolved.payload, console)
         events.emit("summary", result=summary_record(summary))
         events.exit_code = summary.exit_code
+        if summary.interruption is None:
+            add_report(summary.out, run.report, console)
     return summary
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -18,10 +19,12 @@ from rich.text import Text
 from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.tokenization.forecast import Forecast
+from vidshard.jobs.tokenization.history import save_to_history
 from vidshard.jobs.tokenization.quality import QualitySummary, print_quality
 from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import Discovery
+from vidshard.pipeline.output.layout import SUMMARY
 from vidshard.pipeline.output.shard_reader import decodable
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun, public_record
@@ -70,6 +73,8 @@ class Summary:
     """Warning for readers, such as that the weights are random."""
     num_recut_spans: int = 0
     """Number of spans that were decoded a second time with another cut; those that differed are rejected."""
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+    """Points of the phase in which videos are decoded and encoded: seconds, clips and rejections so far."""
     problems: list[str] = field(default_factory=list)
     """Reasons why the run failed; empty if it did not."""
     interruption: KeyboardInterrupt | None = None
@@ -149,9 +154,11 @@ def describe_column(column: PayloadColumn) -> str:
 
 
 def save_summary(summary: Summary) -> None:
-    """Write ``summary.json`` beside the shards."""
-    record = json.dumps(summary_record(summary), indent=2)
-    storage.write_atomic(storage.join(summary.out, "summary.json"), record.encode())
+    """Write ``summary.json`` beside the shards; if videos were tokenized, also as one more file of ``history/``."""
+    record = summary_record(summary)
+    storage.write_atomic(storage.join(summary.out, SUMMARY), json.dumps(record, indent=2).encode())
+    if "tokenize" in summary.seconds:
+        save_to_history(summary.out, record)
 
 
 def summary_record(summary: Summary) -> dict[str, Any]:
@@ -165,6 +172,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "usage": None if summary.usage is None else asdict(summary.usage),
         "forecast": None if summary.forecast is None else asdict(summary.forecast),
         "quality": None if summary.quality is None else summary.quality.record(),
+        "ended_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "interruption": None if summary.interruption is None else type(summary.interruption).__name__,
     }
 

@@ -8,6 +8,8 @@
     lease/*.json        which process may write
     retry.json          what ``--retry-rejected`` still has to try again
     summary.json        figures of the latest run
+    history/*.json      figures of each run, and its speed over time
+    report.html         a page about the output, by the latest run or ``vidshard report``
     stats.json          statistics of the latents, by ``vidshard stats``
     forecast.json       what ``vidshard plan --out`` expected of it
 
@@ -27,6 +29,8 @@ REJECTS = "rejects"
 LEASES = "lease"
 RETRY_FILE = "retry.json"
 SUMMARY = "summary.json"
+HISTORY = "history"
+REPORT = "report.html"
 STATS = "stats.json"
 FORECAST_FILE = "forecast.json"
 
