@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+VGG := build/vgg16-features.pth
 CLUSTER_READY := $(VENV)/.cluster-ready
 
 .DEFAULT_GOAL := help
@@ -44,8 +45,12 @@ $(CLUSTER_READY): $(READY)
 demo: $(READY)
 	$(BIN)/vidshard demo $(VIDEOS)
 
+# The VGG16 of LPIPS, from a package of the registry. Where it cannot be had, the tests that need it skip by name.
+$(VGG): $(READY)
+	-$(BIN)/python -m tests.support.vgg $@
+
 # Three processes, as one of them computes while two wait for Ray: tests/support/scheduling.py.
-test: $(READY)
+test: $(READY) $(VGG)
 	$(BIN)/pytest -m 'not slow' --numprocesses 3 --no-loadscope-reorder
 
 test-slow: $(CLUSTER_READY)
