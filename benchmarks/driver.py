@@ -1,6 +1,6 @@
 """Driver's cost per clip of a run on many GPUs, with stages that only make rows: part of ``benchmarks.scale``.
 
-A Ray with declared GPUs runs the job's own flow and writer. Its decoders give frames of a hundredth of the
+A Ray with declared GPUs runs the job's own flow, writers and commits. Its decoders give frames of a hundredth of the
 real size, and its encoders random payloads, both without computing. Blocks have a hundredth of the real size too: Ray
 handles as many of them for each clip as in a real run. Every clip has its own values and id, as equal ones compress
 away.
@@ -27,8 +27,9 @@ from ray.data import DataContext
 from benchmarks.report import Row
 from vidshard.jobs.runtime.cluster import ray_cluster
 from vidshard.jobs.runtime.executor import ClusterExecutor
-from vidshard.jobs.tokenization.collect import WRITER_THREADS, SpanCounter
-from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.jobs.tokenization.collect import SpanCounter
+from vidshard.pipeline.output.commit import Committer, SpanAccount
+from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from vidshard.schemas.tokens import Payload, Provenance, latents_payload, tokens_payload
@@ -170,14 +171,12 @@ def measure_driver(name: str, kind: str, *, num_gpus: int, num_clips: int) -> Ro
 
 def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int) -> Row:
     DataContext.get_current().target_max_block_size = (128 << 20) // FRAMES_SHARE
-    sink = TokenShardSink(
-        out,
-        buckets=[(SPEC, payload)],
+    settings = ShardSettings(
+        out=out,
+        buckets=((SPEC, payload),),
         provenance=provenance_of(payload),
-        manifest_fields=[],
         shard_bytes=SHARD_BYTES,
         commit_seconds=600,
-        num_threads=WRITER_THREADS,
     )
     resources = StageResources(
         encode_workers=int(executor.num_gpus),
@@ -187,25 +186,29 @@ def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int) 
         rows_per_task=SPANS_PER_TASK,
         rows_per_batch=SPANS_PER_CALL,
     )
+    account = SpanAccount(num_spans)
+    committer = Committer(settings, executor.open_writers(settings), account)
     counter = SpanCounter(is_awaited=np.ones(num_spans, np.bool_))
-    encoded = executor.run(
+    receipts = executor.run(
         work_rows(0, num_spans),
         decoder=StubDecoder(),  # type: ignore[arg-type]
         encoder=StubSpec(payload),  # type: ignore[arg-type]
         resources=resources,
+        writers=committer.writers,
     )
     begun = None
-    for rows in encoded:
-        rows, _ = counter.take(rows)
-        sink.add(rows)
+    for rows in receipts:
+        counter.take(rows)
+        committer.tick()
         if begun is None and 4 * counter.clips >= num_spans * CLIPS_PER_SPAN:
             begun = counter.clips, time.process_time(), time.monotonic()
-    sink.close()
+    committer.finish()
     assert begun is not None
-    assert counter.num_awaited == 0
+    assert account.num_open == 0
     clips = counter.clips - begun[0]
     driver_seconds, seconds = time.process_time() - begun[1], time.monotonic() - begun[2]
-    committed = sink.committed
+    committer.close()
+    committed = committer.committed
     return {
         "clips": counter.clips,
         "driver ms/clip": round(1000 * driver_seconds / clips, 3),

@@ -43,11 +43,12 @@ from benchmarks.driver import (
 from benchmarks.report import Row, report
 from vidshard.jobs.tokenization.planning import MAX_PLANNED_ROWS, plan_output
 from vidshard.pipeline.discover import discover
+from vidshard.pipeline.output.commit import TokenShardSink
 from vidshard.pipeline.output.committed import committed_spans, shard_spans
 from vidshard.pipeline.output.entries import Inputs, location_keys
 from vidshard.pipeline.output.layout import SHARDS, SPANS_KEY, shard_paths
 from vidshard.pipeline.output.plan_store import write_planned
-from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.output.state import OutputState
 from vidshard.pipeline.rows import WORK_SCHEMA, span_row
 from vidshard.schemas.rejections import Rejection
@@ -271,15 +272,14 @@ def measure_writer(name: str, num_threads: int, num_clips: int = 4_000) -> Row:
     decoded = StubDecoder()(work_rows(0, spans))
     rows = [encode(row).drop_columns("todo_number") for row in decoded]
     with tempfile.TemporaryDirectory() as folder:
-        sink = TokenShardSink(
-            folder,
-            buckets=[(SPEC, payload)],
+        settings = ShardSettings(
+            out=folder,
+            buckets=((SPEC, payload),),
             provenance=provenance_of(payload),
-            manifest_fields=[],
             shard_bytes=SHARD_BYTES // 8,
             commit_seconds=600,
-            num_threads=num_threads,
         )
+        sink = TokenShardSink(settings, num_threads=num_threads)
         started = time.monotonic()
         for row in rows:
             sink.add(row)

@@ -1,11 +1,13 @@
 """Flow of a tokenization run: the Ray Data graph from the work list to the driver.
 
-    todo.parquet ──▶ SpanDecoder ──▶ EncoderActor ──▶ rows for the driver's TokenShardSink
-     row per span     CPU tasks        actor pool      shards/, rejects/
+    todo.parquet ──▶ SpanDecoder ──▶ EncoderActor ──▶ receipts for the driver, which keeps the account
+     row per span     CPU tasks        actor pool
+                                         │ payload, on the same node
+                                         ▼
+                                      NodeWriter ──▶ staged shards, which the driver publishes
 
-Every stage returns one row for each row it takes. Frames cross the object store as uint8. Token rows are small
-(10 kB per clip, whose frames take 3.3 MB), so one process, the driver, gathers them. It alone decides when a shard is
-full, when to commit, and what to save after an interrupt.
+Every stage returns one row for each row it takes. Frames cross the object store as uint8. The payload stays on the node
+of its encoder (``pipeline.node_writers``); the driver gets some 100 bytes for each span.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidshard.pipeline import storage
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
 from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
+from vidshard.pipeline.node_writers import NodeDelivery
+from vidshard.pipeline.output.commit import deliver
 from vidshard.pipeline.resources import StageResources
 from vidshard.schemas.errors import one_line
 
@@ -51,12 +55,20 @@ ENCODER_ENVIRONMENT = {
 class EncoderActor:
     """`ClipEncoder` as a Ray actor, with a limit on the attempts at a batch that kills its process."""
 
-    def __init__(self, spec: EncoderSpec, attempts: ActorHandle) -> None:
+    def __init__(self, spec: EncoderSpec, attempts: ActorHandle, directory: ActorHandle | None = None) -> None:
+        """Make an encoder that loads its model at the first call.
+
+        Args:
+            spec: settings of the encoder.
+            attempts: the counter of attempts.
+            directory: the directory of the nodes' writers; None to return the encoded rows themselves.
+        """
         self._encode = spec.encoder()
         self._attempts = attempts
+        self._delivery = None if directory is None else NodeDelivery(directory)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Encode rows, as `ClipEncoder`.
+        """Encode rows, as `ClipEncoder`; with a directory hand them to the writer of this node, and return receipts.
 
         After a fault of the GPU this process ends itself: nothing more can be computed in it. Ray then starts another
         one, perhaps on another GPU, and the attempt counts as one whose process died.
@@ -88,6 +100,8 @@ class EncoderActor:
             ray.get(self._attempts.fault.remote(spans[0], message))
             end_process()
             raise
+        if self._delivery is not None:
+            encoded = deliver(encoded, self._delivery.add)
         self._attempts.end.remote(spans[0])
         return encoded
 
@@ -103,12 +117,18 @@ def map_videos(tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]
 
 
 def build_flow(
-    plan: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
+    plan: str | pa.Table,
+    *,
+    decoder: SpanDecoder,
+    encoder: EncoderSpec,
+    resources: StageResources,
+    directory: ActorHandle | None = None,
 ) -> Dataset:
-    """Build the flow up to the encoded rows, as a lazy dataset.
+    """Build the flow up to the encoded rows, or their receipts, as a lazy dataset.
 
     Args:
         plan: path of the work list's Parquet file, or its rows if URIs carry credentials, which no file may hold.
+        directory: the directory of the nodes' writers; None for a flow that gives the encoded rows.
     """
     # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
     DataContext.get_current().raise_original_map_exception = True
@@ -129,7 +149,7 @@ def build_flow(
         )
         .map_batches(
             EncoderActor,
-            fn_constructor_args=(encoder, attempts),
+            fn_constructor_args=(encoder, attempts, directory),
             batch_format="pyarrow",
             batch_size=resources.rows_per_batch,
             zero_copy_batch=True,

@@ -11,6 +11,7 @@ decode      adds ``frames``, ``clips``, ``rejection``, ``decode_seconds``,
             ``is_recut``
 encode      replaces ``frames`` by the payload (``tokens`` or ``latents`` …), and
             adds the columns of :class:`EncodeStats`, and ``quality`` with ``--audit``
+write       ``RECEIPT_SCHEMA`` alone, as the rows stay with the writer
 ==========  ==================================================================
 """
 
@@ -111,6 +112,24 @@ class EncodeStats:
 
 
 _STATS_COLUMNS = {"seconds": "encode_seconds", "wait_seconds": "encode_wait_seconds", "num_slots": "encode_slots"}
+
+RECEIPT_SCHEMA = pa.schema(
+    [
+        WORK_NUMBER,
+        WORK_SCHEMA.field("span_id"),
+        pa.field("num_clips", pa.int64(), nullable=False),
+        pa.field("num_valid_frames", pa.int64(), nullable=False),
+        pa.field("is_last", pa.bool_(), nullable=False),
+        REJECTION,
+        DECODE_SECONDS,
+        IS_RECUT,
+        pa.field("encode_seconds", pa.float64(), nullable=False),
+        pa.field("encode_wait_seconds", pa.float64(), nullable=False),
+        pa.field("encode_slots", pa.int64(), nullable=False),
+    ]
+)
+"""Receipt of one span: what the driver counts of it. ``num_valid_frames`` is summed over its clips, and ``is_last``
+says whether it reaches the end of its video."""
 
 INTERNAL_COLUMNS = (
     RESERVED_COLUMNS
@@ -368,6 +387,24 @@ def add_payload(
 def add_quality(rows: pa.Table, quality: Sequence[Sequence[Mapping[str, Any] | None]]) -> pa.Table:
     """Add the quality of the clips of each row, see ``QUALITY``."""
     return rows.append_column(QUALITY, pa.array(quality, QUALITY.type))
+
+
+def receipts_of(rows: pa.Table) -> pa.Table:
+    """Receipts of encoded rows, ``RECEIPT_SCHEMA``: one a row, no payload; with ``--audit`` ``uri`` and quality too."""
+    clips = rows["clips"].combine_chunks()
+    frames = pc.struct_field(clips.flatten(), "num_valid_frames").to_numpy(zero_copy_only=False)
+    valid = np.bincount(clips.value_parent_indices().to_numpy(), weights=frames, minlength=rows.num_rows)
+    made = {
+        "num_clips": pc.list_value_length(clips).cast(pa.int64()),
+        "num_valid_frames": pa.array(valid.astype(np.int64)),
+        "is_last": pc.is_null(rows["end_clip"]),
+    }
+    schema = RECEIPT_SCHEMA
+    if QUALITY.name in rows.schema.names:
+        schema = schema.append(WORK_SCHEMA.field("uri")).append(QUALITY)
+    columns = [made[f.name] if f.name in made else rows[f.name] for f in schema]
+    arrays = [column.cast(f.type) for column, f in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def refuse(rows: pa.Table, errors: Mapping[int, VideoError], stage: Stage) -> pa.Table:

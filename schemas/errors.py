@@ -33,6 +33,8 @@ class RunFailedError(VidshardError):
     """The job ran and failed; the message says what broke and what to do next."""
 
     exit_code = EXIT_FAILED
+    has_lost_workers: ClassVar[bool] = False
+    """Whether no worker of the run can be asked for anything any more."""
 
 
 class OutageError(VidshardError):

@@ -21,6 +21,8 @@ from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.devices import GpuReport, examine_gpu
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.local import run_locally
+from vidshard.pipeline.output.commit import LocalWriters, Writers, deliver
+from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.resources import GpuNode, StageResources
 from vidshard.schemas.errors import RunFailedError, VidshardError
 from vidshard.schemas.fields import ClusterSettings
@@ -86,16 +88,28 @@ class Executor(Protocol):
         """
         ...
 
+    def open_writers(self, settings: ShardSettings) -> Writers:
+        """Make the writers of a run's shards; no process is started before there are rows for it."""
+        ...
+
     def run(
-        self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
+        self,
+        work: str | pa.Table,
+        *,
+        decoder: SpanDecoder,
+        encoder: EncoderSpec,
+        resources: StageResources,
+        writers: Writers | None = None,
     ) -> Iterator[pa.Table]:
-        """Run all stages; yields encoded rows as they are finished. The stages start when the first one is requested.
+        """Run all stages; yields rows as they are finished. The stages start when the first one is requested.
 
         Args:
             work: path of the work list's Parquet file, or its rows.
             decoder: decode stage.
             encoder: settings of the encoders.
             resources: workers of each stage.
+            writers: writers of this executor that take the encoded rows; receipts are yielded then
+                (``RECEIPT_SCHEMA``). Without writers the encoded rows themselves are.
 
         Raises:
             StageFailedError: a stage failed.
@@ -151,18 +165,33 @@ class LocalExecutor:
         with _defects_named(self.verbose):
             yield from map(probe, tables)
 
+    def open_writers(self, settings: ShardSettings) -> LocalWriters:
+        """Make the one writer of this process, as `Executor.open_writers`."""
+        return LocalWriters(settings)
+
     def run(
-        self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
+        self,
+        work: str | pa.Table,
+        *,
+        decoder: SpanDecoder,
+        encoder: EncoderSpec,
+        resources: StageResources,
+        writers: Writers | None = None,
     ) -> Iterator[pa.Table]:
         """Run all stages, as `Executor.run`."""
         with _defects_named(self.verbose):
-            yield from run_locally(
+            rows = run_locally(
                 work,
                 decoder=decoder,
                 encoder=encoder,
                 rows_per_task=resources.rows_per_task,
                 rows_per_batch=resources.rows_per_batch,
             )
+            if writers is None:
+                yield from rows
+            else:
+                assert isinstance(writers, LocalWriters)
+                yield from (deliver(encoded, writers.add) for encoded in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +276,29 @@ class ClusterExecutor:
         with ray_failures_named():
             yield from map_videos(tables, probe)
 
+    def open_writers(self, settings: ShardSettings) -> Writers:
+        """Make writers that start on the nodes of the encoders, as `Executor.open_writers`."""
+        from vidshard.pipeline.node_writers import NodeWriters
+
+        with ray_failures_named():
+            return NodeWriters(settings)
+
     def run(
-        self, work: str | pa.Table, *, decoder: SpanDecoder, encoder: EncoderSpec, resources: StageResources
+        self,
+        work: str | pa.Table,
+        *,
+        decoder: SpanDecoder,
+        encoder: EncoderSpec,
+        resources: StageResources,
+        writers: Writers | None = None,
     ) -> Iterator[pa.Table]:
         """Run all stages, as `Executor.run`."""
         from vidshard.pipeline.flow import build_flow
+        from vidshard.pipeline.node_writers import NodeWriters
 
         with ray_failures_named():
-            flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources)
+            directory = writers.directory if isinstance(writers, NodeWriters) else None
+            flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources, directory=directory)
             yield from flow.iter_batches(batch_format="pyarrow", batch_size=None)
 
 

@@ -36,6 +36,8 @@ SILENT_SECONDS = 30.0
 class RayDiedError(RunFailedError):
     """A process of Ray ended without which this run cannot go on."""
 
+    has_lost_workers = True
+
 
 class Watched(Protocol):
     """A process that a driver needs."""

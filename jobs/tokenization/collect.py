@@ -1,4 +1,4 @@
-"""Collection of encoded rows: counts them against the plan, commits them as shards, and handles interrupts."""
+"""Collection of receipts: counts them against the plan, commits the shards of the writers, and handles interrupts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,13 +31,14 @@ from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.output.commit import Committer, SpanAccount
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
-from vidshard.pipeline.output.shard_writer import TokenShardSink
-from vidshard.pipeline.output.work_list import WorkList
+from vidshard.pipeline.output.shard_writer import ShardSettings
+from vidshard.pipeline.output.work_list import WorkList, rows_of_spans
 from vidshard.pipeline.recut import Recutting
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
-from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields
+from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError
 from vidshard.schemas.rejections import Reason
@@ -71,112 +72,174 @@ def tokenize_spans(
         limits: largest cost of one video.
     """
     counter = SpanCounter(is_awaited=np.ones(work.num_spans, np.bool_))
-    sink = open_sink(resolved, work, lease)
+    account = SpanAccount(work.num_spans)
+    settings = shard_settings(resolved, work, run_number=lease.number)
     started = time.monotonic()
+    committer: Committer | None = None
     try:
-        _collect(resolved, work, executor, lease, sink, counter, summary, rejected, console, telemetry, limits)
+        committer = Committer(settings, executor.open_writers(settings), account, before_commit=lease.check)
+        run = _Collection(
+            resolved, work, executor, lease, committer, account, counter, summary, rejected, console, telemetry
+        )
+        run.collect(limits)
     except KeyboardInterrupt as interrupt:
         summary.interruption = interrupt
     except (RunFailedError, LeaseLostError) as error:
         summary.problems.append(str(error))
+        if committer is not None and isinstance(error, RunFailedError) and error.has_lost_workers:
+            committer.give_up_writers()
     except (storage.StorageError, OutageError) as error:
         summary.problems.append(f"{error}; what is committed before it is valid: run the same command again")
     finally:
-        _close(sink, summary)
+        if committer is not None:
+            _close(committer, summary, resolved.run.grace_seconds)
         counter.report(summary, time.monotonic() - started)
-        summary.usage = counter.usage(resolved, executor, summary)
-    if counter.num_awaited and not summary.problems and summary.interruption is None:
+        threads = 1 if committer is None else committer.writers.num_threads
+        summary.usage = counter.usage(resolved, executor, summary, writer_threads=threads)
+    if account.num_open and not summary.problems and summary.interruption is None:
         summary.problems.append(
-            f"{counter.num_awaited} of {work.num_spans} planned spans came out neither as tokens nor as rejections "
-            f"(the first: row {int(np.argmax(counter.is_awaited))} of todo.parquet); run the same command again, and "
+            f"{account.num_open} of {work.num_spans} planned spans came out neither as tokens nor as rejections "
+            f"(the first: row {int(np.argmax(account.is_open))} of todo.parquet); run the same command again, and "
             "report this with the log of -v"
         )
 
 
-WRITER_THREADS = 2
-"""Threads that compress and write shards. Compression leaves Python's lock to the thread that takes the rows."""
+def shard_settings(resolved: ResolvedRun, work: WorkList, *, run_number: int = 0) -> ShardSettings:
+    """Make the settings of a run's shards.
 
-
-def open_sink(resolved: ResolvedRun, work: WorkList, lease: Lease | None = None) -> TokenShardSink:
-    """Make the writer of a run's shards; with a lease it is checked before each commit."""
+    Args:
+        run_number: number of the run's lease.
+    """
     run = resolved.run
-    return TokenShardSink(
-        run.out,
-        buckets=[(spec, resolved.payload_of(spec)) for spec in resolved.clip_specs],
+    fields = [
+        *(AUDIT_FIELDS if run.audit else ()),
+        *(field for field in manifest_fields(work.schema) if field.name not in uri_columns(run)),
+    ]
+    return ShardSettings(
+        out=run.out,
+        run_number=run_number,
+        buckets=tuple((spec, resolved.payload_of(spec)) for spec in resolved.clip_specs),
         provenance=resolved.provenance,
-        manifest_fields=[
-            *(AUDIT_FIELDS if run.audit else ()),
-            *(field for field in manifest_fields(work.schema) if field.name not in uri_columns(run)),
-        ],
-        signal_fields=[field for name, rule in run.signals or [] for field in signal_fields(name, rule)],
+        manifest_fields=tuple(fields),
+        signal_fields=tuple(field for name, rule in run.signals or [] for field in signal_fields(name, rule)),
         shard_bytes=run.shard_size,
         commit_seconds=60 * run.commit_minutes,
-        before_commit=(lambda: None) if lease is None else lease.check,
-        num_threads=1 if lease is None else WRITER_THREADS,
     )
 
 
-def _collect(
-    resolved: ResolvedRun,
-    work: WorkList,
-    executor: Executor,
-    lease: Lease,
-    sink: TokenShardSink,
-    counter: SpanCounter,
-    summary: Summary,
-    rejected: set[str],
-    console: Console,
-    telemetry: Telemetry,
-    limits: Limits,
-) -> None:
-    """Take encoded rows until all have come, an interrupt, or too many rejections."""
-    run = resolved.run
-    stop = executor.cancel_token()
-    broken: set[str] = set()
-    watch = QualityWatch(min_psnr=run.audit_min_psnr, console=console)
-    clips_per_row = summary.expected_clips / summary.planned_spans
-    resources, encoder = plan_resources(resolved, work.num_spans, clips_per_row, executor)
-    counter.resources = resources
-    decoder = span_decoder(resolved, limits, stop)
-    rows_out = executor.run(work.source, decoder=decoder, encoder=encoder, resources=resources)
-    with (
-        Interrupts() as interrupts,
-        PhaseProgress(console, "tokenizing", work.num_spans) as display,
-        closing(until_interrupted(rows_out, interrupts, stop, run.grace_seconds, console)) as taken,
-    ):
-        for rows in taken:
-            if rows is None:
-                lease.check(now=False)
-                sink.commit_if_due()
-                continue
-            rows, rejections = counter.take(rows)
-            telemetry.took(rows, rejections)
-            watch.take(rows)
-            sink.add(rows)
-            summary.reasons.update(r["reason"] for r in rejections)
-            rejected |= {r["uri"] for r in rejections}
-            speed = counter.clips / display.seconds
-            display.update(
-                work.num_spans - counter.num_awaited,
-                f"{counter.videos} videos · {counter.clips} clips · {speed:.2f} clips/s · "
-                f"{summary.reasons.total()} rejects",
-            )
-            broken |= {r["uri"] for r in rejections if r["reason"] == Reason.INTERNAL_ERROR}
-            check_reject_share(summary, rejected, run)
-            check_internal_errors(summary, broken, run)
-            if summary.problems:
-                break
-        summary.interruption = interrupts.first
+MAX_PASSES = 6
+"""Passes over the work list: each after the first does what writers held that were lost."""
 
 
-def _close(sink: TokenShardSink, summary: Summary) -> None:
+@dataclass(kw_only=False)
+class _Collection:
+    """Collection of the receipts of one run."""
+
+    resolved: ResolvedRun
+    work: WorkList
+    executor: Executor
+    lease: Lease
+    committer: Committer
+    account: SpanAccount
+    counter: SpanCounter
+    summary: Summary
+    rejected: set[str]
+    console: Console
+    telemetry: Telemetry
+    broken: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.watch = QualityWatch(min_psnr=self.resolved.run.audit_min_psnr, console=self.console)
+
+    def collect(self, limits: Limits) -> None:
+        """Run the stages until every span is settled, an interrupt, or too many rejections."""
+        summary, work = self.summary, self.work
+        stop = self.executor.cancel_token()
+        clips_per_row = summary.expected_clips / summary.planned_spans
+        resources, encoder = plan_resources(self.resolved, work.num_spans, clips_per_row, self.executor)
+        self.counter.resources = resources
+        decoder = span_decoder(self.resolved, limits, stop)
+        source = work.source
+        with Interrupts() as interrupts, PhaseProgress(self.console, "tokenizing", work.num_spans) as display:
+            for number in range(MAX_PASSES):
+                if number:
+                    source = self._lost_rows()
+                rows = self.executor.run(
+                    source, decoder=decoder, encoder=encoder, resources=resources, writers=self.committer.writers
+                )
+                self._take(rows, interrupts, stop, display)
+                if summary.problems or interrupts.first is not None:
+                    break
+                self.committer.finish()
+                if not self.account.num_open:
+                    break
+            summary.interruption = interrupts.first
+
+    def _take(
+        self, rows: Iterator[pa.Table], interrupts: Interrupts, stop: CancelToken, display: PhaseProgress
+    ) -> None:
+        """Take the receipts of one pass."""
+        run, counter, summary = self.resolved.run, self.counter, self.summary
+        feed = until_interrupted(
+            rows,
+            interrupts,
+            stop,
+            run.grace_seconds,
+            self.console,
+            on_interrupt=self.committer.writers.begin_all,
+            reserved_seconds=flush_seconds(run.grace_seconds),
+        )
+        with closing(feed) as taken:
+            for receipts in taken:
+                if receipts is None:
+                    self.lease.check(now=False)
+                    self.committer.tick()
+                    continue
+                receipts, rejections = counter.take(receipts)
+                self.telemetry.took(receipts, [one for _, _, one in rejections])
+                self.watch.take(receipts)
+                self.committer.reject((number, row_rejection(one)) for number, clips, one in rejections if not clips)
+                self.committer.tick()
+                summary.reasons.update(one["reason"] for _, _, one in rejections)
+                self.rejected |= {one["uri"] for _, _, one in rejections}
+                speed = counter.clips / display.seconds
+                display.update(
+                    self.work.num_spans - counter.num_awaited,
+                    f"{counter.videos} videos · {counter.clips} clips · {speed:.2f} clips/s · "
+                    f"{summary.reasons.total()} rejects",
+                )
+                self.broken |= {one["uri"] for _, _, one in rejections if one["reason"] == Reason.INTERNAL_ERROR}
+                check_reject_share(summary, self.rejected, run)
+                check_internal_errors(summary, self.broken, run)
+                if summary.problems:
+                    return
+
+    def _lost_rows(self) -> pa.Table:
+        """Rows of the work list whose spans are open after a pass, as the writers that had them were lost."""
+        self.console.print(
+            f"{self.account.num_open} spans were lost with their writers before their commit, and are done again",
+            highlight=False,
+        )
+        self.counter.await_again(self.account.is_open)
+        return rows_of_spans(self.work, self.account.is_open)
+
+
+def flush_seconds(grace_seconds: float) -> float:
+    """Share of the grace period that is left to the writers, to write what they hold."""
+    return min(5.0, grace_seconds / 4)
+
+
+def _close(committer: Committer, summary: Summary, grace_seconds: float) -> None:
+    is_hurried = summary.interruption is not None
     try:
-        sink.close()
+        committer.finish(flush_seconds(grace_seconds) if is_hurried else None)
     except storage.StorageError as error:
         summary.problems.append(f"{error}; the clips of that shard are not saved: run the same command again")
-    except LeaseLostError as error:
+    except (LeaseLostError, RunFailedError) as error:
         summary.problems += [str(error)] if str(error) not in summary.problems else []
-    summary.written = sink.committed
+    finally:
+        committer.close()
+    summary.written = committer.committed
 
 
 def span_decoder(resolved: ResolvedRun, limits: Limits, stop: CancelToken) -> SpanDecoder:
@@ -195,11 +258,19 @@ def span_decoder(resolved: ResolvedRun, limits: Limits, stop: CancelToken) -> Sp
 
 
 def until_interrupted(
-    rows: Iterator[pa.Table], interrupts: Interrupts, stop: CancelToken, grace_seconds: float, console: Console
+    rows: Iterator[pa.Table],
+    interrupts: Interrupts,
+    stop: CancelToken,
+    grace_seconds: float,
+    console: Console,
+    *,
+    on_interrupt: Callable[[], object] = lambda: None,
+    reserved_seconds: float = 0.0,
 ) -> Generator[pa.Table | None, None, None]:
     """Yield rows as they come, and None after each second without one.
 
-    After an interrupt no further work is started, and rows of started work are yielded for ``grace_seconds`` at most.
+    After an interrupt ``on_interrupt`` is called, no further work is started, and rows of started work are yielded for
+    ``grace_seconds`` less ``reserved_seconds`` at most.
     """
     feed = Feed(rows)
     deadline = math.inf
@@ -207,7 +278,8 @@ def until_interrupted(
         while time.monotonic() < deadline:
             if interrupts.first is not None and deadline == math.inf:
                 stop.cancel()
-                deadline = time.monotonic() + grace_seconds
+                on_interrupt()
+                deadline = time.monotonic() + grace_seconds - reserved_seconds
                 console.print(
                     f"interrupted: finishing what is begun, for {grace_seconds:g} s at most; once more to end at once",
                     highlight=False,
@@ -222,10 +294,10 @@ def until_interrupted(
 
 @dataclass(kw_only=True)
 class SpanCounter:
-    """Counts of the rows that came out of the flow, compared with the work list."""
+    """Counts of the receipts that came out of the flow, compared with the work list."""
 
     is_awaited: npt.NDArray[np.bool_]
-    """bool (number of spans,): whether each span of the work list has not come out yet."""
+    """bool (number of spans,): whether each span of the work list has no receipt yet."""
     clips: int = 0
     videos: int = 0
     """Number of videos whose last span came out."""
@@ -244,32 +316,41 @@ class SpanCounter:
     def __post_init__(self) -> None:
         self.num_awaited = int(self.is_awaited.sum())
 
-    def take(self, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
-        """Count encoded rows.
+    def take(self, receipts: pa.Table) -> tuple[pa.Table, list[tuple[int, int, dict[str, Any]]]]:
+        """Count receipts, ``RECEIPT_SCHEMA``.
 
-        Ray recomputes rows that a lost node held, so a row may come out twice; the second one is dropped here.
+        Ray recomputes rows that a lost node held, so a receipt may come out twice; the second one does not count.
 
         Returns:
-            The rows that were still awaited, each once, and the rejections among them.
+            The receipts that came for the first time, and of each rejection among them the number of its span, its
+            clips, and its row.
         """
         for name in ("decode_seconds", "encode_seconds", "encode_wait_seconds"):
-            self.seconds[name] += pc.sum(rows[name]).as_py() or 0
-        self.slots += pc.sum(rows["encode_slots"]).as_py() or 0
-        new = []
-        for number in rows[WORK_NUMBER.name].to_pylist():
-            new.append(bool(self.is_awaited[number]))
-            self.is_awaited[number] = False
-        self.num_awaited -= sum(new)
-        if not all(new):  # a filter copies the payload, also where it keeps every row
-            rows = rows.filter(pa.array(new, pa.bool_()))
-        self.clips += pc.sum(pc.list_value_length(rows["clips"])).as_py() or 0
-        self.videos += rows["end_clip"].null_count
-        self.recut += pc.sum(rows["is_recut"]).as_py() or 0
-        clips = pc.list_flatten(rows["clips"])
-        self.num_frames += pc.sum(pc.struct_field(clips, "num_valid_frames")).as_py() or 0
-        rejections = [r for r in rows["rejection"].to_pylist() if r is not None]
-        self.timeline.count(len(clips), len(rejections))
-        return rows, rejections
+            self.seconds[name] += pc.sum(receipts[name]).as_py() or 0
+        self.slots += pc.sum(receipts["encode_slots"]).as_py() or 0
+        numbers = receipts[WORK_NUMBER.name].to_numpy()
+        is_new = self.is_awaited[numbers]
+        self.is_awaited[numbers] = False
+        self.num_awaited -= int(is_new.sum())
+        if not is_new.all():
+            receipts = receipts.filter(pa.array(is_new))
+        num_clips = pc.sum(receipts["num_clips"]).as_py() or 0
+        self.clips += num_clips
+        self.videos += pc.sum(receipts["is_last"]).as_py() or 0
+        self.recut += pc.sum(receipts["is_recut"]).as_py() or 0
+        self.num_frames += pc.sum(receipts["num_valid_frames"]).as_py() or 0
+        num_rejections = receipts.num_rows - receipts["rejection"].null_count
+        self.timeline.count(num_clips, num_rejections)
+        if not num_rejections:
+            return receipts, []
+        names = [WORK_NUMBER.name, "num_clips", "rejection"]
+        rows = receipts.select(names).filter(receipts["rejection"].is_valid()).to_pylist()
+        return receipts, [(row[WORK_NUMBER.name], row["num_clips"], row["rejection"]) for row in rows]
+
+    def await_again(self, spans: npt.NDArray[np.bool_]) -> None:
+        """Expect another receipt of these spans."""
+        self.is_awaited |= spans
+        self.num_awaited = int(self.is_awaited.sum())
 
     def report(self, summary: Summary, seconds: float) -> None:
         """Write times and batch fill to the summary.
@@ -290,7 +371,9 @@ class SpanCounter:
         summary.batch_fill = self.clips / self.slots if self.slots else 1.0
         summary.example_clip_id = summary.written.last_clip_id
 
-    def usage(self, resolved: ResolvedRun, executor: Executor, summary: Summary) -> Usage | None:
+    def usage(
+        self, resolved: ResolvedRun, executor: Executor, summary: Summary, *, writer_threads: int
+    ) -> Usage | None:
         """Use of the machines by the phase that `report` wrote to the summary; None if nothing was encoded."""
         resources, seconds = self.resources, summary.seconds
         if resources is None or not self.clips:
@@ -304,7 +387,7 @@ class SpanCounter:
             encode_seconds=seconds["encoding, all workers"],
             wait_seconds=seconds["encoders waiting for frames"],
             decode_seconds=seconds["decoding, all workers"],
-            write_seconds=seconds["writing shards"] / WRITER_THREADS,
+            write_seconds=seconds["writing shards"] / writer_threads,
             encoders=encoders,
             gpus=encoders * resources.gpus_per_worker,
             cpus=executor.num_cpus,

@@ -23,7 +23,7 @@ from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor, open_executor
 from vidshard.jobs.runtime.run_record import RunRecord
 from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
-from vidshard.jobs.tokenization.collect import open_sink, span_decoder
+from vidshard.jobs.tokenization.collect import shard_settings, span_decoder
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.machines import Machine, decoding_seconds, find_machine
 from vidshard.jobs.tokenization.placement import place, with_gpus
@@ -34,6 +34,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import LocalCancelToken
 from vidshard.pipeline.devices import DEFAULT_PRECISION
 from vidshard.pipeline.discover import discover
+from vidshard.pipeline.output.commit import TokenShardSink
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.resolved_run import ResolvedRun
@@ -258,7 +259,7 @@ def _bytes_of(resolved: ResolvedRun, work: WorkList, tables: list[pa.Table]) -> 
     sizes = []
     for rows in (whole.slice(0, 1), whole):
         with tempfile.TemporaryDirectory(prefix="vidshard-plan-") as folder:
-            sink = open_sink(replace(resolved, run=resolved.run.model_copy(update={"out": folder})), work)
+            sink = TokenShardSink(replace(shard_settings(resolved, work), out=folder))
             sink.add(rows)
             sink.close()
             sizes.append((sink.committed.num_clips, sink.committed.file_bytes))

@@ -190,15 +190,14 @@ class QualityWatch:
     _checked: int = 0
     _has_warned: bool = False
 
-    def take(self, rows: pa.Table) -> None:
-        """Take rows that came out; warns once, after at least `FEWEST_CLIPS` audited clips."""
-        if self._has_warned or QUALITY.name not in rows.schema.names:
+    def take(self, receipts: pa.Table) -> None:
+        """Take receipts that came out; warns once, after at least `FEWEST_CLIPS` audited clips."""
+        if self._has_warned or QUALITY.name not in receipts.schema.names:
             return
-        for row in rows.select(["uri", "video_id", "clips", QUALITY.name]).to_pylist():
-            for clip, scores in zip(row["clips"], row[QUALITY.name], strict=True):
+        for row in receipts.select(["uri", "span_id", QUALITY.name]).to_pylist():
+            for number, scores in enumerate(row[QUALITY.name]):
                 if scores is not None:
-                    name = f"clip {clip['clip_index']} of {row['video_id']}"
-                    self.figures.take(scores, name, shown_uri(row["uri"]))
+                    self.figures.take(scores, f"clip {number} of span {row['span_id']}", shown_uri(row["uri"]))
         if self.figures.num_clips < max(FEWEST_CLIPS, 2 * self._checked):
             return
         self._checked = self.figures.num_clips

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 
 from vidshard.jobs.runtime.events import events_of
@@ -62,17 +61,16 @@ class Telemetry:
             rejected_videos=len(rejections),
         )
 
-    def took(self, rows: pa.Table, rejections: Sequence[Mapping[str, Any]]) -> None:
+    def took(self, receipts: pa.Table, rejections: Sequence[Mapping[str, Any]]) -> None:
         """Tell of the spans that came out, each once.
 
         Args:
-            rows: encoded rows.
+            receipts: ``RECEIPT_SCHEMA``.
             rejections: rejections among them, as rows of ``rejects/``.
         """
         if not self._events.is_open:
             return
-        counts = pc.list_value_length(rows["clips"]).to_pylist()
-        columns = (rows["span_id"].to_pylist(), counts, rows["decode_seconds"].to_pylist())
+        columns = (receipts[name].to_pylist() for name in ("span_id", "num_clips", "decode_seconds"))
         for span_id, clips, seconds in zip(*columns, strict=True):
             if clips:
                 self._events.emit("span_finished", span_id=span_id, clips=clips, decode_seconds=round(seconds, 3))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 WAITING_SHARE = 0.2
 """Share of their time that encoders may wait for frames before decoding counts as the limit."""
 WRITING_SHARE = 0.8
-"""Share of the phase that the writer may be busy before it counts as the limit: it has one thread."""
+"""Share of the phase that the writers' threads may be busy before they count as the limit."""
 STARTING_SHARE = 0.5
 """Share of the phase that encoders may take to start before their start counts as the limit."""
 
@@ -82,7 +82,7 @@ class Usage:
                 "better"
             )
         if self.write_seconds > WRITING_SHARE * self.seconds:
-            return "waited for the writer, which is one process: split the inputs into several outputs"
+            return "waited for the writers, one on each node of encoders: add nodes, or use faster storage"
         if self.wait_share > WAITING_SHARE:
             return f"waited for decoders: {self._cores()}"
         return f"{_FOR_ENCODERS} {self._faster()}"

@@ -6,6 +6,7 @@
     shards/*.parquet    clips of finished spans
     rejects/*.parquet   spans, and whole videos, that gave no clips
     lease/*.json        which process may write
+    staged/NUMBER/      shards that the run of this lease has written and not committed; gone when it ends
     retry.json          what ``--retry-rejected`` still has to try again
     summary.json        figures of the latest run
     history/*.json      figures of each run, and its speed over time
@@ -27,6 +28,7 @@ WORK_FILE = "todo.parquet"
 SHARDS = "shards"
 REJECTS = "rejects"
 LEASES = "lease"
+STAGED = "staged"
 RETRY_FILE = "retry.json"
 SUMMARY = "summary.json"
 HISTORY = "history"
@@ -66,5 +68,10 @@ def reject_paths(out: str) -> list[str]:
 
 
 def remove_leftovers(out: str) -> int:
-    """Remove what a killed writer had begun in the data folders; returns the number of files."""
-    return sum(storage.remove_leftovers(storage.join(out, folder)) for folder in DATA_FOLDERS)
+    """Remove what a killed run had begun; returns the number of files.
+
+    Whatever it had staged can be published by nobody from then on, so call it before the state of the output is read,
+    and only while holding its lease.
+    """
+    left = storage.remove_areas(storage.join(out, STAGED), storage.join(out, SHARDS))
+    return left + sum(storage.remove_leftovers(storage.join(out, folder)) for folder in DATA_FOLDERS)

@@ -210,6 +210,11 @@ class Lease:
                 return cls(folder, latest + 1, holder, ttl_seconds)
             # another run was faster: try again, against its lease
 
+    @property
+    def number(self) -> int:
+        """Number of this lease; later leases of the output have higher ones."""
+        return self._number
+
     def __enter__(self) -> Lease:
         return self
 

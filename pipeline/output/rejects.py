@@ -57,12 +57,14 @@ def read_reject_file(path: str) -> pa.Table:
 
 
 def write_rejects(out: str, rejections: Sequence[Rejection]) -> None:
-    """Write rejections as one file, named by a digest of its rows.
+    """Write rejections as one file, sorted by URI and named by a digest of its rows.
+
+    The order in which workers found them does not matter: the same rejections give the same file.
 
     Raises:
         storage.StorageError: it could not be written.
     """
-    table = rejections_table(rejections)
+    table = rejections_table(sorted(rejections, key=lambda one: (one.uri, repr(one))))
     name = hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
     write_table(storage.join(out, REJECTS, f"{name}.parquet"), table)
 

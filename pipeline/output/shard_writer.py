@@ -1,17 +1,18 @@
-"""Shard writer: gathers encoded rows and commits them as shards and rejections.
+"""Shard writer: gathers encoded rows and stages them as shards, which ``pipeline.output.commit`` publishes.
 
-Shards are written atomically. A shard's name is a digest of its span ids, and its metadata lists them, so
-``pipeline.output.committed`` reads the finished spans from the files alone.
+A shard's name is a digest of its span ids, and its metadata lists them, so ``pipeline.output.committed`` reads the
+finished spans from the files alone. The digest also spreads the names over the prefixes of an object store.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 
 import pyarrow as pa
@@ -19,10 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY
+from vidshard.pipeline.output.layout import SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY, STAGED
 from vidshard.pipeline.output.quality import audit_metadata
-from vidshard.pipeline.output.rejects import write_rejects
-from vidshard.pipeline.rows import QUALITY, explode, frame_sizes, row_part, row_rejection
+from vidshard.pipeline.rows import QUALITY, WORK_NUMBER, explode, frame_sizes, row_part, row_rejection
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.tokens import Payload, Provenance, payload_bytes, shard_schema
 from vidshard.schemas.video import ClipSpec
@@ -64,9 +64,53 @@ class WriteStats:
                 setattr(self, counts.name, getattr(self, counts.name) + getattr(other, counts.name))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSettings:
+    """Settings of the shards of one run, small enough to send to every writer."""
+
+    out: str
+    """Output folder."""
+    run_number: int = 0
+    """Number of the run's lease; what is staged for it lies in an area of this number."""
+    buckets: tuple[tuple[ClipSpec, Payload], ...]
+    """Clip settings and payload of each bucket. A shard holds one bucket."""
+    provenance: Provenance
+    """Provenance of all shards; each bucket's payload replaces its own."""
+    manifest_fields: tuple[pa.Field, ...] = ()
+    signal_fields: tuple[pa.Field, ...] = ()
+    shard_bytes: int
+    """Payload of a full shard in bytes, before compression."""
+    commit_seconds: float
+    """Longest time that an encoded clip waits for its commit."""
+
+    @property
+    def area(self) -> str:
+        """Folder of the shards of this run that are staged."""
+        return storage.join(self.out, STAGED, f"{self.run_number:06d}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardReport:
+    """Report of a writer on one shard: what is to be known to commit it, without its rows."""
+
+    writer: str
+    """Name of the writer."""
+    number: int
+    """Number of the shard among those of the writer."""
+    spans: tuple[int, ...]
+    """Numbers of its spans in the work list; empty for rows without numbers."""
+    staged: storage.StagedFile | None = None
+    """The shard, written and not visible; None if that failed."""
+    rejections: tuple[Rejection, ...] = ()
+    """Rejections of those of its spans that are damaged; they are written before the shard is published."""
+    stats: WriteStats = field(default_factory=WriteStats)
+    error: BaseException | None = None
+    """Error that kept the shard from being written."""
+
+
 @dataclass(kw_only=True, slots=True)
 class _Bucket:
-    """Shard settings of one bucket, and its rows that wait to be committed."""
+    """Shard settings of one bucket, and its rows that wait to be written."""
 
     spec: ClipSpec
     payload: Payload
@@ -80,166 +124,218 @@ class _Bucket:
     num_clips: int = 0
 
 
-class TokenShardSink:
-    """Gathers encoded rows and commits them as shards, and rejections as files of ``rejects/``.
+@dataclass(kw_only=True, slots=True)
+class _Shard:
+    """A shard that is being written, or is written and not settled."""
 
-    A shard is committed when it is full. Everything is committed when the oldest row has waited ``commit_seconds``,
-    and at :meth:`close`. Compression and upload run on threads of their own. At most one
-    shard more than there are threads waits for them.
+    bucket: _Bucket
+    rows: list[pa.Table]
+    """Its rows, one span each. They are kept until the shard is settled, as some may have to go into another one."""
+    spans: tuple[int, ...]
+    staged: storage.StagedFile | None = None
+
+
+MOST_SHARDS = 4
+"""Shards of one writer that may be unsettled at once; more rows wait."""
+WRITER_THREADS = 2
+"""Threads of a writer. Compression leaves Python's lock to the others, and two threads write about 1,000 clips of KL-16
+latents a second, more than eight GPUs make."""
+
+
+class ShardWriter:
+    """Gathers encoded rows, writes them as shards on threads of its own, and reports each shard once it is staged.
+
+    A shard is written when it is full. Everything is written when the oldest row has waited ``commit_seconds``, and by
+    :meth:`flush`. No shard is visible before the owner of the account publishes it (``pipeline.output.commit``), which
+    then settles it here. A row that is held already is dropped: a retried call brings it twice.
+
+    Safe for use by several threads.
     """
 
     def __init__(
         self,
-        out: str,
+        settings: ShardSettings,
+        report: Callable[[ShardReport], object],
         *,
-        buckets: Sequence[tuple[ClipSpec, Payload]],
-        provenance: Provenance,
-        manifest_fields: Sequence[pa.Field],
-        signal_fields: Sequence[pa.Field] = (),
-        shard_bytes: int,
-        commit_seconds: float,
-        before_commit: Callable[[], None] = lambda: None,
-        num_threads: int = 1,
+        name: str = "",
+        num_threads: int = WRITER_THREADS,
     ) -> None:
-        """Create an empty sink; nothing is written yet.
+        """Create an empty writer; nothing is written yet.
 
         Args:
-            out: output folder.
-            buckets: clip settings and payload of each bucket. A shard holds one bucket.
-            provenance: provenance of all shards; each bucket's payload replaces its own.
-            manifest_fields: manifest columns.
-            signal_fields: signal columns.
-            shard_bytes: payload of a full shard in bytes, before compression.
-            commit_seconds: longest time that an encoded clip waits for its commit.
-            before_commit: called on a writer's thread before each file is written; an exception stops the writing.
-            num_threads: threads that compress and write, each a shard.
+            settings: settings of the shards.
+            report: called on a thread of the writer for each shard.
+            name: name of the writer in its reports.
+            num_threads: threads that compress and write.
         """
-        self._out = out
+        self._settings = settings
+        self._report = report
+        self._name = name
+        names = [field.name for field in settings.signal_fields]
+        fields_ = [*settings.manifest_fields, *settings.signal_fields]
         self._buckets = {
             (spec.height, spec.width): _Bucket(
                 spec=spec,
                 payload=payload,
-                schema=shard_schema([*manifest_fields, *signal_fields], replace(provenance, payload=payload)),
-                signals=[field.name for field in signal_fields],
-                prefix=f"{spec.bucket}-" if len(buckets) > 1 else "",
-                clips_per_shard=max(1, shard_bytes // payload_bytes(payload)),
+                schema=shard_schema(fields_, replace(settings.provenance, payload=payload)),
+                signals=names,
+                prefix=f"{spec.bucket}-" if len(settings.buckets) > 1 else "",
+                clips_per_shard=max(1, settings.shard_bytes // payload_bytes(payload)),
             )
-            for spec, payload in buckets
+            for spec, payload in settings.buckets
         }
-        self._commit_seconds = commit_seconds
-        self._before_commit = before_commit
-        self._rejections: list[Rejection] = []
         self._oldest: float | None = None
-        self._writer = ThreadPoolExecutor(num_threads, thread_name_prefix="shard-writer")
-        self._most_pending = 1 + num_threads
-        self._pending: deque[Future[WriteStats]] = deque()
-        self.committed = WriteStats()
-        """Counts of what is committed so far."""
+        self._held: set[int] = set()
+        self._shards: dict[int, _Shard] = {}
+        self._num_shards = 0
+        self._num_writing = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="shard-writer")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many shards are unsettled that more rows should wait."""
+        return len(self._shards) >= MOST_SHARDS and not self._is_closed
+
+    def wait_for_room(self, seconds: float | None = None) -> None:
+        """Return once the writer is not full, or after so many seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.is_full, timeout=seconds)
 
     def add(self, rows: pa.Table) -> None:
-        """Take encoded rows, and commit what is full or due.
+        """Take encoded rows without those that were rejected whole, and write what is full or due."""
+        numbers: list[int | None] = (
+            rows[WORK_NUMBER.name].to_pylist() if WORK_NUMBER.name in rows.column_names else [None] * rows.num_rows
+        )
+        with self._changed:
+            if self._is_closed:
+                return
+            for at, size in enumerate(frame_sizes(rows)):
+                number = numbers[at]
+                if number in self._held:
+                    continue
+                if number is not None:
+                    self._held.add(number)
+                self._hold(self._buckets[size], rows.slice(at, 1))
+            self._write_if_due()
 
-        Raises:
-            storage.StorageError: an earlier shard could not be written.
-        """
-        refused = pc.and_(rows["rejection"].is_valid(), pc.equal(pc.list_value_length(rows["clips"]), 0))
-        good = rows
-        if pc.any(refused).as_py():  # a filter copies the payload, also where it keeps every row
-            self._rejections += _rejections_of(rows.filter(refused))
-            good = rows.filter(pc.invert(refused))
+    def _hold(self, bucket: _Bucket, row: pa.Table) -> None:
+        clips = row["clips"].combine_chunks().value_lengths()[0].as_py()
+        if bucket.num_clips and bucket.num_clips + clips > bucket.clips_per_shard:
+            self._begin(bucket)
         self._oldest = time.monotonic() if self._oldest is None else self._oldest
-        for at, size in enumerate(frame_sizes(good)):
-            row = good.slice(at, 1)
-            clips = row["clips"].combine_chunks().value_lengths()[0].as_py()
-            bucket = self._buckets[size]
-            if bucket.num_clips and bucket.num_clips + clips > bucket.clips_per_shard:
-                self._submit(bucket)
-            bucket.rows.append(row)
-            bucket.num_clips += clips
-        self.commit_if_due()
+        bucket.rows.append(row)
+        bucket.num_clips += clips
 
-    def commit_if_due(self) -> None:
-        """Commit everything if the oldest row has waited ``commit_seconds``.
+    def write_if_due(self) -> None:
+        """Begin to write everything if the oldest row has waited ``commit_seconds``."""
+        with self._changed:
+            self._write_if_due()
 
-        Raises:
-            storage.StorageError: as :meth:`add`.
-        """
-        while self._pending and self._pending[0].done():
-            self.committed.add(self._pending.popleft().result())
-        if self._oldest is not None and time.monotonic() - self._oldest > self._commit_seconds:
-            self.commit()
+    def _write_if_due(self) -> None:
+        if self._oldest is not None and time.monotonic() - self._oldest > self._settings.commit_seconds:
+            self._begin_all()
 
-    def commit(self) -> None:
-        """Submit all held rows and rejections to the writer's thread."""
+    def begin_all(self) -> None:
+        """Begin to write everything that is held."""
+        with self._changed:
+            self._begin_all()
+
+    def _begin_all(self) -> None:
         for bucket in self._buckets.values():
             if bucket.rows:
-                self._submit(bucket)
-        if self._rejections:
-            self._submit(None)
+                self._begin(bucket)
         self._oldest = None
 
-    def _submit(self, bucket: _Bucket | None) -> None:
-        """Submit the rows of one bucket, and all rejections, to the writer's thread."""
-        rejections, self._rejections = self._rejections, []
-        rows: list[pa.Table] = []
-        if bucket is not None:
-            rows, bucket.rows, bucket.num_clips = bucket.rows, [], 0
+    def flush(self, seconds: float | None = None) -> None:
+        """Write everything that is held, and return when each shard is reported, or after so many seconds."""
+        with self._changed:
+            self._begin_all()
+            self._changed.wait_for(lambda: self._num_writing == 0, timeout=seconds)
+
+    def _begin(self, bucket: _Bucket) -> None:
+        rows, bucket.rows, bucket.num_clips = bucket.rows, [], 0
         if not any(bucket.rows for bucket in self._buckets.values()):
             self._oldest = None
-        self._pending.append(
-            self._writer.submit(write_rows, self._out, rows, rejections, bucket, before_commit=self._before_commit)
-        )
-        while self._pending and (len(self._pending) > self._most_pending or self._pending[0].done()):
-            self.committed.add(self._pending.popleft().result())
+        spans = tuple(row[WORK_NUMBER.name][0].as_py() for row in rows if WORK_NUMBER.name in row.column_names)
+        shard = _Shard(bucket=bucket, rows=rows, spans=spans)
+        self._num_shards += 1
+        self._num_writing += 1
+        self._shards[self._num_shards] = shard
+        self._threads.submit(self._write, self._num_shards, shard)
+
+    def _write(self, number: int, shard: _Shard) -> None:
+        """Write one shard and report it, on a thread of the writer."""
+        report = ShardReport(writer=self._name, number=number, spans=shard.spans)
+        try:
+            report = stage_shard(self._settings, shard, report)
+            shard.staged = report.staged
+        except BaseException as error:  # noqa: BLE001  whoever commits raises it
+            report = replace(report, error=error)
+        try:
+            self._report(report)
+        finally:
+            with self._changed:
+                self._num_writing -= 1
+                self._changed.notify_all()
+
+    def settle(self, number: int, unwanted: Collection[int] = ()) -> None:
+        """Forget a shard that was reported.
+
+        Args:
+            number: number of the shard.
+            unwanted: spans of it that must not be committed. If there are any, the staged file is discarded, and the
+                other rows go into a later shard.
+        """
+        with self._changed:
+            shard = self._shards.pop(number, None)
+            if shard is None:
+                return
+            self._held.difference_update(unwanted or shard.spans)
+            if unwanted and not self._is_closed:
+                for row, span in zip(shard.rows, shard.spans, strict=True):
+                    if span not in unwanted:
+                        self._hold(shard.bucket, row)
+            self._changed.notify_all()
+        if unwanted and shard.staged is not None:
+            storage.discard(shard.staged)
 
     def close(self) -> None:
-        """Commit the rest and wait until everything is written.
-
-        Raises:
-            storage.StorageError: a shard could not be written; earlier shards are whole.
-        """
-        try:
-            self.commit()
-            while self._pending:
-                self.committed.add(self._pending.popleft().result())
-        finally:
-            self._writer.shutdown()
+        """End the threads, after what they are writing; rows that are held are dropped."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._threads.shutdown()
 
 
-def write_rows(
-    out: str,
-    rows: Sequence[pa.Table],
-    rejections: Sequence[Rejection],
-    bucket: _Bucket | None,
-    *,
-    before_commit: Callable[[], None],
-) -> WriteStats:
-    """Write rejections, including those of damaged rows, then encoded rows of one bucket as a shard.
+def stage_shard(settings: ShardSettings, shard: _Shard, report: ShardReport) -> ShardReport:
+    """Write the rows of one bucket as a staged shard; returns the report on it.
 
-    Rejections are written first, so that an incomplete span is never committed without its rejection.
-
-    Args:
-        rows: encoded rows; empty without a bucket.
-        rejections: rejections of whole spans.
-        before_commit: called before each file is written; an exception stops the writing.
+    Raises:
+        storage.StorageError: it could not be written.
     """
     started = time.monotonic()
-    stats = WriteStats(num_rejected_spans=len(rejections))
-    table = pa.concat_tables(sorted(rows, key=lambda row: str(row["span_id"][0]))) if rows else None
-    if table is not None:
-        partly = _partial_rejections(table)
-        stats.num_damaged_spans = len(partly)
-        rejections = [*rejections, *partly]
-    if rejections:
-        before_commit()
-        write_rejects(out, rejections)
-        stats.reasons.update(str(r.reason) for r in rejections)
-        stats.rejected_uris.update(r.uri for r in rejections)
-    if bucket is not None and table is not None:
-        before_commit()
-        stats.add(_write_shard(out, bucket, table))
-    stats.seconds = time.monotonic() - started
-    return stats
+    bucket = shard.bucket
+    rows = pa.concat_tables(sorted(shard.rows, key=lambda row: str(row["span_id"][0])))
+    partly = _partial_rejections(rows)
+    table = shard_table(bucket, rows)
+    data = parquet_bytes(table, bucket.payload)
+    name = hashlib.sha256("\n".join(rows["span_id"].to_pylist()).encode()).hexdigest()[:16]
+    path = storage.join(settings.out, SHARDS, f"{bucket.prefix}{name}.parquet")
+    staged = storage.stage(path, data, area=settings.area)
+    stats = WriteStats(
+        num_shards=1,
+        num_spans=rows.num_rows,
+        num_damaged_spans=len(partly),
+        num_clips=table.num_rows,
+        num_values=table.num_rows * sum(column.num_values for column in bucket.payload),
+        payload_bytes=compressed_bytes(data, [column.name for column in bucket.payload]),
+        file_bytes=data.size,
+        seconds=time.monotonic() - started,
+        last_clip_id=table["clip_id"][-1].as_py() if table.num_rows else None,
+    )
+    return replace(report, staged=staged, rejections=tuple(partly), stats=stats)
 
 
 def _partial_rejections(rows: pa.Table) -> list[Rejection]:
@@ -250,22 +346,6 @@ def _partial_rejections(rows: pa.Table) -> list[Rejection]:
         for rejection, clips in zip(rows["rejection"].to_pylist(), counts, strict=True)
         if rejection is not None
     ]
-
-
-def _write_shard(out: str, bucket: _Bucket, rows: pa.Table) -> WriteStats:
-    table = shard_table(bucket, rows)
-    data = parquet_bytes(table, bucket.payload)
-    name = hashlib.sha256("\n".join(rows["span_id"].to_pylist()).encode()).hexdigest()[:16]
-    storage.write_atomic(storage.join(out, SHARDS, f"{bucket.prefix}{name}.parquet"), data)
-    return WriteStats(
-        num_shards=1,
-        num_spans=rows.num_rows,
-        num_clips=table.num_rows,
-        num_values=table.num_rows * sum(column.num_values for column in bucket.payload),
-        payload_bytes=compressed_bytes(data, [column.name for column in bucket.payload]),
-        file_bytes=data.size,
-        last_clip_id=table["clip_id"][-1].as_py() if table.num_rows else None,
-    )
 
 
 def shard_table(bucket: _Bucket, rows: pa.Table) -> pa.Table:
@@ -290,10 +370,6 @@ def shard_table(bucket: _Bucket, rows: pa.Table) -> pa.Table:
     if QUALITY.name in rows.schema.names:
         metadata |= {k.encode(): v.encode() for k, v in audit_metadata(rows, clip_ids, table, bucket.payload).items()}
     return table.sort_by("clip_id").replace_schema_metadata(metadata)
-
-
-def _rejections_of(rows: pa.Table) -> list[Rejection]:
-    return [row_rejection(r) for r in rows["rejection"].to_pylist() if r is not None]
 
 
 def parquet_bytes(table: pa.Table, payload: Payload) -> pa.Buffer:

@@ -46,6 +46,27 @@ class WorkList:
     schema: pa.Schema
 
 
+def rows_of_spans(work: WorkList, wanted: Mask) -> pa.Table:
+    """Read the rows of some spans.
+
+    Args:
+        work: the work list.
+        wanted: bool (spans,), by the number of the span.
+
+    Raises:
+        storage.StorageError: the work list could not be read.
+    """
+    if isinstance(work.source, pa.Table):
+        return work.source.filter(pa.array(wanted))
+    found = [work.schema.empty_table()]
+    with storage.open_binary(work.source) as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            rows = parquet.read_row_group(group)
+            found.append(rows.filter(pa.array(wanted[rows[WORK_NUMBER.name].to_numpy()])).cast(work.schema))
+    return pa.concat_tables(found)
+
+
 def begin_retry(out: str, state: OutputState, inputs: Inputs, reasons: Collection[Reason] | None) -> RetrySet:
     """Forget rejections, so that what they are about counts as not done; the state is to be loaded again after this.
 

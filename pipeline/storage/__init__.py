@@ -19,6 +19,16 @@ from vidshard.pipeline.storage.files import (
 from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.remote_video import WHOLE_BYTES, RemoteVideo, open_video
 from vidshard.pipeline.storage.retry import RETRY_SECONDS, with_retries
+from vidshard.pipeline.storage.staging import (
+    StagedFile,
+    StagedFileGoneError,
+    close_area,
+    discard,
+    open_area,
+    publish,
+    remove_areas,
+    stage,
+)
 from vidshard.pipeline.storage.transient import describe, is_transient, storage_errors
 from vidshard.pipeline.storage.web_hosts import is_of_one_site, storage_hosts
 from vidshard.pipeline.storage.web_listing import list_web_folder
@@ -30,12 +40,16 @@ __all__ = [
     "SHIPPED_SCHEME",
     "WHOLE_BYTES",
     "RemoteVideo",
+    "StagedFile",
+    "StagedFileGoneError",
     "StorageError",
     "StorageOutageError",
     "absolute",
     "check_writable",
+    "close_area",
     "create_exclusive",
     "describe",
+    "discard",
     "exists",
     "filesystem",
     "fingerprint",
@@ -47,14 +61,18 @@ __all__ = [
     "list_files",
     "list_web_folder",
     "local_copy",
+    "open_area",
     "open_binary",
     "open_video",
     "pinned",
     "public_uri",
+    "publish",
     "read_bytes",
     "remove",
+    "remove_areas",
     "remove_leftovers",
     "restrict_addresses",
+    "stage",
     "storage_errors",
     "storage_hosts",
     "with_retries",

@@ -29,7 +29,7 @@ _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 )
 
-_UPLOAD_PART_BYTES = 50 << 20
+UPLOAD_PART_BYTES = 50 << 20
 """Part size of multipart uploads to S3, which are used for content of at least twice this size."""
 
 
@@ -146,10 +146,10 @@ def write_atomic(path: str, data: bytes | memoryview) -> None:
         else:
             content = bytes(data)
             try:
-                options = {"chunksize": _UPLOAD_PART_BYTES} if hasattr(fs, "call_s3") else {}
+                options = {"chunksize": UPLOAD_PART_BYTES} if hasattr(fs, "call_s3") else {}
                 with_retries(path, lambda: bounded(fs, "pipe_file", inner, content, num_bytes=len(content), **options))
             except BaseException:
-                if len(content) >= 2 * _UPLOAD_PART_BYTES:
+                if len(content) >= 2 * UPLOAD_PART_BYTES:
                     _abort_uploads(fs, inner)
                 raise
 

@@ -23,12 +23,13 @@ import pytest
 
 from vidshard.jobs.tokenization.planning import Planned, plan_output
 from vidshard.pipeline import storage
+from vidshard.pipeline.output.commit import TokenShardSink
 from vidshard.pipeline.output.entries import Inputs, entry_ids, location_keys
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.plan_store import PLAN_SCHEMA, record_opened
 from vidshard.pipeline.output.rejects import forget_retry_set, read_rejects
 from vidshard.pipeline.output.shard_reader import check_shard
-from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.rows import REJECTION, EncodeStats, add_clips, add_payload, rejection_row, row_span, span_row
 from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
 from vidshard.schemas.runs import TokenizeRun
@@ -102,7 +103,7 @@ class Writes:
 def counted(last: int | None = None) -> Iterator[Writes]:
     """Count what is written meanwhile; raise `Killed` before the write after so many, and before all later ones."""
     writes = Writes(last=last)
-    write_atomic, remove = storage.write_atomic, storage.remove
+    write_atomic, remove, stage, publish = storage.write_atomic, storage.remove, storage.stage, storage.publish
 
     def counted_write(path: str, data: Any, **options: Any) -> None:
         writes.count(path)
@@ -112,8 +113,18 @@ def counted(last: int | None = None) -> Iterator[Writes]:
         writes.count(path)
         remove(path)
 
+    def counted_stage(path: str, data: Any, *, area: str) -> storage.StagedFile:
+        writes.count(f"{path}, staged")
+        return stage(path, data, area=area)
+
+    def counted_publish(staged: storage.StagedFile) -> None:
+        writes.count(staged.path)
+        publish(staged)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "write_atomic", counted_write)
+        patch.setattr(storage, "stage", counted_stage)
+        patch.setattr(storage, "publish", counted_publish)
         patch.setattr(storage, "remove", counted_remove)
         yield writes
 
@@ -240,7 +251,7 @@ def tokenize(
     planned = plan_output(run, inputs_of(corpus, twice=twice), open_videos=open_videos)
     assert isinstance(planned.work.source, str)
     sink = TokenShardSink(
-        out, buckets=[(SPEC, PAYLOAD)], provenance=PROVENANCE, manifest_fields=[], shard_bytes=4, commit_seconds=600
+        ShardSettings(out=out, buckets=((SPEC, PAYLOAD),), provenance=PROVENANCE, shard_bytes=4, commit_seconds=600)
     )
     outcome_of = {
         span.span_id: outcome

@@ -299,14 +299,13 @@ def scores(psnr: float) -> dict[str, Any]:
 def test_a_running_job_warns_once_and_long_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
 
-    from vidshard.pipeline.rows import CLIPS, QUALITY
+    from vidshard.pipeline.rows import QUALITY
 
     monkeypatch.setattr(watching, "FEWEST_CLIPS", 4)
     console = Console(record=True, width=300)
     watch = QualityWatch(min_psnr=20.0, console=console)
-    clip = dict.fromkeys(field.name for field in CLIPS.type.value_type) | {"clip_index": 0}
-    row = {"uri": "v.mp4", "video_id": "v", "clips": [clip] * 2, "quality": [scores(10.0), None]}
-    schema = pa.schema([("uri", pa.string()), ("video_id", pa.string()), CLIPS, QUALITY])
+    row = {"uri": "v.mp4", "span_id": "v-0-end", "quality": [scores(10.0), None]}
+    schema = pa.schema([("uri", pa.string()), ("span_id", pa.string()), QUALITY])
     rows = pa.Table.from_pylist([row], schema=schema)
     for _ in range(3):
         watch.take(rows)

@@ -54,7 +54,7 @@ def test_the_yield_is_stated_per_gpu_hour_and_per_cpu_hour() -> None:
             replace(ON_CPUS, encode_seconds=3000, wait_seconds=4000, decode_seconds=12_000),
             ["4 cores for each encoder are needed, 3 were there", "add CPUs, or lower --fps"],
         ),
-        (replace(BALANCED, write_seconds=3500), ["the writer", "several outputs"]),
+        (replace(BALANCED, write_seconds=3500), ["the writers", "faster storage"]),
         (replace(BALANCED, encode_seconds=1000, wait_seconds=100), ["the encoders' start", "--encode-workers"]),
     ],
 )

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from vidshard.pipeline.output.commit import TokenShardSink
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import read_clips, read_payloads
-from vidshard.pipeline.output.shard_writer import TokenShardSink
+from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.rows import WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
 from vidshard.schemas.tokens import Payload, Provenance, latents_payload, tokens_payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
@@ -65,14 +66,10 @@ def written_and_read(values: np.ndarray[Any, Any], payload: Payload) -> np.ndarr
         libraries={},
     )
     with tempfile.TemporaryDirectory() as out:
-        sink = TokenShardSink(
-            out,
-            buckets=[(SPEC, payload)],
-            provenance=provenance,
-            manifest_fields=[],
-            shard_bytes=1 << 20,
-            commit_seconds=60.0,
+        settings = ShardSettings(
+            out=out, buckets=((SPEC, payload),), provenance=provenance, shard_bytes=1 << 20, commit_seconds=60.0
         )
+        sink = TokenShardSink(settings)
         stats = EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=len(values))
         flat = list(values.reshape(len(values), -1))
         sink.add(add_payload(span_rows(len(values)), {payload[0].name: flat}, payload, stats))
@@ -97,15 +94,10 @@ def test_several_threads_write_each_clip_once(tmp_path: Path) -> None:
         code_version="0",
         libraries={},
     )
-    sink = TokenShardSink(
-        str(tmp_path),
-        buckets=[(SPEC, payload)],
-        provenance=provenance,
-        manifest_fields=[],
-        shard_bytes=2,
-        commit_seconds=60.0,
-        num_threads=3,
+    settings = ShardSettings(
+        out=str(tmp_path), buckets=((SPEC, payload),), provenance=provenance, shard_bytes=2, commit_seconds=60.0
     )
+    sink = TokenShardSink(settings, num_threads=3)
     stats = EncodeStats(seconds=0.0, wait_seconds=0.0, num_slots=1)
     for number in range(20):
         row = span_rows(1)

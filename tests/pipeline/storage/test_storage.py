@@ -277,7 +277,7 @@ class TestLargeUpload:
     @pytest.fixture(autouse=True)
     def small_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The smallest that S3 takes."""
-        monkeypatch.setattr(files, "_UPLOAD_PART_BYTES", 5 << 20)
+        monkeypatch.setattr(files, "UPLOAD_PART_BYTES", 5 << 20)
 
     @pytest.mark.parametrize(
         ("kind", "method", "what"),
