@@ -94,7 +94,7 @@ def decode(uri: str) -> int:
         raise header
     decoder = SpanDecoder(spec=SPEC, max_clips=100, clips_per_pass=8)
     spans = plan_spans(header, SPEC, 8)
-    results = [result for span in spans for result in decoder._decode([span], SPEC, storage.fingerprint(uri))]
+    results = [result for span in spans for result in decoder.decode_together([span], [SPEC], storage.fingerprint(uri))]
     for result in results:
         if result.error is not None:
             raise result.error

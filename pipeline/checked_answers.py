@@ -50,13 +50,13 @@ def checked_probe(found: object, ref: VideoRef, limits: Limits) -> VideoProbe:
     return replace(found, uri=ref.uri)
 
 
-def checked_clips(results: object, spans: Sequence[Span], spec: ClipSpec, max_clips: int) -> list[SpanClips]:
+def checked_clips(results: object, spans: Sequence[Span], specs: Sequence[ClipSpec], max_clips: int) -> list[SpanClips]:
     """The clips of the spans that were asked for.
 
     Args:
         results: what the process answered.
         spans: of one video.
-        spec: clip settings.
+        specs: clip settings of each span.
         max_clips: largest number of clips of an open-ended last span, its halo not counted.
 
     Raises:
@@ -64,7 +64,7 @@ def checked_clips(results: object, spans: Sequence[Span], spec: ClipSpec, max_cl
     """
     if not isinstance(results, list) or len(results) != len(spans):
         raise _other()
-    for result, span in zip(results, spans, strict=True):
+    for result, span, spec in zip(results, spans, specs, strict=True):
         if not isinstance(result, SpanClips) or not 0 <= result.num_errors < 2**31:
             raise _other()
         first = span.first_clip - spec.halo_of(span.first_clip)

@@ -200,7 +200,7 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
 
 
 def _decode_in_child(
-    spans: Sequence[Span], spec: ClipSpec, max_clips: int, limits: Limits, keep_undamaged: bool
+    spans: Sequence[Span], specs: Sequence[ClipSpec], max_clips: int, limits: Limits, keep_undamaged: bool
 ) -> list[SpanClips]:
     """Decode spans of one video in the sandbox's child process.
 
@@ -208,27 +208,27 @@ def _decode_in_child(
         VideoError: the file cannot be read, or has changed since it was planned.
     """
     decode = partial(
-        decode_spans, spans, spec, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged, continuing=True
+        decode_spans, spans, specs, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged, continuing=True
     )
     return read_unchanged(given_file(), spans[0].video_id, limits, decode)
 
 
 def _decode_spans(
     spans: Sequence[Span],
-    spec: ClipSpec,
+    specs: Sequence[ClipSpec],
     max_clips: int,
     limits: Limits,
     keep_undamaged: bool,
     fingerprint: str | None,
     *,
     timeout_seconds: float,
-    most_clips: int,
 ) -> list[SpanClips]:
     """Decode spans of one video in the sandbox.
 
     Args:
+        specs: clip settings of each span.
+        max_clips: largest number of clips of an open-ended last span.
         fingerprint: state of the file when it was planned; None to skip the check.
-        most_clips: largest number of clips of all spans together, those of halos included.
 
     Raises:
         VideoError: the file cannot be read, or has changed since it was planned.
@@ -237,21 +237,27 @@ def _decode_spans(
     if fingerprint is not None and storage.is_local(uri):
         refuse_changed(uri, fingerprint)
     shown = [replace(span, uri=storage.public_uri(uri)) for span in spans]
+    most = [_most_clips(span, spec, max_clips) for span, spec in zip(spans, specs, strict=True)]
     results = _run(
         _decode_in_child,
         uri,
         shown,
-        spec,
+        tuple(specs),
         max_clips,
         limits,
         keep_undamaged,
         limits=limits,
         timeout_seconds=timeout_seconds,
         fingerprint=fingerprint,
-        answer_bytes=most_clips * (spec.clip_bytes + 8 * spec.num_frames),
-        answer_records=2 * most_clips + _ERROR_RECORDS * len(spans),
+        answer_bytes=sum(n * (spec.clip_bytes + 8 * spec.num_frames) for n, spec in zip(most, specs, strict=True)),
+        answer_records=2 * sum(most) + _ERROR_RECORDS * len(spans),
     )
-    return checked_clips(results, spans, spec, max_clips)
+    return checked_clips(results, spans, specs, max_clips)
+
+
+def _most_clips(span: Span, spec: ClipSpec, max_clips: int) -> int:
+    """Largest number of clips of a span, those of its halo included."""
+    return spec.halo_clips + (max_clips if span.end_clip is None else span.end_clip - span.first_clip)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,11 +302,11 @@ class SpanDecoder:
             spec = row_spec(plan[number], self.spec)
             fingerprint = plan[number].get("fingerprint")
             spans = [row_span(row) for row in plan[number:end]]
-            outcomes = self._decode(spans, spec, fingerprint)
+            outcomes = self.decode_together(spans, [spec] * len(spans), fingerprint)
             recut = [self._recut(*each, spec, fingerprint) for each in zip(spans, outcomes, strict=True)]
             seconds = (time.monotonic() - started) / len(outcomes)
             for row, (outcome, is_recut) in enumerate(recut, start=number):
-                yield self._row(rows.slice(row, 1), plan[row], outcome, spec, seconds, is_recut=is_recut)
+                yield self.with_outcome(rows.slice(row, 1), plan[row], outcome, spec, seconds, is_recut=is_recut)
             number = end
 
     def _recut(self, span: Span, outcome: SpanClips, spec: ClipSpec, fingerprint: str | None) -> tuple[SpanClips, bool]:
@@ -314,7 +320,7 @@ class SpanDecoder:
             return outcome, False
 
         def decode(piece: Span) -> SpanClips:
-            [result] = self._decode([piece], spec, fingerprint)
+            [result] = self.decode_together([piece], [spec], fingerprint)
             _crashes.pop(span.video_id, None)  # the spans themselves may be decoded all the same
             return result
 
@@ -324,7 +330,7 @@ class SpanDecoder:
             return outcome, False
         return outcome if error is None else SpanClips(clips=[], error=error), True
 
-    def _row(
+    def with_outcome(
         self,
         row: pa.Table,
         plan: dict[str, Any],
@@ -341,7 +347,7 @@ class SpanDecoder:
                 row,
                 outcome,
                 uri=storage.public_uri(plan["uri"]),
-                start_seconds=_start_seconds(row_span(plan), spec),
+                start_seconds=start_seconds(row_span(plan), spec),
                 seconds=seconds,
                 is_recut=is_recut,
                 continuous=spec.continuous,
@@ -351,7 +357,7 @@ class SpanDecoder:
             if not outcome.clips:  # nothing of the row is left that could have failed
                 raise
             refused = row_error(error, plan["uri"], self.limits.storage_hosts)
-            return self._row(row, plan, SpanClips(clips=[], error=refused), spec, seconds)
+            return self.with_outcome(row, plan, SpanClips(clips=[], error=refused), spec, seconds)
 
     def _signals(self, row: dict[str, Any], outcome: SpanClips, spec: ClipSpec) -> list[tuple[pa.Field, pa.Array]]:
         """The signal columns of a row, with one value per clip (without the halo).
@@ -411,30 +417,38 @@ class SpanDecoder:
                 signals |= {name: (signal, steps) for (name, _), signal in zip(some, found, strict=True)}
         return signals
 
-    def _decode(self, spans: Sequence[Span], spec: ClipSpec, fingerprint: str | None) -> list[SpanClips]:
+    def decode_together(
+        self, spans: Sequence[Span], specs: Sequence[ClipSpec], fingerprint: str | None
+    ) -> list[SpanClips]:
+        """Decode spans of one video in one pass over its frames; a failure is an error of the span.
+
+        Args:
+            specs: clip settings of each span, which may differ.
+            fingerprint: state of the file when it was planned; None to skip the check.
+        """
         video_id = spans[0].video_id
         if video_id in _crashes:
             return [SpanClips(clips=[], error=_crashes[video_id])] * len(spans)
-        num_clips = sum(self.max_clips if s.end_clip is None else s.end_clip - s.first_clip for s in spans)
-        clip_seconds = min(max(spec.clip_seconds, spec.stride), spec.clip_seconds + SEEK_GAP_SECONDS)
-        seconds = float((num_clips + len(spans) * spec.halo_clips) * clip_seconds)
-        most = num_clips + len(spans) * spec.halo_clips
+        seconds = 0.0
+        for span, spec in zip(spans, specs, strict=True):
+            clip_seconds = min(max(spec.clip_seconds, spec.stride), spec.clip_seconds + SEEK_GAP_SECONDS)
+            seconds += float(_most_clips(span, spec, self.max_clips) * clip_seconds)
         try:
             return _decode_spans(
                 spans,
-                spec,
+                specs,
                 self.max_clips,
                 self.limits,
                 self.keep_undamaged,
                 fingerprint,
                 timeout_seconds=self.limits.seconds_for(seconds),
-                most_clips=most,
             )
         except Exception as raised:  # noqa: BLE001  whatever one file does, it is this row's error
             error = row_error(raised, spans[0].uri, self.limits.storage_hosts)
             of_the_file = error.reason in (Reason.UNREADABLE, Reason.CHANGED)
             if len(spans) > 1 and not of_the_file:  # the span that failed is unknown: try each by itself
-                return [result for span in spans for result in self._decode([span], spec, fingerprint)]
+                each = zip(spans, specs, strict=True)
+                return [result for span, spec in each for result in self.decode_together([span], [spec], fingerprint)]
             if error.reason is Reason.DECODER_CRASHED:
                 _crashes[video_id] = error
             return [SpanClips(clips=[], error=error)] * len(spans)
@@ -459,7 +473,8 @@ def _refuse_other_episode(row: dict[str, Any], outcome: SpanClips) -> None:
         )
 
 
-def _start_seconds(span: Span, spec: ClipSpec) -> float:
+def start_seconds(span: Span, spec: ClipSpec) -> float:
+    """Start of a span, in seconds after the first frame."""
     layout = ClipTimeline.of(span, span.part, spec)
     inside = not layout.is_beyond(span.first_clip)
     return float(max(span.part.start_seconds, layout.start_seconds(span.first_clip) if inside else 0))
@@ -479,9 +494,7 @@ def decode_clip(span: Span, spec: ClipSpec, *, limits: Limits, fingerprint: str 
     span = replace(span, end_clip=span.first_clip + 1)
     seconds = limits.seconds_for(float(spec.clip_seconds))
     try:
-        [result] = _decode_spans(
-            [span], spec, 1, limits, False, fingerprint, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
-        )
+        [result] = _decode_spans([span], [spec], 1, limits, False, fingerprint, timeout_seconds=seconds)
     except Exception as raised:
         error = row_error(raised, span.uri, limits.storage_hosts)
         if error.reason is Reason.DECODER_CRASHED:
@@ -545,9 +558,7 @@ def decode_again(
     span = replace(first, first_clip=clip_index, end_clip=clip_index + 1)
     seconds = PROBE_TIMEOUT_SECONDS
     try:
-        [result] = _decode_spans(
-            [span], spec, 1, limits, False, None, timeout_seconds=seconds, most_clips=1 + spec.halo_clips
-        )
+        [result] = _decode_spans([span], [spec], 1, limits, False, None, timeout_seconds=seconds)
     except Exception as error:
         raise row_error(error, uri) from error
     if result.error is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.discover import Discovery, discover
+from vidshard.pipeline.evaluation.decoder import WindowDecoder, in_windows
 from vidshard.pipeline.evaluation.local import score_locally
-from vidshard.pipeline.evaluation.scorer import ClipScorer, ScorerSpec, load, span_key
+from vidshard.pipeline.evaluation.scorer import ClipScorer, ScoredGroup, ScorerSpec, load, span_key
 from vidshard.pipeline.evaluation.scores import ScoredSpans, figures_of, read_scores, write_scores
 from vidshard.pipeline.evaluation.stored import STORED_SCHEMA, StoredScorer, StoredSpec
 from vidshard.pipeline.output.entries import Inputs
@@ -39,7 +40,6 @@ from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.shard_reader import find_clips
 from vidshard.pipeline.plan import open_videos
-from vidshard.pipeline.rows import WORK_SCHEMA
 from vidshard.pipeline.versions import code_version, library_versions
 from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.evaluation import EvaluateRun
@@ -57,8 +57,9 @@ SCORES_JSON, SCORES_MARKDOWN, SCORES_CSV = "scores.json", "scores.md", "scores.c
 class _Work:
     """Rows that are left to score, and the stages that score them."""
 
-    rows: pa.Table
-    decoder: SpanDecoder | None
+    blocks: Sequence[pa.Table]
+    """Rows by task: whole windows of spans, or stored clips."""
+    decoder: WindowDecoder | None
     make: type[ClipScorer] | type[StoredScorer]
     spec: ScorerSpec | StoredSpec
     clips: int
@@ -101,12 +102,11 @@ def _evaluate(run: EvaluateRun, out: str, progress: Console, *, local: bool) -> 
     with lease, open_executor(run, local=local) as executor, executor.watched(progress):
         _write_record(evaluation)
         done = set(read_scores(out).spans)
-        for group in evaluation.groups:
-            if found is None:
-                work = _stored_work(evaluation, group, executor, done)
-            else:
-                work = _work(evaluation, group, found, executor, done, lease, progress)
-            _score(evaluation, work, executor, lease, progress)
+        if found is None:
+            work = _stored_work(evaluation, executor, done)
+        else:
+            work = _work(evaluation, found, executor, done, lease, progress)
+        _score(evaluation, work, executor, lease, progress)
         lease.check()
         return _report(evaluation, read_scores(out))
 
@@ -163,17 +163,70 @@ def _resources(evaluation: ResolvedEvaluation, executor: LocalExecutor | Cluster
 
 def _work(
     evaluation: ResolvedEvaluation,
-    group: Group,
     found: Discovery,
     executor: LocalExecutor | ClusterExecutor,
     done: set[str],
     lease: Lease,
     console: Console,
 ) -> _Work:
-    """Open the videos and list the spans that are not scored yet."""
+    """Open the videos and list the spans that are not scored yet, those of all frame rates together."""
+    groups, run = evaluation.groups, evaluation.run
+    specs = tuple(group.resolved.largest for group in groups)
+    rows = [
+        row | {"group": number}
+        for number, group in enumerate(groups)
+        for row in _open(evaluation, group, found, executor, done, lease, console)
+    ]
+    workers, threads, gpus = _resources(evaluation, executor)
+    clips_per_span = max(group.resolved.clips_per_span for group in groups)
+    limits = groups[0].resolved.run.limits
+    max_clips = 4 * clips_per_span + 16
+    decoder = SpanDecoder(spec=specs[0], max_clips=max_clips, clips_per_pass=clips_per_span, limits=limits)
+    rows_per_task = max(1, min(8, len(rows) // (4 * executor.num_cpus)))
+    return _Work(
+        blocks=_joined(in_windows(rows, specs), rows_per_task),
+        decoder=WindowDecoder(specs=specs, decoder=decoder),
+        make=ClipScorer,
+        spec=ScorerSpec(
+            groups=tuple(ScoredGroup(spec=group.resolved.largest, tokenizers=group.tokenizers) for group in groups),
+            metrics=evaluation.metrics,
+            precision=run.precision,
+            device="cuda" if gpus else "cpu",
+            batch_size=run.batch_size,
+            num_threads=threads,
+        ),
+        clips=sum(row["expected_clips"] for row in rows),
+        workers=workers,
+        threads=threads,
+        gpus=gpus,
+    )
+
+
+def _joined(tables: Sequence[pa.Table], num_rows: int) -> list[pa.Table]:
+    """Join neighbors to tables of at most ``num_rows`` rows; larger tables stay as they are."""
+    joined: list[list[pa.Table]] = []
+    size = num_rows
+    for table in tables:
+        if size + table.num_rows > num_rows:
+            joined.append([])
+            size = 0
+        joined[-1].append(table)
+        size += table.num_rows
+    return [pa.concat_tables(some).combine_chunks() for some in joined]
+
+
+def _open(
+    evaluation: ResolvedEvaluation,
+    group: Group,
+    found: Discovery,
+    executor: LocalExecutor | ClusterExecutor,
+    done: set[str],
+    lease: Lease,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Open the videos for one kind of clips; returns the plan rows of the spans that are not scored yet."""
     resolved, run = group.resolved, evaluation.run
     digest = resolved.largest.digest()
-    limits = resolved.run.limits
     inputs = Inputs.of(found.videos, Part(), found.manifests)
     spans: dict[str, dict[str, Any]] = {}
     refused = ScoredSpans()
@@ -184,7 +237,7 @@ def _work(
         span_clips=resolved.clips_per_span,
         num_tasks=4 * executor.num_cpus,
         map_videos=executor.map_videos,
-        limits=limits,
+        limits=resolved.run.limits,
     )
     with PhaseProgress(console, "opening videos", inputs.videos.num_rows) as display:
         for opened, table in enumerate(tables, start=1):
@@ -199,37 +252,12 @@ def _work(
                     refused.rejections.append(row["rejection"])
     lease.check()
     write_scores(run.out, refused)
-    left = [spans[span] for span in sorted(spans) if span_key(resolved.largest, span) not in done]
-    workers, threads, gpus = _resources(evaluation, executor)
-    return _Work(
-        rows=pa.Table.from_pylist(left, schema=WORK_SCHEMA),
-        decoder=SpanDecoder(
-            spec=resolved.largest,
-            max_clips=4 * resolved.clips_per_span + 16,
-            clips_per_pass=resolved.clips_per_span,
-            limits=limits,
-        ),
-        make=ClipScorer,
-        spec=ScorerSpec(
-            tokenizers=group.tokenizers,
-            spec=resolved.largest,
-            metrics=evaluation.metrics,
-            precision=run.precision,
-            device="cuda" if gpus else "cpu",
-            batch_size=run.batch_size,
-            num_threads=threads,
-        ),
-        clips=sum(row["expected_clips"] for row in left),
-        workers=workers,
-        threads=threads,
-        gpus=gpus,
-    )
+    return [spans[span] for span in sorted(spans) if span_key(resolved.largest, span) not in done]
 
 
-def _stored_work(
-    evaluation: ResolvedEvaluation, group: Group, executor: LocalExecutor | ClusterExecutor, done: set[str]
-) -> _Work:
+def _stored_work(evaluation: ResolvedEvaluation, executor: LocalExecutor | ClusterExecutor, done: set[str]) -> _Work:
     """List the stored clips that are not scored yet."""
+    [group] = evaluation.groups
     stored = evaluation.stored
     assert stored is not None
     clips = find_clips(stored.shards, "")
@@ -240,7 +268,7 @@ def _stored_work(
     rows = [{"span_id": clip, "path": path} for path, clip in clips if clip not in done]
     workers, threads, gpus = _resources(evaluation, executor)
     return _Work(
-        rows=pa.Table.from_pylist(rows, schema=STORED_SCHEMA),
+        blocks=[pa.Table.from_pylist([row], schema=STORED_SCHEMA) for row in rows],
         decoder=None,
         make=StoredScorer,
         spec=StoredSpec(
@@ -265,7 +293,7 @@ def _score(
     console: Console,
 ) -> None:
     """Score the rows and store their scores as they come; an interrupt stores what is finished."""
-    if not work.rows.num_rows:
+    if not work.blocks:
         return
     waiting, done = ScoredSpans(), 0
     try:
@@ -288,7 +316,7 @@ def _score(
 def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor) -> Iterator[pa.Table]:
     make: type[Any] = work.make
     if isinstance(executor, LocalExecutor):
-        yield from score_locally(work.rows, decoder=work.decoder, make=make, spec=work.spec)
+        yield from score_locally(work.blocks, decoder=work.decoder, make=make, spec=work.spec)
         return
     from vidshard.pipeline.evaluation.flow import ScoreResources, score_on_ray  # imports Ray
 
@@ -297,9 +325,8 @@ def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor) -> Iterator[
         workers=work.workers,
         gpus_per_worker=work.gpus,
         cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
-        rows_per_task=max(1, min(8, work.rows.num_rows // (4 * executor.num_cpus))),
     )
-    yield from score_on_ray(work.rows, decoder=work.decoder, make=make, spec=work.spec, resources=resources)
+    yield from score_on_ray(work.blocks, decoder=work.decoder, make=make, spec=work.spec, resources=resources)
 
 
 # Report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,18 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
-from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.evaluation.decoder import WindowDecoder
 from vidshard.pipeline.evaluation.local import Scorer
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreResources:
-    """Number of scorers, and the amount of work per call."""
+    """Number of scorers, and what each gets."""
 
     workers: int
     gpus_per_worker: float
     cpus_per_worker: float
-    rows_per_task: int
 
 
 class ScorerActor:
@@ -54,12 +53,17 @@ class ScorerActor:
 
 
 def score_on_ray(
-    rows: pa.Table, *, decoder: SpanDecoder | None, make: Callable[[Any], Scorer], spec: Any, resources: ScoreResources
+    blocks: Sequence[pa.Table],
+    *,
+    decoder: WindowDecoder | None,
+    make: Callable[[Any], Scorer],
+    spec: Any,
+    resources: ScoreResources,
 ) -> Iterator[pa.Table]:
     """Decode and score rows on the cluster; yields scores as they are finished.
 
     Args:
-        rows: spans of the plan, or stored clips.
+        blocks: whole windows of spans, or stored clips; each block is a task.
         decoder: decode stage; None for stored clips.
         make: class of the scoring stage.
         spec: its settings.
@@ -67,7 +71,7 @@ def score_on_ray(
     # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
     DataContext.get_current().raise_original_map_exception = True
     attempts = Attempts.remote()  # type: ignore[attr-defined]
-    flow = ray.data.from_arrow(rows.combine_chunks()).repartition(target_num_rows_per_block=resources.rows_per_task)
+    flow = ray.data.from_blocks(list(blocks))
     if decoder is not None:
         flow = flow.map_batches(
             decoder, batch_format="pyarrow", batch_size=None, num_cpus=1, max_retries=MAX_ATTEMPTS - 1

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline import storage
 from vidshard.pipeline.devices import GpuFaultError, examine_gpu, make_reproducible
 from vidshard.pipeline.evaluation.scores import ScoredSpans, counts_key
-from vidshard.pipeline.rows import clip_counts, clip_frames, row_part
+from vidshard.pipeline.rows import clip_frames, row_part
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
 from vidshard.schemas.errors import RunFailedError
 from vidshard.schemas.video import ClipSpec
@@ -60,11 +60,19 @@ class MetricsSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """Tokenizers that are measured on clips of one kind."""
+
+    spec: ClipSpec
+    tokenizers: tuple[Measured, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScorerSpec:
     """Settings of a scorer, small enough to send to every actor."""
 
-    tokenizers: tuple[Measured, ...]
-    spec: ClipSpec
+    groups: tuple[ScoredGroup, ...]
+    """Groups by the column ``group`` of the rows."""
     metrics: MetricsSpec
     precision: str
     device: str
@@ -170,7 +178,7 @@ class ClipScorer:
 
     def __init__(self, spec: ScorerSpec) -> None:
         self._spec = spec
-        self._loaded: tuple[list[Tokenizer], Metrics] | None = None
+        self._loaded: tuple[dict[str, Tokenizer], Metrics] | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Score the clips of rows with every tokenizer: one row of ``SCORED_SCHEMA`` for each row.
@@ -180,21 +188,24 @@ class ClipScorer:
         """
         tokenizers, metrics = self._networks()
         records = rows.drop_columns(["frames"]).to_pylist()
-        spans = clip_frames(rows, self._spec.spec.num_frames)
-        scored = [
-            self._score(row, clips[len(clips) - count :], tokenizers, metrics)
-            for row, clips, count in zip(records, spans, clip_counts(rows), strict=True)
-        ]
+        scored = []
+        for number, row in enumerate(records):
+            group = self._spec.groups[row["group"]]
+            [clips] = clip_frames(rows.slice(number, 1), group.spec.num_frames)
+            scored.append(self._score(row, clips[len(clips) - len(row["clips"]) :], group, tokenizers, metrics))
         ids = [row["span_id"] for row in records]
         return pa.table({"span_id": ids, "scored": [dump(part) for part in scored]}, schema=SCORED_SCHEMA)
 
-    def _networks(self) -> tuple[list[Tokenizer], Metrics]:
+    def _networks(self) -> tuple[dict[str, Tokenizer], Metrics]:
+        """Tokenizers by label, each loaded once, and the metrics."""
         if self._loaded is None:
             spec = self._spec
             if spec.device == "cuda" and not torch.cuda.is_available():
                 raise GpuFaultError(f"the GPU of this scorer is gone: {examine_gpu().versions}")
             make_reproducible(spec.device, spec.num_threads, spec.precision)
-            tokenizers = [t.source.load(spec.device, PRECISIONS[spec.precision]) for t in spec.tokenizers]
+            measured = {one.label: one for group in spec.groups for one in group.tokenizers}
+            precision = PRECISIONS[spec.precision]
+            tokenizers = {label: one.source.load(spec.device, precision) for label, one in measured.items()}
             self._loaded = tokenizers, Metrics(spec.metrics, spec.device)
         return self._loaded
 
@@ -202,22 +213,27 @@ class ClipScorer:
         self,
         row: dict[str, Any],
         clips: Sequence[npt.NDArray[np.uint8]],
-        tokenizers: Sequence[Tokenizer],
+        group: ScoredGroup,
+        tokenizers: Mapping[str, Tokenizer],
         metrics: Metrics,
     ) -> ScoredSpans:
         spec = self._spec
-        result = ScoredSpans(spans=[span_key(spec.spec, row["span_id"])])
+        result = ScoredSpans(spans=[span_key(group.spec, row["span_id"])])
         if row["rejection"] is not None:
             result.rejections.append(row["rejection"])
         if not clips:
             return result
-        about = [clip_record(row, clip, spec.spec) for clip in row["clips"]]
+        about = [clip_record(row, clip, group.spec) for clip in row["clips"]]
         real = [frames_to_input(torch.from_numpy(np.array(clip))[None].to(spec.device))[0] for clip in clips]
         features = [metrics.features(clip) for clip in real]
-        for measured, tokenizer in zip(spec.tokenizers, tokenizers, strict=True):
+        for measured in group.tokenizers:
             try:
                 videos, tokens = reconstruct_clips(
-                    tokenizer, clips, batch_size=spec.batch_size, padding=measured.padding, tiling=measured.tiling
+                    tokenizers[measured.label],
+                    clips,
+                    batch_size=spec.batch_size,
+                    padding=measured.padding,
+                    tiling=measured.tiling,
                 )
             except NotFiniteOutputError as error:
                 raise RunFailedError(
@@ -233,7 +249,7 @@ class ClipScorer:
                     "features_reconstruction": metrics.features(video.clamp(-1, 1)),
                 }
                 own = tokens[number] if tokens else None
-                result.rows.append(scores | count_tokens(result, measured, float(spec.spec.fps), own))
+                result.rows.append(scores | count_tokens(result, measured, float(group.spec.fps), own))
         return result
 
 

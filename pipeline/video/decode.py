@@ -54,7 +54,7 @@ def decode_span(
 
 def decode_spans(
     spans: Sequence[Span],
-    spec: ClipSpec,
+    spec: ClipSpec | Sequence[ClipSpec],
     source: str | BinaryIO,
     *,
     max_clips: int,
@@ -69,7 +69,7 @@ def decode_spans(
 
     Args:
         spans: which clips; from ``plan_spans``, all of one video.
-        spec: the grid and the geometry; the same that the spans were planned with.
+        spec: the grid and the geometry; the same that the spans were planned with. A sequence has one for each span.
         source: a local path, or a seekable binary file, which stays open.
         max_clips: clips that an open-ended last span may hold. It bounds memory: ``max_clips * spec.clip_bytes``
             bytes of frames are held at once.
@@ -91,10 +91,11 @@ def decode_spans(
     limits = limits or Limits()
     span = spans[0]
     clock = Clock(time_base=span.time_base, start_pts=span.grid_start_pts)
-    key = (span.video_id, clock, spec, thread_type, limits)
+    specs = (spec,) * len(spans) if isinstance(spec, ClipSpec) else tuple(spec)
+    key = (span.video_id, clock, frozenset(specs), thread_type, limits)
 
     def fresh() -> list[ClipBuilder]:
-        return [ClipBuilder(span, spec, max_clips) for span in spans]
+        return [ClipBuilder(span, own, max_clips) for span, own in zip(spans, specs, strict=True)]
 
     def apart(builders: list[ClipBuilder], *, refuse_far: bool) -> list[ClipBuilder]:
         if len(builders) > 1:
@@ -102,7 +103,7 @@ def decode_spans(
                 _fill(file, builders, thread_type, limits, refuse_far=refuse_far)
         for number, builder in enumerate(builders):
             if not builder.is_done:
-                builders[number] = builder = ClipBuilder(builder.span, spec, max_clips)
+                builders[number] = builder = ClipBuilder(builder.span, specs[number], max_clips)
                 try:
                     _fill(file, [builder], thread_type, limits, keep_undamaged=keep_undamaged, refuse_far=refuse_far)
                 except VideoError as error:

@@ -125,7 +125,7 @@ ODD_CLIPS: dict[str, object] = {
 @pytest.mark.parametrize("name", ODD_CLIPS)
 def test_clips_that_were_not_asked_for_are_refused(name: str) -> None:
     with pytest.raises(VideoError) as caught:
-        checked_clips(ODD_CLIPS[name], [SPAN], SPEC, 10)
+        checked_clips(ODD_CLIPS[name], [SPAN], [SPEC], 10)
     assert caught.value.reason is Reason.DECODER_CRASHED
 
 
@@ -143,4 +143,4 @@ CASES: dict[str, tuple[Callable[[], Span], ClipSpec, list[int]]] = {
 def test_what_was_asked_for_passes(name: str) -> None:
     span, spec, indices = CASES[name]
     results = [SpanClips(clips=[replace(CLIP, clip_index=index) for index in indices])]
-    assert checked_clips(results, [span()], spec, 10) is results
+    assert checked_clips(results, [span()], [spec], 10) is results

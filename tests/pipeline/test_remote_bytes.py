@@ -63,7 +63,7 @@ def clips_of(uri: str, limits: Limits = LIMITS) -> list[SpanClips]:
     assert header.uri == uri
     spans = plan_spans(header, SPEC, 2)
     decoder = SpanDecoder(spec=SPEC, max_clips=100, clips_per_pass=100, limits=limits)
-    return decoder._decode(spans, SPEC, storage.fingerprint(uri))
+    return decoder.decode_together(spans, [SPEC] * len(spans), storage.fingerprint(uri))
 
 
 def assert_same(ours: list[SpanClips], theirs: list[SpanClips]) -> None:

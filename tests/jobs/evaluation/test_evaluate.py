@@ -21,7 +21,7 @@ from vidshard.jobs.evaluation.resolve import resolve
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.vidtok.config import PRESETS as VIDTOK
 from vidshard.models.weights import load_tokenizer, save_tokenizer
-from vidshard.pipeline.decode_stage import forget_processes
+from vidshard.pipeline.decode_stage import SpanDecoder, forget_processes
 from vidshard.pipeline.evaluation import scorer
 from vidshard.pipeline.evaluation.scores import ScoredSpans
 from vidshard.schemas.evaluation import EvaluateRun
@@ -276,3 +276,18 @@ def test_points_of_rate_and_distortion_hold_what_was_measured_and_every_publishe
     assert published["vidtwin_structure_7_7_4_dynamics_7_8"]["fps"] == 25.0
     text = (evaluated[0] / "scores.md").read_text().partition("## Rate and distortion")[2]
     assert text.count("published, MCL-JCV") == len(published)
+
+
+def test_frames_of_a_video_are_decoded_once_for_all_rates(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[set[Fraction]] = []
+    together = SpanDecoder.decode_together
+
+    def counted(self: SpanDecoder, spans: Any, specs: Any, fingerprint: Any) -> Any:
+        passes.append({spec.fps for spec in specs})
+        return together(self, spans, specs, fingerprint)
+
+    monkeypatch.setattr(SpanDecoder, "decode_together", counted)
+    printed_by("evaluate", videos / "v0.mp4", "--out", tmp_path, "--tokenizer", "tiny", "--fps", "4,8", *CLIPS)
+    assert passes == [{Fraction(4), Fraction(8)}]

@@ -500,7 +500,7 @@ def test_a_video_that_kills_the_decoder_costs_one_child_and_no_other_video(
         for path in (killer, good, killer):
             probe = stages.probe(VideoRef(uri=str(path), num_bytes=-1))
             assert not isinstance(probe, VideoError)
-            outcomes += [decoder._decode([span], SPEC, None)[0] for span in plan_spans(probe, SPEC, 1)]
+            outcomes += [decoder.decode_together([span], [SPEC], None)[0] for span in plan_spans(probe, SPEC, 1)]
     crashed = [outcome.error for outcome in outcomes if outcome.error is not None]
     assert {error.reason for error in crashed} == {Reason.DECODER_CRASHED}
     assert len(crashed) >= 2
