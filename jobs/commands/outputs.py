@@ -48,19 +48,19 @@ def stats(out: str) -> None:
     write_output_stats(out, output_console())
 
 
-_moved_weights = click.option(
+moved_weights = click.option(
     "--weights",
     metavar="FILE",
     help="Weights to use: a path, a URL or hf://OWNER/REPO/PATH. Needed if they have moved since the run, or would "
     "have to be fetched.",
 )
-_fetch_sources = click.option(
+fetch_sources = click.option(
     "--fetch-sources",
     is_flag=True,
     help="Read source videos from remote storage too. The output names them; give this only if you trust it.",
 )
 
-_allow_private = click.option(
+allow_private = click.option(
     "--allow-private",
     is_flag=True,
     help="Let --fetch-sources, and redirects, reach web servers with private addresses that OUTPUT does not name.",
@@ -76,9 +76,9 @@ _allow_private = click.option(
     help="Share of the clips to encode again from their sources and compare, such as 0.01.",
 )
 @click.option("--seed", default=0, show_default=True, help="Random seed of the clips that --exact takes.")
-@_moved_weights
-@_fetch_sources
-@_allow_private
+@moved_weights
+@fetch_sources
+@allow_private
 @click.option(
     "--repair",
     is_flag=True,
@@ -150,9 +150,9 @@ def verify(
 @click.option("--uri", metavar="VIDEO", help="Video whose rejected spans are replayed, or its first span if none was.")
 @click.option("--pictures", metavar="DIR", help="Write the sampled frames into this folder, one PNG file per clip.")
 @click.option("--no-encode", is_flag=True, help="Stop after decoding.")
-@_moved_weights
-@_fetch_sources
-@_allow_private
+@moved_weights
+@fetch_sources
+@allow_private
 def debug(
     out: str,
     span_id: str | None,
@@ -219,9 +219,9 @@ def debug(
     is_flag=True,
     help="Show the source at the left, if it can be read, and each payload part at the right.",
 )
-@_moved_weights
-@_fetch_sources
-@_allow_private
+@moved_weights
+@fetch_sources
+@allow_private
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
 @click.option(
     "--tile-overlap",

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import click
 
+from vidshard.jobs.commands.outputs import allow_private, fetch_sources, moved_weights
 from vidshard.jobs.runtime.terminal import output_console
 
 
 @click.command()
 @click.argument("out", metavar="OUTPUT")
 @click.option("--to", "target", metavar="FILE", help="File to write, local or remote. Default: OUTPUT/report.html.")
-def report(out: str, target: str | None) -> None:
+@click.option(
+    "--clips",
+    "num_clips",
+    type=click.IntRange(min=0, max=64),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Number of clips to decode and show.",
+)
+@moved_weights
+@fetch_sources
+@allow_private
+def report(
+    out: str, target: str | None, num_clips: int, weights: str | None, fetch_sources: bool, allow_private: bool
+) -> None:
     """Make a page about an output.
 
-    Writes one HTML file that needs no network: what was run, speed, rejections, distributions and use of the codebook.
-    OUTPUT is the folder of a run, local or remote. Only its finished files are read, so it can be done at any time.
+    Writes one HTML file that needs no network: what was run, speed, rejections, clips beside their reconstructions,
+    distributions and use of the codebook. OUTPUT is the folder of a run, local or remote. Only its finished files are
+    read, so it can be done at any time.
 
     \b
     vidshard report tokens/
     vidshard report s3://bucket/tokens --to report.html
     """
     from vidshard.jobs.report.job import report_on
+    from vidshard.jobs.report.wall import WallSettings
 
-    report_on(out, target, output_console())
+    wall = WallSettings(num_clips=num_clips, weights=weights, fetch_sources=fetch_sources, allow_private=allow_private)
+    report_on(out, target, wall, output_console())

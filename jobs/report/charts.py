@@ -202,7 +202,7 @@ def histogram(values: Sequence[float], *, x: str, count: str, bins: int = 24) ->
                 "bin": {"binned": True},
                 "title": x,
                 "scale": {"domain": [low, high], "nice": False},
-                "axis": {"tickCount": 6, "grid": False, "values": _whole_ticks(low, high, bins)},
+                "axis": {"tickCount": 6, "grid": False, **_whole_ticks(low, high, bins)},
             },
             "x2": {"field": "to"},
             "y": {"field": "count", "type": "quantitative", "title": count, "axis": {"tickCount": 4, "tickMinStep": 1}},
@@ -210,11 +210,11 @@ def histogram(values: Sequence[float], *, x: str, count: str, bins: int = 24) ->
     )
 
 
-def _whole_ticks(low: float, high: float, bins: int) -> list[int] | None:
-    """At most eight whole numbers in the middle of bins of width 1; None for other bins, whose ticks Vega chooses."""
+def _whole_ticks(low: float, high: float, bins: int) -> Spec:
+    """At most eight whole numbers in the middle of bins of width 1; else nothing, and Vega chooses."""
     if high - low != bins or low % 1 != 0.5:
-        return None
-    return list(range(math.ceil(low), math.floor(high) + 1, max(1, -(-bins // 8))))
+        return {}
+    return {"values": list(range(math.ceil(low), math.floor(high) + 1, max(1, -(-bins // 8)))), "format": "d"}
 
 
 def share_chart(shares: Mapping[str, Mapping[str, float]], *, x: str) -> Spec | None:

@@ -11,6 +11,7 @@ import time
 
 from rich.console import Console
 
+from vidshard.jobs.report.wall import WallSettings
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import REPORT, RUN
 from vidshard.pipeline.versions import code_version
@@ -22,12 +23,13 @@ VARIABLE = "VIDSHARD_REPORT"
 """Environment variable that switches the reports of all runs off, with the value ``none``."""
 
 
-def write_report(out: str, target: str | None = None) -> tuple[str, int]:
+def write_report(out: str, target: str | None = None, wall: WallSettings | None = None) -> tuple[str, int]:
     """Make the report of an output.
 
     Args:
         out: output folder of any run, local or remote.
         target: file to write; None for ``report.html`` in the output.
+        wall: clips to decode; None for as many as the end of a run takes.
 
     Returns:
         Path and size in bytes of the file.
@@ -45,7 +47,7 @@ def write_report(out: str, target: str | None = None) -> tuple[str, int]:
         from vidshard.jobs.report.page import render
         from vidshard.jobs.report.tokenized import tokenized_page
 
-        data = render(tokenized_page(out, made)).encode()
+        data = render(tokenized_page(out, made, wall)).encode()
     except ModuleNotFoundError as error:
         if (error.name or "vidshard").startswith("vidshard"):
             raise
@@ -80,11 +82,11 @@ def add_report(out: str, report: str, console: Console) -> None:
     )
 
 
-def report_on(out: str, target: str | None, console: Console) -> None:
+def report_on(out: str, target: str | None, wall: WallSettings, console: Console) -> None:
     """Make the report of an output, and print where it is.
 
     Raises:
         VidshardError: as `write_report`.
     """
-    path, num_bytes = write_report(out, target)
+    path, num_bytes = write_report(out, target, wall)
     console.print(f"wrote {shown_uri(path)} ({num_bytes / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ import yaml
 from vidshard.jobs.report.charts import bar_chart, histogram, line_chart, share_chart
 from vidshard.jobs.report.page import Chart, Details, Facts, Note, Page, Table
 from vidshard.jobs.report.sample import Sample, read_sample
+from vidshard.jobs.report.wall import NUM_CLIPS, WallSettings, wall_of
 from vidshard.jobs.runtime.run_record import MAX_RECORD_BYTES
 from vidshard.jobs.tokenization.history import read_history
 from vidshard.models.codebook_use import CodebookUse
@@ -26,17 +27,20 @@ from vidshard.schemas.tokens import parse_json
 
 MAX_EXAMPLES = 3
 """Examples of each reason for a rejection."""
+WALL_SHARE = 0.05
+"""Share of the time of an output's runs that decoding clips for its report may take."""
 _MAX_SUMMARY_BYTES = 16 << 20
 
 Record = Mapping[str, Any]
 
 
-def tokenized_page(out: str, made: str) -> Page:
+def tokenized_page(out: str, made: str, settings: WallSettings | None = None) -> Page:
     """Make the report of an output.
 
     Args:
         out: output folder.
         made: when and by what the page is made.
+        settings: clips to decode; None to decode within a share of the time of the runs, as at the end of a run.
 
     Raises:
         VidshardError: the output is damaged, or cannot be read.
@@ -44,13 +48,19 @@ def tokenized_page(out: str, made: str) -> Page:
     record = parse_json(storage.read_bytes(storage.join(out, RUN), max_bytes=MAX_RECORD_BYTES), RUN)
     runs = read_history(out)
     summary = _summary(out)
-    sample = read_sample(shard_paths(out))
+    paths = shard_paths(out)
+    sample = read_sample(paths)
     rejects = read_rejects(out).to_pylist()
     page = Page(title=f"Tokens of {record['tokenizer'].get('name', '?')}", place=out, status="", tone="good", made=made)
     page.status, page.tone = _status(summary)
     page.add("overview", "Overview", *_alerts(summary, record), _figures(summary, runs, sample), *_what_ran(record))
     page.add("speed", "Speed", *_speed(summary, runs))
     page.add("rejects", "Rejections", *_rejections(rejects))
+    worst = _worst(summary, sample)
+    if settings is None:
+        spent = sum(run.get("seconds", {}).get("tokenize", 0.0) for run in runs or [summary])
+        settings = WallSettings(seconds=WALL_SHARE * spent)
+    page.add("wall", "Reconstructions", *wall_of(out, paths, sample, worst, settings))
     page.add("clips", "Clips", *_distributions(sample))
     page.add("codebook", "Codebook", *_codebook(sample))
     return page
@@ -81,6 +91,7 @@ def _status(summary: Record) -> tuple[str, Any]:
 def _alerts(summary: Record, record: Record) -> list[Note]:
     notes = [Note(text=str(text), tone="error") for text in summary.get("problems", [])]
     notice = record.get("notice") or summary.get("notice")
+    notes += [Note(text=str(text), tone="warning") for text in (summary.get("quality") or {}).get("findings", [])]
     return notes + ([Note(text=str(notice), tone="warning")] if notice else [])
 
 
@@ -93,6 +104,7 @@ def _figures(summary: Record, runs: Sequence[Record], sample: Sample) -> Facts:
     seconds = sum(run.get("seconds", {}).get("tokenize", 0.0) for run in runs or [summary])
     video = sum((run.get("usage") or {}).get("video_seconds", 0.0) for run in runs or [summary])
     rejected = summary.get("num_rejected_videos", 0)
+    num_shards = sum(part.get("num_shards", 0) for part in written)
     items = [
         ("videos", f"{summary.get('num_videos', 0):,}", f"{rejected:,} rejected in whole or in part"),
         ("clips", f"{clips:,}", f"of {summary.get('expected_clips', 0):,} by the headers of the videos"),
@@ -100,7 +112,7 @@ def _figures(summary: Record, runs: Sequence[Record], sample: Sample) -> Facts:
     ]
     if seconds:
         items.append(("speed", f"{clips / seconds:,.3g} clips/s", f"{video / seconds:,.3g} s of video per second"))
-    items.append(("shards", size(num_bytes), f"{sum(p.get('num_shards', 0) for p in written):,} files"))
+    items.append(("shards", size(num_bytes), f"{num_shards:,} file{'s' * (num_shards != 1)}"))
     if sample.uses and values:
         items.append(("bits a value", f"{8 * payload / values:.2f}", "on disk, compressed"))
     if len(runs) > 1:
@@ -127,6 +139,20 @@ def _value(value: Any) -> str:
         shown = ", ".join(str(one) for one in value[:5])
         return f"{shown} and {len(value) - 5:,} more" if len(value) > 5 else shown
     return str(value)
+
+
+def _worst(summary: Record, sample: Sample) -> list[dict[str, Any]]:
+    """Audited clips with the lowest PSNR, the worst first: ``clip_id`` and ``psnr``."""
+    known = [
+        {"clip_id": one["clip_id"], "psnr": one["psnr"]}
+        for one in (summary.get("quality") or {}).get("worst", [])
+        if isinstance(one.get("psnr"), float) and isinstance(one.get("clip_id"), str)
+    ]
+    if known:
+        return known
+    scores, ids = sample.clips["audit_psnr"].to_pylist(), sample.clips["clip_id"].to_pylist()
+    found = sorted((psnr, clip_id) for psnr, clip_id in zip(scores, ids, strict=True) if psnr is not None)
+    return [{"clip_id": clip_id, "psnr": psnr} for psnr, clip_id in found[: 4 * NUM_CLIPS]]
 
 
 # Speed

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import sys
 import time
+from base64 import b64decode
 from functools import partial
 from pathlib import Path
 
+import av
 import pytest
 
 from tests.support.cli import SMALL, printed_by, tokenize
 from tests.support.corpus import BAD_VIDEOS
 from tests.support.pages import PLAIN_SVG, parsed, report_text, section_ids, text_of
-from vidshard.jobs.report import job, page
+from vidshard.jobs.report import job, page, wall
 from vidshard.jobs.report.charts import ChartError
 from vidshard.jobs.report.page import Card, Media, Note, Page, Wall, render
+from vidshard.jobs.report.wall import WallSettings
 from vidshard.jobs.tokenization import history
 from vidshard.jobs.tokenization.history import Timeline
 from vidshard.pipeline import storage
@@ -59,13 +63,79 @@ def test_a_report_says_what_was_run_what_came_out_and_what_was_rejected(
     target = tmp_path / "page.html"
     assert "wrote" in printed_by("report", output, "--to", target)
     found = parsed(target.read_text())
-    assert section_ids(found) == ["overview", "speed", "rejects", "clips", "codebook"]
+    assert section_ids(found) == ["overview", "speed", "rejects", "wall", "clips", "codebook"]
     text = text_of(found)
     for words in ["Tokens of tiny", "complete", "clips 10 of", "RANDOM WEIGHTS", "perplexity", *BAD_VIDEOS.values()]:
         assert words in text
     for name in BAD_VIDEOS:
         assert name in text
     assert target.read_text().count("<svg") >= 8
+
+
+def test_clips_are_shown_beside_their_sources_the_worst_first_with_their_commands(output: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    printed_by("report", output, "--to", target, "--clips", 3)
+    html = target.read_text()
+    decibels = [float(text) for text in re.findall(r"<h3>([-\d.]+) dB", html)]
+    assert len(decibels) == 3
+    assert decibels == sorted(decibels)
+    ids = re.findall(r"--clip (\S+) --to clip.mp4", html)
+    assert len({clip_id.split("-")[0] for clip_id in ids}) == 3  # a clip of each of three videos
+    films = [b64decode(data) for data in re.findall(r'src="data:video/webm;base64,([^"]+)"', html)]
+    assert len(films) == 9
+    for film in films:
+        with av.open(io.BytesIO(film)) as container:
+            assert container.streams.video[0].codec_context.name in ("vp9", "libvpx-vp9")
+            assert 1 <= sum(1 for _ in container.decode(video=0)) <= 5
+    assert "<video" not in report_of(output, tmp_path, WallSettings(num_clips=0))
+
+
+def test_originals_that_cannot_be_read_are_left_out_with_the_reason(good_videos: Path, tmp_path: Path) -> None:
+    video = Path(shutil.copy(good_videos / "a.mp4", tmp_path / "gone.mp4"))
+    out = tmp_path / "tokens"
+    assert tokenize(video, "--out", out, *SMALL, "--report", "none").exit_code == 0
+    video.unlink()
+    html = report_of(out, tmp_path, WallSettings())
+    assert "The original cannot be shown" in html
+    assert "reconstruction" in html
+    assert "difference" not in html
+
+
+def test_the_worst_audited_clips_are_shown(good_videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    assert tokenize(good_videos, "--out", out, *SMALL, "--audit", "1", "--report", "none").exit_code == 0
+    worst = json.loads((out / "summary.json").read_text())["quality"]["worst"]
+    html = report_of(out, tmp_path, WallSettings(num_clips=2))
+    assert re.findall(r"--clip (\S+) --to", html) == [one["clip_id"] for one in worst[:2]]
+    assert f"{worst[0]['psnr']:.2f} dB" in html
+    assert "audited clips" in html
+
+
+def test_clips_are_decoded_within_a_share_of_the_time_of_the_runs(output: Path, tmp_path: Path) -> None:
+    html = report_of(output, tmp_path, WallSettings(seconds=0.0))
+    assert len(re.findall("<h3>", html)) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wall, "MAX_MEDIA_BYTES", 1)
+        assert len(re.findall("<h3>", report_of(output, tmp_path, WallSettings()))) == 1
+        patch.setattr(wall, "MAX_PIXELS", 1)
+        assert "are not decoded for a report" in report_of(output, tmp_path, WallSettings())
+
+
+def test_parts_of_a_payload_are_shown_alone(good_videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    run = ("--tokenizer", "vidtwin_tiny", "--random-weights", "0", "--limit", "1", "--report", "none")
+    assert tokenize(good_videos, "--out", out, *run).exit_code == 0
+    html = report_of(out, tmp_path, WallSettings(num_clips=1))
+    assert "<figcaption>structure alone</figcaption>" in html
+    assert "<figcaption>dynamics alone</figcaption>" in html
+
+
+def report_of(out: Path, folder: Path, settings: WallSettings) -> str:
+    """Text of a report, after the checks that hold for every one."""
+    target = folder / "other.html"
+    job.write_report(str(out), str(target), settings)
+    assert parsed(target.read_text()) is not None
+    return target.read_text()
 
 
 def test_hostile_texts_of_files_are_shown_as_text_and_secrets_not_at_all(copy: Path) -> None:
