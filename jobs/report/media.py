@@ -75,7 +75,8 @@ def _scaled(height: int, width: int) -> tuple[int, int]:
 def amplified_difference(real_THWC: Frames, fake_THWC: Frames) -> Frames:
     """Absolute differences of two clips, times `DIFFERENCE_GAIN`, on black."""
     difference = np.abs(real_THWC.astype(np.int16) - fake_THWC)
-    return np.minimum(DIFFERENCE_GAIN * difference, 255).astype(np.uint8)
+    amplified: Frames = np.minimum(DIFFERENCE_GAIN * difference, 255).astype(np.uint8)
+    return amplified
 
 
 def psnr_of(real_THWC: Frames, fake_THWC: Frames) -> float:

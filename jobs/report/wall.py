@@ -101,7 +101,7 @@ def _chosen(
     ids, places = sample.clips["clip_id"].to_pylist(), sample.clips["path"].to_pylist()
     if worst:
         place_of = dict(zip(ids, places, strict=True))
-        rows = []
+        rows: list[tuple[str, str]] = []
         for clip_id, _ in list(_scores(worst))[:num_clips]:
             found = [(place_of[clip_id], clip_id)] if clip_id in place_of else find_clips(paths, clip_id)
             rows += found[:1]  # none if a repair has removed it since

@@ -84,7 +84,7 @@ def test_clips_are_shown_beside_their_sources_the_worst_first_with_their_command
     films = [b64decode(data) for data in re.findall(r'src="data:video/webm;base64,([^"]+)"', html)]
     assert len(films) == 9
     for film in films:
-        with av.open(io.BytesIO(film)) as container:
+        with av.open(io.BytesIO(film), "r") as container:
             assert container.streams.video[0].codec_context.name in ("vp9", "libvpx-vp9")
             assert 1 <= sum(1 for _ in container.decode(video=0)) <= 5
     assert "<video" not in report_of(output, tmp_path, WallSettings(num_clips=0))
