@@ -11,6 +11,15 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
 from vidshard.schemas.fields import WorkerCount
 
+TASKS_PER_CPU = 32
+"""Decode tasks of a run for each CPU, at least. With 8, 4 % of a run's time was lost at its end where sources of 180 to
+2,160 lines were mixed, with 32 less than 1 % (`tests/pipeline/output/test_work_list.py`, simulated)."""
+
+
+def _rows_per_task(num_spans: int, rows_per_span: float, executor: Executor) -> int:
+    """Spans of a decode task: as many clips as eight full spans have, as short parts hold a clip or two each."""
+    return max(1, min(math.ceil(8 * rows_per_span), math.ceil(num_spans / (TASKS_PER_CPU * executor.num_cpus))))
+
 
 def plan_resources(
     resolved: ResolvedRun, num_spans: int, clips_per_row: float, executor: Executor
@@ -58,10 +67,9 @@ def plan_resources(
         gpus_per_worker=run.gpus_per_worker if on_gpu else 0.0,
         cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
         decode_workers=run.decode_workers,
-        # at most as many clips as eight full spans have: rows of short parts may hold only a clip or two each
-        rows_per_task=max(
-            1, min(math.ceil(8 * span_clips / max(1.0, clips_per_row)), math.ceil(num_spans / (8 * executor.num_cpus)))
-        ),
+        rows_per_task=1
+        if run.continuous
+        else _rows_per_task(num_spans, span_clips / max(1.0, clips_per_row), executor),
         rows_per_batch=rows_per_batch if batch_size > 1 else 1,
         is_elastic=count.most != count.least,
         most_encode_workers=count.most,

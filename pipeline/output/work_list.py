@@ -124,7 +124,8 @@ def write_work_list(out: str, inputs: Inputs, resume: Resume, uri_columns: Seque
     """Write the spans to process, for the workers and for people to read.
 
     Spans of one frame size are together, so that batches are full, and those of one video, so that it is decoded in one
-    pass, in the order of the inputs; all of this within stretches of 65,536 spans.
+    pass. Videos that take longest come first, so that what is begun last is short and no worker is waited for at the
+    end. This holds within the next 131,072 spans; of these the half that comes first is written.
 
     Args:
         out: the output.
@@ -181,7 +182,10 @@ def _without_credentials(table: pa.Table, uri_columns: Sequence[str]) -> pa.Tabl
 
 
 def _stretches(out: str, resume: Resume) -> Iterator[pa.Table]:
-    """Rows of the plan that are left, with ``input_row``, in sorted stretches."""
+    """Rows of the plan that are left, with ``input_row``, in sorted stretches.
+
+    The later half of each two stretches is sorted again with what follows, so that the list ends with short videos.
+    """
     held: list[pa.Table] = []
     count = 0
     for first, group in planned_groups(out, WORK_SCHEMA.names, lambda a, b: bool(resume.left[a:b].any())):
@@ -189,22 +193,36 @@ def _stretches(out: str, resume: Resume) -> Iterator[pa.Table]:
         rows = group.append_column("input_row", pa.array(resume.input_row[here])).filter(pa.array(resume.left[here]))
         held.append(rows)
         count += rows.num_rows
-        if count >= _SORTED_ROWS:
-            yield _in_order(pa.concat_tables(held))
-            held, count = [], 0
+        while count >= 2 * _SORTED_ROWS:
+            ordered = in_order(pa.concat_tables(held))
+            yield ordered.slice(0, _SORTED_ROWS)
+            held, count = [ordered.slice(_SORTED_ROWS)], count - _SORTED_ROWS
     if held:
-        yield _in_order(pa.concat_tables(held))
+        yield in_order(pa.concat_tables(held))
 
 
-def _in_order(spans: pa.Table) -> pa.Table:
-    """Spans of one frame size together, and those of one video."""
-    first = spans.group_by("video_id").aggregate([("input_row", "min")])
-    video_order = first["input_row_min"].take(pc.index_in(spans["video_id"], first["video_id"].combine_chunks()))
+def in_order(spans: pa.Table) -> pa.Table:
+    """Sort spans: those of one frame size together, then those of one video, the longest video first.
+
+    A video is as long as its clips here take to decode, by the pixels of their source: clips x width x height x frames
+    per second. Equally long ones keep the order of the inputs.
+
+    Args:
+        spans: rows of the plan, with ``input_row``.
+    """
+    pixels = pc.multiply(
+        pc.multiply(spans["source_width"].cast(pa.float64()), spans["source_height"]), spans["source_fps"]
+    )
+    cost = pc.multiply(pixels, spans["expected_clips"])
+    videos = pa.table({"video_id": spans["video_id"], "input_row": spans["input_row"], "cost": cost})
+    videos = videos.group_by("video_id").aggregate([("input_row", "min"), ("cost", "sum")])
+    of_video = pc.index_in(spans["video_id"], videos["video_id"].combine_chunks())
     keys = pa.table(
         {
             "height": spans["frame_height"],
             "width": spans["frame_width"],
-            "video": video_order,
+            "cost": pc.negate(videos["cost_sum"].take(of_video)),
+            "video": videos["input_row_min"].take(of_video),
             "start": pc.fill_null(spans["part_start_seconds"], -1.0),
             "end": pc.fill_null(spans["part_end_seconds"], -1.0),
             "clip": spans["first_clip"],
