@@ -32,6 +32,7 @@ from vidshard.pipeline.video.child import given_file, missing_confinement
 from vidshard.pipeline.video.decode import SEEK_GAP_SECONDS, decode_spans
 from vidshard.pipeline.video.frame_times import frame_seconds
 from vidshard.pipeline.video.input_file import open_file
+from vidshard.pipeline.video.member import open_member
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sampling import ClipTimeline, plan_spans
 from vidshard.pipeline.video.sandbox import DecodeSandbox
@@ -40,6 +41,7 @@ from vidshard.pipeline.video.signals import Signal, Steps, align_clip, signal_ar
 from vidshard.pipeline.video.sparse_file import refuse_sparse
 from vidshard.pipeline.video.timestamps import Clock
 from vidshard.schemas.errors import OutageError, UserError
+from vidshard.schemas.locations import split_member
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Clip, ClipSpec, Limits, Part, SignalRule, Span, SpanClips, VideoProbe, VideoRef
 
@@ -111,17 +113,49 @@ def _run(
     if limits.sandbox == "required" and (lacking := confinement_lacks(limits)):
         raise UserError(f"--sandbox required, and the kernel of this machine lacks {' and '.join(lacking)}")
     sandbox = _sandbox(limits.memory_bytes, limits.sandbox != "off", limits.videos_per_decoder)
-    if storage.is_local(uri):
-        opened: AbstractContextManager[Any] = open_file(uri, storage.open_video)
+    path, member = split_member(uri)
+    if storage.is_local(path):
+        opened: AbstractContextManager[Any] = open_file(path, storage.open_video)
     else:
-        opened = remote_file(uri, limits, fingerprint)
+        opened = remote_file(path, limits, fingerprint)
     with opened as file:
-        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, files=(file,), subject=uri, **options)
+        files = (file,)
+        if member:
+            found: R = sandbox.run(
+                _with_member,
+                member,
+                function,
+                *args,
+                timeout_seconds=timeout_seconds,
+                files=files,
+                subject=uri,
+                **options,
+            )
+            return found
+        return sandbox.run(function, *args, timeout_seconds=timeout_seconds, files=files, subject=uri, **options)
+
+
+_member: dict[str, str] = {}
+"""In the child, the member that the request is about, of the archive that came with it."""
+
+
+def _with_member(member: dict[str, str], function: Callable[..., R], *args: object, **options: Any) -> R:
+    """In the child, call a function for a member of the archive that came with the request."""
+    _member.update(member)
+    try:
+        return function(*args, **options)
+    finally:
+        _member.clear()
+
+
+def _given_video() -> BinaryIO:
+    """In the child, the file that came with the request, or the member of it that is meant."""
+    return open_member(given_file(), _member) if _member else given_file()
 
 
 def _given(_uri: str) -> BinaryIO:
     """In the child, the file that came with the request."""
-    return given_file()
+    return _given_video()
 
 
 _SIGNAL_CACHE_BYTES = 512 << 20
@@ -159,7 +193,7 @@ def _frame_seconds(uri: str, clock: Clock, limits: Limits) -> npt.NDArray[np.flo
 
 
 def _frame_seconds_in_child(clock: Clock, limits: Limits) -> npt.NDArray[np.float64]:
-    return frame_seconds(given_file(), clock, limits)
+    return frame_seconds(_given_video(), clock, limits)
 
 
 def _of_frames(signal: Signal, uri: str, span: Span, limits: Limits) -> Signal:
@@ -191,7 +225,7 @@ def probe(ref: VideoRef, limits: Limits | None = None) -> VideoProbe | VideoErro
     limits = limits or Limits()
     try:
         if storage.is_local(ref.uri):
-            refuse_sparse(storage.absolute(ref.uri))
+            refuse_sparse(storage.absolute(split_member(ref.uri)[0]))
         shown = replace(ref, uri=storage.public_uri(ref.uri))  # the secrets of a signed URL are not for the child
         found = _run(probe_video, ref.uri, shown, _given, limits, limits=limits, timeout_seconds=PROBE_TIMEOUT_SECONDS)
         return checked_probe(found, ref, limits)
@@ -210,7 +244,7 @@ def _decode_in_child(
     decode = partial(
         decode_spans, spans, specs, max_clips=max_clips, limits=limits, keep_undamaged=keep_undamaged, continuing=True
     )
-    return read_unchanged(given_file(), spans[0].video_id, limits, decode)
+    return read_unchanged(_given_video(), spans[0].video_id, limits, decode)
 
 
 def _decode_spans(

@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 
 from vidshard.pipeline import storage
+from vidshard.pipeline.inputs.archives import videos_in_archive, videos_in_parquet
 from vidshard.pipeline.inputs.lerobot import Dataset, is_dataset
-from vidshard.pipeline.manifest import REF_SCHEMA, InputError, read_manifest
+from vidshard.pipeline.manifest import REF_SCHEMA, InputError, Manifest, read_manifest
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import VidshardError, one_line
@@ -138,6 +139,17 @@ def discover(
             read.append(dataset.shown)
             continue
         path = storage.absolute(text)
+        if _extension(path) == "parquet":
+            embedded = [(each, _videos_in_parquet(each, signals)) for each in _matching(path)]
+            if embedded and all(found is not None for _, found in embedded):
+                for each, found in embedded:
+                    assert found is not None
+                    manifests.append(
+                        found.videos if access is None else _with_refusals(found.videos, access, each, signals)
+                    )
+                    read.append(storage.public_uri(each))
+                    renamed |= found.renamed_columns
+                continue
         if _extension(path) in MANIFEST_EXTENSIONS and not _is_glob(path):
             try:
                 found = read_manifest(path, signals, extension=_extension(path))
@@ -156,6 +168,11 @@ def discover(
             listed = _table(_list(path, passed_over))
             if not listed.num_rows:
                 raise InputError(_nothing_found(path, passed_over))
+            members, listed = _with_archives_opened(listed, signals)
+            for archive, found in members:
+                manifests.append(found.videos)
+                read.append(storage.public_uri(archive))
+                renamed |= found.renamed_columns
             files.append(listed)
     for name in signals:
         if not any(signal_source(name) in table.column_names for table in manifests):
@@ -174,6 +191,44 @@ def discover(
         num_passed_over=passed_over.total(),
         passed_over_extensions=tuple(passed_over.most_common()),
     )
+
+
+def _matching(path: str) -> list[str]:
+    """The files that a path or a pattern names, sorted."""
+    if not _is_glob(path):
+        return [path]
+    try:
+        fs, inner = storage.filesystem(path)
+        return [path] if fs.exists(inner) else [_uri(fs, name) for name in sorted(fs.glob(inner))]
+    except storage.storage_errors() as error:
+        raise storage.StorageError(f"cannot list {storage.public_uri(path)}: {storage.describe(error)}") from error
+
+
+def _videos_in_parquet(path: str, signals: Sequence[str]) -> Manifest | None:
+    """The videos whose bytes a Parquet file holds; None if it has none or, as a manifest, says why not."""
+    try:
+        return videos_in_parquet(path, signals)
+    except InputError:
+        return None
+
+
+def _with_archives_opened(listed: pa.Table, signals: Sequence[str]) -> tuple[list[tuple[str, Manifest]], pa.Table]:
+    """The videos in archives among the files, by archive; and the files without those archives."""
+    is_archive = pc.match_substring_regex(listed["uri"], r"(?i)\.(tar|zip)(\?[^/]*)?$")
+    archives = listed["uri"].filter(is_archive).to_pylist()
+    if not archives:
+        return [], listed
+
+    def opened(path: str) -> Manifest | None:
+        try:
+            return videos_in_archive(path, VIDEO_EXTENSIONS, signals)
+        except InputError:
+            return None  # it is a video, and opening that says why it is none
+
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        found = [(path, each) for path, each in zip(archives, pool.map(opened, archives), strict=True) if each]
+    members = pa.array([path for path, _ in found], pa.string())
+    return found, listed.filter(pc.invert(pc.is_in(listed["uri"], members)))
 
 
 def _with_refusals(table: pa.Table, access: RowAccess, manifest: str, signals: Sequence[str]) -> pa.Table:

@@ -81,9 +81,24 @@ def read_manifest(path: str, signals: Sequence[str] = (), *, extension: str) -> 
     Raises:
         InputError: it cannot be read, lacks the column ``uri``, or a column as a whole is not what it should be.
     """
-    shown = storage.public_uri(path)
     faults = RowFaults()
-    table = _read_table(path, shown, extension, faults, ("uri", *signals))
+    table = _read_table(path, storage.public_uri(path), extension, faults, ("uri", *signals))
+    return manifest_of(table, faults, path, signals)
+
+
+def manifest_of(table: pa.Table, faults: RowFaults, path: str, signals: Sequence[str] = ()) -> Manifest:
+    """Check the rows of a manifest, or of another file that lists videos.
+
+    Args:
+        table: its columns.
+        faults: of its rows, found so far.
+        path: the file, absolute or at a URL. Relative paths in it start at its folder.
+        signals: columns that hold paths of signal files; they come back as ``NAME_source``.
+
+    Raises:
+        InputError: it lacks the column ``uri``, or a column as a whole is not what it should be.
+    """
+    shown = storage.public_uri(path)
     repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
     if repeated:
         raise InputError(f"manifest {shown} has more than one column named {', '.join(repeated)}")
@@ -170,7 +185,10 @@ def _uris(column: pa.ChunkedArray, folder: str, faults: RowFaults) -> list[str |
             faults.add(row, "it has no 'uri'" if uri is None else "its 'uri' is empty")
             uris.append(None)
         else:
-            uris.append(_resolve(uri.strip() if "://" in uri else uri, folder))
+            located = uri.strip() if "://" in uri else uri
+            uris.append(
+                map_locations(located, lambda path: _resolve(path, folder)) if "#" in uri else _resolve(located, folder)
+            )
     return uris
 
 

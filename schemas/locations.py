@@ -16,9 +16,9 @@ from urllib.parse import quote, unquote
 SIGNAL_OPTIONS = ("rows", "offset", "columns", "rate", "episode", "times", "key")
 """Options of signals: rows of the file, seconds to add to its times, its columns, samples per second in place of times,
 the LeRobot episode that all rows must be of, a file of times, and the member of a JSON object with the samples."""
-MEMBER_OPTIONS = ("bytes", "packed", "row", "column", "member")
-"""Options of members: their bytes in the archive, the bytes they unpack to where they are compressed, the row and the
-column of a Parquet file, and their name."""
+MEMBER_OPTIONS = ("bytes", "zip", "row", "column", "member")
+"""Options of members: their bytes in a tar, their place in a zip, the row and the column of a Parquet file, and their
+name."""
 
 _OPTION = re.compile(rf"(?:{'|'.join((*SIGNAL_OPTIONS, *MEMBER_OPTIONS))})=[^&#]*")
 _PATHS = frozenset({"times"})
@@ -42,6 +42,14 @@ def join_options(path: str, options: Mapping[str, str]) -> str:
 def bare(uri: str) -> str:
     """The location of the file itself."""
     return split_options(uri)[0]
+
+
+def split_member(uri: str) -> tuple[str, dict[str, str]]:
+    """The location of an archive, and the options that say which member of it; none for any other file."""
+    path, options = split_options(uri)
+    if options and set(options) <= set(MEMBER_OPTIONS) and {"bytes", "zip", "row"} & set(options):
+        return path, options
+    return uri, {}
 
 
 def each_location(uri: str) -> list[str]:

@@ -23,6 +23,7 @@ from vidshard.pipeline.storage.file_systems import bounded, file_info, filesyste
 from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.retry import errors_named, with_retries
 from vidshard.pipeline.storage.transient import storage_errors
+from vidshard.schemas.locations import split_member
 from vidshard.schemas.uris import is_web, public_uri, shown_uri
 
 _NO_FOLDER_SYNC = frozenset(
@@ -302,8 +303,9 @@ def fingerprint(path: str) -> str | None:
     """Size and time stamp (or tag) of a file as its storage states them; None if it cannot be asked.
 
     It changes when the file is replaced. For remote files it equals the fingerprint from a listing
-    (:func:`fingerprint_of`).
+    (:func:`fingerprint_of`). A member of an archive has that of the archive.
     """
+    path, _ = split_member(path)
     with suppress(StorageError, ValueError, *storage_errors()):  # ValueError: a zero byte in a name
         if is_local(path):
             found = os.stat(absolute(path))

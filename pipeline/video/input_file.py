@@ -91,7 +91,7 @@ def open_file(uri: str, open_input: Callable[[str], BinaryIO]) -> BinaryIO:
     """
     try:
         return open_input(uri)
-    except OutageError:
+    except (OutageError, VideoError):  # of a member of an archive
         raise
     except (OSError, VidshardError) as error:
         raise VideoError(Reason.UNREADABLE, one_line(error)) from error

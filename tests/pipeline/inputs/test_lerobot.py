@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.hub_server import HubServer
 from tests.support.lerobot import TASKS, TOP, WRIST, Shape, frames_of, make_dataset, rows_of_episode
+from tests.support.planning import planned
 from tests.support.videos import read_frame_number
 from vidshard.pipeline import decode_stage
 from vidshard.pipeline.decode_stage import SpanDecoder
@@ -23,10 +24,8 @@ from vidshard.pipeline.discover import Discovery, discover
 from vidshard.pipeline.inputs.lerobot import Dataset
 from vidshard.pipeline.manifest import InputError
 from vidshard.pipeline.output.entries import Inputs
-from vidshard.pipeline.plan import VideoPlanner
 from vidshard.pipeline.row_access import RowAccess
-from vidshard.pipeline.rows import FRAME_SECONDS, manifest_fields
-from vidshard.schemas.video import ClipSpec, Limits, Part, SignalRule
+from vidshard.schemas.video import ClipSpec, Part, SignalRule
 
 SIGNALS: tuple[tuple[str, SignalRule], ...] = (
     ("action", "nearest"),
@@ -37,20 +36,6 @@ SIGNALS: tuple[tuple[str, SignalRule], ...] = (
 
 def found_in(root: Path, **options: Any) -> Discovery:
     return discover([f"lerobot:{root}"], signals=[name for name, _ in SIGNALS], **options)
-
-
-def planned(found: Discovery, spec: ClipSpec) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Rows of the plan with the columns of their videos, in the order of the work list; and the rejections."""
-    inputs = Inputs.of(found.videos, Part(), found.manifests)
-    rows = VideoPlanner((spec,), Part(), 100, Limits())(inputs.videos)
-    rejections = [row for row in rows["rejection"].to_pylist() if row is not None]
-    spans = rows.filter(pa.array([value is not None for value in rows["span_id"].to_pylist()]))
-    number = {entry: at for at, entry in enumerate(inputs.videos["entry"].to_pylist())}
-    spans = spans.append_column("number", pa.array([number[entry] for entry in spans["entry"].to_pylist()], pa.int32()))
-    for field in [*manifest_fields(inputs.videos.schema), FRAME_SECONDS]:
-        spans = spans.append_column(field, inputs.videos[field.name].take(spans["number"]))
-    keys = [("video_id", "ascending"), ("part_start_seconds", "ascending"), ("first_clip", "ascending")]
-    return spans.sort_by(keys).drop_columns(["rejection"]), rejections + [{"reason": b.reason} for b in inputs.bad_rows]
 
 
 def clips_of(found: Discovery, spec: ClipSpec) -> list[dict[str, Any]]:
