@@ -10,9 +10,10 @@ from rich.console import Console
 
 from vidshard.jobs.tokenization import job
 from vidshard.jobs.tokenization.summary import Summary
-from vidshard.models.tokenizer import Tokenizer, TokenizerConfig, get_preset
+from vidshard.models.tokenizer import Tokenizer, TokenizerConfig
 from vidshard.models.weights import SHIPPED
 from vidshard.pipeline import storage
+from vidshard.pipeline.named_tokenizer import NamedTokenizer, find_tokenizer
 from vidshard.pipeline.resolved_run import stated_config
 from vidshard.pipeline.tokenizer_source import TokenizerSource
 from vidshard.schemas.errors import RunFailedError, UserError
@@ -57,9 +58,11 @@ def load_tokenizer(
     """Load a tokenizer for inference.
 
     Args:
-        tokenizer: the name of a preset (``vidshard tokenizers`` lists them) or a config; None takes what the weights
-            file states, and without weights the tokenizer that comes with the package.
-        weights: a path, a URL, or ``hf://OWNER/REPO/PATH``; None takes the weights that come with the package.
+        tokenizer: the name of a preset (``vidshard tokenizers`` lists them), ``diffusers:OWNER/REPO`` or
+            ``diffusers:FOLDER``, or a config; None takes what the weights file states, and without weights the
+            tokenizer that comes with the package.
+        weights: a path, a URL, or ``hf://OWNER/REPO/PATH``; None takes the weights that the name stands for, or
+            those that come with the package.
         ema: take the averaged weights of the file.
         seed: make random weights from this seed instead, in [0, 2**32), for tests.
         device: where the weights go.
@@ -75,7 +78,10 @@ def load_tokenizer(
         raise UserError(f"give either weights or a seed, got {storage.public_uri(weights)} and {seed}")
     if weights is not None:
         weights = storage.pinned(storage.absolute(weights))
-    config = _config_of(tokenizer, weights, ema=ema)
+    named = _named(tokenizer, weights, ema=ema)
+    config = named.config
+    if weights is None and seed is None:
+        weights = named.weights
     if weights is None and seed is None:
         if config.name != SHIPPED:
             raise UserError(
@@ -86,12 +92,10 @@ def load_tokenizer(
     return TokenizerSource(config=config, weights=weights, ema=ema, seed=seed).load(device, dtype)
 
 
-def _config_of(tokenizer: str | TokenizerConfig | None, weights: str | None, *, ema: bool) -> TokenizerConfig:
-    if isinstance(tokenizer, TokenizerConfig):
-        return tokenizer
-    if tokenizer is None and weights is not None:
-        return stated_config(weights, ema=ema)
-    try:
-        return get_preset(tokenizer or SHIPPED)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _named(tokenizer: str | TokenizerConfig | None, weights: str | None, *, ema: bool) -> NamedTokenizer:
+    if isinstance(tokenizer, str) or (tokenizer is None and weights is None):
+        return find_tokenizer(tokenizer or SHIPPED)
+    if tokenizer is None:
+        assert weights is not None
+        tokenizer = stated_config(weights, ema=ema)
+    return NamedTokenizer(name=tokenizer.name, config=tokenizer)

@@ -53,7 +53,24 @@ class TokenizerConfig(BaseModel, ABC):
     @property
     @abstractmethod
     def is_causal(self) -> bool:
-        """Whether latents depend on no later frames; only causal models encode streams."""
+        """Whether latents depend on no later frames. Only causal models encode streams, see `why_no_streams`."""
+
+    @property
+    def why_no_streams(self) -> str | None:
+        """Reason why a video cannot be encoded as one stream, a sentence that names the model; None if it can."""
+        if self.is_causal:
+            return None
+        return f"{self.name} is not causal: its latents depend on later frames, so no video is encoded piece by piece"
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Packages beside torch that compute its latents, whose versions the provenance records."""
+        return ()
+
+    @property
+    def default_precision(self) -> str | None:
+        """Precision of a run that names none; None for the default of the device."""
+        return None
 
     @property
     @abstractmethod

@@ -110,7 +110,7 @@ def decoding_cost(
 
 def _cost_of(config: TokenizerConfig, dtype: torch.dtype, run: Callable[[Tokenizer], object]) -> Cost:
     with torch.device("meta"):
-        network = FAMILIES[config.family].build(config).eval().requires_grad_(False)
+        network = FAMILIES[config.family].build(config).eval().requires_grad_(False).to("meta")
     model = cast(Tokenizer, network).set_precision(dtype)
     with torch.inference_mode(), CostCounter() as counter:  # else operators split up, which they do not on a GPU
         run(model)

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from vidshard.models.config import TokenizerConfig
+from vidshard.models.diffusers_vae import model as diffusers_vae
+from vidshard.models.diffusers_vae.config import DiffusersConfig
+from vidshard.models.diffusers_vae.derive import check_clip as check_diffusers_clip
 from vidshard.models.vidtok import config as vidtok_config
 from vidshard.models.vidtok.autoencoder import Past
 from vidshard.models.vidtok.heads import Encoded
@@ -24,6 +27,7 @@ from vidshard.models.vidtok.model import VidTok, checkpoint_name
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.vidtwin import config as vidtwin_config
 from vidshard.models.vidtwin import model as vidtwin
+from vidshard.schemas.tokens import Normalization
 
 __all__ = [
     "FAMILIES",
@@ -173,6 +177,18 @@ def _untold(_shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, .
     return {}
 
 
+def _any_clip(_config: Any, _num_frames: int, _height: int, _width: int) -> None:
+    """Accept a clip: the config alone decides."""
+
+
+def _raw(_config: Any, _weights: Mapping[str, Tensor]) -> Normalization | None:
+    return None
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+"""Suffixes of weights files that are read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Family of tokenizers: config class, presets, network, and weight names."""
@@ -190,6 +206,15 @@ class Family:
     latents_in: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, tuple[int, ...]]] = _untold
     """Function from the shapes of a file's entries to the shapes of a clip's latents by payload column; empty if they
     do not tell."""
+    suffixes: tuple[str, ...] = WEIGHT_SUFFIXES
+    """Suffixes of the weights files that are taken."""
+    is_no_weight: Callable[[str], bool] = lambda _name: False
+    """Function from a name in a published file to whether it is no weight and left out."""
+    check_clip: Callable[[Any, int, int, int], None] = _any_clip
+    """Function that raises ValueError where a network of this config does not take (frames, height, width) although
+    the config does."""
+    normalization: Callable[[Any, Mapping[str, Tensor]], Normalization | None] = _raw
+    """Function from a config and its weights to the numbers by which trainers standardize its latents."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -206,6 +231,16 @@ FAMILIES: dict[str, Family] = {
         checkpoint_name=vidtwin.checkpoint_name,
         fixed_tables=vidtwin.fixed_tables,
         latents_in=vidtwin.latents_in,
+    ),
+    "diffusers": Family(
+        config=DiffusersConfig,
+        presets={},
+        build=diffusers_vae.DiffusersVae,
+        checkpoint_name=diffusers_vae.checkpoint_name,
+        suffixes=(".safetensors",),
+        is_no_weight=diffusers_vae.is_counter,
+        check_clip=check_diffusers_clip,
+        normalization=diffusers_vae.normalization_of,
     ),
 }
 """All families by the ``family`` tag of their configs."""

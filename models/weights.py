@@ -159,12 +159,14 @@ def seeded_weights(config: TokenizerConfig, seed: int) -> dict[str, Tensor]:
             values = random.uniform(-1.0, 1.0, shape)
         elif name.endswith(("scale_shift_table", "query_embeds")):
             values = random.standard_normal(shape) * (1.0 if name.endswith("query_embeds") else 0.1)
+        elif name.endswith(".gamma"):
+            values = 0.1 * random.standard_normal(shape) + 1.0
         elif len(shape) >= 2:
             gain = 0.7 if name.endswith("qkv.weight") else 1.5
             values = random.standard_normal(shape) * (gain / math.sqrt(math.prod(shape[1:])))
         else:
             values = 0.1 * random.standard_normal(shape) + (0.0 if name.endswith(".bias") else 1.0)
-        weights[name] = torch.from_numpy(values.astype(np.float32))
+        weights[name] = torch.from_numpy(np.asarray(values, np.float32))
     return weights
 
 
@@ -269,6 +271,9 @@ def load_weights(
         raise FileNotFoundError(f"no weights file at {path}")
     if path.suffix == ".safetensors":
         stated, entries = _read_safetensors(path)
+    elif config is not None and path.suffix not in FAMILIES[config.family].suffixes:
+        taken = ", ".join(FAMILIES[config.family].suffixes)
+        raise WeightsError(f"{path}: weights of {config.name} are {taken} files")
     elif path.suffix in (".ckpt", ".pt", ".pth"):
         stated, entries = None, read_checkpoint(path)
         if (state := own_state(entries)) is not None:
@@ -282,6 +287,7 @@ def load_weights(
         config = stated
     if stated is not None:
         _check_same_network(path, stated, config)
+    entries = {name: value for name, value in entries.items() if not FAMILIES[config.family].is_no_weight(name)}
     tensors = _averages(path, entries, config) if ema else _bare_names(path, entries)
     _check_entries(path, tensors, config)
     if stated is None:

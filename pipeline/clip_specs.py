@@ -39,11 +39,8 @@ def continuous_spec(spec: ClipSpec, config: TokenizerConfig) -> ClipSpec:
     Raises:
         ValueError: the model is not causal, or does not take clips of this length.
     """
-    if not config.is_causal:
-        raise ValueError(
-            f"{config.name} is not causal: its latents depend on later frames, so a video cannot be encoded piece by "
-            "piece; choose a causal tokenizer for --continuous"
-        )
+    if config.why_no_streams is not None:
+        raise ValueError(f"{config.why_no_streams}; choose a causal tokenizer for --continuous, or leave it out")
     num_latents = config.latent_frames(spec.num_frames)
     if config.decoded_frames(num_latents) != spec.num_frames:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
-from vidshard.models.tokenizer import Tokenizer, TokenizerConfig, get_preset, parse_config
+from vidshard.models.tokenizer import FAMILIES, Tokenizer, TokenizerConfig, parse_config
 from vidshard.models.vidtok.lengths import Padding
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.weights import SHIPPED, load_weights, preset_in_name
@@ -23,6 +23,7 @@ from vidshard.pipeline.clip_specs import clip_specs_of, encoded_frames, padding_
 from vidshard.pipeline.compiled import default_compile_cache
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.inputs import lerobot
+from vidshard.pipeline.named_tokenizer import NamedTokenizer, find_tokenizer
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.quality import QualityAudit
 from vidshard.pipeline.rows import INTERNAL_COLUMNS
@@ -64,11 +65,12 @@ class ResolvedRun:
         if run.out != storage.public_uri(run.out):
             out = storage.public_uri(run.out)
             raise UserError(f"--out {out}: put the credentials into the environment, not the URL")
-        config = _config_of(run)
+        named = _named(run)
+        config = named.config
         run = _with_default_clip(run, config)
         run = _with_signals_of_datasets(run)
         _refuse_impossible(run, config)
-        run = _with_weights(run, config)
+        run = _with_weights(run, named)
         absolute: dict[str, Any] = {
             "out": storage.absolute(run.out),
             "inputs": [lerobot.absolute(i) for i in run.inputs],
@@ -176,8 +178,9 @@ class ResolvedRun:
             run=public_record(self.run),
             identity=self.identity,
             code_version=code_version(),
-            libraries=library_versions(),
+            libraries=library_versions(self.config.libraries),
             notice=self.notice,
+            normalization=self.source.normalization,
         )
 
     def load_tokenizer(self, device: str, *, precision: str | None = None) -> Tokenizer:
@@ -290,15 +293,13 @@ def _with_shipped_weights(run: TokenizeRun) -> TokenizeRun:
     return run.model_copy(update={"tokenizer": SHIPPED, "weights": f"{storage.SHIPPED_SCHEME}{SHIPPED}"})
 
 
-def _config_of(run: TokenizeRun) -> TokenizerConfig:
+def _named(run: TokenizeRun) -> NamedTokenizer:
     if run.tokenizer is not None:
-        try:
-            return get_preset(run.tokenizer)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return find_tokenizer(run.tokenizer)
     if run.weights is None:
         raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`), or give --weights that do")
-    return stated_config(run.weights, ema=run.ema)
+    config = stated_config(run.weights, ema=run.ema)
+    return NamedTokenizer(name=config.name, config=config)
 
 
 def _with_signals_of_datasets(run: TokenizeRun) -> TokenizeRun:
@@ -342,6 +343,7 @@ def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
     try:
         for size in run.sizes:
             payload_of(run, config, *size)
+            FAMILIES[config.family].check_clip(config, encoded_frames(run, config), *size)
         requested_tiling(run, config)
         clip_specs_of(run, config)
     except ValueError as error:
@@ -352,8 +354,12 @@ def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
         raise UserError(f"--signals: the shards have another column '{taken[0]}': rename the manifest's")
 
 
-def _with_weights(run: TokenizeRun, config: TokenizerConfig) -> TokenizeRun:
+def _with_weights(run: TokenizeRun, named: NamedTokenizer) -> TokenizeRun:
     """Pin the run's weights so that every node loads the same file, or choose seed 0 for a tiny tokenizer."""
+    config = named.config
+    if named.weights is not None or run.tokenizer not in (None, named.name):
+        given = run.weights is not None or run.random_weights is not None
+        run = run.model_copy(update={"tokenizer": named.name} | ({} if given else {"weights": named.weights}))
     if run.weights is not None:
         try:
             return run.model_copy(update={"weights": storage.pinned(storage.absolute(run.weights))})

@@ -7,12 +7,13 @@ from typing import Self, cast
 
 import torch
 
-from vidshard.models.tokenizer import Tokenizer, TokenizerConfig
+from vidshard.models.tokenizer import FAMILIES, Tokenizer, TokenizerConfig
 from vidshard.models.vidtok.prepared import prepare_passes
 from vidshard.models.weights import NoAveragesError, load_tokenizer, weights_digest
 from vidshard.pipeline import storage
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.text import readable
+from vidshard.schemas.tokens import Normalization
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -40,6 +41,8 @@ class TokenizerSource:
     """Digest that the weights must have; empty to accept any."""
     cached_only: bool = False
     """Whether nothing is fetched over the network, as an output names the location and not the user."""
+    normalization: Normalization | None = None
+    """Numbers by which trainers standardize the latents, once `with_digest` has read the weights."""
 
     @classmethod
     def stored(
@@ -83,13 +86,15 @@ class TokenizerSource:
         return tokenizer
 
     def with_digest(self) -> Self:
-        """Copy of this source with the digest of its present weights.
+        """Copy of this source with the digest of its present weights, and their normalization.
 
         Raises:
             UserError: as :meth:`load`.
         """
         try:
-            return replace(self, sha256=self._load()[1])
+            tokenizer, digest = self._load()
+            normalization = FAMILIES[self.config.family].normalization(self.config, tokenizer.state_dict())
+            return replace(self, sha256=digest, normalization=normalization)
         except (ValueError, FileNotFoundError, storage.StorageError) as error:
             raise UserError(str(error)) from error
 

@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -29,8 +31,16 @@ def code_version() -> str:
     return f"{version}+{commit}" if commit else version
 
 
-def library_versions() -> dict[str, str]:
-    """Versions, by name, of Python and of the libraries that compute and store frames and tokens."""
+def library_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions, by name, of Python and of the libraries that compute and store frames and tokens.
+
+    Args:
+        more: packages of the tokenizer; one that is not installed is left out.
+    """
+    found = {}
+    for name in more:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -39,4 +49,5 @@ def library_versions() -> dict[str, str]:
         "av": av.__version__,
         "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
         "libswscale": ".".join(map(str, av.library_versions["libswscale"])),
+        **found,
     }

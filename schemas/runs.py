@@ -261,8 +261,8 @@ class TokenizerSettings(Settings):
         identity="resolved",
         common=True,
         metavar="NAME",
-        help="Tokenizer: a name listed by `vidshard tokenizers`. Default: the one that --weights names, or the "
-        "included fsq_causal_488_small.",
+        help="Tokenizer: a name of `vidshard tokenizers`, diffusers:FOLDER, or diffusers:OWNER/REPO. Default: the one "
+        "that --weights names, or the included fsq_causal_488_small.",
     )
     weights: str | None = setting(
         None,

@@ -154,6 +154,82 @@ class PayloadColumn:
         return self.num_values * np.dtype(self.dtype).itemsize
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalization:
+    """Numbers by which the trainers of a tokenizer standardize its latents: ((x - mean) / std - shift) * scale."""
+
+    mean: tuple[tuple[float, ...], ...]
+    """Mean of each channel: one number, or with ``per_latent_frame`` one for each latent frame."""
+    std: tuple[tuple[float, ...], ...]
+    """Standard deviation of each channel, as ``mean``; positive."""
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        frames = {len(values) for values in (*self.mean, *self.std)}
+        numbers = [*(value for values in (*self.mean, *self.std) for value in values), self.scale, self.shift]
+        if not self.mean or len(self.mean) != len(self.std) or len(frames) != 1 or 0 in frames:
+            raise ValueError("a normalization has as many means as standard deviations, one or several a channel")
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError("the numbers of a normalization are finite")
+        if min(value for values in self.std for value in values) <= 0 or self.scale == 0:
+            raise ValueError("the standard deviations of a normalization are positive, and its scale is not 0")
+
+    @property
+    def per_latent_frame(self) -> bool:
+        """Whether each latent frame has numbers of its own."""
+        return len(self.mean[0]) > 1
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        channels: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        scale: float = 1.0,
+        shift: float = 0.0,
+    ) -> Normalization:
+        """Make one from flat lists, one number a channel, or all latent frames of the first channel first.
+
+        Raises:
+            ValueError: the lists do not fit the channels, or have numbers that are impossible.
+        """
+        mean = [0.0] * channels if mean is None else mean
+        std = [1.0] * len(mean) if std is None else std
+        if len(mean) != len(std) or not mean or len(mean) % channels:
+            raise ValueError(f"{len(mean)} means and {len(std)} standard deviations do not fit {channels} channels")
+        each = len(mean) // channels
+        rows = [tuple(tuple(flat[c * each : (c + 1) * each]) for c in range(channels)) for flat in (mean, std)]
+        return cls(mean=rows[0], std=rows[1], scale=scale, shift=shift)
+
+    def record(self) -> dict[str, Any]:
+        """JSON values; means and standard deviations are plain lists unless each latent frame has its own."""
+        lists = [[list(v) if self.per_latent_frame else v[0] for v in values] for values in (self.mean, self.std)]
+        return {
+            "mean": lists[0],
+            "std": lists[1],
+            "scale": self.scale,
+            "shift": self.shift,
+            "per_latent_frame": self.per_latent_frame,
+        }
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any]) -> Normalization:
+        """Inverse of `record`.
+
+        Raises:
+            ValueError: the values are no normalization.
+        """
+        try:
+            mean, std = (
+                tuple(tuple(v) if isinstance(v, list) else (v,) for v in record[name]) for name in ("mean", "std")
+            )
+            return cls(mean=mean, std=std, scale=record["scale"], shift=record["shift"])
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"its metadata describes no normalization: {error!r:.200}") from error
+
+
 Payload = tuple[PayloadColumn, ...]
 """Payload of a clip: one entry per payload column of a shard."""
 
@@ -244,6 +320,8 @@ class Provenance:
     """Versions of the libraries that computed the frames and the tokens."""
     notice: str | None = None
     """Warning for readers, such as that the weights are random."""
+    normalization: Normalization | None = None
+    """Numbers by which readers standardize the latents, which are stored raw; None if the tokenizer has none."""
 
     @property
     def format_version(self) -> int:
@@ -265,6 +343,8 @@ class Provenance:
         }
         if self.notice:
             values["notice"] = self.notice
+        if self.normalization is not None:
+            values["normalization"] = self.normalization.record()
         return {METADATA_PREFIX + k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
 
     @classmethod
@@ -308,6 +388,9 @@ class Provenance:
             code_version=text["code_version"],
             libraries={name: str(version) for name, version in _json_object(text, "libraries").items()},
             notice=text.get("notice"),
+            normalization=(
+                Normalization.parse(_json_object(text, "normalization")) if "normalization" in text else None
+            ),
         )
 
 

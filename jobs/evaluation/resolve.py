@@ -20,6 +20,7 @@ from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.weights import weights_digest
 from vidshard.pipeline import storage
 from vidshard.pipeline.evaluation.scorer import Measured, MetricsSpec
+from vidshard.pipeline.named_tokenizer import PREFIX
 from vidshard.pipeline.open_output import Output
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.resolved_run import ResolvedRun
@@ -155,6 +156,8 @@ def _resolved(run: EvaluateRun, name: str, rate: Fraction) -> ResolvedRun:
 
 def _split(name: str) -> tuple[str | None, str | None]:
     """Preset and weights of a ``--tokenizer``; None for what it does not name."""
+    if name.startswith(PREFIX):
+        return name, None
     preset, equals, weights = name.partition("=")
     if equals and preset in PRESETS:
         return preset, weights

@@ -155,7 +155,11 @@ def record_of(provenance: Provenance) -> dict[str, Any]:
     """Values of ``run.json`` that follow from a provenance, for JSON."""
     described = payload_record(provenance.payload)
     payload = described.get("payloads") or {"kind": described.pop("payload"), **described}
-    return {**asdict(provenance), "payload": payload, "format_version": provenance.format_version}
+    record = {**asdict(provenance), "payload": payload, "format_version": provenance.format_version}
+    del record["normalization"]
+    if provenance.normalization is not None:
+        record["normalization"] = provenance.normalization.record()
+    return record
 
 
 def _listed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

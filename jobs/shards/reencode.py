@@ -147,7 +147,7 @@ def encode_by_another_cut(tokenizer: Tokenizer, resolved: ResolvedRun, values: M
         return _changed([whole], lambda values: values[0][..., -num_latents:, :, :])
     if resolved.padding is not None:
         x_BCTHW = pad(x_BCTHW, config, resolved.padding).frames
-    if config.is_causal and resolved.tiling is None:
+    if config.why_no_streams is None and resolved.tiling is None:
         return _in_pieces(tokenizer, x_BCTHW)
     with torch.inference_mode():
         twice = tokenizer.encode(x_BCTHW.expand(2, -1, -1, -1, -1), tiling=resolved.tiling)

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from vidshard.jobs.runtime.progress import print_alert, warn
 from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
+from vidshard.models.diffusers_vae.classes import CLASSES
+from vidshard.models.diffusers_vae.library import installed_classes
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
 from vidshard.pipeline import storage
@@ -282,3 +284,28 @@ def print_tokenizers(console: Console) -> None:
     if isinstance(measured, str):
         console.print(f"On clips that it never saw: {measured}.", highlight=False, markup=False)
     console.print("For the others: --weights FILE, from their release or from `vidshard train`.", highlight=False)
+    _print_autoencoders(console)
+
+
+def _print_autoencoders(console: Console) -> None:
+    """Print the classes of diffusers that are tokenizers here."""
+    version, installed = installed_classes()
+    console.print("\nautoencoders of diffusers", style="bold")
+    found = f"diffusers {version} is installed" if version else "not installed: pip install 'vidshard[diffusers]'"
+    console.print(
+        f"--tokenizer diffusers:FOLDER or diffusers:OWNER/REPO[@REVISION][/SUBFOLDER]; {found}", highlight=False
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("class", "models", "installed", "--keep-logvar", "--continuous", "clips"):
+        table.add_column(name, no_wrap=True)
+    for row in CLASSES.values():
+        table.add_row(
+            row.name,
+            row.models,
+            "yes" if row.name in installed else "no",
+            "yes" if row.has_logvar else "no",
+            "yes" if row.streams else f"no: {row.no_streams}",
+            row.clips,
+        )
+    table.width = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.print(table, soft_wrap=True)

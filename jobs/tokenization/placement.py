@@ -105,6 +105,8 @@ def _precision_of(resolved: ResolvedRun, record: RunRecord, device: Device) -> t
     stored = record.identity.get("precision")
     if stored not in (None, "auto"):
         return str(stored), "that of the output"
+    if resolved.config.default_precision is not None:
+        return resolved.config.default_precision, "the default of the tokenizer"
     return DEFAULT_PRECISION[device], f"the default on a {'GPU' if device == 'cuda' else 'CPU'}"
 
 

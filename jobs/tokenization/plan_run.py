@@ -136,7 +136,8 @@ def _plan(resolved: ResolvedRun, console: Console, *, local: bool, other: Machin
             resolved = place(resolved, RunRecord(identity={}, code_version=""), executor, console)
         else:
             device: Literal["cuda", "cpu"] = "cuda" if other.is_gpu else "cpu"
-            precision = DEFAULT_PRECISION[device] if run.precision == "auto" else run.precision
+            default = resolved.config.default_precision or DEFAULT_PRECISION[device]
+            precision = default if run.precision == "auto" else run.precision
             resolved = resolved.placed(device=device, precision=precision)
         limits = replace(run.limits, storage_hosts=found.storage_hosts)
         planned = make_plan(resolved, found, executor, lease, console, limits=limits)

@@ -15,6 +15,7 @@ from torch import Tensor
 from vidshard.pipeline.reader.catalog import Catalog
 from vidshard.pipeline.reader.stats import ChannelStats, channel_axis, read_stats
 from vidshard.schemas.errors import UserError
+from vidshard.schemas.tokens import Normalization
 
 Integers = npt.NDArray[np.int64]
 
@@ -27,6 +28,8 @@ class LatentRule:
     """Latents that are sampled."""
     stats: Mapping[str, ChannelStats]
     """Statistics of the latents that are normalized."""
+    given: Normalization | None
+    """Numbers of the tokenizer's trainers, which take the place of statistics."""
     dropped: tuple[str, ...]
     """Log-variances that are read for sampling alone."""
 
@@ -55,6 +58,8 @@ class LatentRule:
             batch[name] = mean + torch.exp(0.5 * logvar) * _noise(mean.shape, name, rows, noise)
         for name, stats in self.stats.items():
             batch[name] = _normalized(batch[name].float(), stats, shapes[name], channel_axis(name))
+        if self.given is not None and "latents" in batch:
+            batch["latents"] = _standardized(batch["latents"].float(), self.given, shapes["latents"])
         return {name: values for name, values in batch.items() if name not in self.dropped}
 
 
@@ -75,6 +80,23 @@ def _normalized(values: Tensor, stats: ChannelStats, shape: tuple[int, ...], axi
     return ((values.reshape(-1, *shape) - mean) / scale).reshape(values.shape)
 
 
+def _standardized(values: Tensor, numbers: Normalization, shape: tuple[int, ...]) -> Tensor:
+    """Apply the numbers of the trainers to latents (rows, C * T' * H' * W') of a shape (C, T', H', W').
+
+    Raises:
+        UserError: the latents have other channels, or more latent frames than there are numbers.
+    """
+    mean, std = (torch.tensor(table, dtype=torch.float32)[:, :, None, None] for table in (numbers.mean, numbers.std))
+    if len(shape) != 4 or mean.shape[0] != shape[0] or (numbers.per_latent_frame and mean.shape[1] < shape[1]):
+        raise UserError(
+            f"normalize=True: the shards state numbers of {mean.shape[0]} channels and {mean.shape[1]} latent frames, "
+            f"which do not fit latents of {list(shape)}: give (mean, std) by column, or normalize=False"
+        )
+    mean, std = mean[:, : shape[1]], std[:, : shape[1]]
+    standardized = ((values.reshape(-1, *shape) - mean) / std - numbers.shift) * numbers.scale
+    return standardized.reshape(values.shape)
+
+
 def latent_rule(
     catalog: Catalog,
     paths: Sequence[str],
@@ -89,7 +111,8 @@ def latent_rule(
         catalog: the shards.
         paths: outputs, whose ``stats.json`` holds the statistics.
         names: columns of the batches.
-        normalize: True for the statistics of ``vidshard stats``, or (mean, std) by column, a number or one a channel.
+        normalize: True for the numbers that the shards state, as those of diffusers do, or else the statistics of
+            ``vidshard stats``; or (mean, std) by column, a number or one a channel.
         sample: sample from mean and log-variance.
 
     Raises:
@@ -108,16 +131,19 @@ def latent_rule(
         for name in latents:
             catalog.check_column(f"{name}_logvar", "log-variance (kept by --keep-logvar)")
     stats: dict[str, ChannelStats] = {}
+    given: Normalization | None = None
     if isinstance(normalize, Mapping):
         if unknown := [name for name in normalize if name not in latents]:
             raise UserError(f"normalize: there is no latent column {unknown[0]!r:.80}; there are: {', '.join(latents)}")
         for name, numbers in normalize.items():
             stats[name] = _given(name, numbers, catalog)
+    elif normalize and catalog.provenance.normalization is not None:
+        given = catalog.provenance.normalization
     elif normalize:
         read = read_stats(catalog, paths)
         stats = {name: read[name] for name in latents}
     dropped = tuple(f"{name}_logvar" for name in latents if sample and f"{name}_logvar" not in names)
-    return LatentRule(sampled=tuple(latents) if sample else (), stats=stats, dropped=dropped)
+    return LatentRule(sampled=tuple(latents) if sample else (), stats=stats, given=given, dropped=dropped)
 
 
 def _given(name: str, numbers: Any, catalog: Catalog) -> ChannelStats:

@@ -76,7 +76,8 @@ class TokenShards(IterableDataset[Batch]):
             signals: columns with a value for each frame, as ``--signals`` writes them.
             signals_per: ``frame``, or ``latent`` to group the samples by latent.
             normalize: subtract the mean of each channel of the latents and divide by its standard deviation: True for
-                the numbers of ``vidshard stats``, or ``{column: (mean, std)}``.
+                the numbers that the shards state (``diffusers:`` tokenizers) or else those of ``vidshard stats``, or
+                ``{column: (mean, std)}``.
             sample: sample latents from mean and log-variance; the noise depends on seed, epoch and clip.
             batch_size: clips, or sequences, of a batch of each rank; None for single ones without a batch axis.
             drop_last: leave out batches with fewer clips.

@@ -23,6 +23,7 @@ from tests.support.markdown import ROOT, project_pages
 from vidshard.jobs.runtime.events import EVENTS
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.sources import SOURCES
+from vidshard.models.diffusers_vae.classes import CLASSES, EXCLUDED
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.weights import SHIPPED, count_parameters
 from vidshard.schemas.fields import Identity, When, With, Without, setting_of
@@ -295,12 +296,29 @@ def events(_: str) -> str:
     return _table(["event", "meaning", "fields"], rows)
 
 
+def autoencoders(_: str) -> str:
+    """Classes of diffusers: clips that each takes, and why it does not encode streams."""
+    rows = [
+        [
+            f"`{row.name}`",
+            row.models,
+            row.clips,
+            "yes" if row.streams else f"no: {row.no_streams}",
+            "yes" if row.has_logvar else "no",
+        ]
+        for row in CLASSES.values()
+    ]
+    rows += [[f"`{name}`", "", f"refused: {why}", "", ""] for name, why in EXCLUDED.items()]
+    return _table(["class", "models", "clips, in frames", "`--continuous`", "`--keep-logvar`"], rows)
+
+
 RENDERERS: dict[str, Callable[[str], str]] = {
     "settings of tokenize": tokenize_settings,
     "settings of train": train_settings,
     "training presets": training_presets,
     "sources of training presets": training_sources,
     "tokenizers": tokenizers,
+    "autoencoders": autoencoders,
     "columns of a shard": clip_columns,
     "columns of a rejection": reject_columns,
     "reasons": reasons,
