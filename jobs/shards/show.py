@@ -292,9 +292,8 @@ def _print_autoencoders(console: Console) -> None:
     version, installed = installed_classes()
     console.print("\nautoencoders of diffusers", style="bold")
     found = f"diffusers {version} is installed" if version else "not installed: pip install 'vidshard[diffusers]'"
-    console.print(
-        f"--tokenizer diffusers:FOLDER or diffusers:OWNER/REPO[@REVISION][/SUBFOLDER]; {found}", highlight=False
-    )
+    place = "--tokenizer diffusers:FOLDER or diffusers:OWNER/REPO[@REVISION][/SUBFOLDER]"
+    console.print(f"{place}; {found}", highlight=False, markup=False)
     table = Table(box=None, pad_edge=False)
     for name in ("class", "models", "installed", "--keep-logvar", "--continuous", "clips"):
         table.add_column(name, no_wrap=True)
