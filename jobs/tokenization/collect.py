@@ -77,7 +77,13 @@ def tokenize_spans(
     started = time.monotonic()
     committer: Committer | None = None
     try:
-        committer = Committer(settings, executor.open_writers(settings), account, before_commit=lease.check)
+        committer = Committer(
+            settings,
+            executor.open_writers(settings),
+            account,
+            before_commit=lease.check,
+            on_published=telemetry.committed,
+        )
         run = _Collection(
             resolved, work, executor, lease, committer, account, counter, summary, rejected, console, telemetry
         )
@@ -158,6 +164,7 @@ class _Collection:
         clips_per_row = summary.expected_clips / summary.planned_spans
         resources, encoder = plan_resources(self.resolved, work.num_spans, clips_per_row, self.executor)
         self.counter.resources = resources
+        self.telemetry.encoding(resources.encode_workers)
         decoder = span_decoder(self.resolved, limits, stop)
         source = work.source
         with Interrupts() as interrupts, PhaseProgress(self.console, "tokenizing", work.num_spans) as display:
@@ -194,6 +201,7 @@ class _Collection:
                 if receipts is None:
                     self.lease.check(now=False)
                     self.committer.tick()
+                    self.telemetry.tick()
                     continue
                 receipts, rejections = counter.take(receipts)
                 self.telemetry.took(receipts, [one for _, _, one in rejections])

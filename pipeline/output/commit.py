@@ -166,6 +166,7 @@ class Committer:
         account: SpanAccount | None = None,
         *,
         before_commit: Callable[[], None] = lambda: None,
+        on_published: Callable[[str, WriteStats], None] = lambda _path, _stats: None,
     ) -> None:
         """Make the area for staged shards.
 
@@ -174,12 +175,13 @@ class Committer:
             writers: the writers of the run.
             account: account of the spans; None if rows have no numbers, and none comes twice.
             before_commit: called before files become visible; an exception stops the commits.
+            on_published: called on the thread of the commits with the path and the counts of each published shard.
 
         Raises:
             storage.StorageError: the output cannot be written.
         """
         self._settings, self.writers, self._account = settings, writers, account
-        self._before_commit = before_commit
+        self._before_commit, self._on_published = before_commit, on_published
         self._rejections: list[Rejection] = []
         self._oldest: float | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -274,6 +276,8 @@ class Committer:
             self._before_commit()
             for report, _ in zip(batch.reports, self._publishers.map(_publish, batch.reports), strict=True):
                 self.committed.add(report.stats)
+                assert report.staged is not None
+                self._on_published(report.staged.path, report.stats)
                 self.writers.settle(report)
         self.committed.seconds += time.monotonic() - started
 

@@ -15,6 +15,7 @@ from tests.support.cli import SMALL, run, tokenize
 from vidshard.jobs.runtime.errors import Terminated
 from vidshard.jobs.runtime.events import EVENTS, EventLog, events_of, mode_of, reported
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
+from vidshard.pipeline.output.layout import shard_paths
 from vidshard.schemas.errors import RunFailedError, UserError
 from vidshard.schemas.fields import ProgressMode, ReportSettings
 
@@ -57,6 +58,10 @@ def test_every_span_and_every_rejection_of_a_run_is_an_event(tokenized: Path) ->
     assert sum(event["clips"] for event in finished) == written["num_clips"] > 0
     assert len(rejected) == written["num_rejected_spans"] + written["num_damaged_spans"]
     assert len({event["span_id"] for event in finished}) == len(finished)
+    shards = named(first, "shard_written")
+    assert sorted(event["path"] for event in shards) == sorted(shard_paths(str(tokenized / "tokens")))
+    for name, total in (("clips", "num_clips"), ("spans", "num_spans"), ("bytes", "file_bytes")):
+        assert sum(event[name] for event in shards) == written[total]
     assert planned["left"] == len({e["span_id"] for e in [*finished, *rejected]})
     reasons = [event["reason"] for event in [*rejected, *named(first, "video_rejected")]]
     assert sorted(reasons) == sorted(
