@@ -38,8 +38,9 @@ def export(
 ) -> ExportResult:
     """Write an output in the layout of another program.
 
-    DEST is an empty folder, local or remote. The same command again continues an interrupted export. Every clip is
-    written, or refused with a reason, and the counts are printed.
+    DEST is an empty folder, local or remote; for lerobot-latents also the LeRobot dataset of the clips. The same
+    command again continues an interrupted export. Every clip is written, or refused with a reason, and the counts are
+    printed.
 
     \b
     Layouts, and their fields for --map:

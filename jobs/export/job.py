@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vidshard.jobs.export.layout import REFUSALS, Layout, Refusal, Source
 from vidshard.jobs.export.layouts import LAYOUTS
+from vidshard.jobs.export.lerobot_latents import LeRobotLatents
 from vidshard.jobs.export.selection import Selection, read_clips, select, source_of
 from vidshard.jobs.export.state import FOLDER, State
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
@@ -93,7 +94,7 @@ def export_output(request: ExportRun, console: Console) -> ExportResult:
     if left_out:
         names = ", ".join(readable(name, 80) for name in left_out)
         warn(console, f"left out, as {layout.name} has no place for it: {names}")
-    if state is None:
+    if state is None and not (isinstance(layout, LeRobotLatents) and layout.adds_to_dataset):
         _check_empty(dest)
     with Lease.acquire(storage.join(dest, FOLDER)) as lease:
         state = State.load(dest) or State(

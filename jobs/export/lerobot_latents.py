@@ -2,7 +2,8 @@
 
 A sequence of consecutive clips of one video is an episode, at the frame rate of the clips. Each clip is a segment of
 it, ``[start_frame, end_frame)``, with one file of latents; a sequence of ``--continuous`` is one segment. Latents are
-stored in bfloat16, as the trainer takes them, so they are rounded from float16.
+stored in bfloat16, as the trainer takes them, so they are rounded from float16. Clips of a LeRobot dataset may be
+written into that dataset instead (``lerobot_dataset``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vidshard.jobs.export.layout import (
     signal_values,
     without,
 )
+from vidshard.jobs.export.lerobot_dataset import DatasetLatents
 from vidshard.pipeline import storage
 from vidshard.schemas.errors import UserError
 
@@ -56,6 +58,12 @@ class LeRobotLatents:
     def __init__(self) -> None:
         """Know no description yet."""
         self._tasks: dict[str, int] | None = None
+        self._dataset: DatasetLatents | None = None
+
+    @property
+    def adds_to_dataset(self) -> bool:
+        """Whether the destination is the dataset of the clips, which gets files beside its own."""
+        return self._dataset is not None
 
     def check(self, source: Source) -> list[str]:
         """Check that clips are latents whose number the loader computes from the number of frames."""
@@ -77,10 +85,14 @@ class LeRobotLatents:
                 f"latent, as its loader counts actions so; {source.tokenizer} has {source.time_stride} frames per "
                 f"latent and {list(latents.shape)} values per clip"
             )
+        if DatasetLatents.is_at(source):
+            self._dataset = DatasetLatents(source)
         return [column.name for column in source.payload if column.is_logvar]
 
     def write(self, source: Source, clips: Clips, before: Sequence[Written], /) -> Written:
         """Write the files of whole episodes; `finish` makes the folder a dataset."""
+        if self._dataset is not None:
+            return _written_beside(self._dataset, source, clips)
         written = Written()
         rows = clips.table.to_pylist()
         refused: dict[int, Refusal] = {}
@@ -129,6 +141,8 @@ class LeRobotLatents:
 
     def finish(self, source: Source, batches: Sequence[Written], /) -> dict[str, int]:
         """Write ``meta/``; info.json, by which a folder is found, comes last."""
+        if self._dataset is not None:
+            return self._dataset.finish(batches)
         written = Written()
         episodes: list[str] = []
         stats: list[str] = []
@@ -191,30 +205,8 @@ class _Episode:
         return list(zip([0, *self._ends[:-1]], self._ends, strict=True))
 
     def _content(self, row: Mapping[str, Any], latents_CTHW: np.ndarray, start: int, end: int) -> dict[str, Any]:
-        C, T, H, W = latents_CTHW.shape
-        flat = torch.from_numpy(np.ascontiguousarray(latents_CTHW.transpose(1, 2, 3, 0), np.float32).reshape(-1, C))
-        embedding = self._embedding(row)
-        return {
-            "latent": flat.to(torch.bfloat16),
-            "latent_num_frames": T,
-            "latent_height": H,
-            "latent_width": W,
-            "video_num_frames": end - start,
-            "video_height": _size(row)[0],
-            "video_width": _size(row)[1],
-            "text_emb": torch.from_numpy(embedding).to(torch.bfloat16),
-            "text": self._text(row),
-            "frame_ids": list(range(start, end)),
-            "start_frame": start,
-            "end_frame": end,
-            "fps": int(self._source.fps),
-            "ori_fps": int(self._source.fps),
-        }
-
-    def _embedding(self, row: Mapping[str, Any]) -> np.ndarray:
-        column = self._source.columns.get("text_emb")
-        found = None if column is None else matrix_values(row[column])
-        return np.zeros((0, TEXT_WIDTH), np.float32) if found is None else found
+        ids, fps = list(range(start, end)), int(self._source.fps)
+        return _segment_content(self._source, row, latents_CTHW, text=self._text(row), ids=ids, end=end, ori_fps=fps)
 
     def _text(self, row: Mapping[str, Any]) -> str:
         column = self._source.columns.get("text")
@@ -252,6 +244,72 @@ class _Episode:
         out = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), out, compression="zstd", write_page_checksum=True)
         return memoryview(out.getvalue())
+
+
+def _written_beside(dataset: DatasetLatents, source: Source, clips: Clips) -> Written:
+    """Write the segments of a batch into the dataset that its clips are of."""
+    written = Written()
+    segments, refused = dataset.segments(clips, source.columns.get("text"))
+    for segment in segments:
+        latents = np.concatenate([clips.payload["latents"][at] for at in segment.at], axis=1)
+        content = _segment_content(
+            source,
+            segment.rows[0],
+            latents,
+            text=segment.text,
+            ids=segment.frame_ids,
+            end=segment.end_frame,
+            ori_fps=dataset.fps,
+        )
+        written.put(source, dataset.path_of(segment), _saved(content))
+    dataset.record(written, clips.number, segments)
+    written.num_clips = len(clips) - len(refused)
+    written.refused.update(refused.values())
+    return written
+
+
+def _segment_content(
+    source: Source,
+    row: Mapping[str, Any],
+    latents_CTHW: np.ndarray,
+    *,
+    text: str,
+    ids: list[int],
+    end: int,
+    ori_fps: int,
+) -> dict[str, Any]:
+    """Content of the file of a segment.
+
+    Args:
+        source: of the clips.
+        row: columns of its first clip.
+        latents_CTHW: float16, its latents.
+        text: its description.
+        ids: numbers of its frames in the episode.
+        end: number of the frame after the last.
+        ori_fps: frames per second of the episode.
+    """
+    C, T, H, W = latents_CTHW.shape
+    flat = torch.from_numpy(np.ascontiguousarray(latents_CTHW.transpose(1, 2, 3, 0), np.float32).reshape(-1, C))
+    column = source.columns.get("text_emb")
+    found = None if column is None else matrix_values(row[column])
+    embedding = np.zeros((0, TEXT_WIDTH), np.float32) if found is None else found
+    return {
+        "latent": flat.to(torch.bfloat16),
+        "latent_num_frames": T,
+        "latent_height": H,
+        "latent_width": W,
+        "video_num_frames": len(ids),
+        "video_height": _size(row)[0],
+        "video_width": _size(row)[1],
+        "text_emb": torch.from_numpy(embedding).to(torch.bfloat16),
+        "text": text,
+        "frame_ids": ids,
+        "start_frame": ids[0],
+        "end_frame": end,
+        "fps": int(source.fps),
+        "ori_fps": ori_fps,
+    }
 
 
 def _signals(

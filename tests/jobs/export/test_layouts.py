@@ -22,6 +22,7 @@ from tests.support.exports import (
     rows_of_output,
     tar_samples,
 )
+from tests.support.lerobot import TASKS, TOP, WRIST, Shape, make_dataset
 from tests.support.token_outputs import LATENTS, Made, provenance, write_shard
 
 ACTIONS = ("--map", "action=actions")
@@ -229,3 +230,56 @@ def test_a_clip_whose_signal_is_missing_or_uneven_is_refused_with_the_reason(val
     assert "4 = 3 written + 1 refused" in said
     assert f"1 x {'no_value' if value is None else 'uneven_signal'}" in said
     assert len(lerobot_segments(tmp_path / "x")) == 3
+
+
+def test_latents_of_a_lerobot_dataset_are_written_beside_it(tmp_path: Path) -> None:
+    """The trainer finds each segment by episode, camera and frames, and its actions in the dataset's own rows."""
+    root = make_dataset(tmp_path / "data", Shape(version="v2.1", fps=20, lengths=(21, 32)))
+    files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    settings = ("--tokenizer", "tiny_kl", "--fps", "10", "--frames", "5", "--size", "32", "--tail", "drop", "--local")
+    printed_by("tokenize", f"lerobot:{root}", "--out", tmp_path / "out", *settings)
+    # the videos of both cameras have the same bytes, and are no copies of each other
+    assert "10 = 10 written" in printed_by("export", tmp_path / "out", root, "--to", "lerobot-latents")
+    changed = {path for path, data in files.items() if path.read_bytes() != data}
+    assert changed == {root / "meta/episodes.jsonl"}
+    episodes = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
+    bounds = [[(c["start_frame"], c["end_frame"]) for c in episode["action_config"]] for episode in episodes]
+    assert bounds == [[(0, 10), (10, 20)], [(0, 10), (10, 20), (20, 30)]]
+    payload = {(r["episode_index"], r["camera"], r["clip_index"]): r for r in _latents_of(tmp_path / "out")}
+    for episode in episodes:
+        number = episode["episode_index"]
+        actions = pq.read_table(root / f"data/chunk-000/episode_{number:06d}.parquet")["action"].to_pylist()
+        for camera in (TOP, WRIST):
+            for at, segment in enumerate(episode["action_config"]):
+                start, end = segment["start_frame"], segment["end_frame"]
+                path = root / f"latents/chunk-000/{camera}/episode_{number:06d}_{start}_{end}.pth"
+                content = torch.load(path, weights_only=True)
+                assert content["frame_ids"] == list(range(start, start + 10, 2))
+                assert (content["fps"], content["ori_fps"]) == (10, 20)
+                assert content["text"] == segment["action_text"] == TASKS[number % 2]
+                row = payload[number, camera, at]
+                assert [actions[frame] for frame in content["frame_ids"]] == row["action"]
+                T, H, W = (content[f"latent_{name}"] for name in ("num_frames", "height", "width"))
+                latents = content["latent"].reshape(T, H, W, -1).permute(3, 0, 1, 2)
+                assert torch.equal(latents.reshape(-1), torch.tensor(row["latents"]).to(torch.bfloat16))
+    again = printed_by("export", tmp_path / "out", root, "--to", "lerobot-latents")
+    assert "nothing new was written" in again
+
+
+def _latents_of(out: Path) -> list[dict[str, Any]]:
+    return [row for path in (out / "shards").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("version", "fps", "said"), [("v3.0", "10", "of version 3"), ("v2.1", "8", "divides the dataset's")]
+)
+def test_a_dataset_that_the_trainer_cannot_read_gets_no_latents(
+    tmp_path: Path, version: str, fps: str, said: str
+) -> None:
+    root = make_dataset(tmp_path / "data", Shape(version=version, lengths=(10,), data_files=(0,), files={TOP: (0,)}))
+    settings = ("--tokenizer", "tiny_kl", "--fps", fps, "--frames", "5", "--size", "32", "--local")
+    printed_by("tokenize", f"lerobot:{root}", "--out", tmp_path / "out", *settings)
+    code, text = vidshard_exits("export", tmp_path / "out", root, "--to", "lerobot-latents")
+    assert code == 2
+    assert said in " ".join(text.split())
+    assert not (root / "latents").exists()
