@@ -318,6 +318,14 @@ class ComputeSettings(Settings):
     divergence_after: int = setting(
         500, section="Execution", ge=1, metavar="STEPS", help="Number of steps before --divergence-l1 is checked."
     )
+    max_skipped_batches: int = setting(
+        0,
+        section="Execution",
+        ge=0,
+        metavar="N",
+        help="Largest number of batches in a row that are skipped because a loss or gradient is not finite; one more "
+        "ends the run. With 0 the first one does.",
+    )
 
 
 # pydantic orders fields from the last base to the first.

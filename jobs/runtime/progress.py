@@ -23,7 +23,15 @@ PLAIN_INTERVAL_SECONDS = 10.0
 class PhaseProgress:
     """Progress of one phase of a job, as a context manager."""
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
+    def __init__(self, console: Console, title: str, total: int, *, begun: float = 0.0) -> None:
+        """Begin a phase.
+
+        Args:
+            total: units of work.
+            begun: units of them that an earlier run did.
+        """
+        self._begun = begun
+        self._shown: tuple[float, str] | None = None
         self._console = console
         self._title = title
         self._total = max(total, 1)
@@ -67,13 +75,15 @@ class PhaseProgress:
             figures: text after the bar.
         """
         self._done = min(done, self._total)
-        left = self.seconds * (self._total - self._done) / self._done if self._done else None
+        own = self._done - self._begun
+        left = self.seconds * (self._total - self._done) / own if own > 0 else None
         line = figures + (f" · {_duration(left)} left" if left is not None and self._done < self._total else "")
         self._progress.update(self._task, completed=self._done, figures=line)
         now = time.monotonic()
         if now - self._printed >= PLAIN_INTERVAL_SECONDS:
             self._printed = now
-            if self._is_plain:
+            if self._is_plain and self._shown != (self._done, figures):  # the time left alone is no news
+                self._shown = self._done, figures
                 self._console.print(f"{self._title}: {self._done / self._total:.0%} · {line}", highlight=False)
             events_of(self._console).emit(
                 "progress",

@@ -342,13 +342,13 @@ def _train_stage(
     start = checkpoint.step if checkpoint else 0
     outcome = StageResult(name=job.name, steps=start)
     began = time.monotonic()
-    with Interrupts() as interrupts, PhaseProgress(console, job.name, job.stage.steps - start) as progress:
+    with Interrupts() as interrupts, PhaseProgress(console, job.name, job.stage.steps, begun=start) as progress:
         fit.start()
         asked = False
         while fit.runs(0.5):
             note = job.status.read()
             if note["latest"]:
-                progress.update(note["latest"]["step"] - start, _progress_text(note, job.stage))
+                progress.update(note["latest"]["step"], _progress_text(note, job.stage))
             if note["held_out"].get("step") == 0:
                 outcome.before = note["held_out"]
             if interrupts.first is not None and not asked:

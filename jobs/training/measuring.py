@@ -29,24 +29,33 @@ def evaluate(
         recorder: None on workers that record nothing.
 
     Returns:
-        Metrics by name, the same on all workers; empty without held-out clips.
+        Metrics by name, the same on all workers; empty without held-out clips. Where averages are kept, those of the
+        last step's weights are ``raw_psnr``, ``raw_ssim`` and ``raw_lpips``.
     """
     if not len(held_out):
         return {}
+    raw: dict[str, float] = {}
+    if state.averages:
+        of_last_step = _over_workers(worker, _evaluate_share(job, worker, state, held_out)).metrics()
+        raw = {f"raw_{name}": of_last_step[name] for name in ("psnr", "ssim", "lpips") if name in of_last_step}
     with state.averaged():
         own = _evaluate_share(job, worker, state, held_out)
         pictures = _pictures(state, held_out[: job.run.pictures])
-    all_shares = [own]
-    if worker.count > 1:
-        gathered: list[Evaluation | None] = [None] * worker.count
-        dist.all_gather_object(gathered, own)
-        all_shares = gathered
-    figures = reduce(operator.add, (share for share in all_shares if share is not None)).metrics()
+    figures = _over_workers(worker, own).metrics() | raw
     if recorder is not None:
         recorder.write(state.step, figures, group="held_out")
         recorder.picture(state.step, pictures)
         job.status.measured({"step": state.step, **figures})
     return figures
+
+
+def _over_workers(worker: Worker, own: Evaluation | None) -> Evaluation:
+    """Sum of the evaluations of all workers' shares."""
+    all_shares: list[Evaluation | None] = [own]
+    if worker.count > 1:
+        all_shares = [None] * worker.count
+        dist.all_gather_object(all_shares, own)
+    return reduce(operator.add, (share for share in all_shares if share is not None))
 
 
 def _pictures(state: TrainState, clips: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.uint8]]:

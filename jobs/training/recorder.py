@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from vidshard.pipeline import storage
@@ -22,7 +25,7 @@ EVENTS = "tensorboard"
 PICTURES = "pictures"
 
 _GROUPS = {
-    "speed": ("clips_per_second", "steps_per_second", "waiting", "mfu", "epoch"),
+    "speed": ("clips_per_second", "steps_per_second", "waiting", "mfu", "gpu_memory_gib", "epoch"),
     "rates": ("learning_rate", "learning_rate_discriminator"),
     "gradients": ("grad_norm_generator", "grad_norm_discriminator"),
 }
@@ -58,9 +61,11 @@ class Recorder:
         self._root = root
         self._events = SummaryWriter(str(root / EVENTS), purge_step=from_step + 1 if from_step else 0)
         self._wandb: Any = None
+        self._package: Any = None
         if wandb is not None:
             import wandb as package
 
+            self._package = package
             self._wandb = package.init(project=wandb, name=name, config=dict(run), resume="allow", id=name)
 
     def write(self, step: int, figures: Mapping[str, float], *, group: str = "train") -> None:
@@ -82,12 +87,23 @@ class Recorder:
         """
         if not videos:
             return
-        strip = picture_strip(*videos.values())
+        strip = labeled_strip(videos)
         folder = self._root / PICTURES
         folder.mkdir(exist_ok=True)
         (folder / f"step-{step:08d}.png").write_bytes(png(strip))
-        title = f"held out, from above: {', '.join(videos)}"
-        self._events.add_image(title, strip, step, dataformats="HWC")
+        self._events.add_image("held_out/pictures", strip, step, dataformats="HWC")
+        moving = animation(videos)
+        height, width = moving.shape[1:3]
+        data = gif(moving, MOVING_FPS)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        writer: Any = self._events._get_file_writer()  # type: ignore[no-untyped-call]  # add_video needs moviepy
+        writer.add_summary(Summary(value=[Summary.Value(tag="held_out/video", image=image)]), step)
+        if self._wandb is not None:
+            shown = {
+                "held_out/pictures": self._package.Image(strip),
+                "held_out/video": self._package.Video(io.BytesIO(data), format="gif"),
+            }
+            self._wandb.log(shown, step=step)
 
     def flush(self) -> None:
         """Make everything written so far readable in the folder."""
@@ -108,6 +124,35 @@ class Recorder:
             self._wandb.finish()
         if self._local is not None:
             self._local.cleanup()
+
+
+LAST_VALUES = frozenset({"learning_rate", "learning_rate_discriminator"})
+"""Figures of which a record holds the value of its last step; of all others it holds the mean of its steps."""
+
+
+@dataclass
+class IntervalMeans:
+    """Figures of the steps since the last record."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Count the figures of a step."""
+        for name, value in figures.items():
+            if name in LAST_VALUES:
+                self.sums[name], self.counts[name] = value, 1
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """Means over the steps since the last call, for each figure over those that had it; skipped batches in all."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        if "skipped_batches" in self.sums:
+            means["skipped_batches"] = self.sums["skipped_batches"]
+        self.sums, self.counts = {}, {}
+        return means
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
@@ -134,6 +179,53 @@ def picture_strip(*videos_BTHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
     shown = np.unique(np.linspace(0, num_frames - 1, min(num_frames, MAX_STRIP_FRAMES)).round().astype(int))
     rows = [np.concatenate(list(video[shown]), axis=1) for group in zip(*videos_BTHWC, strict=True) for video in group]
     return np.concatenate(rows)
+
+
+_MARGIN, _LINE = 8, 14
+"""Pixels beside and between labels."""
+SHOWN_HEIGHT = 128
+"""Height in pixels to which smaller frames are enlarged, by a whole factor."""
+MOVING_FPS = 8
+"""Frames per second of moving pictures."""
+
+
+def _enlarged(picture: npt.NDArray[np.uint8], frame_height: int) -> npt.NDArray[np.uint8]:
+    """Picture (..., H, W, 3) whose pixels are repeated until a frame is `SHOWN_HEIGHT` high."""
+    factor = -(-SHOWN_HEIGHT // frame_height)
+    return picture.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def labeled_strip(videos: Mapping[str, npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """`picture_strip` of clips by what they show, enlarged, with the names of rows at the left: uint8 (H', W', 3)."""
+    from PIL import Image, ImageDraw
+
+    some = next(iter(videos.values()))
+    strip = _enlarged(picture_strip(*videos.values()), some.shape[2])
+    row_height = strip.shape[0] // (len(videos) * len(some))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = 2 * _MARGIN + math.ceil(max(measure.textlength(name) for name in videos))
+    canvas = Image.new("RGB", (margin + strip.shape[1], strip.shape[0]), "white")
+    canvas.paste(Image.fromarray(strip), (margin, 0))
+    pen = ImageDraw.Draw(canvas)
+    for row, name in enumerate([*videos] * len(some)):
+        pen.text((_MARGIN, row * row_height + (row_height - _LINE) // 2), name, fill="black")
+    return np.asarray(canvas)
+
+
+def animation(videos: Mapping[str, npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """Clips that move, in the order of `labeled_strip`: a row for each clip, a column for each name; (T, H', W', 3)."""
+    rows = [np.concatenate(group, axis=2) for group in zip(*videos.values(), strict=True)]
+    return _enlarged(np.concatenate(rows, axis=1), next(iter(videos.values())).shape[2])
+
+
+def gif(frames_THWC: npt.NDArray[np.uint8], fps: int) -> bytes:
+    """Encode frames, uint8 (T, H, W, 3), as an endless GIF."""
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame) for frame in frames_THWC)
+    buffer = io.BytesIO()
+    first.save(buffer, "gif", save_all=True, append_images=others, duration=1000 // fps, loop=0)
+    return buffer.getvalue()
 
 
 def png(picture: npt.NDArray[np.uint8]) -> bytes:

@@ -84,6 +84,7 @@ _VIDTOK = {
     "activation_checkpointing": _ours(False),
     "divergence_l1": _ours(1.0),
     "divergence_after": _ours(500),
+    "max_skipped_batches": _ours(0),
 }
 
 _VIDTOK_STAGE_2 = _VIDTOK | {
@@ -135,6 +136,7 @@ _VIDTWIN = {
     "activation_checkpointing": _ours(False),
     "divergence_l1": _ours(1.0),
     "divergence_after": _ours(500),
+    "max_skipped_batches": _ours(0),
 }
 
 SOURCES: dict[str, dict[str, Source]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.training.measuring import evaluate, read_held_out
-from vidshard.jobs.training.recorder import Recorder
+from vidshard.jobs.training.recorder import IntervalMeans, Recorder
 from vidshard.jobs.training.speed import Speed, flops_per_clip, peak_flops
 from vidshard.jobs.training.stage_job import EXPORT, StageJob, Worker
 from vidshard.jobs.training.start import Start, last_state, read_start, write_tokenizer
@@ -68,7 +69,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
 def _train(job: StageJob, worker: Worker) -> None:
     run, stage = job.run, job.stage
     held_out = read_held_out(job)
-    state, digests = begin(job, worker)
+    state, digests, interval = begin(job, worker)
     flops = 0.0 if state.device.type == "cpu" and run.compile else flops_per_clip(state, stage)
     speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count)
     tables = ray.train.get_dataset_shard("train").iter_batches(
@@ -88,20 +89,20 @@ def _train(job: StageJob, worker: Worker) -> None:
             if batch is None:
                 raise RuntimeError(f"the clips ended at step {state.step} of {stage.steps}")
             _check_position(batch, state, stage)
-            metrics = train_step(state, torch.from_numpy(batch.frames))
+            interval.add(train_step(state, torch.from_numpy(batch.frames)))
             speed.step(stage.batch_size, batch.wait_seconds)
             if batch.rejected:
                 job.status.reject(batch.rejected)
             is_last = state.step >= stage.steps
             if is_last or state.step % run.log_steps == 0:
-                metrics |= speed.recent()
+                metrics = interval.take() | speed.recent() | _gpu_memory(worker)
                 metrics["epoch"] = batch.samples[-1] / job.epoch_length
                 stopping = _report(job, worker, state, metrics, recorder)
             if is_last or state.step % run.evaluate_steps == 0:
                 measured = evaluate(job, worker, state, held_out, recorder)
             if is_last or stopping or state.step % run.checkpoint_steps == 0:
                 was_measured = is_last or state.step % run.evaluate_steps == 0
-                save(job, worker, state, writer, digests, measured if was_measured else {})
+                save(job, worker, state, writer, digests, measured if was_measured else {}, interval)
                 if recorder is not None:
                     recorder.flush()
         writer.wait()
@@ -131,11 +132,12 @@ def _this_worker(job: StageJob) -> Worker:
 # Starting and resuming
 
 
-def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
+def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str], IntervalMeans]:
     """Restore the stage's last checkpoint, or make its first state.
 
     Returns:
-        The state, and digests of the weights that the stage began with and of those that it must not change.
+        The state, digests of the weights that the stage began with and of those that it must not change, and the
+        figures of the steps since the last record.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another run.
@@ -176,13 +178,13 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str]]:
     )
     if checkpoint is None:
         started = weights_digest(state.weights(averaged=False))
-        return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}
+        return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}, IntervalMeans()
     saved = job.checkpoints.load(checkpoint)
     try:
         state.load_state_dict(saved["state"])
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return state, saved["digests"]
+    return state, saved["digests"], IntervalMeans(**saved["data"].get("interval", {}))
 
 
 def _out_of_memory_text(job: StageJob, error: BaseException) -> str:
@@ -228,6 +230,15 @@ def _report(
     return stopping
 
 
+def _gpu_memory(worker: Worker) -> dict[str, float]:
+    """Largest memory of this worker's tensors on its GPU since the last call, in GiB; empty on a CPU."""
+    if worker.device.type != "cuda":
+        return {}
+    most = torch.cuda.max_memory_allocated(worker.device)
+    torch.cuda.reset_peak_memory_stats(worker.device)
+    return {"gpu_memory_gib": most / 2**30}
+
+
 # Checkpoints and the result
 
 
@@ -238,11 +249,13 @@ def save(
     writer: CheckpointWriter,
     digests: Mapping[str, str],
     measured: Mapping[str, float],
+    interval: IntervalMeans,
 ) -> None:
     """Start writing a checkpoint on the first worker; sharded weights need every worker to take part.
 
     Args:
         measured: metrics of held-out clips at this step; empty where none were taken.
+        interval: figures of the steps since the last record.
     """
     if not worker.is_first and job.run.parallel != "fsdp":
         return
@@ -250,7 +263,7 @@ def save(
     if worker.is_first:
         sample = state.step * job.stage.batch_size
         epoch, count = divmod(sample, job.epoch_length)
-        data = {"sample": sample, "epoch": epoch, "count": count}
+        data = {"sample": sample, "epoch": epoch, "count": count, "interval": asdict(interval)}
         writer.save({"state": kept, "stage": job.name, "data": data, "digests": dict(digests)}, state.step, measured)
 
 

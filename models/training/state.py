@@ -72,6 +72,8 @@ class TrainState:
     """Number of steps done, which is the number of the next step."""
     average_l1: float = 0.0
     """Moving average of L1 over about 50 steps, by which divergence is noticed."""
+    skipped_in_row: int = 0
+    """Number of batches up to the last one that were skipped as not finite."""
 
     @property
     def tokenizer(self) -> nn.Module:

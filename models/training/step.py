@@ -53,7 +53,8 @@ def train_step(state: TrainState, frames_BTHWC: Tensor) -> dict[str, float]:
             ``gradient_accumulation`` and the same on all workers.
 
     Returns:
-        Unweighted losses by term, gradient norms before clipping, and learning rates; means over all workers.
+        Unweighted losses by term, gradient norms before clipping, and learning rates; means over all workers. Of a
+        batch that was skipped, as one of these is not finite, only ``skipped_batches``, which is 1.
 
     Raises:
         NonFiniteError, DivergedError: on all workers at once, naming the terms. No weight has changed.
@@ -61,6 +62,7 @@ def train_step(state: TrainState, frames_BTHWC: Tensor) -> dict[str, float]:
     """
     config = state.config
     discriminator = state.discriminator if state.step >= config.gan_start else None
+    buffers = _copied_buffers(state) if config.max_skipped_batches else []
     terms = _accumulate_gradients(state, discriminator, frames_BTHWC)
     values = mean_over_workers(torch.stack(list(terms.values())))
     norms = {"grad_norm_generator": _clip_gradients(state.generator_optimizer, config.max_grad_norm)}
@@ -70,6 +72,13 @@ def train_step(state: TrainState, frames_BTHWC: Tensor) -> dict[str, float]:
     # The one place where the CPU waits for the device.
     numbers = torch.cat([values, torch.stack(list(norms.values()))]).tolist()
     metrics = dict(zip([*terms, *norms], numbers, strict=True))
+    if not all(map(math.isfinite, metrics.values())):
+        for buffer, value in buffers:  # statistics of batch norm saw the batch too
+            buffer.copy_(value)
+        if state.skipped_in_row < config.max_skipped_batches:
+            state.skipped_in_row += 1
+            state.step += 1
+            return {"skipped_batches": 1.0}
     average_l1 = metrics["l1"] if state.step == 0 else 0.98 * state.average_l1 + 0.02 * metrics["l1"]
     _check_sane(state, metrics, average_l1)
 
@@ -85,7 +94,14 @@ def train_step(state: TrainState, frames_BTHWC: Tensor) -> dict[str, float]:
     _update_averages(state)
     state.step += 1
     state.average_l1 = average_l1
+    state.skipped_in_row = 0
     return metrics
+
+
+def _copied_buffers(state: TrainState) -> list[tuple[Tensor, Tensor]]:
+    """Buffers of both networks, each with a copy of its present values."""
+    networks = [state.tokenizer, *([] if state.bare_discriminator is None else [state.bare_discriminator])]
+    return [(buffer, buffer.detach().clone()) for network in networks for buffer in network.buffers()]
 
 
 # Gradients

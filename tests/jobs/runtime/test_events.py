@@ -179,6 +179,24 @@ def test_progress_is_shown_as_asked(
     assert mode_of(console) == ("live" if terminal else "plain")
 
 
+def test_plain_progress_is_printed_where_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidshard.jobs.runtime.progress.PLAIN_INTERVAL_SECONDS", 0.0)
+    text = StringIO()
+    with PhaseProgress(Console(file=text, width=200), "stage1", 150, begun=100) as display:
+        for step in (125, 125, 125, 150):
+            display.update(step, f"step {step} of 150")
+    lines = [line.partition(" · ")[0] for line in text.getvalue().splitlines()]
+    assert lines == ["stage1: 83%", "stage1: 100%"]  # of the whole, also of what an earlier run did
+
+
+def test_the_time_left_follows_from_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StringIO()
+    with PhaseProgress(Console(file=text, width=200), "stage1", 150, begun=100) as display:
+        display._started -= 100.0
+        display.update(110, "step 110 of 150")
+    assert "7 min left" in text.getvalue()  # 10 steps in 100 s, 40 to go
+
+
 def test_every_job_with_progress_takes_both_flags(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "none" / "log.json")
     for command in (

@@ -345,6 +345,35 @@ def test_a_loss_that_is_no_number_is_named_and_nothing_is_changed(spoil: str, na
         torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0, equal_nan=True)
 
 
+def test_batches_that_are_not_finite_are_skipped_up_to_a_number_in_a_row_and_leave_nothing() -> None:
+    state = state_of(small(gan_start=0, max_skipped_batches=2))
+    train_step(state, clips(2))
+    bias = state.tokenizer.get_parameter("decoder.conv_out.conv.bias")
+    good = bias.detach().clone()
+
+    def skipped() -> bool:
+        with torch.no_grad():
+            bias.fill_(math.nan)
+        before, buffers = state.state_dict(), [b.clone() for b in state.bare_discriminator.buffers()]  # type: ignore[union-attr]
+        metrics = train_step(state, clips(2))
+        after = state.state_dict()
+        for kept in ("generator", "averages", "lecam", "generator_optimizer", "discriminator_optimizer"):
+            torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0, equal_nan=True)
+        for now, then in zip(state.bare_discriminator.buffers(), buffers, strict=True):  # type: ignore[union-attr]
+            torch.testing.assert_close(now, then, rtol=0, atol=0)
+        assert after["step"] == before["step"] + 1
+        return metrics == {"skipped_batches": 1.0}
+
+    assert skipped()
+    assert skipped()
+    with pytest.raises(NonFiniteError):
+        train_step(state, clips(2))
+    with torch.no_grad():
+        bias.copy_(good)
+    assert math.isfinite(train_step(state, clips(2))["l1"])
+    assert skipped()  # the count begins anew after a good one
+
+
 def test_training_that_is_worse_than_gray_stops() -> None:
     state = state_of(small(divergence_after=1, gan_weight=0))
     with torch.no_grad():
