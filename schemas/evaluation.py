@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from vidshard.schemas.fields import ClusterSettings, FrameSize, Rate, setting
+from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Rate, setting
 from vidshard.schemas.video import parse_rate
 
 Average = Literal["frames", "clips", "videos"]
@@ -64,7 +64,7 @@ Rates = Annotated[list[Rate], BeforeValidator(parse_rates)]
 """Frame rates, at least one, each once."""
 
 
-class EvaluateRun(ClusterSettings):
+class EvaluateRun(ClusterSettings, PageSettings):
     """One evaluation of reconstructions: the flags of ``vidshard evaluate``."""
 
     inputs: list[str] = setting(

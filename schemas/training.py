@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from vidshard.schemas.fields import ClusterSettings, FrameSize, Pairs, Rate, Settings, setting, setting_of
+from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Pairs, Rate, Settings, setting, setting_of
 from vidshard.schemas.video import ClipSpec
 
 
@@ -586,7 +586,7 @@ class WorkerSettings(Settings):
 
 
 # pydantic orders fields from the last base to the first.
-class RunSettings(ClusterSettings, WorkerSettings, CheckpointSettings, DataSettings):
+class RunSettings(ClusterSettings, WorkerSettings, CheckpointSettings, PageSettings, DataSettings):
     """Settings of a training run beside those of its stages."""
 
     @model_validator(mode="after")

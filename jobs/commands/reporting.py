@@ -29,8 +29,8 @@ def report(
     """Make a page about an output.
 
     Writes one HTML file that needs no network: what was run, speed, rejections, clips beside their reconstructions,
-    distributions and use of the codebook. OUTPUT is the folder of a run, local or remote. Only its finished files are
-    read, so it can be done at any time.
+    distributions and use of the codebook. OUTPUT is the folder of a run of tokenize, evaluate or train, local or
+    remote. Only its finished files are read, so it can be done at any time.
 
     \b
     vidshard report tokens/

@@ -24,6 +24,8 @@ from rich.console import Console
 
 from vidshard.jobs.evaluation.resolve import Group, ResolvedEvaluation, resolve
 from vidshard.jobs.evaluation.tables import record_of, render
+from vidshard.jobs.report.job import add_report
+from vidshard.jobs.report.wall import WALL_SHARE, WallSettings
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import ClusterExecutor, LocalExecutor, open_executor
 from vidshard.jobs.runtime.progress import PhaseProgress
@@ -87,9 +89,12 @@ def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict
     if out != storage.public_uri(out):
         raise UserError(f"--out {storage.public_uri(out)}: put the credentials into the environment, not the URL")
     progress = Console(stderr=True, quiet=console.quiet) if run.format != "text" else console
+    started = time.monotonic()
     with reported(progress, run, command="evaluate", out=out):
         record = _evaluate(run, out, progress, local=local)
     console.print(render(record, run.format), highlight=False, markup=False, soft_wrap=True, end="")
+    wall = WallSettings(seconds=WALL_SHARE * (time.monotonic() - started))
+    add_report(out, run.report, progress, wall=wall)
     return record
 
 

@@ -11,12 +11,15 @@ import time
 
 from rich.console import Console
 
+from vidshard.jobs.report.page import Page, render
 from vidshard.jobs.report.wall import WallSettings
+from vidshard.jobs.runtime.run_record import MAX_RECORD_BYTES
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import REPORT, RUN
 from vidshard.pipeline.versions import code_version
-from vidshard.schemas.errors import UserError, VidshardError
+from vidshard.schemas.errors import UserError, VidshardError, one_line
 from vidshard.schemas.text import readable
+from vidshard.schemas.tokens import parse_json
 from vidshard.schemas.uris import shown_uri, without_secrets
 
 VARIABLE = "VIDSHARD_REPORT"
@@ -44,10 +47,7 @@ def write_report(out: str, target: str | None = None, wall: WallSettings | None 
         raise UserError(f"{shown_uri(out)} is no output of vidshard: it has no {RUN}")
     made = f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by vidshard {code_version()}."
     try:
-        from vidshard.jobs.report.page import render
-        from vidshard.jobs.report.tokenized import tokenized_page
-
-        data = render(tokenized_page(out, made, wall)).encode()
+        data = render(_page(out, made, wall)).encode()
     except ModuleNotFoundError as error:
         if (error.name or "vidshard").startswith("vidshard"):
             raise
@@ -56,19 +56,44 @@ def write_report(out: str, target: str | None = None, wall: WallSettings | None 
     return path, len(data)
 
 
-def add_report(out: str, report: str, console: Console) -> None:
+def _page(out: str, made: str, wall: WallSettings | None) -> Page:
+    """Page of an output of any kind.
+
+    Raises:
+        UserError: its record is damaged, or of no kind that is known.
+    """
+    path = storage.join(out, RUN)
+    try:
+        record = parse_json(storage.read_bytes(path, max_bytes=MAX_RECORD_BYTES), RUN)
+        if isinstance(record.get("evaluation"), dict):
+            from vidshard.jobs.report.evaluated import evaluated_page
+
+            return evaluated_page(out, record, made, wall or WallSettings())
+        if isinstance(record["run"].get("stages"), dict):
+            from vidshard.jobs.report.trained import trained_page
+
+            return trained_page(out, record, made)
+        from vidshard.jobs.report.tokenized import tokenized_page
+
+        return tokenized_page(out, record, made, wall)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{shown_uri(path)}, or a file beside it, is damaged: {one_line(error, 200)}") from error
+
+
+def add_report(out: str, report: str, console: Console, *, wall: WallSettings | None = None) -> None:
     """Make the report of a run that has just ended, as ``--report`` says; failures are printed in one line.
 
     Args:
         out: output folder.
         report: ``auto``, ``none`` or a file.
         console: for the line that says where the page is.
+        wall: clips to decode; None for a share of the time of the runs.
     """
     if report == "none" or (report == "auto" and os.environ.get(VARIABLE, "").lower() == "none"):
         return
     started = time.monotonic()
     try:
-        path, num_bytes = write_report(out, None if report == "auto" else report)
+        path, num_bytes = write_report(out, None if report == "auto" else report, wall)
     except VidshardError as error:
         text = f"no report: {error}"
     except KeyboardInterrupt:

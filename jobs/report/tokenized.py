@@ -15,37 +15,35 @@ import yaml
 from vidshard.jobs.report.charts import bar_chart, histogram, line_chart, share_chart
 from vidshard.jobs.report.page import Chart, Details, Facts, Note, Page, Table
 from vidshard.jobs.report.sample import Sample, read_sample
-from vidshard.jobs.report.wall import NUM_CLIPS, WallSettings, wall_of
-from vidshard.jobs.runtime.run_record import MAX_RECORD_BYTES
+from vidshard.jobs.report.wall import NUM_CLIPS, WALL_SHARE, WallSettings, wall_of
 from vidshard.jobs.tokenization.history import read_history
 from vidshard.models.codebook_use import CodebookUse
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.layout import RUN, SUMMARY, shard_paths
+from vidshard.pipeline.output.layout import SUMMARY, shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import parse_json
 
+NOT_DEFAULT = "Settings other than the defaults"
 MAX_EXAMPLES = 3
 """Examples of each reason for a rejection."""
-WALL_SHARE = 0.05
-"""Share of the time of an output's runs that decoding clips for its report may take."""
 _MAX_SUMMARY_BYTES = 16 << 20
 
 Record = Mapping[str, Any]
 
 
-def tokenized_page(out: str, made: str, settings: WallSettings | None = None) -> Page:
+def tokenized_page(out: str, record: Record, made: str, settings: WallSettings | None = None) -> Page:
     """Make the report of an output.
 
     Args:
         out: output folder.
+        record: its ``run.json``.
         made: when and by what the page is made.
         settings: clips to decode; None to decode within a share of the time of the runs, as at the end of a run.
 
     Raises:
         VidshardError: the output is damaged, or cannot be read.
     """
-    record = parse_json(storage.read_bytes(storage.join(out, RUN), max_bytes=MAX_RECORD_BYTES), RUN)
     runs = read_history(out)
     summary = _summary(out)
     paths = shard_paths(out)
@@ -55,7 +53,7 @@ def tokenized_page(out: str, made: str, settings: WallSettings | None = None) ->
     page.status, page.tone = _status(summary)
     page.add("overview", "Overview", *_alerts(summary, record), _figures(summary, runs, sample), *_what_ran(record))
     page.add("speed", "Speed", *_speed(summary, runs))
-    page.add("rejects", "Rejections", *_rejections(rejects))
+    page.add("rejects", "Rejections", *rejection_blocks(rejects, "rejects/"))
     worst = _worst(summary, sample)
     if settings is None:
         spent = sum(run.get("seconds", {}).get("tokenize", 0.0) for run in runs or [summary])
@@ -129,7 +127,7 @@ def _what_ran(record: Record) -> list[Table | Details]:
     everything = {key: record.get(key) for key in ("run", "tokenizer", "libraries", "weights_source", "weights_sha256")}
     text = yaml.safe_dump(json.loads(json.dumps(everything, default=str)), sort_keys=False)
     return [
-        Table(title="Settings other than the defaults", header=["setting", "value"], rows=rows, codes=frozenset({1})),
+        Table(title=NOT_DEFAULT, header=["setting", "value"], rows=rows, codes=frozenset({1})),
         Details(title="All settings, tokenizer and versions", lines=text.splitlines()[:400]),
     ]
 
@@ -237,7 +235,13 @@ def _rates(runs: Sequence[Record]) -> tuple[list[tuple[float, float, str]], list
 # Rejections
 
 
-def _rejections(rejects: Sequence[Record]) -> list[Note | Chart | Table]:
+def rejection_blocks(rejects: Sequence[Record], place: str) -> list[Note | Chart | Table]:
+    """Rejections by reason, with examples.
+
+    Args:
+        rejects: rows of ``REJECT_SCHEMA``.
+        place: where all of them stand.
+    """
     if not rejects:
         return [Note(text="Nothing was rejected.")]
     counts = Counter(str(row["reason"]) for row in rejects)
@@ -251,7 +255,7 @@ def _rejections(rejects: Sequence[Record]) -> list[Note | Chart | Table]:
     return [
         Chart(title="Rejections by reason", spec=bar_chart(dict(counts.most_common(12)), x="spans or whole videos")),
         Table(
-            title=f"Up to {MAX_EXAMPLES} examples of each reason; all stand in rejects/",
+            title=f"Up to {MAX_EXAMPLES} examples of each reason; all stand in {place}",
             header=["reason", "number", "what helps", "example", "detail"],
             rows=rows,
             codes=frozenset({3, 4}),

@@ -30,6 +30,8 @@ from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
 
+WALL_SHARE = 0.05
+"""Share of the time of the runs that decoding clips may take at the end of a run."""
 NUM_CLIPS = 8
 """Clips that are shown."""
 MAX_PIXELS = 33 * 512 * 512

@@ -33,13 +33,14 @@ from ray.data.exceptions import UserCodeException
 from ray.exceptions import RayError
 from rich.console import Console
 
+from vidshard.jobs.report.job import add_report
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.node_watch import nodes_watched
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
-from vidshard.jobs.training.recorder import read_metrics
+from vidshard.jobs.training.metrics_file import read_metrics
 from vidshard.jobs.training.resolve import (
     ResolvedTraining,
     begin_run,
@@ -96,6 +97,8 @@ def train(run: TrainRun, console: Console) -> Result:
         result = _train_stages(training, console)
         print_result(result, training.run.out, console)
         events.exit_code = result.exit_code
+        if result.interruption is None:
+            add_report(training.run.out, run.report, console)
     return result
 
 
@@ -121,6 +124,8 @@ def resume(out: str, changes: dict[str, Any], console: Console, *, steps: int | 
         result = _train_stages(training, console)
         print_result(result, training.run.out, console)
         events.exit_code = result.exit_code
+        if result.interruption is None:
+            add_report(training.run.out, run.report, console)
     return result
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +17,9 @@ import numpy.typing as npt
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from vidshard.jobs.training.metrics_file import METRICS, read_metrics
 from vidshard.pipeline import storage
 
-METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 PICTURES = "pictures"
 
@@ -153,16 +152,6 @@ class IntervalMeans:
             means["skipped_batches"] = self.sums["skipped_batches"]
         self.sums, self.counts = {}, {}
         return means
-
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """Read a stage's ``metrics.jsonl``: step, group and figures of each line; a line that a kill cut off is skipped."""
-    path = storage.join(folder, METRICS)
-    known = []
-    for line in storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else ():
-        with suppress(ValueError):
-            known.append(json.loads(line))
-    return [line for line in known if isinstance(line, dict) and "step" in line and "group" in line]
 
 
 def _group_of(name: str, group: str) -> str:

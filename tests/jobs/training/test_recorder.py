@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vidshard.jobs.training.recorder import IntervalMeans, Recorder, labeled_strip, picture_strip, read_metrics
+from vidshard.jobs.training.metrics_file import read_metrics
+from vidshard.jobs.training.recorder import IntervalMeans, Recorder, labeled_strip, picture_strip
 from vidshard.jobs.training.speed import Speed
 
 

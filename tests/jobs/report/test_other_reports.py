@@ -1,0 +1,138 @@
+"""Reports of evaluations and of training runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.cli import SMALL, printed_by, run, tokenize
+from tests.support.pages import PLAIN_SVG, parsed, section_ids, text_of
+from tests.support.videos import Recipe, write_undecodable, write_video
+from vidshard.jobs.report import job, page
+from vidshard.jobs.report.wall import WallSettings
+from vidshard.jobs.training.recorder import png
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+SECRET = "hunter2hunter2"
+
+
+@pytest.fixture(autouse=True)
+def _made_with_plain_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "draw", lambda specs: [PLAIN_SVG] * len(specs))
+    monkeypatch.delenv(job.VARIABLE)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for n in range(2):
+        write_video(folder / f"v{n}.mp4", Recipe(num_frames=20 + n, rate=Fraction(8), width=64, height=64))
+    write_undecodable(folder / f"{HOSTILE}.mp4", folder / "v0.mp4")
+    return folder
+
+
+def report_of(out: Path, folder: Path, settings: WallSettings | None = None) -> str:
+    target = folder / "other.html"
+    job.write_report(str(out), str(target), settings or WallSettings())
+    assert parsed(target.read_text()) is not None
+    return target.read_text()
+
+
+def test_an_evaluation_has_a_report_with_published_figures_and_the_worst_clips(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation"
+    tokenizers = ("--tokenizer", "tiny", "--tokenizer", "tiny_kl")
+    printed = printed_by(
+        "evaluate", videos, "--out", out, *tokenizers, "--frames", 5, "--size", 32, "--local", "--no-lpips"
+    )
+    assert "report.html" in printed
+    html = report_of(out, tmp_path, WallSettings(num_clips=2))
+    assert section_ids(parsed(html)) == ["overview", "rate", "quality", "wall", "codebook", "rejects"]
+    text = text_of(parsed(html))
+    rows = json.loads((out / "scores.json").read_text())["rows"]
+    for row in rows:
+        assert f"{row['tokenizer']} 8 {row['psnr']:.2f}" in text
+    assert "RANDOM WEIGHTS" in text
+    assert "no_frames" in text
+    assert HOSTILE in text
+    assert HOSTILE not in html
+    worst = min((one for row in rows for one in row["worst"]), key=lambda one: float(one["psnr"]))
+    assert worst["clip_id"] in html
+    assert re.findall(r"<h3>([\d.]+) dB", html)[0] == f"{worst['psnr']:.2f}"
+    assert html.count("<video") == 2 * 5  # the original, and two tokenizers with their differences
+    assert (out / "report.html").exists()
+
+
+def test_an_evaluation_whose_originals_or_weights_cannot_be_read_says_so(videos: Path, tmp_path: Path) -> None:
+    video = Path(shutil.copy(videos / "v0.mp4", tmp_path / "v.mp4"))
+    out = tmp_path / "evaluation"
+    flags = ("--tokenizer", "tiny", "--frames", 5, "--size", 32, "--local", "--no-lpips", "--report", "none")
+    assert run("evaluate", video, "--out", out, *flags).exit_code == 0
+    assert not (out / "report.html").exists()
+    video.unlink()
+    assert "the originals could not be read" in report_of(out, tmp_path)
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["tokenizer"] = [f"tiny=https://user:{SECRET}@host/w.safetensors?sig={SECRET}"]
+    (out / "run.json").write_text(json.dumps(record))
+    html = report_of(out, tmp_path)
+    assert "weights are remote" in html
+    assert SECRET not in html
+
+
+def test_an_evaluation_of_tokens_shows_their_clips(videos: Path, tmp_path: Path) -> None:
+    tokens, out = tmp_path / "tokens", tmp_path / "evaluation"
+    assert tokenize(videos / "v0.mp4", "--out", tokens, *SMALL, "--report", "none").exit_code == 0
+    flags = ("--local", "--no-lpips", "--report", "none")
+    assert run("evaluate", "--from", tokens, "--out", out, *flags).exit_code == 0
+    html = report_of(out, tmp_path)
+    assert f"vidshard decode {tokens} --clip" in html
+    assert "difference" in html
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    """Files of a training run of two stages, of which one is finished."""
+    out = tmp_path / "training"
+    stage = out / "stage1"
+    (stage / "pictures").mkdir(parents=True)
+    record: dict[str, Any] = {"stages": {"stage1": {"steps": 20}, "stage2": {"steps": 5}}, "videos": [HOSTILE]}
+    record["init_from"] = f"https://host/x.ckpt?sig={SECRET}"
+    (out / "run.json").write_text(json.dumps({"format": 1, "run": record, "tokenizer": {"name": "tiny"}, "starts": []}))
+    result = {"name": "stage1", "steps": 20, "is_finished": True, "seconds": 100.0, "restarts": 1, "unmeasured": ""}
+    measured = {"before": {"psnr": 10.0}, "measured": {"psnr": 21.5}, "metrics": {"clips_per_second": 3.0}}
+    (stage / "result.json").write_text(json.dumps(result | measured))
+    lines = [{"step": step, "group": "train", "loss": 1 / step, "clips_per_second": 3.0} for step in range(1, 21)]
+    lines += [{"step": step, "group": "held_out", "psnr": 10.0 + step} for step in (0, 20)]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (stage / "metrics.jsonl").write_text(text + '{"step": 21, "gro')  # which a kill cut off
+    (stage / "pictures" / "step-00000020.png").write_bytes(png(np.zeros((8, 24, 3), np.uint8)))
+    (out / "rejects.json").write_text(json.dumps([{"uri": HOSTILE, "reason": "truncated", "detail": HOSTILE}]))
+    return out
+
+
+def test_a_training_run_has_a_report_of_its_curves_pictures_and_rejections(training: Path, tmp_path: Path) -> None:
+    html = report_of(training, tmp_path)
+    found = parsed(html)
+    assert section_ids(found) == ["overview", "stage1", "rejects"]
+    text = text_of(found)
+    for words in ("Training of tiny", "not finished", "20 of 20", "10.00 → 21.50", "not begun", "at step 20", HOSTILE):
+        assert words in text
+    assert HOSTILE not in html
+    assert SECRET not in html
+    assert html.count("<svg") == 3
+    assert html.count("data:image/png") == 1
+
+
+def test_a_damaged_file_of_a_run_is_named(training: Path, videos: Path, tmp_path: Path) -> None:
+    (training / "stage1" / "result.json").write_text("{")
+    assert "damaged" in printed_by("report", training, code=2)
+    (training / "run.json").write_text("[]")
+    assert "damaged" in printed_by("report", training, code=2)
