@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private import internal_api
 from ray.core.generated import common_pb2, gcs_pb2
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
@@ -194,7 +195,7 @@ class NodeWatch:
     def _look_at_spilling(self) -> None:
         if ("", "spill") in self._told:
             return
-        reply = ray._private.internal_api.get_memory_info_reply(ray._private.state.state, timeout_seconds=10.0)
+        reply = internal_api.get_memory_info_reply(ray._private.state.state, timeout_seconds=10.0)
         self.spilled(reply.store_stats.spilled_bytes_total)
 
     def _look_at_reports(self) -> None:

@@ -388,6 +388,9 @@ class SpanCounter:
             return None
         spec = resolved.largest
         encoders = 1 if isinstance(executor, LocalExecutor) else resources.encode_workers
+        if resources.is_elastic and seconds["tokenize"]:  # as many as were there in the mean, if that is more
+            used = seconds["encoding, all workers"] + seconds["encoders waiting for frames"]
+            encoders = max(encoders, math.ceil(used / seconds["tokenize"]))
         per_frame = min(float(spec.clip_seconds), float(spec.stride_seconds or spec.clip_seconds)) / spec.num_frames
         usage = Usage(
             video_seconds=self.num_frames * per_frame,
