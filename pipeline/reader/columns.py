@@ -303,9 +303,12 @@ def signal_of(catalog: Catalog, name: str, values: pa.Array | None, *, per_laten
     channels = None
     if depth == 2 + is_window:
         channels = int(_lengths(samples).max(initial=0))
+    cells = FrameCells.of_run(catalog.provenance)
+    if per_latent:
+        cells.check_per_latent()
     return SignalValues(
         name=name,
-        cells=FrameCells.of_run(catalog.provenance),
+        cells=cells,
         per_latent=per_latent,
         is_window=is_window,
         channels=channels,

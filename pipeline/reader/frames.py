@@ -62,6 +62,21 @@ class FrameCells:
             copies_first=padding == "repeat-first",
         )
 
+    def check_per_latent(self) -> None:
+        """Check that each latent stands for the same number of frames, the first one at most for as many.
+
+        Raises:
+            UserError: it does not, as of a tokenizer that encodes a clip in pieces.
+        """
+        if self.num_encoded is None:
+            return
+        first = self.num_encoded - (self.num_latents - 1) * self.time_stride
+        if not 1 <= first <= self.time_stride:
+            raise UserError(
+                f"signals_per='latent': {self.num_latents} latents of {self.num_encoded} frames do not stand for "
+                f"{self.time_stride} frames each, as this tokenizer encodes a clip in pieces; give signals_per='frame'"
+            )
+
     def of(self, rows: pa.StructArray, *, per_latent: bool) -> tuple[Integers, npt.NDArray[np.bool_], int, int]:
         """Cells of all frames of some rows.
 
