@@ -67,6 +67,8 @@ def checked_clips(results: object, spans: Sequence[Span], specs: Sequence[ClipSp
     for result, span, spec in zip(results, spans, specs, strict=True):
         if not isinstance(result, SpanClips) or not 0 <= result.num_errors < 2**31:
             raise _other()
+        if result.doubt is not None and (result.doubt.reason is not Reason.POSSIBLE_LOSS or not result.clips):
+            raise _other()
         first = span.first_clip - spec.halo_of(span.first_clip)
         end = span.first_clip + max_clips + spec.halo_clips if span.end_clip is None else span.end_clip
         indices = [clip.clip_index for clip in result.clips]

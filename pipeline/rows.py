@@ -275,7 +275,8 @@ def add_clips(
     """
     row = plan.to_pylist()[0]
     rejection = None
-    if outcome.error is not None:
+    told = outcome.error or outcome.doubt
+    if told is not None:
         rejection = rejection_row(
             Rejection(
                 uri=uri,
@@ -283,8 +284,8 @@ def add_clips(
                 span_id=row["span_id"],
                 start_seconds=start_seconds,
                 stage=Stage.DECODE,
-                reason=outcome.error.reason,
-                detail=outcome.error.detail,
+                reason=told.reason,
+                detail=told.detail,
             )
         )
     own = [clip for clip in outcome.clips if clip.clip_index >= row["first_clip"]]

@@ -63,6 +63,8 @@ class Reason(StrEnum):
     """A row of a manifest that names no video, or holds something else than it should."""
     NOT_ALLOWED = "not_allowed"
     """A row of a manifest names a location that the run does not allow."""
+    POSSIBLE_LOSS = "possible_loss"
+    """The clips are kept: a picture may be missing in a gap in time, and those after it be wrong."""
     CUT_DEPENDENT = "cut_dependent"
     """Decoded again with another cut, the span gave other frames."""
     INTERNAL_ERROR = "internal_error"
@@ -94,6 +96,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.NOT_ALLOWED: (
         "if you trust the manifest, allow it: --allow-schemes or --allow-under, with --retry-rejected not_allowed"
     ),
+    Reason.POSSIBLE_LOSS: "the clips are kept and have decode_errors above 0; copy the file again, or leave them out",
     Reason.CUT_DEPENDENT: "report it with the video; re-encode it to h264 in mp4 meanwhile",
     Reason.INTERNAL_ERROR: "report it with the detail and the traceback in the log; the other inputs are not affected",
 }

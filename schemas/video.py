@@ -336,7 +336,9 @@ class SpanClips:
     error: VideoError | None = None
     """Reason for refusing the span, or for the clips that are missing where the others were kept."""
     num_errors: int = 0
-    """Number of damaged places met while decoding."""
+    """Number of damaged places met while decoding, gaps in time included."""
+    doubt: VideoError | None = None
+    """POSSIBLE_LOSS: what may be wrong in clips that are kept; None where nothing is."""
 
 
 def parse_rate(text: str | int | float | Fraction) -> Fraction:

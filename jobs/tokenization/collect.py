@@ -209,7 +209,7 @@ class _Collection:
                 self.committer.reject((number, row_rejection(one)) for number, clips, one in rejections if not clips)
                 self.committer.tick()
                 summary.reasons.update(one["reason"] for _, _, one in rejections)
-                self.rejected |= {one["uri"] for _, _, one in rejections}
+                self.rejected |= {one["uri"] for _, _, one in rejections if one["reason"] != Reason.POSSIBLE_LOSS}
                 speed = counter.clips / display.seconds
                 display.update(
                     self.work.num_spans - counter.num_awaited,

@@ -216,7 +216,8 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         came = (written.num_clips, written.file_bytes, seconds["total"], summary.machine_speed)
         line("forecast", summary.forecast.compared(*came))
     for reason, count in summary.reasons.most_common():
-        line("rejected", f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
+        name = "doubtful" if reason == Reason.POSSIBLE_LOSS else "rejected"
+        line(name, f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
     if summary.reasons:
         line("", f"see {storage.join(summary.out, 'rejects')}/ or: vidshard inspect {shlex.quote(summary.out)}")
     if summary.example_clip_id:

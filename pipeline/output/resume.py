@@ -388,6 +388,7 @@ def _reconcile_rejects(
 
 
 def _rejected_uris(rejects: pa.Table, inputs: Inputs) -> frozenset[str]:
-    rejected = set(rejects.filter(pc.not_equal(rejects["reason"], str(Reason.DUPLICATE)))["uri"].to_pylist())
+    kept_whole = pa.array([str(Reason.DUPLICATE), str(Reason.POSSIBLE_LOSS)])
+    rejected = set(rejects.filter(pc.invert(pc.is_in(rejects["reason"], kept_whole)))["uri"].to_pylist())
     bad = {one.uri for one in inputs.bad_rows}
     return frozenset(bad | rejected.intersection(inputs.public_uris()) if rejected else bad)

@@ -23,7 +23,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import SHARDS, SPAN_CLIPS_KEY, SPAN_SECONDS_KEY, SPANS_KEY, STAGED
 from vidshard.pipeline.output.quality import audit_metadata
 from vidshard.pipeline.rows import QUALITY, WORK_NUMBER, explode, frame_sizes, row_part, row_rejection
-from vidshard.schemas.rejections import Rejection
+from vidshard.schemas.rejections import Reason, Rejection
 from vidshard.schemas.tokens import Payload, Provenance, payload_bytes, shard_schema
 from vidshard.schemas.video import ClipSpec
 
@@ -327,7 +327,7 @@ def stage_shard(settings: ShardSettings, shard: _Shard, report: ShardReport) -> 
     stats = WriteStats(
         num_shards=1,
         num_spans=rows.num_rows,
-        num_damaged_spans=len(partly),
+        num_damaged_spans=sum(rejection.reason is not Reason.POSSIBLE_LOSS for rejection in partly),
         num_clips=table.num_rows,
         num_values=table.num_rows * sum(column.num_values for column in bucket.payload),
         payload_bytes=compressed_bytes(data, [column.name for column in bucket.payload]),

@@ -6,13 +6,14 @@ remembers damage where the undamaged clips of a span are kept. No file is opened
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from vidshard.pipeline.video.frame_order import TimedFrame
+from vidshard.pipeline.video.input_file import Gap
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import ClipTimeline, Grid
@@ -188,6 +189,7 @@ class ClipBuilder:
         self._num_taken = 0
         self._end_pts: int | None = None  # the end of the video, once that is known
         self._error: VideoError | None = None
+        self._gaps: Collection[Gap] = ()
 
     @property
     def is_done(self) -> bool:
@@ -270,6 +272,10 @@ class ClipBuilder:
         """Take note that the video ends at ``end_pts``."""
         self._end_pts = end_pts
 
+    def note_gaps(self, gaps: Collection[Gap]) -> None:
+        """Take note of the gaps in time that were found in what was read so far."""
+        self._gaps = gaps
+
     def refuse(self, error: VideoError) -> None:
         """Give no clips but this error."""
         self._error = error
@@ -306,7 +312,16 @@ class ClipBuilder:
         elif not kept and not self._num_taken and self.span.first_clip == 0:
             return SpanClips(clips=[], error=VideoError(Reason.TOO_SHORT, self._shortage(started)))
         clips = [clip.finish(self.times) for clip in kept]
-        return SpanClips(clips=clips, error=error, num_errors=len(self.damage.errors))
+        own = [clip for clip in kept if clip.index >= self.span.first_clip]
+        gaps = [gap for gap in self._gaps if any(gap.holds(pts) for clip in own for pts in clip.pts)]
+        doubt = self._doubt(gaps) if gaps else None
+        return SpanClips(clips=clips, error=error, num_errors=len(self.damage.errors) + len(gaps), doubt=doubt)
+
+    def _doubt(self, gaps: Sequence[Gap]) -> VideoError:
+        first = float(min(gap.start_pts for gap in gaps) * self.span.time_base)
+        places = "one gap" if len(gaps) == 1 else f"{len(gaps)} gaps, the first"
+        words = f"{places} in its times before {first:.2f} s: a picture is missing, or the encoder left one out"
+        return VideoError(Reason.POSSIBLE_LOSS, words)
 
     def _is_complete(self, clips: Sequence[_PartialClip]) -> bool:
         """Whether no clip of the span is missing; unknown, so False, for an open-ended span."""

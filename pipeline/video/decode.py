@@ -19,7 +19,7 @@ from vidshard.pipeline.video.clip_builder import ClipBuilder
 from vidshard.pipeline.video.container import ThreadType, refuse_large, refuse_long
 from vidshard.pipeline.video.continuation import FAR_SECONDS, Continuation, FarEntryError
 from vidshard.pipeline.video.frame_order import TimedFrame
-from vidshard.pipeline.video.input_file import WatchedFile, opened, storage_failures_named
+from vidshard.pipeline.video.input_file import Gap, WatchedFile, opened, storage_failures_named
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.presentation import frames_after, frames_covering
 from vidshard.pipeline.video.timestamps import Clock
@@ -149,6 +149,8 @@ def _fill_from_kept(file: BinaryIO, builders: Sequence[ClipBuilder], thread_type
     if kept is None:
         return False
     waiting = list(builders)
+    for builder in builders:
+        builder.note_gaps(kept.watched.gaps.values())
     kept.bind(file)
     try:
         while waiting and kept.reaches(_next_stretch(waiting)[0]):
@@ -233,9 +235,13 @@ def _fill(
         FarEntryError: an entry point is far away.
     """
     waiting = list(builders)
+    gaps: dict[int, Gap] = {}
+    for builder in builders:
+        builder.note_gaps(gaps.values())
     while waiting:
         try:
             with storage_failures_named(file, limits) as watched:
+                watched.gaps = gaps
                 for _ in _decode_stretch(watched, waiting, thread_type, refuse_far=refuse_far):
                     pass
         except VideoError as error:

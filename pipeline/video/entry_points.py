@@ -48,7 +48,7 @@ class EntryPoints:
         formats = set(stream.container.format.name.split(","))
         has_palette = stream.codec_context.pix_fmt == "pal8" and codec not in _OWN_PALETTE
         check = _check_of(stream, codec)
-        self.only_start = check is None or is_clockless(stream) or (has_palette and not _is_intra_only(stream, codec))
+        self.only_start = check is None or is_clockless(stream) or (has_palette and not is_intra_only(stream, codec))
         """Whether decoding can start nowhere but at the start of the file."""
         self.must_read_all = has_palette or "flv" in formats
         """Whether the packets before an entry point have to be read, though not decoded, for their side data."""
@@ -69,7 +69,8 @@ class EntryPoints:
         return own is not False
 
 
-def _is_intra_only(stream: VideoStream, codec: str) -> bool:
+def is_intra_only(stream: VideoStream, codec: str) -> bool:
+    """Whether no picture of a stream needs another one; ``codec`` is FFmpeg's name."""
     return codec == "png" or (stream.codec_context.codec.intra_only and codec not in _NOT_INTRA)
 
 
@@ -92,7 +93,7 @@ def _check_of(stream: VideoStream, codec: str) -> Check | None:
     if codec in _CHECKS:
         check = _CHECKS[codec]
         return lambda data: _within(check, data)
-    return (lambda _: True) if _is_intra_only(stream, codec) else None
+    return (lambda _: True) if is_intra_only(stream, codec) else None
 
 
 def _within(check: Check, data: bytes) -> bool | None:

@@ -29,6 +29,20 @@ class RangeReader(Protocol):
 
 
 @dataclass(slots=True)
+class Gap:
+    """A gap, and the frames that are wrong if a picture is missing in it; ticks of the clock."""
+
+    start_pts: int
+    """Frames presented from here on."""
+    end_pts: int | None = None
+    """Up to here, the next keyframe; None for the end of the video."""
+
+    def holds(self, pts: int) -> bool:
+        """Whether a frame is one of them."""
+        return self.start_pts <= pts and (self.end_pts is None or pts < self.end_pts)
+
+
+@dataclass(slots=True)
 class WatchedFile:
     """The file object FFmpeg reads from; it records storage errors, as FFmpeg mistakes some for the end of the file."""
 
@@ -39,6 +53,8 @@ class WatchedFile:
     limits: Limits = field(default_factory=Limits)
     opening: list[Message] = field(default_factory=list)
     """Complaints of FFmpeg about packets that it passed over while it opened the file."""
+    gaps: dict[int, Gap] = field(default_factory=dict)
+    """Gaps in the times of the packets that were read, by their start."""
 
     def read(self, num_bytes: int = -1) -> bytes:
         """At most this many bytes."""

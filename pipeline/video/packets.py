@@ -22,6 +22,7 @@ from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoi
 from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, refuse_lost_position
 from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.losses import MISSING_REFERENCE, loss_check
+from vidshard.pipeline.video.time_gaps import GapWatch
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
 from vidshard.pipeline.video.transport_stream import Damage, Whole, checked
 from vidshard.schemas.rejections import Reason, VideoError
@@ -101,12 +102,15 @@ def read_packets(
         if not find_entry(packets, start, entries, convert or TickConverter()):
             yield None
             return
+    gaps = GapWatch(stream, convert or TickConverter(), watched.gaps) if start.with_edits else None
     num_packets = 0
     for packet in packets:
         num_packets += 1
         waiting = waiting and not packet.is_keyframe
         # a damaged packet among those before the first keyframe may have been one
         if not waiting or isinstance(packet.opaque, Damage):
+            if gaps is not None and gaps.is_needed:
+                gaps.note(packet, packets.show)
             words = missing(packet, packets.show) if missing is not None else None
             if words is not None and not isinstance(packet.opaque, Damage):
                 packet.opaque = Damage(words)

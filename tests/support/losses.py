@@ -35,17 +35,19 @@ class Outcome:
 def outcome_of(path: Path) -> Outcome:
     """Decode a video of 25 frames per second whole."""
     shown: Shown = {}
+    doubt: VideoError | None = None
     try:
         for span in plan_spans(probe(path, EVERY_DECODER), _SPEC, 100_000):
             [result] = decode_spans([span], _SPEC, str(path), max_clips=100_000, limits=EVERY_DECODER)
             if result.error is not None:
                 return Outcome(shown=shown, told=result.error)
+            doubt = doubt or result.doubt
             for clip in result.clips:
                 times = clip.frame_pts_seconds[: clip.num_valid_frames]
                 shown |= {round(time, 3): frame for time, frame in zip(times, clip.frames, strict=False)}
     except VideoError as error:
         return Outcome(shown=shown, told=error)
-    return Outcome(shown=shown, told=None)
+    return Outcome(shown=shown, told=doubt)
 
 
 def wrong_times(shown: Shown, original: Shown) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.cli import printed_by
+from tests.support.losses import without_packets
 from tests.support.shards import clips_of
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.pipeline.output.rejects import read_rejects
@@ -40,3 +41,22 @@ def test_the_job_keeps_or_rejects_and_says_what_is_missing(tmp_path: Path) -> No
     assert reject["reason"] == "decode_error"
     assert "clips beside one damaged place" in reject["detail"]
     assert "0 written" in printed_by(*command, "--out", tmp_path / "kept", "--damaged", "keep")
+
+
+def test_clips_behind_a_gap_in_which_a_picture_may_be_lost_are_kept_and_reported(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    whole = write_video(tmp_path / "whole.webm", Recipe(codec="libvpx-vp9", num_frames=100, gop=50))
+    without_packets(videos / "lacking.webm", whole, "webm", [20], close=False)
+    common = ("--tokenizer", "tiny", "--fps", "10", "--frames", "5", "--size", "32", "--clips-per-span", "4")
+    output = printed_by("tokenize", videos, *common, "--local", "--out", tmp_path / "out")
+    assert "doubtful 1 x possible_loss" in output
+    assert "0 rejected" in output
+    [reject] = read_rejects(str(tmp_path / "out")).to_pylist()
+    errors = sorted(
+        (int(clip.clip_id.rsplit("-", 1)[1]), clip.values["decode_errors"]) for clip in clips_of(tmp_path / "out")
+    )
+    assert errors == [(index, int(index < 4)) for index in range(8)]
+    assert (reject["reason"], reject["kept_clips"]) == ("possible_loss", 4)
+    assert "one gap in its times before 0.84 s" in reject["detail"]
+    assert "0 written" in printed_by("tokenize", videos, *common, "--local", "--out", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -19,6 +20,17 @@ NUMBERED = {
     "libx265": ("mp4", "matroska", "flv"),
 }
 """Codecs whose pictures tell which one they follow, and containers they go into."""
+
+UNNUMBERED = {
+    "libvpx": ("matroska", "webm", "ivf", "avi", "nut"),
+    "libvpx-vp9": ("mp4", "webm", "ivf", "avi"),
+    "h263": ("avi", "mov", "3gp"),
+    "msmpeg4v2": ("avi", "asf"),
+    "wmv2": ("avi", "asf"),
+    "svq1": ("mov",),
+    "ffv1": ("avi", "matroska"),
+}
+"""Codecs that number nothing: only a gap in time tells."""
 
 
 @pytest.mark.parametrize("codec", NUMBERED)
@@ -39,6 +51,33 @@ def test_a_packet_that_is_lost_in_any_container_gives_no_wrong_picture(codec: st
             if found.told is None and not counted and (times := wrong_times(found.shown, original.shown)):
                 silent[container_format, lost] = times
     assert not silent
+
+
+@pytest.mark.parametrize("codec", UNNUMBERED)
+def test_a_gap_in_constant_times_is_reported_where_pictures_have_no_numbers(codec: str, tmp_path: Path) -> None:
+    silent, tried = {}, 0
+    for container_format in UNNUMBERED[codec]:
+        whole = write_combination(codec, container_format, tmp_path)
+        if whole is None:
+            continue
+        original = outcome_of(whole)
+        assert original.told is None
+        for lost in range(8, 14):
+            tried += 1
+            found = outcome_of(without_packets(tmp_path / "lacking", whole, container_format, [lost], close=False))
+            if found.told is None and (times := wrong_times(found.shown, original.shown)):
+                silent[container_format, lost] = times
+    assert not silent
+    assert tried
+
+
+@pytest.mark.parametrize("steps", [[1, 2], [1, 1, 3, 2, 5], [1, 2, 4, 1, 1, 7]])
+def test_gaps_of_a_varying_rate_say_nothing(steps: list[int], tmp_path: Path) -> None:
+    times = [Fraction(0)]
+    while len(times) < 60:
+        times.append(times[-1] + Fraction(steps[len(times) % len(steps)], 30))
+    path = write_video(tmp_path / "varying.webm", Recipe(codec="libvpx", num_frames=60, gop=60, times=times))
+    assert outcome_of(path).told is None
 
 
 @pytest.mark.parametrize("container_format", ["mp4", "matroska", "nut", "3gp"])
