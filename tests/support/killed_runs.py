@@ -28,13 +28,13 @@ import pyarrow as pa
 from ray.cluster_utils import Cluster as RayCluster
 
 from tests.support.outputs import listed_spans
-from tests.support.processes import DECODING, ENCODER, busy_with
+from tests.support.processes import ENCODER, busy_with
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, EncodeStats, add_clips, add_payload, row_span, span_row
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
-NUM_SPANS = 400
-VICTIMS = ("writer", "encoder", "decoder", "driver", "writer", "node")
+NUM_SPANS = 1500
+VICTIMS = ("writer", "encoder", "decoder", "writer", "node", "writer", "decoder", "encoder", "driver")
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
@@ -186,10 +186,11 @@ def kill_in_turn(folder: Path, *, num_kills: int, seed: int, until: float = floa
                 open(folder / "printed", "w") as printed,
                 subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, text=True) as driver,
             ):
-                while driver.poll() is None and figures["kills"] < num_kills:
+                while driver.poll() is None and figures["kills"] < num_kills and time.monotonic() < until:
                     victim = VICTIMS[figures["kills"] % len(VICTIMS)]
                     if not _wait(driver, out, rng):
                         break
+                    is_staged = any(Path(out).glob("staged/*/*"))
                     if victim == "driver":
                         driver.kill()
                     elif victim == "node":
@@ -199,6 +200,7 @@ def kill_in_turn(folder: Path, *, num_kills: int, seed: int, until: float = floa
                         break
                     figures["kills"] += 1
                     figures[victim] += 1
+                    figures[f"{victim}, with shards staged"] += is_staged
                 driver.wait(timeout=600)
             figures["runs"] += 1
             text = (folder / "printed").read_text()
@@ -220,16 +222,20 @@ def kill_in_turn(folder: Path, *, num_kills: int, seed: int, until: float = floa
 
 def _wait(driver: subprocess.Popen[str], out: str, rng: random.Random) -> bool:
     """Wait until some more spans are committed; returns whether the driver still runs."""
-    wanted = min(sum(listed_spans(out).values()) + rng.randrange(1, 60), NUM_SPANS - 5)
+    wanted = min(_num_shards(out) + rng.randrange(1, 10), NUM_SPANS // 5 - 2)
     while driver.poll() is None:
-        if sum(listed_spans(out).values()) >= wanted:
+        if _num_shards(out) >= wanted:
             return True
         time.sleep(0.05)
     return False
 
 
+def _num_shards(out: str) -> int:
+    return sum(1 for _ in Path(out, "shards").glob("*.parquet"))
+
+
 def _kill_one(driver: subprocess.Popen[str], victim: str, rng: random.Random) -> bool:
-    title = {"writer": "NodeWriter", "encoder": ENCODER, "decoder": DECODING}[victim]
+    title = {"writer": "NodeWriter", "encoder": ENCODER, "decoder": "MapBatches(SlowDecoder)"}[victim]
     while driver.poll() is None:
         if found := busy_with(os.getpid(), title):
             os.kill(rng.choice(sorted(found)), signal.SIGKILL)
