@@ -455,7 +455,16 @@ class DataSettings(Settings):
         metavar="NAME",
         identity=True,
         common=True,
-        help="Tokenizer to train: a name from `vidshard tokenizers`.",
+        help="Tokenizer to train: a name from `vidshard tokenizers`, or a YAML file with such a name as `preset` and "
+        "what differs from it.",
+    )
+    model: Pairs = setting(
+        {},
+        section="Model",
+        metavar="KEY=VALUE",
+        identity="resolved",
+        help="Setting of the network that differs from --tokenizer, such as base_width=24. May be repeated; values are "
+        "YAML.",
     )
     init_from: str | None = setting(
         None,
@@ -615,7 +624,8 @@ class TrainRun(RunSettings):
         """Settings that decide what a run computes, as JSON values; a run resumes only with the same ones."""
         record = self.model_dump(mode="json")
         names = [name for name, field in RunSettings.model_fields.items() if setting_of(field).identity is True]
-        return {name: record[name] for name in (*names, "stages")} | {"cached": self.cache is not None}
+        own = {"model": record["model"]} if self.model else {}  # runs from before there was one have none
+        return {name: record[name] for name in (*names, "stages")} | {"cached": self.cache is not None} | own
 
 
 # The commands

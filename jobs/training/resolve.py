@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray
 import torch
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster
@@ -35,7 +36,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
 from vidshard.pipeline.versions import code_version
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.fields import differences
 from vidshard.schemas.training import WEIGHT_SUFFIXES, Metric, StageConfig, TrainRun, join_weight
 
@@ -76,6 +77,7 @@ def resolve(run: TrainRun) -> ResolvedTraining:
             "multiple of the other: the best checkpoint is one that was measured"
         )
     run = _with_absolute_paths(run)
+    run = _with_own_model(run)
     previous, weights, tokenizer, start = _look_up_start(run)
     if run.tokenizer_is_default:
         kept = run.tokenizer if weights is None or tokenizer.name == run.tokenizer else None
@@ -159,6 +161,58 @@ def _check_metric(metric: Metric, name: str, stage: StageConfig, tokenizer: Toke
         raise UserError(f"{name}: no checkpoint would be the best by {metric}: {reason}; give another --best-by")
 
 
+MODEL_FILES = (".yaml", ".yml")
+"""Suffixes of files that describe a network for ``--tokenizer``."""
+_ALIASES = {"base_channels": "base_width"}
+"""Other names of settings of networks."""
+
+
+def _with_own_model(run: TrainRun) -> TrainRun:
+    """Read a network that ``--tokenizer`` names by a YAML file: the run then holds its preset and its settings.
+
+    Raises:
+        UserError: the file cannot be read, or names no preset.
+    """
+    given: dict[str, Any] = {
+        name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in run.model.items()
+    }
+    if run.tokenizer is None or not run.tokenizer.endswith(MODEL_FILES):
+        return run.model_copy(update={"model": given})
+    path = storage.absolute(run.tokenizer)
+    try:
+        described = yaml.safe_load(storage.read_bytes(path, max_bytes=1 << 20))
+    except (yaml.YAMLError, OSError, storage.StorageError) as error:
+        raise UserError(f"--tokenizer {storage.public_uri(path)}: {one_line(error, 300)}") from error
+    if not isinstance(described, dict) or not isinstance(described.get("preset"), str):
+        raise UserError(
+            f"--tokenizer {storage.public_uri(path)}: the file names a preset, such as 'preset: tiny', and the "
+            "settings that differ from it"
+        )
+    preset = described.pop("preset")
+    return run.model_copy(update={"tokenizer": preset, "model": described | given})
+
+
+def _own_model(preset: TokenizerConfig, changes: Mapping[str, Any]) -> TokenizerConfig:
+    """A preset with some settings of its network changed; its name then ends in ``_own`` unless one is given.
+
+    Raises:
+        ValueError: a setting is unknown or impossible.
+    """
+    if not changes:
+        return preset
+    renamed = {_ALIASES.get(name, name): value for name, value in changes.items()}
+    known = type(preset).model_fields
+    unknown = [name for name in renamed if name not in known or name == "family"]
+    if unknown:
+        raise ValueError(f"--model {unknown[0]}: {preset.name} has {', '.join(n for n in known if n != 'family')}")
+    try:
+        return parse_config({**preset.model_dump(mode="json"), "name": f"{preset.name}_own", **renamed})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the network"
+        raise ValueError(f"--model: {where}: {first['msg']}") from error
+
+
 def _look_up_start(
     run: TrainRun,
 ) -> tuple[tuple[str, str] | None, str | None, TokenizerConfig, Start | None]:
@@ -169,7 +223,7 @@ def _look_up_start(
         the file holds. One of the first two at most is not None.
     """
     try:
-        named = None if run.tokenizer is None else get_preset(run.tokenizer)
+        named = None if run.tokenizer is None else _own_model(get_preset(run.tokenizer), run.model)
         if run.init_from is None:
             if named is None:
                 raise UserError("--tokenizer is missing: name a model (see `vidshard tokenizers`)")
