@@ -29,12 +29,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = {
     "allegro": (24,),
     "minimax": (1, 5, 17, 22, 23),
-    "kvae-video": (1, 4, 5, 9, 17, 21),
+    "kvae-video": (1, 4, 5, 17, 21),
+    "cosmos": (1, 8, 9),
+    "ltx": (1, 8, 9),
+    "ltx-2": (1, 8, 9),
     "hunyuan": (1, 4, 5, 13),
     "cogvideox": (1, 4, 8, 9, 12, 16),
     "mochi": (1, 6, 7, 17, 19),
 }
-"""Lengths to try, taken or not; those of other classes are 1, r, 1 + r and 1 + 2 r."""
+"""Lengths to try, taken or not; those of other classes are 1, r and 1 + r."""
 
 
 def passes(name: str, num_frames: int) -> tuple[int, ...]:
@@ -64,7 +67,7 @@ def test_every_class_of_the_table_has_a_tiny_configuration_and_exists() -> None:
 def test_a_length_is_taken_if_and_only_if_the_class_gives_all_frames_back(name: str) -> None:
     config = config_of(name)
     stride, side = config.time_stride, side_of(config)
-    for num_frames in LENGTHS.get(name, (1, stride, 1 + stride, 1 + 2 * stride)):
+    for num_frames in LENGTHS.get(name, (1, stride, 1 + stride)):
         comes_back = passes(name, num_frames) == (1, 3, num_frames, side, side)
         try:
             shape = config.payload(num_frames, side, side)[0].shape
@@ -76,7 +79,8 @@ def test_a_length_is_taken_if_and_only_if_the_class_gives_all_frames_back(name: 
         with torch.inference_mode():
             assert tuple(vae_of(name).moments(clips(1, num_frames, side))[0].shape[1:]) == shape
         assert config.decoded_frames(shape[1]) == num_frames
-    check_clip(config, config.valid_frames(2), side, side)
+    if name in ("wan-2.2", "minimax", "taesd"):  # passes on the meta device are slow
+        check_clip(config, config.valid_frames(2), side, side)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
