@@ -23,7 +23,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from vidshard.jobs.evaluation.resolve import Group, ResolvedEvaluation, resolve
-from vidshard.jobs.evaluation.tables import record_of, render
+from vidshard.jobs.evaluation.tables import SCORES_CSV, SCORES_JSON, SCORES_MARKDOWN, record_of, render
 from vidshard.jobs.report.job import add_report
 from vidshard.jobs.report.wall import WALL_SHARE, WallSettings
 from vidshard.jobs.runtime.events import reported
@@ -51,8 +51,6 @@ from vidshard.schemas.video import Part
 _FORMAT = 1
 _LEASE_SECONDS = 60.0
 _MAX_RECORD_BYTES = 64 << 20
-
-SCORES_JSON, SCORES_MARKDOWN, SCORES_CSV = "scores.json", "scores.md", "scores.csv"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,9 @@ from vidshard.models.tokenizer import PRESETS
 from vidshard.pipeline.evaluation.scores import Figures
 from vidshard.schemas.evaluation import PROTOCOLS, Average
 
+SCORES_JSON, SCORES_MARKDOWN, SCORES_CSV = "scores.json", "scores.md", "scores.csv"
+"""Files of the tables in the folder of an evaluation."""
+
 Format = Literal["text", "markdown", "csv", "json"]
 
 _DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3, "fvd": 1}

@@ -47,7 +47,7 @@ def evaluated_page(out: str, run: Record, made: str, settings: WallSettings) -> 
     Raises:
         VidshardError: a file is damaged, or cannot be read.
     """
-    from vidshard.jobs.evaluation.job import SCORES_JSON
+    from vidshard.jobs.evaluation.tables import SCORES_JSON
 
     path = storage.join(out, SCORES_JSON)
     scored = read_scores(out)
