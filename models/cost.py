@@ -23,6 +23,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 
 from vidshard.models.tokenizer import FAMILIES, Tokenizer, TokenizerConfig
 from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.models.vidtok.model import VidTok
 
 MOST_VALUES = 2**31 - 1
 """Largest number of values in one map of a GPU: kernels of cuDNN and of PyTorch count them in int32."""
@@ -80,23 +81,37 @@ class CostCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @lru_cache(maxsize=64)
 def encoding_cost(
-    config: TokenizerConfig, num_frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16
+    config: TokenizerConfig,
+    num_frames: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    fuses_convolutions: bool = False,
 ) -> Cost:
     """Count the cost of encoding one whole clip on a GPU.
 
     Args:
         num_frames: a length that the model takes.
         height, width: size of the frames, or of one tile, in pixels.
+        fuses_convolutions: convolutions of a VidTok model compute the norms after them.
 
     Raises:
         ValueError: the model does not take this length or size.
     """
-    return _cost_of(config, dtype, lambda model: model.encode(_clip(num_frames, height, width, dtype)))
+    clip = _clip(num_frames, height, width, dtype)
+    return _cost_of(config, dtype, lambda model: model.encode(clip), fuses_convolutions)
 
 
 @lru_cache(maxsize=64)
 def decoding_cost(
-    config: TokenizerConfig, num_frames: int, height: int, width: int, dtype: torch.dtype = torch.bfloat16
+    config: TokenizerConfig,
+    num_frames: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    fuses_convolutions: bool = False,
 ) -> Cost:
     """Count the cost of decoding one whole clip on a GPU, as `encoding_cost`."""
     shapes = {column.name: (1, *column.shape) for column in config.payload(num_frames, height, width)}
@@ -105,13 +120,18 @@ def decoding_cost(
         assert isinstance(config, VidTokConfig)
         shapes = {"latents": (1, config.latent_channels, *shapes["tokens"][1:])}
     payload = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    return _cost_of(config, dtype, lambda model: model.decode_payload(payload, num_frames))
+    return _cost_of(config, dtype, lambda model: model.decode_payload(payload, num_frames), fuses_convolutions)
 
 
-def _cost_of(config: TokenizerConfig, dtype: torch.dtype, run: Callable[[Tokenizer], object]) -> Cost:
+def _cost_of(
+    config: TokenizerConfig, dtype: torch.dtype, run: Callable[[Tokenizer], object], fuses_convolutions: bool
+) -> Cost:
     with torch.device("meta"):
         network = FAMILIES[config.family].build(config).eval().requires_grad_(False).to("meta")
     model = cast(Tokenizer, network).set_precision(dtype)
+    if fuses_convolutions:
+        assert isinstance(network, VidTok)
+        network.encoder.fuses_convolutions = network.decoder.fuses_convolutions = True
     with torch.inference_mode(), CostCounter() as counter:  # else operators split up, which they do not on a GPU
         run(model)
         cost: Cost = counter.cost()
@@ -157,6 +177,8 @@ def _read(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 def _flops(operator: Any, args: tuple[Any, ...], written: list[Tensor]) -> int:
     if operator in (torch.ops.aten.conv2d, torch.ops.aten.conv3d, torch.ops.aten.linear):
         return 2 * written[0].numel() * int(args[1][0].numel())  # a weight is (out, in, *kernel)
+    if operator is torch.ops.vidshard.conv_norm_silu:
+        return 2 * written[0].numel() * int(args[1][0].numel())
     if operator in (torch.ops.aten.mm, torch.ops.aten.matmul):
         return 2 * written[0].numel() * int(args[0].shape[-1])
     if operator is torch.ops.aten.scaled_dot_product_attention:

@@ -20,6 +20,7 @@ import torch
 
 from vidshard.models.tokenizer import Tokenizer
 from vidshard.models.vidtok.lengths import Padding
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline.batch_sizes import BatchSizes
 from vidshard.pipeline.compiled import CompileCache, compile_encoder
@@ -64,6 +65,8 @@ class EncoderSpec:
     """``cuda`` or ``cpu``; an encoder that was promised a GPU never computes on a CPU."""
     compile_cache: str | None = None
     """Folder of compiled networks if ``torch.compile`` makes the kernels; None for those of `models.vidtok.fused`."""
+    fuses_convolutions: bool = False
+    """On a GPU, convolutions of a VidTok encoder compute the norms after them."""
     most_clips: tuple[tuple[tuple[int, int], int], ...] = ()
     """Largest batch by frame size (height, width), where it is below ``batch_size``. Pairs, as Ray hashes the spec."""
     padding: Padding | None = None
@@ -170,6 +173,9 @@ class ClipEncoder:
                 )
             make_reproducible(spec.device, spec.num_threads, spec.precision)
             self._model = spec.source.load(spec.device, PRECISIONS[spec.precision])
+            if spec.fuses_convolutions:
+                assert isinstance(self._model, VidTok)
+                self._model.encoder.fuses_convolutions = True
             if self._compiled is not None:
                 compile_encoder(self._model)
         return self._model

@@ -224,6 +224,7 @@ class ResolvedRun:
             source=self.source,
             device=self.run.device,
             compile_cache=self._compile_cache,
+            fuses_convolutions=self.run.gpu_kernels == "convolution",
             most_clips=tuple((most_clips or {}).items()),
             precision=self.run.precision,
             num_frames=self.largest.num_frames,
@@ -338,8 +339,10 @@ def _refuse_impossible(run: TokenizeRun, config: TokenizerConfig) -> None:
     """Raise UserError for settings that contradict the tokenizer or one another."""
     if run.keep_logvar and not config.has_logvar:
         raise UserError(f"--keep-logvar is for KL tokenizers; {config.name} gives tokens")
-    if run.gpu_kernels == "compiled" and config.family != "vidtok":
-        raise UserError(f"--gpu-kernels compiled is for encoders of the VidTok family, which {config.name} is not")
+    if run.gpu_kernels != "fused" and config.family != "vidtok":
+        raise UserError(
+            f"--gpu-kernels {run.gpu_kernels} is for encoders of the VidTok family, which {config.name} is not"
+        )
     try:
         for size in run.sizes:
             payload_of(run, config, *size)

@@ -651,12 +651,12 @@ class ExecutionSettings(Settings):
         metavar="SHARE",
         help="GPUs per encoder process, at most 1; with a fraction, several processes share a GPU. Ignored on CPUs.",
     )
-    gpu_kernels: Literal["fused", "compiled"] = setting(
+    gpu_kernels: Literal["fused", "convolution", "compiled"] = setting(
         "fused",
         section="Execution",
         identity=False,
-        help="Kernels of encoders on GPUs: fused ones of the package, or compiled ones that torch.compile makes. "
-        "Compiling takes minutes for each frame size and batch size; CPUs ignore the setting.",
+        help="Kernels of encoders on GPUs: fused ones, those with norms in the convolutions too, or compiled ones that "
+        "torch.compile makes. Compiling takes minutes for each frame size and batch size; CPUs ignore the setting.",
     )
     compile_cache: str | None = setting(
         None,

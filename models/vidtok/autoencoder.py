@@ -24,6 +24,7 @@ from vidshard.models.vidtok.layers import (
     LayerPast,
     LinearTimeUp,
     Map,
+    Normed,
     SpaceDown,
     SpaceUp,
     SpatialUnit,
@@ -33,6 +34,8 @@ from vidshard.models.vidtok.layers import (
     TimeDown,
     TimeRule,
     TimeUnit,
+    in_two_kernels,
+    takes_two_kernels,
     time_up,
 )
 
@@ -132,6 +135,8 @@ class Encoder(nn.Module):
         architecture: Architecture,
     ) -> None:
         super().__init__()
+        self.fuses_convolutions = False
+        """On a GPU, convolutions compute the norms after them (`models.vidtok.fused_convolution`)."""
         self.conv_in = TimeConv(3, widths[0], VOLUME, rule)
         inputs = [widths[0], *widths[:-1]]
         self.down = nn.ModuleList(
@@ -193,6 +198,8 @@ class Decoder(nn.Module):
         architecture: Architecture,
     ) -> None:
         super().__init__()
+        self.fuses_convolutions = False
+        """As `Encoder.fuses_convolutions`."""
         self.conv_in = TimeConv(in_channels, widths[-1], VOLUME, rule)
         self.mid = Middle(widths[-1], rule, architecture)
         inputs = [*widths[1:], widths[-1]]
@@ -317,9 +324,21 @@ def _run(
 ) -> tuple[Map, Past]:
     """Run the layers before the output's norm."""
     next_past: list[LayerPast] = []
-    h: Map = x_BTHWC
+    h: Map | Normed = x_BTHWC
     defer_sum = not recompute and fused.is_used(x_BTHWC, network.norm_out.norm.weight)
-    for index, layer in enumerate(network.layers()):
+    # The kernels of units fill in what lies before a clip, and read no past.
+    two_kernels = defer_sum and network.fuses_convolutions and not past and not keep_past
+    layers = list(network.layers())
+    for index, layer in enumerate(layers):
+        if two_kernels and isinstance(layer, (SpatialUnit, TimeUnit)) and takes_two_kernels(layer, h):
+            following = layers[index + 1] if index + 1 < len(layers) else None
+            next_norm: ChannelNorm | None = None
+            if isinstance(following, (SpatialUnit, TimeUnit)) and takes_two_kernels(following, h):
+                next_norm = following.norm1
+            h = in_two_kernels(layer, h, next_norm)
+            next_past.append(())
+            continue
+        assert not isinstance(h, Normed)  # only a unit that takes one is given one
         layer_past = past[index] if past else ()
         options: dict[str, bool] = {}
         # Every map but the first, which is the caller's, has no other reader and may be overwritten: encoding
@@ -338,4 +357,5 @@ def _run(
         run: Callable[..., tuple[Map, LayerPast]] = partial(cast(Any, layer), **options)
         h, kept = checkpoint(run, h, layer_past, use_reentrant=False) if recompute else run(h, layer_past)
         next_past.append(kept if keep_past else ())
+    assert not isinstance(h, Normed)
     return h, tuple(next_past)

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vidshard.models.vidtok import fused
+from vidshard.models.vidtok import fused, fused_convolution
 from vidshard.models.vidtok.constants import constant
 
 LayerPast = tuple[Tensor, ...]
@@ -50,6 +50,15 @@ class Sum(NamedTuple):
     def total(self) -> Tensor:
         """Compute the sum by itself."""
         return self.branch.add_(self.residual)
+
+
+class Normed(NamedTuple):
+    """Result of a residual unit whose last convolution computed the norm and SiLU that open the next unit too."""
+
+    total: Tensor
+    """The result, (B, T, H, W, C)."""
+    opened: Tensor
+    """Norm and SiLU of it by the next unit's first norm."""
 
 
 Map = Tensor | Sum
@@ -112,7 +121,10 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, x_BTHWC: Map, *, silu: bool = False) -> Tensor:
+    def forward(self, x_BTHWC: Map | Normed, *, silu: bool = False) -> Tensor:
+        if isinstance(x_BTHWC, Normed):
+            assert silu
+            return x_BTHWC.opened
         if isinstance(x_BTHWC, Sum) or fused.is_used(x_BTHWC, self.norm.weight):
             return self._fused(x_BTHWC, silu=silu, lead=0)
         h = self._in_own_dtype(x_BTHWC) if is_autocast_on_gpu(x_BTHWC) else self.norm(x_BTHWC)
@@ -144,7 +156,7 @@ class ChannelNorm(nn.Module):
             weight, bias = (parameter.to(x_BTHWC.dtype) for parameter in (self.norm.weight, self.norm.bias))
             return F.layer_norm(x_BTHWC, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
-    def _fused(self, x_BTHWC: Map, *, silu: bool, lead: int, repeat_first: bool = False) -> Tensor:
+    def _fused(self, x_BTHWC: Tensor | Sum, *, silu: bool, lead: int, repeat_first: bool = False) -> Tensor:
         settings = (self.norm.weight, self.norm.bias, self.norm.eps, silu, lead, repeat_first)
         y_BTHWC: Tensor = (
             fused.add_norm_silu(*x_BTHWC, *settings)
@@ -235,6 +247,13 @@ class SpatialUnit(nn.Module):
             self._within_frames(x_1FHWC[:, cut], out=y_1FHWC[:, cut])
         return y_1FHWC.view(B, T, H, W, out_channels), past
 
+    def shortcut(self, x_BTHWC: Map | Normed) -> Tensor:
+        """Compute what the unit adds to its branch, after its first norm has read the map."""
+        x_BTHWC = computed(x_BTHWC)
+        if self.nin_shortcut is None:
+            return x_BTHWC
+        return matrix_product(x_BTHWC, self.nin_shortcut.weight.flatten(1), self.nin_shortcut.bias)
+
     def _within_frames(self, x_BTHWC: Tensor, out: Tensor | None = None) -> Tensor:
         h, x_BTHWC = self._deferred(x_BTHWC)
         return h.add_(x_BTHWC) if out is None else torch.add(h, x_BTHWC, out=out)
@@ -242,10 +261,7 @@ class SpatialUnit(nn.Module):
     def _deferred(self, x_BTHWC: Map) -> Sum:
         h = conv2d(self.norm1(x_BTHWC, silu=True), self.conv1.weight, self.conv1.bias, padding=1)
         h = conv2d(self.norm2(h, silu=True), self.conv2.weight, self.conv2.bias, padding=1)
-        x_BTHWC = computed(x_BTHWC)
-        if self.nin_shortcut is not None:
-            x_BTHWC = matrix_product(x_BTHWC, self.nin_shortcut.weight.flatten(1), self.nin_shortcut.bias)
-        return Sum(h, x_BTHWC)
+        return Sum(h, self.shortcut(x_BTHWC))
 
 
 class TimeUnit(nn.Module):
@@ -317,6 +333,11 @@ class TimeUnit(nn.Module):
             pasts.append(tuple(torch.cat(rows, dim=2) for rows in zip(*pieces, strict=True)))
         return y_BTHWC, tuple(torch.cat(clips) for clips in zip(*pasts, strict=True))
 
+    def shortcut(self, x_BTHWC: Map | Normed) -> Tensor:
+        """Compute what the unit adds to its branch, after its first norm has read the map."""
+        x_BTHWC = computed(x_BTHWC)
+        return x_BTHWC if self.nin_shortcut is None else cast(Tensor, self.nin_shortcut(x_BTHWC))
+
     def _through_time(
         self, x_BTHWC: Tensor, past: LayerPast, out: Tensor | None = None, *, keep_past: bool
     ) -> tuple[Tensor, LayerPast]:
@@ -328,10 +349,7 @@ class TimeUnit(nn.Module):
         h = self.conv1.convolved(joined_BTHWC)
         joined_BTHWC, past2 = self.norm2.in_context(h, past[1:], self.conv2.rule, keep_past=keep_past)
         h = self.conv2.convolved(joined_BTHWC)
-        residual_BTHWC = computed(x_BTHWC)
-        if self.nin_shortcut is not None:
-            residual_BTHWC = self.nin_shortcut(residual_BTHWC)
-        return Sum(h, residual_BTHWC), (*past1, *past2)
+        return Sum(h, self.shortcut(x_BTHWC)), (*past1, *past2)
 
 
 class FrameAttention(nn.Module):
@@ -356,13 +374,55 @@ class FrameAttention(nn.Module):
         return result if defer_sum else result.total(), past
 
 
+Unit = SpatialUnit | TimeUnit
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def takes_two_kernels(unit: Unit, x_BTHWC: Map | Normed) -> bool:
+    """Whether `in_two_kernels` computes a unit for a map."""
+    conv = unit.conv1 if isinstance(unit, SpatialUnit) else unit.conv1.conv
+    return fused_convolution.takes(computed(x_BTHWC), conv.weight)
+
+
+def in_two_kernels(unit: Unit, x_BTHWC: Map | Normed, next_norm: ChannelNorm | None) -> Tensor | Normed:
+    """Apply a residual unit to whole clips, by two convolutions that compute the norms after them.
+
+    Args:
+        next_norm: norm, with SiLU, that opens the next unit; None if another layer follows.
+    """
+    conv1: Convolution
+    conv2: Convolution
+    if isinstance(unit, SpatialUnit):
+        conv1, conv2, before, repeat_first = unit.conv1, unit.conv2, 0, False
+    else:
+        conv1, conv2, rule = unit.conv1.conv, unit.conv2.conv, unit.conv1.rule
+        before, repeat_first = 2 if rule.causal else 1, rule.start == "first frame"
+
+    def convolve(h: Tensor, conv: Convolution, norm: ChannelNorm | None, residual: Tensor | None) -> list[Tensor]:
+        assert conv.bias is not None
+        weights = (None, None, 0.0) if norm is None else (norm.norm.weight, norm.norm.bias, norm.norm.eps)
+        kept = residual is not None
+        outputs: list[Tensor] = fused_convolution.conv_norm_silu(
+            h, conv.weight, conv.bias, residual, *weights, before, repeat_first, kept
+        )
+        return outputs
+
+    h = unit.norm1(x_BTHWC, silu=True)
+    residual_BTHWC = unit.shortcut(x_BTHWC)
+    (h,) = convolve(h, conv1, unit.norm2, None)
+    outputs = convolve(h, conv2, next_norm, residual_BTHWC)
+    return outputs[0] if next_norm is None else Normed(outputs[1], outputs[0])
+
+
 def is_autocast_on_gpu(x_BTHWC: Tensor) -> bool:
     """Whether a map is of a GPU whose operators autocast, as in training."""
     return x_BTHWC.device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
-def computed(x_BTHWC: Map) -> Tensor:
+def computed(x_BTHWC: Map | Normed) -> Tensor:
     """Return the value of a map after a norm has read it, which adds up a sum."""
+    if isinstance(x_BTHWC, Normed):
+        return x_BTHWC.total
     return x_BTHWC.branch if isinstance(x_BTHWC, Sum) else x_BTHWC
 
 

@@ -102,7 +102,10 @@ def test_only_encoders_of_vidtok_on_gpus_are_compiled(tmp_path: Path) -> None:
     for settings, device in (({}, "cpu"), ({"gpu_kernels": "fused"}, "cuda")):
         placed = resolved(**settings).placed(device=device, precision="float16")  # type: ignore[arg-type]
         assert placed.encoder_spec(batch_size=8, num_threads=1).compile_cache is None
-    with pytest.raises(UserError, match="is for encoders of the VidTok family"):
-        resolved(tokenizer="vidtwin_tiny")
+    for kernels in ("compiled", "convolution"):
+        with pytest.raises(UserError, match=f"{kernels} is for encoders of the VidTok family"):
+            resolved(tokenizer="vidtwin_tiny", gpu_kernels=kernels)
+    placed = resolved(gpu_kernels="convolution").placed(device="cuda", precision="float16")
+    assert placed.encoder_spec(batch_size=8, num_threads=1).fuses_convolutions
     with pytest.raises(ValueError, match="only encoders of the VidTok family"):
         compile_encoder(load_tokenizer(get_preset("vidtwin_tiny"), None, seed=0))

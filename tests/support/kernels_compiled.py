@@ -1,12 +1,14 @@
 """Compiles every kernel of the GPU path for a generation of GPUs that is not there, and checks that none spills.
 
-    python -m tests.support.kernels_compiled 90 fp16
+    python -m tests.support.kernels_compiled 90 fp16        norms and sums of taps
+    python -m tests.support.kernels_compiled 90 fp16 12     the first 12 convolutions with norms
 
 Prints one line a kernel: its name, its constants, and the registers of a thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vidshard.models.vidtok import fused
-from vidshard.models.vidtok.fused_kernel import norm_silu_kernel, sum_taps_kernel
+from vidshard.models.vidtok.fused_convolution import tile_of
+from vidshard.models.vidtok.fused_kernel import conv_norm_silu_kernel, norm_silu_kernel, sum_taps_kernel
 
 WIDTHS = (16, 128, 256, 512)
 """Channels of the levels of the small model and of the released ones."""
@@ -41,11 +44,34 @@ def variants(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]
             yield sum_taps_kernel, tables | sizes, constants
 
 
-def usage_of(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], capability: int) -> str:
+def convolutions(dtype: str, generation: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Convolutions with norms: as `variants`, and their options."""
+    pointers = dict.fromkeys(("x", "kernel", "bias", "residual", "gain", "shift", "total", "y"), f"*{dtype}")
+    sizes = {**dict.fromkeys("BTHW", "i32"), "eps": "fp32"}
+    for (inputs, channels), (time, space) in itertools.product(((128, 128), (256, 256)), ((1, 3), (3, 1))):
+        for residual, norm in ((True, True), (False, True), (True, False)):
+            tile = tile_of(channels, inputs, generation)
+            options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+            taps = {"TIME_TAPS": time, "SPACE_TAPS": space, "BEFORE": time - 1, "REPEAT_FIRST": False}
+            parts = {"RESIDUAL": residual, "KEEP_TOTAL": residual, "NORM": norm}
+            constants = {"INPUTS": inputs, "C": channels, **taps, **parts, **tile}
+            yield conv_norm_silu_kernel, pointers | sizes, constants, options
+
+
+def usage_of(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    capability: int,
+    options: Mapping[str, int],
+) -> str:
     """Compile a kernel; returns the resources that it uses, in the words of ``cuobjdump``."""
     arguments = {**signature, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(kernel, {name: arguments[name] for name in kernel.arg_names}, dict(constants))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    types = {name: arguments[name] for name in kernel.arg_names}
+    # Maps are aligned to 16 bytes, as torch allocates them; descriptors need it.
+    aligned = {(at,): [["tt.divisibility", 16]] for at, type_ in enumerate(types.values()) if type_.startswith("*")}
+    source = ASTSource(kernel, types, dict(constants), aligned if kernel is conv_norm_silu_kernel else {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -53,14 +79,17 @@ def usage_of(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, 
         return subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True).stdout
 
 
-def main(capability: int, dtype: str) -> None:
-    """Compile all of them."""
-    for kernel, signature, constants in variants(dtype):
-        usage = usage_of(kernel, signature, constants, capability)
+def main(capability: int, dtype: str, num_convolutions: int | None) -> None:
+    """Compile the norms and sums, or a number of convolutions."""
+    chosen = [(*variant, {"num_warps": 4}) for variant in variants(dtype)]
+    if num_convolutions is not None:
+        chosen = list(itertools.islice(convolutions(dtype, capability // 10), num_convolutions))
+    for kernel, signature, constants, options in chosen:
+        usage = usage_of(kernel, signature, constants, capability, options)
         assert "STACK:0 " in usage, usage  # a spill would take it
         assert "LOCAL:0 " in usage, usage
         print(kernel.fn.__name__, constants, usage[usage.index("REG:") :].split()[0])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)

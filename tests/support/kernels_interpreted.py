@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from vidshard.models.tokenizer import get_preset
-from vidshard.models.vidtok import fused
+from vidshard.models.vidtok import fused, fused_convolution
 from vidshard.models.vidtok.layers import (
     TIME_RULES,
     ChannelNorm,
     FrameAttention,
     LinearTimeUp,
+    Normed,
     RepeatedTimeUp,
     SpaceDown,
     SpaceUp,
     SpatialUnit,
     Sum,
     TimeUnit,
+    in_two_kernels,
 )
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
@@ -39,12 +41,13 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 2e-2}
 @contextmanager
 def kernels() -> Iterator[None]:
     """Take the path of a GPU on this CPU."""
-    original = fused.is_used
+    originals = fused.is_used, fused_convolution.is_half
     fused.is_used = lambda *_: True
+    fused_convolution.is_half = lambda *_: True
     try:
         yield
     finally:
-        fused.is_used = original
+        fused.is_used, fused_convolution.is_half = originals
 
 
 def compare(name: str, dtype: torch.dtype, run: Callable[[], list[Tensor]], factor: float = 1.0) -> None:
@@ -119,6 +122,33 @@ def sums() -> None:
             compare(f"{name} {(B, T, H, W, C)}", dtype, run)
 
 
+def convolutions() -> None:
+    """Units whose convolutions compute the norms after them, on ragged shapes and odd batches, by every rule."""
+    units: list[tuple[str, SpatialUnit | TimeUnit]] = [
+        ("spatial unit", SpatialUnit(16, 16)),
+        ("spatial unit that widens", SpatialUnit(16, 32)),
+    ]
+    for variant, rule in TIME_RULES.items():
+        units.append((f"unit over time, {variant}", TimeUnit(16, (3,), rule)))
+        units.append((f"volume, {variant}", TimeUnit(16, (3, 3, 3), rule, out_channels=32)))
+    for dtype, (B, T, H, W), (name, unit) in itertools.product(DTYPES, [(3, 3, 9, 5), (1, 1, 2, 18)], units):
+        prepared(unit, dtype)
+        norm = prepared(ChannelNorm(unit.norm2.norm.weight.numel()), dtype)
+        assert isinstance(norm, ChannelNorm)
+        x = torch.randn(B, T, H, W, 16).to(dtype)
+
+        def run(unit=unit, norm=norm, x=x) -> list[Tensor]:  # type: ignore[no-untyped-def]
+            if fused.is_used(x, x):
+                alone, result = in_two_kernels(unit, x, None), in_two_kernels(unit, x, norm)
+                assert isinstance(alone, Tensor)
+                assert isinstance(result, Normed)
+                return [alone, *result]
+            total, _ = unit(x)
+            return [total, total, norm(total, silu=True)]
+
+        compare(f"{name} {(B, T, H, W)}", dtype, run, factor=3)
+
+
 def resampling() -> None:
     """Doubling in space and time, with a past and without; taps at the ends of a video."""
     torch.manual_seed(1)
@@ -149,14 +179,18 @@ def models() -> None:
         ("tiny", torch.float16),
         ("v1.1", torch.float32),
         ("non", torch.float32),
+        ("wide", torch.float32),
     ]:
         config = get_preset("tiny")
         if name == "v1.1":
             config = config.model_copy(update={"variant": "causal-v1.1"})
         elif name == "non":
             config = config.model_copy(update={"variant": "non-causal"})
+        elif name == "wide":
+            config = config.model_copy(update={"base_width": 16})
         model = load_tokenizer(config, None, seed=0, dtype=dtype)
         assert isinstance(model, VidTok)
+        model.encoder.fuses_convolutions = model.decoder.fuses_convolutions = name == "wide"
         side, first, more = config.space_stride * 2, 1 if config.is_causal else 0, config.time_stride
         x = (2 * torch.rand(3, 3, first + 2 * more, side, 2 * side) - 1).to(dtype)
 
@@ -181,7 +215,7 @@ def models() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     with torch.inference_mode():
-        for check in (norms, sums, resampling, models):
+        for check in (norms, sums, convolutions, resampling, models):
             if check.__name__ in sys.argv[1:]:
                 check()
     print("equal")

@@ -34,9 +34,10 @@ def said_by(module: str, *arguments: str, **environment: str) -> str:
     "checks",
     [
         ("norms", "sums", "resampling"),
+        ("convolutions",),
         pytest.param(("models",), marks=pytest.mark.slow),  # half a minute
     ],
-    ids=["layers", "models"],
+    ids=["layers", "convolutions", "models"],
 )
 def test_the_kernels_equal_the_layers_in_tritons_interpreter_on_ragged_shapes_and_with_a_past(
     checks: tuple[str, ...],
@@ -58,6 +59,24 @@ def test_the_kernels_equal_the_layers_in_tritons_interpreter_on_ragged_shapes_an
 def test_the_kernels_compile_for_every_generation_without_spills(capability: int, dtype: str, tmp_path: Path) -> None:
     said = said_by("kernels_compiled", str(capability), dtype, TRITON_CACHE_DIR=str(tmp_path))
     assert said.count("norm_silu_kernel") == said.count("sum_taps_kernel") == 8
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "dtype", "number"),
+    [
+        (90, "fp16", 1),
+        *(
+            pytest.param(capability, dtype, 12, marks=pytest.mark.slow)
+            for capability, dtype in [(80, "fp16"), (90, "fp16"), (100, "fp16"), (90, "bf16")]
+        ),
+    ],
+)
+def test_convolutions_with_norms_compile_for_every_generation_without_spills(
+    capability: int, dtype: str, number: int, tmp_path: Path
+) -> None:
+    said = said_by("kernels_compiled", str(capability), dtype, str(number), TRITON_CACHE_DIR=str(tmp_path))
+    assert said.count("conv_norm_silu_kernel") == number
 
 
 def test_a_cpu_and_gradients_take_the_layers_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
