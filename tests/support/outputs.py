@@ -263,10 +263,24 @@ def tokenize(
         for at, span in enumerate(work["span_id"].to_pylist()):
             spans_encoded.append(span)
             sink.add(encoded(work.slice(at, 1), outcome_of[span]))
+            _commit_what_is_begun(sink)
     finally:
         sink.close()
     forget_retry_set(out)
     return Done(planned=planned, opened=videos_opened, encoded=spans_encoded)
+
+
+def _commit_what_is_begun(sink: TokenShardSink) -> None:
+    """Wait for the threads of a sink, so that each run on the same corpus makes the same writes.
+
+    Otherwise, shards that are reported at once share a file of rejections, and others do not.
+    """
+    writer, committer = sink._writers.writer, sink._committer
+    with writer._changed:
+        writer._changed.wait_for(lambda: writer._num_writing == 0)
+    committer.tick()
+    for commit in list(committer._pending):
+        commit.exception()
 
 
 def clips_in(out: str) -> Counter[str]:
