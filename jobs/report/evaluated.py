@@ -15,7 +15,7 @@ from vidshard.jobs.report.charts import histogram, scatter_chart
 from vidshard.jobs.report.media import DIFFERENCE_GAIN, Frames, amplified_difference, video_of
 from vidshard.jobs.report.page import Block, Card, Chart, Details, Facts, Note, Page, Table, Wall
 from vidshard.jobs.report.sample import read_sample
-from vidshard.jobs.report.tokenized import NOT_DEFAULT, codebook_blocks, rejection_blocks
+from vidshard.jobs.report.tokenized import NOT_DEFAULT, codebook_blocks, rejection_blocks, setting_value
 from vidshard.jobs.report.wall import MAX_MEDIA_BYTES, MAX_PIXELS, WallSettings, wall_of
 from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
 from vidshard.pipeline import storage
@@ -95,7 +95,7 @@ def _overview(record: Record, run: Record) -> list[Block]:
 def _what_ran(run: Record) -> list[Block]:
     defaults = EvaluateRun.model_construct().model_dump(mode="json")
     settings = run.get("settings", {})
-    changed = [[k, str(v)] for k, v in settings.items() if k not in defaults or defaults[k] != v]
+    changed = [[k, setting_value(v)] for k, v in settings.items() if k not in defaults or defaults[k] != v]
     everything = {name: run.get(name) for name in ("settings", "libraries", "code_version", "started_at")}
     lines = yaml.safe_dump(everything, sort_keys=False).splitlines()
     return [

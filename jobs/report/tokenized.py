@@ -118,10 +118,18 @@ def _figures(summary: Record, runs: Sequence[Record], sample: Sample) -> Facts:
     return Facts(items=items)
 
 
+def setting_value(value: Any) -> str:
+    """A setting as a person writes it: a list by its first entries."""
+    if isinstance(value, list):
+        shown = ", ".join(str(one) for one in value[:5])
+        return f"{shown} and {len(value) - 5:,} more" if len(value) > 5 else shown
+    return str(value)
+
+
 def _what_ran(record: Record) -> list[Table | Details]:
     run, defaults = record.get("run", {}), TokenizeRun.model_construct().model_dump(mode="json")
     changed = {name: value for name, value in run.items() if name not in defaults or defaults[name] != value}
-    rows = [[name, _value(value)] for name, value in changed.items()]
+    rows = [[name, setting_value(value)] for name, value in changed.items()]
     rows += [["weights SHA-256", str(record.get("weights_sha256", ""))[:16]]]
     rows += [["vidshard", str(record.get("code_version", ""))]]
     everything = {key: record.get(key) for key in ("run", "tokenizer", "libraries", "weights_source", "weights_sha256")}
@@ -130,13 +138,6 @@ def _what_ran(record: Record) -> list[Table | Details]:
         Table(title=NOT_DEFAULT, header=["setting", "value"], rows=rows, codes=frozenset({1})),
         Details(title="All settings, tokenizer and versions", lines=text.splitlines()[:400]),
     ]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        shown = ", ".join(str(one) for one in value[:5])
-        return f"{shown} and {len(value) - 5:,} more" if len(value) > 5 else shown
-    return str(value)
 
 
 def _worst(summary: Record, sample: Sample) -> list[dict[str, Any]]:
