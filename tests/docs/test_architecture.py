@@ -1,4 +1,7 @@
-"""Imports point one way: jobs, pipeline, models; schemas below all; no module imports itself through others."""
+"""Imports point one way: jobs, pipeline, models; schemas below all; no module imports itself through others.
+
+Tests import helpers of ``tests/support/`` and no other tests.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +80,19 @@ def test_decoding_a_video_imports_neither_ray_nor_torch() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"ray", "torch"} & {name.split(".")[0] for name in names}, name
+
+
+def test_no_test_file_imports_another_one() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        for node in nodes:
+            module = getattr(node, "module", None) or ""
+            names = [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
+            local = isinstance(node, ast.ImportFrom) and node.level > 0
+            parts = [part for name in names if local or name.split(".")[0] == "tests" for part in name.split(".")]
+            tests = [part for part in parts if part.startswith("test_") or part in ("conftest", "remake")]
+            assert not tests, (
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {tests[0]}: move what is shared to tests/support/"
+            )

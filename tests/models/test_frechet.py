@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from tests.support.i3d import Program, save_program
 from vidshard.models.frechet import I3D, frechet_distance
 
 
@@ -48,21 +49,6 @@ def test_far_means_lose_no_digits() -> None:
 def test_features_that_give_no_distance_are_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"two sets of at least two clips|not finite"):
         frechet_distance(np.random.default_rng(0).normal(size=(5, 3)), bad)
-
-
-class Program(torch.nn.Module):
-    """The signature of the published I3D programs; its features are the means of the colors."""
-
-    def forward(self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> Tensor:
-        assert not rescale
-        assert not resize
-        assert return_features
-        assert x.size(3) == x.size(4) == 224
-        return x.mean(dim=[2, 3, 4])
-
-
-def save_program(module: torch.nn.Module, path: Path) -> None:
-    torch.jit.script(module).save(str(path))  # type: ignore[no-untyped-call]
 
 
 class NoFeatures(torch.nn.Module):

@@ -11,11 +11,9 @@ import pytest
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[dev]')")
 
-from tests.pipeline.storage.test_hub import NEW, OLD, Hub, hub, run
+from tests.support.file_hub import NEW, OLD, Hub, run
 from tests.support.markdown import ROOT
 from tests.support.vae_configs import CONFIGS, config_of, write_vae
-
-__all__ = ["hub"]
 
 FIND = """
 import json, sys

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.models.test_frechet import Program, save_program
 from tests.support.cli import SMALL, printed_by, run, tokenize
 from tests.support.http_server import http_server
+from tests.support.i3d import Program, save_program
 from tests.support.videos import Recipe, write_undecodable, write_video
 from vidshard.jobs.evaluation.published import PUBLISHED
 from vidshard.jobs.evaluation.resolve import resolve

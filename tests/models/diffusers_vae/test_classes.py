@@ -16,8 +16,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed (pip install
 
 import diffusers
 
-from tests.models.diffusers_vae.golden.remake import LATENTS, golden_path, summary
 from tests.support.vae_configs import CONFIGS, clips, config_of, side_of, vae_of
+from tests.support.vae_golden import golden_path, summary
 from vidshard.models.diffusers_vae.classes import CLASSES, EXCLUDED
 from vidshard.models.diffusers_vae.config import DiffusersConfig
 from vidshard.models.diffusers_vae.derive import check_clip, config_from
@@ -26,6 +26,7 @@ from vidshard.models.tokenizer import FAMILIES, parse_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+REMAKE = "tests.models.diffusers_vae.golden.remake"
 LENGTHS = {
     "allegro": (24,),
     "minimax": (1, 5, 17, 22, 23),
@@ -106,7 +107,7 @@ def test_encoding_and_decoding_are_deterministic_and_a_clip_does_not_depend_on_i
 def test_latents_and_frames_are_those_that_this_version_of_diffusers_gave(name: str) -> None:
     path = golden_path()
     if not path.is_file():
-        pytest.skip(f"no golden values of diffusers {diffusers.__version__}: python -m {LATENTS}")
+        pytest.skip(f"no golden values of diffusers {diffusers.__version__}: python -m {REMAKE}")
     with np.load(path) as golden:
         for key, values in summary(name).items():
             expected = golden[f"{name}/{key}"]
