@@ -35,7 +35,7 @@ class Measured(NamedTuple):
     milliseconds: float
     """On the clock."""
     cpu_milliseconds: float
-    """Of all threads of the process."""
+    """CPU time of all threads of the process."""
     peak_bytes: int
     """Peak of the memory held, above that held before."""
     output: Tensor

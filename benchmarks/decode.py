@@ -330,7 +330,7 @@ def decode_by_command(task: Task, program: str) -> Pixels:
 
 
 def decode_by_torchcodec(task: Task, decoders: Any) -> Pixels:
-    """Its frames by time, scaled by itself."""
+    """Frames by time, scaled by the library itself."""
     declare_torchvision_operators()
     transforms = importlib.import_module("torchcodec.transforms")
     source = task.span.source
@@ -346,7 +346,7 @@ def decode_by_torchcodec(task: Task, decoders: Any) -> Pixels:
 
 
 def decode_by_decord(task: Task, decord: Any) -> Pixels:
-    """Its frames by number; it scales without keeping the shape."""
+    """Frames by number; the library scales without keeping the shape."""
     reader = decord.VideoReader(task.path, width=SIDE, height=SIDE, num_threads=1)
     step = reader.get_avg_fps() / float(task.spec.fps)
     numbers = [int(n * step) for n in range(int(len(reader) / step))]

@@ -37,7 +37,7 @@ from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, Vi
 
 CLIPS_PER_SPAN = 10
 SPANS_PER_TASK, SPANS_PER_CALL = 8, 13
-"""Of a decoder and of an encoder on a GPU, as ``plan_resources`` chooses them for spans of ten clips."""
+"""Spans per decoder task and per GPU encoder call, as ``plan_resources`` chooses them for ten clips a span."""
 FRAMES_SHARE = 100
 SPEC = ClipSpec(fps=Fraction(8), num_frames=17, height=256, width=256)
 PAYLOADS = {

@@ -202,7 +202,7 @@ class Decoded:
 
     name: str
     video: bytes = b""
-    """Its mp4 file."""
+    """Content of the mp4 file."""
     num_frames: int = 0
     failure: str = ""
     """Reason why there is no file; empty if there is one."""

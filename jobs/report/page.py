@@ -133,7 +133,7 @@ class Page:
 
     title: str
     place: str
-    """Where the output is."""
+    """Location of the output."""
     status: str
     tone: Literal["good", "warning", "error"]
     made: str

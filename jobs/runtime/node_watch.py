@@ -37,7 +37,7 @@ _KILLED = (common_pb2.WorkerExitType.SYSTEM_ERROR, common_pb2.WorkerExitType.NOD
 
 @dataclass(frozen=True, kw_only=True)
 class NodeReport:
-    """What a node says about its memory and its disk."""
+    """Memory and disk of a node, as the node reports them."""
 
     host: str
     shm_bytes: int | None

@@ -74,7 +74,7 @@ class DecodeRun:
     verbose: bool = False
     """Show Ray's log."""
     reporting: ReportSettings = field(default_factory=ReportSettings)
-    """What it tells meanwhile."""
+    """Progress lines and event log of the job."""
     tile_overlap: int | None = None
     """Overlap of tiles in pixels; None for that of the run."""
 

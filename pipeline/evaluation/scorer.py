@@ -50,7 +50,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsSpec:
-    """Which metrics are taken beside PSNR and SSIM."""
+    """Metrics to take beside PSNR and SSIM."""
 
     lpips: bool
     vgg_weights: str | None

@@ -76,10 +76,10 @@ class _Member:
 
     name: str
     options: dict[str, str]
-    """Its place, for its location."""
+    """Options of the location that say where in the archive the video is."""
     num_bytes: int
     read: Callable[[], bytes]
-    """Its content, for small ones."""
+    """Reads the content, of small members only."""
     fault: str | None = None
     """Why it cannot be read where it lies; None if it can."""
 
@@ -210,7 +210,7 @@ def _listed(members: Iterator[_Member | str], path: str, extensions: frozenset[s
 
 
 def _key(name: str) -> str:
-    """What a video and the files beside it have in common: the name up to the first dot of its last part."""
+    """Key that a video shares with the files beside it: the name up to the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.split(".", 1)[0]
 

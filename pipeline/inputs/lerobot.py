@@ -372,7 +372,7 @@ class _Episode:
 
     @property
     def task(self) -> str | None:
-        """Its tasks, joined by ``; ``; None where none is stated."""
+        """Tasks of the episode, joined by ``; ``; None where none is stated."""
         tasks = self.values.get("tasks")
         tasks = [tasks] if isinstance(tasks, str) else tasks
         if not isinstance(tasks, list) or not tasks:

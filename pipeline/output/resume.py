@@ -138,7 +138,7 @@ class _InputPlan:
     is_opened: Mask
     """For each video of the inputs whether it could be opened; the others were rejected."""
     is_owner: Mask
-    """And whether it is the first with its content; the others are copies."""
+    """For each video of the inputs whether it is the first with its content; the others are copies."""
     has_repeats: bool
     """Whether a video is in the plan several times: it has copies, or was opened again and found the same."""
     copies: tuple[Rejection, ...]
@@ -200,7 +200,7 @@ def _heads(plan: pa.Table, row: Numbers) -> pa.Table:
 
 
 def _wanted(spans: pa.ChunkedArray, plan: _InputPlan) -> Mask:
-    """Which rows of the plan are spans of the inputs: of several copies of a video those of the first alone."""
+    """Mask of the plan's rows that are spans of the inputs: of several copies of a video those of the first alone."""
     is_owner = np.append(plan.is_owner, False)  # row -1, no video of the inputs, takes the last
     wanted: Mask = is_owner[plan.row] & _is_valid(spans)
     if plan.has_repeats:
@@ -218,7 +218,7 @@ def _is_retried(plan: pa.Table, retry: RetrySet, opened: pa.Table | None) -> Mas
 
 
 def _came_back(plan: pa.Table, inputs: Inputs, row: Numbers, has_span: Mask) -> Mask:
-    """Which of the videos are planned, but had another one planned at their location since: they are opened again."""
+    """Mask of the planned videos at whose location another one was planned since: they are opened again."""
     latest: dict[bytes, int] = {}
     for number in np.flatnonzero(has_span & (row < 0)):
         latest[plan["place"][int(number)].as_py()] = int(number)
@@ -261,14 +261,14 @@ def _video_id(span_id: str) -> str:
 
 
 def _is_of(spans: pa.ChunkedArray, video_ids: Collection[str]) -> Mask:
-    """Which spans are of one of these videos."""
+    """Mask of the spans that are of one of these videos."""
     if not video_ids:
         return np.zeros(len(spans), np.bool_)
     return np.array([_video_id(span) in video_ids for span in spans.to_pylist()], np.bool_)
 
 
 def _is_repeated(spans: pa.ChunkedArray, unique: pa.Array) -> Mask:
-    """Which committed spans are in an earlier shard too, as two runs at once might have written them."""
+    """Mask of the committed spans that an earlier shard has too, as two runs at once might have written them."""
     if len(unique) == len(spans):
         return np.zeros(len(spans), np.bool_)
     numbered = pa.table({"span_id": spans, "number": np.arange(len(spans))})
@@ -280,7 +280,7 @@ def _is_repeated(spans: pa.ChunkedArray, unique: pa.Array) -> Mask:
 
 
 def rejects_to_retry(rejects: pa.Table, reasons: Collection[Reason] | None, inputs: Inputs) -> Mask:
-    """Which rejections ``--retry-rejected`` is about: those of videos of the inputs, as others cannot be tried now.
+    """Mask of the rejections for ``--retry-rejected``: those of videos of the inputs, as others cannot be tried now.
 
     Args:
         rejects: all of the output.

@@ -130,7 +130,7 @@ class _Shard:
 
     bucket: _Bucket
     rows: list[pa.Table]
-    """Its rows, one span each. They are kept until the shard is settled, as some may have to go into another one."""
+    """Rows, one span each. They are kept until the shard is settled, as some may have to go into another one."""
     spans: tuple[int, ...]
     staged: storage.StagedFile | None = None
 

@@ -1,4 +1,4 @@
-"""Which errors of storages are transient, and one line for a person that says what an error means.
+"""Transient errors of storages, told from lasting ones; and one line for a person that says what an error means.
 
 The clients of storages raise what they like; here is the one place that reads their exceptions.
 """

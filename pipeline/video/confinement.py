@@ -46,7 +46,7 @@ _FIRST_UNIFIED = 424
 _ANONYMOUS, _SHARED_OR_DROPPABLE, _GROWS_DOWN = 0x20, 0x09, 0x100
 """Flags of mappings. RLIMIT_DATA counts neither anonymous ones that are shared or droppable, nor those that grow."""
 _ADVICE = (0, 1, 2, 3, 4, 8, 9, 10, 14, 15, 16, 17)
-"""What madvise may be told; root could make the memory of libraries that others use fail (MADV_HWPOISON)."""
+"""Advice for madvise; with others root could make the memory of libraries that others use fail (MADV_HWPOISON)."""
 _TO_WRITE = 0o3 | 0o100 | 0o1000 | 0o20000000
 """O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and O_TMPFILE."""
 _IOCTLS = (0x5401, 0x5450, 0x5451)

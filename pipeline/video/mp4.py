@@ -64,7 +64,7 @@ class Track:
     shown_height: Fraction
     """Size at which the track's header wants to be shown."""
     boxes: dict[bytes, Box]
-    """Its boxes that are read later, by type."""
+    """Boxes that are read later, by type."""
 
 
 def read_tracks(watched: WatchedFile) -> list[Track]:

@@ -28,7 +28,7 @@ class PacketFacts:
     random_access: bool = False
     """Whether this and all later pictures, but those shown before it, need nothing earlier."""
     needs_flush: bool = False
-    """It is a random access point only for a decoder that was flushed."""
+    """Whether it is a random access point only for a decoder that was flushed."""
     skippable: bool = False
     """Whether the decoder knows if no other picture references it, and then skips it when asked to."""
     reads: int = ALL_SLOTS

@@ -1,4 +1,4 @@
-"""What dies while a run goes on, in a real Ray: nodes, encoders, decoders; and what never lives."""
+"""Deaths while a run goes on, in a real Ray: of nodes, encoders and decoders; and clusters that cannot be joined."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_cluster_that_lets_nobody_in_is_named(
 
 
 def refusal(*arguments: str | Path) -> str:
-    """What the command prints, which cannot be carried out."""
+    """Output of a command that cannot be carried out."""
     with started(*arguments) as process:
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 2, printed

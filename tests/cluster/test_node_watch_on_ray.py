@@ -1,4 +1,4 @@
-"""What the watch of the nodes sees of a real Ray: each look works, a killed worker and spilling are told."""
+"""Watch of the nodes on a real Ray: each look works, a killed worker and spilling are told."""
 
 from __future__ import annotations
 

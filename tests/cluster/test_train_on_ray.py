@@ -55,7 +55,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dict[str, float]]:
-    """What was measured, without what depends on the clock."""
+    """Figures of a training, without those that depend on the clock."""
     clock = ("clips_per_second", "steps_per_second", "waiting", "mfu")
     lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["group"] == group]

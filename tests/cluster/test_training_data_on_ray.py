@@ -151,7 +151,7 @@ def test_what_a_training_began_with_can_be_kept(corpora: TrainingVideos, corpus:
 
 
 def streamed(draws: ClipSampler, start: int, stop: int, workers: int, block: int = 2) -> list[list[pa.Table]]:
-    """What each worker gets, in blocks."""
+    """Blocks that each worker gets."""
     context = DataContext.get_current()
     before = context.execution_options.preserve_order
     context.execution_options.preserve_order = True

@@ -25,7 +25,7 @@ SCHEMA = ROOT / "tests/fixtures/kuberay/rayjob.v1.openapi.json"
 
 
 def _run_tool(name: str, *arguments: object) -> str:
-    """What a linter of the dev environment says; nothing if it has no objection."""
+    """Output of a linter of the dev environment; empty if it has no objection."""
     path = Path(sysconfig.get_path("scripts")) / name
     if not path.exists():
         pytest.skip(f"{name} has no wheel for this platform")

@@ -116,7 +116,7 @@ def train_settings(_: str) -> str:
 
 
 def training_presets(_: str) -> str:
-    """What each preset trains."""
+    """Settings of each preset."""
     rows = []
     for name, preset in TRAININGS.items():
         run = preset(["videos"], "out")
@@ -255,7 +255,7 @@ def _room(path: Path) -> str:
 
 
 def room_imports(_: str) -> str:
-    """Which room imports which; schemas/ and storage are left out because nearly all import them."""
+    """Imports between rooms; schemas/ and storage are left out because nearly all import them."""
     rooms = sorted({_room(path) for path in _files()})
     left_out = {"schemas", "pipeline/storage"}
     arrows: dict[str, set[str]] = {room: set() for room in rooms}

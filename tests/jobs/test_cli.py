@@ -1,4 +1,4 @@
-"""How a command ends: what its job returns or raises becomes output and an exit code, in one place."""
+"""End of a command: what its job returns or raises becomes output and an exit code, in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU must offer, and which exceptions are a shortage of memory, a fault of the GPU, or a defect."""
+"""Requirements on a GPU; exceptions told apart: shortage of memory, fault of the GPU, defect."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def with_little_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoded_with_little_memory(folder: Path, share: float, *, continuous: bool) -> tuple[list[dict[str, Any]], str]:
-    """What a process of its own prints, and its log."""
+    """Output and log of a process that encodes with little memory."""
     printed, log = (folder / f"{name}-{share}-{continuous}" for name in ("printed", "log"))
     return json.loads(printed.read_text()), log.read_text()
 

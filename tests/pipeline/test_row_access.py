@@ -1,4 +1,4 @@
-"""What the rows of a manifest may name."""
+"""Locations that the rows of a manifest may name."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What tests share: videos, processes, servers; no tests."""
+"""Helpers that tests share: videos, processes, servers; no tests."""

@@ -31,7 +31,7 @@ def vidshard_exits(*arguments: object) -> tuple[int, str]:
 
 
 def printed_by(*arguments: object, code: int = 0) -> str:
-    """What a command prints, on one line; it must exit with ``code``."""
+    """Output of a command on one line; it must exit with ``code``."""
     result = run(*arguments)
     assert result.exit_code == code, result.output
     return " ".join(result.output.split())

@@ -31,7 +31,7 @@ ANSWERS = {
     "timeout": (400, "RequestTimeout", "Your socket connection was not read from or written to in time."),
     "conflict": (409, "ConditionalRequestConflict", "A conflicting operation occurred during the request."),
 }
-"""What a server says instead of carrying out a request: status, code and message."""
+"""Answers of a server instead of carrying out a request: status, code and message."""
 
 KINDS = (*ANSWERS, "reset_before", "reset_after", "lost_answer", "truncate", "short", "stall")
 """

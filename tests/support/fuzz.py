@@ -48,13 +48,13 @@ SOURCES = {
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """What became of the mutations."""
+    """Outcomes of decoding the mutations."""
 
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By container, and ``clips`` or the reason."""
     slowest: tuple[float, str] = (0.0, "")
     resident_mib: list[int] = field(default_factory=list)
-    """Of the decoding process, after each mutation; 0 where it had ended."""
+    """Memory of the decoding process after each mutation; 0 where it had ended."""
     unwritable: list[str] = field(default_factory=list)
     """Suffixes that this build of FFmpeg does not write."""
 

@@ -46,7 +46,7 @@ class HeldBack:
         self._let_go.clear()
 
     def read(self) -> bytes:
-        """What is in it, when it may be had."""
+        """Content of the file, once it may be had."""
         if self._planned() != self._plan_before and not self._let_go.is_set():
             self._reached.set()
             self._let_go.wait()
@@ -71,7 +71,7 @@ class HeldBack:
 
     @property
     def num_bytes(self) -> int:
-        """Its size, which is never held back."""
+        """Size of the file, which is never held back."""
         return len(self._content)
 
 

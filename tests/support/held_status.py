@@ -14,7 +14,7 @@ from vidshard.jobs.training.status import RunStatus
 
 
 class HeldStatus(RunStatus):
-    """Its notes of who waits and who may go on are files in a folder."""
+    """Notes of who waits and who may go on are files in a folder."""
 
     def __init__(self, folder: Path, steps: Sequence[int]) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ Answer = bytes | tuple[int, dict[str, str], bytes]
 
 @dataclass
 class HttpServer:
-    """What is served, and what was asked for."""
+    """Files that are served, and the requests for them."""
 
     url: str = ""
     asked: list[str] = field(default_factory=list)

@@ -73,7 +73,7 @@ def clips_of(path: Path, spec: ClipSpec, clips_per_span: int) -> tuple[list[Clip
 def breaches(
     path: Path, fps: Fraction, *, spans_of: Sequence[int] = (1, 2), compare_plain: bool = True
 ) -> tuple[list[str], Reason | None]:
-    """What of the law a video breaks, a line each; and the reason where it is refused.
+    """Breaches of the law by a video, a line each; and the reason where it is refused.
 
     Args:
         path: the video.

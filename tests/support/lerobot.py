@@ -36,7 +36,7 @@ _TEMPLATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What to make."""
+    """Recipe of a dataset to make."""
 
     version: str = "v3.0"
     fps: int = 10

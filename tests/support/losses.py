@@ -25,7 +25,7 @@ _SPEC = replace(SPEC, fps=Fraction(25), num_frames=3, height=48, width=72)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of a video."""
+    """Outcome of decoding a video."""
 
     shown: Shown
     told: VideoError | None

@@ -1,4 +1,4 @@
-"""Which modules a process has loaded. This module loads none itself."""
+"""Lists the modules that a process has loaded. This module loads none itself."""
 
 from __future__ import annotations
 

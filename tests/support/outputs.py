@@ -60,7 +60,7 @@ class Content:
 
     name: str
     spans: tuple[Outcome, ...] = ("clips",)
-    """What becomes of each; none for a file that cannot be opened."""
+    """Outcome of each span; none for a file that cannot be opened."""
 
     @property
     def video_id(self) -> str:
@@ -89,7 +89,7 @@ class Writes:
     """Counts the writes of a run, and ends it before one of them."""
 
     last: int | None = None
-    """How many are made before the process ends; None for all."""
+    """Number of writes before the process ends; None for all."""
     made: list[str] = field(default_factory=list)
 
     def count(self, path: str) -> None:
@@ -147,7 +147,7 @@ def _fingerprint(file: File) -> str:
 
 
 def opened(corpus: Corpus, videos: pa.Table) -> pa.Table:
-    """What opening videos gives: ``PLAN_SCHEMA`` and ``rejection``."""
+    """Table of opened videos: ``PLAN_SCHEMA`` and ``rejection``."""
     rows: list[dict[str, Any]] = []
     for video in videos.select(["uri", "entry"]).to_pylist():
         uri, file = video["uri"], corpus[video["uri"]]
@@ -190,7 +190,7 @@ def spans_of(content: Content, uri: str = "") -> list[Span]:
 
 
 def encoded(row: pa.Table, outcome: Outcome) -> pa.Table:
-    """What the encoder gives for a row of the work list."""
+    """Result of the encoder for a row of the work list."""
     span = row_span(row.to_pylist()[0])
     num_clips = {"clips": CLIPS_PER_SPAN, "gaps": 1}.get(outcome, 0)
     clips = [
@@ -284,7 +284,7 @@ def _commit_what_is_begun(sink: TokenShardSink) -> None:
 
 
 def clips_in(out: str) -> Counter[str]:
-    """How often each clip is in the shards; every shard is whole."""
+    """Number of times that each clip is in the shards; every shard is whole."""
     clips: Counter[str] = Counter()
     for path in shard_paths(out):
         check_shard(path)
@@ -298,7 +298,7 @@ def rejects_in(out: str) -> list[str]:
 
 
 def listed_spans(out: str) -> Counter[str]:
-    """How often each span is listed by the metadata of the shards, read by nothing of ours."""
+    """Number of times that the metadata of the shards lists each span, read by nothing of ours."""
     spans: Counter[str] = Counter()
     for path in sorted(Path(out, "shards").glob("*.parquet")):
         metadata: Mapping[bytes, bytes] = pq.read_metadata(path).metadata

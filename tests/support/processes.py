@@ -50,7 +50,7 @@ def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> str:
-    """What the process prints up to the first line with the words."""
+    """Lines that the process prints, up to the first one with the words."""
     assert process.stdout is not None
     text = ""
     for line in process.stdout:
@@ -123,7 +123,7 @@ def kill_one(process: subprocess.Popen[str], work: str) -> None:
 
 
 def only_the_text_is_rejected(out: Path | str) -> bool:
-    """Of the corpus ``many_spans`` the file that is no video, and nothing else."""
+    """Whether the only rejection of the corpus ``many_spans`` is the file that is no video."""
     return [row["reason"] for row in read_rejects(str(out)).to_pylist()] == ["not_a_video"]
 
 

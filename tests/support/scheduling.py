@@ -1,4 +1,4 @@
-"""Which tests share a process when `make test` runs in several, and which of them begin.
+"""Groups of tests that share a process when `make test` runs in several, and the groups that begin.
 
 A file stays in one process, as its tests share what its fixtures set up. The files of ``tests/cluster`` share a Ray and
 form two groups, one that trains and one that does not: their tests wait for Ray more than they compute, so that one
@@ -19,7 +19,7 @@ def group_of(nodeid: str) -> str:
 
 
 def turn_of(nodeid: str) -> int:
-    """When a test has its turn, counted from 0; tests of one turn keep their order."""
+    """Turn of a test, counted from 0; tests of one turn keep their order."""
     return next((turn for turn, begin in enumerate((TRAINING, CLUSTER, *NEXT)) if nodeid.startswith(begin)), 9)
 
 

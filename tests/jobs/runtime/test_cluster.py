@@ -1,4 +1,4 @@
-"""How a run starts a Ray of its own, and what it says once its Ray has died."""
+"""Starting a Ray for a run, and the message once that Ray has died."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of a cluster while a job runs: each thing once, with its remedy."""
+"""Messages about a cluster while a job runs: each one once, with its remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision: decided before it plans, said, recorded, and refused with a remedy."""
+"""Device and precision of a run: decided before it plans, said, recorded, and refused with a remedy."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_cpu_run_reserves_cpus_by_number_even_on_a_single_one() -> None:
 
 SMALL_MODEL: dict[str, Any] = {"tokenizer": "fsq_causal_488_small", "random_weights": 0}
 VALUES_PER_PIXEL = 22 * 16
-"""Its first level has 16 channels; 17 frames become 20, and 22 with the context before them."""
+"""The model's first level has 16 channels; 17 frames become 20, and 22 with the context before them."""
 
 
 def test_no_batch_has_a_map_of_more_values_than_a_gpu_counts() -> None:

@@ -1,4 +1,4 @@
-"""What training minimizes is what the formulas say, by hand and against autograd."""
+"""Losses of training agree with their formulas, by hand and against autograd."""
 
 from __future__ import annotations
 

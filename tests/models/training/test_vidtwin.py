@@ -150,7 +150,7 @@ def golden(perceptual: Perceptual, monkeypatch: pytest.MonkeyPatch) -> TrainStat
 
 
 ANY_BATCH = torch.zeros(2, 5, 80, 80, 3, dtype=torch.uint8)
-"""Its place is taken by the original's clips, which are no multiples of 1/255."""
+"""Stands in for the original's clips, which are no multiples of 1/255 and take its place."""
 
 TERMS = {
     "nll": "nll_loss",

@@ -23,7 +23,7 @@ CASES = {
     "fsq_noncausal_488_262144": (16,),
     "kl_noncausal_41616_16chn": (16,),
 }
-"""Which lengths to compare. Not causal, theirs decodes multiples of four latents only."""
+"""Lengths to compare. Not causal, theirs decodes multiples of four latents only."""
 
 
 def narrow(name: str) -> VidTokConfig:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAUSAL = tuple(name for name in EACH_VARIANT if "noncausal" not in name)
 TOLERANCE = 1e-5
-"""Of rounding units before the quantizer, or of the largest value of a decoded video (which is not clamped: 2 to 5)."""
+"""As a share of a rounding unit before the quantizer, or of a decoded video's largest value (not clamped: 2 to 5)."""
 
 
 def clips(config: VidTokConfig, num_frames: int, batch: int = 1) -> Tensor:

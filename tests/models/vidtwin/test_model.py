@@ -1,4 +1,4 @@
-"""What holds for any VidTwin: its size, what sees what, its parts, gradients, precision, and the clips it takes."""
+"""Properties of any VidTwin: its size, what sees what, its parts, gradients, precision, and the clips it takes."""
 
 # B batch, C channels, T frames, H height, W width, S positions of a frame
 

@@ -70,7 +70,7 @@ class Machines:
         return name
 
     def kill(self, name: str) -> None:
-        """What it held is gone; what it has reported arrives all the same."""
+        """End a writer: the rows that it held are gone, and its reports arrive all the same."""
         self.alive.pop(name).close()
 
     def reports(self) -> list[ShardReport]:

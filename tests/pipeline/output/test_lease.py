@@ -61,7 +61,7 @@ class Run:
         self.process.stdin.flush()
 
     def answer(self) -> str:
-        """What came of it."""
+        """Read the answer of the process to the latest command."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 

@@ -21,7 +21,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def truth(folder: Path) -> tuple[Rows, list[str]]:
-    """What PyArrow reads, and the names of the payload columns."""
+    """Table that PyArrow reads, and the names of the payload columns."""
     rows: Rows = {}
     payload: list[str] = []
     for path in sorted(folder.glob("*.parquet")):

@@ -80,7 +80,7 @@ def mutated(data: bytes, random_: random.Random) -> bytes:
 
 
 def outcomes(mutations: int) -> Counter[str]:
-    """What becomes of mutated files."""
+    """Outcomes of reading mutated files, counted."""
     data, random_, found = encoded(TABLE), random.Random(0), Counter[str]()
     for _ in range(mutations):
         try:

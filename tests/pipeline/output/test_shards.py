@@ -1,4 +1,4 @@
-"""What is written to a shard is read back from it, whatever the codebook or the latents."""
+"""Shards give back what was written to them, whatever the codebook or the latents."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def written(values: np.ndarray, *, null: bool = False, **options: Any) -> bytes:
 
 
 def groups(data: bytes, dtype: str) -> list[tuple[np.ndarray | None, pa.Table]]:
-    """What is decoded of each row group, and what Arrow reads."""
+    """Values decoded from each row group, and those that Arrow reads."""
     file = pq.ParquetFile(io.BytesIO(data))
     ranges = column_ranges(io.BytesIO(data), "v.list.element", file.num_row_groups)
     assert ranges is not None

@@ -140,7 +140,7 @@ REFUSED: list[tuple[dict[str, str], dict[str, str]]] = [
         },
     ),
 ]
-"""What the environment holds, and what is said of each reference then."""
+"""Variables of the environment, and the message for each reference then."""
 
 
 @pytest.mark.parametrize(("environment", "refused"), REFUSED)

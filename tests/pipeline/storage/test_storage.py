@@ -1,4 +1,4 @@
-"""What storage promises while the network and the server misbehave: the right content, or a clear end, never half."""
+"""Storage while the network and the server misbehave: it gives the right content or a clear end, never half."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PASSING = ("slow_down", "internal_error", "bad_gateway", "reset_before", "stall"
 """Faults that any request can meet."""
 
 BODIES = ("truncate", "short")
-"""And those of an answer with a body."""
+"""Faults of an answer with a body."""
 
 SECRET = "a-secret-that-must-not-be-seen"
 
@@ -66,7 +66,7 @@ def direct() -> Any:
 
 
 def stored(path: str) -> bytes | None:
-    """What the server holds, asked past the proxy."""
+    """Content of the server, asked past the proxy."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
     client = direct()
     try:
@@ -88,7 +88,7 @@ def uploads() -> list[str]:
 
 
 def said_by_us(caplog: pytest.LogCaptureFixture) -> str:
-    """What storage logged; the server of the test logs what it is asked."""
+    """Log lines of storage; the server of the test logs its requests too."""
     return "\n".join(record.getMessage() for record in caplog.records if record.name == storage.__name__)
 
 
@@ -127,7 +127,7 @@ OPERATIONS = {
 
 
 def faults(name: str) -> list[str]:
-    """What can happen to the request of an operation."""
+    """Faults that the request of an operation can meet."""
     if OPERATIONS[name].method == "GET":
         # nobody knows how long the whole of a file, or of a listing, should be
         return [*PASSING, "timeout", "truncate", *(["short"] if name.startswith("open") else [])]

@@ -1,4 +1,4 @@
-"""Which clip comes at which position of a training: every epoch, every corpus, from any position on."""
+"""Clips by position in a training: every epoch, every corpus, from any position on."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_a_server_that_is_gone_is_an_error() -> None:
 
 
 def all_of(client: socket.socket) -> bytes:
-    """What comes until the server closes, perhaps with bytes of ours unread."""
+    """Bytes that come until the server closes, perhaps with bytes of ours unread."""
     data = b""
     with suppress(ConnectionResetError):
         while part := client.recv(1 << 20):

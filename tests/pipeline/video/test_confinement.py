@@ -45,7 +45,7 @@ NEW = ("clone3", "openat2", "io_uring_setup", "pidfd_open", "landlock_restrict_s
 
 
 def answer(machine: str, name: str | int, *arguments: int, architecture: int | None = None) -> int:
-    """What the filter of an architecture answers to a call."""
+    """Answer of an architecture's filter to a call."""
     calls = _CALLS[machine]
     number = NUMBERS[machine][name] if isinstance(name, str) else name
     given = [argument & (2**64 - 1) for argument in (*arguments, *[0] * (6 - len(arguments)))]

@@ -119,7 +119,7 @@ def test_what_a_file_states_does_not_depend_on_the_list(tmp_path: Path, suffix: 
 
 
 def stated(path: Path, decoders: tuple[str, ...]) -> tuple[object, ...]:
-    """What FFmpeg makes of a file on opening it, and how much of it is read."""
+    """Streams that FFmpeg finds on opening a file, and how much of the file it reads."""
     limits = Limits(decoders=decoders)
     with path.open("rb") as file, container.open_video(WatchedFile(file, limits=limits)) as (opened, stream):
         rates = (stream.average_rate, stream.base_rate, stream.guessed_rate)

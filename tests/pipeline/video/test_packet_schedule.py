@@ -37,7 +37,7 @@ SPEC = ClipSpec(fps=Fraction(3), num_frames=4, height=48, width=48)
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What was asked of decoders: packets sent, and of those skippable ones, restarts, and passes over everything."""
+    """Requests to decoders: packets sent, and of those skippable ones, restarts, and passes over everything."""
     counts: Counter[str] = Counter()
     decode_step, decode_once = frames._decode_step, frames._decode_once
 
@@ -395,7 +395,7 @@ def test_damage_beside_wanted_frames_is_refused_as_ever(tmp_path: Path, suffix: 
 
 
 def learned(path: Path) -> dict[str, object]:
-    """What opening tells of a video that anything here depends on."""
+    """Facts from opening a video that anything here depends on."""
     with path.open("rb") as file, storage_failures_named(file) as watched, open_video(watched) as (container, stream):
         context = stream.codec_context
         return {

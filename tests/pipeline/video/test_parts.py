@@ -1,4 +1,4 @@
-"""Which parts of videos become clips: strides, limited numbers, times of a manifest, frame sizes by aspect ratio."""
+"""Parts of videos that become clips: strides, limited numbers, times of a manifest, frame sizes by aspect ratio."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def numbers(clips: Sequence[Clip]) -> list[list[int]]:
 
 
 def by_definition(starts: Sequence[Fraction], spec: ClipSpec, part: Part) -> list[list[int]]:
-    """Of clips that start so long after the first frame: at each grid time the last frame not after it."""
+    """Frame numbers of clips by definition: at each grid time the last frame not after it."""
     end = NUM_FRAMES / RATE
     if part.end_seconds is not None:
         end = min(end, part.end_seconds - CUT_TOLERANCE_SECONDS)

@@ -367,7 +367,7 @@ def interlaced(first: int, width: int, height: int, *, bottom_first: bool = Fals
 
 
 def combing(picture: Pixels) -> float:
-    """How much rows differ from the mean of their neighbours, in levels."""
+    """Mean difference of rows from the mean of their neighbors, in levels."""
     rows = picture.astype(float)
     return float(np.abs(rows[1:-1] - (rows[:-2] + rows[2:]) / 2).max())
 

@@ -103,7 +103,7 @@ def modules() -> list[str]:
 
 
 def answer_with(raw: bytes) -> None:
-    """What a hostile file does that took over FFmpeg: it writes the answer itself."""
+    """Write the answer itself, as a hostile file does that took over FFmpeg."""
     os.write(int(sys.argv[1]), raw)
     spin()
 

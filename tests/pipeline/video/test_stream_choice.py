@@ -1,4 +1,4 @@
-"""Which of several video streams is the film."""
+"""Choice of the film among several video streams."""
 
 from __future__ import annotations
 

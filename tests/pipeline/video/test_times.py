@@ -29,7 +29,7 @@ SPEC = ClipSpec(fps=Fraction(10), num_frames=5, height=32, width=32)
 SMALL = Recipe(codec="mpeg4", width=32, height=32)
 
 TimedFrame = list[tuple[Fraction, int]]
-"""When each frame begins, in seconds, and its number."""
+"""Start of each frame, in seconds, and its number."""
 
 
 def shown_by_ffmpeg(path: Path) -> TimedFrame:

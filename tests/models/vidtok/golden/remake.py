@@ -1,4 +1,4 @@
-"""How reference.npz came about: a small part of a larger set of reference values, copied unchanged.
+"""Make reference.npz: a small part of a larger set of reference values, copied unchanged.
 
     python tests/models/vidtok/golden/remake.py FOLDER_OF_THE_LARGER_SET
 
