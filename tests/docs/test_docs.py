@@ -42,7 +42,8 @@ from vidshard.schemas.tokens import Provenance
 PAGES = project_pages()
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 LANGUAGES = {"bash", "console", "python", "sql", "yaml", "text", "mermaid"}
-TOP_FOLDERS = ("schemas", "models", "pipeline", "jobs", "tests", "benchmarks", "deploy", "docs", "examples", "vidshard")
+CODE = ("schemas", "models", "pipeline", "jobs")
+TOP_FOLDERS = (*CODE, "tests", "benchmarks", "deploy", "docs", "examples", "vidshard")
 
 on_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -183,6 +184,15 @@ def test_files_of_a_layout_exist(block: Block, inside: Path) -> None:
 def test_folders_of_a_tree_exist(block: Block) -> None:
     for line in block.text.splitlines():
         assert (ROOT / line.split()[0]).is_dir(), f"{block.place}: there is no {line.split()[0]}"
+
+
+@pytest.mark.parametrize(("page", "in_rooms"), [("README.md", False), ("docs/architecture.md", True)])
+def test_trees_name_every_folder(page: str, in_rooms: bool) -> None:
+    trees = [block.text for block in BLOCKS if "tree" in block.words and block.place.startswith(page)]
+    named = {line.split()[0].rstrip("/") for text in trees for line in text.splitlines()}
+    rooms = [path.parent for name in CODE for path in (ROOT / name).rglob("__init__.py")] if in_rooms else []
+    for folder in [*TOP_FOLDERS, *(str(room.relative_to(ROOT)) for room in rooms)]:
+        assert folder in named, f"the tree of {page} does not name {folder}/"
 
 
 def _check_output(block: Block, shown: list[str], printed: str) -> None:
