@@ -27,6 +27,7 @@ from ray.data import DataContext
 from benchmarks.report import Row
 from vidshard.jobs.runtime.cluster import ray_cluster
 from vidshard.jobs.runtime.executor import ClusterExecutor
+from vidshard.jobs.runtime.interrupts import Feed
 from vidshard.jobs.tokenization.collect import SpanCounter
 from vidshard.pipeline.output.commit import Committer, SpanAccount
 from vidshard.pipeline.output.shard_writer import ShardSettings
@@ -197,8 +198,9 @@ def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int) 
         writers=committer.writers,
     )
     begun = None
-    for rows in receipts:
-        counter.take(rows)
+    for rows in _as_they_come(receipts):
+        if rows is not None:
+            counter.take(rows)
         committer.tick()
         if begun is None and 4 * counter.clips >= num_spans * CLIPS_PER_SPAN:
             begun = counter.clips, time.process_time(), time.monotonic()
@@ -217,6 +219,16 @@ def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int) 
         "bytes/clip on disk": round(committed.file_bytes / committed.num_clips),
         "shards": committed.num_shards,
     }
+
+
+def _as_they_come(receipts: Iterator[pa.Table]) -> Iterator[pa.Table | None]:
+    """Receipts, and None after each second without any: writers that are full wait for the driver's commits."""
+    feed = Feed(receipts)
+    while True:
+        try:
+            yield feed.take(1.0)
+        except StopIteration:
+            return
 
 
 @contextmanager
