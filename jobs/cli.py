@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from vidshard.jobs import INTERRUPTED
 from vidshard.jobs.commands.evaluating import evaluate
 from vidshard.jobs.commands.exporting import export, push
 from vidshard.jobs.commands.outputs import debug, decode, inspect, stats, verify
@@ -34,7 +35,6 @@ from vidshard.jobs.runtime.output import lost_report, make_output_safe
 from vidshard.jobs.settings import OrderedGroup
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, VidshardError
 
-_INTERRUPTED = "interrupted; run the same command again to continue"
 _EXIT_SECONDS = 60.0
 """Time for threads and exit handlers after a defect, which may have left them waiting."""
 
@@ -114,7 +114,7 @@ def _run() -> int:
     except BaseException as error:  # noqa: BLE001  nobody else would end the process in order
         interrupt = interrupt_behind(error)
         if interrupt is not None:
-            click.echo(_INTERRUPTED, err=True)
+            click.echo(INTERRUPTED, err=True)
             return exit_code_of(interrupt)
         traceback.print_exception(error)
         print_error(
@@ -142,7 +142,7 @@ class ReportingGroup(OrderedGroup):
             print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt as interrupt:
-            click.echo(_INTERRUPTED, err=True)
+            click.echo(INTERRUPTED, err=True)
             sys.exit(exit_code_of(interrupt))
         except BrokenPipeError as error:  # of the job, as standard output has none; click would end without a word
             raise RuntimeError(f"a pipe between processes of the job broke: {error}") from error

@@ -10,12 +10,12 @@ import os
 import signal
 from types import FrameType
 
+from vidshard.jobs import INTERRUPTED
+
 _THREADS_SLEEP = ("OMP_WAIT_POLICY", "passive")
 """Environment variable that OpenMP reads when torch is loaded. By default a thread that waits for the others spins, and
 takes the core that these or another program need. On two cores with a load of 9 a 17x128x128 clip of the tiny model
 then takes 1.03 s of CPU time instead of 0.22 (medians of 20)."""
-
-_INTERRUPTED = "interrupted; run the same command again to continue\n"
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 def _end_at_once(number: int, _frame: FrameType | None) -> None:
     """Signal handler while nothing is begun that would have to be given back."""
     try:
-        os.write(2, _INTERRUPTED.encode())
+        os.write(2, f"{INTERRUPTED}\n".encode())
     finally:
         os._exit(128 + number)
 

@@ -164,11 +164,25 @@ def options_of(
 
 def report_options(function: Any) -> Any:
     """Decorator that gives a click command without a settings model the flags of ``ReportSettings``."""
-    for name, field in reversed(ReportSettings.model_fields.items()):
+    for name in reversed(ReportSettings.model_fields):
+        function = shared_option(ReportSettings, name)(function)
+    return function
+
+
+def shared_option(model: type[Settings], name: str) -> Callable[[Any], Any]:
+    """Decorator that gives a click command without a settings model the flag of one field of a model.
+
+    The value is None where the flag was not given.
+    """
+    field = model.model_fields[name]
+    if field.annotation is bool:
+        kind: dict[str, Any] = {"is_flag": True}
+    else:
         choices = [text for part in get_args(field.annotation) for text in get_args(part)]
         kind = {"type": click.Choice(choices)} if choices else {"metavar": setting_of(field).metavar}
-        function = click.option(_flag(name), name, default=None, help=field.description, **kind)(function)
-    return function
+    short = setting_of(field).short
+    flags = ([short] if short else []) + [_flag(name), name]
+    return click.option(*flags, default=None, help=field.description, **kind)
 
 
 def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[Any], Any]:

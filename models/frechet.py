@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from vidshard.schemas.errors import first_line
+
 I3D_SIZE = 224
 """Height and width of the frames that I3D takes."""
 
@@ -76,7 +78,7 @@ class I3D:
         try:
             self._program = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is no TorchScript program: {str(error).splitlines()[0][:200]}") from error
+            raise ValueError(f"{path} is no TorchScript program: {first_line(error, 200)}") from error
         self._device = torch.device(device)
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.vidtwin import config as vidtwin_config
 from vidshard.models.vidtwin import model as vidtwin
 from vidshard.schemas.tokens import Normalization
+from vidshard.schemas.training import WEIGHT_SUFFIXES
 
 __all__ = [
     "FAMILIES",
@@ -183,10 +184,6 @@ def _any_clip(_config: Any, _num_frames: int, _height: int, _width: int) -> None
 
 def _raw(_config: Any, _weights: Mapping[str, Tensor]) -> Normalization | None:
     return None
-
-
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
-"""Suffixes of weights files that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)

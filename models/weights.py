@@ -34,7 +34,7 @@ from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtwin.config import VidTwinConfig
 from vidshard.models.vidtwin.model import VidTwin
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, first_line
 from vidshard.schemas.fields import differences
 from vidshard.schemas.text import readable
 
@@ -389,7 +389,7 @@ def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, obj
             metadata = file.metadata() or {}
             entries: dict[str, object] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {first_line(error, 400)}") from error
     if _CONFIG_KEY not in metadata:
         return None, entries
     try:
@@ -410,7 +410,7 @@ def _refuse_packed(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is not a readable checkpoint: {first_line(error, 400)}") from error
     if unpacked > path.stat().st_size:
         raise WeightsError(f"{path} is refused: it unpacks to {unpacked:,} bytes, more than it has")
 
@@ -451,7 +451,7 @@ def read_checkpoint(path: Path) -> dict[str, object]:
     except MemoryError:
         raise
     except Exception as error:  # the unpickler raises anything on bytes that are not a pickle
-        raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is not a readable checkpoint: {first_line(error, 400)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
@@ -469,11 +469,6 @@ def _of_own_checkpoint(path: Path, state: Mapping[str, Any], ema: bool) -> tuple
         raise WeightsError(f"{path} states a tokenizer config that this version does not know: {error}") from error
     weights = own_weights(state, averaged=True)
     return config, {checkpoint_name(name, config): value for name, value in weights.items()}
-
-
-def _first_line(error: Exception) -> str:
-    """First line of an exception's message, without torch's additions."""
-    return readable((str(error).strip().splitlines() or [type(error).__name__])[0], 400)
 
 
 def _bare_names(path: Path, entries: Mapping[str, object]) -> dict[str, Tensor]:

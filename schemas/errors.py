@@ -50,3 +50,12 @@ def one_line(error: BaseException, limit: int | None = None, *, about: str = "")
     """
     words = " ".join(str(error).split()) or type(error).__name__
     return readable(without_secrets(words, about))[:limit]
+
+
+def first_line(error: BaseException, limit: int) -> str:
+    """First line of an error's message, or its type where it has none, without control characters.
+
+    Args:
+        limit: characters at most. Libraries such as torch add lines about their own sources.
+    """
+    return readable((str(error).strip().splitlines() or [type(error).__name__])[0], limit)

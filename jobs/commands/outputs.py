@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
-from vidshard.jobs.settings import report_options
-from vidshard.schemas.fields import ProgressMode, ReportSettings, parse_size
+from vidshard.jobs.settings import report_options, shared_option
+from vidshard.schemas.fields import ClusterSettings, ProgressMode, ReportSettings, parse_size
 
 if TYPE_CHECKING:
     from vidshard.jobs.shards.decode_all import DecodeResult
@@ -236,9 +236,9 @@ def debug(
     metavar="N",
     help="Number of decoding processes of --all. Default: one per GPU, or one per four CPUs.",
 )
-@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster for --all, such as 'auto' or ray://head:10001.")
+@shared_option(ClusterSettings, "ray_address")
 @report_options
-@click.option("-v", "--verbose", is_flag=True, help="Show Ray's own log and progress.")
+@shared_option(ClusterSettings, "verbose")
 def decode(
     out: str,
     clip_id: str | None,
@@ -262,7 +262,7 @@ def decode(
     ray_address: str | None,
     progress: ProgressMode | None,
     log_json: str | None,
-    verbose: bool,
+    verbose: bool | None,
 ) -> DecodeResult | None:
     """Turn tokens back into video.
 
@@ -312,7 +312,7 @@ def decode(
         tile_overlap=tile_overlap,
         ray_address=ray_address,
         workers=workers,
-        verbose=verbose,
+        verbose=bool(verbose),
         reporting=ReportSettings(progress=progress, log_json=log_json),
     )
     if folder is not None and not each_clip and not side_by_side:

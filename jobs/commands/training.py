@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vidshard.jobs.runtime.terminal import output_console
-from vidshard.jobs.settings import OrderedGroup, SectionedCommand, options_of, report_options
+from vidshard.jobs.settings import OrderedGroup, SectionedCommand, options_of, report_options, shared_option
 from vidshard.jobs.training.settings import preset_defaults, training_run
+from vidshard.schemas.fields import ClusterSettings
 from vidshard.schemas.training import TrainFlags
 
 if TYPE_CHECKING:
@@ -161,9 +162,9 @@ def export_step(out: str, step: str, target: str | None, raw: bool) -> None:
 )
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Number of training processes from now on.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads of a worker on CPUs.")
-@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to run on, such as 'auto' or ray://head:10001.")
+@shared_option(ClusterSettings, "ray_address")
 @report_options
-@click.option("-v", "--verbose", is_flag=True, default=None, help="Show Ray's own log and progress.")
+@shared_option(ClusterSettings, "verbose")
 def resume(out: str, steps: int | None, **changes: Any) -> Result:
     """Resume a training run from its folder.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from vidshard.jobs.export.lerobot_latents import LeRobotLatents
 from vidshard.jobs.export.selection import Selection, read_clips, select, source_of
 from vidshard.jobs.export.state import FOLDER, State
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
+from vidshard.jobs.runtime.terminal import print_field
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.output.lease import Lease
@@ -255,9 +257,7 @@ def _report(state: State, request: ExportRun, layout: Layout, console: Console, 
         num_new=num_new,
     )
 
-    def line(name: str, text: str) -> None:
-        console.print(f"  {name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
-
+    line = partial(print_field, console)
     ways = [f"{result.num_written:,} written"]
     ways += [f"{refused.total():,} refused"] if refused.total() else []
     ways += [f"{state.num_left_out:,} left out by --where or --limit"] if state.num_left_out else []

@@ -16,7 +16,7 @@ from vidshard.pipeline.output.parquet import named_if_damaged
 from vidshard.pipeline.output.shard_reader import payload_arrays
 from vidshard.pipeline.reader.catalog import Catalog, shapes_of
 from vidshard.pipeline.reader.files import ShardFiles
-from vidshard.pipeline.reader.units import find_units, runs_of_rows
+from vidshard.pipeline.reader.units import find_units, runs_of_rows, shards_of
 from vidshard.pipeline.reader.where import near_names
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.text import readable
@@ -115,11 +115,6 @@ def _bytes_of(catalog: Catalog, rows: Integers) -> Integers:
     """Payload of each row in bytes."""
     sizes = np.array([payload_bytes(provenance.payload) for provenance in catalog.shard_provenance])
     return np.asarray(sizes[shards_of(catalog, rows)], np.int64)
-
-
-def shards_of(catalog: Catalog, rows: Integers) -> Integers:
-    """Number of the shard of each row."""
-    return catalog.group_shard[np.searchsorted(catalog.group_ends, rows, side="right")]
 
 
 def _of_shards(catalog: Catalog, rows: Integers) -> list[Batch]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import tarfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from vidshard.jobs.export.layout import Clips, Field, Source, Written
+from vidshard.jobs.runtime.terminal import finite
 from vidshard.pipeline.output.names import safe_name
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.text import readable
@@ -60,7 +60,11 @@ class WebDataset:
                     if array is not None:
                         arrays[name] = array
                         del values[name]
-                _add(tar, f"{key}.json", json.dumps(_finite({**values, "vidshard": made}), allow_nan=False).encode())
+                _add(
+                    tar,
+                    f"{key}.json",
+                    json.dumps(finite({**values, "vidshard": made}), allow_nan=False, default=_as_text).encode(),
+                )
                 for name, array in arrays.items():
                     _add(tar, f"{key}.{name}.npy", _npy(array))
                 written.num_clips += 1
@@ -99,16 +103,8 @@ def _fits_float32(array: np.ndarray) -> bool:
     return bool(np.array_equal(array.astype(np.float32).astype(np.float64), array, equal_nan=True))
 
 
-def _finite(value: Any) -> Any:
-    """The value with every number that JSON cannot say replaced by null, and others than JSON's by their text."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
+def _as_text(value: Any) -> str:
+    """Text of a value that JSON has no type for, such as a time; bytes as hexadecimal digits."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 

@@ -55,6 +55,15 @@ def print_json(record: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(finite(record), ensure_ascii=True, allow_nan=False) + "\n")
 
 
+def print_field(console: Console, name: str, text: str) -> None:
+    """Print a line of a result: a name in a column of its own, and a text that is not wrapped.
+
+    Args:
+        text: foreign parts of it are made readable by the caller.
+    """
+    console.print(f"  {name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
+
+
 def finite(value: Any) -> Any:
     """A JSON value in which numbers that are not finite are null, as JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):

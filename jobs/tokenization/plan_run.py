@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor, open_executor
 from vidshard.jobs.runtime.run_record import RunRecord
+from vidshard.jobs.runtime.terminal import print_field
 from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import shard_settings, span_decoder
 from vidshard.jobs.tokenization.forecast import Forecast
@@ -359,9 +361,7 @@ def _bytes_by_table(resolved: ResolvedRun) -> tuple[float, float]:
 def print_forecast(forecast: Forecast, resolved: ResolvedRun, console: Console) -> None:
     """Print a forecast."""
 
-    def line(name: str, text: str) -> None:
-        console.print(f"  {name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
-
+    line = partial(print_field, console)
     console.print()
     line("videos", f"{forecast.videos}, {forecast.rejected_videos} of them rejected in whole or in part")
     tried = "every span was tried" if forecast.is_every_span_tried else "a sample was tried"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
 
 from vidshard.jobs.runtime.progress import warn
+from vidshard.jobs.runtime.terminal import print_field
 from vidshard.models.codebook_use import CodebookUse
 from vidshard.pipeline.output.quality import NUM_WORST, AuditFigures, OutputQuality, PoorClip
 from vidshard.pipeline.rows import QUALITY
@@ -211,9 +213,7 @@ class QualityWatch:
 def print_quality(quality: QualitySummary, console: Console) -> None:
     """Print the lines of the summary about quality, with warnings."""
 
-    def line(name: str, text: str) -> None:
-        console.print(f"  {name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
-
+    line = partial(print_field, console)
     if quality.psnr is None:
         line("audit", f"no clip was audited: --audit {quality.share:g} chose none")
     else:

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from vidshard.jobs.runtime.errors import exit_code_of
 from vidshard.jobs.runtime.progress import warn
+from vidshard.jobs.runtime.terminal import print_field
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.history import save_to_history
 from vidshard.jobs.tokenization.quality import QualitySummary, print_quality
@@ -181,9 +183,7 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     """Print the summary of a run, with commands that show its output."""
     written, seconds = summary.written, summary.seconds
 
-    def line(name: str, text: str) -> None:
-        console.print(f"  {name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
-
+    line = partial(print_field, console)
     console.print()
     line("output", summary.out)
     line("videos", f"{summary.num_videos} found, {summary.num_rejected_videos} rejected in whole or in part")

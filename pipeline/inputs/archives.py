@@ -30,7 +30,7 @@ from vidshard.pipeline.manifest import InputError, Manifest, manifest_of
 from vidshard.pipeline.manifest_file import RowFaults
 from vidshard.pipeline.manifest_json import read_json_lines
 from vidshard.pipeline.output.parquet import BoundedParquet
-from vidshard.pipeline.video.image_archive import IMAGE_EXTENSIONS
+from vidshard.pipeline.video.image_archive import IMAGE_EXTENSIONS, MAX_INDEX_BYTES, MAX_MEMBERS
 from vidshard.pipeline.video.member import DEFLATED, MAX_HELD_BYTES, STORED
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.locations import join_options
@@ -38,11 +38,6 @@ from vidshard.schemas.text import readable
 
 ARCHIVE_EXTENSIONS = frozenset({"tar", "zip"})
 
-MAX_MEMBERS = 1_000_000
-"""Most members of an archive."""
-
-_MAX_INDEX_BYTES = 128 << 20
-"""Largest index of a zip, or header of a tar."""
 _MAX_SIDE_BYTES = 1 << 20
 """Largest file of columns beside a video."""
 _MAX_SIDES_BYTES = 512 << 20
@@ -107,8 +102,8 @@ class _Bounded:
     def read(self, num_bytes: int = -1) -> bytes:
         if num_bytes < 0:
             num_bytes = max(0, self.num_bytes - self.tell())
-        if num_bytes > _MAX_INDEX_BYTES:
-            raise _TooLargeError(f"an index of {num_bytes:,} bytes, more than the {_MAX_INDEX_BYTES:,} that are read")
+        if num_bytes > MAX_INDEX_BYTES:
+            raise _TooLargeError(f"an index of {num_bytes:,} bytes, more than the {MAX_INDEX_BYTES:,} that are read")
         return self.file.read(num_bytes)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -383,7 +378,7 @@ def videos_in_parquet(path: str, signals: Sequence[str] = ()) -> Manifest | None
         with _opened(path) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 8))
-            if int.from_bytes(file.read(8)[:4], "little") > min(_MAX_INDEX_BYTES, end):
+            if int.from_bytes(file.read(8)[:4], "little") > min(MAX_INDEX_BYTES, end):
                 raise ValueError("its footer is larger than is read")
             file.seek(0)
             parquet = BoundedParquet(file)

@@ -152,7 +152,7 @@ def _windows(
 ) -> tuple[Integers, int]:
     """Windows of consecutive rows: int64 (windows, sequence), by their first row; and the longest run of rows."""
     table, numbers = _sequence_table(catalog, files, rows)
-    shards = _shards(catalog, numbers)
+    shards = shards_of(catalog, numbers)
     following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
     # position of each row in its run, and the run itself, by walking all runs at once
     is_first = np.ones(len(numbers), bool)
@@ -195,7 +195,7 @@ def runs_of_rows(catalog: Catalog, files: ShardFiles, rows: Integers) -> tuple[I
     if not len(rows):
         return rows, rows
     table, numbers = _sequence_table(catalog, files, rows)
-    shards = _shards(catalog, numbers)
+    shards = shards_of(catalog, numbers)
     following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
     run, place = np.full(len(numbers), -1), np.zeros(len(numbers), np.int64)
     is_first = np.ones(len(numbers), bool)
@@ -214,7 +214,8 @@ def runs_of_rows(catalog: Catalog, files: ShardFiles, rows: Integers) -> tuple[I
     return numbers[order], np.unique(run[order], return_inverse=True)[1].astype(np.int64)
 
 
-def _shards(catalog: Catalog, rows: Integers) -> Integers:
+def shards_of(catalog: Catalog, rows: Integers) -> Integers:
+    """Number of the shard of each row: int64 (rows,), for numbers of rows in the catalog."""
     return catalog.group_shard[np.searchsorted(catalog.group_ends, rows, side="right")]
 
 

@@ -55,11 +55,11 @@ _STRICTNESS = {"png": "crccheck+explode", "mjpeg": "explode"}
 # None, CCITT (three of them), LZW, deflate (two) and PackBits; FFmpeg silently shows black for others.
 _TIFF_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 8, 32946, 32773})
 
-_MAX_MEMBERS = 1_000_000
-"""Largest number of members, images or not: 11 hours at 24 per second."""
+MAX_MEMBERS = 1_000_000
+"""Largest number of members of an archive, whatever they are; of images 11 hours at 24 per second."""
 
-_MAX_INDEX_BYTES = 128 << 20
-"""Largest index of a zip, or name in a tar: Python reads either at once."""
+MAX_INDEX_BYTES = 128 << 20
+"""Largest index of a zip, or name or header in a tar: Python reads either at once."""
 
 _BAD_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
 _BAD_TAR = (tarfile.TarError, zlib.error, struct.error, EOFError, ValueError, OverflowError, RecursionError)
@@ -79,7 +79,7 @@ class _Bounded:
     """The file object for Python's archive modules: refuses reads that are too large and seeks before the start."""
 
     watched: WatchedFile
-    most_bytes: int = _MAX_INDEX_BYTES
+    most_bytes: int = MAX_INDEX_BYTES
 
     def read(self, num_bytes: int = -1) -> bytes:
         if num_bytes < 0:
@@ -222,8 +222,8 @@ def _most_bytes(limits: Limits) -> int:
 
 
 def _refuse_many(num_members: int) -> None:
-    if num_members > _MAX_MEMBERS:
-        raise VideoError(Reason.OVER_LIMIT, f"an archive of more than {_MAX_MEMBERS:,} files")
+    if num_members > MAX_MEMBERS:
+        raise VideoError(Reason.OVER_LIMIT, f"an archive of more than {MAX_MEMBERS:,} files")
 
 
 def _is_image(name: str) -> bool:
