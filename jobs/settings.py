@@ -178,7 +178,7 @@ def shared_option(model: type[Settings], name: str) -> Callable[[Any], Any]:
     if field.annotation is bool:
         kind: dict[str, Any] = {"is_flag": True}
     else:
-        choices = [text for part in get_args(field.annotation) for text in get_args(part)]
+        choices = _choices(field)
         kind = {"type": click.Choice(choices)} if choices else {"metavar": setting_of(field).metavar}
     short = setting_of(field).short
     flags = ([short] if short else []) + [_flag(name), name]
@@ -214,12 +214,18 @@ def _value_of(field: FieldInfo, setting: Setting) -> dict[str, Any]:
     """Click's description of the value: which one, how often, and what stands for it in the help."""
     if field.annotation is bool:
         return {"default": None}
-    if get_origin(field.annotation) is Literal:
-        return {"default": None, "metavar": "|".join(get_args(field.annotation))}
-    value: dict[str, Any] = {"default": None, "metavar": setting.metavar or "VALUE"}
+    if choices := _choices(field):
+        return {"default": None, "metavar": "|".join(choices)}
+    value: dict[str, Any] = {"default": None, "metavar": setting.metavar}
     if setting.without_value is not None:
         return value | {"is_flag": False, "flag_value": setting.without_value}
     return value | {"multiple": get_origin(field.annotation) in (list, dict)}
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """Values of a field that takes one of a few words, or None; empty for other fields."""
+    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if get_origin(kind) is Literal]
+    return [text for kind in kinds for text in get_args(kind)]
 
 
 def _flag(name: str) -> str:
@@ -242,6 +248,8 @@ def _text_of(value: Any, setting: Setting) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     if setting.metavar == "BYTES":
         return f"{value >> 30}GiB" if value >= 1 << 30 else f"{value >> 20}MiB"
     return f"{value:g}" if isinstance(value, float) else str(value)

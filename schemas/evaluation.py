@@ -141,7 +141,7 @@ class EvaluateRun(ClusterSettings, PageSettings):
         section="Clips",
         identity=False,
         common=True,
-        help="Protocol of a paper: frame rate, clip length, frame size and average. Flags win over it.",
+        help="Protocol of a paper: frame rate, clips and average. Flags win over it.",
     )
     fps: Rates | None = setting(
         None,

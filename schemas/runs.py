@@ -102,10 +102,9 @@ class InputSettings(Settings):
         section="Input",
         identity="when set",
         metavar="NAME=RULE,...",
-        help="Timestamped signals to store with each clip, such as robot actions, sampled at the times of its frames. "
-        "NAME is a manifest column of paths (.parquet, .npz, .npy, .json, .jsonl); RULE is previous, nearest, linear, "
-        "window or frames. "
-        "Default: every numeric feature of LeRobot datasets, with nearest.",
+        help="Signals sampled at each frame: NAME is a manifest column of paths (.parquet, .npz, .npy, .json, .jsonl), "
+        "RULE is previous, nearest, linear, window or frames. Default: every numeric feature of LeRobot datasets, with "
+        "nearest.",
     )
 
     cameras: list[str] = setting(
@@ -300,8 +299,8 @@ class TokenizerSettings(Settings):
         section="Tokenizer",
         identity=When("tiled"),
         metavar="SIZE",
-        help="Encode frames in overlapping, blended tiles of this size, such as 512 or 256x448, to save memory. Some "
-        "tokens change, so one output holds one tile size. Default: whole frames.",
+        help="Encode in overlapping, blended tiles, such as 512 or 256x448, to save memory; an output holds one tile "
+        "size, as some tokens change. Default: whole frames.",
     )
     tile_overlap: int = setting(
         64,

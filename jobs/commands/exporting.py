@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "columns",
     metavar="FIELD=COLUMN",
     multiple=True,
-    help="Fill a field of the layout from this column. May be repeated. Default: the column of the field's own name.",
+    help="Column that fills a field of the layout; may be repeated. Default: the column of the field's own name.",
 )
 def export(
     out: str, dest: str, layout: str, where: str | None, limit: int | None, columns: tuple[str, ...]
