@@ -1,4 +1,4 @@
-"""A LeRobot dataset through the whole of vidshard: tokenized, killed, resumed, read for training, decoded to video."""
+"""A LeRobot dataset and Wan through the whole: tokenized, killed, resumed, read for training, decoded to video."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[dev]')")
 
 import vidshard
 from tests.support.cli import printed_by, tokenize
@@ -16,17 +19,20 @@ from tests.support.held_back import held_back
 from tests.support.lerobot import TASKS, TOP, WRIST, Shape, make_dataset
 from tests.support.processes import COMMITTED_AT_ONCE, is_under_way, started, until
 from tests.support.shards import rows_of, shard_bytes
+from tests.support.vae_configs import write_vae
 from tests.support.videos import Recipe, write_video
 
-SETTINGS = ("--tokenizer", "tiny", "--fps", "10", "--frames", "5", "--size", "32", "--clips-per-span", "1")
+SETTINGS = ("--fps", "10", "--frames", "5", "--size", "32", "--clips-per-span", "1")
 
 
 def test_a_killed_run_on_a_dataset_resumes_and_gives_actions_by_latent_and_video(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "data", Shape())
+    wan = write_vae(tmp_path / "wan", "wan-2.1")
     out = tmp_path / "tokens"
     other = write_video(tmp_path / "other.mp4", Recipe(num_frames=10, rate=Fraction(10)))
     with held_back(other, out) as held:
-        arguments = (f"lerobot:{root}", held.uri, "--out", out, *SETTINGS, *COMMITTED_AT_ONCE, "--lease-seconds", "5")
+        arguments = (f"lerobot:{root}", held.uri, "--out", out, "--tokenizer", f"diffusers:{wan}", *SETTINGS)
+        arguments += (*COMMITTED_AT_ONCE, "--lease-seconds", "5")
         with started(*arguments, "--local") as process:
             until(process, lambda: is_under_way(out) and held.is_reached)
             os.killpg(process.pid, signal.SIGKILL)
@@ -45,7 +51,7 @@ def test_a_killed_run_on_a_dataset_resumes_and_gives_actions_by_latent_and_video
 
     shards = vidshard.TokenShards(
         str(out),
-        columns=["episode_index", "clip_index", "num_valid_frames"],
+        columns=["latents", "episode_index", "clip_index", "num_valid_frames"],
         signals=["action", "observation.state"],
         signals_per="latent",
         where="episode_index >= 0",
@@ -56,6 +62,7 @@ def test_a_killed_run_on_a_dataset_resumes_and_gives_actions_by_latent_and_video
         for at, episode in enumerate(batch["episode_index"].tolist()):
             first, valid = 5 * int(batch["clip_index"][at]), int(batch["num_valid_frames"][at])
             inside = batch["action_mask"][at]
+            assert batch["latents"][at].shape[1] == len(inside) == 2, "two latents, and the actions of each"
             assert inside.sum(dim=1).tolist() in ([1, 4], [1, valid - 1], [1, 0])
             frames = batch["action"][at][inside].tolist()
             assert frames[:valid] == [[episode, first + n] for n in range(valid)], (
