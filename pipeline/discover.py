@@ -170,7 +170,8 @@ def discover(
                 raise InputError(_nothing_found(path, passed_over))
             members, listed = _with_archives_opened(listed, signals)
             for archive, found in members:
-                manifests.append(found.videos)
+                videos = found.videos
+                manifests.append(videos if access is None else _with_refusals(videos, access, archive, signals))
                 read.append(storage.public_uri(archive))
                 renamed |= found.renamed_columns
             files.append(listed)
@@ -232,7 +233,7 @@ def _with_archives_opened(listed: pa.Table, signals: Sequence[str]) -> tuple[lis
 
 
 def _with_refusals(table: pa.Table, access: RowAccess, manifest: str, signals: Sequence[str]) -> pa.Table:
-    """Add a column ``refusal`` if a row names what the run does not allow."""
+    """Add a column ``refusal`` if a row names what the run does not allow. The file of the rows itself is allowed."""
     columns = ["uri", *(name for name in map(signal_source, signals) if name in table.column_names)]
     has_faults = "fault" in table.column_names
     refusals = []
@@ -240,6 +241,7 @@ def _with_refusals(table: pa.Table, access: RowAccess, manifest: str, signals: S
         faults = batch["fault"].to_pylist() if has_faults else [None] * batch.num_rows
         for fault, *uris in zip(faults, *(batch[name].to_pylist() for name in columns), strict=True):
             named = [each for uri in uris if uri is not None and fault is None for each in each_location(uri)]
+            named = [each for each in named if each != manifest]
             found = (access.refusal(uri, manifest) for uri in named)
             refusals.append(next((text for text in found if text is not None), None))
     if not any(refusals):

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,16 @@ def _described(folder: str, record: dict[str, Any]) -> NamedTokenizer:
     except ValueError as error:
         raise ValueError(f"{storage.public_uri(storage.join(folder, _CONFIG))}: {error}") from error
     if config.ignored_settings:
-        names = ", ".join(map(readable, config.ignored_settings))
-        log.warning("%s takes no %s, which config.json sets: ignored, as diffusers does", config.class_name, names)
+        _warn_of_ignored(config.class_name, config.ignored_settings)
     weights = _weights_in(folder)
     return NamedTokenizer(name=f"{PREFIX}{folder.removeprefix('hf://')}", config=config, weights=weights)
+
+
+@cache
+def _warn_of_ignored(class_name: str, settings: tuple[str, ...]) -> None:
+    """Warn once a process: a command looks a tokenizer up several times."""
+    names = ", ".join(map(readable, settings))
+    log.warning("%s takes no %s, which config.json sets: ignored, as diffusers does", class_name, names)
 
 
 def _folders(place: str) -> Iterator[str]:

@@ -124,8 +124,8 @@ class EvaluateRun(ClusterSettings, PageSettings):
         metavar="NAME[=WEIGHTS]",
         identity=False,
         common=True,
-        help="Tokenizer to measure: a preset, PRESET=WEIGHTS, or a weights file that states its model. Repeat it to "
-        "compare several on the same frames.",
+        help="Tokenizer to measure: a preset, PRESET=WEIGHTS, a weights file that states its model, "
+        "diffusers:FOLDER, or diffusers:OWNER/REPO. Repeat it to compare several on the same frames.",
     )
     ema: bool = setting(
         False, section="Tokenizers", identity=False, help="Take the averaged (EMA) weights of every weights file."

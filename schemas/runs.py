@@ -124,7 +124,7 @@ class InputSettings(Settings):
 
     @field_validator("cameras", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _camera_names(cls, value: Any) -> Any:
         values = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
         if not isinstance(values, list):
             return values
@@ -595,7 +595,7 @@ class LimitSettings(Settings):
 
     @field_validator("decoders", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _decoder_names(cls, value: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, (list, tuple)):
             return values

@@ -238,7 +238,16 @@ def _columns_of(extension: str, side: _Member | bytes) -> dict[str, Any]:
         raise ValueError(f"the .{extension} file beside it cannot be read: {one_line(error, 120)}") from error
     if not isinstance(values, dict):
         raise ValueError("the .json file beside it holds no object")
-    return {f"json_{name}" if name in ("uri", "member") else name: value for name, value in values.items()}
+    if "" in values:
+        raise ValueError("the .json file beside it has a field without a name")
+    return {f"json_{name}" if name in ("uri", "member") else name: _storable(value) for name, value in values.items()}
+
+
+def _storable(value: Any) -> Any:
+    """A JSON value without empty objects, which Parquet cannot store: they are null."""
+    if isinstance(value, dict):
+        return {name: _storable(each) for name, each in value.items()} or None
+    return [_storable(each) for each in value] if isinstance(value, list) else value
 
 
 def _tar_members(file: _Bounded) -> Iterator[_Member | str]:
@@ -348,9 +357,11 @@ def _manifest(found: _Rows, path: str, signals: Sequence[str]) -> Manifest:
     kinds = dict.fromkeys(("uri", "member", *_TEXT_EXTENSIONS), "text")
     try:
         table = read_json_lines(io.BytesIO("\n".join(lines).encode()), faults, kinds)
-    except (pa.ArrowException, ValueError) as error:
-        raise InputError(f"archive {storage.public_uri(path)} cannot be listed: {one_line(error)}") from error
-    return _with_fingerprint(manifest_of(table, faults, path, signals), path)
+        return _with_fingerprint(manifest_of(table, faults, path, signals), path)
+    except (pa.ArrowException, ValueError, InputError) as error:
+        faults = RowFaults()
+        faults.add(0, f"the columns of the files beside its videos cannot be stored: {one_line(error, 300)}")
+        return _with_fingerprint(manifest_of(pa.table({"uri": [path]}), faults, path), path)
 
 
 def _with_fingerprint(manifest: Manifest, path: str) -> Manifest:
@@ -426,7 +437,10 @@ def _holds_bytes(kind: pa.DataType) -> bool:
         return any(_holds_bytes(each.type) for each in kind)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _holds_bytes(kind.value_type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def _video_columns(schema: pa.Schema) -> list[str]:

@@ -127,7 +127,9 @@ class ImageArchive:
         if not self.images:
             known = ", ".join(sorted(IMAGE_EXTENSIONS))
             raise VideoError(
-                Reason.NOT_A_VIDEO, f"a {kind} archive without images ({known}); unpack it if it holds videos"
+                Reason.NOT_A_VIDEO,
+                f"a {kind} archive without images ({known}); name an archive of videos as an input of its own; "
+                "archives in it are not opened",
             )
         refuse_long(watched.limits, seconds=len(self.images) / self.rate, num_frames=len(self.images))
         self._file.most_bytes = _most_bytes(watched.limits)

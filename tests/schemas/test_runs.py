@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
@@ -162,3 +163,16 @@ def test_the_run_json_of_an_older_version_is_still_valid() -> None:
     }
     run = TokenizeRun.model_validate(record)
     assert run.model_dump(mode="json").items() >= record.items()
+
+
+def test_no_validator_of_settings_hides_another_one() -> None:
+    """Validators are known by name: of two with one name in the classes that a run joins, one would never be called."""
+    found = Counter(name for base in TokenizeRun.__bases__ for name in vars(base) if name in _validators(base))
+    assert [name for name, count in found.items() if count > 1] == []
+    run = TokenizeRun.model_validate({"inputs": ["x"], "out": "y", "cameras": "top, wrist", "decoders": "h264,vp9"})
+    assert (run.cameras, run.decoders) == (["top", "wrist"], ["h264", "vp9"])
+
+
+def _validators(base: type) -> set[str]:
+    found = vars(base).get("__pydantic_decorators__")
+    return set() if found is None else {*found.field_validators, *found.model_validators}

@@ -31,8 +31,8 @@ def test_a_killed_run_on_a_dataset_resumes_and_gives_actions_by_latent_and_video
     out = tmp_path / "tokens"
     other = write_video(tmp_path / "other.mp4", Recipe(num_frames=10, rate=Fraction(10)))
     with held_back(other, out) as held:
-        arguments = (f"lerobot:{root}", held.uri, "--out", out, "--tokenizer", f"diffusers:{wan}", *SETTINGS)
-        arguments += (*COMMITTED_AT_ONCE, "--lease-seconds", "5")
+        flags = ("--tokenizer", f"diffusers:{wan}", *SETTINGS, *COMMITTED_AT_ONCE, "--lease-seconds", "5")
+        arguments = (f"lerobot:{root}", held.uri, "--out", out, *flags)
         with started(*arguments, "--local") as process:
             until(process, lambda: is_under_way(out) and held.is_reached)
             os.killpg(process.pid, signal.SIGKILL)

@@ -359,3 +359,70 @@ def test_a_member_of_an_archive_that_changed_is_a_rejection(tmp_path: Path, vide
     write_tar(path, members(videos[::-1]))
     tables = list(SpanDecoder(spec=SPEC, max_clips=100, clips_per_pass=100, limits=Limits())(rows))
     assert {table["rejection"][0].as_py()["reason"] for table in tables} == {"changed"}
+
+
+@pytest.mark.parametrize("named", ["/etc/hostname", "http://169.254.169.254/x.npy", "s3://other/x.npy", "../x.npy"])
+def test_signals_that_files_beside_videos_name_are_held_against_what_a_run_allows(
+    tmp_path: Path, videos: list[bytes], named: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    entries = [("a.mp4", videos[0]), ("a.json", json.dumps({"action": named}).encode())]
+    entries += [("b.mp4", videos[1]), ("b.json", b'{"action": "b.npy"}')]
+    path = write_tar(tmp_path / "in/x.tar", entries)
+    access = RowAccess(under=(str(tmp_path / "in"),))
+    refusals = discover([str(path)], signals=["action"], access=access).videos["refusal"].to_pylist()
+    assert [text and "--allow-under" in text for text in refusals] == [True, None]
+
+
+def test_an_archive_that_the_user_names_is_not_held_against_it(tmp_path: Path, videos: list[bytes]) -> None:
+    access = RowAccess(under=(str(tmp_path / "in"),))
+    for path in (write_tar(tmp_path / "x.tar", members(videos)), write_parquet(tmp_path / "x.parquet", videos)):
+        assert "refusal" not in discover([str(path)], access=access).videos.column_names
+
+
+def test_columns_that_cannot_be_stored_reject_their_archive_alone(tmp_path: Path, videos: list[bytes]) -> None:
+    entries = [("a.mp4", videos[0]), ("a.json", b'{"fault": 1, "manifest_fault": 2}')]
+    write_tar(tmp_path / "x.tar", entries)
+    write_tar(tmp_path / "y.tar", [("a.mp4", videos[1]), ("a.json", b'{"empty": {}, "deep": [{"x": {}}], "k": 1}')])
+    found = discover([str(tmp_path)]).videos.sort_by("uri").to_pylist()
+    assert ["'manifest_fault', which another one" in (row["fault"] or "") for row in found] == [True, False]
+    assert (found[1]["empty"], found[1]["k"]) == (None, 1)
+    write_tar(tmp_path / "x.tar", [*entries[:1], ("a.json", b'{"": 1}'), ("b.mp4", videos[1])])
+    [fault] = faults_of(tmp_path / "x.tar")
+    assert "a field without a name" in fault
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
+def test_another_byte_in_a_member_of_a_zip_is_noticed(
+    tmp_path: Path, videos: list[bytes], method: int, streamed: bool
+) -> None:
+    whole = io.BytesIO()
+    if streamed:  # then checksums stand behind the members
+        whole.seekable = lambda: False  # type: ignore[method-assign]
+    with zipfile.ZipFile(whole, "w", method) as archive:
+        archive.writestr("a.mp4", videos[0])
+    path = tmp_path / "x.zip"
+    path.write_bytes(whole.getvalue())
+    rows, rejections = planned(discover([str(path)]), SPEC)
+    assert rows.num_rows
+    assert not rejections
+    [uri] = discover([str(path)]).videos["uri"].to_pylist()
+    size = int(split_member(uri)[1]["zip"].split(":")[1])
+    for at in range(40, 35 + size, max(1, size // 12)):
+        data = bytearray(whole.getvalue())
+        data[at] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(VideoError) as caught, path.open("rb") as file:
+            member.open_member(file, split_member(uri)[1]).read()
+        assert caught.value.reason == "decode_error"
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str)
+def test_every_type_of_bytes_in_parquet_holds_videos(tmp_path: Path, videos: list[bytes], kind: pa.DataType) -> None:
+    plain = pa.array(videos[:2])
+    values = plain.dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
+    pq.write_table(pa.table({"video": values}), tmp_path / "x.parquet")
+    rows, rejections = planned(discover([str(tmp_path / "x.parquet")]), SPEC)
+    assert rows.num_rows == 2
+    assert not rejections
