@@ -80,8 +80,7 @@ class EvaluateRun(ClusterSettings, PageSettings):
         metavar="OUTPUT",
         identity=True,
         common=True,
-        help="Output of `vidshard tokenize` to evaluate instead of VIDEOS. Its tokens are decoded and compared with "
-        "the sources, without encoding again.",
+        help="Output of `vidshard tokenize` to evaluate instead of VIDEOS: its stored tokens are decoded and compared.",
     )
     fetch_sources: bool = setting(
         False,
@@ -141,7 +140,7 @@ class EvaluateRun(ClusterSettings, PageSettings):
         section="Clips",
         identity=False,
         common=True,
-        help="Protocol of a paper: frame rate, clips and average. Flags win over it.",
+        help="Protocol of a paper: frame rate, clip length, frame size and average. Flags win over it.",
     )
     fps: Rates | None = setting(
         None,
