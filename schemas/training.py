@@ -24,6 +24,11 @@ def parse_betas(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+CropPolicy = Literal["scaled", "native"]
+"""Way in which frames of a video become frames of a clip."""
+ShortVideos = Literal["reject", "repeat", "squeeze"]
+"""Treatment of videos shorter than a clip."""
+
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
 """Decay rates of Adam's two moment estimates, each in [0, 1)."""
 
@@ -51,6 +56,26 @@ class ClipSettings(Settings):
         section="Data",
         metavar="RATE",
         help="Frame rate of the clips, in frames per second. The VidTok paper found 3 best; VidTwin takes 8.",
+    )
+    crop: CropPolicy = setting(
+        "scaled",
+        section="Data",
+        help="Cut of training clips. 'scaled' shrinks frames until they just cover the clip and takes the middle; "
+        "'native' takes a random part without shrinking. Held-out clips are always scaled.",
+    )
+    flip_share: float = setting(
+        0.0,
+        section="Data",
+        ge=0,
+        le=1,
+        metavar="SHARE",
+        help="Share of the training clips that are mirrored left to right, such as 0.5. Held-out clips never are.",
+    )
+    short_videos: ShortVideos = setting(
+        "reject",
+        section="Data",
+        help="Treatment of videos shorter than a clip: reject them, or repeat their last frame. 'squeeze' spreads the "
+        "frames of a clip over the whole video.",
     )
     steps: int = setting(
         50_000, section="Optimizer", ge=1, metavar="N", common=True, help="Number of training steps, one batch each."

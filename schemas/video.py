@@ -19,6 +19,8 @@ from vidshard.schemas.rejections import VideoError
 
 TailPolicy = Literal["pad", "drop"]
 ResizePolicy = Literal["crop", "stretch", "pad"]
+CutPolicy = Literal["crop", "stretch", "pad", "native"]
+"""Ways to bring a frame to the size of a clip; ``native`` is for training alone."""
 ClipPlacement = Literal["even", "random"]
 SignalRule = Literal["previous", "nearest", "linear", "window", "frames"]
 
@@ -77,9 +79,12 @@ class ClipSpec:
     width: int
     tail: TailPolicy = "pad"
     """Rule for a last clip that is not full: ``pad`` repeats its last frame, ``drop`` leaves it out."""
-    resize: ResizePolicy = "crop"
+    resize: CutPolicy = "crop"
     """``crop`` scales until the frame is covered and cuts the center, ``stretch`` ignores the aspect ratio, ``pad``
-    scales until it fits and adds black bars."""
+    scales until it fits and adds black bars. ``native`` cuts at ``cut_place`` without scaling; only frames smaller than
+    the clip are enlarged, until they cover it."""
+    cut_place: tuple[float, float] = (0.5, 0.5)
+    """Place of the cut with ``native``: shares, in [0, 1), of the places there are from the left and from the top."""
     continuous: bool = False
     """Whether the clips of a video are one sequence, each continuing the one before."""
     lead_frames: int = 0
@@ -107,6 +112,8 @@ class ClipSpec:
             raise ValueError(f"stride_seconds must be positive, got {self.stride_seconds}")
         if self.min_seconds > self.clip_seconds:
             raise ValueError(f"min_seconds {self.min_seconds} is more than the {self.clip_seconds} s of a whole clip")
+        if not all(0 <= share < 1 for share in self.cut_place):
+            raise ValueError(f"cut_place must lie in [0, 1), got {self.cut_place}")
         if self.clips_per_video is not None and self.clips_per_video < 1:
             raise ValueError(f"clips_per_video must be at least 1, got {self.clips_per_video}")
 
@@ -142,6 +149,8 @@ class ClipSpec:
     def digest(self, part: Part | None = None) -> str:
         """The middle of a clip id: eight hex digits that change with every setting and with the part."""
         text = f"{self.fps}|{self.num_frames}|{self.height}x{self.width}|{self.tail}|{self.resize}"
+        if self.cut_place != (0.5, 0.5):
+            text += f"|cut at {self.cut_place}"
         if self.continuous:
             text += f"|continuous|{self.lead_frames}"
         if self.stride_seconds is not None:
@@ -240,7 +249,7 @@ class Span:
 class Geometry:
     """The transformation of each frame: scaled to ``scaled_*``, then cut (or padded) to the clip's size."""
 
-    policy: ResizePolicy
+    policy: CutPolicy
     scaled_width: int
     scaled_height: int
     left: int

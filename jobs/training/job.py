@@ -68,6 +68,7 @@ from vidshard.pipeline.training_data.cache import fill_cache
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
 from vidshard.pipeline.training_data.loader import ClipReader, held_out_clips, rows_per_block, training_clips
 from vidshard.pipeline.training_data.sampler import ClipSampler
+from vidshard.pipeline.training_data.variation import Variation
 from vidshard.pipeline.training_data.videos import (
     TrainingVideos,
     UnusableError,
@@ -199,6 +200,7 @@ def prepare_data(
             Limits(),
             replacing=not has_trained,
             before=before,
+            variation=Variation.of(stage, held_out=True),
         )
         if videos.train.num_rows < stage.batch_size:
             raise UnusableError(
@@ -251,6 +253,7 @@ def _videos_of(
             num_tasks=4 * cluster.num_cpus,
             before=before,
             on_video=lambda done, total: progress.update(1000 * done / total, f"{done} of {total}"),
+            keep_short=stage.short_videos != "reject",
         )
     return videos, before, False
 
@@ -258,11 +261,19 @@ def _videos_of(
 def _cached(folder: str, videos: TrainingVideos, run: TrainRun, stage: StageConfig, console: Console) -> pa.Table:
     """Fill the cache of a stage's clips; returns the items that have a clip, and adds rejections of the others."""
     spec = stage.clip_spec(clips_per_video=run.clips_per_video)
-    path = storage.join(folder, f"{spec.num_frames}x{spec.bucket}-{spec.digest()}")
+    variation = Variation.of(stage)
+    choices = f" {variation.decoded}".replace(" ", "-").replace("=", "_").rstrip("-")
+    path = storage.join(folder, f"{spec.num_frames}x{spec.bucket}-{spec.digest()}{choices}")
     total = videos.train.num_rows
     with PhaseProgress(console, "caching clips", total) as progress:
         items, broken = fill_cache(
-            path, videos.train, spec, Limits(), stage.seed, lambda n: progress.update(n, f"{n} of {total} clips")
+            path,
+            videos.train,
+            spec,
+            Limits(),
+            stage.seed,
+            lambda n: progress.update(n, f"{n} of {total} clips"),
+            variation,
         )
     videos.rejections.extend(broken)
     return items
@@ -346,6 +357,7 @@ def _train_stage(
     checkpoint = job.checkpoints.latest()
     start = checkpoint.step if checkpoint else 0
     outcome = StageResult(name=job.name, steps=start)
+    restarts_before = _restarts_before(job) if checkpoint else 0
     began = time.monotonic()
     with Interrupts() as interrupts, PhaseProgress(console, job.name, job.stage.steps, begun=start) as progress:
         fit.start()
@@ -368,6 +380,7 @@ def _train_stage(
         result.interruption = interrupts.first
     outcome.seconds = time.monotonic() - began
     ended = _fill_outcome(outcome, job)
+    outcome.restarts += restarts_before
     if "failed" in ended:
         result.problem = f"{job.name} stopped: {ended['failed']}"
     elif fit.failure is not None and result.interruption is None:
@@ -409,9 +422,30 @@ def _fill_outcome(outcome: StageResult, job: StageJob) -> dict[str, Any]:
     outcome.measured = ended.get("measured") or note["held_out"]
     outcome.metrics = ended.get("metrics") or note["latest"]
     outcome.digests = ended.get("digests", {})
+    outcome.seconds = ended.get("seconds", outcome.seconds)
+    outcome.made = _clips_made(job)
     if not outcome.before:
         outcome.before = _measured_at_first(job)
     return ended
+
+
+def _restarts_before(job: StageJob) -> int:
+    """Restarts in earlier commands of the stage, as far as they came to write a result."""
+    path = storage.join(job.folder, STAGE_RESULT)
+    try:
+        return TypeAdapter(StageResult).validate_json(storage.read_bytes(path)).restarts if storage.exists(path) else 0
+    except ValidationError:
+        return 0
+
+
+def _clips_made(job: StageJob) -> dict[str, int]:
+    """Number of clips of all steps by the way that they were made, from the records, which a resumed stage continues.
+
+    Empty where the stage takes clips in one way only.
+    """
+    lines = [line for line in read_metrics(job.folder) if line["group"] == "train"]
+    ways = Variation.of(job.stage).ways if lines else ()
+    return {way: int(sum(line.get(f"clips_{way}", 0) for line in lines)) for way in ways}
 
 
 def _measured_at_first(job: StageJob) -> dict[str, float]:
@@ -455,7 +489,8 @@ def _clips_of(job: StageJob, sampler: ClipSampler, rows_per_worker: int) -> Call
     The dataset begins after the checkpoint that the workers will resume from.
     """
     stage, checkpoints = job.stage, job.checkpoints
-    reader = ClipReader(spec=stage.clip_spec(clips_per_video=job.run.clips_per_video), limits=Limits())
+    spec = stage.clip_spec(clips_per_video=job.run.clips_per_video)
+    reader = ClipReader(spec=spec, limits=Limits(), variation=Variation.of(stage))
     known = ray.put(sampler)
     block = rows_per_block(rows_per_worker, reader.spec)
     total = stage.steps * stage.batch_size

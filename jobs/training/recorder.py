@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vidshard.jobs.training.metrics_file import METRICS, read_metrics
 from vidshard.pipeline import storage
+from vidshard.pipeline.training_data.variation import MADE
 
 EVENTS = "tensorboard"
 PICTURES = "pictures"
@@ -125,8 +126,11 @@ class Recorder:
             self._local.cleanup()
 
 
+TOTALS = frozenset({"skipped_batches", *(f"clips_{way}" for way in MADE)})
+"""Figures of which a record holds the sum over its steps."""
 LAST_VALUES = frozenset({"learning_rate", "learning_rate_discriminator"})
-"""Figures of which a record holds the value of its last step; of all others it holds the mean of its steps."""
+"""Figures of which a record holds the value of its last step; of all others but `TOTALS` it holds the mean of its
+steps."""
 
 
 @dataclass
@@ -146,10 +150,9 @@ class IntervalMeans:
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """Means over the steps since the last call, for each figure over those that had it; skipped batches in all."""
+        """Means over the steps since the last call, for each figure over those that had it; sums of `TOTALS`."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        if "skipped_batches" in self.sums:
-            means["skipped_batches"] = self.sums["skipped_batches"]
+        means |= {name: total for name, total in self.sums.items() if name in TOTALS}
         self.sums, self.counts = {}, {}
         return means
 

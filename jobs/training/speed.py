@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +19,48 @@ from vidshard.schemas.training import StageConfig
 class Speed:
     """Throughput of a stage: clips and steps per second, share of time spent waiting for data, and MFU."""
 
-    def __init__(self, flops_per_clip: float, peak_flops: float, workers: int) -> None:
+    def __init__(
+        self, flops_per_clip: float, peak_flops: float, workers: int, before: Mapping[str, float] | None = None
+    ) -> None:
         """Start counting.
 
         Args:
             flops_per_clip: floating-point operations of a step per clip; 0.0 if unknown.
             peak_flops: peak FLOP/s of one worker; 0.0 if unknown.
             workers: number of workers.
+            before: `record` of the checkpoint that the stage resumes from; empty or None for none.
         """
         self._flops, self._peak = flops_per_clip, peak_flops * workers
-        self._now = _Count(began=time.perf_counter())
+        self._began = time.perf_counter()
+        self._now = _Count(began=self._began)
         self._whole: _Count | None = None
+        self._before = {"seconds": 0.0, "counted_seconds": 0.0, "steps": 0, "clips": 0, "waited": 0.0, **(before or {})}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training that led to the present step, over all starts of the stage."""
+        return self._before["seconds"] + time.perf_counter() - self._began
+
+    def record(self) -> dict[str, float]:
+        """Counts for a checkpoint, so that `seconds` and `overall` of a resumed stage are those of all its starts."""
+        whole = self._counted()
+        return {
+            "seconds": self.seconds,
+            "counted_seconds": time.perf_counter() - whole.began,
+            "steps": whole.steps,
+            "clips": whole.clips,
+            "waited": whole.waited,
+        }
+
+    def _counted(self) -> _Count:
+        """Steps that `overall` counts, those of earlier starts included."""
+        own, before = self._whole or _Count(began=time.perf_counter()), self._before
+        return _Count(
+            began=own.began - before["counted_seconds"],
+            steps=own.steps + int(before["steps"]),
+            clips=own.clips + int(before["clips"]),
+            waited=own.waited + before["waited"],
+        )
 
     def step(self, clips: int, wait_seconds: float) -> None:
         """Count a step: clips of the batch over all workers, and seconds that this worker waited for its part."""
@@ -47,11 +79,12 @@ class Speed:
         return figures
 
     def overall(self) -> dict[str, float]:
-        """Throughput since the first call of `recent`; empty before.
+        """Throughput since the first call of `recent`, and of earlier starts since theirs; empty before.
 
         Until then pipelines fill and kernels are chosen.
         """
-        return self._figures(self._whole) if self._whole is not None and self._whole.steps else {}
+        whole = self._counted()
+        return self._figures(whole) if whole.steps else {}
 
     def _figures(self, count: _Count) -> dict[str, float]:
         seconds = max(time.perf_counter() - count.began, 1e-9)

@@ -39,8 +39,11 @@ class StageResult:
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the videos and of the first, frozen and last weights."""
     restarts: int = 0
-    """Restarts after a worker died."""
+    """Restarts after a worker died, over all commands."""
+    made: dict[str, int] = field(default_factory=dict)
+    """Number of clips by the way that they were made: mirrored, cut at native resolution, squeezed, and so on."""
     seconds: float = 0.0
+    """Seconds of training that led to ``steps``, over all commands; without what was lost to a kill."""
     is_finished: bool = False
 
 
@@ -114,8 +117,8 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
         f"rejections stand in `{REJECTS}`.",
         "",
         "| stage | trains | clips | steps | PSNR dB | SSIM | LPIPS | codebook used | of what the clips could use "
-        "| clips/s | waiting | MFU | restarts |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| seconds | clips/s | waiting | MFU | restarts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in result.stages:
         config = run.stages[stage.name]
@@ -125,6 +128,7 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
             f"{config.frames}x{config.size[0]}x{config.size[1]} at {config.fps} fps, {config.batch_size} a step",
             f"{stage.steps} of {config.steps}",
             *(_before_and_after(stage, name, form) for name, form in _COLUMNS),
+            f"{stage.seconds:.0f}",
             *(f"{stage.metrics[name]:{form}}" if name in stage.metrics else "" for name, form in _SPEEDS),
             str(stage.restarts),
         ]
@@ -134,6 +138,9 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
     if training.start_note:
         lines += [f"Start: {training.start_note}.", ""]
     for stage in result.stages:
+        if stage.made:
+            counts = ", ".join(f"{count:,} {way}" for way, count in stage.made.items())
+            lines += [f"* {stage.name}: of {stage.steps * run.stages[stage.name].batch_size:,} clips {counts}"]
         lines += [f"* {stage.name}: {name} `{digest}`" for name, digest in stage.digests.items()]
     if result.problem:
         lines += ["", f"**Not finished:** {result.problem}"]

@@ -7,7 +7,7 @@ they keep the last few and the best, lie on any storage that fsspec supports, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -35,6 +35,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, CheckpointWriter
 from vidshard.pipeline.training_data.loader import Batch, batches
+from vidshard.pipeline.training_data.variation import Variation
 from vidshard.pipeline.training_data.videos import UnusableError
 from vidshard.schemas.training import StageConfig
 
@@ -69,9 +70,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
 def _train(job: StageJob, worker: Worker) -> None:
     run, stage = job.run, job.stage
     held_out = read_held_out(job)
-    state, digests, interval = begin(job, worker)
+    state, digests, interval, before = begin(job, worker)
     flops = 0.0 if state.device.type == "cpu" and run.compile else flops_per_clip(state, stage)
-    speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count)
+    speed = Speed(flops, peak_flops(worker.device, stage.precision), worker.count, before=before)
+    ways = Variation.of(stage).ways
     tables = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=stage.batch_size // worker.count, batch_format="pyarrow", prefetch_batches=2
     )
@@ -89,7 +91,7 @@ def _train(job: StageJob, worker: Worker) -> None:
             if batch is None:
                 raise RuntimeError(f"the clips ended at step {state.step} of {stage.steps}")
             _check_position(batch, state, stage)
-            interval.add(train_step(state, torch.from_numpy(batch.frames)))
+            interval.add(train_step(state, torch.from_numpy(batch.frames)) | _ways_made(batch, ways, worker))
             speed.step(stage.batch_size, batch.wait_seconds)
             if batch.rejected:
                 job.status.reject(batch.rejected)
@@ -102,14 +104,19 @@ def _train(job: StageJob, worker: Worker) -> None:
                 measured = evaluate(job, worker, state, held_out, recorder)
             if is_last or stopping or state.step % run.checkpoint_steps == 0:
                 was_measured = is_last or state.step % run.evaluate_steps == 0
-                save(job, worker, state, writer, digests, measured if was_measured else {}, interval)
+                save(job, worker, state, writer, digests, measured if was_measured else {}, interval, speed)
                 if recorder is not None:
                     recorder.flush()
         writer.wait()
         figures = export(job, worker, state, digests) if is_last else {}
     if worker.is_first:
         job.status.end(
-            finished=is_last, step=state.step, metrics=metrics | speed.overall(), measured=measured, **figures
+            finished=is_last,
+            step=state.step,
+            metrics=metrics | speed.overall(),
+            seconds=speed.seconds,
+            measured=measured,
+            **figures,
         )
 
 
@@ -132,12 +139,12 @@ def _this_worker(job: StageJob) -> Worker:
 # Starting and resuming
 
 
-def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str], IntervalMeans]:
+def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str], IntervalMeans, dict[str, Any]]:
     """Restore the stage's last checkpoint, or make its first state.
 
     Returns:
-        The state, digests of the weights that the stage began with and of those that it must not change, and the
-        figures of the steps since the last record.
+        The state, digests of the weights that the stage began with and of those that it must not change, the figures of
+        the steps since the last record, and `Speed.record` of the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another run.
@@ -178,13 +185,14 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str], In
     )
     if checkpoint is None:
         started = weights_digest(state.weights(averaged=False))
-        return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}, IntervalMeans()
+        return state, {"start_sha256": started, "frozen_sha256": state.frozen_digest()}, IntervalMeans(), {}
     saved = job.checkpoints.load(checkpoint)
     try:
         state.load_state_dict(saved["state"])
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return state, saved["digests"], IntervalMeans(**saved["data"].get("interval", {}))
+    data = saved["data"]  # of earlier versions without the last two
+    return state, saved["digests"], IntervalMeans(**data.get("interval", {})), data.get("speed", {})
 
 
 def _out_of_memory_text(job: StageJob, error: BaseException) -> str:
@@ -230,6 +238,16 @@ def _report(
     return stopping
 
 
+def _ways_made(batch: Batch, ways: Sequence[str], worker: Worker) -> dict[str, float]:
+    """Number of clips of a step, over all workers, that were made in each of the ways."""
+    if not ways:
+        return {}
+    counts = torch.tensor([batch.made.count(way) for way in ways], dtype=torch.float64, device=worker.device)
+    if worker.count > 1:
+        dist.all_reduce(counts)
+    return {f"clips_{way}": count for way, count in zip(ways, counts.tolist(), strict=True)}
+
+
 def _gpu_memory(worker: Worker) -> dict[str, float]:
     """Largest memory of this worker's tensors on its GPU since the last call, in GiB; empty on a CPU."""
     if worker.device.type != "cuda":
@@ -250,12 +268,14 @@ def save(
     digests: Mapping[str, str],
     measured: Mapping[str, float],
     interval: IntervalMeans,
+    speed: Speed,
 ) -> None:
     """Start writing a checkpoint on the first worker; sharded weights need every worker to take part.
 
     Args:
         measured: metrics of held-out clips at this step; empty where none were taken.
         interval: figures of the steps since the last record.
+        speed: throughput so far.
     """
     if not worker.is_first and job.run.parallel != "fsdp":
         return
@@ -263,7 +283,8 @@ def save(
     if worker.is_first:
         sample = state.step * job.stage.batch_size
         epoch, count = divmod(sample, job.epoch_length)
-        data = {"sample": sample, "epoch": epoch, "count": count, "interval": asdict(interval)}
+        place = {"sample": sample, "epoch": epoch, "count": count}
+        data = {**place, "interval": asdict(interval), "speed": speed.record()}
         writer.save({"state": kept, "stage": job.name, "data": data, "digests": dict(digests)}, state.step, measured)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ import ray
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.loader import BLOCK_BYTES, CLIP_SCHEMA, REJECTED_TYPE, ClipReader, rejections_in
 from vidshard.pipeline.training_data.sampler import placement_seed
+from vidshard.pipeline.training_data.variation import Variation
 from vidshard.pipeline.training_data.videos import ITEM_SCHEMA, UnusableError, no_usable_video
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.video import ClipSpec, Limits
@@ -30,7 +31,13 @@ _CACHE_FORMAT = 1
 
 
 def fill_cache(
-    folder: str, items: pa.Table, spec: ClipSpec, limits: Limits, seed: int, on_clips: Callable[[int], None]
+    folder: str,
+    items: pa.Table,
+    spec: ClipSpec,
+    limits: Limits,
+    seed: int,
+    on_clips: Callable[[int], None],
+    variation: Variation = Variation(),  # noqa: B008  frozen
 ) -> tuple[pa.Table, list[Rejection]]:
     """Decode every item once and store the clips; clips that an earlier run stored are not decoded again.
 
@@ -38,6 +45,7 @@ def fill_cache(
         items: ``ITEM_SCHEMA``.
         seed: seed of the clips' places, the same in every epoch.
         on_clips: called with the number of clips done so far.
+        variation: crops and short videos; mirroring is left to who reads the cache.
 
     Returns:
         The items that have a clip, with its file and row, and rejections of those that could not be decoded.
@@ -47,9 +55,11 @@ def fill_cache(
         StorageError: the folder cannot be reached.
     """
     folder = storage.absolute(folder)
-    _claim_folder(folder, items, spec, seed)
+    variation = replace(variation, flip_share=0.0)
+    _claim_folder(folder, items, spec, seed, variation)
     clips_per_file = max(1, 2 * BLOCK_BYTES // spec.clip_bytes)
-    writer = _CacheWriter(folder=folder, reader=ClipReader(spec=spec, limits=limits, required=False), seed=seed)
+    reader = ClipReader(spec=spec, limits=limits, required=False, variation=variation)
+    writer = _CacheWriter(folder=folder, reader=reader, seed=seed)
     numbered = items.append_column("item", pa.array(range(items.num_rows), pa.int64()))
     parts = [numbered.slice(at, clips_per_file).combine_chunks() for at in range(0, items.num_rows, clips_per_file)]
     dataset = ray.data.from_arrow(parts).map_batches(writer, batch_format="pyarrow", batch_size=None, num_cpus=1)
@@ -68,7 +78,7 @@ def fill_cache(
     return filled, rejections
 
 
-def _claim_folder(folder: str, items: pa.Table, spec: ClipSpec, seed: int) -> None:
+def _claim_folder(folder: str, items: pa.Table, spec: ClipSpec, seed: int, variation: Variation) -> None:
     """Write ``cache.json`` into the folder.
 
     Raises:
@@ -80,6 +90,8 @@ def _claim_folder(folder: str, items: pa.Table, spec: ClipSpec, seed: int) -> No
     )
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
     identity = {"format": _CACHE_FORMAT, "clips": spec.digest(), "seed": seed, "items": digest}
+    if variation.decoded:
+        identity["variation"] = variation.decoded
     record = storage.join(folder, CACHE)
     storage.check_writable(folder)
     there: Any = identity
@@ -90,7 +102,7 @@ def _claim_folder(folder: str, items: pa.Table, spec: ClipSpec, seed: int) -> No
             there = None
     if there != identity:
         known = there if isinstance(there, dict) else {}
-        differing = ", ".join(name for name in identity if known.get(name) != identity[name])
+        differing = ", ".join(name for name in sorted({*identity, *known}) if known.get(name) != identity.get(name))
         raise UnusableError(
             f"--cache {storage.public_uri(folder)} holds clips of other videos or settings ({differing} differ): "
             "choose another folder, or delete it"

@@ -31,6 +31,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import decode_clip, header_of
 from vidshard.pipeline.rows import row_span
 from vidshard.pipeline.training_data.sampler import ClipSampler
+from vidshard.pipeline.training_data.variation import Variation
 from vidshard.pipeline.training_data.videos import ITEM_SCHEMA, TrainingVideos, UnusableError, rejection_of
 from vidshard.pipeline.video.sampling import ClipTimeline
 from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
@@ -46,10 +47,11 @@ CLIP_SCHEMA = pa.schema(
         pa.field("uri", pa.string()),
         pa.field("frames", pa.large_binary()),
         pa.field("rejected", REJECTED_TYPE, nullable=False),
+        pa.field("made", pa.list_(pa.string())),
     ]
 )
-"""A clip on its way to a worker: its position in the sequence, its frames as uint8 (T, H, W, 3) in C order, and the
-candidates that could not be decoded before it."""
+"""A clip on its way to a worker: its position in the sequence, its frames as uint8 (T, H, W, 3) in C order, the
+candidates that could not be decoded before it, and the ways of ``variation.MADE`` in which it was made."""
 
 BLOCK_BYTES = 32 << 20
 """Largest size of one block of clips."""
@@ -68,6 +70,8 @@ class ClipReader:
     limits: Limits
     required: bool = True
     """Whether a row without a clip is an error; otherwise its frames are null."""
+    variation: Variation = Variation()  # noqa: RUF009  frozen
+    """Crops, mirroring and short videos."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Decode rows of `ClipSampler.rows`, or read them from the cache, into ``CLIP_SCHEMA``.
@@ -79,15 +83,15 @@ class ClipReader:
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         rejected = []
-        found: dict[str, Any] = {"video_id": None, "uri": None, "frames": None}
+        found: dict[str, Any] = {"video_id": None, "uri": None, "frames": None, "made": []}
         for item in row["candidates"]:
             try:
-                frames = self.frames_of(item)
+                frames, made = self.clip_of(item)
             except VideoError as error:
                 about = {name: item[name] for name in ("uri", "video_id")}
                 rejected.append(about | {"reason": str(error.reason), "detail": error.detail})
                 continue
-            found = {"video_id": item["video_id"], "uri": item["uri"], "frames": frames}
+            found = {"video_id": item["video_id"], "uri": item["uri"], "frames": frames, "made": made}
             break
         else:
             if self.required:
@@ -98,19 +102,28 @@ class ClipReader:
                 )
         return {"sample": row["sample"], "rejected": rejected, **found}
 
-    def frames_of(self, item: dict[str, Any]) -> bytes:
-        """Decode the clip of an item, or read it from the cache: uint8 (T, H, W, 3) in C order.
+    def clip_of(self, item: dict[str, Any]) -> tuple[bytes, list[str]]:
+        """Decode the clip of an item, or read it from the cache.
 
         Args:
             item: row of ``ITEM_SCHEMA`` with its ``placement_seed``.
+
+        Returns:
+            The frames, uint8 (T, H, W, 3) in C order, and the ways of ``variation.MADE`` in which they were made.
 
         Raises:
             VideoError: the clip cannot be decoded.
             UnusableError: the cached clip is gone or damaged.
         """
-        if item["shard"] is not None:
-            return _cached_frames(item["shard"], item["shard_row"])
-        spec = self.spec_of(item["placement_seed"])
+        cached = item["shard"] is not None
+        frames, made = _cached_clip(item["shard"], item["shard_row"]) if cached else self._decoded(item)
+        if not self.variation.mirrors(item):
+            return frames, made
+        shape = (self.spec.num_frames, self.spec.height, self.spec.width, 3)
+        return np.frombuffer(frames, np.uint8).reshape(shape)[:, :, ::-1].tobytes(), [*made, "mirrored"]
+
+    def _decoded(self, item: dict[str, Any]) -> tuple[bytes, list[str]]:
+        spec = self.variation.spec_of(item, self.spec_of(item["placement_seed"]))
         span = row_span(item | {"first_clip": 0, "end_clip": None})
         places = ClipTimeline.of(span, span.part, spec).placed
         assert places  # at least one, however short the video is
@@ -121,8 +134,7 @@ class ClipReader:
             if error.reason is not Reason.CHANGED or not self._has_same_content(item["uri"], item["video_id"]):
                 raise
             clip = decode_clip(span, spec, limits=self.limits)
-        frames: bytes = clip.frames.tobytes()
-        return frames
+        return clip.frames.tobytes(), self.variation.made(item, clip, self.spec)
 
     def _has_same_content(self, uri: str, video_id: str) -> bool:
         """Whether a file with another time stamp than before still has its content."""
@@ -147,15 +159,18 @@ def _open_cache_file(path: str) -> pq.ParquetFile:
     return pq.ParquetFile(path if storage.is_local(path) else io.BytesIO(storage.read_bytes(path)))
 
 
-def _cached_frames(path: str, row: int) -> bytes:
+def _cached_clip(path: str, row: int) -> tuple[bytes, list[str]]:
     try:
-        frames: bytes = _open_cache_file(path).read_row_group(row, columns=["frames"])["frames"][0].as_py()
+        # a cache of an earlier version has no column "made", and PyArrow leaves it out
+        group = _open_cache_file(path).read_row_group(row, columns=["frames", "made"])
+        frames: bytes = group["frames"][0].as_py()
+        made: list[str] = group["made"][0].as_py() if "made" in group.column_names else []
     except (pa.ArrowException, OSError, IndexError, storage.StorageError) as error:
         raise UnusableError(
             f"the cache's {storage.public_uri(path)} is gone or damaged ({error}): delete it and go on, and it is made "
             "anew"
         ) from error
-    return frames
+    return frames, made
 
 
 # To the workers
@@ -249,6 +264,8 @@ class Batch:
     """(B, T, H, W, 3), RGB in [0, 255]."""
     rejected: list[dict[str, Any]]
     """Candidates that could not be decoded."""
+    made: list[str]
+    """Ways of ``variation.MADE`` of all its clips."""
     wait_seconds: float
     """Time that the worker waited for it."""
 
@@ -277,6 +294,7 @@ def batches(
             samples=samples,
             frames=frames,
             rejected=[entry for row in table["rejected"].to_pylist() for entry in row],
+            made=[way for row in table["made"].to_pylist() for way in row or []],
             wait_seconds=waited,
         )
 
@@ -292,6 +310,7 @@ def held_out_clips(
     *,
     replacing: bool,
     before: TrainingVideos | None,
+    variation: Variation = Variation(),  # noqa: B008  frozen
 ) -> tuple[pa.Table, TrainingVideos]:
     """Decode the clips that a stage is measured by, evenly placed in the held-out videos.
 
@@ -302,6 +321,7 @@ def held_out_clips(
         count: largest number of clips. Few videos give several clips each.
         replacing: hold out other videos in place of broken ones; not allowed once the stage has trained.
         before: videos of the stage that this one starts from.
+        variation: treatment of short videos.
 
     Returns:
         The clips, ``CLIP_SCHEMA``, the first of each video before the second of any; and the videos as they are held
@@ -316,7 +336,7 @@ def held_out_clips(
         rows = videos.held_out.slice(0, count)
         rows = rows.filter(pc.invert(pc.is_in(rows["video_id"], pa.array(tried, pa.string()))))
         tried |= set(rows["video_id"].to_pylist())
-        clips, broken = decode_held_out(_places(rows, even).slice(0, count), even, limits)
+        clips, broken = decode_held_out(_places(rows, even).slice(0, count), even, limits, variation)
         tables.append(clips)
         rejections += list({(r.video_id, r.reason): r for r in reversed(broken)}.values())
         undecodable = set(rows["video_id"].to_pylist()) - set(clips["video_id"].to_pylist())
@@ -349,7 +369,12 @@ def _places(items: pa.Table, spec: ClipSpec) -> pa.Table:
     return pa.Table.from_pylist(numbered, schema=ITEM_SCHEMA)
 
 
-def decode_held_out(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa.Table, list[Rejection]]:
+def decode_held_out(
+    items: pa.Table,
+    spec: ClipSpec,
+    limits: Limits,
+    variation: Variation = Variation(),  # noqa: B008  frozen
+) -> tuple[pa.Table, list[Rejection]]:
     """Decode the clip of each item.
 
     Args:
@@ -367,7 +392,7 @@ def decode_held_out(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa
             "candidates": pa.array([[row] for row in items.to_pylist()], pa.list_(pa.struct(list(items.schema)))),
         }
     )
-    reader = ClipReader(spec=spec, limits=limits, required=False)
+    reader = ClipReader(spec=spec, limits=limits, required=False, variation=variation)
     dataset = ray.data.from_arrow([numbered.slice(at, 1) for at in range(numbered.num_rows)]).map_batches(
         reader, batch_format="pyarrow", batch_size=None, num_cpus=1
     )

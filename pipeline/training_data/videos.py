@@ -148,6 +148,7 @@ def open_training_videos(
     limits: Limits | None = None,
     before: TrainingVideos | None = None,
     on_video: Callable[[int, int], None] | None = None,
+    keep_short: bool = False,
 ) -> TrainingVideos:
     """Find and open the videos of all corpora, and hold some out.
 
@@ -160,13 +161,14 @@ def open_training_videos(
         before: videos of the stage that this one starts from. Its held-out videos stay held out, and no video that it
             trained on is held out as long as there is another one.
         on_video: called with the number of videos opened and their total, for one corpus after the other.
+        keep_short: whether videos shorter than a clip are usable.
 
     Raises:
         InputError, StorageError: as raised by `discover`.
         UnusableError: a corpus has no video left to train on, or URLs carry credentials.
     """
     assert spec.clips_per_video is not None
-    videos, rejections = _usable_videos(paths, spec, limits or Limits(), num_tasks, on_video)
+    videos, rejections = _usable_videos(paths, spec, limits or Limits(), num_tasks, on_video, keep_short)
     ids = sorted({video_id for video_id, _, _ in videos}, key=held_out_order)
     held_out = _choose_held_out(ids, max(1, round(validation_share * len(ids))), before) if validation_share else set()
     for corpus, path in enumerate(paths):
@@ -192,6 +194,7 @@ def _usable_videos(
     limits: Limits,
     num_tasks: int,
     on_video: Callable[[int, int], None] | None,
+    keep_short: bool,
 ) -> tuple[dict[_Key, dict[str, Any]], list[Rejection]]:
     """Open every corpus: the rows of usable videos with their corpus, and the rejections of the others.
 
@@ -207,7 +210,9 @@ def _usable_videos(
         for done, row in enumerate(_opened(inputs, spec, limits, num_tasks), start=1):
             if on_video is not None:
                 on_video(done, inputs.num_videos)
-            rejection = row_rejection(row["rejection"]) if row["rejection"] is not None else _too_short(row, spec)
+            rejection = row_rejection(row["rejection"]) if row["rejection"] is not None else None
+            if rejection is None and not keep_short:
+                rejection = _too_short(row, spec)
             if rejection is not None:
                 rejections.append(rejection)
                 continue
@@ -300,5 +305,9 @@ def no_usable_video(path: str, rejections: Sequence[Rejection], num_usable: int 
     for rejection in rejections:
         counts[str(rejection.reason)] = counts.get(str(rejection.reason), 0) + 1
     reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts.items()))
-    hint = ". Fewer --frames or a higher --fps make clips shorter" if Reason.TOO_SHORT in counts else ""
+    hint = (
+        ". Fewer --frames or a higher --fps make clips shorter; --short-videos repeat keeps them"
+        if Reason.TOO_SHORT in counts
+        else ""
+    )
     return f"no usable video in {where}: {reasons}; the first: {rejections[0].uri}: {rejections[0].detail}{hint}"

@@ -100,9 +100,19 @@ def plan_geometry(width: int, height: int, spec: ClipSpec) -> Geometry:
         return Geometry(policy="stretch", scaled_width=spec.width, scaled_height=spec.height, left=0, top=0)
     fit = min if spec.resize == "pad" else max
     scale = fit(Fraction(spec.width, width), Fraction(spec.height, height))
+    if spec.resize == "native":
+        scale = max(scale, Fraction(1))
     scaled_width, scaled_height = max(1, round(width * scale)), max(1, round(height * scale))
     if scaled_width * scaled_height > MAX_SCALED_PIXELS:
         raise ValueError(f"a frame displayed as {width}x{height} would be scaled to {scaled_width}x{scaled_height}")
+    if spec.resize == "native":
+        return Geometry(
+            policy="native",
+            scaled_width=scaled_width,
+            scaled_height=scaled_height,
+            left=math.floor(spec.cut_place[0] * (scaled_width - spec.width + 1)),
+            top=math.floor(spec.cut_place[1] * (scaled_height - spec.height + 1)),
+        )
     return Geometry(
         policy=spec.resize,
         scaled_width=scaled_width,

@@ -120,6 +120,7 @@ FIRST_STAGE: dict[str, Any] = {
     "checkpoint_steps": 10,
     "evaluate_steps": 20,
     "keep_last": 2,
+    "flip_share": 0.5,
 }
 
 
@@ -304,6 +305,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         lines = lines_of(whole, group=group)
         assert lines[-1]["step"] == (39 if group == "train" else 20)
         assert lines_of(killed, group=group)[: len(lines)] == lines
+    results = [json.loads((out / "stage1" / "result.json").read_text()) for out in (killed, whole)]
+    assert [result["restarts"] for result in results] == [1, 0]
+    mirrored = [line["clips_mirrored"] for line in lines_of(killed)]
+    assert results[0]["made"] == {"mirrored": sum(mirrored)}
+    assert 0.3 < sum(mirrored) / (40 * 4) < 0.7
     states: list[list[torch.Tensor]] = []
     for out in (killed, whole):
         checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])

@@ -274,7 +274,7 @@ def test_a_cache_gives_the_first_epoch_clips_without_decoding_again(
     [shard, *_] = shards
     shard.write_bytes(b"PAR1 and no more")
     with pytest.raises(UnusableError, match=r"gone or damaged .* delete it and go on"):
-        ClipReader(spec=SPEC, limits=Limits()).frames_of({"shard": str(shard), "shard_row": 0})
+        ClipReader(spec=SPEC, limits=Limits()).clip_of({"shard": str(shard), "shard_row": 0})
     fill_cache(str(tmp_path), corpora.train, SPEC, Limits(), 3, counts.append)
     assert pq.read_table(shard).num_rows
     (tmp_path / "cache.json").write_text("{")
@@ -288,4 +288,4 @@ def test_a_cache_on_an_object_store_works_too(corpora: TrainingVideos) -> None:
     assert storage.list_files(url, ".parquet")
     reader = ClipReader(spec=SPEC, limits=Limits())
     for item in filled.to_pylist():
-        assert len(reader.frames_of(item | {"placement_seed": 0})) == SPEC.clip_bytes
+        assert len(reader.clip_of(item | {"placement_seed": 0})[0]) == SPEC.clip_bytes

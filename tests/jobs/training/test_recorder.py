@@ -61,6 +61,34 @@ def test_the_first_steps_do_not_count_in_the_overall_speed() -> None:
     assert figures["mfu"] == pytest.approx(figures["clips_per_second"] * 1e9 / 2e12)
 
 
+def test_figures_of_a_resumed_stage_are_those_of_all_its_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts of 100 s: 10 s until the first record, then 9 steps of 4 clips in 90 s, and 18 in the second one."""
+    now = 1000.0
+    monkeypatch.setattr("vidshard.jobs.training.speed.time.perf_counter", lambda: now)
+    kept: dict[str, float] = {}
+    for start, steps in enumerate((9, 18)):
+        speed = Speed(0.0, 0.0, 1, before=kept)
+        now += 10.0
+        speed.step(4, 5.0)
+        speed.recent()
+        for _ in range(steps):
+            now += 90 / steps
+            speed.step(4, 1.0)
+        kept = speed.record()
+        now += 1000.0 * (1 - start)  # nobody trains
+    assert speed.seconds == pytest.approx(200)
+    assert speed.overall() == pytest.approx(
+        {"clips_per_second": 27 * 4 / 180, "steps_per_second": 27 / 180, "waiting": 27 / 180}
+    )
+
+
+def test_counts_of_clips_are_sums_of_their_interval_and_losses_means() -> None:
+    interval = IntervalMeans()
+    for count in (1, 0, 3):
+        interval.add({"clips_mirrored": count, "l1": float(count)})
+    assert interval.take() == {"clips_mirrored": 4, "l1": pytest.approx(4 / 3)}
+
+
 NAMES = ("clip", "reconstruction", "structure only", "dynamics only")
 SHADES = (0, 60, 120, 180)
 

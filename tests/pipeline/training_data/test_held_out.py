@@ -17,6 +17,7 @@ from vidshard.pipeline.decode_stage import decode_clip
 from vidshard.pipeline.training_data import loader
 from vidshard.pipeline.training_data import videos as opening
 from vidshard.pipeline.training_data.loader import ClipReader, held_out_clips
+from vidshard.pipeline.training_data.variation import Variation
 from vidshard.pipeline.training_data.videos import TrainingVideos, held_out_order, open_training_videos
 from vidshard.schemas.rejections import Reason, Rejection, VideoError
 from vidshard.schemas.training import StageConfig
@@ -31,9 +32,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def map_here(tables: Sequence[pa.Table], stage: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
         return (stage(table) for table in tables)
 
-    def decode_here(items: pa.Table, spec: ClipSpec, limits: Limits) -> tuple[pa.Table, list[Rejection]]:
+    def decode_here(
+        items: pa.Table, spec: ClipSpec, limits: Limits, variation: Variation
+    ) -> tuple[pa.Table, list[Rejection]]:
         rows = [{"sample": n, "candidates": [row | {"placement_seed": 0}]} for n, row in enumerate(items.to_pylist())]
-        reader = ClipReader(spec=spec, limits=limits, required=False)
+        reader = ClipReader(spec=spec, limits=limits, required=False, variation=variation)
         table = pa.Table.from_pylist([reader._row(row) for row in rows], schema=loader.CLIP_SCHEMA)
         return table.filter(pc.is_valid(table["frames"])), loader.rejections_in(table)
 
