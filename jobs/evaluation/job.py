@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,16 @@ class _Work:
     decoder: WindowDecoder | None
     make: type[ClipScorer] | type[StoredScorer]
     spec: ScorerSpec | StoredSpec
-    clips: int
-    """Expected number of clips."""
+    expected: Mapping[str, int]
+    """Expected number of clips by id of the span, as `ScoredSpans` names it; fewer where a video has no whole clip."""
     workers: int
     threads: int
     gpus: float
+
+    @property
+    def clips(self) -> int:
+        """Expected number of clips of all rows."""
+        return sum(self.expected.values())
 
 
 def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def _work(
             batch_size=run.batch_size,
             num_threads=threads,
         ),
-        clips=sum(row["expected_clips"] for row in rows),
+        expected={span_key(specs[row["group"]], row["span_id"]): row["expected_clips"] for row in rows},
         workers=workers,
         threads=threads,
         gpus=gpus,
@@ -281,7 +286,7 @@ def _stored_work(evaluation: ResolvedEvaluation, executor: LocalExecutor | Clust
             metrics=evaluation.metrics,
             device="cuda" if gpus else "cpu",
         ),
-        clips=len(rows),
+        expected={row["span_id"]: 1 for row in rows},
         workers=workers,
         threads=threads,
         gpus=gpus,
@@ -298,15 +303,16 @@ def _score(
     """Score the rows and store their scores as they come; an interrupt stores what is finished."""
     if not work.blocks:
         return
-    waiting, done = ScoredSpans(), 0
+    waiting, done, scored = ScoredSpans(), 0, 0
     try:
         with PhaseProgress(console, "scoring", work.clips) as display, executor.failures_named():
             for table in _scored(work, executor):
                 for text in table["scored"].to_pylist():
                     part = load(text)
                     waiting.add(part)
-                    done += len({row["clip_id"] for row in part.rows})
-                display.update(done, f"{done} of {work.clips} clips")
+                    done += sum(work.expected[span] for span in part.spans)
+                    scored += len({row["clip_id"] for row in part.rows})
+                display.update(done, f"{scored} clips of at most {work.clips}")
                 if len(waiting.rows) >= evaluation.run.commit_clips:
                     lease.check()
                     write_scores(evaluation.run.out, waiting)

@@ -18,6 +18,7 @@ from tests.support.i3d import Program, save_program
 from tests.support.videos import Recipe, write_undecodable, write_video
 from vidshard.jobs.evaluation.published import PUBLISHED
 from vidshard.jobs.evaluation.resolve import resolve
+from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.vidtok.config import PRESETS as VIDTOK
 from vidshard.models.weights import load_tokenizer, save_tokenizer
@@ -210,6 +211,28 @@ def test_what_cannot_be_is_refused(flags: tuple[str, ...], says: str, tmp_path: 
 def test_an_evaluation_of_broken_videos_alone_is_an_error(videos: Path, tmp_path: Path) -> None:
     command = ("evaluate", videos / "broken.mp4", "--out", tmp_path, "--tokenizer", "tiny", "--fps", "4", *CLIPS)
     assert "no clip could be scored: all were rejected: 1 x no_frames" in printed_by(*command, code=2)
+
+
+def test_progress_ends_at_its_total_though_videos_have_no_whole_clip_or_are_rejected(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan expects two clips of v0 and one of the short video, which has none."""
+    (tmp_path / "in").mkdir()
+    for name in ("v0.mp4", "broken.mp4"):
+        (tmp_path / "in" / name).symlink_to(videos / name)
+    write_video(tmp_path / "in" / "short.mp4", Recipe(num_frames=4, rate=Fraction(8), width=64, height=64))
+    shown: list[tuple[float, float]] = []
+    update = PhaseProgress.update
+
+    def noted(display: PhaseProgress, done: float, figures: str) -> None:
+        if display._title == "scoring":
+            shown.append((done, display._total))
+        update(display, done, figures)
+
+    monkeypatch.setattr(PhaseProgress, "update", noted)
+    printed_by("evaluate", tmp_path / "in", "--out", tmp_path / "out", "--tokenizer", "tiny", "--fps", "4", *CLIPS)
+    assert len(rows_in(tmp_path / "out")) == 2
+    assert shown[-1] == (3, 3)
 
 
 # Protocols and published figures
