@@ -47,7 +47,7 @@ from benchmarks.plain_vidtwin import PlainVidTwin, Structure, plain_vidtwin
 from benchmarks.report import Row, report
 from vidshard.models.tokenizer import get_preset
 from vidshard.models.vidtok.config import VidTokConfig
-from vidshard.models.vidtok.layers import matrix_product
+from vidshard.models.vidtok.convolutions import matrix_product
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtwin.config import VidTwinConfig
 from vidshard.models.weights import load_tokenizer, seeded_weights

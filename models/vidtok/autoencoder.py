@@ -22,22 +22,17 @@ from vidshard.models.vidtok.layers import (
     FrameAttention,
     Layer,
     LayerPast,
-    LinearTimeUp,
     Map,
     Normed,
-    SpaceDown,
-    SpaceUp,
     SpatialUnit,
     Sum,
-    TimeBlend,
     TimeConv,
-    TimeDown,
     TimeRule,
     TimeUnit,
     in_two_kernels,
     takes_two_kernels,
-    time_up,
 )
+from vidshard.models.vidtok.resampling import LinearTimeUp, SpaceDown, SpaceUp, TimeBlend, TimeDown, time_up
 
 Past = tuple[LayerPast, ...]
 """Past of every layer of an encoder or decoder, in order; empty at the start of a video."""

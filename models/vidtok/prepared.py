@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vidshard.models.vidtok.layers import Folding
+from vidshard.models.vidtok.resampling import Folding
 
 
 def prepare_passes(network: nn.Module) -> None:

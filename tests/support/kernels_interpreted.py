@@ -20,17 +20,14 @@ from vidshard.models.vidtok.layers import (
     TIME_RULES,
     ChannelNorm,
     FrameAttention,
-    LinearTimeUp,
     Normed,
-    RepeatedTimeUp,
-    SpaceDown,
-    SpaceUp,
     SpatialUnit,
     Sum,
     TimeUnit,
     in_two_kernels,
 )
 from vidshard.models.vidtok.model import VidTok
+from vidshard.models.vidtok.resampling import LinearTimeUp, RepeatedTimeUp, SpaceDown, SpaceUp
 from vidshard.models.weights import load_tokenizer
 
 DTYPES = (torch.float32, torch.float16)

@@ -11,8 +11,10 @@ from torch import Tensor
 from vidshard.models.tokenizer import Past
 from vidshard.models.vidtok.autoencoder import ARCHITECTURES
 from vidshard.models.vidtok.config import PRESETS, VidTokConfig
-from vidshard.models.vidtok.layers import TIME_RULES, RepeatedTimeUp, TimeDown, conv_over_time
+from vidshard.models.vidtok.convolutions import conv_over_time
+from vidshard.models.vidtok.layers import TIME_RULES
 from vidshard.models.vidtok.model import VidTok
+from vidshard.models.vidtok.resampling import RepeatedTimeUp, TimeDown
 from vidshard.models.weights import checkpoint_name, count_parameters, load_tokenizer, seeded_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vidshard.models.vidtok import fused
-from vidshard.models.vidtok.layers import TIME_RULES, ChannelNorm, RepeatedTimeUp, SpaceUp, TimeDown
+from vidshard.models.vidtok.layers import TIME_RULES, ChannelNorm
+from vidshard.models.vidtok.resampling import RepeatedTimeUp, SpaceUp, TimeDown
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, of `.[dev]` on Linux"

@@ -11,20 +11,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vidshard.models.vidtok import layers
+from vidshard.models.vidtok import convolutions, layers
 from vidshard.models.vidtok.layers import (
     TIME_RULES,
     ChannelNorm,
     FrameAttention,
+    SpatialUnit,
+    TimeConv,
+    TimeRule,
+    TimeUnit,
+)
+from vidshard.models.vidtok.resampling import (
     LinearTimeUp,
     RepeatedTimeUp,
     SpaceDown,
     SpaceUp,
-    SpatialUnit,
-    TimeConv,
     TimeDown,
-    TimeRule,
-    TimeUnit,
     TimeUp,
     interpolated,
     time_up,
@@ -131,7 +133,7 @@ def before_and_after(x: Tensor, rule: TimeRule, *, before: int, after: int) -> T
 def test_a_convolution_over_time_is_one_after_padding_by_the_rule(out_channels: int, size: int, rule: TimeRule) -> None:
     # At 64 x 64 the map is larger than SMALL_MAP for both kinds.
     x = clip(60 if size == 64 else 3, batch=1, size=size)
-    assert (x[0, :, :, 0].numel() > layers.SMALL_MAP) == (size == 64)
+    assert (x[0, :, :, 0].numel() > convolutions.SMALL_MAP) == (size == 64)
     padded = before_and_after(as_BCTHW(x), rule, before=2 if rule.causal else 1, after=1)
     for kernel in ((3,), (3, 3, 3)):
         layer = TimeConv(CHANNELS, out_channels, kernel, rule)
