@@ -28,6 +28,8 @@ CropPolicy = Literal["scaled", "native"]
 """Way in which frames of a video become frames of a clip."""
 ShortVideos = Literal["reject", "repeat", "squeeze"]
 """Treatment of videos shorter than a clip."""
+MADE = ("native", "enlarged", "mirrored", "repeated", "squeezed")
+"""Ways in which a training clip may be made; it may have several. ``native`` and ``enlarged`` exclude each other."""
 
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
 """Decay rates of Adam's two moment estimates, each in [0, 1)."""

@@ -17,6 +17,7 @@ from vidshard.jobs.report.tokenized import duration
 from vidshard.jobs.training.metrics_file import read_metrics
 from vidshard.pipeline import storage
 from vidshard.schemas.tokens import parse_json
+from vidshard.schemas.training import MADE
 
 MAX_POINTS = 400
 """Steps of a curve that are drawn, evenly spread over all."""
@@ -27,7 +28,8 @@ _MAX_BYTES = 16 << 20
 Record = Mapping[str, Any]
 
 _SPEED = ("clips_per_second", "waiting", "mfu", "steps_per_second")
-_OTHER = frozenset({"step", "group", "epoch", "learning_rate", "learning_rate_discriminator", *_SPEED})
+_COUNTS = frozenset(f"clips_{way}" for way in MADE)
+_OTHER = frozenset({"step", "group", "epoch", "learning_rate", "learning_rate_discriminator", *_SPEED, *_COUNTS})
 
 
 def trained_page(out: str, run: Record, made: str) -> Page:
@@ -108,6 +110,8 @@ def _stage(lines: Sequence[Record], result: Record) -> list[Block]:
         )
         if isinstance(metrics.get(name), (int, float))
     ]
+    made = result.get("made", {})
+    facts += [(f"clips {way}", f"{made[way]:,}", "") for way in MADE if _is_number(made.get(way))]
     if facts:
         blocks.append(Facts(items=facts))
     for group, title in (("held_out", "held-out clips"), ("train", "training")):

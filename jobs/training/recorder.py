@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vidshard.jobs.training.metrics_file import METRICS, read_metrics
 from vidshard.pipeline import storage
-from vidshard.pipeline.training_data.variation import MADE
+from vidshard.schemas.training import MADE
 
 EVENTS = "tensorboard"
 PICTURES = "pictures"

@@ -51,7 +51,7 @@ CLIP_SCHEMA = pa.schema(
     ]
 )
 """A clip on its way to a worker: its position in the sequence, its frames as uint8 (T, H, W, 3) in C order, the
-candidates that could not be decoded before it, and the ways of ``variation.MADE`` in which it was made."""
+candidates that could not be decoded before it, and the ways of ``schemas.training.MADE`` in which it was made."""
 
 BLOCK_BYTES = 32 << 20
 """Largest size of one block of clips."""
@@ -109,7 +109,7 @@ class ClipReader:
             item: row of ``ITEM_SCHEMA`` with its ``placement_seed``.
 
         Returns:
-            The frames, uint8 (T, H, W, 3) in C order, and the ways of ``variation.MADE`` in which they were made.
+            The frames, uint8 (T, H, W, 3) in C order, and the ways of ``MADE`` in which they were made.
 
         Raises:
             VideoError: the clip cannot be decoded.
@@ -265,7 +265,7 @@ class Batch:
     rejected: list[dict[str, Any]]
     """Candidates that could not be decoded."""
     made: list[str]
-    """Ways of ``variation.MADE`` of all its clips."""
+    """Ways of ``schemas.training.MADE`` of all its clips."""
     wait_seconds: float
     """Time that the worker waited for it."""
 

@@ -15,9 +15,6 @@ from vidshard.pipeline.training_data.videos import stable_hash
 from vidshard.schemas.training import CropPolicy, ShortVideos, StageConfig
 from vidshard.schemas.video import Clip, ClipSpec
 
-MADE = ("native", "enlarged", "mirrored", "repeated", "squeezed")
-"""Ways in which a clip may be made; a clip may have several. ``native`` and ``enlarged`` exclude each other."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variation:

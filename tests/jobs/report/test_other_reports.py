@@ -108,8 +108,10 @@ def training(tmp_path: Path) -> Path:
     (out / "run.json").write_text(json.dumps({"format": 1, "run": record, "tokenizer": {"name": "tiny"}, "starts": []}))
     result = {"name": "stage1", "steps": 20, "is_finished": True, "seconds": 100.0, "restarts": 1, "unmeasured": ""}
     measured = {"before": {"psnr": 10.0}, "measured": {"psnr": 21.5}, "metrics": {"clips_per_second": 3.0}}
+    measured["made"] = {"mirrored": 1234, "native": 5678}
     (stage / "result.json").write_text(json.dumps(result | measured))
-    lines = [{"step": step, "group": "train", "loss": 1 / step, "clips_per_second": 3.0} for step in range(1, 21)]
+    figures = {"clips_per_second": 3.0, "clips_mirrored": 2, "clips_native": 4}
+    lines = [{"step": step, "group": "train", "loss": 1 / step, **figures} for step in range(1, 21)]
     lines += [{"step": step, "group": "held_out", "psnr": 10.0 + step} for step in (0, 20)]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     (stage / "metrics.jsonl").write_text(text + '{"step": 21, "gro')  # which a kill cut off
@@ -123,7 +125,17 @@ def test_a_training_run_has_a_report_of_its_curves_pictures_and_rejections(train
     found = parsed(html)
     assert section_ids(found) == ["overview", "stage1", "rejects"]
     text = text_of(found)
-    for words in ("Training of tiny", "not finished", "20 of 20", "10.00 → 21.50", "not begun", "at step 20", HOSTILE):
+    for words in (
+        "Training of tiny",
+        "not finished",
+        "20 of 20",
+        "10.00 → 21.50",
+        "not begun",
+        "at step 20",
+        "1,234",
+        "5,678",
+        HOSTILE,
+    ):
         assert words in text
     assert HOSTILE not in html
     assert SECRET not in html
