@@ -356,7 +356,7 @@ def rows_of(
                 "peak MiB": round(contender.peak_bytes / 2**20),
                 "of its memory": round(contender.peak_bytes / theirs.peak_bytes, 2) if theirs else "-",
                 "TFLOP": round(flops / 1e12, 2),
-                "FLOP utilisation": f"{flops / medians[contender.name] * 1000 / peaks[dtype]:.0%}",
+                "FLOP utilization": f"{flops / medians[contender.name] * 1000 / peaks[dtype]:.0%}",
                 "agrees with": reference[contender.name] if other is not contender else "-",
                 "max difference": float(f"{(contender.output.cpu() - other.output.cpu()).abs().max():.1e}"),
                 "equal tokens": f"{equal_positions(contender, other):.2%}" if tokens else "-",

@@ -54,7 +54,7 @@ class CodebookUse:
         return int(np.count_nonzero(self.counts))
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Share of the codebook that occurred, in [0, 1]."""
         return self.num_used / self.counts.size
 

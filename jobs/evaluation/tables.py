@@ -117,7 +117,7 @@ def codebook_of(one: Figures) -> dict[str, float | int]:
         "used": use.num_used,
         "ceiling": use.ceiling,
         "used_of_ceiling": use.share_of_ceiling,
-        "utilisation": use.utilisation,
+        "utilisation": use.utilization,
         "dead": use.codebook_size - use.num_used,
         "perplexity": use.perplexity,
         "entropy_bits": use.entropy_bits,

@@ -261,7 +261,7 @@ def share_chart(shares: Mapping[str, Mapping[str, float]], *, x: str) -> Spec | 
 
 
 def scatter_chart(points: Iterable[tuple[float, float, str, str]], *, x: str, y: str) -> Spec | None:
-    """Labelled points on a logarithmic horizontal axis; None without any.
+    """Labeled points on a logarithmic horizontal axis; None without any.
 
     Args:
         points: x above 0, y, label and group of each.

@@ -344,7 +344,7 @@ def codebook_blocks(name: str, use: CodebookUse) -> list[Facts | Chart]:
     return [
         Facts(
             items=[
-                (f"codes used by {name}", f"{use.num_used:,}", f"{use.utilisation:.1%} of {use.codebook_size:,}"),
+                (f"codes used by {name}", f"{use.num_used:,}", f"{use.utilization:.1%} of {use.codebook_size:,}"),
                 ("of what could be", f"{use.share_of_ceiling:.1%}", f"{use.num_tokens:,} tokens counted"),
                 ("perplexity", f"{use.perplexity:,.0f}", "equally frequent codes of the same entropy"),
                 ("entropy", f"{use.entropy_bits:.2f} bits", f"of {most:g} at most"),

@@ -164,7 +164,7 @@ def _show_codebook_use(paths: list[str], payload: Payload, console: Console) -> 
     for name, use in uses.items():
         of = "" if len(uses) == 1 else f" of {readable(name)}"
         console.print(
-            f"codebook{of}: {use.num_used:,} of {use.codebook_size:,} tokens used ({use.utilisation:.1%}), "
+            f"codebook{of}: {use.num_used:,} of {use.codebook_size:,} tokens used ({use.utilization:.1%}), "
             f"entropy {use.entropy_bits:.2f} bits{part}",
             highlight=False,
         )

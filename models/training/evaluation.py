@@ -66,7 +66,7 @@ class Evaluation:
         if self.use is None:
             return means
         return means | {
-            "codebook_utilisation": self.use.utilisation,
+            "codebook_utilisation": self.use.utilization,
             "codebook_share_of_ceiling": self.use.share_of_ceiling,
             "codebook_entropy_bits": self.use.entropy_bits,
             "codebook_perplexity": self.use.perplexity,

@@ -263,7 +263,7 @@ class SpatialUnit(nn.Module):
 class TimeUnit(nn.Module):
     """Residual unit through time: norm, SiLU and convolution, twice.
 
-    ``kernel`` (3,) sees one position, (3, 3, 3) its neighbours too; only the latter may change the width to
+    ``kernel`` (3,) sees one position, (3, 3, 3) its neighbors too; only the latter may change the width to
     ``out_channels``. ``starts_as_identity`` initializes the second convolution to zero, so that an untrained model
     treats frames independently.
     """
@@ -278,9 +278,9 @@ class TimeUnit(nn.Module):
         starts_as_identity: bool = False,
     ) -> None:
         super().__init__()
-        self.sees_neighbours = len(kernel) > 1
+        self.sees_neighbors = len(kernel) > 1
         out_channels = out_channels or channels
-        assert self.sees_neighbours or out_channels == channels
+        assert self.sees_neighbors or out_channels == channels
         self.norm1 = ChannelNorm(channels)
         self.conv1 = TimeConv(channels, out_channels, kernel, rule)
         self.norm2 = ChannelNorm(out_channels)
@@ -311,7 +311,7 @@ class TimeUnit(nn.Module):
             return result if defer_sum else result.total(), kept
         B, T, H, W, C = x_BTHWC.shape
         cuts = blocks(x_BTHWC, self.conv1.conv.weight, H, T * W * C)
-        if len(cuts) == 1 or self.sees_neighbours:
+        if len(cuts) == 1 or self.sees_neighbors:
             return self._through_time(x_BTHWC, past, keep_past=keep_past)
         y_BTHWC = x_BTHWC if overwrite else torch.empty_like(x_BTHWC)
         pasts: list[LayerPast] = []

@@ -22,7 +22,7 @@ def test_pieces_give_what_the_whole_gives(tokens: list[int], cut: int) -> None:
     shares = [tokens.count(token) / len(tokens) for token in {*tokens}]
     assert use.num_tokens == len(tokens)
     assert use.num_used == len(shares)
-    assert use.utilisation == len(shares) / 20
+    assert use.utilization == len(shares) / 20
     assert use.entropy_bits == pytest.approx(-sum(p * math.log2(p) for p in shares), abs=1e-9)
     assert use.perplexity == pytest.approx(2**use.entropy_bits)
 
@@ -31,13 +31,13 @@ def test_pieces_give_what_the_whole_gives(tokens: list[int], cut: int) -> None:
 def test_an_even_use_has_the_bits_of_the_codebook(dtype: type[np.integer]) -> None:
     use = CodebookUse(64)
     use.update(np.arange(64).reshape(4, 4, 4).astype(dtype))
-    assert (use.utilisation, use.entropy_bits, use.perplexity) == (1.0, 6.0, 64.0)
+    assert (use.utilization, use.entropy_bits, use.perplexity) == (1.0, 6.0, 64.0)
 
 
 def test_before_any_token_nothing_is_used() -> None:
     use = CodebookUse(8)
     use.update(np.zeros((0, 4), np.uint8))
-    assert (use.num_tokens, use.num_used, use.utilisation, use.entropy_bits) == (0, 0, 0.0, 0.0)
+    assert (use.num_tokens, use.num_used, use.utilization, use.entropy_bits) == (0, 0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("tokens", [[8], [-1, 3], [0.5]])

@@ -133,7 +133,7 @@ def test_a_batch_for_which_memory_runs_out_is_halved_and_tried_again_later(
     with_model(encoder, encode=encode_at_most(most, message))
     assert encoder(rows)["tokens"] == expected
     assert encoder._batch_sizes.of((SMALL, SMALL)) <= 2
-    most["clips"] = 4  # the neighbour on the GPU has gone
+    most["clips"] = 4  # the neighbor on the GPU has gone
     for _ in range(12):
         assert encoder(rows)["tokens"] == expected
     assert encoder._batch_sizes.of((SMALL, SMALL)) == 4

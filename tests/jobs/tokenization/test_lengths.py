@@ -90,7 +90,7 @@ def test_a_clip_of_any_length_comes_back_from_its_shard_as_long_as_it_was(
         (("--pad-frames", "repeat"), "repeat-last"),
     ],
 )
-def test_the_job_refuses_a_length_or_size_with_its_valid_neighbours(
+def test_the_job_refuses_a_length_or_size_with_its_valid_neighbors(
     tmp_path: Path, arguments: tuple[object, ...], words: str
 ) -> None:
     preset = ("--tokenizer", "fsq_causal_488_32768", "--random-weights", 0)

@@ -33,7 +33,7 @@ def clips(config: VidTokConfig, num_frames: int, batch: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("name", EACH_VARIANT)
-def test_every_length_is_taken_or_refused_with_its_valid_neighbours(name: str) -> None:
+def test_every_length_is_taken_or_refused_with_its_valid_neighbors(name: str) -> None:
     config = small(name)
     stride = config.time_stride
     for num_frames in range(1, 41):

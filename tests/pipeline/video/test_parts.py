@@ -140,7 +140,7 @@ def test_a_part_after_the_end_is_refused_by_name(video: Path) -> None:
 
 
 @pytest.mark.parametrize("digits", [3, 6])
-def test_shots_written_with_rounded_times_do_not_show_their_neighbours(tmp_path: Path, digits: int) -> None:
+def test_shots_written_with_rounded_times_do_not_show_their_neighbors(tmp_path: Path, digits: int) -> None:
     rate = Fraction(30000, 1001)
     path = write_video(tmp_path / "v.mp4", Recipe(num_frames=300, rate=rate))
     cuts = [0, 37, 52, 53, 149, 211, 300]
@@ -171,7 +171,7 @@ def test_parts_decoded_in_one_pass_are_those_decoded_alone(
         assert str(result.error) == str(alone.error)
 
 
-def test_neighbouring_parts_are_decoded_in_one_pass_and_distant_ones_are_sought(
+def test_neighboring_parts_are_decoded_in_one_pass_and_distant_ones_are_sought(
     video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int | None] = []
