@@ -104,7 +104,7 @@ class EvaluateRun(ClusterSettings, PageSettings):
         metavar="FOLDER",
         identity=False,
         common=True,
-        help="Folder of the scores and tables. The same command again continues there.",
+        help="Folder of the scores and tables.",
     )
     format: Literal["text", "markdown", "csv", "json"] = setting(
         "text", section="Output", identity=False, help="Format of the printed table."

@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, model_validator
 
 from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Pairs, Rate, Settings, setting, setting_of
 from vidshard.schemas.video import ClipSpec
+
+T = TypeVar("T")
 
 
 def parse_betas(value: object) -> object:
@@ -428,7 +430,24 @@ def join_weight(path: str, weight: float | None) -> str:
     return path if split_weight(path)[1] is None else f"{path}/"
 
 
-Metric = Literal["psnr", "ssim", "lpips", "l1", "codebook_utilisation", "codebook_entropy_bits", "codebook_perplexity"]
+_FORMER_METRICS = {"codebook_utilisation": "codebook_utilization"}
+"""Present name of each metric by its former one, which earlier versions took and recorded."""
+
+
+def current_metric(name: T) -> T | str:
+    """Present name of a metric; what is no former name stays."""
+    return _FORMER_METRICS.get(name, name) if isinstance(name, str) else name
+
+
+def current_metrics(values: Mapping[str, T]) -> dict[str, T]:
+    """Rename metrics that an earlier version recorded; others stay."""
+    return {current_metric(name): value for name, value in values.items()}
+
+
+Metric = Annotated[
+    Literal["psnr", "ssim", "lpips", "l1", "codebook_utilization", "codebook_entropy_bits", "codebook_perplexity"],
+    BeforeValidator(current_metric),
+]
 """Metric of held-out clips. SSIM needs frames as large as its window, LPIPS a stage that trains with it, and the last
 three a codebook that can be counted."""
 

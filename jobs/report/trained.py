@@ -17,7 +17,7 @@ from vidshard.jobs.report.tokenized import duration
 from vidshard.jobs.training.metrics_file import read_metrics
 from vidshard.pipeline import storage
 from vidshard.schemas.tokens import parse_json
-from vidshard.schemas.training import MADE
+from vidshard.schemas.training import MADE, current_metrics
 
 MAX_POINTS = 400
 """Steps of a curve that are drawn, evenly spread over all."""
@@ -88,11 +88,11 @@ def _overview(run: Record, results: Mapping[str, Record]) -> list[Block]:
     ]
 
 
-_MEASURED = (("psnr", 2), ("ssim", 3), ("lpips", 3), ("codebook_utilisation", 3))
+_MEASURED = (("psnr", 2), ("ssim", 3), ("lpips", 3), ("codebook_utilization", 3))
 
 
 def _change(result: Record, metric: str, digits: int) -> str:
-    before, now = result.get("before", {}).get(metric), result.get("measured", {}).get(metric)
+    before, now = (current_metrics(result.get(moment, {})).get(metric) for moment in ("before", "measured"))
     if now is None:
         return ""
     return f"{now:.{digits}f}" if before is None else f"{before:.{digits}f} → {now:.{digits}f}"

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from vidshard.pipeline import storage
+from vidshard.schemas.training import current_metrics
 
 METRICS = "metrics.jsonl"
 
@@ -18,4 +19,4 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
     for line in storage.read_bytes(path).decode(errors="replace").splitlines() if storage.exists(path) else ():
         with suppress(ValueError):
             known.append(json.loads(line))
-    return [line for line in known if isinstance(line, dict) and "step" in line and "group" in line]
+    return [current_metrics(line) for line in known if isinstance(line, dict) and "step" in line and "group" in line]

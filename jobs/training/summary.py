@@ -98,7 +98,7 @@ def _print_stage(stage: StageResult, console: Console) -> None:
         return f" · {name} {f'{before:.{digits}f} → ' if before is not None else ''}{now:.{digits}f}"
 
     parts = "".join(change(name, 2) for name in stage.measured if name.startswith("psnr_"))
-    changes = change("psnr", 2) + parts + change("ssim", 3) + change("lpips", 3) + change("codebook_utilisation", 3)
+    changes = change("psnr", 2) + parts + change("ssim", 3) + change("lpips", 3) + change("codebook_utilization", 3)
     restarts = f", {stage.restarts} restarts" if stage.restarts else ""
     console.print(f"{stage.name}: {stage.steps} steps in {stage.seconds:.0f} s{restarts}{changes}", highlight=False)
 
@@ -159,7 +159,7 @@ _COLUMNS = (
     ("psnr", ".2f"),
     ("ssim", ".3f"),
     ("lpips", ".3f"),
-    ("codebook_utilisation", ".1%"),
+    ("codebook_utilization", ".1%"),
     ("codebook_share_of_ceiling", ".0%"),
 )
 _SPEEDS = (("clips_per_second", ".3g"), ("waiting", ".0%"), ("mfu", ".1%"))

@@ -56,7 +56,7 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Means over frames, and codebook statistics, by name.
 
-        Those that could be measured of psnr, l1, ssim, lpips, codebook_utilisation, codebook_share_of_ceiling (the used
+        Those that could be measured of psnr, l1, ssim, lpips, codebook_utilization, codebook_share_of_ceiling (the used
         part of what the counted tokens could use), codebook_entropy_bits and codebook_perplexity; and psnr_PART_only
         for each part of the latents.
         """
@@ -66,7 +66,7 @@ class Evaluation:
         if self.use is None:
             return means
         return means | {
-            "codebook_utilisation": self.use.utilization,
+            "codebook_utilization": self.use.utilization,
             "codebook_share_of_ceiling": self.use.share_of_ceiling,
             "codebook_entropy_bits": self.use.entropy_bits,
             "codebook_perplexity": self.use.perplexity,

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from vidshard.pipeline import storage
 from vidshard.schemas.errors import VidshardError, one_line
-from vidshard.schemas.training import LOWER_IS_BETTER
+from vidshard.schemas.training import LOWER_IS_BETTER, current_metric, current_metrics
 
 CHECKPOINTS = "checkpoints"
 
@@ -76,7 +76,7 @@ class Checkpoints:
         self._folder = storage.join(folder, CHECKPOINTS)
         self._run_id = run_id
         self._keep_last = keep_last
-        self._best_by = best_by
+        self._best_by = current_metric(best_by)
 
     def infos(self) -> list[CheckpointInfo]:
         """Records of all checkpoints, by step.
@@ -97,7 +97,7 @@ class Checkpoints:
                     f"{self._folder} holds checkpoints of another run ({info.run_id}, and this is {self._run_id}): "
                     "choose another --out"
                 )
-            infos.append(info)
+            infos.append(replace(info, metrics=current_metrics(info.metrics)))
         return sorted(infos, key=lambda info: info.step)
 
     def latest(self) -> CheckpointInfo | None:

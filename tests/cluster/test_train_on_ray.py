@@ -205,7 +205,7 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> Non
     tags = events.Tags()["scalars"]
     for tag in ("train/l1", "rates/learning_rate", "gradients/grad_norm_generator", "speed/clips_per_second"):
         assert tag in tags
-    for tag in ("held_out/psnr", "held_out/ssim", "held_out/codebook_utilisation", "speed/waiting", "speed/mfu"):
+    for tag in ("held_out/psnr", "held_out/ssim", "held_out/codebook_utilization", "speed/waiting", "speed/mfu"):
         assert tag in tags
     picture = Image.open(out / "stage1" / "pictures" / "step-00000040.png")
     assert picture.size == (5 * 32, 2 * 2 * 32)  # two clips above their reconstructions

@@ -38,7 +38,7 @@ def test_a_run_that_could_not_measure_says_so_at_its_end_and_in_its_summary(
 
 def test_codebook_use_has_its_ceiling_in_the_summary(tmp_path: Path) -> None:
     training = resolve(run_of(tmp_path, tmp_path / "run"))
-    measured = {"psnr": 20.0, "codebook_utilisation": 70 / 32768, "codebook_share_of_ceiling": 70 / 72}
+    measured = {"psnr": 20.0, "codebook_utilization": 70 / 32768, "codebook_share_of_ceiling": 70 / 72}
     videos = TrainingVideos(
         train=ITEM_SCHEMA.empty_table(), held_out=ITEM_SCHEMA.empty_table(), rejections=[], num_videos=4
     )

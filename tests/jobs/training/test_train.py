@@ -32,7 +32,11 @@ from vidshard.jobs.training.settings import training_run
         ({"cache": "s3://key:SECRET@bucket/x"}, r"s3://bucket/x: the URL carries credentials"),
         ({"videos": ["https://host/v.mp4?sig=SECRET"]}, r"https://host/v.mp4: the URL carries credentials"),
         ({"best_by": "lpips"}, "best by lpips: LPIPS is measured only where --perceptual-weight"),
-        ({"best_by": "codebook_utilisation", "tokenizer": "tiny_kl"}, "tiny_kl has no codebook"),
+        ({"best_by": "codebook_utilization", "tokenizer": "tiny_kl"}, "tiny_kl has no codebook"),
+        (
+            {"best_by": "codebook_utilisation", "tokenizer": "tiny_kl"},
+            "best by codebook_utilization: .* has no codebook",
+        ),
         ({"discriminator": "3d", "frames": 1, "size": "8"}, "3d discriminator needs clips of more than 4 frames, or"),
     ],
 )

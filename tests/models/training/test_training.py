@@ -121,7 +121,7 @@ def test_a_tiny_tokenizer_learns() -> None:
     assert losses[-1]["l1"] < 0.5 * losses[0]["l1"]
     assert after["psnr"] > before["psnr"] + 1.5
     assert after["ssim"] > before["ssim"]
-    assert 0 < after["codebook_utilisation"] <= 1
+    assert 0 < after["codebook_utilization"] <= 1
 
 
 @pytest.mark.parametrize("preset", [TINY, TINY_KL, TINY_VQ], ids=lambda config: config.name)

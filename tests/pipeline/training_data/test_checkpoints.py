@@ -40,6 +40,18 @@ def test_the_best_may_be_the_lowest(tmp_path: Path) -> None:
     assert steps(checkpoints) == [1, 3]
 
 
+@pytest.mark.parametrize("recorded", ["codebook_utilisation", "codebook_utilization"])
+@pytest.mark.parametrize("asked", ["codebook_utilisation", "codebook_utilization"])
+def test_the_best_is_found_by_former_and_present_names_of_a_metric(tmp_path: Path, recorded: str, asked: str) -> None:
+    checkpoints = Checkpoints(str(tmp_path), "run", keep_last=1, best_by=asked)
+    for step, share in enumerate([0.5, 0.7, 0.4]):
+        checkpoints.save(state(step), step, {recorded: share})
+    assert steps(checkpoints) == [1, 2]
+    best = checkpoints.best()
+    assert best is not None
+    assert best.metrics == {"codebook_utilization": 0.7}
+
+
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "run")
     checkpoints.save(state(1), 1, {})
