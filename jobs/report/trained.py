@@ -62,9 +62,18 @@ def trained_page(out: str, run: Record, made: str) -> Page:
 def _result(folder: str) -> dict[str, Any]:
     path = storage.join(folder, "result.json")
     if not storage.exists(path):
-        return {}
+        return _so_far(read_metrics(folder))
     found = parse_json(storage.read_bytes(path, max_bytes=_MAX_BYTES), "result.json")
     return found if isinstance(found, dict) else {}
+
+
+def _so_far(lines: Sequence[Record]) -> dict[str, Any]:
+    """Steps and held-out figures of a stage that has records and no result, as it runs or was killed."""
+    held_out = [line for line in lines if line["group"] == "held_out"]
+    if not lines:
+        return {}
+    first, last = (held_out[0], held_out[-1]) if held_out else ({}, {})
+    return {"steps": lines[-1]["step"], "before": first if first.get("step") == 0 else {}, "measured": last}
 
 
 def _overview(run: Record, results: Mapping[str, Record]) -> list[Block]:
@@ -73,7 +82,7 @@ def _overview(run: Record, results: Mapping[str, Record]) -> list[Block]:
     for name, result in results.items():
         steps = run["run"]["stages"][name].get("steps", "?")
         cells = [_change(result, metric, digits) for metric, digits in _MEASURED]
-        took = duration(result["seconds"]) if result else "not begun"
+        took = duration(result["seconds"]) if "seconds" in result else "no result yet" if result else "not begun"
         rows.append([name, f"{result.get('steps', 0):,} of {steps:,}", took, *cells, str(result.get("restarts", 0))])
     notes = [
         Note(text=f"{name}: nothing was measured: {result['unmeasured']}.", tone="warning")

@@ -143,6 +143,13 @@ def test_a_training_run_has_a_report_of_its_curves_pictures_and_rejections(train
     assert html.count("data:image/png") == 1
 
 
+def test_a_training_run_that_was_killed_shows_how_far_it_came(training: Path, tmp_path: Path) -> None:
+    (training / "stage1" / "result.json").unlink()
+    text = text_of(parsed(report_of(training, tmp_path)))
+    for words in ("20 of 20", "no result yet", "10.00 → 30.00"):
+        assert words in text
+
+
 def test_a_damaged_file_of_a_run_is_named(training: Path, videos: Path, tmp_path: Path) -> None:
     (training / "stage1" / "result.json").write_text("{")
     assert "damaged" in printed_by("report", training, code=2)
