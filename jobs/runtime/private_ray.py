@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray._private import parameter, ray_constants
+from ray._private import parameter, ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 LONGEST_FOLDER = (103 if sys.platform == "darwin" else 107) - len(
@@ -49,6 +49,7 @@ def private_ray(*, keep_files: bool) -> Iterator[dict[str, Any]]:
         _private_folder(keep=keep_files) as folder,
         _environment(environment),
         without_idle_processes(log_monitor=keep_files),
+        _out_of_reach_of_signals(),
     ):
         yield {"_temp_dir": str(folder), "_node_ip_address": "127.0.0.1"}
 
@@ -73,6 +74,27 @@ def without_idle_processes(*, log_monitor: bool) -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = usual
+
+
+@contextmanager
+def _out_of_reach_of_signals() -> Iterator[None]:
+    """Let ``ray.init`` start its processes in groups of their own.
+
+    ``timeout``, a scheduler or a closed terminal signals the whole group of the command, and the raylet would end at
+    once. So the command alone hears it, and finishes what is begun. Ray's processes still die with the command, by the
+    kernel's parent-death signal that Ray sets.
+    """
+    usual = services.ConsolePopen
+
+    class InItsOwnGroup(usual):  # type: ignore[misc, valid-type]  # Ray has no types here
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, process_group=0)
+
+    services.ConsolePopen = InItsOwnGroup
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
 
 
 @contextmanager

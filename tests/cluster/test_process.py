@@ -44,11 +44,11 @@ def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
     with held_back(many_spans / "2.mp4", out) as held:
         arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE, "--grace-seconds", "300")
         committed: dict[str, bytes] = {}
-        for number, code in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             held.hold()
             with started(*arguments) as process:
                 until(process, lambda: is_under_way(out) and is_held_up(process, held))
-                os.killpg(process.pid, number)  # what a terminal sends reaches Ray's processes too
+                os.killpg(process.pid, number)  # as a terminal and `timeout` do
                 read_until(process, "finishing what is begun, for 300 s at most")
                 held.let_go()
                 rest, _ = process.communicate(timeout=300)
