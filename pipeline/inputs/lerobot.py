@@ -126,6 +126,9 @@ class Dataset:
         features = info.get("features")
         if not isinstance(features, dict) or not all(isinstance(each, dict) for each in features.values()):
             raise _broken(path, "features is no object of objects")
+        for name, each in features.items():
+            if not isinstance(each.get("dtype"), str):
+                raise _broken(path, f"the feature {readable(name, 60)} has the dtype {readable(each.get('dtype'), 40)}")
         for name in ("data_path", "video_path"):
             if not isinstance(info.get(name), str):
                 raise _broken(path, f"{name} is {readable(info.get(name), 40)}, and must be a template of paths")
@@ -326,7 +329,7 @@ class Dataset:
                 found += [_Episode.of(row, path, f"row {n}") for n, row in enumerate(_table(path, names + places))]
         if not found:
             raise _broken(folder, "there is no chunk-000/*.parquet with episodes")
-        first: dict[tuple[Any, Any], int] = {}
+        first: dict[tuple[str, str], int] = {}
         for episode in found:
             start = episode.values.get("dataset_from_index")
             if type(start) is int:
@@ -361,9 +364,9 @@ class _Episode:
         return cls(index=index, values=values)
 
     @property
-    def file(self) -> tuple[Any, Any]:
-        """Numbers of the data file."""
-        return self.values.get("data/chunk_index"), self.values.get("data/file_index")
+    def file(self) -> tuple[str, str]:
+        """Numbers of the data file, as texts: a damaged dataset may have anything there."""
+        return str(self.values.get("data/chunk_index")), str(self.values.get("data/file_index"))
 
     @property
     def length(self) -> int:

@@ -1,4 +1,4 @@
-"""Mutations of text that reaches a run: header fields, signals, manifests and addresses; each ends as a value.
+"""Mutations of text that reaches a run: header fields, signals, manifests, archives, datasets; each ends as a value.
 
 ``python -m tests.support.fuzz_text --mutations 10000 --seed 0`` prints what became of them, by kind. An escape is an
 exception that is not meant for users; the first of each kind is printed with its traceback.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import random
 import struct
+import tarfile
 import tempfile
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -26,6 +29,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from tests.support.lerobot import Shape, make_dataset
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import discover
@@ -34,6 +38,7 @@ from vidshard.pipeline.plan import VideoPlanner
 from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.signal_files import read_signal
 from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.locations import join_options
 from vidshard.schemas.video import ClipSpec, Limits, Part, VideoRef
 
 SPEC = ClipSpec(fps=Fraction(4), num_frames=5, height=32, width=32)
@@ -168,6 +173,112 @@ def address(random_: random.Random, folder: Path) -> str:
     return _plan(pa.table({"uri": [uri], "num_bytes": pa.array([-1]), "fingerprint": pa.array([None], pa.string())}))
 
 
+def archive(random_: random.Random, folder: Path) -> str:
+    """List a tar, a zip or a Parquet file of videos with changed bytes, and plan its rows."""
+    video = next(data for suffix, data in _samples(folder) if suffix == "mp4")
+    beside = b'{"caption": "x", "n": 1, "deep": {"y": [1, 2]}}'
+    entries = [("a.mp4", video), ("a.json", beside), ("d/b.mp4", video), ("d/b.txt", b"text")]
+    suffix, buffer = random_.choice(("tar", "zip", "parquet")), io.BytesIO()
+    if suffix == "tar":
+        with tarfile.open(fileobj=buffer, mode="w", format=random_.choice((0, 1, 2))) as tar:
+            for name, data in entries:
+                info = tarfile.TarInfo(name if random_.random() < 0.9 else odd_text(random_)[:20].strip("\0") or "x")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    elif suffix == "zip":
+        with zipfile.ZipFile(buffer, "w", random_.choice((0, 8))) as packed:
+            for name, data in entries:
+                packed.writestr(name, data)
+    else:
+        cells = [{"bytes": video, "path": "a"}, None]
+        pq.write_table(pa.table({"video": cells, "caption": ["x", odd_text(random_)[:99]]}), buffer)
+    data = buffer.getvalue()
+    at_end = suffix != "tar" and random_.random() < 0.7  # the index is at the end of a zip and of Parquet
+    data = mutated(data[::-1], random_)[::-1] if at_end else mutated(data, random_)
+    path = folder / f"odd.{suffix}"
+    path.write_bytes(data)
+    return _plan(discover([str(path)]).videos)
+
+
+def dataset(random_: random.Random, folder: Path) -> str:
+    """List a LeRobot dataset whose metadata has changed bytes or values, and plan its rows."""
+    major = random_.choice((2, 3))
+    root = folder / f"robot{major}"
+    if not root.exists():
+        make_dataset(root, Shape(version=f"v{major}.0", lengths=(4, 3), files={"top": (0, 0)}, data_files=(0, 0)))
+    name = random_.choice(("info.json", "episodes.jsonl" if major == 2 else "episodes/chunk-000/file-000.parquet"))
+    path = root / "meta" / name
+    kept = path.read_bytes()
+    data = kept
+    if name == "info.json" and random_.random() < 0.6:
+        info = json.loads(kept)
+        values: tuple[Any, ...] = (
+            odd_text(random_),
+            -1,
+            0,
+            1e308,
+            10**30,
+            None,
+            [],
+            {},
+            True,
+            [{}],
+            {"a": None},
+            [1] * 9,
+        )
+        place = random_.choice((info, info["features"], *info["features"].values()))
+        place[random_.choice([*place, odd_text(random_)])] = random_.choice(values)
+        data = json.dumps(info).encode(errors="replace")
+    elif name.endswith(".parquet"):
+        if random_.random() < 0.5:
+            record = pq.read_table(path).to_pylist()
+            column = random_.choice(list(record[0]))
+            value: Any = random_.choice((None, -1, 1 << 62, float("nan"), 1e308, odd_text(random_), [], b"x"))
+            table = pa.Table.from_pylist([row | {column: value} for row in record])
+            buffer = io.BytesIO()
+            pq.write_table(table, buffer)
+            data = buffer.getvalue()
+        else:
+            data = mutated(kept[::-1], random_)[::-1]
+    else:
+        data = mutated(kept, random_)
+    try:
+        path.write_bytes(data)
+        return _plan(discover([f"lerobot:{root}"]).videos)
+    finally:
+        path.write_bytes(kept)
+
+
+def sliced_signal(random_: random.Random, folder: Path) -> str:
+    """Read a slice of a signal's file with changed bytes or odd options."""
+    suffix = random_.choice(("parquet", "jsonl", "json", "npy"))
+    path, buffer = folder / f"odd.{suffix}", io.BytesIO()
+    lines = [{"mouse": {"dx": n, "dy": -n}, "keys": ["w"] * (n % 2), "x": n / 2} for n in range(6)]
+    if suffix == "parquet":
+        table = pa.table({"timestamp": np.arange(6) / 10, "x": [[n, 1.0] for n in range(6)], "episode_index": [3] * 6})
+        pq.write_table(table, buffer)
+    elif suffix == "npy":
+        np.save(buffer, np.arange(12.0).reshape(6, 2))
+    elif suffix == "jsonl":
+        buffer.write("\n".join(map(json.dumps, lines)).encode())
+    else:
+        buffer.write(json.dumps({"actions": {str(n): line for n, line in enumerate(lines)}}).encode())
+    path.write_bytes(mutated(buffer.getvalue(), random_) if random_.random() < 0.6 else buffer.getvalue())
+    odd = odd_text(random_)[:200]
+    options = {
+        "rows": random_.choice(("1:4", "0:0", "5:2", "0:999999999999", "-1:2", odd)),
+        "rate": random_.choice(("10", "0", "nan", "1e308", "-1", odd)),
+        "offset": random_.choice(("0.5", "inf", "1e308", odd)),
+        "columns": random_.choice(("x", "mouse.dx,keys=keys.w", "mouse", ",", "x,x", odd)),
+        "episode": random_.choice(("3", "4", "x", odd)),
+        "key": random_.choice(("actions", "x", odd)),
+        "times": str(path),
+    }
+    chosen = {name: options[name] for name in random_.sample(list(options), random_.randrange(5))}
+    read_signal(join_options(str(path), chosen), storage.open_binary)
+    return "accepted"
+
+
 def _plan(videos: pa.Table) -> str:
     planner = VideoPlanner((SPEC,), Part(), 4, Limits(max_pixels=1 << 20))
     local = [storage.is_local(uri) or uri[:1] == "x" for uri in videos["uri"].to_pylist()]
@@ -182,6 +293,9 @@ KINDS: dict[str, Callable[[random.Random, Path], str]] = {
     "signals": signal,
     "manifests": manifest,
     "addresses": address,
+    "archives": archive,
+    "datasets": dataset,
+    "slices of signals": sliced_signal,
 }
 
 
