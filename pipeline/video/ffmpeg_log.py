@@ -54,12 +54,16 @@ Others, mp4 and Matroska, complain there of headers alone, most of which do no h
 """
 
 
+_SEARCH_FAILED = "read_timestamp failed."
+"""Message of libavformat/seek.c."""
+
+
 def of_lost_packets(format_name: str, messages: list[Message]) -> list[Message]:
     """The messages of opening a file that tell of packets that were passed over.
 
     FFmpeg reads the first seconds of a file to learn about its streams, and does not say it again when it hands these
-    packets out.
+    packets out. A search for a time that fails, as with an index that points nowhere, passes over none.
     """
     if not _READ_IN_ORDER & set(format_name.split(",")):
         return []
-    return [message for message in messages if message[1] == format_name]
+    return [message for message in messages if message[1] == format_name and message[2].strip() != _SEARCH_FAILED]

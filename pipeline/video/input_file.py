@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
-from vidshard.pipeline.video.ffmpeg_log import Message
 from vidshard.schemas.errors import OutageError, VidshardError, one_line
 from vidshard.schemas.rejections import Reason, VideoError
 from vidshard.schemas.video import Limits
+
+if TYPE_CHECKING:  # the process that fetches remote bytes must not load FFmpeg
+    from vidshard.pipeline.video.ffmpeg_log import Message
 
 
 @runtime_checkable
