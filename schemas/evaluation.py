@@ -93,7 +93,8 @@ class EvaluateRun(ClusterSettings, PageSettings):
         False,
         section="Input",
         identity=False,
-        help="Let --fetch-sources, and redirects, reach web servers with private addresses that --from does not name.",
+        help="Let rows of manifests, --fetch-sources and redirects reach web servers with private addresses. Without "
+        "it only servers that VIDEOS or --from names may have such addresses.",
     )
     limit: int | None = setting(
         None, section="Input", ge=1, metavar="N", identity=False, help="Largest number of videos."

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BeforeValidator, model_validator
 
 from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Pairs, Rate, Settings, setting, setting_of
-from vidshard.schemas.video import ClipSpec
+from vidshard.schemas.uris import typed_hosts
+from vidshard.schemas.video import ClipSpec, Limits
 
 T = TypeVar("T")
 
@@ -467,6 +468,13 @@ class DataSettings(Settings):
         help="Videos to train on: a file, folder, glob or manifest, local or at any URL that fsspec opens. Repeat it "
         "for several corpora, all with weights such as a/=0.7 and b/=0.3, or all without.",
     )
+    allow_private: bool = setting(
+        False,
+        section="Data",
+        identity=False,
+        help="Let rows of manifests, and redirects, reach web servers with private addresses. Without it only servers "
+        "that --videos names may have such addresses.",
+    )
     validation_share: float = setting(
         0.05,
         section="Data",
@@ -655,6 +663,11 @@ class RunSettings(ClusterSettings, WorkerSettings, CheckpointSettings, PageSetti
     def corpora(self) -> list[tuple[str, float | None]]:
         """Path and weight of each corpus."""
         return [split_weight(text) for text in self.videos]
+
+    @property
+    def limits(self) -> Limits:
+        """Largest cost of one video, and the servers with private addresses that it may lie on."""
+        return Limits(private_hosts=None if self.allow_private else typed_hosts([path for path, _ in self.corpora]))
 
 
 class TrainRun(RunSettings):

@@ -129,6 +129,7 @@ def _resolved(run: EvaluateRun, name: str, rate: Fraction) -> ResolvedRun:
     preset, weights = _split(name)
     settings: dict[str, Any] = {
         "inputs": run.inputs,
+        "allow_private": run.allow_private,
         "out": run.out,
         "tokenizer": preset,
         "weights": weights,

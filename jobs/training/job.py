@@ -78,7 +78,6 @@ from vidshard.pipeline.training_data.videos import (
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.training import StageConfig, TrainRun
-from vidshard.schemas.video import Limits
 
 STAGE_RESULT = "result.json"
 VIDEOS = "videos.parquet"
@@ -197,7 +196,7 @@ def prepare_data(
             videos,
             stage.clip_spec(clips_per_video=1, placement="even"),
             run.eval_clips,
-            Limits(),
+            run.limits,
             replacing=not has_trained,
             before=before,
             variation=Variation.of(stage, held_out=True),
@@ -250,6 +249,7 @@ def _videos_of(
             [path for path, _ in run.corpora],
             spec=stage.clip_spec(clips_per_video=run.clips_per_video),
             validation_share=run.validation_share,
+            limits=run.limits,
             num_tasks=4 * cluster.num_cpus,
             before=before,
             on_video=lambda done, total: progress.update(1000 * done / total, f"{done} of {total}"),
@@ -270,7 +270,7 @@ def _cached(folder: str, videos: TrainingVideos, run: TrainRun, stage: StageConf
             path,
             videos.train,
             spec,
-            Limits(),
+            run.limits,
             stage.seed,
             lambda n: progress.update(n, f"{n} of {total} clips"),
             variation,
@@ -490,7 +490,7 @@ def _clips_of(job: StageJob, sampler: ClipSampler, rows_per_worker: int) -> Call
     """
     stage, checkpoints = job.stage, job.checkpoints
     spec = stage.clip_spec(clips_per_video=job.run.clips_per_video)
-    reader = ClipReader(spec=spec, limits=Limits(), variation=Variation.of(stage))
+    reader = ClipReader(spec=spec, limits=job.run.limits, variation=Variation.of(stage))
     known = ray.put(sampler)
     block = rows_per_block(rows_per_worker, reader.spec)
     total = stage.steps * stage.batch_size

@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray.data import DataContext
 
+from tests.support.http_server import http_server
 from tests.support.videos import Recipe, read_frame_number, write_undecodable, write_video
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.cache import fill_cache
@@ -34,7 +35,7 @@ from vidshard.pipeline.training_data.videos import (
     read_training_videos,
 )
 from vidshard.schemas.rejections import Reason
-from vidshard.schemas.training import StageConfig
+from vidshard.schemas.training import StageConfig, TrainRun
 from vidshard.schemas.video import ClipSpec, Limits
 
 STAGE = StageConfig(frames=3, size=(32, 32), fps=Fraction(4), batch_size=4)
@@ -68,6 +69,25 @@ def opened(
 
 
 # Which videos
+
+
+def test_a_server_with_a_private_address_that_a_manifest_names_is_not_asked_unless_allowed(
+    corpus: Path, tmp_path: Path, ray_session: None
+) -> None:
+    files = {f"/v{number}.mp4": (corpus / f"v{number}.mp4").read_bytes() for number in range(2)}
+    with http_server(lambda path: files[path]) as server:
+        manifest = tmp_path / "some.csv"
+        manifest.write_text("\n".join(["uri", *(server.url + path for path in files)]))
+        settings = {"out": str(tmp_path), "stages": {}, "tokenizer": "tiny", "videos": [str(manifest)]}
+
+        def open_with(**more: object) -> TrainingVideos:
+            limits = TrainRun.model_validate(settings | more).limits
+            return open_training_videos([str(manifest)], spec=SPEC, validation_share=0.0, num_tasks=2, limits=limits)
+
+        with pytest.raises(UnusableError):
+            open_with()
+        assert not server.asked
+        assert open_with(allow_private=True).num_videos == 2
 
 
 def test_videos_are_opened_once_copies_count_once_and_bad_ones_are_counted(corpora: TrainingVideos) -> None:

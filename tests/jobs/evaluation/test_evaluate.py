@@ -163,6 +163,22 @@ def test_stored_tokens_are_measured_as_if_they_were_encoded_again(videos: Path, 
     assert sum(fewer["rejections"].values()) == 1
 
 
+def test_servers_with_private_addresses_that_a_manifest_names_are_asked_only_on_request(
+    videos: Path, tmp_path: Path
+) -> None:
+    content = (videos / "v0.mp4").read_bytes()
+    with http_server(lambda _path: content) as server:
+        manifest = tmp_path / "some.csv"
+        manifest.write_text(f"uri\n{server.url}/v0.mp4\n")
+        command = ("evaluate", manifest, "--tokenizer", "tiny", "--size", "64", "--fps", "25", "--local", "--no-lpips")
+        forget_processes()
+        refused = printed_by(*command, "--out", tmp_path / "no", code=2)
+        assert "no clip could be scored: all were rejected" in refused
+        assert not server.asked
+        printed_by(*command, "--out", tmp_path / "yes", "--allow-private")
+        assert record_in(tmp_path / "yes")["rows"][0]["clips"] > 0
+
+
 def test_remote_sources_of_stored_tokens_are_fetched_only_on_request(videos: Path, tmp_path: Path) -> None:
     content = (videos / "v0.mp4").read_bytes()
     with http_server(lambda _path: content) as server:
