@@ -23,13 +23,12 @@ from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place, with_gpus
-from vidshard.jobs.tokenization.planning import make_plan
+from vidshard.jobs.tokenization.planning import discover_inputs, make_plan
 from vidshard.jobs.tokenization.quality import QualitySummary
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary, summary_record
 from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import confinement_lacks
-from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.parquet import ShardError
@@ -37,7 +36,6 @@ from vidshard.pipeline.output.quality import read_quality
 from vidshard.pipeline.output.rejects import forget_retry_set
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.video.decoders import refuse_unknown_decoders
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.rejections import Reason
@@ -85,17 +83,7 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
     run = resolved.run
     refuse_unknown_decoders(run.decoders)
     check_output(resolved)
-    access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
-    signals = [name for name, _ in run.signals or []]
-    found = discover(
-        run.inputs,
-        signals=signals,
-        limit=run.limit,
-        ask_remote=run.recheck,
-        access=access,
-        cameras=run.cameras,
-        episodes=run.episodes,
-    )
+    found = discover_inputs(run)
     lease = Lease.acquire(
         run.out, ttl_seconds=run.lease_seconds, on_wait=lambda text: console.print(text, markup=False)
     )

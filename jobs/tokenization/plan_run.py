@@ -29,18 +29,16 @@ from vidshard.jobs.tokenization.collect import shard_settings, span_decoder
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.machines import Machine, decoding_seconds, find_machine
 from vidshard.jobs.tokenization.placement import place, with_gpus
-from vidshard.jobs.tokenization.planning import make_plan
+from vidshard.jobs.tokenization.planning import discover_inputs, make_plan
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.models.cost import Cost, encoding_cost
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import LocalCancelToken
 from vidshard.pipeline.devices import DEFAULT_PRECISION
-from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.commit import TokenShardSink
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.work_list import WorkList
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.tokenizer_source import PRECISIONS
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
@@ -120,17 +118,7 @@ def _forecast_run(run: TokenizeRun, console: Console, *, local: bool, machine: s
 def _plan(resolved: ResolvedRun, console: Console, *, local: bool, other: Machine | None) -> Forecast:
     started = time.monotonic()
     run = resolved.run
-    access = RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under))
-    signals = [name for name, _ in run.signals or []]
-    found = discover(
-        run.inputs,
-        signals=signals,
-        limit=run.limit,
-        ask_remote=run.recheck,
-        access=access,
-        cameras=run.cameras,
-        episodes=run.episodes,
-    )
+    found = discover_inputs(run)
     lease = Lease.acquire(run.out, ttl_seconds=run.lease_seconds, on_wait=console.print)
     with SpeedWatch(every_seconds=2) as watch, lease, open_executor(run, local=local) as opened:
         executor = with_gpus(opened, run, console)

@@ -13,7 +13,7 @@ from rich.console import Console
 from vidshard.jobs.runtime.executor import Executor, StageFailedError
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.summary import too_many_internal_errors
-from vidshard.pipeline.discover import Discovery
+from vidshard.pipeline.discover import Discovery, discover
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.output.layout import remove_leftovers
 from vidshard.pipeline.output.lease import Lease
@@ -24,6 +24,7 @@ from vidshard.pipeline.output.state import OutputState
 from vidshard.pipeline.output.work_list import WorkList, begin_retry, correct_output, write_work_list
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.resolved_run import ResolvedRun
+from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import RunFailedError, UserError
 from vidshard.schemas.rejections import Reason, Rejection
@@ -46,6 +47,24 @@ class Planned:
     """Videos that the output did not know."""
     retry: RetrySet | None
     """The rejected spans and videos that are tried again, if that was asked for."""
+
+
+def discover_inputs(run: TokenizeRun) -> Discovery:
+    """List the videos of a run, as its settings say.
+
+    Raises:
+        InputError: an input does not exist, matches nothing or is no usable manifest.
+        storage.StorageError: a file system cannot be reached.
+    """
+    return discover(
+        run.inputs,
+        signals=[name for name, _ in run.signals or []],
+        limit=run.limit,
+        ask_remote=run.recheck,
+        access=RowAccess(schemes=tuple(run.allow_schemes), under=tuple(run.allow_under)),
+        cameras=run.cameras,
+        episodes=run.episodes,
+    )
 
 
 def make_plan(

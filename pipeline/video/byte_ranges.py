@@ -14,8 +14,6 @@ Cost: 0.03 ms a request and 0.1 ms for each MiB.
 
 from __future__ import annotations
 
-import io
-import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from vidshard.pipeline.video.input_file import RangeReader, read_exactly
+from vidshard.pipeline.video.input_file import RangeReader, ReadOnlyFile, read_exactly
 
 MAX_RANGES = 8
 """Largest number of ranges in one request."""
@@ -37,7 +35,7 @@ _SIZE, _REQUEST, _LENGTH = struct.Struct("<q"), struct.Struct("<II"), struct.Str
 _FAILED = -1
 
 
-class RangeFile(io.RawIOBase):
+class RangeFile(ReadOnlyFile):
     """Read-only file whose bytes come over a socket; the decoder's side."""
 
     def __init__(self, server: socket.socket) -> None:
@@ -88,30 +86,6 @@ class RangeFile(io.RawIOBase):
             self._at += len(part)
             wanted -= len(part)
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """The new position.
-
-        Raises:
-            ValueError: it would be negative.
-        """
-        position = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.num_bytes}[whence] + offset
-        if position < 0:
-            raise ValueError(f"negative position {position}")
-        self._at = position
-        return position
-
-    def tell(self) -> int:
-        """The position."""
-        return self._at
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
 
     def close(self) -> None:
         """Close the socket, which ends the serving."""

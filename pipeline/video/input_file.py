@@ -7,6 +7,7 @@ UNREADABLE, whatever FFmpeg or a decoder made of them.
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,38 @@ from vidshard.schemas.video import Limits
 
 if TYPE_CHECKING:  # the process that fetches remote bytes must not load FFmpeg
     from vidshard.pipeline.video.ffmpeg_log import Message
+
+
+class ReadOnlyFile(io.RawIOBase):
+    """Base of read-only files of a known size: their position. A subclass sets both attributes and reads."""
+
+    num_bytes: int
+    """Size of the file."""
+    _at: int
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """The new position.
+
+        Raises:
+            ValueError: it would be negative.
+        """
+        position = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.num_bytes}[whence] + offset
+        if position < 0:
+            raise ValueError(f"negative position {position}")
+        self._at = position
+        return position
+
+    def tell(self) -> int:
+        """The position."""
+        return self._at
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vidshard.pipeline.video.input_file import RangeReader, read_exactly
+from vidshard.pipeline.video.input_file import RangeReader, ReadOnlyFile, read_exactly
 from vidshard.schemas.errors import one_line
 from vidshard.schemas.rejections import Reason, VideoError
 
@@ -37,7 +37,7 @@ _MOST_FOOTER_BYTES = 256 << 20
 _INFLATED_AT_ONCE = 1 << 20
 
 
-class Window(io.RawIOBase):
+class Window(ReadOnlyFile):
     """Read-only file of some bytes of another one, which stays open."""
 
     def __init__(self, file: BinaryIO, start: int, num_bytes: int) -> None:
@@ -69,30 +69,6 @@ class Window(io.RawIOBase):
         data = self._file.read(wanted)
         self._at += len(data)
         return data
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """The new position.
-
-        Raises:
-            ValueError: it would be negative.
-        """
-        position = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.num_bytes}[whence] + offset
-        if position < 0:
-            raise ValueError(f"negative position {position}")
-        self._at = position
-        return position
-
-    def tell(self) -> int:
-        """The position."""
-        return self._at
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
 
     def fileno(self) -> int:
         """Descriptor of the archive, by which it is known to be unchanged.
