@@ -14,7 +14,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -124,61 +124,24 @@ def discover(
         InputError: an input does not exist, matches nothing or is no usable manifest.
         storage.StorageError: a file system cannot be reached.
     """
-    manifests: list[pa.Table] = []
-    files: list[pa.Table] = []
-    passed_over: Counter[str] = Counter()
-    renamed: dict[str, str] = {}
-    read: list[str] = []
     if (cameras or episodes) and not any(map(is_dataset, inputs)):
         raise InputError("--cameras and --episodes are for LeRobot datasets: give an input such as lerobot:/data/pusht")
+    named = _Named(signals=signals, access=access)
     for text in inputs:
         if is_dataset(text):
             dataset = Dataset.open(text)
-            videos = dataset.rows(cameras=cameras, episodes=episodes, signals=signals).videos
-            manifests.append(videos if access is None else _with_refusals(videos, access, dataset.root, signals))
-            read.append(dataset.shown)
+            listed = dataset.rows(cameras=cameras, episodes=episodes, signals=signals)
+            named.add_rows(listed, dataset.root, shown=dataset.shown)
             continue
         path = storage.absolute(text)
-        if _extension(path) == "parquet":
-            embedded = [(each, _videos_in_parquet(each, signals)) for each in _matching(path)]
-            if embedded and all(found is not None for _, found in embedded):
-                for each, found in embedded:
-                    assert found is not None
-                    manifests.append(
-                        found.videos if access is None else _with_refusals(found.videos, access, each, signals)
-                    )
-                    read.append(storage.public_uri(each))
-                    renamed |= found.renamed_columns
-                continue
+        if _add_embedded_videos(named, path):
+            continue
         if _extension(path) in MANIFEST_EXTENSIONS and not _is_glob(path):
-            try:
-                found = read_manifest(path, signals, extension=_extension(path))
-            except VidshardError:
-                raise
-            except Exception as error:
-                shown = storage.public_uri(path)
-                raise InputError(
-                    f"manifest {shown} cannot be read: {type(error).__name__}: {one_line(error)}"
-                ) from error
-            videos = found.videos
-            manifests.append(videos if access is None else _with_refusals(videos, access, path, signals))
-            read.append(storage.public_uri(path))
-            renamed |= found.renamed_columns
+            named.add_rows(_read_table(path, signals), path)
         else:
-            listed = _table(_list(path, passed_over))
-            if not listed.num_rows:
-                raise InputError(_nothing_found(path, passed_over))
-            members, listed = _with_archives_opened(listed, signals)
-            for archive, found in members:
-                videos = found.videos
-                manifests.append(videos if access is None else _with_refusals(videos, access, archive, signals))
-                read.append(storage.public_uri(archive))
-                renamed |= found.renamed_columns
-            files.append(listed)
-    for name in signals:
-        if not any(signal_source(name) in table.column_names for table in manifests):
-            raise InputError(f"no manifest among the inputs has a column '{name}' with the paths of that signal")
-    videos = _joined(manifests, files)
+            _add_files(named, path)
+    named.refuse_missing_signals()
+    videos = _joined(named.tables, named.files)
     if videos.num_rows == 0:
         raise InputError(f"no video in {', '.join(storage.public_uri(i) for i in inputs)}: the manifest has no rows")
     pa.default_memory_pool().release_unused()  # reading took some 100 MB for a million videos
@@ -187,11 +150,95 @@ def discover(
     return Discovery(
         videos=_with_fingerprints(videos, ask_remote),
         storage_hosts=storage.storage_hosts(locations, videos.num_rows),
-        manifests=tuple(read),
-        renamed_columns=renamed,
-        num_passed_over=passed_over.total(),
-        passed_over_extensions=tuple(passed_over.most_common()),
+        manifests=tuple(named.sources),
+        renamed_columns=named.renamed,
+        num_passed_over=named.passed_over.total(),
+        passed_over_extensions=tuple(named.passed_over.most_common()),
     )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Named:
+    """What the inputs that were read so far name."""
+
+    signals: Sequence[str]
+    access: RowAccess | None
+    tables: list[pa.Table] = field(default_factory=list)
+    """Rows of manifests, datasets and archives: ``REF_SCHEMA`` and further columns."""
+    files: list[pa.Table] = field(default_factory=list)
+    """Files that were named or listed: ``REF_SCHEMA``."""
+    sources: list[str] = field(default_factory=list)
+    """The inputs that gave rows, as messages show them."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Counts of files without a video's extension, by extension."""
+
+    def add_rows(self, manifest: Manifest, path: str, *, shown: str | None = None) -> None:
+        """Add the rows of one input, those that the run does not allow with the reason.
+
+        Args:
+            manifest: the rows.
+            path: where they were read: the one place that they may name in any case.
+            shown: the input in messages; None for the path without credentials.
+        """
+        videos = manifest.videos
+        self.tables.append(videos if self.access is None else _with_refusals(videos, self.access, path, self.signals))
+        self.sources.append(storage.public_uri(path) if shown is None else shown)
+        self.renamed |= manifest.renamed_columns
+
+    def refuse_missing_signals(self) -> None:
+        """Refuse signals that no input has.
+
+        Raises:
+            InputError: there is one.
+        """
+        for name in self.signals:
+            if not any(signal_source(name) in table.column_names for table in self.tables):
+                raise InputError(f"no manifest among the inputs has a column '{name}' with the paths of that signal")
+
+
+def _add_embedded_videos(named: _Named, path: str) -> bool:
+    """Add the videos whose bytes Parquet files hold; False if one of the files that match holds none."""
+    if _extension(path) != "parquet":
+        return False
+    embedded = [(each, _videos_in_parquet(each, named.signals)) for each in _matching(path)]
+    found = [(each, manifest) for each, manifest in embedded if manifest is not None]
+    if not found or len(found) < len(embedded):
+        return False
+    for each, manifest in found:
+        named.add_rows(manifest, each)
+    return True
+
+
+def _read_table(path: str, signals: Sequence[str]) -> Manifest:
+    """Read a manifest; whatever goes wrong is an error that names it.
+
+    Raises:
+        VidshardError: it cannot be read.
+    """
+    try:
+        return read_manifest(path, signals, extension=_extension(path))
+    except VidshardError:
+        raise
+    except Exception as error:
+        shown = storage.public_uri(path)
+        raise InputError(f"manifest {shown} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _add_files(named: _Named, path: str) -> None:
+    """Add the files that a path, folder or glob names, and the videos in archives among them.
+
+    Raises:
+        InputError: there are none.
+        storage.StorageError: the file system cannot be reached.
+    """
+    listed = _table(_list(path, named.passed_over))
+    if not listed.num_rows:
+        raise InputError(_nothing_found(path, named.passed_over))
+    archives, files = _with_archives_opened(listed, named.signals)
+    for archive, manifest in archives:
+        named.add_rows(manifest, archive)
+    named.files.append(files)
 
 
 def _matching(path: str) -> list[str]:
