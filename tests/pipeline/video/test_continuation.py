@@ -39,7 +39,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.append(1)
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vidshard.pipeline.video.frames.decode_packet", counting)
+    monkeypatch.setattr("vidshard.pipeline.video.decoding_pass.decode_packet", counting)
     return counted
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.support.videos import Recipe, write_damaged, write_truncated, write_video
 from vidshard.pipeline.storage import open_binary
-from vidshard.pipeline.video import container, decode, frames
+from vidshard.pipeline.video import container, decode, decoding_pass, frames
 from vidshard.pipeline.video.container import codec_name, open_video, pixel_aspect
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.frames import decode_from, frames_covering
@@ -39,7 +39,7 @@ SPEC = ClipSpec(fps=Fraction(3), num_frames=4, height=48, width=48)
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Requests to decoders: packets sent, and of those skippable ones, restarts, and passes over everything."""
     counts: Counter[str] = Counter()
-    decode_step, decode_once = frames._decode_step, frames._decode_once
+    decode_step, decode_once = decoding_pass._decode_step, frames._decode_once
 
     def counting_step(watched: WatchedFile, stream: VideoStream, step: Step | None) -> list[av.VideoFrame]:
         if step is not None:
@@ -50,7 +50,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts.update(whole_passes=arguments[-1] is None)
         yield from decode_once(*arguments)
 
-    monkeypatch.setattr(frames, "_decode_step", counting_step)
+    monkeypatch.setattr(decoding_pass, "_decode_step", counting_step)
     monkeypatch.setattr(frames, "_decode_once", counting_once)
     return counts
 
