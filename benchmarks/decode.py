@@ -42,7 +42,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from benchmarks.report import Row, report
-from vidshard.models.torchvision_operators import declare_torchvision_operators
+from vidshard.models.libraries.torchvision_operators import declare_torchvision_operators
 from vidshard.pipeline.storage import open_binary
 from vidshard.pipeline.video.decode import decode_span
 from vidshard.pipeline.video.frame_order import TimedFrame

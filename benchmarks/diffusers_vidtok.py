@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidshard.models.torchvision_operators import declare_torchvision_operators
+from vidshard.models.libraries.torchvision_operators import declare_torchvision_operators
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.weights import checkpoint_name
 

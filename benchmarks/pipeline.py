@@ -23,7 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.report import Row, report
-from vidshard.jobs.demo import Sample, write_sample
+from vidshard.jobs.tokenization.demo import Sample, write_sample
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.plan import clips_per_span
 from vidshard.pipeline.storage import open_binary

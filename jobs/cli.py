@@ -32,7 +32,7 @@ from vidshard.jobs.commands.weights import convert, tokenizers
 from vidshard.jobs.runtime.errors import exit_code_of, interrupt_behind, print_error, signals_that_end, terminate
 from vidshard.jobs.runtime.interrupts import is_feeding
 from vidshard.jobs.runtime.output import lost_report, make_output_safe
-from vidshard.jobs.settings import OrderedGroup
+from vidshard.jobs.runtime.settings import OrderedGroup
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, VidshardError
 
 _EXIT_SECONDS = 60.0

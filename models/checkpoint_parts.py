@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vidshard.models.config import TokenizerConfig
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 _GENERATOR = "tokenizer."
 

@@ -1,7 +1,7 @@
 """Public interface of the models: the `Tokenizer` protocol, the families, and their presets.
 
 A family is an entry of `FAMILIES`. To add one, make a folder beside ``vidtok/`` with a config that derives from
-`models.config.TokenizerConfig`, a network that implements `Tokenizer`, and a table of presets.
+`schemas.tokenizers.TokenizerConfig`, a network that implements `Tokenizer`, and a table of presets.
 """
 
 # B batch, C channels, T frames, H height, W width
@@ -16,7 +16,6 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.diffusers_vae import model as diffusers_vae
 from vidshard.models.diffusers_vae.config import DiffusersConfig
 from vidshard.models.diffusers_vae.derive import check_clip as check_diffusers_clip
@@ -27,6 +26,7 @@ from vidshard.models.vidtok.model import VidTok, checkpoint_name
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.vidtwin import config as vidtwin_config
 from vidshard.models.vidtwin import model as vidtwin
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.tokens import Normalization
 from vidshard.schemas.training import WEIGHT_SUFFIXES
 

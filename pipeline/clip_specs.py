@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.vidtok.lengths import Padding
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import ClipSpec
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import Tokenizer
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 
 def to_tensors(payload: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from vidshard.pipeline import storage
 from vidshard.pipeline.inputs.archives import videos_in_archive, videos_in_parquet
 from vidshard.pipeline.inputs.lerobot import Dataset, is_dataset
-from vidshard.pipeline.manifest import REF_SCHEMA, InputError, Manifest, read_manifest
+from vidshard.pipeline.inputs.manifest import REF_SCHEMA, InputError, Manifest, read_manifest
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import VidshardError, one_line
@@ -159,7 +159,7 @@ def discover(
 
 @dataclass(kw_only=True, slots=True)
 class _Named:
-    """What the inputs that were read so far name."""
+    """Videos that the inputs read so far name."""
 
     signals: Sequence[str]
     access: RowAccess | None

@@ -25,9 +25,9 @@ from vidshard.models.tokenizer import Tokenizer, frames_to_input
 from vidshard.models.training.perceptual import cached_vgg_weights
 from vidshard.models.vidtok.lengths import Padding, pad
 from vidshard.models.vidtok.tiling import Tiling
+from vidshard.pipeline.clip_metrics import Metrics, MetricsSpec
 from vidshard.pipeline.decode_payload import clips_before, decode_in_sequence, to_tensors
 from vidshard.pipeline.devices import free_caches, is_out_of_memory
-from vidshard.pipeline.evaluation.scorer import Metrics, MetricsSpec
 from vidshard.pipeline.rows import clip_counts, frame_sizes, row_part
 from vidshard.schemas.errors import one_line
 

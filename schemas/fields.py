@@ -2,7 +2,7 @@
 
 A settings model is one closed pydantic class that defines the flags, the keys of the YAML file and the stored run. Each
 field is made by :func:`setting`, which records its help text, its section of ``--help``, its former names and whether
-it belongs to the identity of an output. ``jobs.settings`` turns such models into command-line options.
+it belongs to the identity of an output. ``jobs.runtime.settings`` turns such models into command-line options.
 """
 
 from __future__ import annotations

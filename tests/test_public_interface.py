@@ -14,11 +14,11 @@ from rich.console import Console
 
 import vidshard
 from tests.support.videos import Recipe, write_video
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import get_preset
 from vidshard.models.weights import SHIPPED, shipped_weights, weights_digest
 from vidshard.schemas.errors import RunFailedError, UserError
 from vidshard.schemas.rejections import Reason
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 HEAVY = {"torch", "ray", "av", "pyarrow", "numpy", "pydantic", "fsspec"}
 

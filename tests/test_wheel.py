@@ -30,7 +30,7 @@ print(build_meta.build_sdist(sys.argv[1]))
 WHERE = """
 import sys
 import models, pipeline, jobs, schemas
-import vidshard.jobs.cli, vidshard.models.config, vidshard.pipeline.video.sampling, vidshard.schemas.video
+import vidshard.jobs.cli, vidshard.models.codebook_use, vidshard.pipeline.video.sampling, vidshard.schemas.video
 
 def files():
     return {name: sys.modules[name].__file__ for name in (

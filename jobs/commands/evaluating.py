@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from vidshard.jobs.runtime.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.jobs.runtime.terminal import output_console
-from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.schemas.evaluation import EvaluateRun
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vidshard.jobs.runtime.settings import report_options, shared_option
 from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
-from vidshard.jobs.settings import report_options, shared_option
 from vidshard.schemas.fields import ClusterSettings, ProgressMode, ReportSettings, parse_size
 
 if TYPE_CHECKING:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from vidshard.jobs.commands.outputs import allow_private, fetch_sources, moved_weights
 from vidshard.jobs.runtime.terminal import output_console
+
+if TYPE_CHECKING:
+    from vidshard.jobs.report.page import Page
+    from vidshard.jobs.report.wall import WallSettings
 
 
 @click.command()
@@ -40,4 +47,19 @@ def report(
     from vidshard.jobs.report.wall import WallSettings
 
     wall = WallSettings(num_clips=num_clips, weights=weights, fetch_sources=fetch_sources, allow_private=allow_private)
-    report_on(out, target, wall, output_console())
+    report_on(out, page_of, target, wall, output_console())
+
+
+def page_of(out: str, record: Mapping[str, Any], made: str, wall: WallSettings | None) -> Page:
+    """Page of an output of any kind, by its ``run.json``."""
+    if isinstance(record.get("evaluation"), dict):
+        from vidshard.jobs.evaluation.report import evaluated_page
+
+        return evaluated_page(out, record, made, wall)
+    if isinstance(record["run"].get("stages"), dict):
+        from vidshard.jobs.training.report import trained_page
+
+        return trained_page(out, record, made, wall)
+    from vidshard.jobs.tokenization.report import tokenized_page
+
+    return tokenized_page(out, record, made, wall)

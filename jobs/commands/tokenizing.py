@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vidshard.jobs.runtime.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
-from vidshard.jobs.settings import SectionedCommand, SectionedOption, options_of, resolve_settings
 from vidshard.schemas.runs import TokenizeRun
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def demo(videos: tuple[str, ...], out: str) -> int:
 
     Takes about a minute, and shows every step on the way.
     """
-    from vidshard.jobs.demo import run_demo
+    from vidshard.jobs.tokenization.demo import run_demo
 
     return run_demo(videos, out, output_console())
 

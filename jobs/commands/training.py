@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vidshard.jobs.runtime.settings import OrderedGroup, SectionedCommand, options_of, report_options, shared_option
 from vidshard.jobs.runtime.terminal import output_console
-from vidshard.jobs.settings import OrderedGroup, SectionedCommand, options_of, report_options, shared_option
 from vidshard.jobs.training.settings import preset_defaults, training_run
 from vidshard.schemas.fields import ClusterSettings
 from vidshard.schemas.training import TrainFlags

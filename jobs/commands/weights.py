@@ -10,7 +10,7 @@ from vidshard.jobs.runtime.terminal import output_console
 @click.command()
 def tokenizers() -> None:
     """List the tokenizers that vidshard knows."""
-    from vidshard.jobs.shards.show import print_tokenizers
+    from vidshard.jobs.weights.table import print_tokenizers
 
     print_tokenizers(output_console())
 
@@ -39,6 +39,6 @@ def convert(source: str, target: str, tokenizer: str | None, ema: bool) -> None:
         hf://microsoft/VidTok/checkpoints/vidtok_fsq_causal_488_32768.ckpt \\
         fsq.safetensors --tokenizer fsq_causal_488_32768
     """
-    from vidshard.jobs.convert_weights import convert_weights
+    from vidshard.jobs.weights.convert import convert_weights
 
     convert_weights(source, target, tokenizer, output_console(), ema=ema)

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from vidshard.jobs.evaluation.report import evaluated_page
 from vidshard.jobs.evaluation.resolve import Group, ResolvedEvaluation, resolve
 from vidshard.jobs.evaluation.tables import SCORES_CSV, SCORES_JSON, SCORES_MARKDOWN, record_of, render
 from vidshard.jobs.report.job import add_report
@@ -97,7 +98,7 @@ def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict
         record = _evaluate(run, out, progress, local=local)
     console.print(render(record, run.format), highlight=False, markup=False, soft_wrap=True, end="")
     wall = WallSettings(seconds=WALL_SHARE * (time.monotonic() - started))
-    add_report(out, run.report, progress, wall=wall)
+    add_report(out, run.report, progress, evaluated_page, wall=wall)
     return record
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from vidshard.jobs.runtime.progress import warn
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.frechet import I3D
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.training.perceptual import load_perceptual
 from vidshard.models.weights import weights_digest
 from vidshard.pipeline import storage
-from vidshard.pipeline.evaluation.scorer import Measured, MetricsSpec
+from vidshard.pipeline.clip_metrics import MetricsSpec
+from vidshard.pipeline.evaluation.scorer import Measured
 from vidshard.pipeline.named_tokenizer import PREFIX
 from vidshard.pipeline.open_output import Output
 from vidshard.pipeline.output.shard_reader import open_shard
@@ -27,6 +27,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.evaluation import PROTOCOLS, EvaluateRun
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import WEIGHT_SUFFIXES
 from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from vidshard.jobs.evaluation.published import PUBLISHED, Published
 from vidshard.jobs.evaluation.resolve import ResolvedEvaluation
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import PRESETS
 from vidshard.pipeline.evaluation.scores import Figures
 from vidshard.schemas.evaluation import PROTOCOLS, Average
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 SCORES_JSON, SCORES_MARKDOWN, SCORES_CSV = "scores.json", "scores.md", "scores.csv"
 """Files of the tables in the folder of an evaluation."""

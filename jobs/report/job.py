@@ -1,13 +1,16 @@
 """Report job: one HTML page about a finished output, from its files alone.
 
-`report_of` makes the page of any output, at any time. `add_report` is what a run calls at its end: it never fails a
-run, and says in one line where the page is or why there is none.
+Each kind of run has a page of its own, such as `jobs.tokenization.report`, which it gives to `add_report` at its end:
+that never fails a run, and says in one line where the page is or why there is none. `write_report` makes a page at any
+time.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 
@@ -26,11 +29,19 @@ VARIABLE = "VIDSHARD_REPORT"
 """Environment variable that switches the reports of all runs off, with the value ``none``."""
 
 
-def write_report(out: str, target: str | None = None, wall: WallSettings | None = None) -> tuple[str, int]:
+PageMaker = Callable[[str, Mapping[str, Any], str, WallSettings | None], Page]
+"""Function that makes the page of an output of one kind, or of any: from its folder, its ``run.json``, a text that says
+when and by what the page is made, and the clips to decode (None for as many as the end of a run takes)."""
+
+
+def write_report(
+    out: str, make: PageMaker, *, target: str | None = None, wall: WallSettings | None = None
+) -> tuple[str, int]:
     """Make the report of an output.
 
     Args:
-        out: output folder of any run, local or remote.
+        out: output folder of a run, local or remote.
+        make: makes its page.
         target: file to write; None for ``report.html`` in the output.
         wall: clips to decode; None for as many as the end of a run takes.
 
@@ -47,7 +58,7 @@ def write_report(out: str, target: str | None = None, wall: WallSettings | None 
         raise UserError(f"{shown_uri(out)} is no output of vidshard: it has no {RUN}")
     made = f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by vidshard {code_version()}."
     try:
-        data = render(_page(out, made, wall)).encode()
+        data = render(_page(out, make, made, wall)).encode()
     except ModuleNotFoundError as error:
         if (error.name or "vidshard").startswith("vidshard"):
             raise
@@ -56,8 +67,8 @@ def write_report(out: str, target: str | None = None, wall: WallSettings | None 
     return path, len(data)
 
 
-def _page(out: str, made: str, wall: WallSettings | None) -> Page:
-    """Page of an output of any kind.
+def _page(out: str, make: PageMaker, made: str, wall: WallSettings | None) -> Page:
+    """Page of an output.
 
     Raises:
         UserError: its record is damaged, or of no kind that is known.
@@ -65,35 +76,26 @@ def _page(out: str, made: str, wall: WallSettings | None) -> Page:
     path = storage.join(out, RUN)
     try:
         record = parse_json(storage.read_bytes(path, max_bytes=MAX_RECORD_BYTES), RUN)
-        if isinstance(record.get("evaluation"), dict):
-            from vidshard.jobs.report.evaluated import evaluated_page
-
-            return evaluated_page(out, record, made, wall or WallSettings())
-        if isinstance(record["run"].get("stages"), dict):
-            from vidshard.jobs.report.trained import trained_page
-
-            return trained_page(out, record, made)
-        from vidshard.jobs.report.tokenized import tokenized_page
-
-        return tokenized_page(out, record, made, wall)
+        return make(out, record, made, wall)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{shown_uri(path)}, or a file beside it, is damaged: {one_line(error, 200)}") from error
 
 
-def add_report(out: str, report: str, console: Console, *, wall: WallSettings | None = None) -> None:
+def add_report(out: str, report: str, console: Console, make: PageMaker, *, wall: WallSettings | None = None) -> None:
     """Make the report of a run that has just ended, as ``--report`` says; failures are printed in one line.
 
     Args:
         out: output folder.
         report: ``auto``, ``none`` or a file.
         console: for the line that says where the page is.
+        make: makes its page.
         wall: clips to decode; None for a share of the time of the runs.
     """
     if report == "none" or (report == "auto" and os.environ.get(VARIABLE, "").lower() == "none"):
         return
     started = time.monotonic()
     try:
-        path, num_bytes = write_report(out, None if report == "auto" else report, wall)
+        path, num_bytes = write_report(out, make, target=None if report == "auto" else report, wall=wall)
     except VidshardError as error:
         text = f"no report: {error}"
     except KeyboardInterrupt:
@@ -107,11 +109,11 @@ def add_report(out: str, report: str, console: Console, *, wall: WallSettings | 
     )
 
 
-def report_on(out: str, target: str | None, wall: WallSettings, console: Console) -> None:
+def report_on(out: str, make: PageMaker, target: str | None, wall: WallSettings, console: Console) -> None:
     """Make the report of an output, and print where it is.
 
     Raises:
         VidshardError: as `write_report`.
     """
-    path, num_bytes = write_report(out, target, wall)
+    path, num_bytes = write_report(out, make, target=target, wall=wall)
     console.print(f"wrote {shown_uri(path)} ({num_bytes / 1e6:.1f} MB)", highlight=False, markup=False, soft_wrap=True)

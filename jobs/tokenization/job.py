@@ -25,6 +25,7 @@ from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place, with_gpus
 from vidshard.jobs.tokenization.planning import discover_inputs, make_plan
 from vidshard.jobs.tokenization.quality import QualitySummary
+from vidshard.jobs.tokenization.report import tokenized_page
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary, summary_record
 from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.pipeline import storage
@@ -64,7 +65,7 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
         events.emit("summary", result=summary_record(summary))
         events.exit_code = summary.exit_code
         if summary.interruption is None:
-            add_report(summary.out, run.report, console)
+            add_report(summary.out, run.report, console, tokenized_page)
     return summary
 
 

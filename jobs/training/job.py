@@ -41,6 +41,7 @@ from vidshard.jobs.runtime.interrupts import Interrupts
 from vidshard.jobs.runtime.node_watch import nodes_watched
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.metrics_file import read_metrics
+from vidshard.jobs.training.report import trained_page
 from vidshard.jobs.training.resolve import (
     ResolvedTraining,
     begin_run,
@@ -98,7 +99,7 @@ def train(run: TrainRun, console: Console) -> Result:
         print_result(result, training.run.out, console)
         events.exit_code = result.exit_code
         if result.interruption is None:
-            add_report(training.run.out, run.report, console)
+            add_report(training.run.out, run.report, console, trained_page)
     return result
 
 
@@ -125,7 +126,7 @@ def resume(out: str, changes: dict[str, Any], console: Console, *, steps: int | 
         print_result(result, training.run.out, console)
         events.exit_code = result.exit_code
         if result.interruption is None:
-            add_report(training.run.out, run.report, console)
+            add_report(training.run.out, run.report, console, trained_page)
     return result
 
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import StageConfig, TrainRun
-
-
-def cpu_demo(videos: list[str], out: str) -> TokenizeRun:
-    """Tokenize at 256x256 with the small model in the package: recognizable pictures, a minute on two cores."""
-    return TokenizeRun(inputs=videos, out=out, size=(256, 256), resize="crop")
 
 
 def tiny(videos: list[str], out: str) -> TrainRun:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidshard.jobs.settings import SettingsError, renamed, resolve_settings
+from vidshard.jobs.runtime.settings import SettingsError, renamed, resolve_settings
 from vidshard.jobs.training.presets import FIXED_MODEL, TRAININGS
 from vidshard.schemas.training import WEIGHT_SUFFIXES, RunSettings, StageConfig, TrainFlags, TrainRun
 

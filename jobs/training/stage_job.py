@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from vidshard.jobs.training.status import RunStatus
-from vidshard.models.config import TokenizerConfig
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import StageConfig, TrainRun
 
 EXPORT = "tokenizer.safetensors"

@@ -11,7 +11,6 @@ from typing import Any, cast
 from torch import Tensor
 
 from vidshard.models.checkpoint_parts import LossParts, describe, loss_parts, own_state, own_tokenizer
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, parse_config
 from vidshard.models.training.families import trainable_family
 from vidshard.models.training.start import check_format, taken_from
@@ -25,6 +24,7 @@ from vidshard.models.weights import (
 )
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import StageConfig
 
 _PICKLED = (".ckpt", ".pt", ".pth")

@@ -14,8 +14,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vidshard.models.config import ClipShape, TokenizerConfig
 from vidshard.models.diffusers_vae.classes import VaeClass, find_class, settings_of
+from vidshard.schemas.tokenizers import ClipShape, TokenizerConfig
 from vidshard.schemas.tokens import Payload, latents_payload
 
 MAX_VALUES = 20_000

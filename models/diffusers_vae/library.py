@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vidshard.models.diffusers_vae.classes import CLASSES, find_class
-from vidshard.models.torchvision_operators import declare_torchvision_operators
+from vidshard.models.libraries.torchvision_operators import declare_torchvision_operators
 
 MAX_TENSORS = 5_000
 """Most tensors of a network; released ones have fewer than 1,000."""

@@ -7,11 +7,11 @@ from typing import cast
 
 from torch import nn
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.training.trainable import Trainable, TrainableFamily
 from vidshard.models.training.vidtok import VidTokTraining
 from vidshard.models.training.vidtwin import VidTwinTraining
 from vidshard.models.vidtok.heads import Affinity
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 TRAINABLES: dict[str, TrainableFamily] = {"vidtok": VidTokTraining, "vidtwin": VidTwinTraining}
 """The families that can be trained, by the ``family`` tag of their configs."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import FAMILIES
 from vidshard.models.training.families import trainable_of
 from vidshard.models.training.trainable import Made
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import StageConfig
 
 

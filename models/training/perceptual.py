@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vidshard.models.torchvision_operators import declare_torchvision_operators
+from vidshard.models.libraries.torchvision_operators import declare_torchvision_operators
 
 
 class Perceptual(nn.Module):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from vidshard.models.checkpoint_parts import LossParts
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import parse_config
 from vidshard.models.training.discriminator import Discriminator, LeCam
 from vidshard.models.training.distributed import (
@@ -39,6 +38,7 @@ from vidshard.models.training.start import (
 from vidshard.models.training.trainable import Trainable
 from vidshard.models.weights import network_differences, weights_digest
 from vidshard.schemas.fields import differences
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import StageConfig
 
 Wrap = Callable[[nn.Module], nn.Module]

@@ -13,8 +13,8 @@ from typing import Any, NotRequired, Protocol, TypedDict
 
 from torch import Tensor, nn
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.vidtok.heads import Affinity
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 
 class Made(TypedDict):

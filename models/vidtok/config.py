@@ -12,9 +12,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from vidshard.models.config import IDENTITY_WHEN_SET, TokenizerConfig
 from vidshard.models.vidtok.heads import FSQ, LFQ
 from vidshard.models.vidtok.layers import TIME_RULES
+from vidshard.schemas.tokenizers import IDENTITY_WHEN_SET, TokenizerConfig
 from vidshard.schemas.tokens import Payload, latents_payload, tokens_payload
 
 

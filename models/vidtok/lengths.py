@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from vidshard.models.config import TokenizerConfig
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 
 class Padding(StrEnum):

@@ -22,8 +22,8 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.vidtok.config import VidTokConfig
+from vidshard.schemas.tokenizers import TokenizerConfig
 
 DEFAULT_OVERLAP = 64
 """Default overlap in pixels, a multiple of every preset's space stride; docs/performance.md has its cost and gain."""

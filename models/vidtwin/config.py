@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from vidshard.models.config import ClipShape, TokenizerConfig
+from vidshard.schemas.tokenizers import ClipShape, TokenizerConfig
 from vidshard.schemas.tokens import Payload, PayloadColumn
 
 

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from vidshard.models.codebook_use import MAX_CODEBOOK
-from vidshard.models.frechet import I3D
-from vidshard.models.metrics import SSIM_WINDOW, psnr, ssim
 from vidshard.models.tokenizer import Tokenizer, frames_to_input
-from vidshard.models.training.perceptual import Perceptual, load_perceptual
 from vidshard.models.vidtok.lengths import Padding, pad
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.pipeline import storage
+from vidshard.pipeline.clip_metrics import Metrics, MetricsSpec
 from vidshard.pipeline.devices import GpuFaultError, examine_gpu, make_reproducible
 from vidshard.pipeline.evaluation.scores import ScoredSpans, counts_key
 from vidshard.pipeline.rows import clip_frames, row_part
@@ -49,17 +47,6 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsSpec:
-    """Metrics to take beside PSNR and SSIM."""
-
-    lpips: bool
-    vgg_weights: str | None
-    """File with VGG16 for LPIPS; None for torchvision's download."""
-    i3d: str | None
-    """TorchScript of I3D; None without FVD."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
     """Tokenizers that are measured on clips of one kind."""
 
@@ -78,50 +65,6 @@ class ScorerSpec:
     device: str
     batch_size: int
     num_threads: int
-
-
-class Metrics:
-    """The metric networks, loaded once; measures reconstructions of one clip at a time.
-
-    A clip alone, so that its figures do not depend on the other clips of a batch.
-    """
-
-    def __init__(self, spec: MetricsSpec, device: str) -> None:
-        self._device = device
-        self._perceptual: Perceptual | None = None
-        self._i3d: I3D | None = None
-        if spec.lpips:
-            with storage.local_copy(spec.vgg_weights) as path:
-                self._perceptual = load_perceptual(path).to(device)
-        if spec.i3d is not None:
-            with storage.local_copy(spec.i3d) as path:
-                assert path is not None
-                self._i3d = I3D(path, device)
-
-    @torch.no_grad()
-    def features(self, clip_CTHW: Tensor) -> list[float] | None:
-        """Features of a clip, float (3, T, H, W) in [-1, 1], for FVD; None without I3D."""
-        return None if self._i3d is None else self._i3d.features(clip_CTHW[None])[0].tolist()
-
-    @torch.no_grad()
-    def measure(self, real_CTHW: Tensor, fake_CTHW: Tensor) -> dict[str, list[float] | None]:
-        """Measure a reconstruction frame by frame.
-
-        Args:
-            real_CTHW: the clip, float32 (3, T, H, W) in [-1, 1].
-            fake_CTHW: its reconstruction, of the same shape.
-
-        Returns:
-            psnr, ssim and lpips, one value a frame; None for those that are not measured.
-        """
-        real_FCHW, fake_FCHW = real_CTHW.movedim(1, 0).contiguous(), fake_CTHW.movedim(1, 0).clamp(-1, 1).contiguous()
-        large_enough = min(real_FCHW.shape[-2:]) >= SSIM_WINDOW
-        lpips = None if self._perceptual is None else self._perceptual(real_FCHW, fake_FCHW).float().tolist()
-        return {
-            "psnr": psnr(real_FCHW, fake_FCHW).tolist(),
-            "ssim": ssim(real_FCHW, fake_FCHW).tolist() if large_enough else None,
-            "lpips": lpips,
-        }
 
 
 class NotFiniteOutputError(FloatingPointError):

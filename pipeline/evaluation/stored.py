@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from vidshard.models.tokenizer import frames_to_input
+from vidshard.pipeline.clip_metrics import Metrics, MetricsSpec
 from vidshard.pipeline.evaluation.scorer import (
     SCORED_SCHEMA,
     Measured,
-    Metrics,
-    MetricsSpec,
     count_tokens,
     dump,
 )

@@ -26,9 +26,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.manifest import InputError, Manifest, manifest_of
-from vidshard.pipeline.manifest_file import RowFaults
-from vidshard.pipeline.manifest_json import read_json_lines
+from vidshard.pipeline.inputs.manifest import InputError, Manifest, manifest_of
+from vidshard.pipeline.inputs.manifest_file import RowFaults
+from vidshard.pipeline.inputs.manifest_json import read_json_lines
 from vidshard.pipeline.output.parquet import BoundedParquet
 from vidshard.pipeline.video.image_archive import IMAGE_EXTENSIONS, MAX_INDEX_BYTES, MAX_MEMBERS
 from vidshard.pipeline.video.member import DEFLATED, MAX_HELD_BYTES, STORED

@@ -25,7 +25,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.manifest import PART_COLUMNS, REF_SCHEMA, InputError, Manifest
+from vidshard.pipeline.inputs.manifest import PART_COLUMNS, REF_SCHEMA, InputError, Manifest
 from vidshard.pipeline.output.entries import row_fault
 from vidshard.pipeline.output.parquet import BoundedParquet
 from vidshard.pipeline.rows import FRAME_SECONDS, signal_source

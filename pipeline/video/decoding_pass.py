@@ -48,7 +48,7 @@ class DecodingPass:
     stream: VideoStream
     convert: TickConverter
     steps: Iterator[Step | None]
-    """What the decoder is to do, in order; None drains it."""
+    """Steps of the decoder, in order; None drains it."""
     schedule: Schedule | None
     """Decides which packets are left out; None for none of them."""
     order: FrameOrder

@@ -245,9 +245,14 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= named if all(map(_is_module, named)) else named | {node.module}
     return names
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.removeprefix("vidshard.").split("."))
+    return name.startswith("vidshard.") and (path.is_dir() or path.with_suffix(".py").is_file())
 
 
 def _room(path: Path) -> str:

@@ -33,8 +33,8 @@ from tests.support.markdown import (
     sentences_of,
 )
 from vidshard.jobs.cli import vidshard
-from vidshard.jobs.demo import Sample, write_sample
-from vidshard.jobs.settings import resolve_settings
+from vidshard.jobs.runtime.settings import resolve_settings
+from vidshard.jobs.tokenization.demo import Sample, write_sample
 from vidshard.jobs.training.settings import training_run
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import Provenance

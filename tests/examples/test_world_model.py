@@ -16,7 +16,7 @@ import torch
 
 from tests.support.cli import tokenize
 from tests.support.markdown import ROOT
-from vidshard.jobs.demo import SAMPLES, Sample, make_corpus, write_sample
+from vidshard.jobs.tokenization.demo import SAMPLES, Sample, make_corpus, write_sample
 
 EXAMPLE = ROOT / "examples/world_model/world_model.py"
 SIZE = ("--fps", "10", "--frames", "17", "--size", "64")

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-from vidshard.jobs.settings import SettingsError, options_of, resolve_settings
+from vidshard.jobs.runtime.settings import SettingsError, options_of, resolve_settings
 from vidshard.schemas.fields import Settings, setting
 
 

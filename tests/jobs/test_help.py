@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from vidshard.jobs.cli import vidshard
-from vidshard.jobs.settings import SectionedCommand
+from vidshard.jobs.runtime.settings import SectionedCommand
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import TrainFlags
 

@@ -15,7 +15,7 @@ import torch
 
 from tests.support.cli import run
 from tests.support.markdown import ROOT
-from vidshard.jobs.demo import Sample, write_sample
+from vidshard.jobs.tokenization.demo import Sample, write_sample
 from vidshard.models.metrics import psnr
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.weights import SHIPPED, load_weights, shipped_weights, training_summary, weights_digest

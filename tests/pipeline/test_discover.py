@@ -17,7 +17,7 @@ import pytest
 from tests.support.corpus import GOOD_VIDEOS
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import discover
-from vidshard.pipeline.manifest import InputError
+from vidshard.pipeline.inputs.manifest import InputError
 
 
 def uris(*inputs: str, **options: Any) -> list[str]:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vidshard.models.config import TokenizerConfig
 from vidshard.models.tokenizer import Family, Past
 from vidshard.models.vidtok.tiling import Tiling
+from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.tokens import Payload, PayloadColumn
 
 NUM_FRAMES, SIZE, LEVELS = 4, 16, 300

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from vidshard.jobs.commands.reporting import page_of
 from vidshard.jobs.report import job
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -52,7 +53,7 @@ def browser() -> str:
 def test_a_report_works_in_a_browser_at_both_widths(output: Path, tmp_path: Path, browser: str) -> None:
     pytest.importorskip("vl_convert")
     target = tmp_path / "report.html"
-    job.write_report(str(output), str(target))
+    job.write_report(str(output), page_of, target=str(target))
     with subprocess.Popen(
         [browser, *_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "about:blank"],
         stderr=subprocess.PIPE,

@@ -15,6 +15,7 @@ import pytest
 from tests.support.cli import SMALL, printed_by, run, tokenize
 from tests.support.pages import PLAIN_SVG, parsed, section_ids, text_of
 from tests.support.videos import Recipe, write_undecodable, write_video
+from vidshard.jobs.commands.reporting import page_of
 from vidshard.jobs.report import job, page
 from vidshard.jobs.report.wall import WallSettings
 from vidshard.jobs.training.recorder import png
@@ -42,7 +43,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report_of(out: Path, folder: Path, settings: WallSettings | None = None) -> str:
     target = folder / "other.html"
-    job.write_report(str(out), str(target), settings or WallSettings())
+    job.write_report(str(out), page_of, target=str(target), wall=settings or WallSettings())
     assert parsed(target.read_text()) is not None
     return target.read_text()
 

@@ -18,6 +18,7 @@ import pytest
 from tests.support.cli import SMALL, printed_by, tokenize
 from tests.support.corpus import BAD_VIDEOS
 from tests.support.pages import PLAIN_SVG, parsed, report_text, section_ids, text_of
+from vidshard.jobs.commands.reporting import page_of
 from vidshard.jobs.report import job, page, wall
 from vidshard.jobs.report.charts import ChartError
 from vidshard.jobs.report.page import Card, Media, Note, Page, Wall, render
@@ -133,7 +134,7 @@ def test_parts_of_a_payload_are_shown_alone(good_videos: Path, tmp_path: Path) -
 def report_of(out: Path, folder: Path, settings: WallSettings) -> str:
     """Text of a report, after the checks that hold for every one."""
     target = folder / "other.html"
-    job.write_report(str(out), str(target), settings)
+    job.write_report(str(out), page_of, target=str(target), wall=settings)
     assert parsed(target.read_text()) is not None
     return target.read_text()
 
@@ -163,7 +164,7 @@ def test_hostile_texts_of_files_are_shown_as_text_and_secrets_not_at_all(copy: P
     latest.write_text(json.dumps(json.loads(latest.read_text()) | {"timeline": [], "problems": [HOSTILE]}))
     summary = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text(json.dumps(summary | {"problems": [f"{HOSTILE} key=1&token={SECRET}"]}))
-    path, _ = job.write_report(str(copy))
+    path, _ = job.write_report(str(copy), page_of)
     html = Path(path).read_text()
     assert SECRET not in html
     assert "<img" not in html
@@ -181,7 +182,7 @@ def test_a_resumed_runs_report_covers_all_runs(good_videos: Path, tmp_path: Path
     assert len(list(out.glob("history/*.json"))) == 2
     assert tokenize(good_videos, "--out", out, *SMALL).exit_code == 0  # which finds nothing to do
     assert len(list(out.glob("history/*.json"))) == 2
-    path, _ = job.write_report(str(out))
+    path, _ = job.write_report(str(out), page_of)
     text = report_text(Path(path))
     assert re.search(r"clips 10 of 10", text)
     assert "runs 2" in text
@@ -232,7 +233,7 @@ def test_a_missing_package_is_named_with_how_to_get_it(
         raise ChartError("charts need vl-convert-python: pip install vl-convert-python")
 
     monkeypatch.setattr(page, "draw", undrawn)
-    path, _ = job.write_report(str(copy))
+    path, _ = job.write_report(str(copy), page_of)
     assert "pip install vl-convert-python" in report_text(Path(path))
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert "needs the package jinja2" in printed_by("report", copy, code=2) + capsys.readouterr().err
@@ -244,7 +245,7 @@ def test_an_output_without_history_or_shards_has_a_report_and_another_folder_non
     for old in ("history", "summary.json"):  # outputs of earlier versions
         target = copy / old
         shutil.rmtree(target) if target.is_dir() else target.unlink()
-        assert report_text(Path(job.write_report(str(copy))[0]))
+        assert report_text(Path(job.write_report(str(copy), page_of)[0]))
     empty = tmp_path / "empty"
     assert tokenize(bad_videos, "--out", empty, *SMALL).exit_code == 0
     assert "No clip was written" in report_text(empty / "report.html")

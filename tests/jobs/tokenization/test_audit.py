@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tests.support.cli import SMALL, printed_by
 from tests.support.videos import Recipe, write_video
-from vidshard.jobs.demo import Sample, write_sample
 from vidshard.jobs.tokenization import quality as watching
+from vidshard.jobs.tokenization.demo import Sample, write_sample
 from vidshard.jobs.tokenization.quality import QualityWatch
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok

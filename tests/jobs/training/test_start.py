@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tests.support.cli import printed_by
 from tests.support.training import run_of
-from vidshard.jobs.settings import SettingsError
+from vidshard.jobs.runtime.settings import SettingsError
 from vidshard.jobs.training.resolve import ResolvedTraining, begin_run, lengthened, read_record, resolve
 from vidshard.jobs.training.settings import training_run
 from vidshard.jobs.training.start import read_start

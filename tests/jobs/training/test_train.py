@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.support.training import run_of, train
 from vidshard.jobs.cli import vidshard
-from vidshard.jobs.settings import SettingsError
+from vidshard.jobs.runtime.settings import SettingsError
 from vidshard.jobs.training.settings import training_run
 
 

@@ -13,9 +13,8 @@ from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.lengths import Padding
 from vidshard.models.weights import load_tokenizer
+from vidshard.pipeline.clip_metrics import Metrics, MetricsSpec
 from vidshard.pipeline.evaluation.scorer import (
-    Metrics,
-    MetricsSpec,
     NotFiniteOutputError,
     dump,
     load,

@@ -24,7 +24,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import SpanDecoder, decode_again
 from vidshard.pipeline.discover import Discovery, discover
 from vidshard.pipeline.inputs import archives
-from vidshard.pipeline.manifest import InputError
+from vidshard.pipeline.inputs.manifest import InputError
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.video import member

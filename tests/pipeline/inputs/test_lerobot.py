@@ -22,7 +22,7 @@ from vidshard.pipeline import decode_stage
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.discover import Discovery, discover
 from vidshard.pipeline.inputs.lerobot import Dataset
-from vidshard.pipeline.manifest import InputError
+from vidshard.pipeline.inputs.manifest import InputError
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.schemas.video import ClipSpec, Part, SignalRule

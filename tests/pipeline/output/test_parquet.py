@@ -101,7 +101,7 @@ def test_mutated_parquet_ends_no_process() -> None:
 
 
 def test_a_damaged_manifest_of_parquet_is_refused_by_name(tmp_path: Path) -> None:
-    from vidshard.pipeline.manifest import InputError, read_manifest
+    from vidshard.pipeline.inputs.manifest import InputError, read_manifest
 
     data = encoded(TABLE)
     (tmp_path / "m.parquet").write_bytes(data[:-90] + b"\xff" * 82 + data[-8:])

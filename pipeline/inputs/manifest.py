@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.manifest_csv import read_csv
-from vidshard.pipeline.manifest_file import MAX_COLUMNS, RowFaults, valid_texts
-from vidshard.pipeline.manifest_json import read_json_lines
+from vidshard.pipeline.inputs.manifest_csv import read_csv
+from vidshard.pipeline.inputs.manifest_file import MAX_COLUMNS, RowFaults, valid_texts
+from vidshard.pipeline.inputs.manifest_json import read_json_lines
 from vidshard.pipeline.output.entries import row_fault
 from vidshard.pipeline.output.parquet import BoundedParquet
 from vidshard.pipeline.rows import INTERNAL_COLUMNS, signal_source

@@ -1,254 +1,32 @@
-"""Arrow layout of the rows that Ray carries from stage to stage, and its conversion to the records of ``schemas``.
-
-One row is one span, from the plan to the sink. Stages add columns and never add or drop rows, so that rows can
-be counted. Manifest columns are carried unchanged. Only this module knows the layout.
-
-==========  ==================================================================
-after       columns
-==========  ==================================================================
-plan        ``PLAN_FIELDS``, manifest columns
-decode      adds ``frames``, ``clips``, ``rejection``, ``decode_seconds``,
-            ``is_recut``
-encode      replaces ``frames`` by the payload (``tokens`` or ``latents`` …), and
-            adds the columns of :class:`EncodeStats`, and ``quality`` with ``--audit``
-write       ``RECEIPT_SCHEMA`` alone, as the rows stay with the writer
-==========  ==================================================================
-"""
+"""Clips, payload and receipts of rows: what the stages add to them, and the shard rows that come of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vidshard.pipeline.rows.layout import (
+    CLIP_TYPE,
+    CLIPS,
+    DECODE_SECONDS,
+    FRAMES,
+    IS_RECUT,
+    QUALITY,
+    RECEIPT_SCHEMA,
+    REJECTION,
+    STATS_COLUMNS,
+    WORK_SCHEMA,
+    EncodeStats,
+)
+from vidshard.pipeline.rows.spans import rejection_row
 from vidshard.pipeline.storage import public_uri
-from vidshard.pipeline.video.sampling import expected_clips
-from vidshard.schemas.rejections import REMEDIES, Reason, Rejection, Stage, VideoError
-from vidshard.schemas.tokens import AUDIT_FIELDS, GEOMETRY_TYPE, REJECT_SCHEMA, RESERVED_COLUMNS, Payload
-from vidshard.schemas.video import Clip, ClipSpec, Part, Span, SpanClips, VideoSource
-
-PLAN_FIELDS = (
-    pa.field("span_id", pa.string(), nullable=False),
-    pa.field("video_id", pa.string(), nullable=False),
-    pa.field("uri", pa.string(), nullable=False),
-    pa.field("time_base_numerator", pa.int64(), nullable=False),
-    pa.field("time_base_denominator", pa.int64(), nullable=False),
-    pa.field("grid_start_pts", pa.int64(), nullable=False),
-    pa.field("first_clip", pa.int32(), nullable=False),
-    pa.field("end_clip", pa.int32()),
-    pa.field("duration_seconds_from_header", pa.float64(), nullable=False),
-    pa.field("source_width", pa.int32(), nullable=False),
-    pa.field("source_height", pa.int32(), nullable=False),
-    pa.field("source_codec", pa.string(), nullable=False),
-    pa.field("source_fps", pa.float64(), nullable=False),
-    pa.field("source_rotation", pa.int32(), nullable=False),
-    pa.field("part_start_seconds", pa.float64()),
-    pa.field("part_end_seconds", pa.float64()),
-    pa.field("frame_height", pa.int32(), nullable=False),
-    pa.field("frame_width", pa.int32(), nullable=False),
-    pa.field("expected_clips", pa.int32(), nullable=False),
-    pa.field("fingerprint", pa.string()),
-)
-WORK_SCHEMA = pa.schema(PLAN_FIELDS)
-
-WORK_NUMBER = pa.field("todo_number", pa.int64())
-"""Position of the row in the work list, from 0; the driver uses it to tell which rows have come out."""
-
-FRAME_SECONDS = pa.field("frame_seconds_of_episode", pa.float64())
-"""Seconds of a frame in a row whose times are a dataset's and not relative to the first frame: the first frame of the
-video must then be shown less than half of it from time 0, and the part must not end beyond the video."""
-
-CLIP_TYPE = pa.struct(
-    [
-        ("clip_index", pa.int32()),
-        ("start_seconds", pa.float64()),
-        ("frame_pts_seconds", pa.list_(pa.float64())),
-        ("num_valid_frames", pa.int32()),
-        ("continues_previous", pa.bool_()),
-        ("decode_errors", pa.int32()),
-        ("geometry", GEOMETRY_TYPE),
-    ]
-)
-REJECTION_TYPE = pa.struct(list(REJECT_SCHEMA))
-
-QUALITY = pa.field(
-    "quality",
-    pa.list_(
-        pa.struct(
-            [
-                ("psnr", pa.float32()),
-                ("ssim", pa.float32()),
-                ("lpips", pa.float32()),
-                ("moments", pa.list_(pa.float64())),
-            ]
-        )
-    ),
-)
-"""Quality of each clip of a row, in a run with ``--audit``: null for clips that were not chosen. An audited clip whose
-decoding failed has nulls inside."""
-
-FRAMES = pa.field("frames", pa.large_binary(), nullable=False)  # int64 offsets: a batch may pass 2 GiB
-CLIPS = pa.field("clips", pa.list_(CLIP_TYPE), nullable=False)
-REJECTION = pa.field("rejection", REJECTION_TYPE)
-DECODE_SECONDS = pa.field("decode_seconds", pa.float64(), nullable=False)
-IS_RECUT = pa.field("is_recut", pa.bool_(), nullable=False)
-"""Whether the span was decoded a second time with another cut, and compared."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodeStats:
-    """Cost of one encoder call, stored in the call's first row; its other rows hold zeros."""
-
-    seconds: float
-    wait_seconds: float
-    """Idle time since the previous call, spent waiting for decoded frames."""
-    num_slots: int
-    """Capacity of the forward passes, in clips; it exceeds the number of clips if the last pass was not full."""
-
-
-_STATS_COLUMNS = {"seconds": "encode_seconds", "wait_seconds": "encode_wait_seconds", "num_slots": "encode_slots"}
-
-RECEIPT_SCHEMA = pa.schema(
-    [
-        WORK_NUMBER,
-        WORK_SCHEMA.field("span_id"),
-        pa.field("num_clips", pa.int64(), nullable=False),
-        pa.field("num_valid_frames", pa.int64(), nullable=False),
-        pa.field("is_last", pa.bool_(), nullable=False),
-        REJECTION,
-        DECODE_SECONDS,
-        IS_RECUT,
-        pa.field("encode_seconds", pa.float64(), nullable=False),
-        pa.field("encode_wait_seconds", pa.float64(), nullable=False),
-        pa.field("encode_slots", pa.int64(), nullable=False),
-    ]
-)
-"""Receipt of one span: what the driver counts of it. ``num_valid_frames`` is summed over its clips, and ``is_last``
-says whether it reaches the end of its video."""
-
-INTERNAL_COLUMNS = (
-    RESERVED_COLUMNS
-    | set(WORK_SCHEMA.names)
-    | set(_STATS_COLUMNS.values())
-    | {
-        "frames",
-        "clips",
-        "rejection",
-        "decode_seconds",
-        "is_recut",
-        "quality",
-        "num_bytes",
-        "input_row",
-        "entry",
-        "fault",
-        "refusal",
-        "seen_entry",
-        WORK_NUMBER.name,
-        FRAME_SECONDS.name,
-    }
-)
-"""Column names of the flow and the shards, which manifest columns must not use."""
-
-
-def manifest_fields(schema: pa.Schema) -> list[pa.Field]:
-    """Manifest columns of a row's schema, in order."""
-    return [field for field in schema if field.name not in INTERNAL_COLUMNS]
-
-
-def span_row(span: Span, spec: ClipSpec, fingerprint: str | None) -> dict[str, Any]:
-    """Convert a span to a row of the plan.
-
-    Args:
-        spec: clip settings of the span, including its frame size.
-        fingerprint: state of the file on its storage; None if the storage reports none.
-    """
-    part = span.part
-    return {
-        "span_id": span.span_id,
-        "video_id": span.video_id,
-        "uri": span.uri,
-        "time_base_numerator": span.time_base.numerator,
-        "time_base_denominator": span.time_base.denominator,
-        "grid_start_pts": span.grid_start_pts,
-        "first_clip": span.first_clip,
-        "end_clip": span.end_clip,
-        "duration_seconds_from_header": span.duration_seconds_from_header,
-        "source_width": span.source.width,
-        "source_height": span.source.height,
-        "source_codec": span.source.codec,
-        "source_fps": span.source.fps,
-        "source_rotation": span.source.rotation_degrees,
-        "part_start_seconds": None if part.is_whole else float(part.start_seconds),
-        "part_end_seconds": None if part.end_seconds is None else float(part.end_seconds),
-        "frame_height": spec.height,
-        "frame_width": spec.width,
-        "expected_clips": expected_clips(span, spec),
-        "fingerprint": fingerprint,
-    }
-
-
-def row_span(row: dict[str, Any]) -> Span:
-    """Convert a row of the plan to its span; inverse of :func:`span_row`."""
-    return Span(
-        video_id=row["video_id"],
-        uri=row["uri"],
-        time_base=Fraction(row["time_base_numerator"], row["time_base_denominator"]),
-        grid_start_pts=row["grid_start_pts"],
-        first_clip=row["first_clip"],
-        end_clip=row["end_clip"],
-        duration_seconds_from_header=row["duration_seconds_from_header"],
-        source=VideoSource(
-            width=row["source_width"],
-            height=row["source_height"],
-            codec=row["source_codec"],
-            fps=row["source_fps"],
-            rotation_degrees=row["source_rotation"],
-        ),
-        part=row_part(row),
-    )
-
-
-def row_part(row: Mapping[str, Any]) -> Part:
-    """Part of the video that a plan or shard row belongs to; older shards have whole videos only."""
-    return Part.of(row.get("part_start_seconds"), row.get("part_end_seconds"))
-
-
-def row_spec(row: Mapping[str, Any], spec: ClipSpec) -> ClipSpec:
-    """Clip settings of a plan row: those of the run, with the row's own frame size."""
-    return replace(spec, height=row["frame_height"], width=row["frame_width"])
-
-
-def rejection_row(rejection: Rejection) -> dict[str, Any]:
-    """Convert a rejection to a row of ``rejects/``, with its remedy."""
-    return {
-        "uri": rejection.uri,
-        "video_id": rejection.video_id,
-        "span_id": rejection.span_id,
-        "start_seconds": rejection.start_seconds,
-        "stage": str(rejection.stage),
-        "reason": str(rejection.reason),
-        "detail": rejection.detail,
-        "remedy": REMEDIES[rejection.reason],
-        "kept_clips": rejection.kept_clips,
-        "place": rejection.place,
-    }
-
-
-def row_rejection(row: dict[str, Any]) -> Rejection:
-    """Convert a row of ``rejects/`` to its rejection; inverse of :func:`rejection_row`."""
-    names = ("uri", "video_id", "span_id", "start_seconds", "detail", "kept_clips", "place")
-    values = {name: row[name] for name in names}
-    return Rejection(**values, stage=Stage(row["stage"]), reason=Reason(row["reason"]))
-
-
-def rejections_table(rejections: Sequence[Rejection]) -> pa.Table:
-    """Convert rejections to a table of ``REJECT_SCHEMA``."""
-    return pa.Table.from_pylist([rejection_row(r) for r in rejections], schema=REJECT_SCHEMA)
+from vidshard.schemas.rejections import Rejection, Stage, VideoError
+from vidshard.schemas.tokens import AUDIT_FIELDS, Payload
+from vidshard.schemas.video import Clip, SpanClips
 
 
 def add_clips(
@@ -301,11 +79,6 @@ def add_clips(
         .append_column(DECODE_SECONDS, pa.array([seconds], pa.float64()))
         .append_column(IS_RECUT, pa.array([is_recut], pa.bool_()))
     )
-
-
-def signal_source(name: str) -> str:
-    """Column with the path of a signal's file; the signal's own name is the column of its values."""
-    return f"{name}_source"
 
 
 def add_signals(row: pa.Table, columns: Sequence[tuple[pa.Field, pa.Array]]) -> pa.Table:
@@ -379,7 +152,7 @@ def add_payload(
         flat = pa.array(np.concatenate(clips) if clips else [], column.arrow_type.value_type)
         lists = pa.ListArray.from_arrays(_offsets([len(clip) for clip in clips]), flat)
         rows = rows.append_column(column.name, pa.ListArray.from_arrays(_offsets(counts), lists))
-    for name, stats_column in _STATS_COLUMNS.items():
+    for name, stats_column in STATS_COLUMNS.items():
         first = getattr(stats, name)
         rows = rows.append_column(stats_column, pa.array([first] + [type(first)(0)] * (rows.num_rows - 1)))
     return rows

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from vidshard.jobs.shards.decode import DecodeRun, decode_output
 from vidshard.jobs.tokenization.job import tokenize
-from vidshard.jobs.training.presets import cpu_demo
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import find_clips, output_shards
+from vidshard.schemas.runs import TokenizeRun
 
 NUM_RECONSTRUCTIONS = 4
 
@@ -69,7 +69,7 @@ def run_demo(videos: Sequence[str], out: str, console: Console) -> int:
         make_corpus(folder / "videos")
         videos = [str(folder / "videos")]
     tokens = str(folder / "tokens")
-    summary = tokenize(cpu_demo(list(videos), tokens), console)
+    summary = tokenize(TokenizeRun(inputs=list(videos), out=tokens, size=(256, 256), resize="crop"), console)
     if summary.exit_code:
         return summary.exit_code
     if not shard_paths(str(Path(tokens).absolute())):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from vidshard.pipeline.manifest_file import MAX_COLUMNS, RowFaults, block_size, check_is_utf8
+from vidshard.pipeline.inputs.manifest_file import MAX_COLUMNS, RowFaults, block_size, check_is_utf8
 from vidshard.schemas.errors import one_line
 from vidshard.schemas.text import readable
 

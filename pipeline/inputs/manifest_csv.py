@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from vidshard.pipeline.manifest_file import RowFaults, block_size, check_is_utf8
+from vidshard.pipeline.inputs.manifest_file import RowFaults, block_size, check_is_utf8
 from vidshard.schemas.text import readable
 
 _FIELD = rb'(?:"[^"]*+(?:""[^"]*+)*+"[ \t]*+|[^",\r\n][^,\r\n]*+|)'

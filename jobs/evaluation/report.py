@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from vidshard.jobs.report.blocks import NOT_DEFAULT, codebook_blocks, rejection_blocks, setting_value
 from vidshard.jobs.report.charts import histogram, scatter_chart
 from vidshard.jobs.report.media import DIFFERENCE_GAIN, Frames, amplified_difference, video_of
 from vidshard.jobs.report.page import Block, Card, Chart, Details, Facts, Note, Page, Table, Wall
 from vidshard.jobs.report.sample import read_sample
-from vidshard.jobs.report.tokenized import NOT_DEFAULT, codebook_blocks, rejection_blocks, setting_value
 from vidshard.jobs.report.wall import MAX_MEDIA_BYTES, MAX_PIXELS, WallSettings, wall_of
 from vidshard.models.codebook_use import MAX_CODEBOOK, CodebookUse
 from vidshard.pipeline import storage
@@ -35,14 +35,14 @@ _MEASURES = (("psnr", "PSNR", "dB"), ("ssim", "SSIM", "SSIM"), ("lpips", "LPIPS"
 Record = Mapping[str, Any]
 
 
-def evaluated_page(out: str, run: Record, made: str, settings: WallSettings) -> Page:
+def evaluated_page(out: str, run: Record, made: str, settings: WallSettings | None = None) -> Page:
     """Make the report of an evaluation.
 
     Args:
         out: folder of the evaluation.
         run: its ``run.json``.
         made: when and by what the page is made.
-        settings: clips to reconstruct.
+        settings: clips to reconstruct; None for the default number of them.
 
     Raises:
         VidshardError: a file is damaged, or cannot be read.
@@ -60,7 +60,7 @@ def evaluated_page(out: str, run: Record, made: str, settings: WallSettings) -> 
     page.add("overview", "Overview", *_overview(record, run))
     page.add("rate", "Rate and distortion", *_rate_charts(record))
     page.add("quality", "Quality of the clips", *_quality(scored))
-    page.add("wall", "Reconstructions", *_wall(run, scored, settings))
+    page.add("wall", "Reconstructions", *_wall(run, scored, settings or WallSettings()))
     page.add("codebook", "Codebook", *_codebooks(record, scored))
     page.add("rejects", "Rejections", *rejection_blocks(scored.rejections, "scores/"))
     return page

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import run
-from vidshard.jobs.settings import SettingsError, resolve_settings
+from vidshard.jobs.runtime.settings import SettingsError, resolve_settings
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.schemas.runs import TokenizeRun
 

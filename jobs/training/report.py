@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from vidshard.jobs.report.blocks import duration
 from vidshard.jobs.report.charts import line_chart
 from vidshard.jobs.report.media import picture_of
 from vidshard.jobs.report.page import Block, Chart, Details, Facts, Note, Page, Pictures, Table
-from vidshard.jobs.report.tokenized import duration
+from vidshard.jobs.report.wall import WallSettings
 from vidshard.jobs.training.metrics_file import read_metrics
 from vidshard.pipeline import storage
 from vidshard.schemas.tokens import parse_json
@@ -32,13 +33,14 @@ _COUNTS = frozenset(f"clips_{way}" for way in MADE)
 _OTHER = frozenset({"step", "group", "epoch", "learning_rate", "learning_rate_discriminator", *_SPEED, *_COUNTS})
 
 
-def trained_page(out: str, run: Record, made: str) -> Page:
+def trained_page(out: str, run: Record, made: str, _wall: WallSettings | None = None) -> Page:
     """Make the report of a training run.
 
     Args:
         out: folder of the run.
         run: its ``run.json``.
         made: when and by what the page is made.
+        _wall: without effect: the pictures are those that the training wrote.
 
     Raises:
         VidshardError: a file is damaged, or cannot be read.

@@ -13,7 +13,7 @@ import pytest
 from tests.support.cli import printed_by, tokenize
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.discover import discover
-from vidshard.pipeline.manifest import InputError
+from vidshard.pipeline.inputs.manifest import InputError
 from vidshard.pipeline.output.rejects import read_rejects
 
 GOOD = [{"uri": f"{name}.mp4", "start_seconds": 0.5, "end_seconds": 1.5, "s": "s.npy"} for name in "abc"]
