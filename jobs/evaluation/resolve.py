@@ -222,8 +222,8 @@ def _metrics(run: EvaluateRun) -> tuple[MetricsSpec, dict[str, str | None], dict
                 lpips_digest = weights_digest(load_perceptual(path).state_dict())
         except (ValueError, storage.StorageError) as error:
             if run.vgg_weights is not None:
-                raise UserError(f"--vgg-weights: {error}") from error
-            missing["LPIPS"] = f"{error}"
+                raise UserError(f"--vgg-weights: {error}; --no-lpips leaves LPIPS out") from error
+            missing["LPIPS"] = f"{error}; --vgg-weights FILE names the file, --no-lpips leaves LPIPS out"
     if run.i3d is None:
         missing["FVD"] = (
             "give --i3d FILE, I3D as TorchScript; StyleGAN-V's repository says where to get i3d_torchscript.pt"

@@ -60,15 +60,16 @@ def load_perceptual(vgg_weights: str | Path | None = None) -> Perceptual:
             torchvision's own download, kept under $TORCH_HOME.
 
     Raises:
-        ValueError: the package or the weights cannot be had; the message says what to do.
+        ValueError: the package or the weights cannot be had. The message says how to get them; the caller adds how
+            to do without LPIPS.
     """
     try:
         declare_torchvision_operators()
         import lpips
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"LPIPS needs the package lpips with a torchvision that fits this torch ({error}): install "
-            "'vidshard[train]', or set the perceptual weight to 0"
+            f"LPIPS needs the package lpips with a torchvision that fits this torch ({error}): "
+            "install 'vidshard[train]'"
         ) from error
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # torchvision's, about how lpips calls it
@@ -79,8 +80,7 @@ def load_perceptual(vgg_weights: str | Path | None = None) -> Perceptual:
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"LPIPS needs the weights of VGG16, and torchvision could not download them ({error}): give a file of "
-                "them as vgg_weights (https://download.pytorch.org/models/vgg16-397923af.pth), or set the perceptual "
-                "weight to 0"
+                "them as vgg_weights (https://download.pytorch.org/models/vgg16-397923af.pth)"
             ) from error
 
 
@@ -117,7 +117,7 @@ def _lpips_with(lpips: ModuleType, trunk: Mapping[str, Tensor], path: str | Path
 
 def _vgg_features(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"no VGG16 weights at {path}; without LPIPS, set the perceptual weight to 0")
+        raise ValueError(f"no VGG16 weights at {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import urllib.error
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,24 @@ def test_weights_files_are_compared_under_their_names(videos: Path, tmp_path: Pa
 )
 def test_what_cannot_be_is_refused(flags: tuple[str, ...], says: str, tmp_path: Path) -> None:
     assert says in printed_by("evaluate", *flags, "--out", tmp_path / "out", "--local", code=2)
+
+
+def test_without_vgg16_an_evaluation_goes_on_and_names_its_own_flags(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    clips = [flag for flag in CLIPS if flag != "--no-lpips"]
+    text = printed_by(
+        "evaluate", videos / "v0.mp4", "--out", tmp_path / "o", "--tokenizer", "tiny", "--fps", "4", *clips
+    )
+    said = " ".join(text.split()).partition("LPIPS is not measured: ")[2].partition(" FVD is not measured")[0]
+    for words in ("no route to host", "--vgg-weights FILE", "--no-lpips"):
+        assert words in said
+    assert "perceptual" not in said
 
 
 def test_an_evaluation_of_broken_videos_alone_is_an_error(videos: Path, tmp_path: Path) -> None:
