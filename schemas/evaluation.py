@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 
-from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Rate, setting
-from vidshard.schemas.video import parse_rate
+from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Rates, setting
 
 Average = Literal["frames", "clips", "videos"]
 """Mean over all frames alike, over the means of clips, or over the means of videos."""
@@ -45,23 +44,6 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 """Protocols by name. VidTok's tables are at 30 frames per second and 256x256, VidTwin's at 25 and 224x224. The papers
 have no table of long videos; 129 frames are 1 + 8 chunks of 16, as the released v1.1 code cuts a video of 136."""
-
-
-def parse_rates(value: object) -> object:
-    """Rates from ``8`` or ``8,30`` or a list; other values stay as they are."""
-    if isinstance(value, (str, int, float, Fraction)):
-        value = str(value).split(",")
-    if not isinstance(value, (list, tuple)):
-        return value
-    return [parse_rate(part) if isinstance(part, str) else part for item in value for part in _split(item)]
-
-
-def _split(item: object) -> list[object]:
-    return list(item.split(",")) if isinstance(item, str) else [item]
-
-
-Rates = Annotated[list[Rate], BeforeValidator(parse_rates)]
-"""Frame rates, at least one, each once."""
 
 
 class EvaluateRun(ClusterSettings, PageSettings):

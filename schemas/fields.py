@@ -188,6 +188,19 @@ def _items(value: object, usage: str) -> Sequence[object]:
     return parts
 
 
+def parse_rates(value: object) -> object:
+    """Rates from ``8`` or ``8,30`` or a list; other values stay as they are."""
+    if isinstance(value, (str, int, float, Fraction)):
+        value = str(value).split(",")
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [parse_rate(part) if isinstance(part, str) else part for item in value for part in _split(item)]
+
+
+def _split(item: object) -> list[object]:
+    return list(item.split(",")) if isinstance(item, str) else [item]
+
+
 def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
@@ -210,6 +223,8 @@ def _reasons_text(reasons: list[Reason]) -> str:
 
 Rate = Annotated[Fraction, BeforeValidator(parse_rate), PlainSerializer(str)]
 """Frames per second, exact and positive."""
+Rates = Annotated[list[Rate], BeforeValidator(parse_rates)]
+"""Frame rates in frames per second."""
 Seconds = Annotated[Fraction, BeforeValidator(parse_seconds), PlainSerializer(str)]
 """A time in seconds, exact and not negative."""
 FrameSize = Annotated[tuple[int, int], BeforeValidator(parse_size), PlainSerializer(_size_text)]

@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, model_validator
 
-from vidshard.schemas.fields import ClusterSettings, FrameSize, PageSettings, Pairs, Rate, Settings, setting, setting_of
+from vidshard.schemas.fields import (
+    ClusterSettings,
+    FrameSize,
+    PageSettings,
+    Pairs,
+    Rate,
+    Rates,
+    Settings,
+    setting,
+    setting_of,
+)
 from vidshard.schemas.uris import typed_hosts
 from vidshard.schemas.video import ClipSpec, Limits
 
@@ -31,7 +41,7 @@ CropPolicy = Literal["scaled", "native"]
 """Way in which frames of a video become frames of a clip."""
 ShortVideos = Literal["reject", "repeat", "squeeze"]
 """Treatment of videos shorter than a clip."""
-MADE = ("native", "enlarged", "mirrored", "repeated", "squeezed")
+MADE = ("native", "enlarged", "mirrored", "repeated", "squeezed", "other_fps")
 """Ways in which a training clip may be made; it may have several. ``native`` and ``enlarged`` exclude each other."""
 
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
@@ -61,6 +71,13 @@ class ClipSettings(Settings):
         section="Data",
         metavar="RATE",
         help="Frame rate of the clips, in frames per second. The VidTok paper found 3 best; VidTwin takes 8.",
+    )
+    more_fps: Rates | None = setting(
+        None,
+        section="Data",
+        metavar="RATE[,RATE]",
+        help="More frame rates of training clips, such as 15,30: each clip has --fps or one of these, if its video has "
+        "frames and time enough. Held-out clips have --fps.",
     )
     crop: CropPolicy = setting(
         "scaled",
@@ -373,6 +390,9 @@ class StageConfig(ComputeSettings, DiscriminatorSettings, LossSettings, Optimize
                 f"batch_size must be a multiple of gradient_accumulation, got {self.batch_size} and "
                 f"{self.gradient_accumulation}"
             )
+        more_fps = self.more_fps or []
+        if len({self.fps, *more_fps}) <= len(more_fps):
+            raise ValueError("the same frame rate is given twice in fps and more_fps")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps, got {self.warmup_steps} of {self.steps}")
         return self

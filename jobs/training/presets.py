@@ -23,6 +23,7 @@ def tiny(videos: list[str], out: str) -> TrainRun:
         perceptual_weight=0,
         # The likelihood is a sum over a frame: with a smaller weight the codebook is unused for hundreds of steps.
         entropy_weight=100,
+        entropy_affinity="distance",
         commitment_weight=0,
         entropy_anneal_steps=100,
         gan_start=300,
@@ -70,6 +71,7 @@ def small(videos: list[str], out: str) -> TrainRun:
         gan_weight=0,
         learn_logvar=False,
         entropy_weight=100,
+        entropy_affinity="distance",
         entropy_anneal_steps=500,
         commitment_weight=0,
     )

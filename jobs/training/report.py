@@ -122,7 +122,7 @@ def _stage(lines: Sequence[Record], result: Record) -> list[Block]:
         if isinstance(metrics.get(name), (int, float))
     ]
     made = result.get("made", {})
-    facts += [(f"clips {way}", f"{made[way]:,}", "") for way in MADE if _is_number(made.get(way))]
+    facts += [(f"clips {way}".replace("_", " "), f"{made[way]:,}", "") for way in MADE if _is_number(made.get(way))]
     if facts:
         blocks.append(Facts(items=facts))
     for group, title in (("held_out", "held-out clips"), ("train", "training")):
@@ -132,8 +132,8 @@ def _stage(lines: Sequence[Record], result: Record) -> list[Block]:
         for name in names[:16]:
             points = [(float(li["step"]), float(li[name]), name) for li in own if _is_number(li.get(name))]
             points = points[:: max(1, -(-len(points) // MAX_POINTS))]
-            spec = line_chart(points, x="step", y=name)
-            blocks.append(Chart(title=f"{name.replace('_', ' ')}", spec=spec, remark=title))
+            shown = name.replace("_", " ")
+            blocks.append(Chart(title=shown, spec=line_chart(points, x="step", y=shown), remark=title))
     return [block for block in blocks if not (isinstance(block, Chart) and block.spec is None)]
 
 

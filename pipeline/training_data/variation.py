@@ -1,4 +1,4 @@
-"""Variation of training clips: random crops at native resolution, mirrored clips, and clips longer than their video.
+"""Variation of training clips: frame rates, crops at native resolution, mirroring, clips longer than their video.
 
 Every choice follows from the seed of the round, the video and the place in it. So a resumed run, and one with other
 workers, takes the same pixels. Nothing is opened here.
@@ -24,13 +24,20 @@ class Variation:
     flip_share: float = 0.0
     """Share of the clips that are mirrored left to right, in [0, 1]."""
     short_videos: ShortVideos = "reject"
+    more_fps: tuple[Fraction, ...] = ()
+    """Frame rates of clips besides the one of the stage."""
 
     @classmethod
     def of(cls, stage: StageConfig, *, held_out: bool = False) -> Variation:
         """Variation of a stage. Held-out clips are cut and shown as by ``vidshard tokenize``, whatever a stage does."""
         if held_out:
             return cls(short_videos=stage.short_videos)
-        return cls(crop=stage.crop, flip_share=stage.flip_share, short_videos=stage.short_videos)
+        return cls(
+            crop=stage.crop,
+            flip_share=stage.flip_share,
+            short_videos=stage.short_videos,
+            more_fps=tuple(stage.more_fps or ()),
+        )
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -38,13 +45,14 @@ class Variation:
         crops = ("native", "enlarged") if self.crop == "native" else ()
         mirrored = ("mirrored",) if self.flip_share else ()
         short = {"reject": (), "repeat": ("repeated",), "squeeze": ("repeated", "squeezed")}[self.short_videos]
-        return crops + mirrored + short
+        return crops + mirrored + short + (("other_fps",) if self.more_fps else ())
 
     @property
     def decoded(self) -> str:
         """Text of the choices that decide what is decoded, for the folder of a cache; empty for the defaults."""
         choices = [f"crop={self.crop}"] if self.crop != "scaled" else []
         choices += [f"short={self.short_videos}"] if self.short_videos != "reject" else []
+        choices += [f"more_fps={','.join(map(str, self.more_fps))}"] if self.more_fps else []
         return " ".join(choices)
 
     def spec_of(self, item: Mapping[str, Any], spec: ClipSpec) -> ClipSpec:
@@ -54,6 +62,7 @@ class Variation:
             item: row of ``ITEM_SCHEMA`` with its ``placement_seed``.
             spec: the one of the stage, with the places of the item's round.
         """
+        spec = replace(spec, fps=self.fps_of(item, spec))
         if self.crop == "native":
             spec = replace(spec, resize="native", cut_place=(_share("left", item), _share("top", item)))
         if self.short_videos == "reject":
@@ -62,6 +71,22 @@ class Variation:
         if self.short_videos == "squeeze" and is_short(item, spec):
             spec = replace(spec, fps=spec.num_frames / seconds)
         return replace(spec, tail="pad")
+
+    def fps_of(self, item: Mapping[str, Any], spec: ClipSpec) -> Fraction:
+        """Frame rate of the clip of an item in its round, before a short video is squeezed.
+
+        Args:
+            item: row of ``ITEM_SCHEMA`` with its ``placement_seed``.
+            spec: the one of the stage, whose rate is always among those that are drawn from.
+        """
+        own = item["source_fps"]
+        others = [
+            fps
+            for fps in self.more_fps
+            if not 0 < own < 0.99 * fps and not is_short(item, replace(spec, fps=fps))  # 29.97 for 30
+        ]
+        rates = [spec.fps, *others]
+        return rates[int(_share("fps", item) * len(rates))]
 
     def mirrors(self, item: Mapping[str, Any]) -> bool:
         """Whether the clip of an item is mirrored in its round."""
@@ -75,7 +100,9 @@ class Variation:
             clip: as decoded.
             spec: the one of the stage, before `spec_of`.
         """
-        made = []
+        fps = self.fps_of(item, spec)
+        made = [] if fps == spec.fps else ["other_fps"]
+        spec = replace(spec, fps=fps)
         if self.crop == "native":
             source = (item["source_height"], item["source_width"])
             fits = all(side >= cut for side, cut in zip(source, (spec.height, spec.width), strict=True))

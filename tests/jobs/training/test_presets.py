@@ -49,6 +49,18 @@ def test_the_presets_of_the_paper_begin_their_adversary_and_average_as_released(
         assert (stage.gan_start, stage.ema_decay, stage.entropy_affinity) == (10_000, 0, "dot")
 
 
+def test_presets_that_start_a_codebook_of_ours_take_distances_and_those_of_papers_dot_products() -> None:
+    taken = {
+        (name, stage.entropy_affinity)
+        for name, training in TRAININGS.items()
+        for stage in training(["videos"], "out").stages.values()
+        if stage.entropy_weight
+    }
+    assert {name for name, affinity in taken if affinity == "distance"} == {"tiny", "small"}
+    assert {name for name, affinity in taken if affinity == "dot"} >= {"paper", "paper_stage1", "domain", "long_video"}
+    assert not {name for name, affinity in taken if affinity == "dot"} & {"tiny", "small"}
+
+
 def test_the_vidtwin_preset_is_table_6_of_its_paper() -> None:
     run = TRAININGS["vidtwin"](["videos"], "out")
     [stage] = run.stages.values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,44 @@ def test_crops_and_mirroring_do_not_depend_on_each_other_and_none_is_the_default
     stage = STAGE.model_copy(update={"crop": "native", "flip_share": 0.5, "short_videos": "repeat"})
     assert Variation.of(STAGE) == Variation() == Variation.of(STAGE, held_out=True)
     assert Variation.of(stage, held_out=True) == Variation(short_videos="repeat")
+
+
+def test_rates_are_drawn_evenly_from_those_that_a_video_has_frames_and_time_for(folder: Path) -> None:
+    items = items_of(folder)
+    variation = Variation(more_fps=(Fraction(8), Fraction(30), Fraction(1)))
+    drawn = [
+        (name, int(variation.fps_of(items[name] | {"placement_seed": placement_seed(0, turn), "number": number}, SPEC)))
+        for name in items
+        for turn in range(50)
+        for number in range(10)
+    ]
+    # no video has 30 frames per second, none lasts the 4 s of a clip at 1, and "half" not the 1 s of one at 4
+    assert set(drawn) == {
+        ("large", 4),
+        ("large", 8),
+        ("small", 4),
+        ("small", 8),
+        ("half", 4),
+        ("half", 8),
+        ("quarter", 4),
+    }
+    for name in ("large", "small", "half"):
+        assert np.mean([fps == 8 for each, fps in drawn if each == name]) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_clip_of_another_rate_shows_the_frames_of_that_rate_and_is_counted(folder: Path) -> None:
+    item = items_of(folder)["large"]
+    steps = {}
+    for turn in range(12):
+        frames, made = taken(item | {"placement_seed": placement_seed(0, turn)}, more_fps=(Fraction(8),))
+        numbers = [read_frame_number(frame) for frame in frames]
+        steps[tuple(made)] = {after - before for before, after in pairwise(numbers)}
+    assert steps == {(): {2}, ("other_fps",): {1}}
+    assert Variation(more_fps=(Fraction(8),)).ways == ("other_fps",)
+    assert "more_fps=8" in Variation(more_fps=(Fraction(8),)).decoded
+    stage = STAGE.model_copy(update={"more_fps": [Fraction(8)]})
+    assert Variation.of(stage).more_fps == (Fraction(8),)
+    assert Variation.of(stage, held_out=True) == Variation()
 
 
 def test_short_videos_are_rejected_by_default_and_kept_when_asked(folder: Path) -> None:
