@@ -1,4 +1,4 @@
-"""A report in a real browser: nothing in its console, nothing loaded from outside, videos play, both widths fit.
+"""Reports in a real browser: nothing in the console, nothing loaded from outside, videos play, both widths fit.
 
 ``VIDSHARD_TEST_BROWSER`` names Chromium or Chrome, or one is found on PATH. Screenshots go to the folder
 ``VIDSHARD_TEST_SCREENSHOTS``, if that is set.
@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.support.cli import printed_by
 from vidshard.jobs.commands.reporting import page_of
 from vidshard.jobs.report import job
 
@@ -50,10 +51,22 @@ def browser() -> str:
     return found
 
 
-def test_a_report_works_in_a_browser_at_both_widths(output: Path, tmp_path: Path, browser: str) -> None:
+@pytest.fixture(scope="module")
+def evaluation(good_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of two tokenizers."""
+    out = tmp_path_factory.mktemp("evaluation")
+    flags = ("--tokenizer", "tiny", "--tokenizer", "tiny_kl", "--frames", 5, "--size", 32, "--local", "--no-lpips")
+    printed_by("evaluate", good_videos, "--out", out, *flags, "--report", "none")
+    return out
+
+
+@pytest.mark.parametrize(("kind", "videos_of_a_clip"), [("output", 3), ("evaluation", 5), ("training", 0)])
+def test_every_kind_of_report_works_in_a_browser_at_both_widths(
+    kind: str, videos_of_a_clip: int, request: pytest.FixtureRequest, tmp_path: Path, browser: str
+) -> None:
     pytest.importorskip("vl_convert")
-    target = tmp_path / "report.html"
-    job.write_report(str(output), page_of, target=str(target))
+    target = tmp_path / f"{kind}.html"
+    job.write_report(str(request.getfixturevalue(kind)), page_of, target=str(target))
     with subprocess.Popen(
         [browser, *_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "about:blank"],
         stderr=subprocess.PIPE,
@@ -62,7 +75,7 @@ def test_a_report_works_in_a_browser_at_both_widths(output: Path, tmp_path: Path
         try:
             assert process.stderr is not None
             address = next(line.split()[-1] for line in process.stderr if "DevTools listening on" in line)
-            asyncio.run(asyncio.wait_for(_look(address, target), 120))
+            asyncio.run(asyncio.wait_for(_look(address, target, videos_of_a_clip), 120))
         finally:
             process.kill()
 
@@ -97,7 +110,7 @@ class _Tab:
             self.events.append(json.loads((await self._socket.receive()).data))
 
 
-async def _look(address: str, target: Path) -> None:
+async def _look(address: str, target: Path, videos_of_a_clip: int) -> None:
     port = address.split(":")[2].split("/")[0]
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://127.0.0.1:{port}/json") as answer:
@@ -107,10 +120,10 @@ async def _look(address: str, target: Path) -> None:
             for domain in ("Runtime", "Log", "Page", "Network"):
                 await tab.send(f"{domain}.enable")
             for name, width, scheme in (("wide", 1300, "light"), ("phone", 390, "dark")):
-                await _check(tab, target, name, width, scheme)
+                await _check(tab, target, videos_of_a_clip, name, width, scheme)
 
 
-async def _check(tab: _Tab, target: Path, name: str, width: int, scheme: str) -> None:
+async def _check(tab: _Tab, target: Path, videos_of_a_clip: int, name: str, width: int, scheme: str) -> None:
     tab.events.clear()
     await tab.send(
         "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=name == "phone"
@@ -120,16 +133,19 @@ async def _check(tab: _Tab, target: Path, name: str, width: int, scheme: str) ->
     await tab.wait_for("Page.loadEventFired")
     assert await tab.evaluate("document.documentElement.scrollWidth") == width  # no sideways scrolling
     sizes = await tab.evaluate(_PLAYED)
-    assert sizes
+    assert bool(sizes) == bool(videos_of_a_clip)
     assert all(isinstance(size, int) and size > 0 for size in sizes), sizes
-    assert await tab.evaluate(_HOVERED) == [3, 0]
+    if videos_of_a_clip:
+        assert await tab.evaluate(_HOVERED) == [videos_of_a_clip, 0]
+    broken = "[...document.images].filter((one) => !one.complete || !one.naturalWidth).length"
+    assert await tab.evaluate(broken) == 0
     paper = await tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 200) == (scheme == "dark")
     height = await tab.evaluate("document.documentElement.scrollHeight")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     picture = await tab.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
     if folder := os.environ.get("VIDSHARD_TEST_SCREENSHOTS"):
-        Path(folder, f"report-{name}.png").write_bytes(b64decode(picture["data"]))
+        Path(folder, f"{target.stem}-{name}.png").write_bytes(b64decode(picture["data"]))
     said = [e for e in tab.events if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled")]
     assert not said
     assert not [e for e in tab.events if e.get("method") == "Runtime.exceptionThrown"]

@@ -7,23 +7,18 @@ import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.support.cli import SMALL, printed_by, run, tokenize
 from tests.support.pages import PLAIN_SVG, parsed, section_ids, text_of
+from tests.support.training_files import HOSTILE, SECRET
 from tests.support.videos import Recipe, write_undecodable, write_video
 from vidshard.jobs.commands.reporting import page_of
 from vidshard.jobs.report import job, page
 from vidshard.jobs.report.wall import WallSettings
-from vidshard.jobs.training.recorder import png
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HOSTILE = "<img src=x onerror=alert(1)>"
-SECRET = "hunter2hunter2"
 
 
 @pytest.fixture(autouse=True)
@@ -96,29 +91,6 @@ def test_an_evaluation_of_tokens_shows_their_clips(videos: Path, tmp_path: Path)
     html = report_of(out, tmp_path)
     assert f"vidshard decode {tokens} --clip" in html
     assert "difference" in html
-
-
-@pytest.fixture
-def training(tmp_path: Path) -> Path:
-    """Files of a training run of two stages, of which one is finished."""
-    out = tmp_path / "training"
-    stage = out / "stage1"
-    (stage / "pictures").mkdir(parents=True)
-    record: dict[str, Any] = {"stages": {"stage1": {"steps": 20}, "stage2": {"steps": 5}}, "videos": [HOSTILE]}
-    record["init_from"] = f"https://host/x.ckpt?sig={SECRET}"
-    (out / "run.json").write_text(json.dumps({"format": 1, "run": record, "tokenizer": {"name": "tiny"}, "starts": []}))
-    result = {"name": "stage1", "steps": 20, "is_finished": True, "seconds": 100.0, "restarts": 1, "unmeasured": ""}
-    measured = {"before": {"psnr": 10.0}, "measured": {"psnr": 21.5}, "metrics": {"clips_per_second": 3.0}}
-    measured["made"] = {"mirrored": 1234, "native": 5678}
-    (stage / "result.json").write_text(json.dumps(result | measured))
-    figures = {"clips_per_second": 3.0, "clips_mirrored": 2, "clips_native": 4}
-    lines = [{"step": step, "group": "train", "loss": 1 / step, **figures} for step in range(1, 21)]
-    lines += [{"step": step, "group": "held_out", "psnr": 10.0 + step} for step in (0, 20)]
-    text = "".join(f"{json.dumps(line)}\n" for line in lines)
-    (stage / "metrics.jsonl").write_text(text + '{"step": 21, "gro')  # which a kill cut off
-    (stage / "pictures" / "step-00000020.png").write_bytes(png(np.zeros((8, 24, 3), np.uint8)))
-    (out / "rejects.json").write_text(json.dumps([{"uri": HOSTILE, "reason": "truncated", "detail": HOSTILE}]))
-    return out
 
 
 def test_a_training_run_has_a_report_of_its_curves_pictures_and_rejections(training: Path, tmp_path: Path) -> None:
