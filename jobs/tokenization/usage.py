@@ -36,6 +36,10 @@ class Usage:
     """CPUs of all machines."""
     encoder_cpus: float
     """CPUs that were reserved for encoders."""
+    decode_workers: int | None = None
+    """Limit of decoders that run at once; None without one."""
+    is_local: bool = False
+    """Whether one process decoded and encoded in turns."""
     precision: str
     bfloat16_pays: bool = False
     """Whether the CPU and the network would be faster in bfloat16."""
@@ -98,7 +102,14 @@ class Usage:
         needed, there = self.cores_needed / units, self.cores_there / units
         remedy = "add CPU nodes" if self.gpus else "add CPUs"
         if needed <= there:
-            return f"{needed:.2g} cores for each {unit} would do, {there:.2g} were there; raise --decode-workers"
+            if self.is_local:
+                return "--local decodes and encodes in turns; leave it out to do both at once"
+            if self.decode_workers is not None and self.decode_workers < self.cores_there:
+                return f"{needed:.2g} cores for each {unit} would do, {there:.2g} were there; raise --decode-workers"
+            return (
+                f"{needed:.2g} cores for each {unit} would do, {there:.2g} were there, so it was for the first frames "
+                "or the last videos; a larger corpus would keep encoders busy"
+            )
         return f"{needed:.2g} cores for each {unit} are needed, {there:.2g} were there; {remedy}, or lower --fps"
 
     def _faster(self) -> str:

@@ -47,8 +47,20 @@ def test_the_yield_is_stated_per_gpu_hour_and_per_cpu_hour() -> None:
             ["waited for decoders", "20 cores for each GPU are needed, 15 were there", "add CPU nodes, or lower --fps"],
         ),
         (
-            replace(BALANCED, encode_seconds=3000, wait_seconds=4000, decode_seconds=6_000),
-            ["2 cores for each GPU would do", "--decode-workers"],
+            replace(BALANCED, encode_seconds=3000, wait_seconds=4000, decode_seconds=6_000, decode_workers=3),
+            ["2 cores for each GPU would do", "15 were there", "--decode-workers"],
+        ),
+        (
+            replace(ON_CPUS, encode_seconds=3000, wait_seconds=4000, decode_seconds=300),
+            ["0.1 cores for each encoder would do, 3 were there", "first frames", "larger corpus"],
+        ),
+        (
+            replace(ON_CPUS, encode_seconds=3000, wait_seconds=4000, decode_seconds=300, decode_workers=8),
+            ["a larger corpus"],
+        ),
+        (
+            replace(ON_CPUS, encoders=1, encode_seconds=2500, wait_seconds=1000, decode_seconds=1000, is_local=True),
+            ["in turns", "leave it out"],
         ),
         (
             replace(ON_CPUS, encode_seconds=3000, wait_seconds=4000, decode_seconds=12_000),
