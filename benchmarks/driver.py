@@ -1,5 +1,10 @@
 """Driver's cost per clip of a run on many GPUs, with stages that only make rows: part of ``benchmarks.scale``.
 
+    python -m benchmarks.driver
+    git worktree add ../before 9d9ece5 && python -m benchmarks.driver --beside ../before
+
+The second one also measures the code in another folder, and the two take turns.
+
 A Ray with declared GPUs runs the job's own flow, writers and commits. Its decoders give frames of a hundredth of the
 real size, and its encoders random payloads, both without computing. Blocks have a hundredth of the real size too: Ray
 handles as many of them for each clip as in a real run. Every clip has its own values and id, as equal ones compress
@@ -8,6 +13,7 @@ away.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,37 +21,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext
 
-from benchmarks.report import Row
+from benchmarks.report import Row, report
+from benchmarks.stub_stages import CLIPS_PER_SPAN, FRAMES_SHARE, PAYLOADS, SPEC, StubDecoder, StubSpec, work_rows
 from vidshard.jobs.runtime.cluster import ray_cluster
 from vidshard.jobs.runtime.executor import ClusterExecutor
 from vidshard.jobs.runtime.interrupts import Feed
 from vidshard.jobs.tokenization.collect import SpanCounter
+from vidshard.jobs.tokenization.resources import SPANS_PER_TASK
 from vidshard.pipeline.output.commit import Committer, SpanAccount
 from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.resources import StageResources
-from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, EncodeStats, add_clips, add_payload, span_row
-from vidshard.schemas.tokens import Payload, Provenance, latents_payload, tokens_payload
-from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
+from vidshard.schemas.tokens import Payload, Provenance
 
-CLIPS_PER_SPAN = 10
-SPANS_PER_TASK, SPANS_PER_CALL = 8, 13
-"""Spans per decoder task and per GPU encoder call, as ``plan_resources`` chooses them for ten clips a span."""
-FRAMES_SHARE = 100
-SPEC = ClipSpec(fps=Fraction(8), num_frames=17, height=256, width=256)
-PAYLOADS = {
-    "tokens": tokens_payload((5, 32, 32), 32768),
-    "KL-4": latents_payload((4, 5, 32, 32), keep_logvar=False),
-    "KL-16": latents_payload((16, 5, 32, 32), keep_logvar=False),
-}
+SPANS_PER_CALL = 13
+"""Spans per GPU encoder call, as ``plan_resources`` chooses them for ten clips a span."""
 SHARD_BYTES = 128 << 20
 
 
@@ -63,91 +60,51 @@ def provenance_of(payload: Payload) -> Provenance:
     )
 
 
-def work_rows(first: int, count: int) -> pa.Table:
-    """Rows of a work list: spans of ten clips, each of a video of its own."""
-    spans = [
-        Span(
-            video_id=f"{number * 2654435761 % (1 << 96):024x}",
-            uri=f"s3://a-bucket/videos/{number:012d}.mp4",
-            time_base=Fraction(1, 90000),
-            grid_start_pts=0,
-            first_clip=0,
-            end_clip=None,
-            duration_seconds_from_header=CLIPS_PER_SPAN * 17 / 8,
-            source=VideoSource(width=1280, height=720, codec="h264", fps=30.0, rotation_degrees=0),
-        )
-        for number in range(first, first + count)
-    ]
-    table = pa.Table.from_pylist([span_row(span, SPEC, None) for span in spans], schema=WORK_SCHEMA)
-    return table.append_column(WORK_NUMBER, pa.array(range(first, first + count), pa.int64()))
+@click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
+@click.option("--payloads", default="tokens,KL-16", show_default=True, metavar="NAME,...")
+@click.option("--gpus", "num_gpus", default=8, show_default=True, help="Declared GPUs; 0.13 GB of memory each.")
+@click.option("--clips", "num_clips", default=12_000, show_default=True)
+@click.option("--turns", default=1, show_default=True, help="Runs of each side.")
+@click.option("--beside", metavar="FOLDER", help="Measure also the code in this folder, as its own.")
+def main(payloads: str, num_gpus: int, num_clips: int, turns: int, beside: str | None) -> None:
+    """Print the table, and how many times cheaper this code is than the one beside it."""
+    here = str(Path(__file__).resolve().parents[1])
+    sides = {"here": here} | ({"beside": str(Path(beside).resolve())} if beside else {})
+    rows: list[Row] = []
+    for name in payloads.split(","):
+        costs: dict[str, list[float]] = {side: [] for side in sides}
+        for turn in range(turns):
+            for side in sorted(sides, reverse=turn % 2 == 1):
+                row = _measured_in(sides[side], name, num_gpus, num_clips)
+                costs[side].append(float(row["driver ms/clip"]))
+                rows.append({"code": side, **row})
+                print(rows[-1], file=sys.stderr, flush=True)
+        if beside:
+            means = {side: sum(values) / turns for side, values in costs.items()}
+            print(f"{name}: {means['beside'] / means['here']:.1f} times", flush=True)
+    report("the driver", rows, None)
 
 
-@dataclass(frozen=True)
-class StubDecoder:
-    """Decode stage that opens no video."""
-
-    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Give each span ten clips of frames of a hundredth of their size."""
-        geometry = Geometry(policy="crop", scaled_width=455, scaled_height=256, left=99, top=0)
-        for at in range(rows.num_rows):
-            row = rows.slice(at, 1)
-            video_id = row["video_id"][0].as_py()
-            clips = [
-                Clip(
-                    video_id=video_id,
-                    clip_index=index,
-                    frames=np.zeros((17, 25, 26, 3), np.uint8),
-                    start_seconds=index * 17 / 8,
-                    frame_pts_seconds=index * 17 / 8 + np.arange(17) / 8,
-                    num_valid_frames=17,
-                    geometry=geometry,
-                )
-                for index in range(CLIPS_PER_SPAN)
-            ]
-            yield add_clips(row, SpanClips(clips=clips), uri=row["uri"][0].as_py(), start_seconds=0.0, seconds=0.01)
+def _measured_in(folder: str, name: str, num_gpus: int, num_clips: int) -> Row:
+    """Measure the code of a folder, in a process of its own."""
+    call = f"measure_driver({name!r}, 'disk', num_gpus={num_gpus}, num_clips={num_clips})"
+    code = f"import json; from benchmarks.driver import measure_driver; print(json.dumps({call}))"
+    environment = os.environ | {"PYTHONPATH": folder}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-class StubEncoder:
-    """Encode stage that computes nothing: values are cut out of random ones at random places."""
-
-    def __init__(self, payload: Payload) -> None:
-        self._payload = payload
-        self._random = np.random.default_rng()
-        [column] = payload
-        count = max(1 << 22, 8 * column.num_values)
-        if column.codebook_size is None:
-            self._values = self._random.standard_normal(count, np.float32).astype(np.float16)
-        else:
-            self._values = self._random.integers(0, column.codebook_size, count).astype(column.dtype)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Give each clip random values."""
-        [column] = self._payload
-        starts = self._random.integers(0, len(self._values) - column.num_values, rows.num_rows * CLIPS_PER_SPAN)
-        clips = [self._values[start : start + column.num_values] for start in starts]
-        return add_payload(
-            rows, {column.name: clips}, self._payload, EncodeStats(seconds=0.1, wait_seconds=0.0, num_slots=len(clips))
-        )
-
-
-@dataclass(frozen=True)
-class StubSpec:
-    """Stands for ``EncoderSpec``."""
-
-    payload: Payload
-
-    def encoder(self) -> StubEncoder:
-        """Make an encoder."""
-        return StubEncoder(self.payload)
-
-
-def measure_driver(name: str, kind: str, *, num_gpus: int, num_clips: int) -> Row:
+def measure_driver(name: str, kind: str, *, num_gpus: int, num_clips: int, gpus_per_encoder: int = 1) -> Row:
     """Measure the processor time of the driver's process for each clip, after the first quarter of the clips.
 
     Args:
         name: of ``PAYLOADS``.
         kind: ``disk``, or ``S3`` for a server on this machine.
-        num_gpus: declared GPUs, with an encoder process each.
+        num_gpus: declared GPUs.
+        gpus_per_encoder: GPUs of each encoder process.
     """
     payload, num_spans = PAYLOADS[name], num_clips // CLIPS_PER_SPAN
     with _output(kind) as out, tempfile.TemporaryDirectory(prefix="vs-") as files:
@@ -164,13 +121,14 @@ def measure_driver(name: str, kind: str, *, num_gpus: int, num_clips: int) -> Ro
         try:
             with ray_cluster(address=None, object_store_bytes=None, verbose=False) as cluster:
                 executor = ClusterExecutor(cluster=cluster)
-                row: Row = {"payload": name, "store": kind, "GPUs": num_gpus}
-                return row | _run(executor, out, payload, num_spans)
+                encoders = num_gpus // gpus_per_encoder
+                row: Row = {"payload": name, "store": kind, "GPUs": num_gpus, "encoders": encoders}
+                return row | _run(executor, out, payload, num_spans, encoders)
         finally:
             ray.shutdown()
 
 
-def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int) -> Row:
+def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int, encoders: int) -> Row:
     DataContext.get_current().target_max_block_size = (128 << 20) // FRAMES_SHARE
     settings = ShardSettings(
         out=out,
@@ -180,8 +138,8 @@ def _run(executor: ClusterExecutor, out: str, payload: Payload, num_spans: int) 
         commit_seconds=600,
     )
     resources = StageResources(
-        encode_workers=int(executor.num_gpus),
-        gpus_per_worker=1.0,
+        encode_workers=encoders,
+        gpus_per_worker=executor.num_gpus / encoders,
         cpus_per_worker=0.01,
         decode_workers=None,
         rows_per_task=SPANS_PER_TASK,
@@ -271,3 +229,6 @@ with open(sys.argv[1] + ".new", "w") as file:
 os.rename(sys.argv[1] + ".new", sys.argv[1])
 time.sleep(100000)
 """
+
+if __name__ == "__main__":
+    main()

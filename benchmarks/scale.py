@@ -16,6 +16,7 @@ without rows, since a resumed run reads only their footers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -30,17 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import vidshard.jobs.tokenization.job  # noqa: F401  all that the driver loads
-from benchmarks.driver import (
-    CLIPS_PER_SPAN,
-    PAYLOADS,
-    SHARD_BYTES,
-    StubDecoder,
-    StubSpec,
-    measure_driver,
-    provenance_of,
-    work_rows,
-)
+from benchmarks.driver import SHARD_BYTES, measure_driver, provenance_of
 from benchmarks.report import Row, report
+from benchmarks.stub_stages import CLIPS_PER_SPAN, PAYLOADS, StubDecoder, StubSpec, work_rows
 from vidshard.jobs.tokenization.planning import MAX_PLANNED_ROWS, plan_output
 from vidshard.pipeline.discover import discover
 from vidshard.pipeline.output.commit import TokenShardSink
@@ -66,9 +59,14 @@ SOURCE = VideoSource(width=1280, height=720, codec="h264", fps=30.0, rotation_de
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--videos", "sizes", default="1000,10000,100000,1000000", show_default=True, metavar="N,...")
 @click.option(
-    "--gpus", default="8,64", show_default=True, metavar="N,...", help="Declared GPUs; 0.2 GB of memory each."
+    "--gpus", default="8,64", show_default=True, metavar="N,...", help="Declared GPUs; 0.1 GB of memory each."
 )
+@click.option("--gpus-per-encoder", default=1, show_default=True, help="Declared GPUs of each process.")
 @click.option("--clips", "num_clips", default=40_000, show_default=True, help="Clips of a run on declared GPUs.")
+@click.option("--payloads", default="tokens,KL-4,KL-16", show_default=True, metavar="NAME,...", help="For the driver.")
+@click.option(
+    "--stores", default="disk,S3", show_default=True, metavar="NAME,...", help="For the driver; S3 on loopback."
+)
 @click.option("--only", type=click.Choice(["driver"]), help="Measure nothing but the driver of a run.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the tables there too.")
 @click.option("--step", hidden=True)
@@ -76,7 +74,10 @@ SOURCE = VideoSource(width=1280, height=720, codec="h264", fps=30.0, rotation_de
 def main(
     sizes: str,
     gpus: str,
+    gpus_per_encoder: int,
     num_clips: int,
+    payloads: str,
+    stores: str,
     only: str | None,
     json_path: str | None,
     step: str | None,
@@ -84,7 +85,7 @@ def main(
 ) -> None:
     """Print the tables."""
     if only == "driver":
-        measure_drivers(gpus, num_clips)
+        measure_drivers(gpus, gpus_per_encoder, num_clips, payloads, stores)
         return
     if step is not None and folder is not None:
         print(json.dumps(STEPS[step](Path(folder))))
@@ -106,13 +107,18 @@ def main(
     report("the driver, by videos", rows, json_path)
     report("shards, listed and their ends read", [measure_shards(count) for count in (100, 1000, 10_000)], None)
     report("a writer", [measure_writer(name, threads) for name in PAYLOADS for threads in (1, 2)], None)
-    measure_drivers(gpus, num_clips)
+    measure_drivers(gpus, gpus_per_encoder, num_clips, payloads, stores)
 
 
-def measure_drivers(gpus: str, num_clips: int) -> None:
+def measure_drivers(gpus: str, gpus_per_encoder: int, num_clips: int, payloads: str, stores: str) -> None:
     """Print what the driver of a run costs for each clip, as ``benchmarks.driver`` measures it."""
-    wanted = [(name, kind, int(count)) for count in gpus.split(",") for name in PAYLOADS for kind in ("disk", "S3")]
-    rows = [measure_driver(name, kind, num_gpus=count, num_clips=num_clips) for name, kind, count in wanted]
+    rows: list[Row] = []
+    for count in gpus.split(","):
+        for name, kind in itertools.product(payloads.split(","), stores.split(",")):
+            rows.append(
+                measure_driver(name, kind, num_gpus=int(count), num_clips=num_clips, gpus_per_encoder=gpus_per_encoder)
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
     report("the driver, by GPUs", rows, None)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -30,6 +31,7 @@ from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
 from vidshard.pipeline.node_writers import NodeDelivery
 from vidshard.pipeline.output.commit import deliver
 from vidshard.pipeline.resources import StageResources
+from vidshard.pipeline.rows import DECODED_ON, frame_bytes
 from vidshard.schemas.errors import one_line
 
 if TYPE_CHECKING:
@@ -50,6 +52,19 @@ ENCODER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
 }
 """Environment variables of an encoder's process."""
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """Decode stage as a Ray task, which says on which node its frames are."""
+
+    decoder: Callable[[pa.Table], Iterator[pa.Table]]
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Decode rows, as `SpanDecoder`, with ``DECODED_ON``."""
+        node = ray.get_runtime_context().get_node_id()
+        for decoded in self.decoder(rows):
+            yield decoded.append_column(DECODED_ON, pa.array([node] * decoded.num_rows))
 
 
 class EncoderActor:
@@ -90,8 +105,9 @@ class EncoderActor:
                 f"{storage.public_uri(rows['uri'][0].as_py())}: {cause}, or faults of a GPU or its driver, in the "
                 "node's log"
             )
+        frames = frame_bytes(rows, ray.get_runtime_context().get_node_id())
         try:
-            encoded = self._encode(rows)
+            encoded = self._encode(rows.drop_columns([DECODED_ON.name]))
         except Exception as error:
             if not is_gpu_fault(error):
                 raise
@@ -101,7 +117,7 @@ class EncoderActor:
             end_process()
             raise
         if self._delivery is not None:
-            encoded = deliver(encoded, self._delivery.add)
+            encoded = deliver(encoded, self._delivery.add, frames)
         self._attempts.end.remote(spans[0])
         return encoded
 
@@ -139,7 +155,7 @@ def build_flow(
         # a small plan is one block to Ray, and one block is one task
         .repartition(target_num_rows_per_block=resources.rows_per_task)
         .map_batches(
-            decoder,
+            DecodeTask(decoder),
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
@@ -161,6 +177,17 @@ def build_flow(
             max_task_retries=-1,
         )
     )
+
+
+def blocks_of(flow: Dataset) -> Iterator[pa.Table]:
+    """Yield the blocks of a flow in this process as they are finished.
+
+    Each is got by one call here. `Dataset.iter_batches` moves blocks through three threads and their queues, which took
+    a fifth of the driver's time for each clip (by thread, `python -m benchmarks.driver`).
+    """
+    for bundle in flow.iter_internal_ref_bundles():
+        for block in bundle.block_refs:
+            yield ray.get(block)
 
 
 def _encoder_pool(resources: StageResources) -> ActorPoolStrategy:

@@ -293,13 +293,13 @@ class ClusterExecutor:
         writers: Writers | None = None,
     ) -> Iterator[pa.Table]:
         """Run all stages, as `Executor.run`."""
-        from vidshard.pipeline.flow import build_flow
+        from vidshard.pipeline.flow import blocks_of, build_flow
         from vidshard.pipeline.node_writers import NodeWriters
 
         with ray_failures_named():
             directory = writers.directory if isinstance(writers, NodeWriters) else None
             flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources, directory=directory)
-            yield from flow.iter_batches(batch_format="pyarrow", batch_size=None)
+            yield from blocks_of(flow)
 
 
 @contextmanager

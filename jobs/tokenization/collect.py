@@ -317,6 +317,10 @@ class SpanCounter:
     """Summed time of all workers, by column of the rows."""
     num_frames: int = 0
     """Number of frames in all clips, without repeats of a last frame."""
+    frame_bytes: int = 0
+    """Bytes of decoded frames that went to encoders through Ray."""
+    moved_frame_bytes: int = 0
+    """Bytes of these that crossed the network."""
     resources: StageResources | None = None
     """Workers of the stages; None before they are planned."""
     timeline: Timeline = field(default_factory=Timeline)
@@ -336,6 +340,8 @@ class SpanCounter:
         for name in ("decode_seconds", "encode_seconds", "encode_wait_seconds"):
             self.seconds[name] += pc.sum(receipts[name]).as_py() or 0
         self.slots += pc.sum(receipts["encode_slots"]).as_py() or 0
+        self.frame_bytes += pc.sum(receipts["frame_bytes"]).as_py() or 0
+        self.moved_frame_bytes += pc.sum(receipts["moved_frame_bytes"]).as_py() or 0
         numbers = receipts[WORK_NUMBER.name].to_numpy()
         is_new = self.is_awaited[numbers]
         self.is_awaited[numbers] = False
@@ -376,6 +382,7 @@ class SpanCounter:
         }
         summary.timeline = self.timeline.end()
         summary.num_recut_spans = self.recut
+        summary.frame_bytes, summary.moved_frame_bytes = self.frame_bytes, self.moved_frame_bytes
         summary.batch_fill = self.clips / self.slots if self.slots else 1.0
         summary.example_clip_id = summary.written.last_clip_id
 
@@ -403,6 +410,8 @@ class SpanCounter:
             gpus=encoders * resources.gpus_per_worker,
             cpus=executor.num_cpus,
             encoder_cpus=encoders * resources.cpus_per_worker,
+            decode_workers=resources.decode_workers,
+            is_local=isinstance(executor, LocalExecutor),
             precision=resolved.run.precision,
         )
         # the answer takes a count of the network's operators

@@ -16,9 +16,20 @@ TASKS_PER_CPU = 32
 2,160 lines were mixed, with 32 less than 1 % (`tests/pipeline/output/test_work_list.py`, simulated)."""
 
 
-def _rows_per_task(num_spans: int, rows_per_span: float, executor: Executor) -> int:
-    """Spans of a decode task: as many clips as eight full spans have, as short parts hold a clip or two each."""
-    return max(1, min(math.ceil(8 * rows_per_span), math.ceil(num_spans / (TASKS_PER_CPU * executor.num_cpus))))
+SPANS_PER_TASK = 32
+"""Full spans of a decode task, at most. With 8 of them and `Dataset.iter_batches`, the driver of a run with tokens took
+0.24 ms of a core for each clip, with 32 and `blocks_of` 0.11 (`python -m benchmarks.driver`): Ray Data's bookkeeping is
+by task. Frames leave a task in blocks of 128 MiB whatever its size."""
+
+
+def rows_per_task(num_spans: int, rows_per_span: float, num_cpus: int) -> int:
+    """Number of rows of a decode task, so that each CPU gets ``TASKS_PER_CPU`` of them where there are enough rows.
+
+    Args:
+        num_spans: rows of the work list.
+        rows_per_span: rows that hold as many clips as a full span, as short parts hold a clip or two each.
+    """
+    return max(1, min(math.ceil(SPANS_PER_TASK * rows_per_span), math.ceil(num_spans / (TASKS_PER_CPU * num_cpus))))
 
 
 def plan_resources(
@@ -69,7 +80,7 @@ def plan_resources(
         decode_workers=run.decode_workers,
         rows_per_task=1
         if run.continuous
-        else _rows_per_task(num_spans, span_clips / max(1.0, clips_per_row), executor),
+        else rows_per_task(num_spans, span_clips / max(1.0, clips_per_row), executor.num_cpus),
         rows_per_batch=rows_per_batch if batch_size > 1 else 1,
         is_elastic=count.most != count.least,
         most_encode_workers=count.most,

@@ -75,6 +75,10 @@ class Summary:
     """Warning for readers, such as that the weights are random."""
     num_recut_spans: int = 0
     """Number of spans that were decoded a second time with another cut; those that differed are rejected."""
+    frame_bytes: int = 0
+    """Bytes of decoded frames that went to encoders through Ray; 0 in one process."""
+    moved_frame_bytes: int = 0
+    """Bytes of these that crossed the network, as they were decoded on another node than encoded."""
     timeline: list[tuple[float, int, int]] = field(default_factory=list)
     """Points of the phase in which videos are decoded and encoded: seconds, clips and rejections so far."""
     problems: list[str] = field(default_factory=list)
@@ -210,6 +214,9 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         busy = f"busy {usage.busy_share:.0%} of the phase, waiting for frames {usage.wait_share:.0%} of their time"
         line("machines", f"{usage.yields}; encoders {busy}")
         line("", usage.verdict)
+    if summary.frame_bytes:
+        gigabytes, share = summary.frame_bytes / 1e9, summary.moved_frame_bytes / summary.frame_bytes
+        line("frames", f"{gigabytes:.3g} GB from decoders to encoders, {share:.0%} of it over the network")
     if summary.quality is not None:
         print_quality(summary.quality, console)
     if summary.forecast is not None and summary.is_complete_first:

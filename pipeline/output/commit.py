@@ -352,9 +352,15 @@ def split_refused(rows: pa.Table) -> tuple[pa.Table, list[tuple[int | None, Reje
     return rows.filter(pc.invert(refused)), rejections
 
 
-def deliver(rows: pa.Table, add: Callable[[pa.Table], object]) -> pa.Table:
-    """Hand encoded rows to a writer, without those that were rejected whole; returns the receipts of all rows."""
+def deliver(
+    rows: pa.Table, add: Callable[[pa.Table], object], frames: tuple[pa.Array, pa.Array] | None = None
+) -> pa.Table:
+    """Hand encoded rows to a writer, without those that were rejected whole; returns the receipts of all rows.
+
+    Args:
+        frames: bytes of their frames, as `pipeline.rows.frame_bytes`; None in one process.
+    """
     good, _ = split_refused(rows)
     if good.num_rows:
         add(good)
-    return receipts_of(rows)
+    return receipts_of(rows, frames)

@@ -13,6 +13,7 @@ from vidshard.pipeline.rows.layout import (
     CLIP_TYPE,
     CLIPS,
     DECODE_SECONDS,
+    DECODED_ON,
     FRAMES,
     IS_RECUT,
     QUALITY,
@@ -163,15 +164,36 @@ def add_quality(rows: pa.Table, quality: Sequence[Sequence[Mapping[str, Any] | N
     return rows.append_column(QUALITY, pa.array(quality, QUALITY.type))
 
 
-def receipts_of(rows: pa.Table) -> pa.Table:
-    """Receipts of encoded rows, ``RECEIPT_SCHEMA``: one a row, no payload; with ``--audit`` ``uri`` and quality too."""
+def frame_bytes(rows: pa.Table, node: str) -> tuple[pa.Array, pa.Array]:
+    """Count the bytes of the frames of each row, and those of frames that came to a node from another one.
+
+    Args:
+        rows: decoded rows with ``DECODED_ON``.
+        node: node on which they are now.
+
+    Returns:
+        Two arrays, int64 (rows,).
+    """
+    sizes = pc.binary_length(rows["frames"].combine_chunks())
+    return sizes, pc.if_else(pc.equal(rows[DECODED_ON.name].combine_chunks(), node), 0, sizes)
+
+
+def receipts_of(rows: pa.Table, frames: tuple[pa.Array, pa.Array] | None = None) -> pa.Table:
+    """Receipts of encoded rows, ``RECEIPT_SCHEMA``: one a row, no payload; with ``--audit`` ``uri`` and quality too.
+
+    Args:
+        frames: as `frame_bytes`; None in one process.
+    """
+    sizes, moved = frames or [pa.array(np.zeros(rows.num_rows, np.int64))] * 2
     clips = rows["clips"].combine_chunks()
-    frames = pc.struct_field(clips.flatten(), "num_valid_frames").to_numpy(zero_copy_only=False)
-    valid = np.bincount(clips.value_parent_indices().to_numpy(), weights=frames, minlength=rows.num_rows)
+    counts = pc.struct_field(clips.flatten(), "num_valid_frames").to_numpy(zero_copy_only=False)
+    valid = np.bincount(clips.value_parent_indices().to_numpy(), weights=counts, minlength=rows.num_rows)
     made = {
         "num_clips": pc.list_value_length(clips).cast(pa.int64()),
         "num_valid_frames": pa.array(valid.astype(np.int64)),
         "is_last": pc.is_null(rows["end_clip"]),
+        "frame_bytes": sizes,
+        "moved_frame_bytes": moved,
     }
     schema = RECEIPT_SCHEMA
     if QUALITY.name in rows.schema.names:

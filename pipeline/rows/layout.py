@@ -32,6 +32,9 @@ PLAN_FIELDS = (
 )
 WORK_SCHEMA = pa.schema(PLAN_FIELDS)
 
+DECODED_ON = pa.field("decoded_on", pa.string(), nullable=False)
+"""Node on which a row was decoded, on a cluster; the encoder compares it with its own, and drops it."""
+
 WORK_NUMBER = pa.field("todo_number", pa.int64())
 """Position of the row in the work list, from 0; the driver uses it to tell which rows have come out."""
 
@@ -103,10 +106,13 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("encode_seconds", pa.float64(), nullable=False),
         pa.field("encode_wait_seconds", pa.float64(), nullable=False),
         pa.field("encode_slots", pa.int64(), nullable=False),
+        pa.field("frame_bytes", pa.int64(), nullable=False),
+        pa.field("moved_frame_bytes", pa.int64(), nullable=False),
     ]
 )
 """Receipt of one span: what the driver counts of it. ``num_valid_frames`` is summed over its clips, and ``is_last``
-says whether it reaches the end of its video."""
+says whether it reaches the end of its video. ``frame_bytes`` are those of its decoded frames on a cluster, and
+``moved_frame_bytes`` the same if they were decoded on another node than encoded; both are 0 in one process."""
 
 INTERNAL_COLUMNS = (
     RESERVED_COLUMNS
@@ -119,6 +125,8 @@ INTERNAL_COLUMNS = (
         "decode_seconds",
         "is_recut",
         "quality",
+        "frame_bytes",
+        "moved_frame_bytes",
         "num_bytes",
         "input_row",
         "entry",
@@ -126,6 +134,7 @@ INTERNAL_COLUMNS = (
         "refusal",
         "seen_entry",
         WORK_NUMBER.name,
+        DECODED_ON.name,
         FRAME_SECONDS.name,
     }
 )

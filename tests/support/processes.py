@@ -100,7 +100,7 @@ def busy_with(pid: int, work: str) -> list[int]:
     return [number for number, title in processes_below(pid).items() if title.startswith(f"ray::{work}")]
 
 
-ENCODER, DECODING = "MapWorker(MapBatches(EncoderActor))", "MapBatches(SpanDecoder)"
+ENCODER, DECODING = "MapWorker(MapBatches(EncoderActor))", "MapBatches(DecodeTask)"
 ENCODING = f"{ENCODER}.submit"
 """The encoder at work; without the last word also one that loads its model or waits."""
 
