@@ -3,7 +3,8 @@
     python -m tests.support.killed_runs --kills 100 --seed 1
 
 A cluster of a head and two nodes stays up. Drivers join it one after another and run the job's own
-`tokenize_spans` with stages that compute nothing. Drivers, writers, encoders, decoders and nodes are killed in turn.
+`tokenize_spans` with stages that compute nothing. Drivers, writers, encoders, decoders and nodes are killed in turn,
+writers before, during and after they stage a shard, and drivers while a shard is staged and not published.
 After each end of a driver no span may be in two shards, and after each orderly end every span is in one.
 """
 
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,13 +30,21 @@ import pyarrow as pa
 from ray.cluster_utils import Cluster as RayCluster
 
 from tests.support.outputs import listed_spans
-from tests.support.processes import ENCODER, busy_with
+from tests.support.processes import DECODING, ENCODER, busy_with
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, EncodeStats, add_clips, add_payload, row_span, span_row
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
 NUM_SPANS = 1500
-VICTIMS = ("writer", "encoder", "decoder", "writer", "node", "writer", "decoder", "encoder", "driver")
+VICTIMS = (
+    "writer before its put",
+    "encoder",
+    "writer during its put",
+    "driver after a receipt",
+    "decoder",
+    "writer after its put",
+    "node",
+)
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
@@ -190,17 +200,13 @@ def kill_in_turn(folder: Path, *, num_kills: int, seed: int, until: float = floa
                     victim = VICTIMS[figures["kills"] % len(VICTIMS)]
                     if not _wait(driver, out, rng):
                         break
-                    is_staged = any(Path(out).glob("staged/*/*"))
-                    if victim == "driver":
-                        driver.kill()
-                    elif victim == "node":
+                    if victim == "node":
                         cluster.remove_node(nodes.pop(rng.randrange(2)), allow_graceful=False)
                         nodes.append(cluster.add_node(num_cpus=2, object_store_memory=100 << 20))
-                    elif not _kill_one(driver, victim, rng):
+                    elif not _kill_one(driver, victim, out, rng):
                         break
                     figures["kills"] += 1
                     figures[victim] += 1
-                    figures[f"{victim}, with shards staged"] += is_staged
                 driver.wait(timeout=600)
             figures["runs"] += 1
             text = (folder / "printed").read_text()
@@ -234,14 +240,56 @@ def _num_shards(out: str) -> int:
     return sum(1 for _ in Path(out, "shards").glob("*.parquet"))
 
 
-def _kill_one(driver: subprocess.Popen[str], victim: str, rng: random.Random) -> bool:
-    title = {"writer": "NodeWriter", "encoder": ENCODER, "decoder": "MapBatches(SlowDecoder)"}[victim]
+def _kill_one(driver: subprocess.Popen[str], victim: str, out: str, rng: random.Random) -> bool:
+    """Kill a process at the moment that is meant; returns whether the driver ran until then."""
+    written: dict[str, int] = {}
     while driver.poll() is None:
-        if found := busy_with(os.getpid(), title):
-            os.kill(rng.choice(sorted(found)), signal.SIGKILL)
+        found = _moment(driver, victim, out, written)
+        if found:
+            os.kill(rng.choice(found), signal.SIGKILL)
             return True
-        time.sleep(0.02)
+        time.sleep(0.01)
     return False
+
+
+def _moment(driver: subprocess.Popen[str], victim: str, out: str, written: dict[str, int]) -> list[int]:
+    """Processes that may be killed now.
+
+    Args:
+        written: staged files and their writers, as far as they were seen open; updated in place.
+    """
+    if victim in ("encoder", "decoder"):
+        return sorted(busy_with(os.getpid(), {"encoder": ENCODER, "decoder": DECODING}[victim]))
+    if victim == "driver after a receipt":
+        return [driver.pid] if _staged(out) else []
+    writers = sorted(busy_with(os.getpid(), "NodeWriter"))
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:  # a list of all processes takes longer than a put
+        putting = {path: pid for pid in writers for path in _open_files(pid) if path.startswith(f"{out}/staged/")}
+        written |= putting
+        if victim == "writer during its put" and putting:
+            return sorted(set(putting.values()))
+        if victim == "writer before its put" and not putting and not _staged(out):
+            return writers
+        whole = [pid for path, pid in written.items() if path not in putting and path in _staged(out)]
+        if victim == "writer after its put" and whole:
+            return whole
+        time.sleep(0.0005)
+    return []
+
+
+def _staged(out: str) -> set[str]:
+    return {str(path) for path in Path(out).glob("staged/*/*")}
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    try:
+        links = list(os.scandir(f"/proc/{pid}/fd"))
+    except OSError:
+        return  # gone meanwhile
+    for link in links:
+        with suppress(OSError):
+            yield os.readlink(link.path)
 
 
 @click.command()
