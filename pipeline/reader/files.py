@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged
 from vidshard.pipeline.output.parquet_footer import ColumnChunk, ColumnRanges
-from vidshard.pipeline.reader.pages import decoded
+from vidshard.pipeline.reader.pages import Spare, decoded
 from vidshard.pipeline.storage.errors import ReadError
 from vidshard.pipeline.storage.file_systems import bounded, file_info
 from vidshard.pipeline.storage.retry import errors_named, whole
@@ -162,6 +162,7 @@ class ShardFiles:
         num_rows: int,
         payload: Sequence[tuple[PayloadColumn, ColumnRanges | None]],
         columns: Sequence[str],
+        spare: Spare | None = None,
     ) -> tuple[Mapping[str, np.ndarray], pa.Table | None]:
         """Read payload columns and other columns of one row group.
 
@@ -171,6 +172,7 @@ class ShardFiles:
             num_rows: rows of the row group.
             payload: payload columns as the shard has them, and where they lie if that is known.
             columns: other columns.
+            spare: memory for the values.
 
         Returns:
             Values (rows, values of a row) by payload column; and a table of the other columns, with the payload columns
@@ -197,6 +199,7 @@ class ShardFiles:
                         dtype=column.dtype,
                         num_rows=num_rows,
                         width=column.num_values,
+                        spare=spare,
                     )
                     if found is not None:
                         values[column.name] = found

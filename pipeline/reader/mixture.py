@@ -90,6 +90,8 @@ class Mixture:
         self.segment_ends: Integers = np.array([self._total], np.int64)
         """int64 (1,): a mixture has one payload shape."""
         self._shares = shares
+        self.cycle: int = shares.total
+        """Positions after which the pattern comes again."""
         key = int.from_bytes(hashlib.blake2b(f"{seed}/mixture".encode(), digest_size=16).digest(), "little")
         kinds = np.repeat(np.arange(len(shares.slots)), shares.slots)
         self._pattern = kinds[np.argsort(np.random.Philox(key=key).random_raw(len(kinds)), kind="stable")]

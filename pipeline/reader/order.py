@@ -8,12 +8,13 @@ A shuffled order is made in four steps, each of which keeps together what is rea
 
 1. shards are permuted, and taken in windows of ``SHARDS_AT_ONCE``;
 2. the atoms (row groups, or runs of them) of a window are permuted;
-3. consecutive atoms form a block, whose atoms are dealt out to lanes; the units of a lane are permuted;
-4. a block takes ``CHUNK`` units of each lane in turn.
+3. consecutive units form a block, which is cut into lanes; the units of a lane are permuted;
+4. a block takes ``CHUNK`` units of each lane in turn; one round of all lanes is a cycle.
 
-A batch therefore mixes several lanes, and a worker that takes every n-th batch meets the same lanes again, so it reads
-only their atoms. Batches have one payload shape: the atoms of each shape form segments, and no batch crosses the end
-of a segment.
+All lanes of a block end in the same cycle, and a block is a whole number of cycles, whatever the sizes of the atoms. So
+a worker that makes the batches of the same part of each cycle (`turns`) meets the same lanes again, and reads only
+their atoms. Batches have one payload shape: the atoms of each shape form segments, and no batch crosses the end of a
+segment.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 
+ORDER_VERSION = 2
+"""Raised with every change of the order, so that a state of another one is refused."""
 SHARDS_AT_ONCE = 32
 """Shards whose row groups are shuffled together: a reader keeps as many footers in memory."""
 CHUNK = 8
@@ -65,6 +68,15 @@ class Atoms:
         return np.arange(self.ends[atom - 1] if atom else 0, self.ends[atom])
 
 
+class _Block(NamedTuple):
+    """Units that are in memory together."""
+
+    atoms: Integers
+    skipped: int
+    """Units of the first atom that are of the block before."""
+    num_units: int
+
+
 class Order:
     """Order of the units of one epoch; computed block by block."""
 
@@ -94,16 +106,16 @@ class Order:
         self._shuffle = shuffle
         self._key = f"{seed}/{epoch}" if name is None else f"{seed}/{epoch}/{name}"
         self._lanes = lanes
-        self._cycle = lanes * CHUNK if cycle is None else cycle
+        self.cycle: int = lanes * CHUNK if cycle is None else cycle
+        """Units of a block that come from all lanes in turn, before the first lane comes again."""
         mean_bytes = max(1, atoms.num_bytes // max(1, len(atoms.ends)))
         self._atoms_per_block = max(1, min(lanes * ATOMS_PER_LANE, BLOCK_BYTES // mean_bytes))
         segments = self._segments()
         self._blocks = [block for segment in segments for block in segment]
-        sizes = np.diff(atoms.ends, prepend=0)
-        lengths = [sum(int(sizes[block].sum()) for block in segment) for segment in segments]
+        lengths = [sum(block.num_units for block in segment) for segment in segments]
         self.segment_ends: Integers = np.cumsum(np.array(lengths, np.int64))
         """int64 (segments,): positions at which the segments end."""
-        self._block_ends = np.cumsum(np.array([sizes[block].sum() for block in self._blocks], np.int64))
+        self._block_ends = np.cumsum(np.array([block.num_units for block in self._blocks], np.int64))
         self._units_of = lru_cache(maxsize=3)(self._block_units)
 
     def __len__(self) -> int:
@@ -127,16 +139,16 @@ class Order:
         segment = int(np.searchsorted(self.segment_ends, position, side="right"))
         return (int(self.segment_ends[segment - 1]) if segment else 0), int(self.segment_ends[segment])
 
-    def _segments(self) -> list[list[Integers]]:
-        """Atoms of each block of each segment, in order."""
+    def _segments(self) -> list[list[_Block]]:
+        """Blocks of each segment, in order."""
         atoms = self._atoms
-        segments: list[list[Integers]] = []
+        segments: list[list[_Block]] = []
         for shape in np.unique(atoms.shape):
             of_shape = np.flatnonzero((atoms.shape == shape) & (np.diff(atoms.ends, prepend=0) > 0))
             if not len(of_shape):
                 continue
             order = self._shuffled_atoms(of_shape, int(shape)) if self._shuffle else of_shape
-            blocks = [order[at : at + self._atoms_per_block] for at in range(0, len(order), self._atoms_per_block)]
+            blocks = self._cut_into_blocks(order)
             parts = min(SEGMENTS_PER_SHAPE, len(blocks)) if self._shuffle else 1
             cuts = np.linspace(0, len(blocks), parts + 1).round().astype(int)
             segments += [blocks[a:b] for a, b in itertools.pairwise(cuts)]
@@ -153,24 +165,44 @@ class Order:
         window = rank[self._atoms.shard[atoms]] // SHARDS_AT_ONCE
         return atoms[np.lexsort((self._keys(len(atoms), f"atoms {shape}"), window))]
 
-    def _block_units(self, block: int) -> Integers:
-        atoms = self._blocks[block]
+    def _cut_into_blocks(self, atoms: Integers) -> list[_Block]:
+        """Blocks of atoms in their order: shuffled a whole number of cycles each, but the last one."""
+        sizes = np.diff(self._atoms.ends, prepend=0)[atoms]
+        ends = np.cumsum(sizes)
+        total = int(ends[-1])
         if not self._shuffle:
-            return np.concatenate([self._atoms.units(int(atom)) for atom in atoms])
-        lanes = np.array_split(atoms, min(self._lanes, len(atoms)))
-        of_lane = [np.concatenate([self._atoms.units(int(atom)) for atom in lane]) for lane in lanes]
-        lane = np.repeat(np.arange(len(lanes)), [len(units) for units in of_lane])
-        units = np.concatenate(of_lane)
-        mixed = np.lexsort((self._keys(len(units), f"units {block}"), lane))
-        rank = np.concatenate([np.arange(len(units)) for units in of_lane])
-        chunk = self._chunks(len(lanes))[lane]
-        return units[mixed][np.lexsort((rank % chunk, lane, rank // chunk))]
+            cuts = [0, *ends[self._atoms_per_block - 1 : -1 : self._atoms_per_block].tolist(), total]
+        else:
+            size = max(1, int(sizes.mean() * self._atoms_per_block))
+            size = max(size // self.cycle * self.cycle, min(size, self.cycle))
+            cuts = [*range(0, total, size), total]
+        blocks = []
+        for start, stop in itertools.pairwise(cuts):
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            skipped = start - int(ends[first] - sizes[first])
+            blocks.append(_Block(atoms[first : last + 1], skipped, stop - start))
+        return blocks
+
+    def _block_units(self, block: int) -> Integers:
+        atoms, skipped, num_units = self._blocks[block]
+        found = np.concatenate([self._atoms.units(int(atom)) for atom in atoms])[skipped : skipped + num_units]
+        if not self._shuffle:
+            return found
+        chunks = self._chunks(min(self._lanes, len(atoms)))
+        whole, rest = divmod(num_units, int(chunks.sum()))
+        ends = np.append(0, np.cumsum(chunks))
+        sizes = chunks * whole + np.diff(ends * rest // ends[-1])
+        lane = np.repeat(np.arange(len(chunks)), sizes)
+        mixed = np.lexsort((self._keys(num_units, f"units {block}"), lane))
+        rank = np.arange(num_units) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        chunk = chunks[lane]
+        return found[mixed][np.lexsort((rank % chunk, lane, rank // chunk))]
 
     def _chunks(self, lanes: int) -> Integers:
         """Units that each lane gives in its turn."""
-        if self._cycle == self._lanes * CHUNK:
+        if self.cycle == self._lanes * CHUNK:
             return np.full(lanes, CHUNK, np.int64)
-        return np.maximum(1, np.diff(np.arange(lanes + 1) * self._cycle // lanes))
+        return np.maximum(1, np.diff(np.arange(lanes + 1) * self.cycle // lanes))
 
     def _keys(self, count: int, purpose: str) -> npt.NDArray[np.uint64]:
         """Random keys to sort by. Raw numbers of a bit generator are the same in every version of NumPy."""
@@ -185,6 +217,7 @@ class Positions(Protocol):
     """An order of units: `Order`, or that of a mixture."""
 
     segment_ends: Integers
+    cycle: int
 
     def __len__(self) -> int: ...
 
@@ -205,6 +238,8 @@ class Step:
     """Position after its last unit."""
     end: int
     """Positions below this one are consumed once every rank has had this step."""
+    begin: int
+    """Position of the first unit of all ranks."""
 
 
 def steps(
@@ -230,20 +265,44 @@ def steps(
         _, end = order.segment_of(position)
         whole = (end - position) // (batch_size * world_size)
         for _ in range(whole):
-            start = position + rank * batch_size
+            begin = position
             position += batch_size * world_size
             rest = end - position
             is_last = (
                 rest == 0 or (drop_last and rest < batch_size * world_size) or (uneven == "drop" and rest < world_size)
             )
-            yield Step(start, start + batch_size, end if is_last else position)
+            start = begin + rank * batch_size
+            yield Step(start, start + batch_size, end if is_last else position, begin)
         rest = end - position
         if rest and not drop_last:
             share = rest // world_size if uneven == "drop" else -(-rest // world_size)
             start = position + rank * share
             if share:
-                yield Step(start, start + share, end)
+                yield Step(start, start + share, end, position)
         position = end
+
+
+def turns(all_steps: Iterator[Step], *, cycle: int | None, parts: int) -> Iterator[tuple[int, Step]]:
+    """Number the turns in which loader workers make batches: worker w of n makes the turns w, w + n ...
+
+    A turn is the steps that begin in one part of a cycle. With as many parts as workers, or a multiple, a worker has
+    the same parts of every cycle.
+
+    Args:
+        all_steps: of one rank.
+        cycle: positions of a cycle; see `Order.cycle`. None for turns of one step.
+        parts: equal parts of a cycle.
+    """
+    if cycle is None:
+        yield from enumerate(all_steps)
+        return
+    number, before = -1, None
+    for step in all_steps:
+        place = divmod(step.begin, cycle)
+        part = place[0], place[1] * parts // cycle
+        number += part != before
+        before = part
+        yield number, step
 
 
 def positions(order: Positions, step: Step) -> Integers:

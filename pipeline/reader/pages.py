@@ -7,7 +7,9 @@ included (docs/performance.md). Everything else, from other encodings to damage,
 
 from __future__ import annotations
 
+import threading
 import zlib
+from collections import deque
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +28,43 @@ _LEVEL_BYTES = 1 << 18
 """Largest size of the levels of a page; those of vidshard take a few bytes a row."""
 
 
-def decoded(data: memoryview, *, codec: int, dtype: str, num_rows: int, width: int) -> np.ndarray | None:
+class Spare:
+    """Arrays that are not needed any more, for values that are decoded next; safe to use from several threads.
+
+    Memory that the system hands out anew costs as much time as decoding tokens into it (docs/performance.md).
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        """Start empty; ``max_bytes`` of arrays are kept, the newest ones."""
+        self._left_bytes = max_bytes
+        self._arrays: deque[np.ndarray] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, size: int, dtype: str) -> np.ndarray:
+        """An array (size,) with any values."""
+        with self._lock:
+            for at, values in enumerate(self._arrays):
+                if values.size == size and values.dtype == dtype:
+                    del self._arrays[at]
+                    self._left_bytes += values.nbytes
+                    return values
+        return np.empty(size, dtype)
+
+    def give(self, values: np.ndarray) -> None:
+        """Give back what `decoded` returned, of which no other view is left; arrays of other origin are ignored."""
+        whole = values.base
+        if not isinstance(whole, np.ndarray) or not (whole.flags.owndata and whole.flags.writeable):
+            return
+        with self._lock:
+            self._arrays.append(whole)
+            self._left_bytes -= whole.nbytes
+            while self._left_bytes < 0:
+                self._left_bytes += self._arrays.popleft().nbytes
+
+
+def decoded(
+    data: memoryview, *, codec: int, dtype: str, num_rows: int, width: int, spare: Spare | None = None
+) -> np.ndarray | None:
     """Decode the pages of a column of fixed-size lists without nulls.
 
     Args:
@@ -35,6 +73,7 @@ def decoded(data: memoryview, *, codec: int, dtype: str, num_rows: int, width: i
         dtype: dtype of the values.
         num_rows: rows of the row group.
         width: values of a row.
+        spare: memory for the values.
 
     Returns:
         ``dtype`` (num_rows, width); None where Arrow's reader must be asked, as it knows every encoding and can say
@@ -42,7 +81,7 @@ def decoded(data: memoryview, *, codec: int, dtype: str, num_rows: int, width: i
     """
     if codec not in _CODECS or dtype not in _STORED_BYTES:
         return None
-    out = np.empty(num_rows * width, dtype)
+    out = np.empty(num_rows * width, dtype) if spare is None else spare.take(num_rows * width, dtype)
     done = at = 0
     try:
         while at < len(data):
@@ -126,11 +165,11 @@ def _store(values: npt.NDArray[np.uint8], encoding: int, out: np.ndarray) -> boo
     if encoding != _BYTE_STREAM_SPLIT:
         return False
     planes = values.reshape(width, len(out))
-    if any(plane.any() for plane in planes[out.itemsize :]):
+    if planes[out.itemsize :].max(initial=0):
         return False
     joined = out.view(f"u{out.itemsize}")
     joined[:] = planes[0]
     for number, plane in enumerate(planes[1 : out.itemsize], start=1):
         if out.itemsize <= 2 or plane.any():
-            joined |= plane.astype(joined.dtype) << joined.dtype.type(8 * number)
+            joined |= np.left_shift(plane, 8 * number, dtype=joined.dtype)
     return True

@@ -20,6 +20,7 @@ from vidshard.pipeline.reader.catalog import Catalog, Paths, paths_of, read_cata
 from vidshard.pipeline.reader.columns import Column, PayloadValues, column_of, shaped, signal_of
 from vidshard.pipeline.reader.files import ShardFiles
 from vidshard.pipeline.reader.latents import LatentRule, latent_rule
+from vidshard.pipeline.reader.pages import Spare
 from vidshard.pipeline.reader.units import Units, check_sequence, find_units, names_of
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.tokens import payload_bytes
@@ -146,8 +147,12 @@ class Source:
         """Number of units."""
         return self.units.atoms.num_units
 
-    def load(self, group: int) -> Loaded:
+    def load(self, group: int, spare: Spare | None = None) -> Loaded:
         """Read a row group.
+
+        Args:
+            group: its number.
+            spare: memory for payload values.
 
         Raises:
             ShardError: the shard is damaged.
@@ -162,7 +167,7 @@ class Source:
             if column.name in self._payload_names
         ]
         values, table = self.files.payload_and_table(
-            shard, int(catalog.group_number[group]), num_rows, payload, self._reads
+            shard, int(catalog.group_number[group]), num_rows, payload, self._reads, spare
         )
         with named_if_damaged(catalog.paths[shard], remedy=""):
             if table is not None and table.num_rows != num_rows:
@@ -248,6 +253,7 @@ class Source:
         loads: dict[int, Future[Loaded]] = {}
         fresh: dict[int, int] = {}
         fresh_bytes = submitted = 0
+        spare = Spare(AHEAD_BYTES)
         pool = ThreadPoolExecutor(_REMOTE_THREADS if self._is_remote else _LOCAL_THREADS, "vidshard-reader")
 
         def plan_one() -> bool:
@@ -268,7 +274,7 @@ class Source:
                     if submitted and fresh_bytes > AHEAD_BYTES and missing:
                         break
                     for group in missing:
-                        loads[group] = pool.submit(self.load, group)
+                        loads[group] = pool.submit(self.load, group, spare)
                         fresh[group] = int(ends[group] - self._group_starts[group]) * row_bytes
                         fresh_bytes += fresh[group]
                     submitted += 1
@@ -281,7 +287,10 @@ class Source:
                     fresh_bytes -= fresh.pop(group, 0)
                     uses[group] -= 1
                     if not uses[group]:
-                        del uses[group], loads[group]
+                        del uses[group]
+                        for column, values in zip(self._columns, loads.pop(group).result(), strict=True):
+                            if isinstance(column, PayloadValues):
+                                spare.give(values)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from vidshard.pipeline.reader.catalog import Paths
 from vidshard.pipeline.reader.mixture import Mixture, Shares, check_weights
-from vidshard.pipeline.reader.order import Order, num_steps, positions, steps
+from vidshard.pipeline.reader.order import ORDER_VERSION, Order, num_steps, positions, steps, turns
 from vidshard.pipeline.reader.source import GroupCache, Plan, Source
 from vidshard.pipeline.reader.transport import Slots
 from vidshard.schemas.errors import UserError
@@ -28,7 +30,11 @@ _UNEVEN = ("drop", "repeat")
 _MAX_WORKERS = 1 << 12
 _CACHE_BYTES = 64 << 20
 _AHEAD = 2
-"""Default of ``prefetch_factor`` in PyTorch: batches that a worker makes ahead."""
+"""Default of ``prefetch_factor`` in PyTorch: messages that a worker makes ahead."""
+_TOGETHER = 8
+"""Batches that a worker makes in a row and sends in one message, where the order has no cycle."""
+_MESSAGE_BYTES = 16 << 20
+"""Largest size of a message of several batches."""
 
 
 class TokenShards(IterableDataset[Batch]):
@@ -91,7 +97,7 @@ class TokenShards(IterableDataset[Batch]):
             allow_mixed: differences between shards that are no error: ``weights``, ``rates``, ``lengths``,
                 ``geometries``, ``versions``; True for all.
             lanes: streams of row groups that are interleaved when shuffling. Up to ``lanes * 8 / batch_size`` ranks
-                times workers read without reading any row group twice; more lanes take more memory.
+                times workers share out the row groups; more lanes take more memory.
 
         Raises:
             UserError: an argument is wrong, or outputs may not be mixed; the message names the cause.
@@ -179,19 +185,35 @@ class TokenShards(IterableDataset[Batch]):
             ShardError: a shard is damaged; storage.StorageError: the storage failed.
         """
         worker = get_worker_info()
+        is_exact = self._batch_size is not None or worker is None or worker.num_workers == 1
+        for _, _, batch in self.turns(cycle=None, parts=1):
+            if not is_exact:
+                del batch[POSITION]
+            yield batch
+
+    def turns(self, *, cycle: int | None, parts: int) -> Iterator[tuple[int, int, Batch]]:
+        """Batches of this rank, and of this loader worker, in order, by turns of the workers.
+
+        Args:
+            cycle: positions of a cycle; see `order.turns`.
+            parts: parts of a cycle.
+
+        Yields:
+            The number of the turn, units of the epoch that are consumed after the batch, and the batch.
+
+        Raises:
+            UserError, ShardError, storage.StorageError: as iterating does.
+        """
+        worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         slot = 0 if worker is None else min(1 + number, _MAX_WORKERS - 1)
         position = 0 if self._begun[slot] else self._start
         self._begun[slot] = 1
         if worker is None:
             self._position = position
-        yield from self._batches(position, number, count, track=worker is None)
-
-    def _batches(self, position: int, worker: int, num_workers: int, *, track: bool) -> Iterator[Batch]:
         rank, world_size = self._ranks()
-        order = self._order()
-        is_exact = self._batch_size is not None or num_workers == 1
-        epoch = self._epoch
+        order, noise = self._order(), (self._seed, self._epoch)
+        turn_of: deque[int] = deque()
 
         def plans() -> Iterator[Plan]:
             all_steps = steps(
@@ -203,16 +225,17 @@ class TokenShards(IterableDataset[Batch]):
                 uneven=self._uneven,
                 drop_last=self._drop_last,
             )
-            for at, step in enumerate(all_steps):
-                if at % num_workers == worker:
+            for turn, step in turns(all_steps, cycle=cycle, parts=parts):
+                if turn % count == number:
+                    turn_of.append(turn)
                     block = order.block_end(min(step.stop, step.end) - 1)
-                    yield Plan(positions(order, step), (self._seed, epoch), step.end, step.stop, block)
+                    yield Plan(positions(order, step), noise, step.end, step.stop, block)
 
         for plan, batch in self._source.read_ahead(plans()):
-            if track:
+            if worker is None:
                 self._position = plan.mark
             found = batch if self._batch_size is not None else {k: v[0] for k, v in batch.items()}
-            yield {**found, POSITION: plan.mark} if is_exact else found
+            yield turn_of.popleft(), plan.mark, {**found, POSITION: plan.mark}
 
     def state_dict(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """State after the last batch: one number, and a digest of the dataset.
@@ -270,6 +293,21 @@ class TokenShards(IterableDataset[Batch]):
         """
         return TokenLoader(self, num_workers, options)
 
+    def _turns_of(self, num_workers: int) -> tuple[int, int]:
+        """Cycle and parts for `turns` of workers, so that they share out row groups and send large messages.
+
+        Shuffled, each worker has its own lanes: a part of each cycle, or every n-th part where it is too large.
+        """
+        step = (self._batch_size or 1) * self._ranks()[1]
+        most = min(_MESSAGE_BYTES // (self._source.row_bytes * (self._batch_size or 1)), len(self) // (4 * num_workers))
+        cycle = self._order().cycle
+        num_steps = cycle // step
+        if not self._shuffle or num_steps < num_workers:
+            together = max(1, min(most, 1 if self._shuffle else _TOGETHER))
+            return step * together, 1
+        rounds = min(-(-num_steps // (num_workers * max(1, most))), num_steps // num_workers)
+        return cycle, num_workers * rounds
+
     def _begin(self, epoch: int, position: int) -> None:
         self._epoch, self._start, self._position = epoch, position, position
         self._begun.zero_()
@@ -289,7 +327,8 @@ class TokenShards(IterableDataset[Batch]):
         return Order(atoms, shuffle=self._shuffle, seed=self._seed, epoch=self._epoch, lanes=self._lanes)
 
     def _digest(self) -> str:
-        text = f"{self._shuffle}|{self._seed if self._shuffle else ''}|{self._lanes if self._shuffle else ''}"
+        seed, lanes = (self._seed, self._lanes) if self._shuffle else ("", "")
+        text = f"{ORDER_VERSION}|{self._shuffle}|{seed}|{lanes}"
         if self._shares is not None:
             text += f"|{self._seed}|{self._shares.slots}"
         return f"{self._source.digest}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
@@ -353,19 +392,22 @@ class TokenLoader:
         """Batches that workers make; they come through shared memory of their own."""
         options = dict(self._options)
         convert, pin = options.pop("collate_fn", None), options.pop("pin_memory", False) and torch.cuda.is_available()
+        dataset = self._dataset
+        cycle, parts = dataset._turns_of(self._num_workers)
+        _, world_size = dataset._ranks()
+        most = -(-cycle // parts // (dataset._batch_size or 1) // world_size) + 1
         slots = Slots(
-            self._dataset,
-            mark=POSITION,
+            partial(dataset.turns, cycle=cycle, parts=parts),
             num_workers=self._num_workers,
             ahead=options.get("prefetch_factor") or _AHEAD,
-            num_bytes=self._dataset._source.row_bytes * (self._dataset._batch_size or 1),
+            num_bytes=dataset._source.row_bytes * (dataset._batch_size or 1) * most,
             convert=convert,
         )
         loader: Any = DataLoader(
             cast("Dataset[Any]", slots), num_workers=self._num_workers, collate_fn=_unchanged, **options
         )
         for sent in loader:
-            yield sent.mark, slots.take(sent, pin=pin)
+            yield from slots.take(sent, pin=pin)
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch that was given."""

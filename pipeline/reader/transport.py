@@ -1,13 +1,16 @@
 """Batches from loader workers, through shared memory that is used again and again.
 
 PyTorch makes a new piece of shared memory for each tensor of each batch, which both processes map page by page. Here
-every worker has a few slots that are made once: a batch of 655 kB takes a tenth of the time (docs/performance.md).
+every worker has a few slots that are made once: a batch of 655 kB takes a tenth of the time. Several small batches
+share a message, as a message costs more CPU time than copying such a batch (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,14 +31,12 @@ class _Stored:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A batch on its way from a worker."""
+    """Consecutive batches on their way from a worker."""
 
     worker: int
     slot: int
-    content: Any
-    """The batch, with `_Stored` for each tensor in the slot."""
-    mark: int
-    """Units of the epoch that are consumed after this batch."""
+    batches: list[tuple[int, Any]]
+    """Units of the epoch that are consumed after a batch; and the batch, with `_Stored` for each tensor in the slot."""
 
 
 class Slots(IterableDataset[Sent]):
@@ -43,9 +44,8 @@ class Slots(IterableDataset[Sent]):
 
     def __init__(
         self,
-        dataset: Any,
+        batches: Callable[[], Iterator[tuple[int, int, Any]]],
         *,
-        mark: str,
         num_workers: int,
         ahead: int,
         num_bytes: int,
@@ -54,17 +54,17 @@ class Slots(IterableDataset[Sent]):
         """Make the slots; memory is taken where they are written.
 
         Args:
-            dataset: its batches are dictionaries.
-            mark: entry of a batch that says how far it is.
+            batches: gives the batches of a worker: the number of the turn in which it makes them, units of the epoch
+                that are consumed after a batch, and the batch. Those of a turn are sent in one message.
             num_workers: workers of the loader.
-            ahead: batches that a worker may make before the first of them is used.
-            num_bytes: size of a slot; tensors that do not fit are sent by PyTorch.
+            ahead: messages that a worker may send before the first of them is used.
+            num_bytes: size of a slot, which holds a message; tensors that do not fit are sent by PyTorch.
             convert: applied to a batch before it is sent.
         """
         super().__init__()
-        self._dataset, self._mark, self._convert = dataset, mark, convert
-        # A `DataLoader` asks a worker for another batch when it gives one of its batches out. So at most ``ahead`` are
-        # made or wait while one is copied from its slot; one more slot is kept to spare.
+        self._batches, self._convert = batches, convert
+        # A `DataLoader` asks a worker for another message when it gives one of its messages out. So at most ``ahead``
+        # are made or wait while one is copied from its slot; one more slot is kept to spare.
         size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = torch.empty((num_workers, ahead + 2, size), dtype=torch.uint8)
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
@@ -74,20 +74,26 @@ class Slots(IterableDataset[Sent]):
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         slots = self._memory[number]
-        for at, batch in enumerate(self._dataset):
+        for at, (_, batches) in enumerate(itertools.groupby(self._batches(), itemgetter(0))):
             slot = at % len(slots)
-            mark = int(batch[self._mark])
-            content = batch if self._convert is None else self._convert(batch)
-            yield Sent(number, slot, _packed(content, slots[slot], [0]), mark)
+            used = [0]
+            yield Sent(number, slot, [(mark, self._packed(batch, slots[slot], used)) for _, mark, batch in batches])
 
-    def take(self, sent: Sent, *, pin: bool) -> Any:
-        """Copy a batch out of its slot, before the next one is asked for: the worker may then write there.
+    def _packed(self, batch: Any, slot: Tensor, used: list[int]) -> Any:
+        return _packed(batch if self._convert is None else self._convert(batch), slot, used)
+
+    def take(self, sent: Sent, *, pin: bool) -> Iterator[tuple[int, Any]]:
+        """Copy batches out of their slot, before the next message is asked for: the worker may then write there.
 
         Args:
-            sent: the batch.
-            pin: copy it to page-locked memory, from which a GPU reads while it computes.
+            sent: the batches.
+            pin: copy them to page-locked memory, from which a GPU reads while it computes.
+
+        Yields:
+            Units of the epoch that are consumed after a batch, and the batch.
         """
-        return _restored(sent.content, self._memory[sent.worker, sent.slot], pin)
+        for mark, content in sent.batches:
+            yield mark, _restored(content, self._memory[sent.worker, sent.slot], pin)
 
 
 def _packed(value: Any, slot: Tensor, used: list[int]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidshard.pipeline.reader.order import Atoms, Order, num_steps, positions, steps
+from vidshard.pipeline.reader.order import Atoms, Order, num_steps, positions, steps, turns
 
 
 @st.composite
@@ -124,18 +124,66 @@ def test_seeds_and_epochs_give_other_orders() -> None:
 
 def test_the_order_of_a_seed_stays_the_same_between_versions() -> None:
     order = order_of(regular(300, 10), seed=7, epoch=3, lanes=32).at(0, 3000)
-    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] == "80e6d295fe830812"
+    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] == "3aceec1fbc440d3c"
 
 
-def test_workers_that_share_out_batches_share_out_row_groups() -> None:
-    """With two workers and batches of 32, hardly any row group is read by both."""
-    rows, order = 50, order_of(regular(512, 50), lanes=32)
-    reads: list[set[tuple[int, int]]] = [set(), set()]
-    for at in range(0, len(order), 32):
-        reads[at // 32 % 2] |= {
-            (at // (128 * rows), unit // rows) for unit in order.at(at, min(at + 32, len(order))).tolist()
-        }
-    assert sum(map(len, reads)) <= 1.2 * len(reads[0] | reads[1])
+def uneven(shards: int, most: int) -> Atoms:
+    """Shards of row groups of one size, but each shard's last one."""
+    sizes = [size for shard in range(shards) for size in [most] * 14 + [1 + shard * 37 % most]]
+    return Atoms(
+        ends=np.cumsum(np.array(sizes)),
+        shard=np.repeat(np.arange(shards), 15),
+        shape=np.zeros(len(sizes), np.int64),
+        num_bytes=sum(sizes) * 20_000,
+    )
+
+
+def reads_of_workers(order: Order, atoms: Atoms, workers: int, batch_size: int, parts: int, start: int = 0) -> float:
+    """Mean number of times that an atom is read: once by each worker that needs it."""
+    found: list[set[int]] = [set() for _ in range(workers)]
+    one_rank: dict[str, Any] = {"rank": 0, "world_size": 1, "uneven": "drop", "drop_last": False}
+    all_steps = steps(order, start, batch_size=batch_size, **one_rank)
+    for turn, step in turns(all_steps, cycle=order.cycle, parts=parts):
+        units = positions(order, step)
+        found[turn % workers] |= set(np.searchsorted(atoms.ends, units, side="right").tolist())
+    return sum(map(len, found)) / len(set.union(*found))
+
+
+@pytest.mark.parametrize("rows", [50, 102])
+@pytest.mark.parametrize(
+    ("workers", "batch_size", "parts"), [(2, 32, 2), (2, 32, 8), (4, 16, 4), (3, 8, 3), (8, 32, 8), (2, 24, 2)]
+)
+def test_workers_share_out_row_groups_whatever_their_sizes(
+    rows: int, workers: int, batch_size: int, parts: int
+) -> None:
+    atoms = uneven(40, rows)
+    order = order_of(atoms, lanes=32)
+    for start in (0, 7 * batch_size):
+        assert reads_of_workers(order, atoms, workers, batch_size, parts, start) <= 1.25
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    atoms=atoms_of(),
+    start=st.integers(0, 40),
+    batch_size=st.integers(1, 7),
+    ranks=st.integers(1, 4),
+    cycle=st.integers(1, 60) | st.none(),
+    parts=st.integers(1, 6),
+)
+def test_every_step_is_of_one_turn_and_turns_are_numbered_without_gaps(
+    atoms: Atoms, start: int, batch_size: int, ranks: int, cycle: int | None, parts: int
+) -> None:
+    options: dict[str, Any] = {"batch_size": batch_size, "world_size": ranks, "uneven": "drop", "drop_last": False}
+    order = order_of(atoms)
+    of_rank = [
+        list(turns(steps(order, start, rank=rank, **options), cycle=cycle, parts=parts)) for rank in range(ranks)
+    ]
+    numbers = [number for number, _ in of_rank[0]]
+    assert numbers == sorted(numbers)
+    assert sorted(set(numbers)) == list(range(len(set(numbers))))
+    assert all([number for number, _ in found] == numbers for found in of_rank), "ranks agree on turns"
+    assert [step for _, step in of_rank[0]] == list(steps(order, start, rank=0, **options))
 
 
 def test_a_batch_mixes_row_groups_nearly_as_a_perfect_shuffle_does() -> None:

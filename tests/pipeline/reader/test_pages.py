@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidshard.pipeline.output.parquet_footer import column_ranges
-from vidshard.pipeline.reader.pages import _is_regular, decoded
+from vidshard.pipeline.reader.pages import Spare, _is_regular, decoded
 
 DTYPES = ("uint8", "uint16", "uint32", "float16", "float32")
 
@@ -44,7 +44,9 @@ def groups(data: bytes, dtype: str) -> list[tuple[np.ndarray | None, pa.Table]]:
         pages = memoryview(data)[int(ranges.starts[number]) : int(ranges.stops[number])]
         rows = file.metadata.row_group(number).num_rows
         width = file.schema_arrow.field("v").type.list_size
-        mine = decoded(pages, codec=ranges.codec, dtype=dtype, num_rows=rows, width=width)
+        spare = Spare(1 << 20)
+        spare.give(np.full(rows * width, 99, dtype).reshape(rows, width))  # what was there before does not matter
+        mine = decoded(pages, codec=ranges.codec, dtype=dtype, num_rows=rows, width=width, spare=spare)
         found.append((mine, file.read_row_group(number, columns=["v"])))
     return found
 
@@ -143,3 +145,20 @@ def test_a_column_is_found_in_the_footer_though_a_text_looks_like_its_path() -> 
     sink = io.BytesIO()
     pq.write_table(pa.table({"more": [trap] * 10, "v": flat}), sink, row_group_size=5)
     assert column_ranges(sink, "v.list.element", 2) is None
+
+
+def test_spare_arrays_are_used_again_and_bounded() -> None:
+    spare = Spare(max_bytes=4000)
+    first = spare.take(1000, "uint16")
+    spare.give(first.reshape(10, 100))
+    assert spare.take(1000, "uint32") is not first, "another dtype"
+    assert spare.take(999, "uint16") is not first, "another size"
+    assert spare.take(1000, "uint16") is first
+    assert spare.take(1000, "uint16") is not first, "it is in use"
+    spare.give(first.reshape(10, 100))
+    for size in (500, 1500):
+        spare.give(np.empty(size, np.uint16).reshape(-1, 1))
+    assert spare.take(1000, "uint16") is not first, "the oldest one is dropped"
+    view = np.frombuffer(b"12345678", np.uint16)
+    spare.give(view.reshape(2, 2))
+    assert spare.take(4, "uint16").flags.writeable, "memory of others is left alone"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 
 import vidshard
 from tests.support.token_outputs import write_output
@@ -22,15 +22,15 @@ BATCHES: list[dict[str, Any]] = [
         "flags": torch.tensor([True, False]),
         "texts": ["a", None, "b"],
         "lists": [torch.arange(at), None, torch.arange(2.0)],
-        "_position": at,
     }
     for at in range(9)
 ]
 
 
-class Listed(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        yield from BATCHES
+def listed() -> Iterator[Any]:
+    """Batches by turns of two."""
+    for at, batch in enumerate(BATCHES):
+        yield at // 2, at, batch
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -46,11 +46,13 @@ def equal(a: Any, b: Any) -> bool:
 def test_every_kind_of_value_comes_as_it_was_whether_it_fits_or_not(num_bytes: int, start: str) -> None:
     if start == "spawn" and num_bytes != 700:
         pytest.skip("once is enough: a process that is spawned imports torch anew")
-    slots = Slots(Listed(), mark="_position", num_workers=1, ahead=2, num_bytes=num_bytes, convert=None)
+    slots = Slots(listed, num_workers=1, ahead=2, num_bytes=num_bytes, convert=None)
     loader: Any = torch.utils.data.DataLoader(
         slots, batch_size=None, num_workers=1, collate_fn=unchanged, multiprocessing_context=start
     )
-    taken = [(sent.mark, slots.take(sent, pin=False)) for sent in loader]
+    messages = [list(slots.take(sent, pin=False)) for sent in loader]
+    assert list(map(len, messages)) == [2, 2, 2, 2, 1]
+    taken = [pair for message in messages for pair in message]
     assert [mark for mark, _ in taken] == list(range(9))
     assert all(equal(batch, BATCHES[mark]) for mark, batch in taken), "earlier batches are not written over"
 
@@ -82,30 +84,34 @@ def test_workers_give_the_batches_of_one_process_with_the_options_of_a_loader(tm
         assert [int(batch["sum"]) for batch in reduced] == [int(batch["tokens"].sum()) for batch in plain]
 
 
-@pytest.mark.parametrize(("workers", "ahead", "total"), [(1, 1, 40), (2, 2, 41), (2, 1, 43)])
+@pytest.mark.parametrize(("workers", "ahead", "together", "total"), [(1, 1, 1, 40), (2, 2, 3, 121), (2, 1, 2, 83)])
 def test_workers_that_are_faster_than_the_loop_write_over_no_batch_that_is_waiting(
-    workers: int, ahead: int, total: int
+    workers: int, ahead: int, together: int, total: int
 ) -> None:
     """Workers make batches as fast as they can, and the loop looks at every value of each."""
-    slots = Slots(Numbered(total), mark="_position", num_workers=workers, ahead=ahead, num_bytes=1 << 17, convert=None)
+    slots = Slots(
+        partial(numbered, total, together),
+        num_workers=workers,
+        ahead=ahead,
+        num_bytes=together << 17,
+        convert=None,
+    )
     loader: Any = torch.utils.data.DataLoader(
         slots, batch_size=None, num_workers=workers, collate_fn=unchanged, prefetch_factor=ahead
     )
-    for number, sent in enumerate(loader):
-        values = slots.take(sent, pin=False)["values"]
-        assert (values == number).all()
+    taken = (pair for sent in loader for pair in slots.take(sent, pin=False))
+    for number, (mark, batch) in enumerate(taken):
+        assert mark == number
+        assert (batch["values"] == number).all()
     assert number == total - 1
 
 
-class Numbered(IterableDataset[Any]):
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = torch.utils.data.get_worker_info()
-        assert worker is not None
-        for number in range(worker.id, self.total, worker.num_workers):
-            yield {"values": torch.full((30_000,), number, dtype=torch.int32), "_position": number}
+def numbered(total: int, together: int) -> Iterator[Any]:
+    worker = torch.utils.data.get_worker_info()
+    assert worker is not None
+    for number in range(total):
+        if number // together % worker.num_workers == worker.id:
+            yield number // together, number, {"values": torch.full((30_000,), number, dtype=torch.int32)}
 
 
 def test_a_loader_that_loses_the_order_is_refused(tmp_path: Any) -> None:
