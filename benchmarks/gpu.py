@@ -148,14 +148,15 @@ def precisions(bench: Rows) -> None:
 
 
 def decoder(bench: Rows) -> None:
-    """Speed of the large decoder in float16, with the fused kernels and without, and how far the pictures differ."""
+    """Speed of the large decoder in float16 with each choice of kernels, and how far the pictures differ."""
     model = random_model(LARGE, "float16")
     shape = model.config.latent_shape(NUM_FRAMES, SIDE, SIDE)
     z_BCTHW = torch.rand(BATCH, model.config.latent_channels, *shape, device=DEVICE).to(model.dtype) * 2 - 1
-    cost = decoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, torch.float16)
     expected = None
-    for what, context in (("with the kernels", every_kernel()), ("without", no_kernels())):
-        with context:
+    for what, kernels in KERNELS.items():
+        count = partial(decoding_cost, model.config, NUM_FRAMES, SIDE, SIDE, torch.float16)
+        cost = count(fuses_convolutions=kernels == "convolution")
+        with chosen_kernels(model, kernels):
             x_BCTHW = model.decode(z_BCTHW)
             seconds = seconds_of(partial(model.decode, z_BCTHW)) / BATCH
         bench.add("decoder", what, 1 / seconds, "clips/s", rates(cost, seconds))
@@ -224,38 +225,44 @@ def norm_speeds(channels: int) -> Iterator[tuple[str, int, float]]:
     yield "fused sum, norm and SiLU", 4 * size, seconds_of(lambda: fused.add_norm_silu(x, other, *settings))
 
 
+KERNELS = {
+    "with the kernels": "fused",
+    "without": "none",
+    "with norms in the convolutions": "convolution",
+}
+"""Choices of kernels, in words and as `chosen_kernels` takes them: ``--gpu-kernels``, or PyTorch's operators alone."""
+
+
 def fusion(bench: Rows) -> None:
-    """The kernel of norm, SiLU and padding: equal tokens, and speed with and without it."""
-    for name in (LARGE, SMALL):
-        model = random_model(name, "float16")
+    """The kernels between and in convolutions: equal tokens, and speed with each choice and precision."""
+    for name, precision in ((LARGE, "float16"), (LARGE, "bfloat16"), (SMALL, "float16")):
+        model = random_model(name, precision)
         x_BCTHW = to_input(model, noise(BATCH))
-        with_kernel = model.encode(x_BCTHW).tokens
-        with no_kernels():
-            without = model.encode(x_BCTHW).tokens
-            seconds = seconds_of(partial(model.encode, x_BCTHW)) / BATCH
-        assert with_kernel is not None
-        assert without is not None
-        equal = 100 * float((with_kernel == without).float().mean())
-        bench.add("fusion", f"{name}: equal tokens", equal, "%")
-        bench.add("fusion", f"{name}: without the kernels", 1 / seconds, "clips/s")
-        clips_per_second(bench, "fusion", model, "float16", BATCH)
+        expected = None
+        for what, kernels in KERNELS.items():
+            with chosen_kernels(model, kernels):
+                tokens = model.encode(x_BCTHW).tokens
+                clips_per_second(bench, "fusion", model, precision, BATCH, what)
+            assert tokens is not None
+            if expected is None:
+                expected = tokens
+            else:
+                equal = 100 * float((tokens == expected).float().mean())
+                bench.add("fusion", f"{name} {precision} {what}: tokens equal to those of the kernels", equal, "%")
 
 
 @contextmanager
-def no_kernels() -> Iterator[None]:
-    """Compute with PyTorch's own operators."""
+def chosen_kernels(model: VidTok, kernels: str) -> Iterator[None]:
+    """Compute with a choice of kernels: ``fused``, ``convolution``, or PyTorch's own operators for ``none``."""
     original = fused.is_used
-    fused.is_used = lambda *_: False
+    if kernels == "none":
+        fused.is_used = lambda *_: False
+    model.encoder.fuses_convolutions = model.decoder.fuses_convolutions = kernels == "convolution"
     try:
         yield
     finally:
         fused.is_used = original
-
-
-@contextmanager
-def every_kernel() -> Iterator[None]:
-    """Compute as production does."""
-    yield
+        model.encoder.fuses_convolutions = model.decoder.fuses_convolutions = False
 
 
 def compiled(bench: Rows) -> None:
@@ -361,9 +368,9 @@ def job(bench: Rows) -> None:
 SECTIONS = {
     "versions": Section(versions, 20),
     "agreement": Section(agreement, 45),
-    "fusion": Section(fusion, 30),
+    "fusion": Section(fusion, 60),
     "precisions": Section(precisions, 45),
-    "decoder": Section(decoder, 30),
+    "decoder": Section(decoder, 40),
     "batches": Section(batches, 25),
     "operators": Section(operators, 30),
     "transfers": Section(transfers, 20),
@@ -399,12 +406,21 @@ def trained(device: str, precision: str) -> VidTok:
     return model
 
 
-def clips_per_second(bench: Rows, section: str, model: VidTok, precision: str, batch_size: int) -> None:
-    """Measure passes of one batch size, and add speed and utilization."""
+def clips_per_second(
+    bench: Rows, section: str, model: VidTok, precision: str, batch_size: int, kernels: str = ""
+) -> None:
+    """Measure passes of one batch size, and add speed and utilization.
+
+    Args:
+        kernels: the kernels that the model has been given, in the words of `KERNELS`.
+    """
     x_BCTHW = to_input(model, noise(batch_size))
     seconds = seconds_of(lambda: model.encode(x_BCTHW)) / batch_size
-    cost = encoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, DTYPES[precision])
-    bench.add(section, f"{model.config.name} {precision} B={batch_size}", 1 / seconds, "clips/s", rates(cost, seconds))
+    fuses_convolutions = model.encoder.fuses_convolutions
+    dtype = DTYPES[precision]
+    cost = encoding_cost(model.config, NUM_FRAMES, SIDE, SIDE, dtype, fuses_convolutions=fuses_convolutions)
+    what = f"{model.config.name} {precision} B={batch_size} {kernels}".rstrip()
+    bench.add(section, what, 1 / seconds, "clips/s", rates(cost, seconds))
 
 
 def rates(cost: Cost, seconds: float) -> str:

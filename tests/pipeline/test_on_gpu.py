@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support.cli import printed_by
 from tests.support.encoding import CONFIG, SMALL, clip_spec, decoded_row, encoder_spec, rows_of_two_sizes
 from tests.support.videos import Recipe, write_video
-from vidshard.models.tokenizer import frames_to_input
+from vidshard.models.tokenizer import frames_to_input, get_preset
 from vidshard.models.training.state import _adam
-from vidshard.models.vidtok import fused
+from vidshard.models.vidtok import fused, fused_convolution
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
 from vidshard.pipeline.devices import examine_gpu, is_out_of_memory, make_reproducible
@@ -121,6 +122,32 @@ def test_the_fused_kernels_give_what_pytorch_gives_for_clips_and_pictures(
         within = 1e-3 if precision == "float32" else 0.1
         torch.testing.assert_close(z_BCTHW, model.encoder_output(x_BCTHW), atol=within, rtol=within)
         torch.testing.assert_close(frames, model.decode(z_BCTHW.tanh()), atol=within, rtol=within)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_convolutions_with_norms_give_what_pytorch_gives_for_clips_and_pictures(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    convolve = fused_convolution.conv_norm_silu
+
+    def counted(*arguments: object) -> list[Tensor]:
+        calls.append(tuple(arguments[0].shape))  # type: ignore[attr-defined]
+        return list(convolve(*arguments))
+
+    make_reproducible("cuda", 1, precision)
+    config = get_preset("fsq_causal_488_small")  # `tiny` has too few channels
+    model = load_tokenizer(config, None, seed=0, device="cuda", dtype=PRECISIONS[precision])
+    assert isinstance(model, VidTok)
+    x_BCTHW = (2 * torch.rand(2, 3, 9, 48, 32, device="cuda") - 1).to(model.dtype)
+    with torch.inference_mode():
+        z_BCTHW = model.encoder_output(x_BCTHW)
+        frames = model.decode(z_BCTHW.tanh())
+        model.encoder.fuses_convolutions = model.decoder.fuses_convolutions = True
+        monkeypatch.setattr(fused_convolution, "conv_norm_silu", counted)
+        torch.testing.assert_close(model.encoder_output(x_BCTHW), z_BCTHW, atol=0.1, rtol=0.1)
+        assert calls
+        torch.testing.assert_close(model.decode(z_BCTHW.tanh()), frames, atol=0.1, rtol=0.1)
 
 
 def test_a_pass_never_waits_for_the_gpu() -> None:
