@@ -105,7 +105,7 @@ def examine_gpu() -> GpuReport:
         failure = one_line(error, 300)
     return GpuReport(
         node=socket.gethostname(),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         torch_cuda=torch.version.cuda,
         driver=driver_version(),
         cudnn=torch.backends.cudnn.version() if torch.version.cuda else None,  # type: ignore[no-untyped-call]

@@ -43,7 +43,7 @@ def library_versions(more: Sequence[str] = ()) -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of torch, whose pickle would load torch in every process
         "ray": importlib.metadata.version("ray"),
         "pyarrow": pa.__version__,
         "av": av.__version__,

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 
 from vidshard.jobs.training.metrics_file import METRICS, read_metrics
 from vidshard.pipeline import storage
@@ -54,6 +52,8 @@ class Recorder:
         else:
             self._local = tempfile.TemporaryDirectory(prefix="vidshard-")
             root = Path(self._local.name)
+        from torch.utils.tensorboard import SummaryWriter  # here, as one worker of a run needs it
+
         root.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(folder) if line["step"] <= from_step] if from_step else []
         self._lines = root / METRICS
@@ -95,6 +95,8 @@ class Recorder:
         moving = animation(videos)
         height, width = moving.shape[1:3]
         data = gif(moving, MOVING_FPS)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
         writer: Any = self._events._get_file_writer()  # type: ignore[no-untyped-call]  # add_video needs moviepy
         writer.add_summary(Summary(value=[Summary.Value(tag="held_out/video", image=image)]), step)

@@ -457,7 +457,7 @@ def begin_run(training: ResolvedTraining) -> ResolvedTraining:
             "tokenizer": training.tokenizer.model_dump(mode="json"),
             "libraries": {
                 "python": platform.python_version(),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "ray": ray.__version__,
                 "pyarrow": pa.__version__,
                 "av": av.__version__,

@@ -10,7 +10,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vidshard.models.tokenizer import FAMILIES
@@ -80,6 +79,8 @@ def shard_generator(network: nn.Module, **settings: Any) -> nn.Module:
     """
     if not isinstance(network, Generator):
         return DistributedDataParallel(network)
+    from torch.distributed.fsdp import fully_shard
+
     # No layer overwrites its input where gradients are wanted, so the view is harmless.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     for layer in network.trainable.layers():

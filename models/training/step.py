@@ -22,11 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training.discriminator import adaptive_weight, adversarial_loss, hinge_loss, scores_for_generator
-from vidshard.models.training.distributed import gradient_sync, mean_over_workers
+from vidshard.models.training.distributed import gradient_sync, is_sharded, mean_over_workers
 from vidshard.models.training.losses import frames_of, reconstruction_loss, weighted_regularization
 from vidshard.models.training.state import TrainState
 from vidshard.schemas.training import StageConfig
@@ -224,7 +223,7 @@ def _clip_gradients(optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
     """Clip a network's gradients to a norm unless that is 0, and return the norm before."""
     parameters: Iterable[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def _seeds(state: TrainState, micro_batch: int) -> tuple[int, int]:
