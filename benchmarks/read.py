@@ -8,9 +8,9 @@ bytes in ranges of 1 MiB on 16 threads and decodes nothing.
     python -m benchmarks.read
     python -m benchmarks.read --peers litdata webdataset --s3-ms 20 --kinds "tokens 15 bit"
 
-Time counts from the first batch on, so that the start of workers is left out. Ray reads eight times the data, as
-it reads ahead before the first batch. CPU time is that of the process, its
-workers and their threads; it holds on a busy machine too. Ray's workers are not counted.
+Time counts from the 17th batch on, so that the start of workers is left out (raw: from the second row group). Ray reads
+eight times the data, as it reads ahead before the first batch. CPU time is that of the process, its workers and their
+threads; it holds on a busy machine too. Ray's workers are not counted.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ from vidshard.schemas.tokens import (
     shard_schema,
     tokens_payload,
 )
+
+_WARM_UP = 16
+"""Batches before the time counts: those that workers made while they all started."""
 
 KINDS: dict[str, Payload] = {
     "tokens 12 bit": tokens_payload((5, 32, 32), 1 << 12),
@@ -149,12 +152,11 @@ def cpu_seconds() -> float:
     return sum(times[pid][1] for pid in ours - servers if pid in times)
 
 
-def measure(read: Callable[[], Iterator[float]], most_seconds: float) -> tuple[float, float]:
-    """Clips a second and CPU seconds a clip, from the second batch on; for at most so long."""
+def measure(read: Callable[[], Iterator[float]], most_seconds: float, warm_up: int = _WARM_UP) -> tuple[float, float]:
+    """Clips a second and CPU seconds a clip, after a warm-up; for at most so long."""
     clips, started, cpu = 0.0, 0.0, 0.0
-    batches = read()
-    for count in batches:
-        if not started:
+    for at, count in enumerate(read()):
+        if at < warm_up:
             started, cpu = time.perf_counter(), cpu_seconds()
             continue
         clips += count
@@ -164,10 +166,10 @@ def measure(read: Callable[[], Iterator[float]], most_seconds: float) -> tuple[f
     return clips / seconds, used / clips
 
 
-def measure_apart(read: Callable[[], Iterator[float]], most_seconds: float) -> tuple[float, float]:
+def measure_apart(read: Callable[[], Iterator[float]], most_seconds: float, warm_up: int) -> tuple[float, float]:
     """As `measure`, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, read, most_seconds).result(timeout=60)
+        return pool.submit(measure, read, most_seconds, warm_up).result(timeout=60)
 
 
 def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments: argparse.Namespace) -> list[Row]:
@@ -177,7 +179,7 @@ def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments:
     readers: dict[tuple[str, str, int], Callable[[], Iterator[float]]] = {
         ("raw", "in order", 0): lambda: raw_bytes(mine, arguments.of_kind[kind]) if mine.endpoint else raw(mine)
     }
-    for shuffle in (False, True):
+    for shuffle in [order == "shuffled" for order in arguments.orders]:
         for workers in arguments.workers:
             how = "shuffled" if shuffle else "in order"
             readers["vidshard", how, workers] = partial(ours, mine, shuffle, workers)
@@ -189,7 +191,8 @@ def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments:
         for reader, read in readers.items():
             try:
                 is_apart = reader[0] in PEERS and PEERS[reader[0]].is_apart
-                rate, cpu = (measure_apart if is_apart else measure)(read, arguments.seconds)
+                warm_up = 1 if reader[0] == "raw" else _WARM_UP
+                rate, cpu = (measure_apart if is_apart else measure)(read, arguments.seconds, warm_up)
             except Exception as error:  # noqa: BLE001 - one reader's fault is not that of the others
                 print(f"{kind}, {reader}: {type(error).__name__}: {error!s:.300}")
                 continue
@@ -267,6 +270,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="Longest time for each reader and turn.")
     parser.add_argument("--turns", type=int, default=2, help="Turns of each reader, of which the best counts.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--orders", nargs="+", default=["in order", "shuffled"], choices=["in order", "shuffled"])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--peers", nargs="*", default=[name for name, peer in PEERS.items() if peer.is_installed])
     parser.add_argument("--s3-ms", type=float, help="Read from an S3 server too, whose answers come so much later.")
