@@ -40,7 +40,8 @@ from benchmarks.report import Row, report
 from benchmarks.slow_s3 import slow_s3
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_writer import compressed_bytes, parquet_bytes
-from vidshard.pipeline.reader.token_shards import TokenShards, TokenShardsMap
+from vidshard.pipeline.reader.token_shards import TokenShards
+from vidshard.pipeline.reader.token_shards_map import TokenShardsMap
 from vidshard.schemas.tokens import (
     CLIP_FIELDS,
     Payload,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vidshard.models.tokenizer import Tokenizer, frames_to_input, output_to_frames
     from vidshard.pipeline.open_output import Output, open_output
     from vidshard.pipeline.output.shard_reader import StoredClip
-    from vidshard.pipeline.reader.token_shards import TokenLoader, TokenShards, TokenShardsMap
+    from vidshard.pipeline.reader.token_shards import TokenLoader, TokenShards
+    from vidshard.pipeline.reader.token_shards_map import TokenShardsMap
     from vidshard.pipeline.sample_clips import sample_clips
     from vidshard.schemas.errors import VidshardError
     from vidshard.schemas.rejections import Rejection
@@ -64,7 +65,7 @@ _MODULES = {
     "Summary": "vidshard.jobs.tokenization.summary",
     "TokenLoader": "vidshard.pipeline.reader.token_shards",
     "TokenShards": "vidshard.pipeline.reader.token_shards",
-    "TokenShardsMap": "vidshard.pipeline.reader.token_shards",
+    "TokenShardsMap": "vidshard.pipeline.reader.token_shards_map",
     "TokenizeRun": "vidshard.schemas.runs",
     "Tokenizer": "vidshard.models.tokenizer",
     "VidshardError": "vidshard.schemas.errors",

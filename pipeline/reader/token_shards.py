@@ -1,4 +1,4 @@
-"""Training readers of an output: `TokenShards`, which iterates in an order of its own, and its map-style twin."""
+"""Training reader of outputs in an order of its own: `TokenShards`, and the loader over it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -16,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from vidshard.pipeline.reader.catalog import Paths
 from vidshard.pipeline.reader.mixture import Mixture, Shares, check_weights
 from vidshard.pipeline.reader.order import ORDER_VERSION, Order, num_steps, positions, steps, turns
-from vidshard.pipeline.reader.source import GroupCache, Plan, Source
-from vidshard.pipeline.reader.transport import Slots
+from vidshard.pipeline.reader.source import Plan, Source
+from vidshard.pipeline.reader.transport import Slots, message_bytes
+from vidshard.pipeline.reader.units import whole_number
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.tokens import Provenance
 
@@ -28,13 +28,10 @@ POSITION = "_position"
 
 _UNEVEN = ("drop", "repeat")
 _MAX_WORKERS = 1 << 12
-_CACHE_BYTES = 64 << 20
 _AHEAD = 2
 """Default of ``prefetch_factor`` in PyTorch: messages that a worker makes ahead."""
 _TOGETHER = 8
 """Batches that a worker makes in a row and sends in one message, where the order has no cycle."""
-_MESSAGE_BYTES = 16 << 20
-"""Largest size of a message of several batches."""
 
 
 class TokenShards(IterableDataset[Batch]):
@@ -104,9 +101,12 @@ class TokenShards(IterableDataset[Batch]):
             ShardError: there are no shards, or one is damaged.
         """
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("lanes", lanes, 1), ("world_size", world_size, 1)):
-            if value is not None and (type(value) is not int or value < least):
-                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
+        batch_size = None if batch_size is None else whole_number("batch_size", batch_size, least=1)
+        lanes, seed, epoch = (
+            whole_number("lanes", lanes, least=1),
+            whole_number("seed", seed),
+            whole_number("epoch", epoch),
+        )
         if uneven not in _UNEVEN:
             raise UserError(f"uneven is 'drop' or 'repeat', got {uneven!r:.40}")
         if (rank is None) != (world_size is None):
@@ -130,11 +130,16 @@ class TokenShards(IterableDataset[Batch]):
             self._shares = Shares.of_weights(list(paths.values()), lanes)
             self._source.make_mixture()
         self._batch_size, self._drop_last, self._uneven = batch_size, drop_last, uneven
-        self._shuffle, self._seed, self._epoch, self._lanes = shuffle, int(seed), int(epoch), lanes
-        self._given = None if rank is None or world_size is None else (int(rank), int(world_size))
-        self._position = self._start = 0
+        self._shuffle, self._seed, self._lanes = shuffle, seed, lanes
+        self._given = None
+        if rank is not None and world_size is not None:
+            self._given = whole_number("rank", rank), whole_number("world_size", world_size, least=1)
         # which processes began the epoch: workers are copies of this object, and share this memory
         self._begun = torch.zeros(_MAX_WORKERS, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        # epoch and first position, for workers that a loader keeps from one epoch to the next
+        self._now = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._is_kept = False
+        self._begin(whole_number("epoch", epoch), 0)
         self._check_ranks()
 
     def __repr__(self) -> str:
@@ -175,7 +180,7 @@ class TokenShards(IterableDataset[Batch]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; another one than now starts at its first batch."""
         if epoch != self._epoch:
-            self._begin(int(epoch), 0)
+            self._begin(whole_number("epoch", epoch), 0)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of this rank, and of this loader worker, in order.
@@ -207,6 +212,9 @@ class TokenShards(IterableDataset[Batch]):
         worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         slot = 0 if worker is None else min(1 + number, _MAX_WORKERS - 1)
+        if worker is not None and self._is_kept:
+            self._epoch, self._start = map(int, self._now)
+        self._is_kept = worker is not None
         position = 0 if self._begun[slot] else self._start
         self._begun[slot] = 1
         if worker is None:
@@ -293,13 +301,22 @@ class TokenShards(IterableDataset[Batch]):
         """
         return TokenLoader(self, num_workers, options)
 
-    def _turns_of(self, num_workers: int) -> tuple[int, int]:
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of a batch, at most."""
+        return self._source.row_bytes * min(self._batch_size or 1, self.num_samples)
+
+    def _turns_of(self, num_workers: int, num_bytes: int) -> tuple[int, int]:
         """Cycle and parts for `turns` of workers, so that they share out row groups and send large messages.
 
         Shuffled, each worker has its own lanes: a part of each cycle, or every n-th part where it is too large.
+
+        Args:
+            num_workers: number of workers.
+            num_bytes: largest size of a message of several batches.
         """
         step = (self._batch_size or 1) * self._ranks()[1]
-        most = min(_MESSAGE_BYTES // (self._source.row_bytes * (self._batch_size or 1)), len(self) // (4 * num_workers))
+        most = min(num_bytes // self.batch_bytes, len(self) // (4 * num_workers))
         cycle = self._order().cycle
         num_steps = cycle // step
         if not self._shuffle or num_steps < num_workers:
@@ -309,7 +326,10 @@ class TokenShards(IterableDataset[Batch]):
         return cycle, num_workers * rounds
 
     def _begin(self, epoch: int, position: int) -> None:
+        if abs(epoch) >> 62:
+            raise UserError(f"there is no epoch {epoch:.3g}")
         self._epoch, self._start, self._position = epoch, position, position
+        self._now[0], self._now[1] = epoch, position
         self._begun.zero_()
 
     def _order(self) -> Order | Mixture:
@@ -355,6 +375,7 @@ class TokenLoader:
 
     def __init__(self, dataset: TokenShards, num_workers: int, options: Mapping[str, Any]) -> None:
         """Wrap a dataset; see `TokenShards.loader`."""
+        num_workers = whole_number("num_workers", num_workers, least=0)
         if dataset._batch_size is None and num_workers > 1:
             raise UserError("give batch_size= to TokenShards: several workers cannot share out single clips in order")
         self._dataset = dataset
@@ -372,7 +393,8 @@ class TokenLoader:
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch. When it is over, the next iteration is the next epoch."""
         dataset = self._dataset
-        dataset._begin(dataset._epoch, dataset._position)
+        # an epoch whose last batch was used is over, also where its loop was left at that batch
+        dataset._begin(*divmod(dataset._epoch * dataset.num_samples + dataset._position, dataset.num_samples))
         for mark, batch in self._sent() if self._num_workers else self._made():
             dataset._position = mark
             yield batch
@@ -393,14 +415,14 @@ class TokenLoader:
         options = dict(self._options)
         convert, pin = options.pop("collate_fn", None), options.pop("pin_memory", False) and torch.cuda.is_available()
         dataset = self._dataset
-        cycle, parts = dataset._turns_of(self._num_workers)
-        _, world_size = dataset._ranks()
-        most = -(-cycle // parts // (dataset._batch_size or 1) // world_size) + 1
+        ahead = options.get("prefetch_factor") or _AHEAD
+        cycle, parts = dataset._turns_of(self._num_workers, message_bytes(self._num_workers, ahead))
+        most = -(-cycle // parts // (dataset._batch_size or 1) // dataset._ranks()[1]) + 1
         slots = Slots(
             partial(dataset.turns, cycle=cycle, parts=parts),
             num_workers=self._num_workers,
-            ahead=options.get("prefetch_factor") or _AHEAD,
-            num_bytes=dataset._source.row_bytes * (dataset._batch_size or 1) * most,
+            ahead=ahead,
+            num_bytes=dataset.batch_bytes * most,
             convert=convert,
         )
         loader: Any = DataLoader(
@@ -421,88 +443,3 @@ class TokenLoader:
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-class TokenShardsMap(Dataset[Batch]):
-    """Clips of one or several outputs by number: the map-style twin of `TokenShards`."""
-
-    def __init__(
-        self,
-        paths: Paths,
-        *,
-        columns: str | Sequence[str] | None = None,
-        where: str | None = None,
-        sequence: int | None = None,
-        stride: int | None = None,
-        signals: str | Sequence[str] | None = None,
-        signals_per: str = "frame",
-        normalize: bool | Mapping[str, Any] = False,
-        sample: bool = False,
-        seed: int = 0,
-        allow_mixed: bool | Collection[str] = (),
-        cache_bytes: int = _CACHE_BYTES,
-    ) -> None:
-        """Open outputs; arguments as those of `TokenShards`.
-
-        Args:
-            cache_bytes: payload of row groups that is kept in memory, as neighbors are often wanted too.
-
-        Raises:
-            UserError, ShardError: as `TokenShards`.
-        """
-        self._source = Source(
-            paths,
-            columns=columns,
-            where=where,
-            sequence=sequence,
-            stride=stride,
-            signals=signals,
-            signals_per=signals_per,
-            normalize=normalize,
-            sample=sample,
-            allow_mixed=allow_mixed,
-        )
-        self._seed = int(seed)
-        self._cache_bytes = cache_bytes
-        self._groups = GroupCache(self._source, cache_bytes)
-
-    def __len__(self) -> int:
-        """Number of clips, or of sequences."""
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Batch:
-        """A clip or sequence by its number, negative ones from the end.
-
-        Raises:
-            IndexError: there is no such number.
-        """
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """Several clips or sequences; a `DataLoader` asks for a batch this way.
-
-        Raises:
-            IndexError: one of the numbers does not exist.
-        """
-        found: dict[int, Batch] = {}
-        units = np.array([self._number(index) for index in indices], np.int64)
-        shapes = self._shapes(units)
-        for shape in np.unique(shapes):
-            places = np.flatnonzero(shapes == shape)
-            batch = self._source.batch(Plan(units[places], (self._seed, 0), 0, 0, 0), self._groups)
-            for at, place in enumerate(places.tolist()):
-                found[place] = {name: values[at] for name, values in batch.items()}
-        return [found[place] for place in range(len(units))]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": GroupCache(self._source, self._cache_bytes)}
-
-    def _shapes(self, units: Any) -> Any:
-        atoms = self._source.units.atoms
-        return atoms.shape[np.searchsorted(atoms.ends, units, side="right")]
-
-    def _number(self, index: int) -> int:
-        number = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= number < len(self):
-            raise IndexError(f"there are {len(self):,} clips, got the number {index}")
-        return number

@@ -8,6 +8,7 @@ share a message, as a message costs more CPU time than copying such a batch (doc
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -18,6 +19,20 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 _ALIGNMENT = 64
+_MESSAGE_BYTES = 16 << 20
+_SHARED_FOLDER = "/dev/shm"  # noqa: S108 - its free space is looked at
+
+
+def message_bytes(num_workers: int, ahead: int) -> int:
+    """Largest size of a message of several batches: a quarter of free shared memory is enough for all slots.
+
+    Containers often have 64 MB of shared memory, and a process that writes beyond is killed.
+    """
+    try:
+        free = shutil.disk_usage(_SHARED_FOLDER).free
+    except OSError:  # other systems have no such folder
+        return _MESSAGE_BYTES
+    return min(_MESSAGE_BYTES, free // (4 * num_workers * (ahead + 2)))
 
 
 @dataclass(frozen=True, slots=True)

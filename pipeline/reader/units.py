@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -300,10 +302,26 @@ def check_sequence(sequence: int | None, stride: int | None) -> None:
         UserError: one is not positive, or there is a stride without a sequence.
     """
     for name, value in (("sequence", sequence), ("stride", stride)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"{name} must be a positive number of rows, got {value!r:.40}")
+        if value is not None:
+            whole_number(name, value, least=1)
     if stride is not None and sequence is None:
         raise UserError("stride is that of a sequence: give sequence= too")
+
+
+def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """A whole number of any integer type, such as NumPy's.
+
+    Raises:
+        UserError: it is none, or smaller than ``least``.
+    """
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or (least is not None and found < least):
+        more = "" if least is None else f" of at least {least}"
+        raise UserError(f"{name} must be a whole number{more}, got {value!r:.40}")
+    return found
 
 
 def names_of(values: str | Sequence[str] | None) -> list[str]:

@@ -1,12 +1,13 @@
 """Filters of rows, as text: ``source_fps >= 24 and num_valid_frames = 17`` to an Arrow expression.
 
 A filter is a condition of SQL: comparisons (``= == != <> < <= > >=``), ``in (...)``, ``is null``, ``is not null``,
-joined by ``and``, ``or``, ``not`` and parentheses. Strings stand in single or double quotes; ``geometry.policy`` names
-a field of a struct.
+joined by ``and``, ``or``, ``not`` and parentheses. Strings, dates and times (ISO 8601) stand in single or double
+quotes; ``geometry.policy`` names a field of a struct.
 """
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import operator
 import re
@@ -158,6 +159,8 @@ class _Parser:
                 value = int(text) if re.fullmatch(r"[-+]?\d+", text) else int(value)
         elif found == "text" and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             value = text[1:-1].replace(text[0] * 2, text[0])
+        elif found == "text" and pa.types.is_temporal(kind):
+            value = self._time(text[1:-1], kind)
         elif found == "word" and text.lower() in ("true", "false") and pa.types.is_boolean(kind):
             value = text.lower() == "true"
         else:
@@ -168,6 +171,22 @@ class _Parser:
         except (pa.ArrowException, OverflowError) as error:
             raise self.error(f"{text} does not fit the column's type {kind}") from error
         return value
+
+    def _time(self, text: str, kind: pa.DataType) -> Any:
+        """A date or time in ISO 8601; a time without a zone is UTC where the column has one."""
+        try:
+            if pa.types.is_date(kind):
+                return datetime.date.fromisoformat(text)
+            if pa.types.is_timestamp(kind):
+                found = datetime.datetime.fromisoformat(text)
+                if kind.tz is not None and found.tzinfo is None:
+                    return found.replace(tzinfo=datetime.UTC)
+                if kind.tz is None and found.tzinfo is not None:
+                    raise self.error(f"the column has no time zone: leave it out of '{readable(text, 80)}'")
+                return found
+        except ValueError as error:
+            raise self.error(f"'{readable(text, 80)}' is no date or time such as '2026-01-31 12:00:00'") from error
+        raise self.error(f"columns of type {kind} cannot be compared")
 
     def _shown(self) -> str:
         return "the end" if self.kind is None else f"'{readable(self.value, 80)}'"

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -277,3 +278,65 @@ def test_processes_that_are_spawned_keep_the_rank(
     pickled = pickle.dumps(shards(out))
     monkeypatch.undo()
     assert numbers(pickle.loads(pickled)) == numbers(shards(out, rank=1, world_size=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("batch_size", 2.0), ("batch_size", True), ("lanes", -1), ("seed", "a"), ("seed", 1.5),
+     ("epoch", None), ("epoch", 1 << 80), ("sequence", 0), ("sequence", "2")],
+)  # fmt: skip
+def test_what_is_no_whole_number_is_refused_by_name(out: Path, name: str, value: Any) -> None:
+    with pytest.raises(vidshard.VidshardError, match=name):
+        vidshard.TokenShards(str(out), **{name: value})
+
+
+@pytest.mark.parametrize("workers", [-1, 1.0, "2", None])
+def test_a_wrong_number_of_workers_is_refused(out: Path, workers: Any) -> None:
+    with pytest.raises(vidshard.VidshardError, match="num_workers"):
+        vidshard.TokenShards(str(out), batch_size=2).loader(workers)
+
+
+def test_any_integer_type_is_a_number(out: Path) -> None:
+    numbers: Any = np.int64(3), np.uint8(1), np.int32(1)
+    shards = vidshard.TokenShards(str(out), batch_size=numbers[0], seed=numbers[1], shuffle=True)
+    assert len(next(iter(shards.loader(numbers[2])))["tokens"]) == 3
+    twin: Any = vidshard.TokenShardsMap(str(out))
+    assert torch.equal(twin[np.int64(1)]["tokens"], twin[torch.tensor(1)]["tokens"])
+    for index in (slice(0, 2), 1.5, "1"):
+        with pytest.raises(TypeError):
+            twin[index]
+
+
+def test_a_batch_larger_than_the_dataset_holds_all_of_it(out: Path) -> None:
+    shards = vidshard.TokenShards(str(out), batch_size=10**9)
+    assert [len(batch["tokens"]) for batch in shards.loader(1)] == [shards.num_samples]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_left_at_its_last_batch_is_over(out: Path, workers: int) -> None:
+    shards = vidshard.TokenShards(str(out), columns=["clip_id"], batch_size=5, shuffle=True)
+    whole = [ids(shards.loader()) for _ in range(2)]
+    shards = vidshard.TokenShards(str(out), columns=["clip_id"], batch_size=5, shuffle=True)
+    loader = shards.loader(workers)
+    for at, _ in enumerate(loader):
+        if at == len(loader) - 1:
+            break
+    assert ids(loader) == whole[1], "and not an epoch without batches"
+    once = vidshard.TokenShards(str(out), columns=["clip_id"], batch_size=5, shuffle=True)
+    assert len(list(once)) == len(once)
+    assert ids(once.loader(workers)) == whole[1]
+
+
+def test_workers_that_are_kept_learn_of_the_next_epoch(out: Path) -> None:
+    shards = vidshard.TokenShards(str(out), columns=["clip_id"], batch_size=5, shuffle=True)
+    loader: Any = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=2, persistent_workers=True)
+    found = []
+    for epoch in range(3):
+        shards.set_epoch(epoch)
+        found.append(ids(loader))
+    plain = vidshard.TokenShards(str(out), columns=["clip_id"], batch_size=5, shuffle=True).loader()
+    assert found == [ids(plain) for _ in range(3)]
+
+
+def ids(batches: Any) -> list[str]:
+    return [clip for batch in batches for clip in batch["clip_id"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ TABLE = pa.table(
         "x": pa.array([0.5, 1.0, -2.0, None, 3.0]),
         "text": ["a", "it's", 'say "x"', None, "and"],
         "yes": [True, False, True, None, False],
+        "day": pa.array([datetime.date(2026, 1, day) for day in range(1, 6)]),
+        "at": pa.array([datetime.datetime(2026, 1, day, 12) for day in range(1, 6)], pa.timestamp("us")),
+        "zoned": pa.array([datetime.datetime(2026, 1, day, 12) for day in range(1, 6)], pa.timestamp("ms", "UTC")),
         "geometry": [{"policy": "crop", "left": at} for at in range(5)],
     }
 )
@@ -47,6 +51,12 @@ TABLE = pa.table(
         ("not yes and n < 3", [1]),
         ("geometry.left >= 3", [3, 4]),
         ("n = 2.0", [1]),
+        ("day >= '2026-01-04'", [3, 4]),
+        ("day in ('2026-01-01', '2026-01-05')", [0, 4]),
+        ("at < '2026-01-02 12:00:00'", [0]),
+        ("at = '2026-01-02T12:00:00'", [1]),
+        ("zoned > '2026-01-03T13:00:00+01:00'", [3, 4]),
+        ("zoned > '2026-01-03 12:00'", [3, 4]),
     ],
 )
 def test_conditions_mean_what_they_mean_in_sql(where: str, rows: list[int]) -> None:
@@ -72,6 +82,9 @@ def test_conditions_mean_what_they_mean_in_sql(where: str, rows: list[int]) -> N
         ("n ; drop", "cannot be read"),
         ("", "a column is expected"),
         ("(" * 60 + "n = 1", "nested"),
+        ("day > 2026", "date32"),
+        ("day > 'soon'", "is no date or time such as"),
+        ("at > '2026-01-03T13:00:00+01:00'", "no time zone"),
         ("\x1b]52;c;x\x07 = 1", r"\\x1b"),
     ],
 )
