@@ -35,7 +35,7 @@ from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, EncodeStats, add_cl
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips, VideoSource
 
-NUM_SPANS = 1500
+NUM_SPANS = 600
 VICTIMS = (
     "writer before its put",
     "encoder",
@@ -228,7 +228,7 @@ def kill_in_turn(folder: Path, *, num_kills: int, seed: int, until: float = floa
 
 def _wait(driver: subprocess.Popen[str], out: str, rng: random.Random) -> bool:
     """Wait until some more spans are committed; returns whether the driver still runs."""
-    wanted = min(_num_shards(out) + rng.randrange(1, 10), NUM_SPANS // 5 - 2)
+    wanted = min(_num_shards(out) + rng.randrange(1, 5), NUM_SPANS // 5 - 2)
     while driver.poll() is None:
         if _num_shards(out) >= wanted:
             return True
