@@ -151,32 +151,30 @@ class ShardFiles:
         with named_if_damaged(self._paths[shard], remedy=""):
             file = self._open(shard)
             try:
-                return self._table(file, shard, number, columns, [])
+                return self._table(file, shard, number, columns)
             finally:
                 file.close()
 
-    def payload_and_table(
+    def row_groups(
         self,
         shard: int,
-        number: int,
-        num_rows: int,
+        groups: Sequence[tuple[int, int]],
         payload: Sequence[tuple[PayloadColumn, ColumnRanges | None]],
         columns: Sequence[str],
         spare: Spare | None = None,
-    ) -> tuple[Mapping[str, np.ndarray], pa.Table | None]:
-        """Read payload columns and other columns of one row group.
+    ) -> list[tuple[Mapping[str, np.ndarray], pa.Table | None]]:
+        """Read payload columns and other columns of row groups; ranges of a remote shard are fetched together.
 
         Args:
             shard: number of the shard.
-            number: number of the row group in the shard.
-            num_rows: rows of the row group.
+            groups: (number of the row group in the shard, its rows).
             payload: payload columns as the shard has them, and where they lie if that is known.
             columns: other columns.
             spare: memory for the values.
 
         Returns:
-            Values (rows, values of a row) by payload column; and a table of the other columns, with the payload columns
-            whose pages Arrow must read. None if there are none of these.
+            By row group: values (rows, values of a row) by payload column; and a table of the other columns, with the
+            payload columns whose pages Arrow must read. None if there are none of these.
 
         Raises:
             ShardError, storage.StorageError: as `group`.
@@ -185,38 +183,62 @@ class ShardFiles:
             file = self._open(shard)
             try:
                 known = [(column, ranges) for column, ranges in payload if ranges is not None]
-                left = [column.name for column, ranges in payload if ranges is None]
-                wanted = [(int(r.starts[number]), int(r.stops[number])) for _, r in known]
-                if isinstance(file, RangeFile) and wanted and not (columns or left):
-                    file.hold(wanted)
-                table = self._table(file, shard, number, [*columns, *left], wanted) if columns or left else None
-                values: dict[str, np.ndarray] = {}
-                for (column, ranges), (start, stop) in zip(known, wanted, strict=True):
-                    file.seek(start)
-                    found = decoded(
-                        memoryview(file.read(stop - start)),
-                        codec=ranges.codec,
-                        dtype=column.dtype,
-                        num_rows=num_rows,
-                        width=column.num_values,
-                        spare=spare,
-                    )
-                    if found is not None:
-                        values[column.name] = found
-                if odd := [column.name for column, _ in known if column.name not in values]:
-                    more = self._table(file, shard, number, odd, [])
-                    if table is not None:
-                        for name in table.column_names:
-                            more = more.append_column(name, table[name])
-                    table = more
-                return values, table
+                others = [*columns, *(column.name for column, ranges in payload if ranges is None)]
+                wanted = [(int(r.starts[number]), int(r.stops[number])) for number, _ in groups for _, r in known]
+                if isinstance(file, RangeFile):
+                    chunks = [] if not others else self._chunks(file, shard, [number for number, _ in groups], others)
+                    file.hold([*wanted, *chunks])
+                return [self._row_group(file, shard, group, known, others, spare) for group in groups]
             finally:
                 file.close()
 
-    def _table(
-        self, file: Any, shard: int, number: int, columns: Sequence[str], more: Sequence[tuple[int, int]]
-    ) -> pa.Table:
-        """Read columns by Arrow; of a remote file these and ``more`` ranges are fetched together."""
+    def _row_group(
+        self,
+        file: Any,
+        shard: int,
+        group: tuple[int, int],
+        payload: Sequence[tuple[PayloadColumn, ColumnRanges]],
+        columns: Sequence[str],
+        spare: Spare | None,
+    ) -> tuple[Mapping[str, np.ndarray], pa.Table | None]:
+        number, num_rows = group
+        table = self._table(file, shard, number, columns) if columns else None
+        values: dict[str, np.ndarray] = {}
+        for column, ranges in payload:
+            file.seek(int(ranges.starts[number]))
+            found = decoded(
+                memoryview(file.read(int(ranges.stops[number]) - int(ranges.starts[number]))),
+                codec=ranges.codec,
+                dtype=column.dtype,
+                num_rows=num_rows,
+                width=column.num_values,
+                spare=spare,
+            )
+            if found is not None:
+                values[column.name] = found
+        if odd := [column.name for column, _ in payload if column.name not in values]:
+            more = self._table(file, shard, number, odd)
+            if table is not None:
+                for name in table.column_names:
+                    more = more.append_column(name, table[name])
+            table = more
+        return values, table
+
+    def _table(self, file: Any, shard: int, number: int, columns: Sequence[str]) -> pa.Table:
+        """Read columns by Arrow."""
+        known, parquet = self._parquet(file, shard, [number])
+        if isinstance(file, RangeFile):
+            file.hold(_chunks_of(parquet, number, columns))
+        table = parquet.group(number, columns)
+        known.chunks = parquet.known_chunks
+        return table
+
+    def _chunks(self, file: Any, shard: int, numbers: Sequence[int], columns: Sequence[str]) -> list[tuple[int, int]]:
+        """Ranges of columns of row groups."""
+        _, parquet = self._parquet(file, shard, numbers)
+        return [found for number in numbers for found in _chunks_of(parquet, number, columns)]
+
+    def _parquet(self, file: Any, shard: int, numbers: Sequence[int]) -> tuple[_Footer, BoundedParquet]:
         known = self._footer(shard)
         if known is None:
             with self._lock:
@@ -225,17 +247,9 @@ class ShardFiles:
                 known = self._footer(shard) or self._read_footer(shard)
         parquet = BoundedParquet(file, metadata=known.metadata)
         parquet.keep_chunks(known.chunks)
-        if not 0 <= number < parquet.metadata.num_row_groups:
+        if not all(0 <= number < parquet.metadata.num_row_groups for number in numbers):
             raise ValueError("it was replaced since it was opened")
-        if isinstance(file, RangeFile):
-            wanted = tuple(f"{name}." for name in columns)  # names may hold dots
-            ranges = [
-                (c.start, c.stop) for c in parquet.chunks(number) if c.path in columns or c.path.startswith(wanted)
-            ]
-            file.hold([*ranges, *more])
-        table = parquet.group(number, columns)
-        known.chunks = parquet.known_chunks
-        return table
+        return known, parquet
 
     def _open(self, shard: int) -> Any:
         """Open a shard to read row groups.
@@ -272,6 +286,12 @@ class ShardFiles:
             while len(self._footers) > FOOTERS:
                 self._footers.popitem(last=False)
         return footer
+
+
+def _chunks_of(parquet: BoundedParquet, number: int, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """Ranges of columns of a row group."""
+    wanted = tuple(f"{name}." for name in columns)  # names may hold dots
+    return [(c.start, c.stop) for c in parquet.chunks(number) if c.path in columns or c.path.startswith(wanted)]
 
 
 @dataclass(kw_only=True)

@@ -36,6 +36,8 @@ Picks = list[tuple[int, Integers, Integers]]
 
 AHEAD_BYTES = 64 << 20
 """Payload that is read ahead of the batch that is made."""
+_REQUEST_BYTES = 4 << 20
+"""Payload of neighboring row groups that are fetched in one request."""
 _OTHER_BYTES = 16 << 10
 """Bytes of a row in shared memory for columns beside the payload, such as signals."""
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 16
@@ -147,11 +149,11 @@ class Source:
         """Number of units."""
         return self.units.atoms.num_units
 
-    def load(self, group: int, spare: Spare | None = None) -> Loaded:
-        """Read a row group.
+    def load(self, groups: Sequence[int], spare: Spare | None = None) -> list[Loaded]:
+        """Read row groups of one shard.
 
         Args:
-            group: its number.
+            groups: their numbers.
             spare: memory for payload values.
 
         Raises:
@@ -159,25 +161,25 @@ class Source:
             storage.StorageError: the storage failed.
         """
         catalog = self.catalog
-        shard = int(catalog.group_shard[group])
-        num_rows = int(catalog.group_ends[group] - (catalog.group_ends[group - 1] if group else 0))
+        shard = int(catalog.group_shard[groups[0]])
+        rows = [int(catalog.group_ends[group] - self._group_starts[group]) for group in groups]
         payload = [
             (column, catalog.shard_ranges[shard].get(column.name))
             for column in catalog.shard_provenance[shard].payload
             if column.name in self._payload_names
         ]
-        values, table = self.files.payload_and_table(
-            shard, int(catalog.group_number[group]), num_rows, payload, self._reads, spare
-        )
+        numbers = [int(catalog.group_number[group]) for group in groups]
+        found = self.files.row_groups(shard, list(zip(numbers, rows, strict=True)), payload, self._reads, spare)
         with named_if_damaged(catalog.paths[shard], remedy=""):
-            if table is not None and table.num_rows != num_rows:
+            if any(table is not None and table.num_rows != n for (_, table), n in zip(found, rows, strict=True)):
                 raise ValueError("it was replaced since it was opened")
-            return [
-                column.checked(values[column.column.name])
-                if isinstance(column, PayloadValues) and column.column.name in values
-                else column.load(table)
-                for column in self._columns
-            ]
+            return [[self._loaded(column, *group) for column in self._columns] for group in found]
+
+    @staticmethod
+    def _loaded(column: Column, values: Mapping[str, np.ndarray], table: pa.Table | None) -> Any:
+        if isinstance(column, PayloadValues) and column.column.name in values:
+            return column.checked(values[column.column.name])
+        return column.load(table)
 
     def picks(self, units: Integers) -> tuple[Integers, Picks]:
         """Rows of units, flat, and the same rows by row group."""
@@ -250,7 +252,7 @@ class Source:
         ends = self.catalog.group_ends
         waiting: deque[tuple[Plan, Integers, Picks]] = deque()
         uses: Counter[int] = Counter()
-        loads: dict[int, Future[Loaded]] = {}
+        loads: dict[int, tuple[Future[list[Any]], int]] = {}
         fresh: dict[int, int] = {}
         fresh_bytes = submitted = 0
         spare = Spare(AHEAD_BYTES)
@@ -269,30 +271,58 @@ class Source:
             while waiting or plan_one():
                 while waiting[-1][0].stop <= waiting[0][0].block_end and plan_one():
                     pass
-                while submitted < len(waiting) or plan_one():
-                    missing = [group for group, _, _ in waiting[submitted][2] if group not in loads]
+                wanted: dict[int, int] = {}
+                # remotely several row groups are asked for at a time, so that neighbors come in one request
+                is_full = self._is_remote and submitted and fresh_bytes > AHEAD_BYTES - AHEAD_BYTES // 4
+                while not is_full and (submitted < len(waiting) or plan_one()):
+                    missing = [g for g, _, _ in waiting[submitted][2] if g not in loads and g not in wanted]
                     if submitted and fresh_bytes > AHEAD_BYTES and missing:
                         break
                     for group in missing:
-                        loads[group] = pool.submit(self.load, group, spare)
                         fresh[group] = int(ends[group] - self._group_starts[group]) * row_bytes
+                        wanted[group] = fresh[group]
                         fresh_bytes += fresh[group]
                     submitted += 1
                     if submitted > 1 << 16:
                         break
+                for run in self._runs(wanted):
+                    future = pool.submit(self.load, run, spare)
+                    loads.update({group: (future, at) for at, group in enumerate(run)})
                 plan, rows, picks = waiting.popleft()
                 submitted -= 1
-                yield plan, self._batch(plan, rows, picks, lambda group: loads[group].result())
+                yield plan, self._batch(plan, rows, picks, lambda group: loads[group][0].result()[loads[group][1]])
                 for group, _, _ in picks:
                     fresh_bytes -= fresh.pop(group, 0)
                     uses[group] -= 1
                     if not uses[group]:
                         del uses[group]
-                        for column, values in zip(self._columns, loads.pop(group).result(), strict=True):
+                        future, place = loads.pop(group)
+                        for column, values in zip(self._columns, future.result()[place], strict=True):
                             if isinstance(column, PayloadValues):
                                 spare.give(values)
+                        future.result()[place].clear()  # the others of its request may be needed for longer
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _runs(self, wanted: Mapping[int, int]) -> Iterator[list[int]]:
+        """Row groups that are read together, by the first one that is needed.
+
+        Args:
+            wanted: bytes by row group, in the order in which they are needed.
+        """
+        shard = self.catalog.group_shard
+        left = dict(wanted)
+        for first in wanted:
+            if first not in left:
+                continue
+            run, num_bytes = [first], left.pop(first)
+            for step in (1, -1) if self._is_remote else ():
+                group = first + step
+                while group in left and shard[group] == shard[first] and num_bytes + left[group] <= _REQUEST_BYTES:
+                    run.append(group)
+                    num_bytes += left.pop(group)
+                    group += step
+            yield sorted(run)
 
     def _first_values(self, name: str) -> Any:
         """Values of a column in the first row group that has samples, or at least values; None if none has."""
@@ -331,7 +361,7 @@ class GroupCache:
     def __call__(self, group: int) -> Loaded:
         """Columns of a row group that are loaded."""
         if group not in self._groups:
-            self._groups[group] = self._source.load(group)
+            [self._groups[group]] = self._source.load([group])
             while len(self._groups) > self._most:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)

@@ -108,18 +108,18 @@ def test_a_filter_passes_the_rows_that_meet_it(out: Path) -> None:
 
 def test_row_groups_that_cannot_pass_are_not_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int, tuple[str, ...]]] = []
-    group, load = ShardFiles.group, ShardFiles.payload_and_table
+    group, load = ShardFiles.group, ShardFiles.row_groups
 
     def counted(self: ShardFiles, shard: int, number: int, columns: list[str]) -> pa.Table:
         reads.append((shard, number, tuple(columns)))
         return group(self, shard, number, columns)
 
-    def counted_load(self: ShardFiles, shard: int, number: int, *others: Any) -> Any:
-        reads.append((shard, number, ("tokens",)))
-        return load(self, shard, number, *others)
+    def counted_load(self: ShardFiles, shard: int, groups: list[tuple[int, int]], *others: Any) -> Any:
+        reads.extend((shard, number, ("tokens",)) for number, _ in groups)
+        return load(self, shard, groups, *others)
 
     monkeypatch.setattr(ShardFiles, "group", counted)
-    monkeypatch.setattr(ShardFiles, "payload_and_table", counted_load)
+    monkeypatch.setattr(ShardFiles, "row_groups", counted_load)
     found = list(vidshard.TokenShards(str(out), where="video_id = 'a000000'"))
     assert len(found) == 2
     assert {shard for shard, _, _ in reads} == {0}
