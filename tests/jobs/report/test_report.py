@@ -212,7 +212,7 @@ def test_a_report_that_cannot_be_made_costs_a_run_one_line(
     good_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(error: BaseException) -> str:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(job, "write_report", fail)
