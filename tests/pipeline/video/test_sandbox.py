@@ -347,8 +347,9 @@ def test_a_hang_is_ended_at_the_time_limit(sandbox: DecodeSandbox) -> None:
     assert sandbox.run(process_id, timeout_seconds=60) != pid
 
 
-def test_memory_above_the_limit_is_a_rejection_and_below_it_is_none() -> None:
-    with DecodeSandbox(memory_limit_bytes=512 << 20) as sandbox:
+@pytest.mark.parametrize("confined", [False, True])
+def test_memory_above_the_limit_is_a_rejection_and_below_it_is_none(confined: bool) -> None:
+    with DecodeSandbox(memory_limit_bytes=512 << 20, confined=confined) as sandbox:
         assert sandbox.run(allocate, 64 << 20, timeout_seconds=60) == 64 << 20
         with pytest.raises(VideoError) as caught:
             sandbox.run(allocate, 1 << 30, timeout_seconds=60)
