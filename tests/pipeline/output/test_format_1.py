@@ -1,4 +1,4 @@
-"""Outputs that the first version of vidshard wrote are read, verified, decoded and continued.
+"""Outputs that the first version of vidshard wrote are read, verified, decoded, exported, trained on and continued.
 
 ``tests/fixtures/format_1`` was written by the commit before the import name changed, from videos of
 ``tests.support.videos``: three outputs of ``a.mp4``, one of which also met ``text.mp4``, with random weights of seed 0.
@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vidshard
 from tests.support.cli import vidshard_exits
+from tests.support.exports import tar_samples
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard, read_clips
 from vidshard.schemas.tokens import FORMAT_VERSION, latents_payload, tokens_payload
@@ -72,6 +74,16 @@ def test_an_output_of_the_first_version_is_inspected_and_decoded(output: Path, t
     assert code == 0, printed
     [path] = shard_paths(str(output))
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == len(list(read_clips(path)))
+
+
+def test_an_output_of_the_first_version_is_exported_and_read_into_batches(output: Path, tmp_path: Path) -> None:
+    [path] = shard_paths(str(output))
+    ids = {clip.clip_id for clip in read_clips(path)}
+    code, printed = vidshard_exits("export", output, tmp_path / "tars", "--to", "webdataset")
+    assert code == 0, printed
+    assert len(tar_samples(tmp_path / "tars")) == len(ids)
+    batches = list(vidshard.TokenShards(str(output), batch_size=2, shuffle=False, columns=["clip_id"]))
+    assert {clip_id for batch in batches for clip_id in batch["clip_id"]} == ids
 
 
 def test_other_settings_than_those_of_the_first_version_are_refused(output: Path) -> None:
