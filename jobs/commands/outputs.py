@@ -278,20 +278,15 @@ def decode(
     vidshard decode latents/ --structure 3f2a --dynamics 9c01 --to crossed.mp4
     """
     parts = _crossed_parts(structure, dynamics, crossed)
-    if [clip_id, video_id, folder, parts or None].count(None) != 3:
+    sources = (clip_id, video_id, folder, parts or None)
+    if sources.count(None) != len(sources) - 1:
         raise click.UsageError(
             "give one of --clip ID, --video ID or --structure ID with --dynamics ID, and --to FILE; or --all DIR"
         )
-    if folder is None and target is None:
-        raise click.UsageError("--clip, --video and crossed clips need --to FILE, the video file to write")
-    if folder is None and (each_clip or local or workers or ray_address or limit):
-        raise click.UsageError("--each-clip, --limit, --local, --workers and --ray-address belong to --all DIR")
+    if folder is None:
+        _refuse_for_one_file(target, of_all=bool(each_clip or local or workers or ray_address or limit))
     if parts and only:
         raise click.UsageError("--only decodes parts of one clip (--clip ID); a crossed video takes every part")
-    try:
-        tiles = None if tile_size is None else parse_size(tile_size)
-    except ValueError as error:
-        raise click.UsageError(f"--tile-size: {error}") from error
     from vidshard.jobs.runtime.events import reported
     from vidshard.jobs.shards.decode import DecodeRun, decode_output
 
@@ -308,7 +303,7 @@ def decode(
         weights=weights,
         fetch_sources=fetch_sources,
         allow_private=allow_private,
-        tile_size=tiles,
+        tile_size=_size(tile_size),
         tile_overlap=tile_overlap,
         ray_address=ray_address,
         workers=workers,
@@ -323,6 +318,29 @@ def decode(
     with reported(console, request.reporting, command="decode", out=folder or target):
         decode_output(request, console)
     return None
+
+
+def _refuse_for_one_file(target: str | None, *, of_all: bool) -> None:
+    """Refuse flags that make no sense where one video file is written.
+
+    Args:
+        target: the file.
+        of_all: whether a flag is given that belongs to --all.
+
+    Raises:
+        click.UsageError: the file is not named, or a flag belongs to --all.
+    """
+    if target is None:
+        raise click.UsageError("--clip, --video and crossed clips need --to FILE, the video file to write")
+    if of_all:
+        raise click.UsageError("--each-clip, --limit, --local, --workers and --ray-address belong to --all DIR")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.UsageError(f"--tile-size: {error}") from error
 
 
 def _crossed_parts(structure: str | None, dynamics: str | None, crossed: tuple[str, ...]) -> dict[str, str]:

@@ -108,21 +108,36 @@ def card_of(catalog: Catalog, found: Statistics, *, name: str, stats: Mapping[st
         stats: statistics of the latents by column; empty without any.
     """
     provenance = catalog.provenance
-    tokens = [column for column in provenance.payload if column.codebook_size is not None]
-    what = "tokens" if tokens else "latents"
+    has_tokens = any(column.codebook_size is not None for column in provenance.payload)
+    payload = "tokens" if has_tokens else "latents"
     tokenizer = _code(provenance.tokenizer.get("name"))
     lines = [
         _BEGIN,
         "",
         f"# {name.split('/')[-1]}",
         "",
-        f"{found.num_clips:,} clips of {len(found.videos):,} videos, {found.hours:,.1f} hours, as {what} of the video "
-        f"tokenizer {tokenizer}. Made with vidshard {_code(provenance.code_version)}.",
+        f"{found.num_clips:,} clips of {len(found.videos):,} videos, {found.hours:,.1f} hours, as {payload} of the "
+        f"video tokenizer {tokenizer}. Made with vidshard {_code(provenance.code_version)}.",
         "",
         *([f"**Note:** {_code(provenance.notice)}", ""] if provenance.notice else []),
+        *_tokenizer_section(provenance, name),
+        *_payload_section(catalog, name),
+        *_statistics_section(provenance, found, payload, stats),
+        "## License",
+        "",
+        "The owner of this dataset states its license here and in the front matter. The rights in the videos apply.",
+        "",
+        _END,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _tokenizer_section(provenance: Provenance, name: str) -> list[str]:
+    return [
         "## Tokenizer, and back to video",
         "",
-        f"- tokenizer: {tokenizer} (family {_code(provenance.tokenizer.get('family'))})",
+        f"- tokenizer: {_code(provenance.tokenizer.get('name'))} (family {_code(provenance.tokenizer.get('family'))})",
         f"- weights: {_code(provenance.weights_source)}, SHA-256 of their values {_code(provenance.weights_sha256)}",
         f"- clips: {_settings(provenance)}",
         "",
@@ -135,11 +150,17 @@ def card_of(catalog: Catalog, found: Statistics, *, name: str, stats: Mapping[st
         "vidshard decode data --clip ID --to clip.mp4 --weights FILE",
         "```",
         "",
+    ]
+
+
+def _payload_section(catalog: Catalog, name: str) -> list[str]:
+    payload = catalog.provenance.payload
+    return [
         "## Payload",
         "",
         "| column | shape of a clip | dtype | codebook |",
         "|---|---|---|---|",
-        *(f"| {_code(c.name)} | {list(c.shape)} | {c.dtype} | {c.codebook_size or ''} |" for c in provenance.payload),
+        *(f"| {_code(c.name)} | {list(c.shape)} | {c.dtype} | {c.codebook_size or ''} |" for c in payload),
         "",
         "```python",
         "import json, datasets, pyarrow.parquet as pq",
@@ -154,6 +175,13 @@ def card_of(catalog: Catalog, found: Statistics, *, name: str, stats: Mapping[st
         "|---|---|---|",
         *(f"| {_code(f.name)} | {_code(_type(f.type))} | {_meaning(f.name)} |" for f in catalog.schema),
         "",
+    ]
+
+
+def _statistics_section(
+    provenance: Provenance, found: Statistics, payload: str, stats: Mapping[str, ChannelStats]
+) -> list[str]:
+    return [
         "## Statistics",
         "",
         "| | |",
@@ -161,18 +189,11 @@ def card_of(catalog: Catalog, found: Statistics, *, name: str, stats: Mapping[st
         f"| clips | {found.num_clips:,} |",
         f"| videos | {len(found.videos):,} |",
         f"| hours | {found.hours:,.2f} |",
-        *(f"| {what} | {found.num_clips * c.num_values:,} of {_code(c.name)} |" for c in provenance.payload),
+        *(f"| {payload} | {found.num_clips * c.num_values:,} of {_code(c.name)} |" for c in provenance.payload),
         *(f"| {title} | {_most_frequent(found.counts[column])} |" for column, title in _COUNTED.items()),
         *_latent_statistics(stats),
         "",
-        "## License",
-        "",
-        "The owner of this dataset states its license here and in the front matter. The rights in the videos apply.",
-        "",
-        _END,
-        "",
     ]
-    return "\n".join(lines)
 
 
 def with_card(card: str, before: str | None, num_clips: int) -> str:
