@@ -153,7 +153,12 @@ def _path(random: Generator, seconds: Tensor, speed: float) -> Path2D:
 
 def _moving(texture_CHW: Tensor, path: Path2D, size: int) -> Tensor:
     """Render a texture along a path, mirrored beyond its edges: (T, 3, size, size)."""
-    height, width = texture_CHW.shape[1:]
+    return window(texture_CHW[None].expand(len(path.x), -1, -1, -1), path, size)
+
+
+def window(frames_TCHW: Tensor, path: Path2D, size: int) -> Tensor:
+    """Render frames through a window on a path, mirrored beyond their edges: (T, 3, size, size)."""
+    height, width = frames_TCHW.shape[2:]
     line = torch.arange(size) - (size - 1) / 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     cos, sin = torch.cos(path.turn)[:, None, None], torch.sin(path.turn)[:, None, None]
@@ -161,8 +166,7 @@ def _moving(texture_CHW: Tensor, path: Path2D, size: int) -> Tensor:
     u = (cos * x - sin * y) * zoom + path.x[:, None, None]
     v = (sin * x + cos * y) * zoom + path.y[:, None, None]
     grid = torch.stack([u * 2 / width, v * 2 / height], dim=-1)
-    source = texture_CHW[None].expand(len(grid), -1, -1, -1)
-    return F.grid_sample(source, grid.float(), mode="bicubic", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(frames_TCHW, grid.float(), mode="bicubic", padding_mode="reflection", align_corners=False)
 
 
 def _shape(random: Generator, path: Path2D, size: int) -> Tensor:

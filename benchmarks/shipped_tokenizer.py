@@ -1,7 +1,7 @@
 """Recipe of the weights that come with the package, and the quality of a tokenizer's reconstructions.
 
-The recipe starts from nothing. PHOTOS and CLIPS are folders of material whose licenses allow training on it; without
-them all material is generated.
+The recipe starts from nothing. PHOTOS, CLIPS and NATURAL are folders of material whose licenses allow training on it.
+The steps before ``shipped_training`` also run without them, on generated material alone.
 
     python -m benchmarks.motion_corpus corpus/64 --videos 6000 --crop 64 --photos PHOTOS --clips CLIPS
     python -m benchmarks.motion_corpus corpus/128 --videos 600 --crop 128 --photos PHOTOS --clips CLIPS --seed 1
@@ -9,7 +9,9 @@ them all material is generated.
     python -m benchmarks.shipped_tokenizer spread runs/small/stage1/tokenizer.safetensors spread.safetensors corpus/64
     vidshard train finetune --preset small --videos corpus/64 --out runs/small17 --init-from spread.safetensors
     vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --init-from runs/small17/finetune
-    python -m benchmarks.shipped_tokenizer write runs/small2/stage2/tokenizer.safetensors trained.json
+    python -m benchmarks.shipped_training runs/small3 --until 20:57 --init runs/small2/stage2/tokenizer.safetensors \
+        --videos NATURAL --films CLIPS --photos PHOTOS
+    python -m benchmarks.shipped_tokenizer write runs/small3/averaged.safetensors trained.json
     vidshard tokenize UNSEEN --out measured --weights trained.safetensors
     python -m benchmarks.shipped_tokenizer measure measured
 

@@ -77,9 +77,15 @@ class TokenizerSource:
         except (ValueError, FileNotFoundError, storage.StorageError) as error:
             raise UserError(str(error)) from error
         if self.sha256 not in ("", digest):
+            remedy = "give the file that was used, or start a new output"
+            if (self.weights or "").startswith(storage.SHIPPED_SCHEME):
+                remedy = (
+                    "this version of vidshard comes with other weights: give those of the version that wrote it, "
+                    f"models/shipped/{self.config.name}.safetensors there, with --weights, or start a new output"
+                )
             raise UserError(
                 f"the weights in {storage.public_uri(self.weights or 'memory')} are not those expected: their SHA-256 "
-                f"is {digest}, expected {self.sha256}; give the file that was used, or start a new output"
+                f"is {digest}, expected {self.sha256}; {remedy}"
             )
         tokenizer = tokenizer.set_precision(dtype).to(device)
         prepare_passes(cast(torch.nn.Module, tokenizer))

@@ -17,8 +17,16 @@ from tests.support.cli import run
 from tests.support.markdown import ROOT
 from vidshard.jobs.tokenization.demo import Sample, write_sample
 from vidshard.models.metrics import psnr
-from vidshard.models.vidtok.config import PRESETS
-from vidshard.models.weights import SHIPPED, load_weights, shipped_weights, training_summary, weights_digest
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.model import VidTok
+from vidshard.models.weights import (
+    SHIPPED,
+    load_weights,
+    save_tokenizer,
+    shipped_weights,
+    training_summary,
+    weights_digest,
+)
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
 
@@ -87,3 +95,32 @@ def test_without_a_model_they_make_the_tokens_and_the_picture_again(tmp_path: Pa
     )
     # strong colors that move are what it is worst at: 22.0 dB here, and random weights give 8
     assert psnr(source, decoded).mean() > 21.5
+
+
+def test_an_output_of_the_weights_of_another_version_names_them_and_takes_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding, verifying and resuming say what to do, and work with the file that the output was made with."""
+    config, weights = load_weights(shipped_weights())
+    assert isinstance(config, VidTokConfig)
+    former = VidTok(config)
+    former.load_state_dict({name: tensor * 0.9 for name, tensor in weights.items()})
+    file = tmp_path / "former.safetensors"
+    save_tokenizer(file, former)
+    sample = Sample(name="a.mp4", codec="libx264", width=64, height=64, rate=Fraction(8), seconds=5 / 8)
+    write_sample(tmp_path / "a.mp4", sample, seed=3)
+    out = tmp_path / "tokens"
+    tokenizing = ("tokenize", tmp_path / "a.mp4", "--out", out, "--size", "64", "--frames", "5", "--local")
+    with monkeypatch.context() as patch:
+        patch.setattr("vidshard.models.weights.shipped_weights", lambda _name=SHIPPED: file)
+        assert run(*tokenizing).exit_code == 0
+    decoding = ("decode", out, "--all", tmp_path / "shown")
+    for command in (decoding, ("verify", out, "--exact", 1)):
+        said = " ".join(run(*command).output.split())
+        assert f"expected {weights_digest(former.state_dict())}" in said
+        assert "comes with other weights" in said
+        assert f"models/shipped/{SHIPPED}.safetensors there, with --weights" in said
+    assert run(*tokenizing).exit_code == 2
+    for arguments in (decoding, ("verify", out, "--exact", 1), tokenizing):
+        result = run(*arguments, "--weights", file)
+        assert result.exit_code == 0, result.output
