@@ -15,8 +15,8 @@ VidTok is compared with diffusers, VidTwin with plain PyTorch implementations (`
   operator. ``--allocator job`` gives all of them the job's settings, and ``--allocator shell`` those of the shell.
 * Memory is the peak above what the process held before the call, so it includes no weights.
 * FLOPs are those of the published network, two for each multiplication of a convolution or matrix product, counted by
-  torch on the model of diffusers, or on the plain one. Their share is relative to a large matrix product in the same
-  run. An implementation that saves multiplications can show more than 100 %.
+  torch on the model of diffusers, or on the plain one. Their share is relative to the best of large products and
+  convolutions in the same run. An implementation that saves multiplications can show more than 100 %.
 
 VidTwin takes one size only. One plain implementation has the structure of the released code. The other calls
 `torch.nn.MultiheadAttention` with ``need_weights=False``, which takes PyTorch's fused attention.
@@ -32,12 +32,13 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import click
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,7 +71,7 @@ class Comparison:
     elsewhere: bool
     """The others run in processes of their own."""
     peaks: Mapping[torch.dtype, float]
-    """FLOP/s of a large matrix product."""
+    """FLOP/s of large products and convolutions, by `peak_flops`."""
 
     def contenders(self, ours: Mapping[str, Passes], others: Mapping[str, Build]) -> dict[str, list[Contender]]:
         """Make the contenders by direction.
@@ -129,9 +130,9 @@ def main(
         )
     torch.set_grad_enabled(False)
     make_reproducible(device, torch.get_num_threads())  # as encoders do: on a GPU float32 is then no TF32
-    peaks = {dtype: matrix_product_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    peaks = {dtype: peak_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for dtype, flops in peaks.items():
-        print(f"a matrix product in {dtype} reaches {flops / 1e9:.0f} GFLOP/s", flush=True)
+        print(f"a product or convolution in {dtype} reaches {flops / 1e9:.0f} GFLOP/s", flush=True)
     comparison = Comparison(
         device=device,
         repeats=repeats,
@@ -280,17 +281,32 @@ def run_in_turns(title: str, contenders: list[Contender], repeats: int) -> None:
             )
 
 
-def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
-    """Measure FLOP/s of a product of two 4096 x 4096 matrices by the fastest library available, best of five."""
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Measure the most FLOP/s that large products and convolutions reach, each the best of five.
+
+    A product of two 4096 x 4096 matrices by each library that there is, and 3x3 convolutions of 256 channels.
+    """
     a_BTHWC, b = torch.randn(1, 8, 8, 64, 4096).to(device, dtype), torch.randn(4096, 4096).to(device, dtype)
+    maps = torch.randn(8, 256, 64, 64).to(device, dtype, memory_format=torch.channels_last)
+    kernel = torch.randn(256, 256, 3, 3).to(device, dtype, memory_format=torch.channels_last)
+    product, convolution = 2 * 4096**3, 2 * maps.numel() * 256 * 9
+    runs = [
+        (product, lambda: matrix_product(a_BTHWC, b, None)),
+        (product, lambda: F.linear(a_BTHWC, b)),
+        (convolution, lambda: F.conv2d(maps, kernel, padding=1)),
+    ]
+    return max(flops / _least_seconds(run, device) for flops, run in runs)
+
+
+def _least_seconds(run: Callable[[], object], device: str) -> float:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        matrix_product(a_BTHWC, b, None)
+        run()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * 4096**3 / min(seconds)
+    return min(seconds)
 
 
 def published_flops(config: VidTokConfig, side: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ import torch
 
 from tests.support.cli import printed_by
 from tests.support.markdown import ROOT, blocks_of
+from tests.support.shared import SHARED
 from tests.support.videos import Recipe, write_video
 from vidshard.models.tokenizer import PRESETS, Tokenizer, output_to_frames
 from vidshard.models.weights import load_tokenizer
@@ -139,6 +140,26 @@ def test_the_command_decodes_parts_crosses_and_shows_them_side_by_side(latents: 
     }
     for refused, words in refusals.items():
         assert words in printed_by("decode", latents, *refused, code=2)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "videos").is_dir(), reason=f"no real clips at {SHARED / 'videos'}")
+def test_real_clips_decode_whole_by_part_and_crossed(tmp_path: Path) -> None:
+    out, file = tmp_path / "latents", tmp_path / "v.mp4"
+    printed_by("tokenize", SHARED / "videos" / "carphone_pristine.mp4", "--out", out, *RUN)
+    first, second, *_ = (clip.clip_id for clip in open_output(str(out)).clips())
+    for arguments in (
+        ("--clip", first),
+        ("--clip", first, "--only", "structure"),
+        ("--clip", first, "--only", "dynamics"),
+        ("--structure", first, "--dynamics", second),
+    ):
+        printed_by("decode", out, *arguments, "--to", file)
+        with av.open(str(file)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert np.stack(frames).shape == (*CONFIG.default_clip, 3)
+        file.unlink()
+    assert ": 0 of" in printed_by("verify", out, "--exact", 0.2)
 
 
 def test_verify_and_inspect_know_every_latent(latents: Path) -> None:

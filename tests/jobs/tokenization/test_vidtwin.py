@@ -81,6 +81,25 @@ def test_each_latent_is_a_column_with_its_log_variance(videos: Path, tmp_path: P
     assert "dynamics_y_logvar" in printed
 
 
+def test_signals_lie_beside_the_latents_and_rejected_videos_leave_none(videos: Path, tmp_path: Path) -> None:
+    seconds = np.arange(200) / 100
+    np.savez(tmp_path / "a.npz", seconds=seconds, values=seconds[:, None].astype(np.float32))
+    (tmp_path / "text.mp4").write_text("no video")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"uri,actions\n{videos / 'v.mp4'},a.npz\ntext.mp4,a.npz\n")
+    out = tmp_path / "out"
+    code, printed = vidshard_exits("tokenize", manifest, "--out", out, *RUN, "--signals", "actions=linear")
+    assert code == 0, printed
+    [path] = shard_paths(str(out))
+    rows = pq.read_table(path).to_pylist()
+    assert len(rows) == 3
+    for row in rows:
+        times = row["frame_pts_seconds"]
+        np.testing.assert_allclose(np.ravel(row["actions"]), times, atol=1e-6)
+        assert len(row["structure"]) == np.prod(TWIN_TINY_B.latent_shapes["structure"])
+    assert "1 rejected" in printed
+
+
 def test_a_run_in_one_precision_is_not_continued_in_another(videos: Path, tmp_path: Path) -> None:
     assert vidshard_exits("tokenize", videos, "--out", tmp_path / "out", *RUN)[0] == 0
     code, printed = vidshard_exits("tokenize", videos, "--out", tmp_path / "out", *RUN, "--precision", "bfloat16")
