@@ -23,13 +23,14 @@ from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
 from vidshard.jobs.tokenization.forecast import Forecast
 from vidshard.jobs.tokenization.placement import place, with_gpus
-from vidshard.jobs.tokenization.planning import discover_inputs, make_plan
+from vidshard.jobs.tokenization.planning import Planned, discover_inputs, make_plan
 from vidshard.jobs.tokenization.quality import QualitySummary
 from vidshard.jobs.tokenization.report import tokenized_page
 from vidshard.jobs.tokenization.summary import Summary, print_run, print_summary, save_summary, summary_record
 from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import confinement_lacks
+from vidshard.pipeline.discover import Discovery
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.parquet import ShardError
@@ -108,23 +109,10 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
         write_run_record(resolved, record)
         limits = replace(run.limits, sampled_ids=record.sampled_ids, storage_hosts=found.storage_hosts)
         planned = make_plan(resolved, found, executor, lease, console, limits=limits)
-        resume, work, rejected = planned.resume, planned.work, set(planned.resume.rejected_uris)
-        summary = Summary(
-            out=run.out,
-            num_videos=pc.count_distinct(found.videos["uri"]).as_py(),
-            num_rejected_videos=0,
-            planned_spans=resume.num_spans,
-            expected_clips=resume.expected_clips,
-            reused_spans=resume.num_committed,
-            rejected_before=resume.num_rejected,
-            written=WriteStats(),
-            reasons=Counter(str(r.reason) for r in planned.new_rejections),
-            seconds={"start": ready - started, "plan": time.monotonic() - ready},
-            batch_fill=1.0,
-            example_clip_id=None,
-            notice=resolved.notice,
-            forecast=forecast,
-        )
+        work, rejected = planned.work, set(planned.resume.rejected_uris)
+        summary = _summary_of_plan(resolved, found, planned)
+        summary.seconds |= {"start": ready - started, "plan": time.monotonic() - ready}
+        summary.forecast = forecast
         telemetry.planned(summary, planned.new_rejections, work.num_spans)
         check_reject_share(summary, rejected, run)
         broken = {r.uri for r in planned.new_rejections if r.reason is Reason.INTERNAL_ERROR}
@@ -133,16 +121,42 @@ def _run_restricted(resolved: ResolvedRun, console: Console, *, local: bool) -> 
             tokenize_spans(resolved, work, executor, lease, summary, rejected, console, telemetry, limits=limits)
         summary.seconds["total"] = time.monotonic() - started
         summary.machine_speed = None if watch is None else watch.speed
-        try:
-            lease.check()
-            if not summary.problems and summary.interruption is None:
-                forget_retry_set(run.out)
-            if run.audit:
-                summary.quality = QualitySummary.of(run, read_quality(shard_paths(run.out), resolved.payload))
-            save_summary(summary)
-        except (storage.StorageError, ShardError, LeaseLostError) as error:
-            summary.problems += [str(error)] if str(error) not in summary.problems else []
+        _save(summary, resolved, lease)
     return summary
+
+
+def _summary_of_plan(resolved: ResolvedRun, found: Discovery, planned: Planned) -> Summary:
+    """Summary of a run that has not begun to tokenize."""
+    resume = planned.resume
+    return Summary(
+        out=resolved.run.out,
+        num_videos=pc.count_distinct(found.videos["uri"]).as_py(),
+        num_rejected_videos=0,
+        planned_spans=resume.num_spans,
+        expected_clips=resume.expected_clips,
+        reused_spans=resume.num_committed,
+        rejected_before=resume.num_rejected,
+        written=WriteStats(),
+        reasons=Counter(str(r.reason) for r in planned.new_rejections),
+        seconds={},
+        batch_fill=1.0,
+        example_clip_id=None,
+        notice=resolved.notice,
+    )
+
+
+def _save(summary: Summary, resolved: ResolvedRun, lease: Lease) -> None:
+    """Save the summary, if the run still holds the lease; a failure of that is one of its problems."""
+    run = resolved.run
+    try:
+        lease.check()
+        if not summary.problems and summary.interruption is None:
+            forget_retry_set(run.out)
+        if run.audit:
+            summary.quality = QualitySummary.of(run, read_quality(shard_paths(run.out), resolved.payload))
+        save_summary(summary)
+    except (storage.StorageError, ShardError, LeaseLostError) as error:
+        summary.problems += [str(error)] if str(error) not in summary.problems else []
 
 
 def warn_of_confinement(run: TokenizeRun, console: Console) -> None:

@@ -266,6 +266,19 @@ def _cost_of(resolved: ResolvedRun, height: int, width: int) -> Cost:
     return encoding_cost(resolved.config, num_frames, height, width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Encoding:
+    """Cost of encoding all clips, and the size of what comes of them."""
+
+    seconds: float
+    """Seconds of a GPU, or of a CPU core."""
+    clip_bytes: float
+    shard_bytes: float
+    run_seconds: float | None
+    """Seconds of the whole command; None for another machine."""
+    machine: str
+
+
 def _forecast(
     resolved: ResolvedRun,
     rows: pa.Table,
@@ -287,30 +300,13 @@ def _forecast(
     ratio = trial.decode_seconds / trial.by_table if trial.by_table and other is None else 1.0
     decode_seconds = trial.decode_seconds if is_every_span_tried and other is None else 0.0
     decode_seconds = decode_seconds or _decoding_by_table(resolved, rows) * ratio
-    is_gpu = run.device == "cuda"
-    run_seconds = None
     if other is not None:
-        dtype_bytes = PRECISIONS[run.precision].itemsize
-        encode_seconds = clips * other.seconds(_cost_of(resolved, spec.height, spec.width), run.precision, dtype_bytes)
-        clip_bytes, shard_bytes = _bytes_by_table(resolved)
-        machine = f"{other.name} ({other.source})"
+        encoding = _encoding_by_table(resolved, clips, other)
     elif speed is None:
         raise UserError("nothing of the sample decodes: `vidshard tokenize` lists the reasons")
     else:
-        resources, encoder = plan_resources(resolved, rows.num_rows, header_clips / rows.num_rows, executor)
-        encoders = 1 if isinstance(executor, LocalExecutor) else resources.encode_workers
-        busy = clips * speed.clip_seconds
-        encode_seconds = busy * (resources.gpus_per_worker if is_gpu else encoder.num_threads)
-        clip_bytes, shard_bytes = speed.clip_bytes, speed.shard_bytes
-        if isinstance(executor, LocalExecutor):
-            phase = busy + decode_seconds
-        elif is_gpu:
-            phase = max(busy / encoders, decode_seconds / max(1, executor.num_cpus - 1))
-        else:
-            phase = max(busy / encoders, (encode_seconds + decode_seconds) / executor.num_cpus)
-        run_seconds = preparing + speed.start_seconds + phase
-        machine = f"{executor}, measured on a sample"
-    shards = _num_shards(run, clips * clip_bytes, run_seconds, len(resolved.clip_specs))
+        encoding = _encoding_here(resolved, rows, clips, speed, executor, preparing, decode_seconds)
+    shards = _num_shards(run, clips * encoding.clip_bytes, encoding.run_seconds, len(resolved.clip_specs))
     return Forecast(
         videos=videos,
         rejected_videos=rejected,
@@ -318,14 +314,60 @@ def _forecast(
         header_clips=header_clips,
         clips=clips,
         is_every_span_tried=is_every_span_tried,
-        output_bytes=round(clips * clip_bytes + shards * shard_bytes) if clips else 0,
+        output_bytes=round(clips * encoding.clip_bytes + shards * encoding.shard_bytes) if clips else 0,
         shards=shards,
-        encode_hours=encode_seconds / 3600,
+        encode_hours=encoding.seconds / 3600,
         decode_hours=decode_seconds / 3600,
-        is_gpu=is_gpu,
-        cores_needed=decode_seconds / encode_seconds if encode_seconds else 0.0,
-        run_seconds=run_seconds,
-        machine=machine,
+        is_gpu=run.device == "cuda",
+        cores_needed=decode_seconds / encoding.seconds if encoding.seconds else 0.0,
+        run_seconds=encoding.run_seconds,
+        machine=encoding.machine,
+    )
+
+
+def _encoding_by_table(resolved: ResolvedRun, clips: int, machine: Machine) -> _Encoding:
+    """Encoding on another machine, by its speeds in the table."""
+    run, spec = resolved.run, resolved.largest
+    cost = _cost_of(resolved, spec.height, spec.width)
+    clip_bytes, shard_bytes = _bytes_by_table(resolved)
+    return _Encoding(
+        seconds=clips * machine.seconds(cost, run.precision, PRECISIONS[run.precision].itemsize),
+        clip_bytes=clip_bytes,
+        shard_bytes=shard_bytes,
+        run_seconds=None,
+        machine=f"{machine.name} ({machine.source})",
+    )
+
+
+def _encoding_here(
+    resolved: ResolvedRun,
+    rows: pa.Table,
+    clips: int,
+    speed: _Speed,
+    executor: Executor,
+    preparing: float,
+    decode_seconds: float,
+) -> _Encoding:
+    """Encoding on this machine or cluster, at the speed of the sample, beside the decoding."""
+    is_gpu = resolved.run.device == "cuda"
+    is_local = isinstance(executor, LocalExecutor)
+    mean_clips = pc.sum(rows["expected_clips"]).as_py() / rows.num_rows
+    resources, encoder = plan_resources(resolved, rows.num_rows, mean_clips, executor)
+    encoders = 1 if is_local else resources.encode_workers
+    busy = clips * speed.clip_seconds
+    seconds = busy * (resources.gpus_per_worker if is_gpu else encoder.num_threads)
+    if is_local:
+        phase = busy + decode_seconds
+    elif is_gpu:
+        phase = max(busy / encoders, decode_seconds / max(1, executor.num_cpus - 1))
+    else:
+        phase = max(busy / encoders, (seconds + decode_seconds) / executor.num_cpus)
+    return _Encoding(
+        seconds=seconds,
+        clip_bytes=speed.clip_bytes,
+        shard_bytes=speed.shard_bytes,
+        run_seconds=preparing + speed.start_seconds + phase,
+        machine=f"{executor}, measured on a sample",
     )
 
 
