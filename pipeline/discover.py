@@ -247,9 +247,11 @@ def _matching(path: str) -> list[str]:
         return [path]
     try:
         fs, inner = storage.filesystem(path)
-        return [path] if fs.exists(inner) else [_uri(fs, name) for name in sorted(fs.glob(inner))]
+        return [path] if _exists(fs, path, inner) else [_uri(fs, name) for name in sorted(_matched(fs, path, inner))]
+    except storage.StorageError:
+        raise
     except storage.storage_errors() as error:
-        raise storage.StorageError(f"cannot list {storage.public_uri(path)}: {storage.describe(error)}") from error
+        raise _not_listed(path, error) from error
 
 
 def _videos_in_parquet(path: str, signals: Sequence[str]) -> Manifest | None:
@@ -364,7 +366,7 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
     """
     fs, inner = storage.filesystem(path)
     try:
-        if _is_glob(path) and not fs.exists(inner):
+        if _is_glob(path) and not _exists(fs, path, inner):
             if isinstance(fs, LocalFileSystem):
                 seen: set[str] = set()
                 for name in sorted(set(_matches("", inner.split("/")))):
@@ -373,30 +375,48 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
                             seen.add(found[0])
                             yield found
                 return
-            matches = fs.glob(inner, detail=True)
-            for name, info in matches.items():
+            for name, info in _matched(fs, path, inner).items():
                 if name.rsplit("/", 1)[-1].startswith(".") and not path.rsplit("/", 1)[-1].startswith("."):
                     continue  # as a shell does
                 if info["type"] == "directory":
-                    yield from _walk(fs, name, passed_over)
+                    yield from _walk(fs, path, name, passed_over)
                 elif _is_video(name, passed_over):
                     yield _uri(fs, name), _size(info), _fingerprint(fs, name, info)
         elif is_web(path) and urlsplit(path).path.endswith("/"):
             for url in storage.list_web_folder(path):
                 if _is_video(url, passed_over):
                     yield url, -1, None
-        elif not is_web(path) and fs.isdir(inner):
-            yield from _walk(fs, inner, passed_over)
-        elif fs.exists(inner) and not _has_foreign_bytes(path, passed_over):
-            info = fs.info(inner)
+        elif not is_web(path) and storage.with_retries(path, lambda: fs.isdir(inner)):
+            yield from _walk(fs, path, inner, passed_over)
+        elif _exists(fs, path, inner) and not _has_foreign_bytes(path, passed_over):
+            info = storage.with_retries(path, lambda: fs.info(inner))
             yield path, _size(info), _fingerprint(fs, inner, info)
-    except FileNotFoundError:
+    except (FileNotFoundError, storage.StorageError) as error:
+        if isinstance(error, storage.StorageError):
+            raise
         return  # object stores say so where a bucket or folder does not exist
     except storage.storage_errors() as error:
-        raise storage.StorageError(
-            f"cannot list {storage.public_uri(path)}: {storage.describe(error)}; check the name, the network and the "
-            "credentials in the environment"
-        ) from error
+        raise _not_listed(path, error) from error
+
+
+def _not_listed(path: str, error: BaseException) -> storage.StorageError:
+    """The error for an input that cannot be listed: an outage if it may pass, and did not while it was retried."""
+    kind = storage.StorageOutageError if storage.is_transient(error) else storage.StorageError
+    words = "; ".join([storage.describe(error), *getattr(error, "__notes__", ())])
+    return kind(
+        f"cannot list {storage.public_uri(path)}: {words}; check the name, the network and the credentials in the "
+        "environment"
+    )
+
+
+def _exists(fs: Any, path: str, inner: str) -> bool:
+    """Whether a path is there; a storage that cannot be asked raises, and is no absence."""
+    return bool(fs.exists(inner)) if isinstance(fs, LocalFileSystem) else storage.exists(path)
+
+
+def _matched(fs: Any, path: str, inner: str) -> dict[str, Any]:
+    """Descriptions of the entries that a pattern matches, by name."""
+    return dict(storage.with_retries(path, lambda: fs.glob(inner, detail=True)))
 
 
 def _matches(folder: str, parts: Sequence[str], above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
@@ -448,12 +468,12 @@ def _matches(folder: str, parts: Sequence[str], above: frozenset[tuple[int, int]
                 yield from _matches(f"{folder}/{name}", parts, above | {key})
 
 
-def _walk(fs: Any, folder: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
+def _walk(fs: Any, path: str, folder: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
     if isinstance(fs, LocalFileSystem):
         os.scandir(folder).close()  # the input itself must be a folder that can be listed
         yield from _walk_local(folder, passed_over, set())
         return
-    for name, info in fs.find(folder, detail=True).items():
+    for name, info in storage.with_retries(path, lambda: fs.find(folder, detail=True)).items():
         below = name.removeprefix(folder).strip("/").split("/")
         if info["type"] == "file" and not any(part.startswith(".") for part in below) and _is_video(name, passed_over):
             yield _uri(fs, name), _size(info), storage.fingerprint_of(info)

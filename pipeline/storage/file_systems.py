@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from fsspec import get_filesystem_class
@@ -59,6 +60,8 @@ def filesystem(path: str) -> tuple[Any, str]:
         raise StorageError(f"cannot open {shown_uri(path)}: {one_line(error)}") from error
     except Exception as error:  # each file system refuses addresses in its own way
         raise StorageError(f"cannot open {shown_uri(path)}: {type(error).__name__}: {one_line(error)}") from error
+    walk = "_walk" if getattr(fs, "async_impl", False) else "walk"
+    setattr(fs, walk, partial(getattr(type(fs), walk), fs, on_error=_raise_trouble))
     if hasattr(fs, "call_s3"):
         fs.retries = 1  # its own multiply with botocore's and ours: 25 time-outs of 15 s before one attempt fails
     return fs, inner
@@ -85,6 +88,12 @@ def bounded(fs: Any, name: str, *args: Any, num_bytes: int = 0, **options: Any) 
 def file_info(fs: Any, inner: str) -> Mapping[str, Any]:
     """The file system's description of a path: its size, type and tags."""
     return cast(Mapping[str, Any], bounded(fs, "info", inner))
+
+
+def _raise_trouble(error: BaseException) -> None:
+    """Raise what a listing meets below a folder, unless it is absence: fsspec leaves such a folder out in silence."""
+    with missing_is_fine():
+        raise error
 
 
 @contextmanager

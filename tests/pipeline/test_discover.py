@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.corpus import GOOD_VIDEOS
+from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
 from vidshard.pipeline.discover import discover
 from vidshard.pipeline.inputs.manifest import InputError
@@ -152,6 +154,35 @@ def test_s3_folders_globs_and_manifests(s3: str, good_videos: Path) -> None:
     assert uris("s3://videos/discover") == everything
     assert uris("s3://videos/discover/*.mp4") == [u for u in everything if "deep" not in u and u.endswith("mp4")]
     assert uris("s3://videos/discover/list.csv") == ["s3://videos/discover/a.mp4", "s3://videos/discover/e.mp4"]
+
+
+@pytest.mark.parametrize("named", ["folder", "pattern", "pattern of folders", "file"])
+def test_a_listing_that_meets_trouble_is_asked_for_again_and_lacks_nothing(
+    named: str, s3: str, faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidshard.pipeline.storage.retry._FIRST_PAUSE_SECONDS", 0.01)
+    for name in ("a.mp4", "b.mp4", "deep/c.mp4"):
+        fsspec.open(f"s3://videos/again/{name}", "wb").open().close()
+    asked = {"folder": "", "pattern": "/*.mp4", "pattern of folders": "/**/*.mp4", "file": "/a.mp4"}[named]
+    expected = uris(f"s3://videos/again{asked}")
+    assert expected
+    num_requests = len(faulty_s3.seen)
+    for number in range(num_requests):  # whichever request it is that fails
+        faulty_s3.misbehave("reset_before" if number % 2 else "slow_down", path="again", skip=number)
+        assert uris(f"s3://videos/again{asked}") == expected, number
+        faulty_s3.behave()
+
+
+@pytest.mark.parametrize("asked", ["", "/*.mp4", "/**/*.mp4", "/a.mp4"])
+def test_a_listing_that_never_comes_is_an_outage_and_no_empty_folder(
+    asked: str, s3: str, faulty_s3: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.open("s3://videos/never/a.mp4", "wb").open().close()
+    monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", 0.2)
+    faulty_s3.misbehave("unavailable", path="never", times=math.inf)
+    with pytest.raises(storage.StorageOutageError, match=r"s3://videos/never.*tried \d+ times"):
+        uris(f"s3://videos/never{asked}")
+    faulty_s3.behave()
 
 
 def test_an_unreachable_bucket_is_one_clear_message(s3: str) -> None:
