@@ -163,6 +163,7 @@ def _train_stages(training: ResolvedTraining, console: Console) -> Result:
             _write_rejects(job, videos.rejections)
             lease.check()
             outcome = _train_stage(job, sampler, workers, cluster, lease, result, console)
+            lease.check()  # what follows would overwrite files of the run that took over
             if not outcome.measured:
                 outcome.unmeasured = why_unmeasured(run.validation_share)
             outcome.digests["videos_sha256"] = videos.digest
