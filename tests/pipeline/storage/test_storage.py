@@ -353,6 +353,28 @@ def test_a_full_disk_is_told_at_once_and_leaves_nothing(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", [storage.write_atomic, storage.create_exclusive])
+def test_a_file_that_was_written_is_there_after_a_power_loss(
+    call: Callable[[str, bytes], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, list[str]]] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        synced.append((path, sorted(os.listdir(path)) if os.path.isdir(path) else []))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    call(str(tmp_path / "new" / "a"), b"content")
+    folders = [path for path, _ in synced]
+    assert folders.index(str(tmp_path)) < folders.index(str(tmp_path / "new")), "the entry of the folder that was made"
+    path, entries = synced[-1]
+    assert path == str(tmp_path / "new")
+    assert "a" in entries, "the folder is synced behind the rename"
+    assert any(Path(path).parent == tmp_path / "new" for path, _ in synced[:-1]), "so is the content, before"
+
+
 def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Path) -> None:
     kept = ["a.parquet", ".hidden", ".a.parquet.tmp", "a.parquet.0123abcd.tmp", ".a.parquet.0123ABCD.tmp"]
     for name in (*kept, ".a.parquet.0123abcd.tmp", ".b.json.ffffffff.tmp"):
