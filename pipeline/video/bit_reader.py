@@ -1,4 +1,4 @@
-"""Reads bits of codec headers, and finds the NAL units of H.264 and H.265."""
+"""Reads bits of codec headers, and finds the NAL units of H.264, H.265 and H.266."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ class Bits:
         """The next signed Exp-Golomb number, se(v): 9.1.1 of H.264."""
         value = self.take_unsigned()
         return (value + 1) // 2 if value % 2 else -(value // 2)
+
+
+def unit_length_bytes(codec: str, extradata: bytes) -> int:
+    """Bytes of a unit's length in the packets of a stream; 0 for start codes.
+
+    Args:
+        codec: h264, hevc or vvc.
+        extradata: the stream's header: an mp4's configuration record (ISO 14496-15), or units behind start codes.
+    """
+    if codec == "h264":
+        return (extradata[4] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > 8 else 0
+    if codec == "hevc":
+        return (extradata[21] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > 22 else 0
+    return (extradata[0] >> 1 & 3) + 1 if extradata and extradata[:3] not in (b"\0\0\1", b"\0\0\0") else 0
 
 
 def units(data: bytes, length_bytes: int) -> Iterator[int]:

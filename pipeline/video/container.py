@@ -115,7 +115,8 @@ def open_video(
         context.thread_count = 1 if thread_type == "NONE" else 0
         refuse_large(watched.limits, context.width, context.height)
         pixels = str(allocated_pixels(watched.limits))
-        context.options = {**context.options, "max_pixels": pixels, **whitelist(watched.limits)}
+        strict = {"err_detect": "bitstream"} if codec_name(video) in _LENIENT_DECODERS else {}
+        context.options = {**context.options, "max_pixels": pixels, **whitelist(watched.limits), **strict}
         yield container, video
 
 
@@ -177,6 +178,9 @@ def num_packets_before_damage(watched: WatchedFile, stream_index: int) -> int:
     watched.opening = opening
     return num_packets
 
+
+_LENIENT_DECODERS = frozenset({"msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2"})
+"""Decoders that go on with coefficients outside of a block, which are damage, unless they are asked not to."""
 
 # Decoders that learn from the header all that they would learn from a picture, apart from the pixel format.
 _QUICK_DECODERS = frozenset({"h264", "hevc", "av1", "libdav1d", "mpeg4"})

@@ -20,9 +20,8 @@ from typing import Literal
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from vidshard.pipeline.video.bit_reader import Bits, payload, units
+from vidshard.pipeline.video.bit_reader import Bits, payload, unit_length_bytes, units
 from vidshard.pipeline.video.container import codec_name
-from vidshard.pipeline.video.h264 import parameter_sets
 from vidshard.pipeline.video.packet_info import inspector_of
 from vidshard.pipeline.video.timestamps import is_clockless
 
@@ -108,7 +107,7 @@ class _H264:
     """An IDR picture or one with a recovery point message (D.1.8); for an intra picture the container's mark tells."""
 
     def __init__(self, extradata: bytes) -> None:
-        self._length_bytes, _ = parameter_sets(extradata)
+        self._length_bytes = unit_length_bytes("h264", extradata)
 
     def __call__(self, data: bytes) -> bool | None:
         for at in units(data, self._length_bytes):
@@ -149,11 +148,7 @@ def _has_recovery_point(data: bytes, at: int) -> bool:
 
 def _nal_check(extradata: bytes, codec: str) -> Check:
     """Check for H.265 (7.4.2.2) and H.266: the first picture's unit is one of a random access point."""
-    length_bytes = 0
-    if codec == "hevc" and extradata[:1] == b"\1" and len(extradata) > 22:
-        length_bytes = (extradata[21] & 3) + 1
-    elif codec == "vvc" and extradata and extradata[:3] not in (b"\0\0\1", b"\0\0\0"):
-        length_bytes = (extradata[0] >> 1 & 3) + 1
+    length_bytes = unit_length_bytes(codec, extradata)
 
     def check(data: bytes) -> bool | None:
         for at in units(data, length_bytes):

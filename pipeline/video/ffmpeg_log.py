@@ -67,3 +67,26 @@ def of_lost_packets(format_name: str, messages: list[Message]) -> list[Message]:
     if not _READ_IN_ORDER & set(format_name.split(",")):
         return []
     return [message for message in messages if message[1] == format_name and message[2].strip() != _SEARCH_FAILED]
+
+
+_DAMAGE_SAID = {
+    "hevc": {"Could not find ref": "a picture that this one refers to is missing"},  # it then gives no picture
+    "ffv1": {"slice CRC mismatch": "the checksum of a slice does not match"},
+    "gif": {"LZW decode failed": "the compressed pixels are damaged"},
+    "mjpeg": {
+        "overread": "the picture ends before its last block",
+        "error count": "a block of the picture is damaged",
+        "error y=": "a block of the picture is damaged",
+        "mjpeg_decode_dc": "a block of the picture is damaged",
+    },
+}
+"""Beginnings of messages by decoder: damage that it shows, or shows the picture before for, without an error."""
+
+
+def damage_said(messages: list[Message]) -> str | None:
+    """The damage of a picture that its decoder only writes into its log, in our words; None for none."""
+    for _, name, text in messages:
+        for beginning, words in _DAMAGE_SAID.get(name, {}).items():
+            if text.startswith(beginning):
+                return words
+    return None

@@ -6,7 +6,6 @@ depends on the codec:
 - h264 numbers its reference pictures (``h264.PictureNumbers``).
 - mpeg1 and mpeg2 number all pictures of a group in display order.
 - mpeg4 states the time of each picture, which must go on as the container's times do.
-- vp8, vp9 and av1 number nothing, but their entropy coders leave no long runs of zeros: such a run is a hole.
 
 An AVI with an index lists its chunks, whatever the codec (``avi.ChunkOrder``).
 
@@ -39,10 +38,6 @@ LossCheck = Callable[["Packet[VideoStream]", Following], str | None]
 Returns what is missing before or in a packet, in words; None where nothing is known to be missing.
 """
 
-_ZEROS = bytes(64)
-"""A run that no picture of these codecs has: in 810 black, white, still, noisy and moving videos the longest had 23."""
-_WITHOUT_ZEROS = frozenset({"vp8", "vp9", "av1"})
-
 _MOST_BETWEEN = 32
 """Packets that are looked at for B-pictures; mpeg allows any number, encoders write at most 16."""
 
@@ -60,13 +55,7 @@ def loss_check(stream: VideoStream) -> LossCheck | None:
         return _Mpeg2()
     if codec == "mpeg4":
         return _Mpeg4(stream, extradata)
-    if codec in _WITHOUT_ZEROS:
-        return lambda packet, _: _hole(bytes(packet))
     return None
-
-
-def _hole(data: bytes) -> str | None:
-    return "a hole of zeros within the picture" if _ZEROS in data else None
 
 
 # MPEG-1 and MPEG-2.

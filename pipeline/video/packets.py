@@ -19,9 +19,10 @@ from av.video.stream import VideoStream
 from vidshard.pipeline.video.avi import ChunkOrder
 from vidshard.pipeline.video.container import num_packets_before_damage, refuse_large, refuse_long
 from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoints
-from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, refuse_lost_position
+from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, damage_said, refuse_lost_position
+from vidshard.pipeline.video.holes import hole_check
 from vidshard.pipeline.video.input_file import WatchedFile
-from vidshard.pipeline.video.losses import MISSING_REFERENCE, loss_check
+from vidshard.pipeline.video.losses import loss_check
 from vidshard.pipeline.video.time_gaps import GapWatch
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
 from vidshard.pipeline.video.transport_stream import Damage, Whole, checked
@@ -86,7 +87,7 @@ def read_packets(
         NoKeyframeError: there were packets, but no keyframe.
     """
     waiting = start.await_keyframe
-    missing = loss_check(stream)
+    missing, has_hole = loss_check(stream), hole_check(stream)
     found = _nonempty_packets(container, stream, watched.limits, end or StreamEnd())
     if container.format.name == "mpegts":
         found = checked(found, watched, stream)
@@ -112,6 +113,8 @@ def read_packets(
             if gaps is not None and gaps.is_needed:
                 gaps.note(packet, packets.show)
             words = missing(packet, packets.show) if missing is not None else None
+            if words is None and has_hole is not None and has_hole(bytes(packet)):
+                words = "a hole of zeros within the picture"
             if words is not None and not isinstance(packet.opaque, Damage):
                 packet.opaque = Damage(words)
             yield packet
@@ -337,16 +340,13 @@ def _decode(
             raise
         at = "at the end" if packet is None else _time_of(packet, stream)
         raise VideoError(Reason.DECODE_ERROR, f"{at}: {error.strerror}") from error
-    if any("Could not find ref" in text for _, _, text in messages):  # hevc then gives no picture, and no error
-        raise _missing_reference("at the end" if packet is None else _time_of(packet, stream))
+    if (said := damage_said(messages)) is not None:
+        at = "at the end" if packet is None else _time_of(packet, stream)
+        raise VideoError(Reason.DECODE_ERROR, f"{at}: {said}")
     if must_be_clean and messages and packet is not None:
         detail = f"{_time_of(packet, stream)}: where two recordings are joined, the decoder says: {messages[0][2]}"
         raise VideoError(Reason.DECODE_ERROR, " ".join(detail.split()))
     return frames
-
-
-def _missing_reference(at: str) -> VideoError:
-    return VideoError(Reason.DECODE_ERROR, f"{at}: {MISSING_REFERENCE}")
 
 
 def _time_of(packet: Packet[VideoStream], stream: VideoStream) -> str:
