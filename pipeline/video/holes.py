@@ -10,7 +10,6 @@ run may be depends on the codec:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from av.video.stream import VideoStream
@@ -21,14 +20,14 @@ HoleCheck = Callable[[bytes], bool]
 """Whether the picture of a packet has a hole."""
 
 _LONGEST = {
-    "mjpeg": 16, "ffv1": 16,
+    "ffv1": 16,
     "magicyuv": 32, "huffyuv": 32, "ffvhuff": 32, "vp8": 32, "vp9": 32,
     "av1": 64, "vp6": 64, "vp6f": 64, "vp6a": 64, "vp7": 64, "utvideo": 64,
     "qtrle": 512,
 }  # fmt: skip
 """Shortest run of zero bytes that is a hole, by codec.
 
-In whole videos the longest run was 3 in ffv1, 5 in magicyuv and vp9, 7 in huffyuv and ffvhuff, 8 in mjpeg, 10 in vp8
+In whole videos the longest run was 3 in ffv1, 5 in magicyuv and vp9, 7 in huffyuv and ffvhuff, 10 in vp8
 and 23 in av1: black, white, noisy, striped, still and natural ones, at qualities from lossless to the lowest. One of
 qtrle without repeats has at most 508 bytes.
 """
@@ -45,8 +44,6 @@ def hole_check(stream: VideoStream) -> HoleCheck | None:
         length_bytes = unit_length_bytes(codec, extradata)
         zeros = bytes(_UNIT)
         return lambda data: zeros in data and _has_zeros_within(data, length_bytes)
-    if codec == "mjpeg":
-        return _mjpeg
     if codec == "utvideo":
         return _utvideo
     if codec not in _LONGEST:
@@ -70,23 +67,6 @@ def _has_zeros_within(data: bytes, length_bytes: int) -> bool:
         unit = data[at : at + num_bytes].rstrip(b"\0")
         if not unit or bytes(3) in unit:
             return True
-    return False
-
-
-_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")
-"""A marker of JPEG, but for those within a scan; B.1.1.2 of ITU-T T.81."""
-
-
-def _mjpeg(data: bytes) -> bool:
-    """Zeros within a scan; headers may hold them, and writers put them between and behind pictures."""
-    run = bytes(_LONGEST["mjpeg"])
-    at = data.find(run)
-    while at >= 0:
-        behind = data[at:].lstrip(b"\0")
-        markers = _MARKER.findall(data, 0, at)
-        if behind and markers and markers[-1] == b"\xff\xda":
-            return True
-        at = data.find(run, len(data) - len(behind))
     return False
 
 

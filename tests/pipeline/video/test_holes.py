@@ -89,7 +89,9 @@ def places(path: Path) -> list[tuple[int, int]]:
         return [(packet.pos or 0, packet.size) for packet in reader.demux(video=0) if packet.size]
 
 
-@pytest.mark.parametrize(("codec", "container_format"), [(c, f) for c, formats in CODECS.items() for f in formats])
+@pytest.mark.parametrize(
+    ("codec", "container_format"), [(c, f) for c, formats in CODECS.items() for f in formats if c != "mjpeg"]
+)
 def test_a_hole_in_a_picture_is_damage(codec: str, container_format: str, tmp_path: Path) -> None:
     whole = write(tmp_path / "whole", codec, container_format)
     original = outcome_of(whole)
@@ -147,22 +149,8 @@ def test_zeros_behind_a_unit_are_padding(codec: str, container_format: str, tmp_
         assert has_hole(data[: len(data) // 2] + bytes(300) + data[len(data) // 2 + 300 :] + b"\x81") or len(data) < 700
 
 
-def test_zeros_between_and_behind_pictures_of_jpeg_are_padding(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", "mjpeg", "mov")
-    with av.open(str(whole)) as reader:
-        [stream] = reader.streams.video
-        has_hole = hole_check(stream)
-        packets = [bytes(packet) for packet in reader.demux(stream) if packet.size]
-    assert has_hole is not None
-    field, other = packets[:2]
-    marked = other[:2] + b"\xff\xe0\0\x40AVI1" + bytes(58) + other[2:]  # a header of the second field
-    assert not has_hole(field + bytes(100) + marked + bytes(100))
-    middle = len(other) // 2
-    assert has_hole(field + bytes(100) + other[:middle] + bytes(100) + other[middle:])
-
-
 def test_zeros_of_pixels_that_are_stored_as_they_are_say_nothing(tmp_path: Path) -> None:
-    for codec, container_format in (("rawvideo", "avi"), ("v210", "mov"), ("jpeg2000", "mov")):
+    for codec, container_format in (("rawvideo", "avi"), ("v210", "mov"), ("jpeg2000", "mov"), ("ljpeg", "avi")):
         path = write(tmp_path / codec, codec, container_format, PLAIN["black"])
         with av.open(str(path)) as reader:
             assert hole_check(reader.streams.video[0]) is None
