@@ -8,7 +8,7 @@ bytes in ranges of 1 MiB on 16 threads and decodes nothing.
     python -m benchmarks.read
     python -m benchmarks.read --peers litdata webdataset --s3-ms 20 --kinds "tokens 15 bit"
 
-Time counts from the 17th batch on, so that the start of workers is left out (raw: from the second row group). Ray reads
+Time counts from the second batch on: the start of workers is left out, and hardly anything was read ahead. Ray reads
 eight times the data, as it reads ahead before the first batch. CPU time is that of the process, its workers and their
 threads; it holds on a busy machine too. Ray's workers are not counted.
 """
@@ -52,8 +52,8 @@ from vidshard.schemas.tokens import (
     tokens_payload,
 )
 
-_WARM_UP = 16
-"""Batches before the time counts: those that workers made while they all started."""
+_WARM_UP = 1
+"""Batches before the time counts: what a reader reads ahead of them would not be counted."""
 
 KINDS: dict[str, Payload] = {
     "tokens 12 bit": tokens_payload((5, 32, 32), 1 << 12),
@@ -153,11 +153,11 @@ def cpu_seconds() -> float:
     return sum(times[pid][1] for pid in ours - servers if pid in times)
 
 
-def measure(read: Callable[[], Iterator[float]], most_seconds: float, warm_up: int = _WARM_UP) -> tuple[float, float]:
+def measure(read: Callable[[], Iterator[float]], most_seconds: float) -> tuple[float, float]:
     """Clips a second and CPU seconds a clip, after a warm-up; for at most so long."""
     clips, started, cpu = 0.0, 0.0, 0.0
     for at, count in enumerate(read()):
-        if at < warm_up:
+        if at < _WARM_UP:
             started, cpu = time.perf_counter(), cpu_seconds()
             continue
         clips += count
@@ -167,10 +167,10 @@ def measure(read: Callable[[], Iterator[float]], most_seconds: float, warm_up: i
     return clips / seconds, used / clips
 
 
-def measure_apart(read: Callable[[], Iterator[float]], most_seconds: float, warm_up: int) -> tuple[float, float]:
+def measure_apart(read: Callable[[], Iterator[float]], most_seconds: float) -> tuple[float, float]:
     """As `measure`, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, read, most_seconds, warm_up).result(timeout=60)
+        return pool.submit(measure, read, most_seconds).result(timeout=60)
 
 
 def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments: argparse.Namespace) -> list[Row]:
@@ -192,8 +192,7 @@ def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments:
         for reader, read in readers.items():
             try:
                 is_apart = reader[0] in PEERS and PEERS[reader[0]].is_apart
-                warm_up = 1 if reader[0] == "raw" else _WARM_UP
-                rate, cpu = (measure_apart if is_apart else measure)(read, arguments.seconds, warm_up)
+                rate, cpu = (measure_apart if is_apart else measure)(read, arguments.seconds)
             except Exception as error:  # noqa: BLE001 - one reader's fault is not that of the others
                 print(f"{kind}, {reader}: {type(error).__name__}: {error!s:.300}")
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import vidshard
 from tests.support.token_outputs import TOKENS, write_output
+from vidshard.pipeline.reader.transport import message_bytes
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.tokens import tokens_payload
 
@@ -340,3 +342,21 @@ def test_workers_that_are_kept_learn_of_the_next_epoch(out: Path) -> None:
 
 def ids(batches: Any) -> list[str]:
     return [clip for batch in batches for clip in batch["clip_id"]]
+
+
+@pytest.mark.parametrize(("shuffle", "workers"), [(True, 2), (False, 2)])
+def test_a_job_goes_on_from_the_middle_of_a_message_of_several_batches(out: Path, shuffle: bool, workers: int) -> None:
+    def loader(batch_size: int, num_workers: int) -> Any:
+        options: dict[str, Any] = {"columns": ["clip_id"], "shuffle": shuffle}
+        return vidshard.TokenShards(str(out), batch_size=batch_size, **options).loader(num_workers)
+
+    whole = ids(loader(1, 0))
+    shards = loader(1, workers)._dataset
+    cycle, parts = shards._turns_of(workers, message_bytes(workers, 2))
+    assert cycle // parts > 2, "a message holds several batches"
+    for cut in (1, 4, 17):
+        first = loader(1, workers)
+        seen = ids(itertools.islice(first, cut))
+        rest = loader(3, 3 - workers)
+        rest.load_state_dict(first.state_dict())
+        assert seen + ids(rest) == whole
