@@ -8,9 +8,8 @@ bytes in ranges of 1 MiB on 16 threads and decodes nothing.
     python -m benchmarks.read
     python -m benchmarks.read --peers litdata webdataset --s3-ms 20 --kinds "tokens 15 bit"
 
-Time counts from the second batch on: the start of workers is left out, and hardly anything was read ahead. Ray reads
-eight times the data, as it reads ahead before the first batch. CPU time is that of the process, its workers and their
-threads; it holds on a busy machine too. Ray's workers are not counted.
+Time counts from the call on, so that nothing that is read ahead is left out; the start of workers counts too. CPU time
+is that of the process, its workers and their threads; it holds on a busy machine too. Ray's workers are not counted.
 """
 
 from __future__ import annotations
@@ -51,9 +50,6 @@ from vidshard.schemas.tokens import (
     shard_schema,
     tokens_payload,
 )
-
-_WARM_UP = 1
-"""Batches before the time counts: what a reader reads ahead of them would not be counted."""
 
 KINDS: dict[str, Payload] = {
     "tokens 12 bit": tokens_payload((5, 32, 32), 1 << 12),
@@ -154,12 +150,9 @@ def cpu_seconds() -> float:
 
 
 def measure(read: Callable[[], Iterator[float]], most_seconds: float) -> tuple[float, float]:
-    """Clips a second and CPU seconds a clip, after a warm-up; for at most so long."""
-    clips, started, cpu = 0.0, 0.0, 0.0
-    for at, count in enumerate(read()):
-        if at < _WARM_UP:
-            started, cpu = time.perf_counter(), cpu_seconds()
-            continue
+    """Clips a second and CPU seconds a clip, for at most so long."""
+    clips, started, cpu = 0.0, time.perf_counter(), cpu_seconds()
+    for count in read():
         clips += count
         if time.perf_counter() - started > most_seconds:
             break
