@@ -43,7 +43,7 @@ from vidshard.pipeline.flow import EncoderActor, build_flow
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.resources import StageResources
-from vidshard.pipeline.rows import WORK_SCHEMA
+from vidshard.pipeline.rows import DECODED_ON, WORK_SCHEMA
 
 
 @pytest.mark.slow
@@ -166,6 +166,7 @@ def refusal(*arguments: str | Path) -> str:
 @pytest.mark.usefixtures("ray_session")
 def test_attempts_that_came_to_their_end_do_not_count() -> None:
     rows = decoded_row(0, clip_spec(32), 1)
+    rows = rows.append_column(DECODED_ON, pa.array(["a node"]))
     attempts = Attempts.remote()  # type: ignore[attr-defined]
     encode = EncoderActor(encoder_spec(1), attempts)
     for _ in range(MAX_ATTEMPTS + 1):
