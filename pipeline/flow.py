@@ -187,7 +187,9 @@ def blocks_of(flow: Dataset) -> Iterator[pa.Table]:
     """
     for bundle in flow.iter_internal_ref_bundles():
         for block in bundle.block_refs:
-            yield ray.get(block)
+            rows = ray.get(block)
+            if rows.num_rows:  # a task of a cancelled run gives a block without rows and columns
+                yield rows
 
 
 def _encoder_pool(resources: StageResources) -> ActorPoolStrategy:
