@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -84,14 +85,22 @@ EVENTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """Meaning of each event, and of its fields."""
 
 
+_LONGEST_LINE = 16 << 20
+"""Bytes of the first line of a log that are read; it holds the settings of a run at most."""
+
+
 class EventLog:
     """Appends events to a file; without one it does nothing. All methods may be called from any thread."""
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, *, out: str | None = None) -> None:
         """Open the file.
 
+        Args:
+            path: the file; None to write no events.
+            out: folder that the command writes, in which no log may lie.
+
         Raises:
-            UserError: it cannot be opened for appending.
+            UserError: it cannot be opened for appending, holds something else than events, or lies in ``out``.
         """
         self._path = path
         self._run = secrets.token_hex(8)
@@ -103,7 +112,15 @@ class EventLog:
             return
         if is_remote(path):
             raise UserError(f"--log-json {public_uri(path)}: give a local file; a log store can collect it from there")
+        if path in ("", "-"):
+            raise UserError(f"--log-json {path}: name a file, such as run.jsonl")
         try:
+            if out is not None and not is_remote(out) and Path(path).resolve().is_relative_to(Path(out).resolve()):
+                raise UserError(f"--log-json {path}: it lies in the output; name a file outside of {out}")
+            if _holds_something_else(path):
+                raise UserError(
+                    f"--log-json {path}: this file is no event log; name a new one, or one of an earlier run"
+                )
             # without O_NONBLOCK a pipe that nobody reads would stop the command here
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
             self._file = os.open(path, flags, 0o644)
@@ -153,6 +170,19 @@ class EventLog:
             self._file = None
 
 
+def _holds_something_else(path: str) -> bool:
+    """Whether a path is a file whose first line is no event; a log is appended to, and nothing else is."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False
+    with open(path, "rb") as file:
+        first = file.readline(_LONGEST_LINE)
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(record, dict) or not {"time", "run", "event"} <= record.keys()
+
+
 def _clean(value: Any) -> Any:
     """A value without the secrets of URLs in its texts."""
     if isinstance(value, str):
@@ -188,7 +218,7 @@ def reported(console: Console, settings: ReportSettings, *, command: str, out: s
     Raises:
         UserError: the file of the log cannot be opened.
     """
-    log = EventLog(settings.log_json)
+    log = EventLog(settings.log_json, out=out)
     started = datetime.now(UTC)
     log.emit(
         "started",

@@ -65,9 +65,11 @@ def debug_spans(
         0 if every stage gave a result; 1 if one of them rejected something.
 
     Raises:
-        VidshardError: the output cannot be read, has no such span or video, or the video is remote and may not be
-            fetched.
+        VidshardError: the output cannot be read, has no such span or video, the video is remote and may not be
+            fetched, or the folder for pictures cannot be made.
     """
+    if pictures is not None:
+        _make_folder(Path(pictures))
     folder = storage.absolute(out)
     hosts = None if allow_private else typed_hosts([out, *([] if uri is None else [uri])])
     resolved = resolved_run_of(folder, weights=weights, source_hosts=hosts)
@@ -218,9 +220,15 @@ def _decode(rows: pa.Table, resolved: ResolvedRun, limits: Limits, printer: _Pri
     return pa.concat_tables(tables)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--pictures {folder}: {error.strerror}; name a folder that you may write to") from error
+
+
 def _write_pictures(decoded: pa.Table, resolved: ResolvedRun, folder: Path, printer: _Printer) -> None:
     """Write a PNG file per clip: its frames from left to right, six in a row."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     spans = clip_frames(decoded, resolved.largest.num_frames)
     for number, (clips, frames) in enumerate(zip(decoded["clips"].to_pylist(), spans, strict=True)):

@@ -132,13 +132,20 @@ def test_any_value_is_one_line_of_ascii_json(tmp_path: Path, value: object) -> N
         ("pipe", "No such device or address"),
         ("s3://user:secret@bucket/log", "give a local file"),
         ("nul\0", "embedded null byte"),
+        ("video.mp4", "this file is no event log"),
+        ("run.json", "this file is no event log"),
+        ("out/log.json", "it lies in the output"),
     ],
 )
 def test_a_file_that_cannot_be_appended_to_is_refused_before_the_job(tmp_path: Path, name: str, reason: str) -> None:
     os.mkfifo(tmp_path / "pipe")
+    contents = {"video.mp4": b"\0\0\0\x18ftypisom", "run.json": b'{\n  "format": 2\n}\n'}
+    for file, content in contents.items():
+        (tmp_path / file).write_bytes(content)
     path = name if "://" in name else f"{tmp_path}/{name}"
     with pytest.raises(UserError, match=reason) as caught:
-        EventLog(path)
+        EventLog(path, out=str(tmp_path / "out"))
+    assert {file: (tmp_path / file).read_bytes() for file in contents} == contents
     assert str(caught.value).startswith("--log-json ")
     assert "secret" not in str(caught.value)
 

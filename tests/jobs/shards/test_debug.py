@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.support.cli import SMALL, printed_by, tokenize
+from tests.support.cli import SMALL, printed_by, run, tokenize
 from tests.support.http_server import http_server
 from tests.support.shards import clips_of
 from tests.support.videos import Recipe, read_frame_number, write_damaged, write_video
@@ -49,6 +49,15 @@ def test_every_stage_of_a_committed_span_is_shown_and_the_output_stays_as_it_is(
         f"mean {tokens.astype(float).mean():.6g}, {len(np.unique(tokens))} different" in said
     )
     assert _files(output) == before
+
+
+def test_a_place_that_can_hold_no_pictures_is_named(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = run("debug", output / "tokens", "--uri", output / "videos/good.mp4", "--pictures", place)
+        assert result.exit_code == 2
+        assert f"--pictures {place}: " in result.output
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_pictures_are_the_frames_that_the_run_sampled(tmp_path: Path) -> None:
