@@ -10,6 +10,7 @@ run may be depends on the codec:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from av.video.stream import VideoStream
@@ -36,6 +37,10 @@ _UNIT = 16
 """Zeros that are looked at in codecs of units: only zeros behind a unit may be as many."""
 
 
+_WITHIN = re.compile(rb"(?<!\x00)\x00{%d,}+[^\x00\x01]" % _UNIT)
+"""Zeros that no start code ends; each run is looked at once, however many there are."""
+
+
 def hole_check(stream: VideoStream) -> HoleCheck | None:
     """The check for the codec of a stream; None where zeros say nothing."""
     codec = stream.codec_context.codec.canonical_name
@@ -55,13 +60,7 @@ def hole_check(stream: VideoStream) -> HoleCheck | None:
 def _has_zeros_within(data: bytes, length_bytes: int) -> bool:
     """Whether 16 zeros lie elsewhere than behind a unit, where writers may put any number."""
     if not length_bytes:
-        at = data.find(bytes(_UNIT))
-        while at >= 0:
-            after = len(data) - len(data[at:].lstrip(b"\0"))
-            if after < len(data) and data[after] != 1:
-                return True
-            at = data.find(bytes(_UNIT), after)
-        return False
+        return _WITHIN.search(data) is not None
     for at in units(data, length_bytes):
         num_bytes = int.from_bytes(data[at - length_bytes : at], "big")
         unit = data[at : at + num_bytes].rstrip(b"\0")

@@ -166,3 +166,12 @@ def test_a_picture_that_is_stored_unpredicted_may_be_zeros(tmp_path: Path) -> No
     with_zeros = data[:2000] + bytes(100) + data[2100:]
     assert has_hole(with_zeros)
     assert not has_hole(with_zeros[:-3] + bytes([with_zeros[-3] & ~3]) + with_zeros[-2:])
+
+
+def test_a_packet_of_very_many_start_codes_is_looked_at_once(tmp_path: Path) -> None:
+    with av.open(str(write(tmp_path / "whole", "libx264", CODECS["libx264"][-1]))) as reader:
+        check = hole_check(reader.streams.video[0])
+    assert check is not None
+    hostile = (bytes(16) + b"\1x") * 300_000  # looking at the rest again for each of them would take minutes
+    assert not check(hostile)
+    assert check(hostile + bytes(16) + b"x")
