@@ -24,7 +24,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.checked_answers import checked_clips, checked_probe
 from vidshard.pipeline.recut import Recutting
-from vidshard.pipeline.remote_bytes import fetching_process, remote_file
+from vidshard.pipeline.remote_bytes import forget_fetching_processes, remote_file
 from vidshard.pipeline.row_errors import row_error
 from vidshard.pipeline.rows import FRAME_SECONDS, add_clips, add_signals, row_span, row_spec, signal_source
 from vidshard.pipeline.unchanged import read_unchanged, refuse_changed
@@ -76,9 +76,9 @@ def _sandbox(memory_bytes: int, confined: bool, files_per_child: int) -> DecodeS
 
 
 def forget_processes() -> None:
-    """Start new child processes from now on, which see this process's environment as it is then."""
+    """Start new child processes from now on, without the connections that those of before kept."""
     _sandbox.cache_clear()
-    fetching_process.cache_clear()
+    forget_fetching_processes()
 
 
 def confinement_lacks(limits: Limits) -> list[str]:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import BinaryIO, cast
 
 from vidshard.pipeline import storage
@@ -37,10 +37,28 @@ FETCH_TIMEOUT_SECONDS = 120.0 + storage.RETRY_SECONDS
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
-@cache
+_MEANINGLESS = frozenset({"_", "PWD", "OLDPWD", "SHLVL", "PYTEST_CURRENT_TEST"})
+"""Variables of the environment that change often, and that no client of a storage reads."""
+
+
 def fetching_process(memory_bytes: int) -> ChildProcess:
-    """The process of this worker that fetches, started at its first remote file and reused for all later ones."""
+    """The process of this worker that fetches, started at its first remote file and reused for later ones.
+
+    It has the environment of its start. Once this process's environment is another one, as after credentials were set
+    in a notebook, a new process takes its place.
+    """
+    environment = frozenset(item for item in os.environ.items() if item[0] not in _MEANINGLESS)
+    return _fetching_process(memory_bytes, environment)
+
+
+@lru_cache(maxsize=2)
+def _fetching_process(memory_bytes: int, _environment: frozenset[tuple[str, str]]) -> ChildProcess:
     return ChildProcess(role="fetch", memory_limit_bytes=memory_bytes)
+
+
+def forget_fetching_processes() -> None:
+    """Start new processes from now on, with new connections."""
+    _fetching_process.cache_clear()
 
 
 @contextmanager

@@ -51,9 +51,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HttpServer,
         return file.read_bytes() if file.is_file() else None
 
     with http_server(answer) as server:
-        decode_stage.forget_processes()
         yield server, folder
-    decode_stage.forget_processes()
 
 
 def clips_of(uri: str, limits: Limits = LIMITS) -> list[SpanClips]:
@@ -242,7 +240,7 @@ def test_a_decoder_of_remote_files_holds_no_secrets(
     secret = b"a-secret-" + os.urandom(12).hex().encode()  # the child has this module's constants
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.setenv(name, secret.decode())
-    decode_stage.forget_processes()
+    decode_stage.forget_processes()  # a decoder of before could not know them
     uri = f"{server.url}/large.mp4?signature={secret.decode()}"
     decoder = decode_stage._sandbox(LIMITS.memory_bytes, True, LIMITS.videos_per_decoder)
     monkeypatch.setattr("vidshard.pipeline.video.sandbox.RENEWAL_SECONDS", math.inf)
@@ -254,7 +252,6 @@ def test_a_decoder_of_remote_files_holds_no_secrets(
     assert fetching_process(LIMITS.memory_bytes).run(secrets_in_memory, *whole, timeout_seconds=60) > 0, (
         "the search finds it"
     )
-    decode_stage.forget_processes()
 
 
 def test_a_decoder_cannot_change_the_bytes_it_is_given(site: tuple[HttpServer, Path], confined: DecodeSandbox) -> None:
@@ -276,6 +273,22 @@ def test_the_process_that_fetches_has_no_decoder(site: tuple[HttpServer, Path]) 
     assert not {"av", "torch", "ray", "PIL"} & set(modules)
 
 
+def variable(name: str) -> str:
+    return os.environ.get(name, "")
+
+
+def test_credentials_set_after_a_remote_file_was_read_hold_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen() -> tuple[str, int | None]:
+        process = fetching_process(LIMITS.memory_bytes)
+        return process.run(variable, "AWS_PROFILE", timeout_seconds=60), process.pid
+
+    monkeypatch.setenv("AWS_PROFILE", "first")
+    first, kept = seen(), seen()
+    assert first == kept, "one process as long as nothing changes"
+    monkeypatch.setenv("AWS_PROFILE", "second")
+    assert (first[0], seen()[0]) == ("first", "second")
+
+
 # Failures of the storage.
 
 
@@ -287,11 +300,9 @@ def test_an_outage_in_the_middle_is_an_outage_and_no_ones_fault(
     _, folder = site
     boto3.client("s3").upload_file(str(folder / "large.mp4"), "videos", "remote/large.mp4")
     monkeypatch.setenv("VIDSHARD_STORAGE_RETRY_SECONDS", "0.3")
-    decode_stage.forget_processes()
     uri = "s3://videos/remote/large.mp4"
     faulty_s3.misbehave("unavailable", method="GET", path="large", times=math.inf, skip=3)
     with pytest.raises(OutageError, match=r"cannot read s3://videos/remote/large\.mp4"):
         clips_of(uri)
     faulty_s3.behave()
     assert isinstance(probe(VideoRef(uri=uri, num_bytes=-1), LIMITS), VideoProbe)
-    decode_stage.forget_processes()

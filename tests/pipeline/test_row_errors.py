@@ -197,7 +197,6 @@ def test_an_outage_of_an_object_store_ends_the_run_and_rejects_nothing(
     pq.write_table(pa.table({"uri": ["s3://videos/outage/a.mp4", str(two_videos / "1.mp4")]}), tmp_path / "m.parquet")
     monkeypatch.setenv("VIDSHARD_STORAGE_RETRY_SECONDS", "1")
     monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", 1.0)
-    decode_stage.forget_processes()  # a child that knows the variable
     faulty_s3.misbehave("unavailable", path="outage", times=math.inf)
     result = tokenize(tmp_path / "m.parquet", "--out", tmp_path / "out", *SMALL)
     faulty_s3.behave()
@@ -205,18 +204,14 @@ def test_an_outage_of_an_object_store_ends_the_run_and_rejects_nothing(
     assert "cannot read s3://videos/outage/a.mp4" in " ".join(result.output.split())
     assert not reasons(tmp_path / "out")
     again = tokenize(tmp_path / "m.parquet", "--out", tmp_path / "out", *SMALL)
-    decode_stage.forget_processes()
     assert again.exit_code == 0, again.output
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storages are asked again for half a second, in child processes too."""
     monkeypatch.setenv("VIDSHARD_STORAGE_RETRY_SECONDS", "0.5")
     monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", 0.5)
-    decode_stage.forget_processes()
-    yield
-    decode_stage.forget_processes()
 
 
 def _manifest(folder: Path, uris: list[str]) -> Path:
@@ -273,7 +268,6 @@ def test_a_key_with_two_colons_is_a_name(s3: str, two_videos: Path, tmp_path: Pa
     import boto3
 
     boto3.client("s3").upload_file(str(two_videos / "0.mp4"), "videos", "colons/a::b.mp4")
-    decode_stage.forget_processes()  # a child that knows the server
     result = tokenize("s3://videos/colons", "--out", tmp_path / "out", *SMALL)
     assert result.exit_code == 0, result.output
     assert not reasons(tmp_path / "out")

@@ -20,7 +20,7 @@ from tests.support.http_server import Answer, http_server
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.shards.decode import file_name
 from vidshard.jobs.shards.verify import _check_shard, verify_output
-from vidshard.pipeline import decode_stage, storage
+from vidshard.pipeline import storage
 from vidshard.pipeline.open_output import open_output
 from vidshard.pipeline.output.committed import shard_spans
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
@@ -277,7 +277,6 @@ def test_sources_whose_server_turned_hostile_are_named_and_no_clip_is_compared_w
 ) -> None:
     monkeypatch.setenv("VIDSHARD_STORAGE_RETRY_SECONDS", "0.2")
     monkeypatch.setattr("vidshard.pipeline.storage.retry.RETRY_SECONDS", 0.2)
-    decode_stage.forget_processes()
     answers: dict[str, Answer | None] = {
         "changed": small_video.replace(b"mdat", b"mdaT"),
         "cut": small_video[: len(small_video) // 2],
@@ -308,7 +307,6 @@ def test_sources_whose_server_turned_hostile_are_named_and_no_clip_is_compared_w
         code, printed = vidshard_exits(*verify)
         assert "localhost is refused" in " ".join(printed.split()), printed
         assert other.asked == [], "a redirect to a private address is not followed"
-    decode_stage.forget_processes()
 
 
 def test_names_of_files_cannot_steer_a_terminal(tmp_path: Path) -> None:

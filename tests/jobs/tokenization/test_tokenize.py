@@ -23,7 +23,6 @@ from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer, seeded_weights, weights_digest
-from vidshard.pipeline import decode_stage
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.storage import open_binary
@@ -417,7 +416,6 @@ def test_remote_files_are_decoded_confined_and_give_the_tokens_of_local_ones(
     s3: str, good_videos: Path, tmp_path: Path
 ) -> None:
     boto3.client("s3").upload_file(str(good_videos / "a.mp4"), "videos", "confined/a.mp4")
-    decode_stage.forget_processes()  # a child that knows the server
     found = []
     for source, sandbox in (("s3://videos/confined", "required"), (str(good_videos / "a.mp4"), "auto")):
         out = tmp_path / sandbox
