@@ -139,7 +139,8 @@ class ReportingGroup(OrderedGroup):
         try:
             result = super().invoke(ctx)
         except VidshardError as error:
-            print_error(error)
+            if not error.is_printed:
+                print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt as interrupt:
             click.echo(INTERRUPTED, err=True)

@@ -23,6 +23,8 @@ class VidshardError(Exception):
 
     exit_code: ClassVar[int] = EXIT_REFUSED
     """Exit code of the command that this error ends."""
+    is_printed: ClassVar[bool] = False
+    """Whether the message was printed when the error came up, as the process might not have lived to print it."""
 
 
 class UserError(VidshardError):

@@ -155,7 +155,12 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
 
 def _stop() -> None:
     """Stop Ray; the process ends if that takes longer than ``_STOPPING_SECONDS``, as it holds the lease until then."""
-    late = threading.Timer(_STOPPING_SECONDS, _end, ("Ray did not stop; what is committed is valid",))
+
+    def give_up() -> None:
+        os.write(2, b"error: Ray did not stop; what is committed is valid\n")
+        _end()
+
+    late = threading.Timer(_STOPPING_SECONDS, give_up)
     late.daemon = True
     late.start()
     try:
@@ -164,9 +169,8 @@ def _stop() -> None:
         late.cancel()
 
 
-def _end(text: str) -> None:
+def _end() -> None:
     """End the process from a thread, as the main thread hangs; its lease is given back if that is soon done."""
-    os.write(2, f"error: {text}\n".encode())
     last = threading.Timer(_RELEASING_SECONDS, os._exit, (EXIT_FAILED,))
     last.daemon = True
     last.start()

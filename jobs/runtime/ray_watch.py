@@ -1,12 +1,17 @@
 """Watch of the Ray processes that a driver needs: raylet and GCS, of a Ray of our own or of a joined cluster.
 
-Ray itself notices after 15 to 60 seconds, and then ends this process without a word of what to do. The processes of an
-own Ray are children. Those of a joined cluster are known by their sockets: a connection to each is held, which the
-kernel closes when the process ends. Losing it costs a new connection; only a refusal tells that nobody listens.
+Ray itself notices after 15 to 60 seconds, or with its next use of the object store, and then ends this process without
+a word of what to do. So the kernel wakes this watch when a process on this machine ends, and what to do is said first.
+
+The processes of an own Ray are children. Those of a joined cluster are known by their sockets: a connection to each is
+held, which the kernel closes when the process ends. Losing it costs a new connection; only a refusal tells that nobody
+listens.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,9 +26,11 @@ from typing import Protocol
 
 import ray
 
+from vidshard.jobs.runtime.errors import print_error
 from vidshard.schemas.errors import RunFailedError, VidshardError
 
 _WATCHING_SECONDS = 0.5
+_RESTING_SECONDS = 0.05
 _CONNECTING_SECONDS = 2.0
 REFUSED_SECONDS = 3.0
 """Seconds that a GCS may refuse connections before it is dead."""
@@ -37,10 +44,16 @@ class RayDiedError(RunFailedError):
     """A process of Ray ended without which this run cannot go on."""
 
     has_lost_workers = True
+    is_printed = True
 
 
 class Watched(Protocol):
     """A process that a driver needs."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """A file descriptor that can be read once the process ends, or earlier; None for none."""
+        ...
 
     def death(self) -> str | None:
         """Describe its end, as the start of a sentence; None while it lives."""
@@ -56,6 +69,9 @@ class ChildProcess:
 
     def __init__(self, name: str, process: subprocess.Popen[bytes]) -> None:
         self._name, self._process = name, process
+        self.descriptor: int | None = None
+        with suppress(OSError):  # it ended, or this kernel has no such descriptors
+            self.descriptor = os.pidfd_open(process.pid)
 
     def death(self) -> str | None:
         """Describe its end by its exit code or signal."""
@@ -70,7 +86,10 @@ class ChildProcess:
         return f"Ray's process {self._name} ended ({cause})"
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Close the descriptor."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
 class Listener:
@@ -87,6 +106,11 @@ class Listener:
         self._name, self._connect, self._refused_seconds = name, connect, refused_seconds
         self._connection: socket.socket | None = None
         self._failing_since: float | None = None
+
+    @property
+    def descriptor(self) -> int | None:
+        """That of the connection."""
+        return None if self._connection is None else self._connection.fileno()
 
     def death(self) -> str | None:
         """Look at the connection that is held, and make a new one if it was closed."""
@@ -177,15 +201,17 @@ def _connect_remote(address: str) -> socket.socket:
 
 @contextmanager
 def death_noticed(
-    watched: Sequence[Watched], *, remedy: str, patience_seconds: float, end: Callable[[str], None]
+    watched: Sequence[Watched], *, remedy: str, patience_seconds: float, end: Callable[[], None]
 ) -> Iterator[None]:
     """Raise RayDiedError in the main thread once one of the processes has ended. Only the main thread may call this.
+
+    The error is printed before it is raised, as Ray may end this process at any moment from then on.
 
     Args:
         watched: the processes.
         remedy: last sentence of the message.
         patience_seconds: time for the main thread to leave this context after that.
-        end: called by the watching thread, with the message, if the main thread does not.
+        end: called by the watching thread if the main thread does not.
     """
     main_thread = threading.get_ident()
     deaths: list[str] = []
@@ -193,14 +219,17 @@ def death_noticed(
 
     def watch() -> None:
         try:
-            while not is_over.wait(_WATCHING_SECONDS):
+            while not is_over.is_set():
                 found = [death for each in watched if (death := each.death()) is not None]
                 if found:
                     deaths.append(f"the run stopped: {found[0]}; what is committed is valid. {remedy}")
+                    print_error(deaths[0])
                     signal.pthread_kill(main_thread, signal.SIGUSR1)
                     if not is_over.wait(patience_seconds):
-                        end(deaths[0])
+                        end()
                     return
+                is_over.wait(_RESTING_SECONDS)  # a server may close every connection at once
+                _await_event(watched)
         finally:
             for each in watched:
                 each.close()
@@ -217,6 +246,15 @@ def death_noticed(
     finally:
         is_over.set()
         signal.signal(signal.SIGUSR1, before)
+
+
+def _await_event(watched: Sequence[Watched]) -> None:
+    """Wait until the kernel has news of one of the processes, at most for ``_WATCHING_SECONDS``."""
+    news = select.poll()
+    for each in watched:
+        if each.descriptor is not None:
+            news.register(each.descriptor, select.POLLIN)
+    news.poll(1000 * _WATCHING_SECONDS)
 
 
 def _report_unless_of_ray(report: Callable[[sys.UnraisableHookArgs], object], raised: sys.UnraisableHookArgs) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -88,13 +90,15 @@ def test_a_network_that_is_gone_for_a_moment_is_no_death(clock: Clock) -> None:
 
 
 def test_a_death_is_raised_in_the_main_thread_with_the_remedy_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_watch, "_WATCHING_SECONDS", 0.01)
+    monkeypatch.setattr(ray_watch, "_WATCHING_SECONDS", 100)  # the kernel tells it
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(3)"])
-    ended: list[str] = []
+    ended: list[int] = []
     with (
         pytest.raises(RayDiedError, match=r"Ray's process raylet ended \(with exit code 3\).*is valid\. Try again"),
-        death_noticed([ChildProcess("raylet", process)], remedy="Try again", patience_seconds=60, end=ended.append),
+        death_noticed(
+            [ChildProcess("raylet", process)], remedy="Try again", patience_seconds=60, end=lambda: ended.append(1)
+        ),
     ):
         threading.Event().wait(30)
     assert not ended
@@ -107,8 +111,27 @@ def test_a_main_thread_that_does_not_answer_is_ended_from_outside(monkeypatch: p
     process = subprocess.Popen([sys.executable, "-c", ""])
     ended = threading.Event()
     watched = [ChildProcess("raylet", process)]
-    with death_noticed(watched, remedy="", patience_seconds=0.01, end=lambda _text: ended.set()):
+    with death_noticed(watched, remedy="", patience_seconds=0.01, end=ended.set):
         try:
             ended.wait(30)
         except RayDiedError:
             assert ended.wait(30), "it stays in the context, as if it hung in a library"
+
+
+def test_a_death_is_told_before_it_is_raised_as_ray_may_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(ray_watch, "print_error", told.put)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    watched = [ChildProcess("raylet", process)]
+
+    def hear() -> None:
+        with death_noticed(watched, remedy="Try again", patience_seconds=60, end=lambda: None):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # nothing can be raised until it is unblocked
+            assert "Ray's process raylet ended (with exit code 0); what" in told.get(timeout=30)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            threading.Event().wait(30)
+
+    with pytest.raises(RayDiedError):
+        hear()
+    assert RayDiedError.is_printed, "the command prints it no second time"
