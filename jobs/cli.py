@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from vidshard.jobs.commands.tokenizing import demo, plan, tokenize
 from vidshard.jobs.commands.training import train
 from vidshard.jobs.commands.weights import convert, tokenizers
 from vidshard.jobs.runtime.errors import exit_code_of, interrupt_behind, print_error, signals_that_end, terminate
-from vidshard.jobs.runtime.interrupts import is_feeding
 from vidshard.jobs.runtime.output import lost_report, make_output_safe
 from vidshard.jobs.runtime.settings import OrderedGroup
 from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED, VidshardError
@@ -65,12 +63,6 @@ def main() -> None:
     elif code == 0 and not _is_run(sys.argv[1:]) and (loss := lost_report()) is not None:
         print_error(f"what this command printed is lost: {loss}")
         code = EXIT_FAILED
-    if is_feeding():
-        # the interpreter ends such a thread inside of PyTorch, which aborts the process
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
     sys.exit(code)
 
 

@@ -6,8 +6,10 @@ that second ends with one line rather than a traceback.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 from types import FrameType
 
 from vidshard.jobs import INTERRUPTED
@@ -24,9 +26,37 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _end_at_once)
     os.environ.setdefault(*_THREADS_SLEEP)
+    end = _End()
+    atexit.register(end)  # the first one is called last
     from vidshard.jobs import cli
 
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        end.code = exit_.code
+        raise
+
+
+class _End:
+    """Ends the process, once exit handlers have run, without taking the interpreter apart.
+
+    Threads of libraries may come back to Python in that time, as those of Arrow and PyTorch do. The interpreter ends
+    such a thread, which aborts the process where the library does not foresee it.
+    """
+
+    def __init__(self) -> None:
+        self.code: object = None
+
+    def __call__(self) -> None:
+        if not isinstance(self.code, int):
+            return
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except (OSError, ValueError):
+            return  # the interpreter has an exit code for this
+        os._exit(self.code)
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> None:

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
@@ -66,7 +65,7 @@ def read_groups(groups: pa.Table, plan: str) -> pa.Table:
         plan: path of the file.
     """
     with storage.open_binary(plan) as file:
-        return pq.ParquetFile(file).read_row_groups(groups["group"].to_pylist())
+        return storage.ParquetFile(file).read_row_groups(groups["group"].to_pylist())
 
 
 @cache

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
@@ -204,7 +203,7 @@ def _rows_of(plan: str | pa.Table) -> Dataset:
     if isinstance(plan, pa.Table):
         return _from_tables([plan.combine_chunks()])
     with storage.open_binary(plan) as file:
-        num_groups = pq.ParquetFile(file).num_row_groups
+        num_groups = storage.ParquetFile(file).num_row_groups
     groups = [pa.table({"group": pa.array([number], pa.int64())}) for number in range(num_groups)]
     return _from_tables(groups).map_batches(
         read_groups, fn_args=(plan,), batch_format="pyarrow", batch_size=None, max_retries=MAX_ATTEMPTS - 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.encode_stage import ClipEncoder, EncoderSpec
@@ -51,6 +50,6 @@ def _slices(work: str | pa.Table, size: int) -> Iterator[pa.Table]:
 
 def _row_groups(path: str) -> Iterator[pa.Table]:
     with storage.open_binary(path) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = storage.ParquetFile(file)
         for group in range(parquet.num_row_groups):
             yield parquet.read_row_group(group)

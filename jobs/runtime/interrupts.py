@@ -44,15 +44,6 @@ class Interrupts:
             raise interrupt_of(number)
 
 
-_FEED = "feed"
-"""Name of the threads that read ahead."""
-
-
-def is_feeding() -> bool:
-    """Whether a thread still reads an item that nobody waits for any more."""
-    return any(thread.name == _FEED for thread in threading.enumerate())
-
-
 class Feed(Generic[Item]):
     """Iterator that a thread reads one item ahead, so that taking an item can time out."""
 
@@ -61,7 +52,7 @@ class Feed(Generic[Item]):
     def __init__(self, items: Iterable[Item]) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, args=(iter(items),), name=_FEED, daemon=True).start()
+        threading.Thread(target=self._run, args=(iter(items),), name="feed", daemon=True).start()
 
     def _run(self, items: Iterator[Item]) -> None:
         try:

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from vidshard.jobs.runtime.events import reported
@@ -148,7 +147,7 @@ def _rows_of(work: WorkList) -> pa.Table:
     if isinstance(work.source, pa.Table):
         return work.source.combine_chunks()
     with storage.open_binary(work.source) as file:
-        return pq.read_table(file).combine_chunks()
+        return storage.ParquetFile(file).read().combine_chunks()
 
 
 def _try_decoding(resolved: ResolvedRun, rows: pa.Table, limits: Limits) -> _Trial:

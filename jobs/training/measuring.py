@@ -7,7 +7,6 @@ from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -94,6 +93,6 @@ def read_held_out(job: StageJob) -> npt.NDArray[np.uint8]:
     """Read the stage's held-out clips: uint8 (N, T, H, W, 3)."""
     stage = job.stage
     with storage.open_binary(storage.join(job.folder, HELD_OUT)) as file:
-        frames = pq.ParquetFile(file).read(columns=["frames"])["frames"].to_pylist()
+        frames = storage.ParquetFile(file).read(["frames"])["frames"].to_pylist()
     shape = (len(frames), stage.frames, *stage.size, 3)
     return np.frombuffer(bytearray().join(frames), np.uint8).reshape(shape) if frames else np.empty(shape, np.uint8)

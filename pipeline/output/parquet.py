@@ -147,7 +147,7 @@ def _damaged(path: str, error: Exception, remedy: str) -> ShardError:
     return ShardError(f"{shown_uri(path)} is damaged ({one_line(error, 200)}): {remedy}")
 
 
-class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
+class BoundedParquet(storage.ParquetFile):
     """A Parquet file whose row groups are refused before they take too much memory; page checksums are checked."""
 
     def __init__(self, file: Any, *, metadata: pq.FileMetaData | None = None) -> None:
@@ -160,7 +160,7 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         Raises:
             ValueError: it has more rows than any file of vidshard.
         """
-        super().__init__(file, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
+        super().__init__(file, metadata=metadata, page_checksum_verification=True)
         self._file = file
         self._chunks: list[list[ColumnChunk]] | None = None
         if self.metadata.num_rows > MAX_ROWS:
@@ -176,7 +176,7 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         bound = None if columns is None else self._fixed_bytes(number, columns)
         if bound is None or bound > MAX_GROUP_BYTES:
             _refuse_large(self._group_bytes(number, columns), MAX_GROUP_BYTES, f"row group {number}")
-        return self.read_row_group(number, columns=None if columns is None else list(columns))
+        return self.read_row_group(number, columns)
 
     def check_size(self) -> None:
         """Check that each row group, and the whole file, may be read.
@@ -196,7 +196,7 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
         groups = range(self.metadata.num_row_groups)
         _refuse_large(sum(self._group_bytes(group, columns) for group in groups), MAX_FILE_BYTES, "it")
         if not groups:
-            return self.read(columns=None if columns is None else list(columns))
+            return self.read(columns)
         return pa.concat_tables([self.group(group, columns) for group in groups])
 
     def chunks(self, group: int) -> list[ColumnChunk]:
@@ -259,9 +259,9 @@ class BoundedParquet(pq.ParquetFile):  # type: ignore[misc]
 
     def _text_bytes(self, group: int, name: str) -> int:
         """Bytes of a column of texts; it is read with its dictionary, so that repeated texts take no memory."""
-        parquet = pq.ParquetFile(self._file, page_checksum_verification=True, read_dictionary=[name])
+        parquet = storage.ParquetFile(self._file, page_checksum_verification=True, read_dictionary=[name])
         total = 0
-        for chunk in parquet.read_row_group(group, columns=[name])[name].chunks:
+        for chunk in parquet.read_row_group(group, [name])[name].chunks:
             if not pa.types.is_dictionary(chunk.type):
                 total += chunk.nbytes
                 continue

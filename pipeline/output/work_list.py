@@ -60,7 +60,7 @@ def rows_of_spans(work: WorkList, wanted: Mask) -> pa.Table:
         return work.source.filter(pa.array(wanted))
     found = [work.schema.empty_table()]
     with storage.open_binary(work.source) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = storage.ParquetFile(file)
         for group in range(parquet.num_row_groups):
             rows = parquet.read_row_group(group)
             found.append(rows.filter(pa.array(wanted[rows[WORK_NUMBER.name].to_numpy()])).cast(work.schema))

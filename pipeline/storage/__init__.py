@@ -16,6 +16,7 @@ from vidshard.pipeline.storage.files import (
     remove_leftovers,
     write_atomic,
 )
+from vidshard.pipeline.storage.parquet_file import ParquetFile
 from vidshard.pipeline.storage.paths import absolute, is_local, join
 from vidshard.pipeline.storage.remote_video import WHOLE_BYTES, RemoteVideo, open_video
 from vidshard.pipeline.storage.retry import RETRY_SECONDS, with_retries
@@ -39,6 +40,7 @@ __all__ = [
     "RETRY_SECONDS",
     "SHIPPED_SCHEME",
     "WHOLE_BYTES",
+    "ParquetFile",
     "RemoteVideo",
     "StagedFile",
     "StagedFileGoneError",

@@ -140,7 +140,7 @@ class _CacheWriter:
         """Read a cache file without the frames; None if it is damaged."""
         try:
             with storage.open_binary(path) as file:
-                return pq.ParquetFile(file).read(columns=["item", "kept", "rejected"])
+                return storage.ParquetFile(file).read(["item", "kept", "rejected"])
         except (pa.ArrowException, OSError):
             return None
 

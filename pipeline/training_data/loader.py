@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from ray.data import DataContext, Dataset
 
@@ -155,14 +154,14 @@ def _has_content(uri: str, video_id: str, _fingerprint: str | None, limits: Limi
 
 
 @lru_cache(maxsize=16)
-def _open_cache_file(path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(path if storage.is_local(path) else io.BytesIO(storage.read_bytes(path)))
+def _open_cache_file(path: str) -> storage.ParquetFile:
+    return storage.ParquetFile(path if storage.is_local(path) else io.BytesIO(storage.read_bytes(path)))
 
 
 def _cached_clip(path: str, row: int) -> tuple[bytes, list[str]]:
     try:
         # a cache of an earlier version has no column "made", and PyArrow leaves it out
-        group = _open_cache_file(path).read_row_group(row, columns=["frames", "made"])
+        group = _open_cache_file(path).read_row_group(row, ["frames", "made"])
         frames: bytes = group["frames"][0].as_py()
         made: list[str] = group["made"][0].as_py() if "made" in group.column_names else []
     except (pa.ArrowException, OSError, IndexError, storage.StorageError) as error:

@@ -122,7 +122,7 @@ def read_training_videos(path: str) -> TrainingVideos:
         UnusableError: the file is damaged.
     """
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        table = storage.ParquetFile(io.BytesIO(storage.read_bytes(path))).read()
         aside, num_videos = table[_IS_HELD_OUT], int(table.schema.metadata[_NUM_VIDEOS])
         items = table.drop_columns(_IS_HELD_OUT).cast(ITEM_SCHEMA)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
