@@ -114,7 +114,7 @@ def test_an_output_of_the_weights_of_another_version_names_them_and_takes_their_
     with monkeypatch.context() as patch:
         patch.setattr("vidshard.models.weights.shipped_weights", lambda _name=SHIPPED: file)
         assert run(*tokenizing).exit_code == 0
-    decoding = ("decode", out, "--all", tmp_path / "shown")
+    decoding = ("decode", out, "--all", tmp_path / "shown", "--local")
     for command in (decoding, ("verify", out, "--exact", 1)):
         said = " ".join(run(*command).output.split())
         assert f"expected {weights_digest(former.state_dict())}" in said

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +64,13 @@ QUICK = {
 """Cases of the whole set that every run compares, beside those of the committed part: it holds the same values."""
 
 
-@lru_cache(maxsize=1)
-def tokenizer(config: str) -> VidTok:
-    return load_tokenizer(PRESETS[config], None, seed=0)
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> VidTok:
+    """A released configuration. All tests of one follow each other: the largest takes seconds and 600 MB."""
+    return load_tokenizer(PRESETS[request.param], None, seed=0)
 
 
-def check(config: str, case: str, expected: dict[str, npt.NDArray[np.generic]]) -> None:
-    model = tokenizer(config)
+def check(model: VidTok, case: str, expected: dict[str, npt.NDArray[np.generic]]) -> None:
     encoded = model.encode(video(*CASES[model.config.variant][case]))
     # The v1.1 values have the frames of whole latents, before the original cuts them to those that went in.
     num_frames = expected["dec"].shape[2]
@@ -96,7 +95,7 @@ def check(config: str, case: str, expected: dict[str, npt.NDArray[np.generic]]) 
 
 
 @pytest.mark.parametrize(
-    ("config", "case"),
+    ("model", "case"),
     [
         ("fsq_causal_488_262144", "B"),
         ("fsq_causal_488_262144", "G"),
@@ -104,27 +103,29 @@ def check(config: str, case: str, expected: dict[str, npt.NDArray[np.generic]]) 
         ("fsq_causal_888_32768_v1_1", "F"),
         ("kl_noncausal_488_4chn", "H"),
     ],
+    indirect=["model"],
 )
-def test_latents_tokens_and_frames_are_those_of_the_original(config: str, case: str) -> None:
+def test_latents_tokens_and_frames_are_those_of_the_original(model: VidTok, case: str) -> None:
     with np.load(OWN_PART) as arrays:
-        prefix = f"{config}/{case}/"
-        check(config, case, {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)})
+        prefix = f"{model.config.name}/{case}/"
+        check(model, case, {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)})
 
 
 @pytest.mark.shared
 @pytest.mark.skipif(not WHOLE_SET.is_dir(), reason=f"the whole set of reference values is not at {WHOLE_SET}")
 @pytest.mark.parametrize(
-    ("config", "case"),
+    ("model", "case"),
     [
         pytest.param(config, case, marks=() if case in QUICK.get(config, ()) else pytest.mark.slow)
         for config in CONFIGS
         for case in CASES[PRESETS[config].variant]
     ],
+    indirect=["model"],
 )
-def test_every_configuration_agrees_with_the_whole_set_of_reference_values(config: str, case: str) -> None:
-    with np.load(WHOLE_SET / f"vidtok_{config}.npz") as arrays:
+def test_every_configuration_agrees_with_the_whole_set_of_reference_values(model: VidTok, case: str) -> None:
+    with np.load(WHOLE_SET / f"vidtok_{model.config.name}.npz") as arrays:
         check(
-            config,
+            model,
             case,
             {
                 key: arrays[f"{case}/{key}"]

@@ -14,6 +14,7 @@ import pytest
 
 import vidshard
 from tests.support.token_outputs import write_output
+from vidshard.pipeline.reader.token_shards import TokenShards
 from vidshard.schemas.tokens import tokens_payload
 
 TOTAL = 98
@@ -47,7 +48,8 @@ def job(
     """Run all ranks, each in a process of its own. Clips seen, and the state after the last batch."""
     # Forked from a server without threads: a fork of the test process may wait for locks that its threads hold.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # `vidshard` is lazy: the server has to load what it stands for, or each fork would, PyTorch first of all
+    context.set_forkserver_preload([__name__, TokenShards.__module__])
     seen: list[int] = []
     states: list[dict[str, Any]] = []
     for rank in range(ranks):
