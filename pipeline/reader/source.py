@@ -1,14 +1,14 @@
-"""Source of batches: the rows of units, from row groups that are read ahead on threads."""
+"""Source of batches: the rows of units, gathered from row groups. `pipeline.reader.read_ahead` has them in time."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +34,8 @@ SOURCE = "_source"
 Picks = list[tuple[int, Integers, Integers]]
 """Rows of a batch by row group: its number, rows in it, and rows of the batch."""
 
-AHEAD_BYTES = 64 << 20
-"""Payload that is read ahead of the batch that is made."""
-_REQUEST_BYTES = 4 << 20
-"""Payload of neighboring row groups that are fetched in one request."""
 _OTHER_BYTES = 16 << 10
 """Bytes of a row in shared memory for columns beside the payload, such as signals."""
-_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
-"""Threads that read: locally to decode beside the caller, remotely to wait for as many requests at once."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +53,53 @@ class Plan:
     """Position up to which row groups that it needs may be needed again."""
 
 
+class Content(TypedDict, total=False):
+    """Columns and rows that a training reader gives: the arguments that `TokenShards` and `TokenShardsMap` share.
+
+    `TokenShards` says what each of them means.
+    """
+
+    columns: str | Sequence[str] | None
+    where: str | None
+    sequence: int | None
+    stride: int | None
+    signals: str | Sequence[str] | None
+    signals_per: str
+    normalize: bool | Mapping[str, Any]
+    sample: bool
+    allow_mixed: bool | Collection[str]
+
+
+def _check_names(content: Content) -> None:
+    """Raise TypeError for an argument that `Content` has not."""
+    for name in content.keys() - Content.__annotations__.keys():
+        near = difflib.get_close_matches(name, Content.__annotations__, n=1)
+        raise TypeError(f"there is no argument {name!r}" + (f": is {near[0]!r} meant?" if near else ""))
+
+
 class Source:
     """Shards opened for reading in units: which columns, of which rows, in which form."""
 
-    def __init__(
-        self,
-        paths: Paths,
-        *,
-        columns: str | Sequence[str] | None,
-        where: str | None,
-        sequence: int | None,
-        stride: int | None,
-        signals: str | Sequence[str] | None,
-        signals_per: str,
-        normalize: bool | Mapping[str, Any],
-        sample: bool,
-        allow_mixed: bool | Collection[str],
-    ) -> None:
-        """Open the shards; arguments as those of `TokenShards`."""
+    def __init__(self, paths: Paths, **content: Unpack[Content]) -> None:
+        """Open the shards.
+
+        Args:
+            paths: one or several output folders, folders of shards or shards.
+            content: see `Content`.
+
+        Raises:
+            UserError, ShardError: as `TokenShards`.
+            TypeError: an argument has another name.
+        """
+        _check_names(content)
+        columns, where, signals = content.get("columns"), content.get("where"), content.get("signals")
+        sequence, stride = content.get("sequence"), content.get("stride")
+        signals_per = content.get("signals_per", "frame")
         check_sequence(sequence, stride)
         if signals_per not in ("frame", "latent"):
             raise UserError(f"signals_per is 'frame' or 'latent', got {signals_per!r:.40}")
         paths = paths_of(paths)
-        self.catalog: Catalog = read_catalog(paths, allow_mixed=allow_mixed)
+        self.catalog: Catalog = read_catalog(paths, allow_mixed=content.get("allow_mixed", ()))
         self.files = ShardFiles(self.catalog.paths, self.catalog.shard_bytes)
         payload = self.catalog.provenance.payload
         names = [c.name for c in payload if not c.is_logvar] if columns is None else names_of(columns)
@@ -95,14 +113,22 @@ class Source:
             self._columns.append(signal_of(self.catalog, name, values, per_latent=signals_per == "latent"))
         if not self._columns:
             raise UserError("columns is empty: name at least one column")
-        self.rule: LatentRule | None = latent_rule(self.catalog, paths, names, normalize=normalize, sample=sample)
+        self.rule: LatentRule | None = latent_rule(
+            self.catalog,
+            paths,
+            names,
+            normalize=content.get("normalize", False),
+            sample=content.get("sample", False),
+        )
         if self.rule is not None:
             have = set(names)
             self._columns += [column_of(self.catalog, n) for n in self.rule.more_columns if n not in have]
         self._payload_names = {c.column.name for c in self._columns if isinstance(c, PayloadValues)}
+        self.reusable = [isinstance(column, PayloadValues) for column in self._columns]
+        """For each loaded column, whether its memory can be given to the next row group."""
         others = [column for column in self._columns if not isinstance(column, PayloadValues)]
         self._reads = list(dict.fromkeys(name for column in others for name in column.reads))
-        self._group_starts = np.concatenate([[0], self.catalog.group_ends[:-1]])
+        self.group_starts = np.concatenate([[0], self.catalog.group_ends[:-1]])
         self.units: Units = find_units(self.catalog, self.files, where=where, sequence=sequence, stride=stride)
         self.sequence = sequence
         self.names_sources = False
@@ -110,7 +136,8 @@ class Source:
         self._is_continuous = bool(self.catalog.provenance.run.get("continuous"))
         order = f"{where}|{sequence}|{stride if stride is not None else sequence}"
         self.digest = hashlib.blake2b(f"{self.catalog.digest}|{order}".encode(), digest_size=8).hexdigest()
-        self._is_remote = not all(storage.is_local(path) for path in self.catalog.paths)
+        self.is_remote = not all(storage.is_local(path) for path in self.catalog.paths)
+        """Whether reading waits for a network."""
 
     def make_mixture(self) -> None:
         """Name the source of each unit in the batches, after a check that the outputs can be mixed in one batch.
@@ -162,7 +189,7 @@ class Source:
         """
         catalog = self.catalog
         shard = int(catalog.group_shard[groups[0]])
-        rows = [int(catalog.group_ends[group] - self._group_starts[group]) for group in groups]
+        rows = [int(catalog.group_ends[group] - self.group_starts[group]) for group in groups]
         payload = [
             (column, catalog.shard_ranges[shard].get(column.name))
             for column in catalog.shard_provenance[shard].payload
@@ -186,23 +213,22 @@ class Source:
         rows = self.units.rows_of(units).reshape(-1)
         groups = np.searchsorted(self.catalog.group_ends, rows, side="right")
         order = np.argsort(groups, kind="stable")
-        groups, inside = groups[order], rows[order] - self._group_starts[groups[order]]
+        groups, inside = groups[order], rows[order] - self.group_starts[groups[order]]
         cuts = [0, *(np.flatnonzero(groups[1:] != groups[:-1]) + 1).tolist(), len(rows)]
         return rows, [(int(groups[a]), inside[a:b], order[a:b]) for a, b in itertools.pairwise(cuts)]
 
-    def batch(self, plan: Plan, loaded: Callable[[int], Loaded]) -> dict[str, Any]:
+    def batch(self, plan: Plan, rows: Integers, picks: Picks, loaded: Callable[[int], Loaded]) -> dict[str, Any]:
         """Make a batch of units that have one payload shape.
 
         Args:
             plan: its units.
+            rows: rows of the units, as from `picks`.
+            picks: the same rows by row group.
             loaded: gives what was loaded of a row group.
 
         Raises:
             ShardError: values are not those of the column.
         """
-        return self._batch(plan, *self.picks(plan.units), loaded)
-
-    def _batch(self, plan: Plan, rows: Integers, picks: Picks, loaded: Callable[[int], Loaded]) -> dict[str, Any]:
         parts = [(loaded(group), inside, places) for group, inside, places in picks]
         shard = int(self.catalog.group_shard[picks[0][0]])
         found: dict[str, Any] = {}
@@ -241,88 +267,6 @@ class Source:
         if not self._is_continuous:
             return None
         return {"tokens": 0, "latents": 1, "latents_logvar": 1}.get(name)
-
-    def read_ahead(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, dict[str, Any]]]:
-        """Make batches in order; row groups are read on threads, and kept until their last use within a block.
-
-        Args:
-            plans: batches in the order of their positions.
-        """
-        row_bytes = payload_bytes(self.catalog.provenance.payload)
-        ends = self.catalog.group_ends
-        waiting: deque[tuple[Plan, Integers, Picks]] = deque()
-        uses: Counter[int] = Counter()
-        loads: dict[int, tuple[Future[list[Any]], int]] = {}
-        fresh: dict[int, int] = {}
-        fresh_bytes = submitted = 0
-        spare = Spare(AHEAD_BYTES)
-        pool = ThreadPoolExecutor(_REMOTE_THREADS if self._is_remote else _LOCAL_THREADS, "vidshard-reader")
-
-        def plan_one() -> bool:
-            plan = next(plans, None)
-            if plan is None:
-                return False
-            rows, picks = self.picks(plan.units)
-            uses.update(group for group, _, _ in picks)
-            waiting.append((plan, rows, picks))
-            return True
-
-        try:
-            while waiting or plan_one():
-                while waiting[-1][0].stop <= waiting[0][0].block_end and plan_one():
-                    pass
-                wanted: dict[int, int] = {}
-                # remotely several row groups are asked for at a time, so that neighbors come in one request
-                is_full = self._is_remote and submitted and fresh_bytes > AHEAD_BYTES - AHEAD_BYTES // 4
-                while not is_full and (submitted < len(waiting) or plan_one()):
-                    missing = [g for g, _, _ in waiting[submitted][2] if g not in loads and g not in wanted]
-                    if submitted and fresh_bytes > AHEAD_BYTES and missing:
-                        break
-                    for group in missing:
-                        fresh[group] = int(ends[group] - self._group_starts[group]) * row_bytes
-                        wanted[group] = fresh[group]
-                        fresh_bytes += fresh[group]
-                    submitted += 1
-                    if submitted > 1 << 16:
-                        break
-                for run in self._runs(wanted):
-                    future = pool.submit(self.load, run, spare)
-                    loads.update({group: (future, at) for at, group in enumerate(run)})
-                plan, rows, picks = waiting.popleft()
-                submitted -= 1
-                yield plan, self._batch(plan, rows, picks, lambda group: loads[group][0].result()[loads[group][1]])
-                for group, _, _ in picks:
-                    fresh_bytes -= fresh.pop(group, 0)
-                    uses[group] -= 1
-                    if not uses[group]:
-                        del uses[group]
-                        future, place = loads.pop(group)
-                        for column, values in zip(self._columns, future.result()[place], strict=True):
-                            if isinstance(column, PayloadValues):
-                                spare.give(values)
-                        future.result()[place].clear()  # the others of its request may be needed for longer
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _runs(self, wanted: Mapping[int, int]) -> Iterator[list[int]]:
-        """Row groups that are read together, by the first one that is needed.
-
-        Args:
-            wanted: bytes by row group, in the order in which they are needed.
-        """
-        shard = self.catalog.group_shard
-        left = dict(wanted)
-        for first in wanted:
-            if first not in left:
-                continue
-            run, num_bytes = [first], left.pop(first)
-            for step in (1, -1) if self._is_remote else ():
-                group = first + step
-                while group in left and shard[group] == shard[first] and num_bytes + left[group] <= _REQUEST_BYTES:
-                    run.append(group)
-                    num_bytes += left.pop(group)
-                    group += step
-            yield sorted(run)
 
     def _first_values(self, name: str) -> Any:
         """Values of a column in the first row group that has samples, or at least values; None if none has."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 import torch.distributed
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from vidshard.pipeline.reader.catalog import Paths
 from vidshard.pipeline.reader.mixture import Mixture, Shares, check_weights
 from vidshard.pipeline.reader.order import ORDER_VERSION, Order, num_steps, positions, steps, turns
-from vidshard.pipeline.reader.source import Plan, Source
+from vidshard.pipeline.reader.progress import Progress
+from vidshard.pipeline.reader.read_ahead import ReadAhead
+from vidshard.pipeline.reader.source import Content, Plan, Source
 from vidshard.pipeline.reader.transport import Slots, message_bytes
 from vidshard.pipeline.reader.units import whole_number
 from vidshard.schemas.errors import UserError
@@ -27,7 +29,6 @@ POSITION = "_position"
 """Entry of a batch: units of the epoch that are consumed once every rank has had this batch."""
 
 _UNEVEN = ("drop", "repeat")
-_MAX_WORKERS = 1 << 12
 _AHEAD = 2
 """Default of ``prefetch_factor`` in PyTorch: messages that a worker makes ahead."""
 _TOGETHER = 8
@@ -46,14 +47,6 @@ class TokenShards(IterableDataset[Batch]):
         self,
         paths: Paths | Mapping[str, float],
         *,
-        columns: str | Sequence[str] | None = None,
-        where: str | None = None,
-        sequence: int | None = None,
-        stride: int | None = None,
-        signals: str | Sequence[str] | None = None,
-        signals_per: str = "frame",
-        normalize: bool | Mapping[str, Any] = False,
-        sample: bool = False,
         batch_size: int | None = None,
         drop_last: bool = False,
         shuffle: bool = False,
@@ -62,8 +55,8 @@ class TokenShards(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
         uneven: str = "drop",
-        allow_mixed: bool | Collection[str] = (),
         lanes: int = 32,
+        **content: Unpack[Content],
     ) -> None:
         """Open outputs for training; the ends of all shards are read.
 
@@ -99,6 +92,7 @@ class TokenShards(IterableDataset[Batch]):
         Raises:
             UserError: an argument is wrong, or outputs may not be mixed; the message names the cause.
             ShardError: there are no shards, or one is damaged.
+            TypeError: there is no argument of this name.
         """
         super().__init__()
         batch_size = None if batch_size is None else whole_number("batch_size", batch_size, least=1)
@@ -113,18 +107,7 @@ class TokenShards(IterableDataset[Batch]):
             raise UserError("rank and world_size go together: give both or neither")
         if isinstance(paths, Mapping):
             check_weights(paths)
-        self._source = Source(
-            list(paths) if isinstance(paths, Mapping) else paths,
-            columns=columns,
-            where=where,
-            sequence=sequence,
-            stride=stride,
-            signals=signals,
-            signals_per=signals_per,
-            normalize=normalize,
-            sample=sample,
-            allow_mixed=allow_mixed,
-        )
+        self._source = Source(list(paths) if isinstance(paths, Mapping) else paths, **content)
         self._shares: Shares | None = None
         if isinstance(paths, Mapping):
             self._shares = Shares.of_weights(list(paths.values()), lanes)
@@ -134,12 +117,7 @@ class TokenShards(IterableDataset[Batch]):
         self._given = None
         if rank is not None and world_size is not None:
             self._given = whole_number("rank", rank), whole_number("world_size", world_size, least=1)
-        # which processes began the epoch: workers are copies of this object, and share this memory
-        self._begun = torch.zeros(_MAX_WORKERS, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        # epoch and first position, for workers that a loader keeps from one epoch to the next
-        self._now = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._is_kept = False
-        self._begin(whole_number("epoch", epoch), 0)
+        self._progress = Progress(epoch, self.num_samples)
         self._check_ranks()
 
     def __repr__(self) -> str:
@@ -175,12 +153,12 @@ class TokenShards(IterableDataset[Batch]):
     @property
     def epoch(self) -> int:
         """Number of the epoch."""
-        return self._epoch
+        return self._progress.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; another one than now starts at its first batch."""
-        if epoch != self._epoch:
-            self._begin(whole_number("epoch", epoch), 0)
+        if epoch != self._progress.epoch:
+            self._progress.begin(whole_number("epoch", epoch))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of this rank, and of this loader worker, in order.
@@ -211,16 +189,9 @@ class TokenShards(IterableDataset[Batch]):
         """
         worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        slot = 0 if worker is None else min(1 + number, _MAX_WORKERS - 1)
-        if worker is not None and self._is_kept:
-            self._epoch, self._start = map(int, self._now)
-        self._is_kept = worker is not None
-        position = 0 if self._begun[slot] else self._start
-        self._begun[slot] = 1
-        if worker is None:
-            self._position = position
+        position = self._progress.enter()
         rank, world_size = self._ranks()
-        order, noise = self._order(), (self._seed, self._epoch)
+        order, noise = self._order(), (self._seed, self._progress.epoch)
         turn_of: deque[int] = deque()
 
         def plans() -> Iterator[Plan]:
@@ -239,9 +210,9 @@ class TokenShards(IterableDataset[Batch]):
                     block = order.block_end(min(step.stop, step.end) - 1)
                     yield Plan(positions(order, step), noise, step.end, step.stop, block)
 
-        for plan, batch in self._source.read_ahead(plans()):
+        for plan, batch in ReadAhead(self._source, plans()):
             if worker is None:
-                self._position = plan.mark
+                self._progress.position = plan.mark
             found = batch if self._batch_size is not None else {k: v[0] for k, v in batch.items()}
             yield turn_of.popleft(), plan.mark, {**found, POSITION: plan.mark}
 
@@ -260,13 +231,16 @@ class TokenShards(IterableDataset[Batch]):
                 raise UserError(
                     "the batch has no position: give batch_size= to TokenShards, and none to the DataLoader"
                 )
-            self._position = int(batch[POSITION])
-        elif bool(self._begun[1:].any()):
+            self._progress.position = int(batch[POSITION])
+        elif self._progress.is_read_by_workers:
             raise UserError(
                 "loader workers read this dataset, ahead of the training loop: take dataset.loader(num_workers=...), "
                 "or call state_dict(batch) with the last batch that was used"
             )
-        return {"samples": self._epoch * self.num_samples + self._position, "dataset": self._digest()}
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {"samples": self._progress.samples, "dataset": self._digest()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state was taken, perhaps with other ranks, workers and batches.
@@ -290,7 +264,7 @@ class TokenShards(IterableDataset[Batch]):
             )
         if samples < 0:
             raise UserError(f"the state counts {samples} samples")
-        self._begin(*divmod(samples, self.num_samples))
+        self._progress.begin_at(samples)
 
     def loader(self, num_workers: int = 0, **options: Any) -> TokenLoader:
         """A loader over this dataset that counts epochs and knows its state.
@@ -325,13 +299,6 @@ class TokenShards(IterableDataset[Batch]):
         rounds = min(-(-num_steps // (num_workers * max(1, most))), num_steps // num_workers)
         return cycle, num_workers * rounds
 
-    def _begin(self, epoch: int, position: int) -> None:
-        if abs(epoch) >> 62:
-            raise UserError(f"there is no epoch {epoch:.3g}")
-        self._epoch, self._start, self._position = epoch, position, position
-        self._now[0], self._now[1] = epoch, position
-        self._begun.zero_()
-
     def _order(self) -> Order | Mixture:
         atoms = self._source.units.atoms
         if self._shares is not None:
@@ -341,10 +308,10 @@ class TokenShards(IterableDataset[Batch]):
                 self._shares,
                 shuffle=self._shuffle,
                 seed=self._seed,
-                epoch=self._epoch,
+                epoch=self.epoch,
                 lanes=self._lanes,
             )
-        return Order(atoms, shuffle=self._shuffle, seed=self._seed, epoch=self._epoch, lanes=self._lanes)
+        return Order(atoms, shuffle=self._shuffle, seed=self._seed, epoch=self.epoch, lanes=self._lanes)
 
     def _digest(self) -> str:
         seed, lanes = (self._seed, self._lanes) if self._shuffle else ("", "")
@@ -392,13 +359,13 @@ class TokenLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch. When it is over, the next iteration is the next epoch."""
-        dataset = self._dataset
+        progress = self._dataset._progress
         # an epoch whose last batch was used is over, also where its loop was left at that batch
-        dataset._begin(*divmod(dataset._epoch * dataset.num_samples + dataset._position, dataset.num_samples))
+        progress.begin_at(progress.samples)
         for mark, batch in self._sent() if self._num_workers else self._made():
-            dataset._position = mark
+            progress.position = mark
             yield batch
-        dataset._begin(dataset._epoch + 1, 0)
+        progress.begin(progress.epoch + 1)
 
     def _made(self) -> Iterator[tuple[int, Batch]]:
         """Batches that this process makes."""
@@ -433,8 +400,7 @@ class TokenLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch that was given."""
-        dataset = self._dataset
-        return {"samples": dataset._epoch * dataset.num_samples + dataset._position, "dataset": dataset._digest()}
+        return self._dataset._state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state was taken; see `TokenShards.load_state_dict`."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from vidshard.pipeline.reader.catalog import Paths
-from vidshard.pipeline.reader.source import GroupCache, Plan, Source
+from vidshard.pipeline.reader.source import Content, GroupCache, Plan, Source
 from vidshard.pipeline.reader.units import whole_number
 
 Batch = dict[str, Any]
@@ -25,38 +25,23 @@ class TokenShardsMap(Dataset[Batch]):
         self,
         paths: Paths,
         *,
-        columns: str | Sequence[str] | None = None,
-        where: str | None = None,
-        sequence: int | None = None,
-        stride: int | None = None,
-        signals: str | Sequence[str] | None = None,
-        signals_per: str = "frame",
-        normalize: bool | Mapping[str, Any] = False,
-        sample: bool = False,
         seed: int = 0,
-        allow_mixed: bool | Collection[str] = (),
         cache_bytes: int = _CACHE_BYTES,
+        **content: Unpack[Content],
     ) -> None:
-        """Open outputs; arguments as those of `TokenShards`.
+        """Open outputs.
 
         Args:
+            paths: one or several output folders, folders of shards or shards; local paths or URLs.
+            seed: seed of the noise of sampled latents.
             cache_bytes: payload of row groups that is kept in memory, as neighbors are often wanted too.
+            content: ``columns``, ``where``, ``sequence``, ``stride``, ``signals``, ``signals_per``, ``normalize``,
+                ``sample`` and ``allow_mixed``, as those of `TokenShards`; see `Content`.
 
         Raises:
-            UserError, ShardError: as `TokenShards`.
+            UserError, ShardError, TypeError: as `TokenShards`.
         """
-        self._source = Source(
-            paths,
-            columns=columns,
-            where=where,
-            sequence=sequence,
-            stride=stride,
-            signals=signals,
-            signals_per=signals_per,
-            normalize=normalize,
-            sample=sample,
-            allow_mixed=allow_mixed,
-        )
+        self._source = Source(paths, **content)
         self._seed = whole_number("seed", seed)
         self._cache_bytes = cache_bytes
         self._groups = GroupCache(self._source, cache_bytes)
@@ -84,7 +69,8 @@ class TokenShardsMap(Dataset[Batch]):
         shapes = self._shapes(units)
         for shape in np.unique(shapes):
             places = np.flatnonzero(shapes == shape)
-            batch = self._source.batch(Plan(units[places], (self._seed, 0), 0, 0, 0), self._groups)
+            plan = Plan(units[places], (self._seed, 0), 0, 0, 0)
+            batch = self._source.batch(plan, *self._source.picks(plan.units), self._groups)
             for at, place in enumerate(places.tolist()):
                 found[place] = {name: values[at] for name, values in batch.items()}
         return [found[place] for place in range(len(units))]

@@ -153,13 +153,8 @@ def _windows(
     catalog: Catalog, files: ShardFiles, rows: Integers | None, sequence: int, stride: int
 ) -> tuple[Integers, int]:
     """Windows of consecutive rows: int64 (windows, sequence), by their first row; and the longest run of rows."""
-    table, numbers = _sequence_table(catalog, files, rows)
-    shards = shards_of(catalog, numbers)
-    following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
+    numbers, following, at = _linked_rows(catalog, files, rows)
     # position of each row in its run, and the run itself, by walking all runs at once
-    is_first = np.ones(len(numbers), bool)
-    is_first[following[following >= 0]] = False
-    at = np.flatnonzero(is_first)
     place, chain = 0, []
     while len(at):
         chain.append(at)
@@ -196,14 +191,9 @@ def runs_of_rows(catalog: Catalog, files: ShardFiles, rows: Integers) -> tuple[I
     """
     if not len(rows):
         return rows, rows
-    table, numbers = _sequence_table(catalog, files, rows)
-    shards = shards_of(catalog, numbers)
-    following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
+    numbers, following, at = _linked_rows(catalog, files, rows)
     run, place = np.full(len(numbers), -1), np.zeros(len(numbers), np.int64)
-    is_first = np.ones(len(numbers), bool)
-    is_first[following[following >= 0]] = False
-    at = of = np.flatnonzero(is_first)
-    depth = 0
+    of, depth = at, 0
     while len(at):
         run[at], place[at] = of, depth
         at, depth = following[at], depth + 1
@@ -219,6 +209,16 @@ def runs_of_rows(catalog: Catalog, files: ShardFiles, rows: Integers) -> tuple[I
 def shards_of(catalog: Catalog, rows: Integers) -> Integers:
     """Number of the shard of each row: int64 (rows,), for numbers of rows in the catalog."""
     return catalog.group_shard[np.searchsorted(catalog.group_ends, rows, side="right")]
+
+
+def _linked_rows(catalog: Catalog, files: ShardFiles, rows: Integers | None) -> tuple[Integers, Integers, Integers]:
+    """Numbers of the rows, the place of the row that follows each in its video or -1, and the places of first rows."""
+    table, numbers = _sequence_table(catalog, files, rows)
+    shards = shards_of(catalog, numbers)
+    following = _following(table, catalog.shard_shape[shards], _folders(catalog)[shards])
+    is_first = np.ones(len(numbers), bool)
+    is_first[following[following >= 0]] = False
+    return numbers, following, np.flatnonzero(is_first)
 
 
 def _sequence_table(catalog: Catalog, files: ShardFiles, rows: Integers | None) -> tuple[pa.Table, Integers]:

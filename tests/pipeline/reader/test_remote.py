@@ -84,7 +84,7 @@ def test_neighboring_row_groups_come_in_one_request(
     requests: int,
 ) -> None:
     """Three shards of three row groups, of 6, 6 and 2 clips of 48 bytes; all of them are read ahead at once."""
-    monkeypatch.setattr("vidshard.pipeline.reader.source._REQUEST_BYTES", most_bytes)
+    monkeypatch.setattr("vidshard.pipeline.reader.read_ahead._REQUEST_BYTES", most_bytes)
     dataset = vidshard.TokenShards(places[1], columns=columns, batch_size=4, shuffle=shuffle)
     list(dataset)  # the footers are known from here on
     fetched = counted_fetches(monkeypatch)

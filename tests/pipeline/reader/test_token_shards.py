@@ -109,6 +109,12 @@ def test_the_twin_takes_no_weights(out: Path) -> None:
         vidshard.TokenShardsMap({str(out): 1})
 
 
+@pytest.mark.parametrize("reader", [vidshard.TokenShards, vidshard.TokenShardsMap])
+def test_an_argument_of_another_name_is_named_with_the_nearest_one(out: Path, reader: Any) -> None:
+    with pytest.raises(TypeError, match=r"no argument 'colums': is 'columns' meant\?"):
+        reader(str(out), colums=["tokens"])
+
+
 # ranks, workers, states
 
 
