@@ -185,10 +185,15 @@ def summary_record(summary: Summary) -> dict[str, Any]:
 
 def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     """Print the summary of a run, with commands that show its output."""
-    written, seconds = summary.written, summary.seconds
-
-    line = partial(print_field, console)
     console.print()
+    _print_counts(summary, payload, console)
+    _print_speed(summary, console)
+    _print_advice(summary, console)
+
+
+def _print_counts(summary: Summary, payload: Payload, console: Console) -> None:
+    """Print what became of the videos, spans and clips."""
+    written, line = summary.written, partial(print_field, console)
     line("output", summary.out)
     line("videos", f"{summary.num_videos} found, {summary.num_rejected_videos} rejected in whole or in part")
     line("clips", f"{written.num_clips} written in {written.num_shards} shards")
@@ -204,6 +209,11 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         line("checked", f"{again}: {f'{differ} of them DIFFER and are rejected' if differ else 'all the same'}")
     if written.num_values:
         line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")
+
+
+def _print_speed(summary: Summary, console: Console) -> None:
+    """Print what the run took, and how well."""
+    written, seconds, line = summary.written, summary.seconds, partial(print_field, console)
     phases = [f"{name} {value:.1f} s" for name, value in seconds.items()]
     line("time", " · ".join(phases))
     if written.num_clips:
@@ -222,6 +232,11 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
     if summary.forecast is not None and summary.is_complete_first:
         came = (written.num_clips, written.file_bytes, seconds["total"], summary.machine_speed)
         line("forecast", summary.forecast.compared(*came))
+
+
+def _print_advice(summary: Summary, console: Console) -> None:
+    """Print rejections with their remedies, problems, and commands that show the output or go on."""
+    line = partial(print_field, console)
     for reason, count in summary.reasons.most_common():
         name = "doubtful" if reason == Reason.POSSIBLE_LOSS else "rejected"
         line(name, f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
@@ -232,7 +247,7 @@ def print_summary(summary: Summary, payload: Payload, console: Console) -> None:
         line("look at one", f"vidshard decode {shlex.quote(summary.out)} {clip}")
     if summary.notice:
         warn(console, summary.notice)
-    if not written.num_clips and not summary.reused_spans:
+    if not summary.written.num_clips and not summary.reused_spans:
         warn(console, "NOTHING WAS TOKENIZED")
     for problem in summary.problems:
         warn(console, without_secrets(problem))
