@@ -62,7 +62,7 @@ LATER_COLUMNS = frozenset({"continues_previous", "decode_errors", "part_start_se
 ``decode_errors`` 0; times of the part null, which is the whole video; ``bucket`` the run's only frame size.
 ``decode_errors`` counts damaged places in the stretch that was decoded with the clip; the clip itself is whole."""
 
-AUDIT_FIELDS: tuple[pa.Field, ...] = (
+QUALITY_FIELDS: tuple[pa.Field, ...] = (
     pa.field("audit_psnr", pa.float32()),
     pa.field("audit_ssim", pa.float32()),
     pa.field("audit_lpips", pa.float32()),
@@ -79,7 +79,7 @@ PAYLOAD_COLUMNS = frozenset({"tokens"}) | {
 
 _CLIP_COLUMNS = frozenset(f.name for f in CLIP_FIELDS)
 
-RESERVED_COLUMNS = _CLIP_COLUMNS | PAYLOAD_COLUMNS | {field.name for field in AUDIT_FIELDS}
+RESERVED_COLUMNS = _CLIP_COLUMNS | PAYLOAD_COLUMNS | {field.name for field in QUALITY_FIELDS}
 
 PAYLOAD_DTYPES = ("uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64")
 """Dtypes of payload columns."""

@@ -100,9 +100,9 @@ def plan(config_path: Path | None, out: str | None, local: bool, machine: str, a
     vidshard plan clips/ --machine h200
     """
     run = resolve_settings(TokenizeRun, flags | {"out": out or "."}, config_path)
-    from vidshard.jobs.tokenization.plan_run import plan_run
+    from vidshard.jobs.tokenization.forecast_run import forecast_run
 
     console = output_console(stderr=as_json)
-    forecast = plan_run(run, console, local=local, machine=machine, save=out is not None)
+    forecast = forecast_run(run, console, local=local, machine=machine, save=out is not None)
     if as_json:
         print_json(asdict(forecast))

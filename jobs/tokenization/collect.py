@@ -43,7 +43,7 @@ from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.tokens import AUDIT_FIELDS
+from vidshard.schemas.tokens import QUALITY_FIELDS
 from vidshard.schemas.video import Limits
 
 
@@ -118,7 +118,7 @@ def shard_settings(resolved: ResolvedRun, work: WorkList, *, run_number: int = 0
     """
     run = resolved.run
     fields = [
-        *(AUDIT_FIELDS if run.audit else ()),
+        *(QUALITY_FIELDS if run.audit else ()),
         *(field for field in manifest_fields(work.schema) if field.name not in uri_columns(run)),
     ]
     return ShardSettings(

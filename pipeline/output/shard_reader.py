@@ -20,7 +20,7 @@ from vidshard.pipeline.output.layout import RUN, SHARDS, shard_paths
 from vidshard.pipeline.output.parquet import BoundedParquet, named_if_damaged
 from vidshard.pipeline.output.parquet import ShardError as ShardError
 from vidshard.schemas.text import readable
-from vidshard.schemas.tokens import AUDIT_FIELDS, CLIP_FIELDS, LATER_COLUMNS, Payload, Provenance, shard_schema
+from vidshard.schemas.tokens import CLIP_FIELDS, LATER_COLUMNS, QUALITY_FIELDS, Payload, Provenance, shard_schema
 from vidshard.schemas.uris import shown_uri
 from vidshard.schemas.video import Part
 
@@ -98,7 +98,7 @@ def _check_columns(schema: pa.Schema, provenance: Provenance) -> None:
             continue
         if field.name not in schema.names or schema.field(field.name).type != field.type:
             raise ValueError(f"column '{field.name}' is missing or not {field.type}")
-    for field in AUDIT_FIELDS:
+    for field in QUALITY_FIELDS:
         if field.name in schema.names and schema.field(field.name).type != field.type:
             raise ValueError(f"column '{field.name}' is not {field.type}")
 

@@ -26,7 +26,7 @@ from vidshard.pipeline.rows.layout import (
 from vidshard.pipeline.rows.spans import rejection_row
 from vidshard.pipeline.storage import public_uri
 from vidshard.schemas.rejections import Rejection, Stage, VideoError
-from vidshard.schemas.tokens import AUDIT_FIELDS, Payload
+from vidshard.schemas.tokens import QUALITY_FIELDS, Payload
 from vidshard.schemas.video import Clip, SpanClips
 
 
@@ -293,8 +293,8 @@ def explode(
 
 
 def _audit_columns(rows: pa.Table) -> dict[str, pa.Array]:
-    """Columns of ``AUDIT_FIELDS``, one value per clip; none for rows without ``QUALITY``."""
+    """Columns of ``QUALITY_FIELDS``, one value per clip; none for rows without ``QUALITY``."""
     if QUALITY.name not in rows.schema.names:
         return {}
     quality = rows[QUALITY.name].combine_chunks().flatten()
-    return {field.name: pc.struct_field(quality, field.name.removeprefix("audit_")) for field in AUDIT_FIELDS}
+    return {field.name: pc.struct_field(quality, field.name.removeprefix("audit_")) for field in QUALITY_FIELDS}

@@ -27,11 +27,11 @@ from vidshard.pipeline.output.layout import AUDIT_KEY, TOKEN_COUNTS_KEY, shard_p
 from vidshard.pipeline.output.quality import AuditFigures
 from vidshard.pipeline.quality import QualityAudit
 from vidshard.schemas.runs import AuditSettings
-from vidshard.schemas.tokens import AUDIT_FIELDS
+from vidshard.schemas.tokens import QUALITY_FIELDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = [field.name for field in AUDIT_FIELDS]
+NAMES = [field.name for field in QUALITY_FIELDS]
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ class _Speed:
     """Bytes of a shard without its clips."""
 
 
-def plan_run(run: TokenizeRun, console: Console, *, local: bool, machine: str, save: bool) -> Forecast:
+def forecast_run(run: TokenizeRun, console: Console, *, local: bool, machine: str, save: bool) -> Forecast:
     """Forecast a run and print it.
 
     Args:
@@ -98,7 +98,7 @@ def plan_run(run: TokenizeRun, console: Console, *, local: bool, machine: str, s
 
 
 def _forecast_run(run: TokenizeRun, console: Console, *, local: bool, machine: str, save: bool) -> Forecast:
-    """As :func:`plan_run`."""
+    """As :func:`forecast_run`."""
     other = None if machine == HERE else find_machine(machine)
     resolved = ResolvedRun.of(run)
     storage.restrict_addresses(resolved.run.limits.private_hosts)
