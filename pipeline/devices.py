@@ -176,6 +176,7 @@ PERHAPS_MEMORY_MESSAGES = (
     "unable to find an engine to execute this computation",  # PyTorch: no engine of cuDNN got its workspace, as a rule
     "cudnn_status_not_initialized",  # a library's own memory did not fit
     "cublas_status_not_initialized",
+    "could not create a primitive",  # oneDNN on a CPU, which allocates the code and constants of a convolution there
 )
 """As `MEMORY_MESSAGES`, of errors that have other causes too."""
 

@@ -119,6 +119,7 @@ def test_a_defect_is_neither(error: BaseException) -> None:
         "GET was unable to find an engine to execute this computation",
         "FIND was unable to find an engine to execute this computation",
         "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "could not create a primitive",
     ],
 )
 def test_an_error_with_several_causes_is_a_shortage_if_fewer_clips_may_help_or_little_memory_is_free(
