@@ -206,7 +206,7 @@ from vidshard.models.weights import load_tokenizer
 torch.set_num_threads(1)
 model = load_tokenizer(PRESETS["tiny"], None, seed=0)
 model.decode(model.encode(torch.zeros(1, 3, 1, 8, 8)).latents)
-x = torch.zeros(1, 3, 9, 384, 384)
+x = torch.zeros(1, 3, 5, 384, 384)
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak()
