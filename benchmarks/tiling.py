@@ -133,7 +133,8 @@ def without_attention(tokenizer: VidTok) -> None:
 
 def psnr(frames: Tensor, reference: Tensor) -> float:
     """Compute PSNR in dB between frames in [0, 255]."""
-    return 10 * math.log10(255**2 / (frames - reference).square().mean().item())
+    error = (frames - reference).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def measure_memory() -> list[Row]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def output_shards(out: str) -> list[str]:
     paths = shard_paths(out) or ([] if started else storage.list_files(out, ".parquet"))
     if not paths:
         why = f"its {SHARDS}/ is empty: the run committed nothing" if started else "it is not an output of vidshard"
+        if storage.is_local(out) and not os.path.exists(out):
+            why = "there is no such folder"
         raise ShardError(f"no token shards in {shown_uri(out)}: {why}")
     return paths
 

@@ -43,8 +43,9 @@ def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:
     assert "broken.parquet" in result.output
 
 
-@pytest.mark.parametrize("name", ["nowhere", "."])
-def test_inspecting_something_else_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "why"), [("nowhere", "there is no such folder"), (".", "not an output of vidshard")])
+def test_inspecting_something_else_is_refused_with_the_cause(tmp_path: Path, name: str, why: str) -> None:
     result = run("inspect", tmp_path / name)
     assert result.exit_code == 2
     assert "no token shards" in result.output
+    assert why in " ".join(result.output.split())
