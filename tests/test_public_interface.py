@@ -148,6 +148,12 @@ def test_reconstructing_decodes_with_the_tokenizer_that_made_the_clip(output: vi
         assert np.array_equal(frames, expected)
 
 
+def test_a_clip_is_printed_as_one_line(output: vidshard.Output) -> None:
+    clip = next(output.clips())
+    shown = f"tokens {clip.payload['tokens'].dtype} {clip.payload['tokens'].shape}"
+    assert repr(clip) == f"StoredClip({clip.clip_id}, {shown}, and {len(clip.values)} columns in .values)"
+
+
 def test_an_output_that_is_all_rejects_can_be_opened(tmp_path: Path, corpus: Path) -> None:
     bad = str(corpus / "clips" / "c.mp4")
     vidshard.tokenize(run_of(corpus, inputs=[bad], out=str(tmp_path), max_reject_share=1.0), local=True)

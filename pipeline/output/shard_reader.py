@@ -42,6 +42,10 @@ class StoredClip:
         """Id of the clip."""
         return str(self.values["clip_id"])
 
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in self.payload.items())
+        return f"StoredClip({readable(self.clip_id, 100)}, {arrays}, and {len(self.values)} columns in .values)"
+
 
 def output_shards(out: str) -> list[str]:
     """List the paths of the shards of an output folder, of a folder of shards, or of a single shard.
