@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ray gives its workers the niceness 15, and beside the other processes of `make test` they would get next to no time.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Each of hundreds of processes would read the metadata of every installed package to look for plugins of pydantic.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 # A report takes 2 core seconds a run; tests of reports ask for one.
 os.environ["VIDSHARD_REPORT"] = "none"
 

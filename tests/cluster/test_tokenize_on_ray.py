@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import threading
@@ -51,7 +52,8 @@ def test_shards_and_rejections_are_to_the_byte_those_of_a_run_in_one_process_and
     assert "GB from decoders to encoders, 0% of it over the network" in first.output
     again = tokenize_on_ray(*command)
     assert "finished by an earlier run" in again.output
-    assert _shards_and_rejects(again, out) == on_ray, "a second run writes nothing new"
+    assert _shards_and_rejects(again, out) == on_ray
+    assert json.loads((out / "summary.json").read_text())["written"]["num_clips"] == 0, "nothing is done again"
     shutil.rmtree(out)
     assert _shards_and_rejects(tokenize(*command), out) == on_ray
 

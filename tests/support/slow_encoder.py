@@ -29,5 +29,5 @@ class SlowSource(TokenizerSource):
             tokens = torch.zeros(len(x_BCTHW), *column.shape, dtype=torch.int32)
             return Encoded(latents=tokens[:, None].float(), tokens=tokens)
 
-        tokenizer.encode = encode  # type: ignore[method-assign, assignment]
+        tokenizer.encode = encode  # type: ignore[method-assign]
         return tokenizer
