@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cli import run
 from tests.support.videos import Recipe, write_video
 
+OUTPUT = str(Path(__file__).parents[2] / "fixtures" / "format_1" / "tokens")
 SCRIPT = """
 import os, sys
 from vidshard.jobs.runtime.output import make_output_safe
@@ -88,12 +90,12 @@ def command(*arguments: str, **streams: object) -> subprocess.CompletedProcess[s
 
 def test_a_command_whose_result_is_what_it_prints_fails_if_that_is_lost() -> None:
     with open("/dev/full", "wb") as full:
-        ended = command("tokenizers", stdout=full)
+        ended = command("inspect", OUTPUT, stdout=full)
     assert ended.returncode == 1
     assert "what this command printed is lost: No space left on device" in ended.stderr
     reader, writer = os.pipe()
     os.close(reader)  # who reads no further has what he wanted
-    assert command("tokenizers", stdout=writer).returncode == 0
+    assert command("inspect", OUTPUT, stdout=writer).returncode == 0
     os.close(writer)
 
 
@@ -133,6 +135,6 @@ def test_an_exception_in_a_thread_ends_the_command_and_gives_the_lease_back(tmp_
     assert "ZeroDivisionError" in ended.stderr  # of a thread that is none of ours: printed, and nothing else
     assert "AttributeError" in ended.stderr
     assert "a defect of vidshard (in the thread odd)" in ended.stderr
-    again = command(*arguments, stdout=subprocess.PIPE)
-    assert again.returncode == 0, again.stderr
-    assert "was at work on this output" not in again.stdout
+    again = run(*arguments)
+    assert again.exit_code == 0, again.output
+    assert "was at work on this output" not in again.output
