@@ -22,7 +22,7 @@ from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoi
 from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, damage_said, refuse_lost_position
 from vidshard.pipeline.video.holes import hole_check
 from vidshard.pipeline.video.input_file import WatchedFile
-from vidshard.pipeline.video.losses import loss_check
+from vidshard.pipeline.video.lost_packets import loss_check
 from vidshard.pipeline.video.time_gaps import GapWatch
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
 from vidshard.pipeline.video.transport_stream import Damage, Whole, checked

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.cli import printed_by
-from tests.support.losses import without_packets
+from tests.support.lost_packets import without_packets
 from tests.support.shards import clips_of
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.pipeline.output.rejects import read_rejects

@@ -13,7 +13,7 @@ import pytest
 from av.codec import Codec
 from av.video.stream import VideoStream
 
-from tests.support.losses import outcome_of, with_hole, wrong_times
+from tests.support.lost_packets import outcome_of, with_hole, wrong_times
 from vidshard.pipeline.video.holes import hole_check
 
 NUM_FRAMES, WIDTH, HEIGHT = 6, 192, 128

@@ -9,7 +9,7 @@ import av
 import pytest
 
 from tests.support.combinations import write_combination
-from tests.support.losses import outcome_of, with_hole, without_packets, wrong_times
+from tests.support.lost_packets import outcome_of, with_hole, without_packets, wrong_times
 from tests.support.videos import Recipe, write_video
 
 NUMBERED = {
