@@ -41,6 +41,20 @@ VOLUME = (3, 3, 3)
 THROUGH_TIME = (3,)
 
 
+def check_video(x_BCTHW: Tensor, name: str) -> None:
+    """Raise ValueError for what is no batch of clips.
+
+    Args:
+        x_BCTHW: expected to be floating (B, 3, T, H, W) in [-1, 1], with at least one clip.
+        name: name of the tokenizer, for the message.
+    """
+    if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
+        raise ValueError(
+            f"{name}: encode takes floating (B, 3, T, H, W) in [-1, 1], got {x_BCTHW.dtype} "
+            f"{tuple(x_BCTHW.shape)}; frames_to_input makes it from uint8 (B, T, H, W, 3)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Choice of 3D convolutions, attention and blending: the differences between a model and its ablations."""

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from vidshard.models.vidtok.autoencoder import ARCHITECTURES, Decoder, Encoder, Past
+from vidshard.models.vidtok.autoencoder import ARCHITECTURES, Decoder, Encoder, Past, check_video
 from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.heads import FSQ, KL, LFQ, VQ, Encoded, Head
 from vidshard.models.vidtok.layers import TIME_RULES
@@ -80,7 +80,7 @@ class VidTok(nn.Module):
         Raises:
             ValueError: for a length, size or tile the strides do not fit, by name, or another shape or dtype.
         """
-        self._check_video(x_BCTHW)
+        check_video(x_BCTHW, self.config.name)
         self.config.latent_shape(*x_BCTHW.shape[2:])
         if tiling is not None:
             tiling.check(self.config)
@@ -108,7 +108,7 @@ class VidTok(nn.Module):
             ValueError: as `encode`, and for a model that is not causal.
         """
         self._check_streams()
-        self._check_video(x_BCTHW)
+        check_video(x_BCTHW, self.config.name)
         num_frames, height, width = x_BCTHW.shape[2:]
         stride = self.config.time_stride
         if past and (num_frames < 1 or num_frames % stride):
@@ -238,13 +238,6 @@ class VidTok(nn.Module):
             raise ValueError(
                 f"{self.config.name} is not causal: its latents depend on later frames, so it takes whole clips only; "
                 "for streaming choose a causal preset"
-            )
-
-    def _check_video(self, x_BCTHW: Tensor) -> None:
-        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
-            raise ValueError(
-                f"{self.config.name}: encode takes floating (B, 3, T, H, W) in [-1, 1], got {x_BCTHW.dtype} "
-                f"{tuple(x_BCTHW.shape)}; frames_to_input makes it from uint8 (B, T, H, W, 3)"
             )
 
     def _latents(self, tokens_or_latents: Tensor) -> Tensor:

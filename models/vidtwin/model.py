@@ -17,7 +17,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from vidshard.models.vidtok.autoencoder import Past
+from vidshard.models.vidtok.autoencoder import Past, check_video
 from vidshard.models.vidtok.tiling import Tiling
 from vidshard.models.vidtwin.branches import Branch, branches
 from vidshard.models.vidtwin.config import VidTwinConfig
@@ -235,11 +235,7 @@ class VidTwin(nn.Module):
         return on_cpu and not is_recorded(*batches, *self.parameters())
 
     def _check_video(self, x_BCTHW: Tensor) -> None:
-        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != 3 or x_BCTHW.shape[0] < 1 or not x_BCTHW.is_floating_point():
-            raise ValueError(
-                f"{self.config.name}: encode takes floating (B, 3, T, H, W) in [-1, 1], got {x_BCTHW.dtype} "
-                f"{tuple(x_BCTHW.shape)}; frames_to_input makes it from uint8 (B, T, H, W, 3)"
-            )
+        check_video(x_BCTHW, self.config.name)
         self.config.check_clip(*x_BCTHW.shape[2:])
 
     def _check_latents(self, latents: Mapping[str, Tensor], columns: Collection[str]) -> None:
