@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cli import tokenize
 from tests.support.held_back import held_back
 from tests.support.processes import (
     COMMITTED_AT_ONCE,
@@ -23,6 +24,7 @@ from tests.support.processes import (
     ENCODER,
     ENCODING,
     RUN,
+    SLOWER_RUN,
     busy_with,
     inputs,
     is_held_up,
@@ -45,7 +47,7 @@ def kill_in_turn(many_spans: Path, folder: Path, undisturbed: Tokens, *, num_kil
     output = 0
     while figures["kills"] < num_kills:
         out = folder / f"{output}"
-        with started(many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE) as process:
+        with started(many_spans, "--out", out, *SLOWER_RUN, *COMMITTED_AT_ONCE) as process:
             while process.poll() is None and figures["kills"] < num_kills:
                 victim = victims[figures["kills"] % len(victims)]
                 if victim == "driver":
@@ -82,7 +84,7 @@ def kill_in_turn(many_spans: Path, folder: Path, undisturbed: Tokens, *, num_kil
             figures["lost"] += len(undisturbed) - len(left)
             assert only_the_text_is_rejected(out)
             output += 1
-    with started(many_spans, "--out", out, *RUN) as process:
+    with started(many_spans, "--out", out, *SLOWER_RUN) as process:
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert tokens_by_clip(out) == undisturbed
@@ -118,9 +120,9 @@ def test_a_run_whose_driver_encoder_and_decoder_are_killed_gives_what_an_undistu
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_runs_that_are_killed_dozens_of_times_give_what_undisturbed_ones_give(
-    many_spans: Path, undisturbed: Tokens, tmp_path: Path
-) -> None:
+def test_runs_that_are_killed_dozens_of_times_give_what_undisturbed_ones_give(many_spans: Path, tmp_path: Path) -> None:
+    assert tokenize(many_spans, "--out", tmp_path / "undisturbed", *SLOWER_RUN).exit_code == 0
+    undisturbed = tokens_by_clip(tmp_path / "undisturbed")
     figures = kill_in_turn(many_spans, tmp_path, undisturbed, num_kills=30, seed=2)
     print(figures)
     assert min(figures["drivers"], figures["encoders"], figures["decoders"]) >= 8

@@ -25,6 +25,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.cli import printed_by
 from tests.support.held_status import HeldStatus
 from tests.support.processes import processes_below
 from tests.support.training import SMALL, resume, run_of, train, write_motion
@@ -217,18 +218,11 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> Non
 
 def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, list[str]], videos: Path, tmp_path: Path) -> None:
     weights = trained[0] / "stage2" / "tokenizer.safetensors"
-    run = TokenizeRun(
-        inputs=[str(videos / "v03.mp4")],
-        out=str(tmp_path / "tokens"),
-        weights=str(weights),
-        fps=Fraction(3),
-        frames=5,
-        size=(48, 48),
-    )
-    console = Console(file=io.StringIO(), width=200)
-    assert tokenize(run, console).exit_code == 0
+    settings = ("--weights", weights, "--fps", 3, "--frames", 5, "--size", 48)
+    printed_by("tokenize", videos / "v03.mp4", "--out", tmp_path / "tokens", *settings, "--local")
     [shard] = shard_paths(str(tmp_path / "tokens"))
     assert pq.read_table(shard).num_rows >= 2
+    console = Console(file=io.StringIO(), width=200)
     decode_output(DecodeRun(out=str(tmp_path / "tokens"), folder=str(tmp_path / "videos")), console)
     assert list((tmp_path / "videos").glob("*.mp4"))
 

@@ -17,8 +17,10 @@ from tests.support.held_back import HeldBack
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.rejects import read_rejects
 
-SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 64, "clips_per_span": 1}
+SETTINGS = {"tokenizer": "tiny", "fps": 25, "frames": 17, "size": 32, "clips_per_span": 1}
 RUN = tuple(text for key, value in SETTINGS.items() for text in (f"--{key.replace('_', '-')}", str(value)))
+SLOWER_RUN = (*RUN, "--size", "128")
+"""A run whose encoder is at work for seconds."""
 PATIENCE = "600"
 """Seconds that storage is asked again, as a test on busy cores may hold a video back for long."""
 OBJECT_STORE = 80_000_000

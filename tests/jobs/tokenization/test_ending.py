@@ -21,6 +21,7 @@ from tests.support.processes import (
     COMMITTED_AT_ONCE,
     RUN,
     SETTINGS,
+    SLOWER_RUN,
     inputs,
     is_under_way,
     only_the_text_is_rejected,
@@ -65,7 +66,7 @@ def test_an_interrupted_run_keeps_what_it_began_and_the_same_command_goes_on(
 
 def test_a_second_signal_ends_a_run_while_its_encoder_computes(many_spans: Path, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
-    with started(many_spans, "--out", out, *RUN, *COMMITTED_AT_ONCE, "--local") as process:
+    with started(many_spans, "--out", out, *SLOWER_RUN, *COMMITTED_AT_ONCE, "--local") as process:
         until(process, lambda: is_under_way(out))
         process.send_signal(signal.SIGTERM)
         read_until(process, "finishing what is begun")
