@@ -13,7 +13,8 @@ VidTok is compared with diffusers, VidTwin with plain PyTorch implementations (`
 * Ours runs with the settings of glibc's allocator that the job gives its encoders. The others run in processes of their
   own with glibc's defaults, as in a plain script: large blocks go back to the system, and their pages fault at the next
   operator. ``--allocator job`` gives all of them the job's settings, and ``--allocator shell`` those of the shell.
-* Memory is the peak above what the process held before the call, so it includes no weights.
+* Memory is the peak above what the process held before the call, so it includes no weights. A pass of its own tells it.
+  Timed passes have the memory that the process kept from the one before, as in a job.
 * FLOPs are those of the published network, two for each multiplication of a convolution or matrix product, counted by
   torch on the model of diffusers, or on the plain one. Their share is relative to the best of large products and
   convolutions in the same run. An implementation that saves multiplications can show more than 100 %.
@@ -42,7 +43,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contender import Build, Contender, Elsewhere, Passes, measured
+from benchmarks.contender import Build, Contender, Elsewhere, Measured, Passes, measured
 from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
 from benchmarks.plain_vidtwin import PlainVidTwin, Structure, plain_vidtwin
 from benchmarks.report import Row, report
@@ -86,11 +87,15 @@ class Comparison:
         here = {**ours, **({} if self.elsewhere else {name: build() for name, build in others.items()})}
         return {
             direction: [
-                *(Contender(name=n, measure=partial(measured, p[direction], self.device)) for n, p in here.items()),
-                *(Contender(name=n, measure=partial(p.measure, direction)) for n, p in remote.items()),
+                *(_contender(name, partial(measured, passes[direction], self.device)) for name, passes in here.items()),
+                *(_contender(name, partial(process.measure, direction)) for name, process in remote.items()),
             ]
             for direction in self.directions
         }
+
+
+def _contender(name: str, measure: Callable[..., Measured]) -> Contender:
+    return Contender(name=name, run=partial(measure, anew=False), run_anew=partial(measure, anew=True))
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -270,7 +275,7 @@ def plain_flops(config: VidTwinConfig) -> dict[str, float]:
 def run_in_turns(title: str, contenders: list[Contender], repeats: int) -> None:
     """Measure all implementations of a direction, alternating between them."""
     for contender in contenders:
-        contender.measure()  # kernels are chosen, and libraries loaded, by the first pass
+        contender.prepare()
     for _ in range(repeats):
         for contender in contenders:
             contender.take_turn()
