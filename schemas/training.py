@@ -41,8 +41,16 @@ CropPolicy = Literal["scaled", "native"]
 """Way in which frames of a video become frames of a clip."""
 ShortVideos = Literal["reject", "repeat", "squeeze"]
 """Treatment of videos shorter than a clip."""
-MADE = ("native", "enlarged", "mirrored", "repeated", "squeezed", "other_fps")
-"""Ways in which a training clip may be made; it may have several. ``native`` and ``enlarged`` exclude each other."""
+MADE = {
+    "native": "cut at native resolution",
+    "enlarged": "enlarged",
+    "mirrored": "mirrored",
+    "repeated": "lengthened by repeated frames",
+    "squeezed": "sampled more densely",
+    "other_fps": "of another frame rate",
+}
+"""Ways in which a training clip may be made, and words for them. It may have several, but not both ``native`` and
+``enlarged``."""
 
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
 """Decay rates of Adam's two moment estimates, each in [0, 1)."""

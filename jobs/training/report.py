@@ -122,7 +122,7 @@ def _stage(lines: Sequence[Record], result: Record) -> list[Block]:
         if isinstance(metrics.get(name), (int, float))
     ]
     made = result.get("made", {})
-    facts += [(f"clips {way}".replace("_", " "), f"{made[way]:,}", "") for way in MADE if _is_number(made.get(way))]
+    facts += [(f"clips {words}", f"{made[way]:,}", "") for way, words in MADE.items() if _is_number(made.get(way))]
     if facts:
         blocks.append(Facts(items=facts))
     for group, title in (("held_out", "held-out clips"), ("train", "training")):

@@ -16,6 +16,7 @@ from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.videos import TrainingVideos
 from vidshard.pipeline.versions import code_version
 from vidshard.schemas.errors import EXIT_FAILED
+from vidshard.schemas.training import MADE
 
 SUMMARY = "summary.md"
 REJECTS = "rejects.json"
@@ -139,7 +140,7 @@ def write_summary(training: ResolvedTraining, result: Result, videos: TrainingVi
         lines += [f"Start: {training.start_note}.", ""]
     for stage in result.stages:
         if stage.made:
-            counts = ", ".join(f"{count:,} {way}" for way, count in stage.made.items())
+            counts = ", ".join(f"{count:,} {MADE[way]}" for way, count in stage.made.items())
             lines += [f"* {stage.name}: of {stage.steps * run.stages[stage.name].batch_size:,} clips {counts}"]
         lines += [f"* {stage.name}: {name} `{digest}`" for name, digest in stage.digests.items()]
     if result.problem:

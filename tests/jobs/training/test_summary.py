@@ -12,6 +12,7 @@ from tests.support.training import run_of
 from vidshard.jobs.training.resolve import resolve
 from vidshard.jobs.training.summary import Result, StageResult, print_result, why_unmeasured, write_summary
 from vidshard.pipeline.training_data.videos import ITEM_SCHEMA, TrainingVideos
+from vidshard.schemas.training import MADE
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,16 @@ def test_codebook_use_has_its_ceiling_in_the_summary(tmp_path: Path) -> None:
     )
     write_summary(training, Result(stages=[StageResult(name="stage1", measured=measured)]), videos)
     assert "| 0.2% | 97% |" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_ways_in_which_clips_were_made_are_in_words(tmp_path: Path) -> None:
+    training = resolve(run_of(tmp_path, tmp_path / "run"))
+    videos = TrainingVideos(
+        train=ITEM_SCHEMA.empty_table(), held_out=ITEM_SCHEMA.empty_table(), rejections=[], num_videos=4
+    )
+    made = {way: number for number, way in enumerate(MADE)}
+    write_summary(training, Result(stages=[StageResult(name="stage1", made=made)]), videos)
+    text = (tmp_path / "run" / "summary.md").read_text()
+    assert "2 mirrored" in text
+    assert "5 of another frame rate" in text
+    assert "other_fps" not in text
