@@ -7,9 +7,13 @@
 #
 #   sbatch --array=0-29 slurm.sh tokenize manifests/%a.parquet --out s3://bucket/tokens/%a
 #
-# vidshard and ray must be on PATH of every node, so activate the environment before sbatch. Before its time limit, and
-# when it is preempted, the command commits what it has finished, and the job is queued again and continues there.
-# Environment: VIDSHARD_HEAD_IP and VIDSHARD_RAY_PORT, if the first address of the head or port 6379 are not to be used.
+# vidshard and ray must be on PATH of every node, so activate the environment before sbatch. Two minutes before its time
+# limit the command commits what it has finished, and the job is queued again and continues there. When it is preempted
+# too, if the cluster has PreemptParameters=send_user_signal; else Slurm ends the job with GraceTime or at once, and it
+# continues from what was committed (--commit-minutes).
+# A node that is lost costs its work in flight; the job goes on with the others. Without the first node it starts again.
+# Environment: VIDSHARD_HEAD_IP and VIDSHARD_RAY_PORT, if the first address of the head or port 6379 are not to be used;
+# VIDSHARD_RESTARTS, how often a job is queued again after a failure that may pass (5).
 #
 #SBATCH --job-name=vidshard
 #SBATCH --output=vidshard-%j.log
@@ -18,6 +22,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --signal=B:TERM@120
 
 set -euo pipefail
@@ -54,25 +59,51 @@ stop() {
 }
 trap stop TERM
 
+# A trap that does nothing keeps this shell, where a signal reaches all processes of the step, and not the command.
 # shellcheck disable=SC2016  # expanded on the head node
-run='vidshard "$@" & echo $! >"$VIDSHARD_STATE/pid"
-     code=0; wait $! || code=$?
+run='trap : TERM
+     vidshard "$@" & command=$!
+     echo $command >"$VIDSHARD_STATE/pid"
+     code=0; wait $command || code=$?
+     while kill -0 $command 2>/dev/null; do code=0; wait $command || code=$?; done
      echo $code >"$VIDSHARD_STATE/code"; exit $code'
-# --wait: nodes without the command do not outlive it by Ray's own minute.
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=20 \
+# --no-kill, --wait=0 and --kill-on-bad-exit=0: the step outlives a node, and a task that ends early
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --no-kill --wait=0 --kill-on-bad-exit=0 \
     ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
     bash -c "$run" vidshard "${arguments[@]}" &
 step=$!
-while true; do
-    code=0
-    wait "$step" || code=$?
-    kill -0 "$step" 2>/dev/null || break # else a signal ended the wait, not the step
+# The step ends with the command: other nodes would wait for a minute, and lost ones for ever. `sleep` is waited for in
+# the background, as a trap runs only then.
+left=30
+while kill -0 "$step" 2>/dev/null && ((left > 0)); do
+    sleep 1 &
+    wait $! || true
+    if [[ -s $VIDSHARD_STATE/code ]]; then
+        left=$((left - 1))
+    fi
 done
+kill -TERM "$step" 2>/dev/null || true
+ended=0
+wait "$step" || ended=$?
+
+# Without a code the step was ended, or its first node lost.
+code=75
 if [[ -s $VIDSHARD_STATE/code ]]; then
     code=$(<"$VIDSHARD_STATE/code")
+elif [[ $ended == 126 || $ended == 127 ]]; then
+    code=$ended
+    echo "ray cannot be started on the nodes: activate the environment before sbatch"
+elif [[ ! -s $VIDSHARD_STATE/pid ]]; then
+    echo "the cluster did not come up: do all nodes reach $RAY_ADDRESS?"
 fi
 echo "vidshard ended with $code"
-if [[ $code == 143 ]]; then
+# docs/deploying.md has the exit codes: 143 and 129 were asked to end, 75 and 137 may pass, and others are for a person.
+case $code in
+    143 | 129) again=1 ;;
+    75 | 137) again=$((${SLURM_RESTART_COUNT:-0} < ${VIDSHARD_RESTARTS:-5})) ;;
+    *) again=0 ;;
+esac
+if ((again)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

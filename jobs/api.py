@@ -16,7 +16,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.named_tokenizer import NamedTokenizer, find_tokenizer
 from vidshard.pipeline.resolved_run import stated_config
 from vidshard.pipeline.tokenizer_source import TokenizerSource
-from vidshard.schemas.errors import RunFailedError, UserError
+from vidshard.schemas.errors import EXIT_AGAIN, RunCutShortError, RunFailedError, UserError
 from vidshard.schemas.runs import TokenizeRun
 
 
@@ -42,7 +42,8 @@ def tokenize(run: TokenizeRun, *, console: Console | None = None, local: bool = 
     if summary.interruption is not None:
         raise summary.interruption
     if summary.problems:
-        raise RunFailedError("; ".join(summary.problems))
+        kind = RunCutShortError if summary.exit_code == EXIT_AGAIN else RunFailedError
+        raise kind("; ".join(summary.problems))
     return summary
 
 

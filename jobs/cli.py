@@ -2,8 +2,9 @@
 
 The sub-commands are in `vidshard.jobs.commands`: each turns arguments into settings and calls its job. This module
 turns a job's result or its error into output and an exit code. Errors for users, interrupts and defects are caught here
-and nowhere else. Exit codes: 0 done; 1 the job ran and failed, or its output is incomplete or damaged; 2 the request
-cannot be carried out; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM); 129 the terminal was lost (SIGHUP).
+and nowhere else. Exit codes: 0 done; 1 the job failed, or its output is incomplete or damaged; 2 the request cannot be
+carried out; 75 something outside failed that may pass; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM); 129 the
+terminal was lost (SIGHUP).
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def vidshard() -> None:
       0     done
       1     the job failed, or its output is incomplete or damaged
       2     the request cannot be carried out; nothing was done
+      75    storage or cluster was gone for a while; the same command continues
       130   interrupted (Ctrl-C); the same command continues
       143   terminated (SIGTERM); the same command continues
       129   the terminal was lost (SIGHUP); the same command continues

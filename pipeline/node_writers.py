@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidshard.pipeline.output.shard_writer import WRITER_THREADS, ShardReport, ShardSettings, ShardWriter
-from vidshard.schemas.errors import RunFailedError, VidshardError, one_line
+from vidshard.schemas.errors import RunCutShortError, RunFailedError, VidshardError, one_line
 
 _LOOKING_SECONDS = 0.25
 """Pause between two looks of the driver at the reports."""
@@ -235,7 +235,7 @@ class NodeWriters:
                 reports += more
         except RayError as error:
             self._is_over = True
-            raise RunFailedError(
+            raise RunCutShortError(
                 "the run stopped: the actor that lists its writers, on the node of this command, died or does not "
                 f"answer ({type(error).__name__}); what is committed is valid. Run the same command again"
             ) from error

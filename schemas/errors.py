@@ -13,9 +13,11 @@ from vidshard.schemas.text import readable
 from vidshard.schemas.uris import without_secrets
 
 EXIT_FAILED = 1
-"""The job ran, and its result is not what was asked for."""
+"""The job ran, and its result is not what was asked for. The same command again would not change that."""
 EXIT_REFUSED = 2
 """The request cannot be carried out as it stands; nothing was done."""
+EXIT_AGAIN = 75
+"""Something outside of the job failed that may pass. The same command continues (``EX_TEMPFAIL`` of sysexits.h)."""
 
 
 class VidshardError(Exception):
@@ -39,8 +41,16 @@ class RunFailedError(VidshardError):
     """Whether no worker of the run can be asked for anything any more."""
 
 
+class RunCutShortError(RunFailedError):
+    """The job ran, and something outside of it ended it that may pass; the same command continues."""
+
+    exit_code = EXIT_AGAIN
+
+
 class OutageError(VidshardError):
     """A storage or the Hub does not answer, though it was asked again for a while. It is no single video's fault."""
+
+    exit_code = EXIT_AGAIN
 
 
 def one_line(error: BaseException, limit: int | None = None, *, about: str = "") -> str:

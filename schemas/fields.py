@@ -8,12 +8,21 @@ it belongs to the identity of an output. ``jobs.runtime.settings`` turns such mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from vidshard.schemas.rejections import Reason
@@ -21,6 +30,10 @@ from vidshard.schemas.video import SignalRule, parse_rate
 
 T = TypeVar("T")
 
+LARGEST_NUMBER = 2**53
+"""Largest number in a setting: JSON and float64 hold every whole number up to it."""
+LARGEST_FLOAT = 10**9
+"""Largest number in a setting with decimals: 31 years if it counts seconds, which timers take."""
 _BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -30,10 +43,10 @@ def parse_bytes(value: object) -> int:
     Raises:
         ValueError: the value is neither.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    match = _matched(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)", value)
     if not match or match[2].lower() not in _BYTES:
-        raise ValueError(f"a size is a number of bytes or one such as 128MiB or 2GB, got {value!r}")
-    return int(float(match[1]) * _BYTES[match[2].lower()])
+        raise ValueError(f"a size is a number of bytes or one such as 128MiB or 2GB, got {_shown(value)}")
+    return int(Fraction(match[1]) * _BYTES[match[2].lower()])
 
 
 def parse_size(value: object) -> tuple[int, int]:
@@ -44,9 +57,9 @@ def parse_size(value: object) -> tuple[int, int]:
     """
     if isinstance(value, (tuple, list)) and len(value) == 2:
         value = f"{value[0]}x{value[1]}"
-    match = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str(value))
+    match = _matched(r"(\d{1,9})(?:\s*[xX]\s*(\d{1,9}))?", value)
     if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise ValueError(f"a size is one side such as 256, or height x width such as 256x448, got {value!r}")
+        raise ValueError(f"a size is one side such as 256, or height x width such as 256x448, got {_shown(value)}")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -66,13 +79,17 @@ def parse_seconds(value: object) -> Fraction:
     """An exact, non-negative time in seconds, from ``90``, ``12.5``, ``1:30`` or ``1:02:03.5``.
 
     Raises:
-        ValueError: the value is none of these.
+        ValueError: the value is none of these, or has 60 minutes or seconds or more behind a colon.
     """
-    match = re.fullmatch(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?|\d+/\d+)\s*", str(value))
+    match = _matched(r"(?:(?:(\d{1,9}):)?(\d{1,9}):)?(\d{1,15}(?:\.\d{1,15})?|\d{1,30}/0*[1-9]\d{0,29})", value)
     if not match:
-        raise ValueError(f"a time is a number of seconds, or one such as 1:30 or 1:02:03.5, got {value!r}")
-    hours, minutes, seconds = match.groups()
-    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + Fraction(seconds)
+        raise ValueError(f"a time is a number of seconds, or one such as 1:30 or 1:02:03.5, got {_shown(value)}")
+    hours, minutes, seconds = match[1], match[2], Fraction(match[3])
+    if (minutes is not None and seconds >= 60) or (hours is not None and int(minutes) >= 60):
+        raise ValueError(
+            f"minutes and seconds behind a colon are below 60, as in 1:30 or 1:02:03.5, got {_shown(value)}"
+        )
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + seconds
 
 
 def parse_signals(value: object) -> list[tuple[str, SignalRule]]:
@@ -106,7 +123,7 @@ def parse_episodes(value: object) -> list[tuple[int, int]]:
     intervals = []
     for part in _items(value, "give episodes such as 0,7,10:20"):
         for item in [":".join(map(str, part))] if isinstance(part, (list, tuple)) else str(part).split(","):
-            match = re.fullmatch(r"\s*(\d{1,9})(?::(\d{1,9}))?\s*", item)
+            match = _matched(r"(\d{1,9})(?::(\d{1,9}))?", item)
             start = int(match[1]) if match else 0
             end = int(match[2]) if match and match[2] else start + 1
             if match is None or end <= start:
@@ -165,14 +182,24 @@ def parse_workers(value: object) -> WorkerCount:
     """
     if isinstance(value, WorkerCount):
         return value
-    match = None if isinstance(value, bool) else re.fullmatch(r"\s*(\d{1,6})(\.\.(\d{1,6})?)?\s*", str(value))
+    match = None if isinstance(value, bool) else _matched(r"(\d{1,6})(\.\.(\d{1,6})?)?", value)
     if match is None:
-        raise ValueError(f"a number of workers is one such as 4, or a range such as 2..8 or 2.., got {value!r}")
+        raise ValueError(f"a number of workers is one such as 4, or a range such as 2..8 or 2.., got {_shown(value)}")
     least = int(match[1])
     most = least if match[2] is None else int(match[3]) if match[3] else None
     if least < 1 or (most is not None and most < least):
-        raise ValueError(f"a range of workers begins with 1 or more and does not fall, got {value!r}")
+        raise ValueError(f"a range of workers begins with 1 or more and does not fall, got {_shown(value)}")
     return WorkerCount(least, most)
+
+
+def _matched(pattern: str, value: object) -> re.Match[str] | None:
+    """Match the text of a value whole, but for white space around it; ``\\d`` are the digits 0 to 9 alone."""
+    return re.fullmatch(rf"\s*{pattern}\s*", str(value), re.ASCII)
+
+
+def _shown(value: object) -> str:
+    """A refused value in a message."""
+    return f"{value!r:.80}"
 
 
 def _workers_record(workers: WorkerCount) -> int | str:
@@ -184,7 +211,7 @@ def _items(value: object, usage: str) -> Sequence[object]:
     """The items of a comma-separated text or of a list, at least one."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not parts:
-        raise ValueError(f"{usage}, got {value!r}")
+        raise ValueError(f"{usage}, got {_shown(value)}")
     return parts
 
 
@@ -278,6 +305,24 @@ stands in the identity (a digest of the weights for their path). ``With``, ``Wit
 """
 
 
+@dataclass(frozen=True)
+class In:
+    """Effect of a setting that a job has in one mode only."""
+
+    mode: Literal["workers", "own_ray", "joined", "gpu"]
+    """``workers``: stages run in processes of Ray. ``own_ray``: this command starts Ray. ``joined``: it joins one that
+    runs. ``gpu``: encoders run on GPUs."""
+
+
+_ELSEWHERE = {
+    "workers": "with --local, which runs every stage in this process",
+    "own_ray": "here: it is for a Ray that this command starts",
+    "joined": "here: it is for a Ray cluster that this command joins (--ray-address)",
+    "gpu": "on CPUs",
+}
+"""End of the sentence that a setting has no effect, by the mode that the job is not in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """Command-line flag of a field of a settings model, and its role in the identity."""
@@ -296,6 +341,8 @@ class Setting:
     """Role in the identity; None if the model has no identity of its own."""
     common: bool
     """Whether ``--help`` lists the flag; ``--help-all`` lists every flag."""
+    effect: In | With | Without | None
+    """When it has an effect; None for always."""
 
     def __call__(self, json_schema: dict[str, Any]) -> None:
         """Add the section to the field's JSON schema; pydantic calls this because it is ``json_schema_extra``."""
@@ -313,6 +360,7 @@ def setting(
     aliases: tuple[str, ...] = (),
     identity: Identity | None = None,
     common: bool = False,
+    effect: In | With | Without | None = None,
     **limits: Any,
 ) -> Any:
     """Define a documented field of a settings model.
@@ -332,6 +380,7 @@ def setting(
         aliases=aliases,
         identity=identity,
         common=common,
+        effect=effect or (identity if isinstance(identity, (With, Without)) else None),
     )
     return Field(default, description=help, json_schema_extra=record, **limits)
 
@@ -347,10 +396,30 @@ def setting_of(field: FieldInfo) -> Setting:
     return field.json_schema_extra
 
 
+def _kinds(annotation: object) -> tuple[object, ...]:
+    return (annotation, *get_args(annotation))
+
+
 class Settings(BaseModel):
     """Base of every settings model: closed, frozen, and open to former names of its fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_another_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads ``off`` and ``no`` as false, which pydantic would take for the number 0."""
+        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true, false, yes, no, on and off are no values here; put a word into quotes")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _of_a_size_that_can_be_computed_with(cls, value: Any) -> Any:
+        most = LARGEST_FLOAT if isinstance(value, float) else LARGEST_NUMBER
+        if isinstance(value, (int, float)) and abs(value) > most:
+            raise ValueError(f"a number is at most {most:,} here")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -425,6 +494,32 @@ def identity_names(settings: Settings, kinds: Mapping[str, bool]) -> list[str]:
     return [name for name in fields if counts(name)]
 
 
+def without_effect(settings: Settings, modes: Collection[str]) -> list[str]:
+    """A sentence for each setting that differs from its default and changes nothing in this job.
+
+    Args:
+        modes: the modes of :class:`In` that the job is in.
+    """
+    fields = type(settings).model_fields
+
+    def is_set(name: str) -> bool:
+        return bool(getattr(settings, name) != fields[name].default)
+
+    found = []
+    for name, field in fields.items():
+        why = None
+        match setting_of(field).effect:
+            case In(mode) if mode not in modes:
+                why = _ELSEWHERE[mode]
+            case With(other) if not is_set(other):
+                why = f"without --{other.replace('_', '-')}"
+            case Without(other) if is_set(other):
+                why = f"beside --{other.replace('_', '-')}"
+        if why is not None and is_set(name):
+            found.append(f"--{name.replace('_', '-')} has no effect {why}")
+    return found
+
+
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
 ) -> list[str]:
@@ -486,6 +581,7 @@ class ClusterSettings(ReportSettings):
         section="Execution",
         metavar="ADDRESS",
         identity=False,
+        effect=In("workers"),
         help="Ray cluster to run on, such as 'auto' or ray://head:10001. Default: $RAY_ADDRESS, or a private Ray on "
         "this machine.",
     )
@@ -494,6 +590,7 @@ class ClusterSettings(ReportSettings):
         section="Execution",
         metavar="BYTES",
         identity=False,
+        effect=In("own_ray"),
         help="Size of Ray's shared memory for frames in flight, such as 2GiB, when Ray starts on this machine. "
         "Default: Ray's choice.",
     )

@@ -21,6 +21,7 @@ from vidshard.schemas.fields import (
     Episodes,
     FrameSize,
     FrameSizes,
+    In,
     PageSettings,
     Rate,
     Reasons,
@@ -236,6 +237,7 @@ class AuditSettings(Settings):
         20.0,
         section="Quality audit",
         identity=False,
+        effect=With("audit"),
         ge=0.0,
         le=80.0,
         metavar="DB",
@@ -245,6 +247,7 @@ class AuditSettings(Settings):
         None,
         section="Quality audit",
         identity=False,
+        effect=With("audit"),
         metavar="FILE",
         help="File with torchvision's vgg16 weights, for LPIPS in --audit. Default: torchvision's download if it is "
         "on the machine; without either LPIPS is null.",
@@ -283,6 +286,7 @@ class TokenizerSettings(Settings):
         section="Tokenizer",
         identity="resolved",
         ge=0,
+        le=2**32 - 1,
         metavar="SEED",
         help="Use random weights from this seed, to try the pipeline without a trained model. The tokens mean "
         "nothing, and every shard says so.",
@@ -306,6 +310,7 @@ class TokenizerSettings(Settings):
         64,
         section="Tokenizer",
         identity=When("tiled"),
+        effect=With("tile_size"),
         ge=0,
         metavar="PIXELS",
         help="Minimum overlap of neighboring tiles. More overlap is slower and closer to encoding whole frames.",
@@ -446,6 +451,7 @@ class PartSettings(Settings):
         0,
         section="Parts of videos",
         identity=With("clips_per_video"),
+        effect=With("clip_placement"),
         ge=0,
         metavar="SEED",
         help="Random seed of --clip-placement random.",
@@ -629,6 +635,7 @@ class ExecutionSettings(Settings):
         None,
         section="Execution",
         identity=False,
+        effect=In("workers"),
         metavar="N|MIN..MAX",
         help="Number of encoder processes, or a range such as 2..8 or 2.. in which it follows the cluster. Default: "
         "one per GPU share, or one per four CPUs; on a joined cluster more as nodes join.",
@@ -637,6 +644,7 @@ class ExecutionSettings(Settings):
         Fraction(0),
         section="Execution",
         identity=False,
+        effect=In("joined"),
         metavar="TIME",
         help="Longest time to wait for the first GPU node of a joined cluster, such as 600 or 10:00. Nodes that join "
         "later are used too.",
@@ -645,6 +653,7 @@ class ExecutionSettings(Settings):
         1.0,
         section="Execution",
         identity=False,
+        effect=In("gpu"),
         gt=0,
         le=1,
         metavar="SHARE",
@@ -654,6 +663,7 @@ class ExecutionSettings(Settings):
         "fused",
         section="Execution",
         identity=False,
+        effect=In("gpu"),
         help="Kernels of encoders on GPUs: fused ones, those with norms in the convolutions too, or compiled ones that "
         "torch.compile makes. Compiling takes minutes for each frame size and batch size; CPUs ignore the setting.",
     )
@@ -661,6 +671,7 @@ class ExecutionSettings(Settings):
         None,
         section="Execution",
         identity=False,
+        effect=With("gpu_kernels"),
         metavar="FOLDER",
         help="Folder for compiled kernels, shared by all encoders that see it. Default: ~/.cache/vidshard/compiled.",
     )
@@ -676,6 +687,7 @@ class ExecutionSettings(Settings):
         None,
         section="Execution",
         identity=False,
+        effect=In("workers"),
         ge=1,
         metavar="N",
         help="Largest number of videos to decode at once. Default: one per free CPU.",

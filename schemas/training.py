@@ -441,7 +441,7 @@ def split_weight(text: str) -> tuple[str, float | None]:
     Raises:
         ValueError: the weight is not positive and finite.
     """
-    match = re.fullmatch(r"(.+)=((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    match = re.fullmatch(r"(.+)=((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)", text)
     if match is None:
         return text, None
     if not 0 < float(match[2]) < math.inf:

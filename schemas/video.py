@@ -356,8 +356,8 @@ def parse_rate(text: str | int | float | Fraction) -> Fraction:
     Raises:
         ValueError: not a positive number.
     """
-    if isinstance(text, str) and not re.fullmatch(r"\s*\d+(\.\d+)?(\s*/\s*\d+)?\s*", text):
-        raise ValueError(f"a rate is a number or a fraction such as 8, 7.5 or 30000/1001, got {text!r}")
+    if isinstance(text, str) and not re.fullmatch(r"\s*\d{1,12}(\.\d{1,15})?(\s*/\s*\d{1,12})?\s*", text, re.ASCII):
+        raise ValueError(f"a rate is a number or a fraction such as 8, 7.5 or 30000/1001, got {text!r:.80}")
     try:
         if isinstance(text, str) and "/" in text:
             numerator, denominator = text.split("/")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vidshard.jobs.runtime.settings import WholeNumber
 from vidshard.jobs.runtime.terminal import output_console
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     help="Layout to write; the list above says which program reads it.",
 )
 @click.option("--where", metavar="CONDITION", help="Export only the clips that pass this filter, a condition of SQL.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Export only the first N clips.")
+@click.option("--limit", type=WholeNumber(min=1), metavar="N", help="Export only the first N clips.")
 @click.option(
     "--map",
     "columns",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vidshard.jobs.runtime.settings import report_options, shared_option
+from vidshard.jobs.runtime.settings import Decimal, WholeNumber, report_options, shared_option
 from vidshard.jobs.runtime.terminal import json_option, output_console, print_json
 from vidshard.schemas.fields import ClusterSettings, ProgressMode, ReportSettings, parse_size
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("out", metavar="OUTPUT")
-@click.option("--rows", default=3, show_default=True, metavar="N", help="Number of rows to print.")
+@click.option(
+    "--rows", type=WholeNumber(min=0), default=3, show_default=True, metavar="N", help="Number of rows to print."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print counts and provenance as one JSON object instead.")
 def inspect(out: str, rows: int, as_json: bool) -> None:
     """Show what an output holds.
@@ -71,11 +73,13 @@ allow_private = click.option(
 @click.argument("out", metavar="OUTPUT")
 @click.option(
     "--exact",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Decimal(0, 1, min_open=True),
     metavar="SHARE",
     help="Share of the clips to encode again from their sources and compare, such as 0.01.",
 )
-@click.option("--seed", default=0, show_default=True, help="Random seed of the clips that --exact takes.")
+@click.option(
+    "--seed", type=WholeNumber(), default=0, show_default=True, help="Random seed of the clips that --exact takes."
+)
 @moved_weights
 @fetch_sources
 @allow_private
@@ -197,7 +201,7 @@ def debug(
 @click.option("--all", "folder", metavar="DIR", help="Decode every video as a whole into this folder, as ID.mp4.")
 @click.option("--each-clip", is_flag=True, help="Write a file for each clip with --all, as --side-by-side does too.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Decode only the first N videos, or clips, of --all."
+    "--limit", type=WholeNumber(min=1), metavar="N", help="Decode only the first N videos, or clips, of --all."
 )
 @click.option(
     "--only",
@@ -225,14 +229,14 @@ def debug(
 @click.option("--tile-size", metavar="SIZE", help="Decode large frames in tiles of this size. Default: as encoded.")
 @click.option(
     "--tile-overlap",
-    type=click.IntRange(min=0),
+    type=WholeNumber(min=0),
     metavar="PIXELS",
     help="Minimum overlap of neighboring tiles. Default: as encoded.",
 )
 @click.option("--local", is_flag=True, help="Decode the videos of --all in this process, without Ray.")
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     metavar="N",
     help="Number of decoding processes of --all. Default: one per GPU, or one per four CPUs.",
 )

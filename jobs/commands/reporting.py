@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vidshard.jobs.commands.outputs import allow_private, fetch_sources, moved_weights
+from vidshard.jobs.runtime.settings import WholeNumber
 from vidshard.jobs.runtime.terminal import output_console
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--clips",
     "num_clips",
-    type=click.IntRange(min=0, max=64),
+    type=WholeNumber(min=0, max=64),
     default=8,
     show_default=True,
     metavar="N",

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vidshard.jobs.runtime.settings import OrderedGroup, SectionedCommand, options_of, report_options, shared_option
+from vidshard.jobs.runtime.settings import (
+    OrderedGroup,
+    SectionedCommand,
+    WholeNumber,
+    options_of,
+    report_options,
+    shared_option,
+)
 from vidshard.jobs.runtime.terminal import output_console
 from vidshard.jobs.training.settings import preset_defaults, training_run
 from vidshard.schemas.fields import ClusterSettings
@@ -156,12 +163,12 @@ def export_step(out: str, step: str, target: str | None, raw: bool) -> None:
 @click.argument("out", metavar="RUN")
 @click.option(
     "--steps",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     metavar="N",
     help="Number of steps of the stage that the run has come to, to make it longer. All its state is kept.",
 )
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Number of training processes from now on.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads of a worker on CPUs.")
+@click.option("--workers", type=WholeNumber(min=1), metavar="N", help="Number of training processes from now on.")
+@click.option("--threads", type=WholeNumber(min=1), metavar="N", help="Number of threads of a worker on CPUs.")
 @shared_option(ClusterSettings, "ray_address")
 @report_options
 @shared_option(ClusterSettings, "verbose")

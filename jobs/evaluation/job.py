@@ -29,6 +29,7 @@ from vidshard.jobs.report.job import add_report
 from vidshard.jobs.report.wall import WALL_SHARE, WallSettings
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import ClusterExecutor, LocalExecutor, open_executor
+from vidshard.jobs.runtime.new_output import no_empty_output
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import SpanDecoder
@@ -94,7 +95,7 @@ def evaluate(run: EvaluateRun, console: Console, *, local: bool = False) -> dict
         raise UserError(f"--out {storage.public_uri(out)}: put the credentials into the environment, not the URL")
     progress = Console(stderr=True, quiet=console.quiet) if run.format != "text" else console
     started = time.monotonic()
-    with reported(progress, run, command="evaluate", out=out):
+    with reported(progress, run, command="evaluate", out=out), no_empty_output(out):
         record = _evaluate(run, out, progress, local=local)
     console.print(render(record, run.format), highlight=False, markup=False, soft_wrap=True, end="")
     wall = WallSettings(seconds=WALL_SHARE * (time.monotonic() - started))

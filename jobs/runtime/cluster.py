@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -23,8 +24,8 @@ from vidshard.jobs.runtime.private_ray import private_ray
 from vidshard.jobs.runtime.ray_watch import death_noticed, processes_of_joined_ray, processes_of_own_ray
 from vidshard.pipeline.output.lease import release_held_leases
 from vidshard.pipeline.resources import GpuNode
-from vidshard.pipeline.storage import StorageError
-from vidshard.schemas.errors import EXIT_FAILED, EXIT_REFUSED
+from vidshard.pipeline.storage import StorageError, StorageOutageError
+from vidshard.schemas.errors import EXIT_AGAIN, EXIT_REFUSED
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
@@ -44,6 +45,8 @@ class Cluster:
     """Whether this process started the cluster, and stops it."""
     gpu_nodes: tuple[GpuNode, ...] = ()
     """Nodes with GPUs."""
+    memory_bytes: float | None = None
+    """Memory that Ray counts for processes on all nodes, its object stores left out; None if it counts none."""
 
     def __str__(self) -> str:
         gpus = f", {self.num_gpus:g} GPUs" if self.num_gpus else ", no GPU"
@@ -84,6 +87,7 @@ def _look(*, is_own: bool) -> Cluster:
         num_nodes=sum(node["Alive"] for node in ray.nodes()),
         is_own=is_own,
         gpu_nodes=_gpu_nodes(),
+        memory_bytes=resources.get("memory"),
     )
 
 
@@ -171,11 +175,11 @@ def _stop() -> None:
 
 def _end() -> None:
     """End the process from a thread, as the main thread hangs; its lease is given back if that is soon done."""
-    last = threading.Timer(_RELEASING_SECONDS, os._exit, (EXIT_FAILED,))
+    last = threading.Timer(_RELEASING_SECONDS, os._exit, (EXIT_AGAIN,))
     last.daemon = True
     last.start()
     release_held_leases()
-    os._exit(EXIT_FAILED)
+    os._exit(EXIT_AGAIN)
 
 
 def _death_noticed(*, own: bool) -> AbstractContextManager[None]:
@@ -201,14 +205,14 @@ def _remedy(error: BaseException, *, own: bool) -> str:
 
 
 def _check_listening(address: str) -> None:
-    """Raise StorageError if nothing listens at HOST:PORT; Ray itself would retry for minutes without a message."""
+    """Raise StorageOutageError if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
-    if "/" in host or not host or not port.isdigit():
+    if "/" in host or not host or not re.fullmatch("[0-9]{1,5}", port):
         return  # "auto" and other forms that Ray resolves
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENING_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise StorageError(
+        raise StorageOutageError(
             f"cannot join a Ray cluster at {address}: nothing answers there ({error}). The address is the one that "
             "`ray start --head` printed, with port 6379 as a rule; `ray status --address` tells whether it lives"
         ) from error

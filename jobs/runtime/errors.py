@@ -15,9 +15,7 @@ from vidshard.schemas.uris import without_secrets
 
 def cause_of(error: BaseException) -> str:
     """Describe the innermost exception of a failure in one line; it is searched for in the text of a Ray error."""
-    cause = error
-    while (inner := _inner(cause)) is not None:
-        cause = inner
+    cause = innermost(error)
     if isinstance(cause, VidshardError):
         return str(cause)  # its message is for users and needs no class name
     root = str(cause).split("The above exception was")[0].split("\nFailed to apply UDF")[0]  # without Ray's advice
@@ -26,6 +24,13 @@ def cause_of(error: BaseException) -> str:
     if named:
         return re.sub(r"^[\w.]*\.(?=\w+: )", "", " ".join(lines[named[-1] :])).strip()[:1000]
     return f"{type(cause).__name__}: {' '.join(root.split())[-600:]}".removesuffix(": ")
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The exception that a failure began with, also behind the errors in which Ray wraps it."""
+    while (inner := _inner(error)) is not None:
+        error = inner
+    return error
 
 
 def _inner(error: BaseException) -> BaseException | None:

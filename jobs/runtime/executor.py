@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import pyarrow as pa
 from rich.console import Console
 
-from vidshard.jobs.runtime.errors import cause_of
+from vidshard.jobs.runtime.errors import cause_of, innermost
 from vidshard.pipeline.cancel import CancelToken, ClusterCancelToken, LocalCancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.devices import GpuReport, examine_gpu
@@ -24,7 +24,7 @@ from vidshard.pipeline.local import run_locally
 from vidshard.pipeline.output.commit import LocalWriters, Writers, deliver
 from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.resources import GpuNode, StageResources
-from vidshard.schemas.errors import RunFailedError, VidshardError
+from vidshard.schemas.errors import EXIT_AGAIN, RunCutShortError, RunFailedError, VidshardError
 from vidshard.schemas.fields import ClusterSettings
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ _EXAMINATION_SECONDS = 120.0
 
 class StageFailedError(RunFailedError):
     """A stage failed by a defect, or because a worker died repeatedly; not by a rejection."""
+
+
+class StageCutShortError(StageFailedError, RunCutShortError):
+    """A stage failed as a storage, or a part of the cluster, was gone."""
 
 
 class Executor(Protocol):
@@ -66,6 +70,16 @@ class Executor(Protocol):
     @property
     def can_grow(self) -> bool:
         """Whether machines may join while a job runs."""
+        ...
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """Modes of `schemas.fields.In` that it is in, ``gpu`` left out."""
+        ...
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of all machines for the processes of all stages; None where it is not known."""
         ...
 
     def examine_gpus(self) -> list[GpuReport]:
@@ -125,6 +139,8 @@ class LocalExecutor:
     num_gpus: float
     num_nodes: int = 1
     can_grow: bool = False
+    modes: frozenset[str] = frozenset()
+    memory_bytes: float | None = None
     verbose: bool = False
     """Print the traceback of a defect."""
 
@@ -224,6 +240,16 @@ class ClusterExecutor:
     def can_grow(self) -> bool:
         """Whether the cluster is one that others can add nodes to."""
         return not self.cluster.is_own
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """Modes of `schemas.fields.In`, as `Executor.modes`."""
+        return frozenset({"workers", "own_ray" if self.cluster.is_own else "joined"})
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Memory of the cluster for processes, as `Executor.memory_bytes`."""
+        return self.cluster.memory_bytes
 
     def awaiting_gpus(self, seconds: float) -> ClusterExecutor | None:
         """This executor once its cluster has GPUs; None if none has come in that time."""
@@ -338,16 +364,22 @@ def _defects_named(verbose: bool) -> Iterator[None]:
 def ray_failures_named() -> Iterator[None]:
     """Convert a failure of Ray to StageFailedError."""
     from ray.data.exceptions import UserCodeException
-    from ray.exceptions import RayError
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
     try:
         yield
     except (RayError, UserCodeException) as error:
-        raise _stage_failed(error, "-v or --verbose for Ray's log") from error
+        cause = innermost(error)
+        if isinstance(cause, VidshardError):
+            may_pass = cause.exit_code == EXIT_AGAIN
+        else:  # Ray's own errors tell of processes, nodes and objects that were lost
+            may_pass = isinstance(cause, RayError) and not isinstance(cause, (RayTaskError, OutOfMemoryError))
+        raise _stage_failed(error, "-v or --verbose for Ray's log", may_pass=may_pass) from error
 
 
-def _stage_failed(error: Exception, more: str) -> StageFailedError:
-    return StageFailedError(
+def _stage_failed(error: Exception, more: str, *, may_pass: bool = False) -> StageFailedError:
+    kind = StageCutShortError if may_pass else StageFailedError
+    return kind(
         f"the run stopped: {cause_of(error)}; what is committed is valid. Run the same command again, with {more}"
     )
 

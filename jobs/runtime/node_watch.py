@@ -1,5 +1,6 @@
-"""Watch of a Ray cluster while a job runs: nodes that join or leave, workers that die, and three conditions that Ray
-keeps to its own log: ``/dev/shm`` too small, spilling begun, and a disk that is full. Each is told once, with a remedy.
+"""Watch of a Ray cluster while a job runs: nodes that join or leave, workers that die, and four conditions that Ray
+keeps to its own log: ``/dev/shm`` too small, spilling begun, a disk that is full, and work that fits no node. Each is
+told once, with a remedy.
 
 A thread looks every few seconds. What only a node itself can see (its ``/dev/shm`` and its disk) a task reports there
 once a minute; on one machine this process looks. A look that fails is left out, as the death of Ray has its own watch
@@ -12,13 +13,14 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray._private import internal_api
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated import common_pb2, gcs_pb2
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
@@ -32,6 +34,9 @@ LOOKS_PER_REPORT = 12
 FULL_SHARE = 0.95
 """Share of a disk from which Ray stores nothing more on it (its ``local_fs_capacity_threshold``)."""
 _JOINING_SECONDS = 2.0
+_LOOKS_BEFORE_DEMAND = 2
+"""Looks before demand is compared with the nodes: a node that is about to join needs no warning."""
+_RESOURCES = {"CPU": "CPUs", "GPU": "GPUs", "memory": "bytes of memory"}
 _KILLED = (common_pb2.WorkerExitType.SYSTEM_ERROR, common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY)
 
 
@@ -110,7 +115,14 @@ class NodeWatch:
 
     def look(self) -> None:
         """Look once, and tell what is new."""
-        for step in (self._look_at_nodes, self._look_at_workers, self._look_at_spilling, self._look_at_reports):
+        steps = (
+            self._look_at_nodes,
+            self._look_at_workers,
+            self._look_at_spilling,
+            self._look_at_reports,
+            self._look_at_demand,
+        )
+        for step in steps:
             with suppress(Exception):  # of Ray, which may be starting, failing or ending
                 step()
         self._looks += 1
@@ -167,6 +179,28 @@ class NodeWatch:
             f"full: the run goes on, slower. What helps is {larger}, fewer --decode-workers, or more encoders",
         )
 
+    def wanted(self, requests: Iterable[Mapping[str, float]]) -> None:
+        """Warn once if tasks or actors wait for resources that no node has, whatever else runs there.
+
+        Args:
+            requests: resources by name of each kind of task or actor that waits.
+        """
+        totals = [node["Resources"] for node in self._nodes.values()]
+        for request in requests:
+            asked = {name: amount for name, amount in request.items() if not name.startswith("node:") and amount > 0}
+            is_somewhere = any(
+                all(total.get(name, 0.0) >= amount for name, amount in asked.items()) for total in totals
+            )
+            if not asked or is_somewhere or ("", "demand") in self._told:
+                continue
+            self._told.add(("", "demand"))
+            words = ", ".join(f"{amount:g} {_RESOURCES.get(name, name)}" for name, amount in sorted(asked.items()))
+            warn(
+                self.console,
+                f"work waits for a node with {words}, and the cluster has none: the run goes on when one joins. `ray "
+                "status` tells whether an autoscaler starts one; else start one, with `ray start --address ADDRESS`",
+            )
+
     def lost_workers(self, dead: Mapping[bytes, str]) -> None:
         """Tell how many processes of Ray were killed or crashed since the last time.
 
@@ -191,6 +225,12 @@ class NodeWatch:
             if not worker.is_alive and worker.worker_type == common_pb2.WORKER and worker.exit_type in _KILLED:
                 dead[worker.worker_address.worker_id] = worker.exit_detail
         self.lost_workers(dead)
+
+    def _look_at_demand(self) -> None:
+        if self.is_own or ("", "demand") in self._told or self._looks < _LOOKS_BEFORE_DEMAND:
+            return
+        state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)
+        self.wanted(dict(each.request.resources_bundle) for each in state.pending_resource_requests)
 
     def _look_at_spilling(self) -> None:
         if ("", "spill") in self._told:

@@ -27,7 +27,7 @@ from typing import Protocol
 import ray
 
 from vidshard.jobs.runtime.errors import print_error
-from vidshard.schemas.errors import RunFailedError, VidshardError
+from vidshard.schemas.errors import RunCutShortError, VidshardError
 
 _WATCHING_SECONDS = 0.5
 _RESTING_SECONDS = 0.05
@@ -40,7 +40,7 @@ SILENT_SECONDS = 30.0
 """Seconds that an address may give no answer at all, as in a network that is gone for a moment."""
 
 
-class RayDiedError(RunFailedError):
+class RayDiedError(RunCutShortError):
     """A process of Ray ended without which this run cannot go on."""
 
     has_lost_workers = True

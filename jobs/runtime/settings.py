@@ -7,6 +7,7 @@ One settings model defines all three: the field ``max_reject_share`` is the flag
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -23,12 +24,33 @@ from vidshard.schemas.fields import ReportSettings, Setting, Settings, setting_o
 Model = TypeVar("Model", bound=Settings)
 T = TypeVar("T")
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _SHOW_ALL = "vidshard.show_all"
 _LAST_SECTIONS = ("Execution", "Settings file")
 
 
 class SettingsError(UserError):
     """A setting is unknown, missing, given twice, or has an impossible value."""
+
+
+class WholeNumber(click.IntRange):
+    """Type of an option whose value is written in the digits 0 to 9; ``int`` takes those of any script."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; refused with click's message."""
+        if isinstance(value, str) and not re.fullmatch(r"[-+]?[0-9]{1,15}", value.strip()):
+            self.fail(f"{value!r:.80} is not a valid integer.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Decimal(click.FloatRange):
+    """Type of an option whose value may have decimals, written in the digits 0 to 9."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; refused with click's message."""
+        if isinstance(value, str) and not value.isascii():
+            self.fail(f"{value!r:.80} is not a valid float.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class SectionedOption(click.Option):
@@ -314,11 +336,25 @@ def _read_settings(model: type[Settings], path: Path) -> dict[str, Any]:
     return renamed(model, _read_yaml(path), note=lambda old, new: f"{_line_of(path, old)}: {old} is now {new}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Loader whose numbers are decimal, as in YAML 1.2: in YAML 1.1 ``10:20`` is 620, and ``010`` is 8."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z"), list("-+.0123456789")
+)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = _read_text(path)
         _refuse_costly(path, text)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  derives from SafeLoader
         _refuse_repeated(path, yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error

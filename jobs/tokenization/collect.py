@@ -91,11 +91,11 @@ def tokenize_spans(
     except KeyboardInterrupt as interrupt:
         summary.interruption = interrupt
     except (RunFailedError, LeaseLostError) as error:
-        summary.problems.append(str(error))
+        summary.fail(str(error), error)
         if committer is not None and isinstance(error, RunFailedError) and error.has_lost_workers:
             committer.give_up_writers()
     except (storage.StorageError, OutageError) as error:
-        summary.problems.append(f"{error}; what is committed before it is valid: run the same command again")
+        summary.fail(f"{error}; what is committed before it is valid: run the same command again", error)
     finally:
         if committer is not None:
             _close(committer, summary, resolved.run.grace_seconds)
@@ -103,7 +103,7 @@ def tokenize_spans(
         threads = 1 if committer is None else committer.writers.num_threads
         summary.usage = counter.usage(resolved, executor, summary, writer_threads=threads)
     if account.num_open and not summary.problems and summary.interruption is None:
-        summary.problems.append(
+        summary.fail(
             f"{account.num_open} of {work.num_spans} planned spans came out neither as tokens nor as rejections "
             f"(the first: row {int(np.argmax(account.is_open))} of todo.parquet); run the same command again, and "
             "report this with the log of -v"
@@ -242,9 +242,9 @@ def _close(committer: Committer, summary: Summary, grace_seconds: float) -> None
     try:
         committer.finish(flush_seconds(grace_seconds) if is_hurried else None)
     except storage.StorageError as error:
-        summary.problems.append(f"{error}; the clips of that shard are not saved: run the same command again")
+        summary.fail(f"{error}; the clips of that shard are not saved: run the same command again", error)
     except (LeaseLostError, RunFailedError) as error:
-        summary.problems += [str(error)] if str(error) not in summary.problems else []
+        summary.fail(str(error), error)
     finally:
         committer.close()
     summary.written = committer.committed
@@ -423,10 +423,11 @@ def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -
     summary.num_rejected_videos = len(rejected)
     share = len(rejected) / summary.num_videos
     if share > run.max_reject_share:
-        summary.problems = [
+        summary.problems.clear()
+        summary.fail(
             f"{len(rejected)} of {summary.num_videos} videos ({share:.0%}) were rejected, more than "
             f"--max-reject-share {run.max_reject_share:g} allows; see rejects/ in {run.out}"
-        ]
+        )
 
 
 def check_internal_errors(summary: Summary, broken: Collection[str], run: TokenizeRun) -> None:
@@ -439,4 +440,4 @@ def check_internal_errors(summary: Summary, broken: Collection[str], run: Tokeni
     """
     problem = too_many_internal_errors(len(broken), summary.num_videos, run)
     if problem is not None:
-        summary.problems.append(problem)
+        summary.fail(problem)

@@ -18,6 +18,7 @@ from rich.console import Console
 from vidshard.jobs.report.job import add_report
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.executor import open_executor
+from vidshard.jobs.runtime.new_output import no_empty_output
 from vidshard.jobs.runtime.run_record import check_output, write_run_record
 from vidshard.jobs.tokenization.calibration import SpeedWatch, is_one_machine
 from vidshard.jobs.tokenization.collect import check_internal_errors, check_reject_share, tokenize_spans
@@ -74,7 +75,8 @@ def run_job(resolved: ResolvedRun, console: Console, *, local: bool = False) -> 
     """Discover, plan, tokenize, and save the summary without printing it; otherwise as :func:`tokenize`."""
     storage.restrict_addresses(resolved.run.limits.private_hosts)
     try:
-        return _run_restricted(resolved, console, local=local)
+        with no_empty_output(resolved.run.out):
+            return _run_restricted(resolved, console, local=local)
     finally:
         storage.restrict_addresses(None)
 
@@ -156,7 +158,7 @@ def _save(summary: Summary, resolved: ResolvedRun, lease: Lease) -> None:
             summary.quality = QualitySummary.of(run, read_quality(shard_paths(run.out), resolved.payload))
         save_summary(summary)
     except (storage.StorageError, ShardError, LeaseLostError) as error:
-        summary.problems += [str(error)] if str(error) not in summary.problems else []
+        summary.fail(str(error), error)
 
 
 def warn_of_confinement(run: TokenizeRun, console: Console) -> None:

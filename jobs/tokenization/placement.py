@@ -16,14 +16,21 @@ from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.runtime.run_record import RunRecord
 from vidshard.models.cost import MOST_VALUES, encoding_cost
 from vidshard.models.tokenizer import TokenizerConfig
+from vidshard.models.weights import count_parameters
 from vidshard.pipeline.devices import DEFAULT_PRECISION, GpuReport, examine_gpu
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.schemas.errors import UserError
-from vidshard.schemas.fields import WorkerCount
+from vidshard.schemas.errors import EXIT_AGAIN, UserError
+from vidshard.schemas.fields import WorkerCount, without_effect
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import ClipSpec
 
 Device = Literal["cuda", "cpu"]
+
+
+class NoGpuError(UserError):
+    """No GPU node joined the cluster in the time that the run waits for one; one may come later."""
+
+    exit_code = EXIT_AGAIN
 
 
 def with_gpus(
@@ -32,17 +39,23 @@ def with_gpus(
     """The executor of a run once its cluster has a GPU, if the run waits for one (``--wait-for-gpus``).
 
     Raises:
-        UserError: none came in that time.
+        NoGpuError: none came in that time.
+        UserError: no node can come, or none is wanted.
     """
     seconds = float(run.wait_for_gpus)
-    if isinstance(executor, LocalExecutor) or not executor.can_grow or run.device == "cpu" or executor.num_gpus:
+    if not seconds or executor.num_gpus:
         return executor
-    if not seconds:
-        return executor
+    if isinstance(executor, LocalExecutor) or not executor.can_grow:
+        raise UserError(
+            f"--wait-for-gpus {seconds:g} waits for nodes that join a cluster, and this run has {executor}: name the "
+            "cluster with --ray-address, or leave --wait-for-gpus out"
+        )
+    if run.device == "cpu":
+        raise UserError(f"--wait-for-gpus {seconds:g} and --device cpu exclude each other: leave one of them out")
     console.print(f"{executor}: waiting for a GPU node, for {seconds:g} s at most", highlight=False)
     found = executor.awaiting_gpus(seconds)
     if found is None:
-        raise UserError(
+        raise NoGpuError(
             f"--wait-for-gpus {seconds:g}: no GPU node joined {executor} in that time. `ray status` tells what its "
             "autoscaler waits for; give more time, or --device cpu"
         )
@@ -71,9 +84,13 @@ def place(resolved: ResolvedRun, record: RunRecord, executor: Executor, console:
     if device == "cuda":
         gpu_workers(placed.run.encode_workers, placed.run.gpus_per_worker, executor)  # both refuse what cannot work
         most_clips(placed)
+    lacking = what_lacks(placed, executor)
     console.print(f"device {device}: {why}", highlight=False, markup=False)
     console.print(f"precision {precision}: {why_precision}", highlight=False, markup=False)
     _warn(placed, setting, console)
+    modes = executor.modes | ({"gpu"} if device == "cuda" else set())
+    for text in (*without_effect(resolved.run, modes), *lacking):
+        warn(console, text)
     return placed
 
 
@@ -147,6 +164,43 @@ def gpu_workers(wanted: WorkerCount | None, share: float, executor: Executor) ->
             f"others would never start. For a cluster that grows give {fitting}..{wanted.most or ''}"
         )
     return wanted or WorkerCount(fitting, None if executor.can_grow else fitting)
+
+
+_ENCODER_BYTES = 400 << 20
+"""Memory of an encoder's process without weights and frames: Python, PyTorch, Ray's worker (measured: 390 MiB)."""
+
+
+def what_lacks(placed: ResolvedRun, executor: Executor) -> list[str]:
+    """Warnings of what the workers of a placed run lack on the machines that are there.
+
+    Raises:
+        UserError: they lack it, and none can join.
+    """
+    run, found = placed.run, []
+    if "workers" not in executor.modes:
+        return []
+    if run.encode_workers is not None and run.device == "cpu":
+        least = run.encode_workers.least
+        fitting = max(1, executor.num_cpus)
+        if least > fitting:
+            found.append(
+                f"--encode-workers {run.encode_workers}: {executor} has room for {fitting} encoders, one for each CPU; "
+                f"give {fitting}" + (f", or {fitting}..{run.encode_workers.most or ''}" if executor.can_grow else "")
+            )
+        each = _ENCODER_BYTES + 4 * count_parameters(placed.config)
+        if executor.memory_bytes is not None and least * each > executor.memory_bytes:
+            found.append(
+                f"--encode-workers {run.encode_workers}: {least} encoders of {each / 2**30:.1f} GiB each do not fit "
+                f"the {executor.memory_bytes / 2**30:.1f} GiB of {executor}; give "
+                f"{max(1, int(executor.memory_bytes // each))} at most"
+            )
+    if executor.can_grow:
+        return [f"{text}. Until nodes join, the run goes on with fewer" for text in found]
+    if found:
+        raise UserError("; ".join(found))
+    if run.decode_workers is not None and run.decode_workers > executor.num_cpus:
+        return [f"--decode-workers {run.decode_workers}: {executor} decodes at most {executor.num_cpus} videos at once"]
+    return []
 
 
 def most_clips(resolved: ResolvedRun) -> dict[tuple[int, int], int]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from vidshard.jobs.runtime.executor import Executor, StageFailedError
+from vidshard.jobs.runtime.executor import Executor
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.jobs.tokenization.summary import too_many_internal_errors
 from vidshard.pipeline.discover import Discovery, discover
@@ -26,7 +26,7 @@ from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.row_access import RowAccess
 from vidshard.pipeline.rows import signal_source
-from vidshard.schemas.errors import RunFailedError, UserError
+from vidshard.schemas.errors import RunFailedError
 from vidshard.schemas.rejections import Reason, Rejection
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.video import Limits
@@ -82,8 +82,8 @@ def make_plan(
         limits: largest cost of one video, and how the output makes ids; None for those of the settings.
 
     Raises:
-        RunFailedError: internal errors are too many to be the fault of single videos.
-        UserError: opening videos failed for another reason than the videos.
+        RunFailedError: internal errors are too many to be the fault of single videos, or opening them failed for
+            another reason than the videos.
         ShardError: a file of the output is damaged.
         LeaseLostError: another run has taken over the output.
         storage.StorageError: the output could not be read or written.
@@ -178,8 +178,8 @@ def _open_videos(
         num_videos: number of videos of the inputs, those that are known already included.
 
     Raises:
-        RunFailedError: internal errors are too many to be the fault of single videos.
-        UserError: opening videos failed for another reason than the videos.
+        RunFailedError: internal errors are too many to be the fault of single videos, or opening them failed for
+            another reason than the videos.
     """
     run = resolved.run
     refused: list[Rejection] = []
@@ -218,8 +218,6 @@ def _open_videos(
                 waiting = sum(part.num_rows for part in held)
                 if waiting >= MAX_PLANNED_ROWS or time.monotonic() - oldest > 60 * run.commit_minutes:
                     commit()
-        except StageFailedError as error:
-            raise UserError(str(error)) from error
         finally:
             commit()
     return refused

@@ -30,7 +30,7 @@ from vidshard.pipeline.output.layout import SUMMARY
 from vidshard.pipeline.output.shard_reader import decodable
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun, public_record
-from vidshard.schemas.errors import EXIT_FAILED
+from vidshard.schemas.errors import EXIT_AGAIN, EXIT_FAILED, VidshardError
 from vidshard.schemas.rejections import REMEDIES, Reason
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.text import readable
@@ -83,15 +83,30 @@ class Summary:
     """Points of the phase in which videos are decoded and encoded: seconds, clips and rejections so far."""
     problems: list[str] = field(default_factory=list)
     """Reasons why the run failed; empty if it did not."""
+    may_pass: bool = False
+    """Whether all of these reasons lie outside of the run, so that the same command may go on."""
     interruption: KeyboardInterrupt | None = None
     """Ctrl-C or SIGTERM that ended the run; None otherwise."""
 
     @property
     def exit_code(self) -> int:
-        """0 for success, 1 for failure, 130 or 143 after an interrupt."""
+        """0 for success, 1 for failure, 75 for one that may pass, 130 or 143 after an interrupt."""
         if self.interruption is not None:
             return exit_code_of(self.interruption)
-        return EXIT_FAILED if self.problems else 0
+        if not self.problems:
+            return 0
+        return EXIT_AGAIN if self.may_pass else EXIT_FAILED
+
+    def fail(self, problem: str, error: VidshardError | None = None) -> None:
+        """Record a reason why the run failed, once.
+
+        Args:
+            error: the error behind it; None for one that the same command would meet again.
+        """
+        is_outside = error is not None and error.exit_code == EXIT_AGAIN
+        self.may_pass = is_outside and (self.may_pass or not self.problems)
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     @property
     def is_complete_first(self) -> bool:

@@ -35,9 +35,10 @@ from rich.console import Console
 
 from vidshard.jobs.report.job import add_report
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
-from vidshard.jobs.runtime.errors import cause_of
+from vidshard.jobs.runtime.errors import cause_of, innermost
 from vidshard.jobs.runtime.events import reported
 from vidshard.jobs.runtime.interrupts import Interrupts
+from vidshard.jobs.runtime.new_output import no_empty_output
 from vidshard.jobs.runtime.node_watch import nodes_watched
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.training.metrics_file import read_metrics
@@ -76,7 +77,7 @@ from vidshard.pipeline.training_data.videos import (
     open_training_videos,
     read_training_videos,
 )
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import EXIT_AGAIN, UserError, VidshardError
 from vidshard.schemas.rejections import Rejection
 from vidshard.schemas.training import StageConfig, TrainRun
 
@@ -95,7 +96,8 @@ def train(run: TrainRun, console: Console) -> Result:
     """
     with reported(console, run, command="train", out=run.out) as events:
         training = resolve(run)
-        result = _train_stages(training, console)
+        with no_empty_output(training.run.out):
+            result = _train_stages(training, console)
         print_result(result, training.run.out, console)
         events.exit_code = result.exit_code
         if result.interruption is None:
@@ -378,7 +380,7 @@ def _train_stage(
                 lease.check(now=False)
             except LeaseLostError as error:
                 job.status.stop()
-                result.problem = str(error)
+                result.problem, result.may_pass = str(error), True
         result.interruption = interrupts.first
     outcome.seconds = time.monotonic() - began
     ended = _fill_outcome(outcome, job)
@@ -387,6 +389,8 @@ def _train_stage(
         result.problem = f"{job.name} stopped: {ended['failed']}"
     elif fit.failure is not None and result.interruption is None:
         result.problem = f"{job.name} stopped after {outcome.restarts} restarts: {cause_of(fit.failure)}"
+        cause = innermost(fit.failure)
+        result.may_pass = isinstance(cause, VidshardError) and cause.exit_code == EXIT_AGAIN
     return outcome
 
 

@@ -15,7 +15,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.training_data.videos import TrainingVideos
 from vidshard.pipeline.versions import code_version
-from vidshard.schemas.errors import EXIT_FAILED
+from vidshard.schemas.errors import EXIT_AGAIN, EXIT_FAILED
 from vidshard.schemas.training import MADE
 
 SUMMARY = "summary.md"
@@ -55,14 +55,16 @@ class Result:
     stages: list[StageResult] = field(default_factory=list)
     problem: str | None = None
     """Why the run stopped early; None if nothing went wrong."""
+    may_pass: bool = False
+    """Whether the problem lies outside of the run, so that the same command may go on."""
     interruption: KeyboardInterrupt | None = None
     """Ctrl-C or SIGTERM that ended the run in order."""
 
     @property
     def exit_code(self) -> int:
-        """0; 1 after a problem; 130 or 143 after an interruption."""
+        """0; 1 after a problem, 75 after one that may pass; 130 or 143 after an interruption."""
         if self.problem is not None:
-            return EXIT_FAILED
+            return EXIT_AGAIN if self.may_pass else EXIT_FAILED
         return 0 if self.interruption is None else exit_code_of(self.interruption)
 
 

@@ -31,7 +31,7 @@ from types import TracebackType
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import LEASES
-from vidshard.schemas.errors import EXIT_FAILED, VidshardError
+from vidshard.schemas.errors import EXIT_AGAIN, VidshardError
 from vidshard.schemas.text import readable
 
 _KEPT = 3
@@ -52,7 +52,7 @@ class LeaseHeldError(VidshardError):
 class LeaseLostError(VidshardError):
     """Another run has taken over the output, or this one could not show that it is alive."""
 
-    exit_code = EXIT_FAILED
+    exit_code = EXIT_AGAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +276,7 @@ def _path(folder: str, number: int) -> str:
 
 def _number(path: str) -> int:
     name = path.rsplit("/", 1)[-1].split(".")[0]
-    return int(name) if name.isdigit() else 0
+    return int(name) if name.isascii() and name.isdigit() else 0
 
 
 def _make_sure_it_is_over(path: str, ttl_seconds: float, on_wait: Callable[[str], object]) -> None:

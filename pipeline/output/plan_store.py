@@ -50,7 +50,7 @@ def write_planned(out: str, rows: pa.Table, *, sampled_ids: bool = True) -> None
         storage.StorageError: it could not be written.
     """
     names = [path.rsplit("/", 1)[-1].removesuffix(".parquet") for path in plan_paths(out)]
-    number = 1 + max((int(name) for name in names if name.isdigit()), default=0)
+    number = 1 + max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
     table = rows.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
     if not sampled_ids:
         table = table.replace_schema_metadata(_WHOLE_IDS)

@@ -21,7 +21,7 @@ from vidshard.schemas.errors import UserError
 from vidshard.schemas.text import readable
 
 _TOKEN = re.compile(
-    r"""\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![A-Za-z_\d])"""
+    r"""\s*(?:(?P<number>[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?![A-Za-z_\d])"""
     r"""|(?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")"""
     r"""|(?P<word>[^\W\d]\w*(?:\.[^\W\d]\w*)*)"""
     r"""|(?P<sign>==|!=|<>|<=|>=|=|<|>|\(|\)|,))"""

@@ -18,6 +18,7 @@ import yaml
 
 from tests.support.commands import check_command
 from tests.support.markdown import ROOT
+from vidshard.schemas.errors import EXIT_AGAIN
 from vidshard.schemas.runs import TokenizeRun
 
 DEPLOY = ROOT / "deploy"
@@ -94,12 +95,42 @@ def test_pods_end_later_than_a_run_that_was_asked_to() -> None:
         assert pod["terminationGracePeriodSeconds"] > grace
 
 
+def test_a_head_that_is_deleted_stops_the_job_and_waits_for_it_before_ray_ends() -> None:
+    [head] = _pods(_ray_job())[0]["containers"]
+    command = head["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:2] == ["python3", "-c"]
+    compile(command[2], "preStop", "exec")  # tests/deploy/test_job_submit.py runs it
+    [wait] = [int(each["value"]) for each in head["env"] if each["name"] == "RAY_JOB_STOP_WAIT_TIME_S"]
+    grace = TokenizeRun.model_fields["grace_seconds"].default
+    assert grace < wait < _pods(_ray_job())[0]["terminationGracePeriodSeconds"]
+
+
+def test_a_refused_run_starts_no_node_of_kuberay() -> None:
+    job = _ray_job()
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        assert (group["replicas"], group["minReplicas"]) == (0, 0)
+    assert "--wait-for-gpus" in job["spec"]["entrypoint"]
+
+
+def test_schedulers_start_again_after_the_exit_codes_of_the_table_that_say_so_and_no_others() -> None:
+    rows = re.findall(r"(?m)^\| ([1-9]\d*) \| .+ \| (.*) \|$", (ROOT / "docs/deploying.md").read_text())
+    again = {int(code) for code, what in rows if what.startswith("start it again")}
+    assert {int(code) for code, _ in rows} - again == {1, 2}
+    assert again == {EXIT_AGAIN, 129, 130, 137, 143}
+    recovery = yaml.safe_load((DEPLOY / "sky.yaml").read_text())["resources"]["job_recovery"]
+    assert recovery["max_restarts_on_errors"] == 0
+    by_hand = {130}  # Ctrl-C, which no scheduler sends
+    assert set(recovery["recover_on_exit_codes"]) == again - by_hand
+    cases = re.findall(r"(?m)^    ([\d |]+)\) again=(?:1|\$)", (DEPLOY / "slurm.sh").read_text())
+    assert {int(code) for case in cases for code in case.split("|")} == again - by_hand
+
+
 def test_pods_have_shared_memory_no_privileges_and_no_secret_in_the_file() -> None:
     for pod in _pods(_ray_job()):
         assert pod["securityContext"]["runAsNonRoot"]
         [container] = pod["containers"]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
-        assert "env" not in container
+        assert {each["name"] for each in container.get("env", ())} <= {"RAY_JOB_STOP_WAIT_TIME_S"}
         assert all(set(source) == {"secretRef"} for source in container["envFrom"])
         assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
 
@@ -116,11 +147,19 @@ def test_the_dockerfile_has_no_fault_that_hadolint_finds() -> None:
 def test_the_image_is_pinned_unprivileged_and_answers_the_health_probes_of_kuberay() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert re.search(r"(?m)^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text)
-    assert re.search(r"(?m)^USER 1000:1000$", text)
+    assert re.search(r"(?m)^ARG RUN_AS=1000:1000\nUSER \$\{RUN_AS\}$", text)
     assert {"tini", "wget"} <= set(text.split())
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     [installed] = re.findall(r"'\.\[([\w,]+)\]'", text)
     assert any(name.startswith("ray[default]") for extra in installed.split(",") for name in extras[extra])
+
+
+def test_only_the_image_with_cuda_speaks_to_the_toolkit_of_nvidia() -> None:
+    stages = re.split(r"(?m)^FROM ", (ROOT / "Dockerfile").read_text())[1:]
+    named = {stage.splitlines()[0].split(" AS ")[-1]: stage for stage in stages}
+    assert list(named) == ["base", "cpu", "cuda", "${VARIANT}"]
+    assert [name for name, stage in named.items() if "NVIDIA_" in stage] == ["cuda"]
+    assert "download.pytorch.org/whl/cpu" in named["cpu"]
 
 
 def test_every_file_that_the_image_copies_is_sent_to_the_builder_and_nothing_else() -> None:
@@ -151,9 +190,12 @@ def test_the_commands_in_the_head_of_each_file_exist() -> None:
 def test_the_script_of_skypilot_ends_no_ray_but_its_own() -> None:
     job = yaml.safe_load((DEPLOY / "sky.yaml").read_text())
     assert "ray stop" not in job["run"]
-    check_command(next(line for line in job["run"].splitlines() if line.startswith("vidshard ")))
+    [command] = re.findall(r"RAY_ADDRESS=\S+ (vidshard .*?) \|\|", job["run"])
+    check_command(command)
     bash = shutil.which("bash")
     assert bash is not None
     assert subprocess.run([bash, "-n"], input=job["run"], text=True, timeout=30, check=False).returncode == 0
+    assert "docker build" in (DEPLOY / "sky.yaml").read_text()
+    assert "RUN_AS=0:0" in (DEPLOY / "sky.yaml").read_text()
     runtime = yaml.safe_load((DEPLOY / "runtime_env.yaml").read_text())
     assert runtime["pip"]["packages"] == ["vidshard"]

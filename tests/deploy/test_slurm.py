@@ -1,8 +1,11 @@
-"""deploy/slurm.sh on a real Slurm of two nodes: a run on both, and one that is stopped, queued again and continued."""
+"""deploy/slurm.sh on a real Slurm of two nodes: runs that lose a node, are refused, stopped, continued."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -79,3 +82,74 @@ def test_each_task_of_an_array_has_an_output_of_its_own(slurm: Slurm, many_spans
     slurm.wait(f"{job}_1", "COMPLETED")
     for task in ("0", "1"):
         assert pq.read_table(next((tmp_path / f"tokens-{task}").glob("*.parquet"))).num_rows
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_loses_a_node_goes_on_with_the_other(slurm: Slurm, many_spans: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "tokens", tmp_path / "log"
+    try:
+        with held_back(many_spans / "2.mp4", out) as held:
+            arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE)
+            job = _submit(slurm, log, "--nodes=2", SCRIPT, "tokenize", *arguments)
+            slurm.wait(job, "RUNNING")
+            while not (is_under_way(out) and held.is_reached):
+                assert slurm.state(job) == "RUNNING", log.read_text()
+            slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+            _signal(_of_node(job, "1"), signal.SIGKILL)
+            while "a node left" not in log.read_text():
+                assert slurm.state(job) == "RUNNING", log.read_text()
+            held.let_go()
+            slurm.wait(job, "COMPLETED")
+    finally:
+        slurm.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert "vidshard ended with 0" in log.read_text()
+    code, said = vidshard_exits("verify", out)
+    assert code == 0, said
+    assert "Restarts=0" in slurm.run("scontrol", "show", "job", job)
+
+
+@pytest.mark.timeout(300)
+def test_a_refused_run_fails_with_its_exit_code_and_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = _submit(slurm, log, "--nodes=1", SCRIPT, "tokenize", tmp_path / "missing", "--out", tmp_path / "tokens", *RUN)
+    slurm.wait(job, "FAILED")
+    shown = slurm.run("scontrol", "show", "job", job)
+    assert "ExitCode=2:0" in shown
+    assert "Restarts=0" in shown
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_step_that_is_ended_under_the_command_is_queued_again(slurm: Slurm, many_spans: Path, tmp_path: Path) -> None:
+    # as preemption does without send_user_signal: SIGTERM to all processes of the step, Ray's too
+    out, log = tmp_path / "tokens", tmp_path / "log"
+    with held_back(many_spans / "2.mp4", out) as held:
+        arguments = (*inputs(many_spans, held), "--out", out, *RUN, *COMMITTED_AT_ONCE, "--grace-seconds", "1")
+        job = _submit(slurm, log, "--nodes=1", SCRIPT, "tokenize", *arguments)
+        slurm.wait(job, "RUNNING")
+        while not (is_under_way(out) and held.is_reached):
+            assert slurm.state(job) == "RUNNING", log.read_text()
+        _signal(_of_node(job, "0"), signal.SIGTERM)
+        slurm.wait(job, "PENDING")
+        held.let_go()
+        slurm.wait(job, "COMPLETED")
+    rows = read_rows(out)
+    assert len(rows) == len(set(rows))
+    assert vidshard_exits("verify", out)[0] == 0
+
+
+def _of_node(job: str, node: str) -> list[int]:
+    """Ids of the processes of a job's step on a node of Slurm, those of Ray among them."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_NODEID={node}", "SLURM_STEP_ID=0"}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted <= set((process / "environ").read_text(errors="replace").split("\0")):
+                found.append(int(process.name))
+    return found
+
+
+def _signal(processes: list[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)

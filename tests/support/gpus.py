@@ -28,6 +28,8 @@ class Declared:
     reports: list[GpuReport] = field(default_factory=list)
     num_nodes: int = 1
     can_grow: bool = False
+    modes: frozenset[str] = frozenset({"workers", "own_ray"})
+    memory_bytes: float | None = None
 
     @property
     def num_gpus(self) -> float:

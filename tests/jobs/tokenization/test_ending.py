@@ -36,6 +36,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import LocalCancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.output.layout import LEASES
+from vidshard.schemas.errors import EXIT_AGAIN
 from vidshard.schemas.runs import TokenizeRun
 
 
@@ -119,7 +120,7 @@ def test_a_run_that_lost_its_lease_writes_nothing_more(many_spans: Path, tmp_pat
         before = shard_bytes(out)
         held.let_go()
         summary = run.result()
-    assert summary.exit_code == 1
+    assert summary.exit_code == EXIT_AGAIN
     words = "the lease of this run" if loss == "removed" else "another run has taken over this output"
     assert any(words in problem for problem in summary.problems)
     assert shard_bytes(out) == before

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,15 +18,15 @@ from tests.support.gpus import GOOD_GPU, Declared
 from tests.support.videos import Recipe, write_video
 from vidshard.jobs.runtime import cluster
 from vidshard.jobs.runtime.cluster import Cluster
-from vidshard.jobs.runtime.executor import ClusterExecutor
+from vidshard.jobs.runtime.executor import ClusterExecutor, Executor, LocalExecutor
 from vidshard.jobs.runtime.run_record import RunRecord
-from vidshard.jobs.tokenization.placement import place, with_gpus
+from vidshard.jobs.tokenization.placement import place, what_lacks, with_gpus
 from vidshard.pipeline.devices import GpuReport
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.shard_reader import open_shard
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import GpuNode
-from vidshard.schemas.errors import UserError
+from vidshard.schemas.errors import EXIT_REFUSED, UserError
 from vidshard.schemas.runs import TokenizeRun
 
 BLIND = replace(GOOD_GPU, name=None, torch_version="2.13.0+cpu", torch_cuda=None)
@@ -146,9 +147,7 @@ def test_more_than_one_gpu_for_an_encoder_is_refused(video: Path, tmp_path: Path
         (0, 60, "auto", False, True, True),
         (0, 60, "cuda", False, False, True),
         (0, 0, "auto", False, True, False),
-        (0, 60, "cpu", False, True, False),
         (2, 60, "auto", False, True, False),
-        (0, 60, "auto", True, True, False),
     ],
 )
 def test_only_a_run_that_asks_for_it_waits_for_gpus_and_it_never_falls_back(
@@ -173,3 +172,55 @@ def test_only_a_run_that_asks_for_it_waits_for_gpus_and_it_never_falls_back(
         assert with_gpus(executor, run, console).num_gpus == (1 if is_waited else gpus)
     assert ("waiting for a GPU node" in said.getvalue()) == is_waited
     assert asked == ([[{"GPU": 1}], []] if is_waited else [])
+
+
+@pytest.mark.parametrize(
+    ("executor", "device", "words"),
+    [
+        (LocalExecutor(num_cpus=2, num_gpus=0), "auto", "waits for nodes that join a cluster"),
+        (ClusterExecutor(cluster=Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=True)), "auto", "--ray-address"),
+        (ClusterExecutor(cluster=Cluster(num_cpus=2, num_gpus=0, num_nodes=1, is_own=False)), "cpu", "exclude"),
+    ],
+)
+def test_waiting_for_gpus_where_none_can_come_or_is_wanted_is_refused(
+    executor: LocalExecutor | ClusterExecutor, device: str, words: str
+) -> None:
+    run = TokenizeRun.model_validate({"inputs": ["clips"], "out": "out", "wait_for_gpus": 60, "device": device})
+    with pytest.raises(UserError, match=words) as refused:
+        with_gpus(executor, run, Console(file=io.StringIO()))
+    assert refused.value.exit_code == EXIT_REFUSED
+
+
+def _asked(executor: object, **settings: object) -> list[str]:
+    """Warnings of a placed run on CPUs."""
+    run = TokenizeRun.model_validate({"inputs": ["clips"], "out": "out", "tokenizer": "tiny", **settings})
+    placed = ResolvedRun.of(run.model_copy(update={"random_weights": 0}))
+    return what_lacks(placed.placed(device="cpu", precision="float32"), cast(Executor, executor))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"encode_workers": 50}, "has room for 2 encoders, one for each CPU; give 2"),
+        ({"encode_workers": "50.."}, "has room for 2 encoders"),
+        ({"encode_workers": 2}, "2 encoders of 0.4 GiB each do not fit the 0.7 GiB"),
+    ],
+)
+def test_encoders_for_which_there_is_no_room_are_refused_at_once_or_said_where_nodes_may_join(
+    settings: dict[str, object], words: str
+) -> None:
+    memory = 0.7 * 2**30 if settings["encode_workers"] == 2 else None
+    with pytest.raises(UserError, match=words):
+        _asked(Declared(memory_bytes=memory), **settings)
+    joined = Declared(memory_bytes=memory, can_grow=True, modes=frozenset({"workers", "joined"}))
+    [said] = _asked(joined, **settings)
+    assert re.search(words, said)
+    assert "Until nodes join" in said
+
+
+def test_decoders_beyond_the_cpus_of_one_machine_are_said_and_encoders_that_fit_are_not() -> None:
+    [said] = _asked(Declared(), decode_workers=50)
+    assert "decodes at most 2 videos at once" in said
+    assert _asked(Declared(can_grow=True), decode_workers=50) == []
+    assert _asked(Declared(memory_bytes=4 * 2**30), encode_workers=2, decode_workers=2) == []
+    assert _asked(LocalExecutor(num_cpus=2, num_gpus=0), encode_workers=50) == []  # it has no workers
