@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vidshard.jobs.runtime.errors import exit_code_of
+from vidshard.jobs.runtime.events import events_of
 from vidshard.jobs.runtime.progress import warn
 from vidshard.jobs.runtime.terminal import print_field
 from vidshard.jobs.tokenization.forecast import Forecast
@@ -83,6 +84,8 @@ class Summary:
     """Points of the phase in which videos are decoded and encoded: seconds, clips and rejections so far."""
     problems: list[str] = field(default_factory=list)
     """Reasons why the run failed; empty if it did not."""
+    printed_problems: list[str] = field(default_factory=list)
+    """Those of these reasons that were printed as they came."""
     may_pass: bool = False
     """Whether all of these reasons lie outside of the run, so that the same command may go on."""
     interruption: KeyboardInterrupt | None = None
@@ -107,6 +110,8 @@ class Summary:
         self.may_pass = is_outside and (self.may_pass or not self.problems)
         if problem not in self.problems:
             self.problems.append(problem)
+            if error is not None and error.is_printed:
+                self.printed_problems.append(problem)
 
     @property
     def is_complete_first(self) -> bool:
@@ -186,7 +191,7 @@ def summary_record(summary: Summary) -> dict[str, Any]:
     """The content of ``summary.json``, as JSON values."""
     written = summary.written
     return {
-        **{f.name: getattr(summary, f.name) for f in fields(summary)},
+        **{f.name: getattr(summary, f.name) for f in fields(summary) if f.name != "printed_problems"},
         "written": {f.name: getattr(written, f.name) for f in fields(written)}
         | {"rejected_uris": sorted(written.rejected_uris)},
         "pending_spans": summary.pending_spans,
@@ -265,7 +270,10 @@ def _print_advice(summary: Summary, console: Console) -> None:
     if not summary.written.num_clips and not summary.reused_spans:
         warn(console, "NOTHING WAS TOKENIZED")
     for problem in summary.problems:
-        warn(console, without_secrets(problem))
+        if problem in summary.printed_problems:
+            events_of(console).emit("warning", text=without_secrets(problem))
+        else:
+            warn(console, without_secrets(problem))
     if summary.interruption is not None:
         again = "what is committed is valid; run the same command again to go on"
         console.print(Text(f"interrupted: {again}", style="bold"))

@@ -44,6 +44,7 @@ from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import DECODED_ON, WORK_SCHEMA
+from vidshard.schemas.errors import EXIT_AGAIN, EXIT_REFUSED
 
 
 @pytest.mark.slow
@@ -125,7 +126,9 @@ def test_an_encoder_that_always_dies_ends_the_run_and_the_same_command_goes_on_l
 def test_a_cluster_that_is_not_there_is_named(good_videos: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nobody = f"127.0.0.1:{closed.getsockname()[1]}"
-    refused = refusal(good_videos / "a.mp4", "--out", tmp_path / "tokens", *RUN, "--ray-address", nobody)
+    refused = refusal(
+        good_videos / "a.mp4", "--out", tmp_path / "tokens", *RUN, "--ray-address", nobody, code=EXIT_AGAIN
+    )
     assert f"error: cannot join a Ray cluster at {nobody}: nothing answers there ([Errno 111]" in refused
 
 
@@ -154,11 +157,11 @@ def test_a_cluster_that_lets_nobody_in_is_named(
     assert f"error: cannot join a Ray cluster at {locked}: AuthenticationError: RPC error: Inval" in refused
 
 
-def refusal(*arguments: str | Path) -> str:
+def refusal(*arguments: str | Path, code: int = EXIT_REFUSED) -> str:
     """Output of a command that cannot be carried out."""
     with started(*arguments) as process:
         printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, printed
+    assert process.returncode == code, printed
     assert "Traceback" not in printed
     return printed
 
@@ -211,7 +214,7 @@ def test_the_death_of_a_joined_clusters_process_ends_the_run_with_a_remedy_and_a
             [info] = joined.head_node.all_processes[killed]
             os.kill(info.process.pid, signal.SIGKILL)
             printed, _ = process.communicate(timeout=50)  # Ray itself takes 61 s to notice
-            assert process.returncode == 1, printed
+            assert process.returncode == EXIT_AGAIN, printed
             words = " ".join(printed.split())
             assert f"the run stopped: Ray's process {killed}" in words
             assert (

@@ -34,6 +34,7 @@ from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.layout import shard_paths
 from vidshard.pipeline.output.lease import Lease
+from vidshard.schemas.errors import EXIT_AGAIN
 
 
 def test_interrupted_runs_finish_what_is_begun_and_the_next_one_goes_on(
@@ -102,7 +103,7 @@ def test_the_death_of_ray_ends_the_run_with_words_of_ours_and_commits_what_is_do
         [raylet] = [pid for pid, title in processes_below(process.pid).items() if "/raylet/raylet " in f"{title} "]
         os.kill(raylet, signal.SIGKILL)
         printed, _ = process.communicate(timeout=100)
-    assert process.returncode == 1, printed
+    assert process.returncode == EXIT_AGAIN, printed
     words = " ".join(printed.split())
     assert "Ray's process raylet ended (by SIGKILL, perhaps as the machine was out of memory)" in words
     assert words.count("what is committed is valid. Run the same command again") == 1
