@@ -1,4 +1,4 @@
-"""Chunks of an AVI that FFmpeg's demuxer passes over without a word: lost ones, and empty ones at the end."""
+"""Chunks of an AVI that FFmpeg passes over without a word: lost ones, empty ones at the end, a second recording's."""
 
 from __future__ import annotations
 
@@ -97,3 +97,46 @@ def empty_chunks_after(watched: WatchedFile, stream_index: int, offset: int) -> 
         offset += 8 + num_bytes
     watched.seek(position)
     return count
+
+
+_MAX_RIFFS = 10_000
+_MAX_HEADER_BYTES = 1 << 16
+
+
+def second_recording(watched: WatchedFile) -> int | None:
+    """Offset of a second file header whose streams are not those of the first one; None for none.
+
+    FFmpeg goes on with the chunks behind it by the first header. The position is lost.
+    """
+    at = 0
+    streams: list[bytes] | None = None
+    for _ in range(_MAX_RIFFS):
+        watched.seek(at)
+        head = read_exactly(watched, 12)
+        num_bytes = int.from_bytes(head[4:8], "little")
+        if len(head) < 12 or not head[:4].isascii() or not num_bytes:
+            break
+        if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+            found = _stream_headers(read_exactly(watched, _MAX_HEADER_BYTES))
+            if streams is not None and found != streams:
+                return at
+            streams = found
+        at += 8 + num_bytes + num_bytes % 2
+    return None
+
+
+def _stream_headers(data: bytes) -> list[bytes]:
+    """Codecs, rates and formats of the streams by the content of an AVI, up to where it is cut off."""
+    found = []
+    at = 12 if data[:4] == b"LIST" and data[8:12] == b"hdrl" else len(data)
+    end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    while at + 8 <= end:
+        kind, num_bytes = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        content = data[at + 8 : at + 8 + num_bytes]
+        if kind == b"strh":
+            found.append(content[:8] + content[20:28] + content[44:48])
+        elif kind == b"strf":
+            found.append(content)
+        # a list's content are chunks, too
+        at += 12 if kind == b"LIST" else 8 + num_bytes + num_bytes % 2
+    return found

@@ -20,6 +20,7 @@ from vidshard.pipeline.video.container import ThreadType, refuse_large, refuse_l
 from vidshard.pipeline.video.continuation import FAR_SECONDS, Continuation, FarEntryError
 from vidshard.pipeline.video.frame_order import TimedFrame
 from vidshard.pipeline.video.input_file import Gap, WatchedFile, opened, storage_failures_named
+from vidshard.pipeline.video.joined import refuse_rest
 from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.presentation import frames_after, frames_covering
 from vidshard.pipeline.video.timestamps import Clock
@@ -317,6 +318,8 @@ def _decode_stretch(
             builder.add(shown, until_pts=shown.end_pts)
         if end is not None and shown.end_pts >= end:
             return
+        if watched.next_recording is not None:
+            refuse_rest(watched, watched.next_recording)
     for builder in waiting:
         builder.end(builder.seen_pts if shown is None else shown.end_pts)
 

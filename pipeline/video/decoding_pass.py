@@ -144,6 +144,7 @@ class DecodingPass:
             yield from self.held.give()
             self.order.awaited.came(FOREVER)
             if self.schedule is None or not self.schedule.stopped:
+                self.watched.next_recording = self.end.next_recording
                 yield from self._prolonged_last()
 
     def _decoded(self, step: Step | None) -> list[VideoFrame]:

@@ -90,6 +90,8 @@ class WatchedFile:
     """Complaints of FFmpeg about packets that it passed over while it opened the file."""
     gaps: dict[int, Gap] = field(default_factory=dict)
     """Gaps in the times of the packets that were read, by their start."""
+    next_recording: int | None = None
+    """Offset of another recording, once everything before it was read; None if there is none."""
 
     def read(self, num_bytes: int = -1) -> bytes:
         """At most this many bytes."""

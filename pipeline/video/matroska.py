@@ -1,4 +1,4 @@
-"""Reads from a Matroska or WebM file what FFmpeg keeps from its callers: cropping and encryption of its video tracks.
+"""Reads from a Matroska or WebM file what FFmpeg keeps from its callers: cropping, encryption, a second recording.
 
 Element ids are those of RFC 9559. Only the elements on the way to the tracks are read. Anything that is damaged or
 missing counts as not stated, as FFmpeg decides whether the file can be read at all.
@@ -67,6 +67,21 @@ def read_video_tracks(watched: WatchedFile) -> list[VideoTrack]:
                     )
                 )
         return tracks
+
+
+def second_recording(watched: WatchedFile) -> int | None:
+    """Offset of a second EBML header or segment; None for none, or where the segment states no size.
+
+    The position is lost.
+    """
+    behind = 0
+    seen: set[int] = set()
+    for kind, start, num_bytes in _headers(watched, 0):
+        if kind in (_EBML, _SEGMENT) and kind in seen:
+            return behind
+        seen.add(kind)
+        behind = start + num_bytes
+    return None
 
 
 def _is_encrypted(encodings: bytes) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vidshard.pipeline.video.input_file import WatchedFile, position_kept, read_exactly
+from vidshard.schemas.rejections import Reason, VideoError
 
 MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
@@ -22,6 +23,9 @@ _MAX_BOXES = 10_000
 """Boxes looked at on one level; fragmented files have their moov before thousands of fragments."""
 
 _MAX_EDITS = 10_000
+
+_MAX_INDEX_BYTES = 1 << 20
+"""Bytes by which the index of a fragmented file is compared; it lists no pictures."""
 
 _MAX_SAMPLES = 4_000_000
 """Samples whose times are read: two days at 24 per second."""
@@ -81,6 +85,76 @@ def read_tracks(watched: WatchedFile) -> list[Track]:
         timescale = _timescale(watched, mvhd) if mvhd is not None else 0
         tracks = [_track(watched, box, timescale) for box in children if box.kind == b"trak"]
         return [track for track in tracks if track is not None]
+
+
+def second_recording(watched: WatchedFile) -> int | None:
+    """Offset of a second file type or index (moov) behind the first recording; None for none. The position is lost.
+
+    It ends at the first fragment, as a long file has thousands: see :func:`other_fragments`.
+
+    Raises:
+        VideoError: TRUNCATED: another recording begins before an index, whose offsets do not hold in this file.
+    """
+    behind, has_index, has_media = 0, False, False
+    for box in _boxes(watched, 0, watched.num_bytes):
+        if box.kind == b"moof":
+            return None
+        if box.kind == b"ftyp" and has_media:
+            if has_index:
+                return behind
+            raise VideoError(
+                Reason.TRUNCATED, f"an mp4 without its index (moov), to which another is joined at byte {behind}"
+            )
+        if box.kind == b"moov" and has_index:
+            return behind
+        has_index = has_index or box.kind == b"moov"
+        has_media = has_media or box.kind == b"mdat"
+        behind = box.end
+    return None
+
+
+def other_fragments(watched: WatchedFile) -> int | None:
+    """Offset of a second index (moov) in a fragmented file, unless its fragments go on with those before it.
+
+    FFmpeg passes over a second index and reads the fragments behind it by the first. That does no harm if both are
+    equal and the fragments' times go on, as where each segment of a stream was saved with its header. The position is
+    kept.
+    """
+    with position_kept(watched):
+        watched.seek(0)
+        if read_exactly(watched, 8)[4:8] not in MP4_FIRST_BOXES:
+            return None
+        behind, index, fragment, joint = 0, None, None, None
+        for box in _boxes(watched, 0, watched.num_bytes):
+            if box.kind == b"ftyp" and fragment is not None:
+                joint = behind
+            elif box.kind == b"moov":
+                if index is not None and fragment is not None:
+                    first, other = (_content(watched, each, _MAX_INDEX_BYTES) for each in (index, box))
+                    joint = behind if joint is None else joint
+                    if first != other:
+                        return joint
+                index = index or box
+            elif box.kind == b"moof":
+                if fragment is not None and joint is not None:
+                    times, times_before = _decoding_times(watched, box), _decoding_times(watched, fragment)
+                    if any(time < times_before.get(track, 0) for track, time in times.items()):
+                        return joint
+                    joint = None
+                fragment = box
+            behind = box.end
+    return None
+
+
+def _decoding_times(watched: WatchedFile, fragment: Box) -> dict[bytes, int]:
+    """Decoding time of a fragment's first sample (tfdt, 8.8.12), in ticks of the media, by id of the track."""
+    times = {}
+    for track in _boxes(watched, fragment.start, fragment.end):
+        if track.kind == b"traf":
+            parts = {box.kind: _content(watched, box, 12) for box in _boxes(watched, track.start, track.end)}
+            time = parts.get(b"tfdt", b"")
+            times[parts.get(b"tfhd", b"")[4:8]] = int.from_bytes(time[4:12] if time[:1] == b"\1" else time[4:8], "big")
+    return times
 
 
 def _boxes(watched: WatchedFile, start: int, end: int) -> Iterator[Box]:

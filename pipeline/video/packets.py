@@ -22,12 +22,12 @@ from vidshard.pipeline.video.entry_points import STATE_HANDED_OUT_ONCE, EntryPoi
 from vidshard.pipeline.video.ffmpeg_log import ErrorsLogged, damage_said, refuse_lost_position
 from vidshard.pipeline.video.holes import hole_check
 from vidshard.pipeline.video.input_file import WatchedFile
+from vidshard.pipeline.video.joined import RecordingEnd
 from vidshard.pipeline.video.lost_packets import loss_check
 from vidshard.pipeline.video.time_gaps import GapWatch
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, time_base_of, usual_ticks
 from vidshard.pipeline.video.transport_stream import Damage, Whole, checked
 from vidshard.schemas.rejections import Reason, VideoError
-from vidshard.schemas.video import Limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +60,8 @@ class StreamEnd:
     """Tick of the container; None while there was no empty packet."""
     last: Packet[VideoStream] | None = None
     """The packet with the latest time so far, of those with content."""
+    next_recording: int | None = None
+    """Offset of another recording that is joined to this one, and not read."""
 
 
 def read_packets(
@@ -88,13 +90,14 @@ def read_packets(
     """
     waiting = start.await_keyframe
     missing, has_hole = loss_check(stream), hole_check(stream)
-    found = _nonempty_packets(container, stream, watched.limits, end or StreamEnd())
+    end = end or StreamEnd()
+    found = _nonempty_packets(container, stream, watched, end)
     if container.format.name == "mpegts":
         found = checked(found, watched, stream)
     elif container.format.name == "avi":
         found = _in_order(found, ChunkOrder(watched, stream), is_start=start.seek_pts is None)
     if watched.opening and start.seek_pts is None:
-        found = _damaged_after(found, num_packets_before_damage(watched, stream.index), watched.opening[0][2])
+        found = _damaged_after(found, num_packets_before_damage(watched, stream.index), watched.opening[0][2], end)
     packets = _Lookahead(found)
     if start.seek_pts is not None:
         waiting = False
@@ -135,7 +138,7 @@ def _in_order(
 
 
 def _damaged_after(
-    packets: Iterator[Packet[VideoStream]], num_before: int, words: str
+    packets: Iterator[Packet[VideoStream]], num_before: int, words: str, end: StreamEnd
 ) -> Iterator[Packet[VideoStream]]:
     """Mark the packet behind so many others, as the demuxer passed over what lay before it; raise where none is."""
     words = " ".join(words.split())
@@ -144,7 +147,7 @@ def _damaged_after(
             packet.opaque = Damage(words)
         num_before -= 1
         yield packet
-    if num_before >= 0:
+    if num_before >= 0 and end.next_recording is None:
         raise VideoError(Reason.DECODE_ERROR, f"at the end: {words}")
 
 
@@ -169,25 +172,34 @@ def times_ahead(stream: VideoStream) -> list[int]:
 
 
 def _nonempty_packets(
-    container: InputContainer, stream: VideoStream, limits: Limits, end: StreamEnd
+    container: InputContainer, stream: VideoStream, watched: WatchedFile, end: StreamEnd
 ) -> Iterator[Packet[VideoStream]]:
-    """Every packet of at least one byte; without times where those are invented."""
+    """Every packet of at least one byte up to the next recording; without times where those are invented."""
     clockless, frame_ticks = is_clockless(stream), usual_ticks(stream)
     # ASF states times of decoding alone; FFmpeg makes durations by a rate that may be wrong, and some other times
     only_decoding_times = stream.container.format.name == "asf" and stream.codec_context.reorder_depth > 0
     num_packets = 0
     last_time: int | None = None
     last_dts: int | None = None
+    limits, recording = watched.limits, RecordingEnd(watched, container)
     packets = container.demux(stream)
     while True:
+        packet, error = None, None
         try:
             with ErrorsLogged() as messages:
                 packet = next(packets, None)
-        except av.FFmpegError as error:  # out of memory too: here it is a packet that claims an absurd size
+        except av.FFmpegError as failure:  # out of memory too: here it is a packet that claims an absurd size
+            error = failure
+        if (error or messages) and recording.explains_complaint(packet):
+            packet = None
+        elif error is not None:
             raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
-        if messages:
+        elif packet is not None and recording.is_before(packet):
+            packet = None
+        elif messages:
             refuse_lost_position(container.format.name, messages, num_packets)
         if packet is None:
+            end.next_recording = recording.at_end()
             return
         if packet.size == 0:  # a frame that repeats the last one, or the end; to the decoder both mean the end
             pts = packet.pts if packet.pts is not None else packet.dts

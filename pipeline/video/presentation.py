@@ -25,8 +25,8 @@ import numpy.typing as npt
 import vidshard.pipeline.video.frames as media
 from vidshard.pipeline.video.container import ThreadType, open_video
 from vidshard.pipeline.video.frame_order import TimedFrame
-from vidshard.pipeline.video.input_file import WatchedFile
-from vidshard.pipeline.video.mp4 import Edit, Track, read_edits, read_frame_times, read_tracks
+from vidshard.pipeline.video.input_file import WatchedFile, position_kept
+from vidshard.pipeline.video.mp4 import Edit, Track, read_edits, read_frame_times, read_tracks, second_recording
 from vidshard.pipeline.video.packet_schedule import FOREVER, Needed
 from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.timestamps import Clock, TickConverter, time_base_of
@@ -126,6 +126,8 @@ def frames_covering(
             return
         yield from video.frames(cut, needed, from_pts=needed_pts)
         needed_pts = None
+    with position_kept(watched):
+        watched.next_recording = second_recording(watched)
 
 
 def frames_after(

@@ -15,6 +15,7 @@ from vidshard.pipeline.video.encryption import encryption_of
 from vidshard.pipeline.video.geometry import display_size
 from vidshard.pipeline.video.image_archive import ImageArchive
 from vidshard.pipeline.video.input_file import open_file, storage_failures_named
+from vidshard.pipeline.video.joined import refuse_other_fragments
 from vidshard.pipeline.video.packets import times_ahead
 from vidshard.pipeline.video.presentation import first_frame
 from vidshard.pipeline.video.render import orientation_of
@@ -37,13 +38,14 @@ def probe_video(ref: VideoRef, open_input: Callable[[str], BinaryIO], limits: Li
 
     Raises:
         VideoError: OVER_LIMIT, UNREADABLE, EMPTY_FILE, NOT_A_VIDEO, NO_VIDEO_STREAM, NO_FRAMES, UNSUPPORTED, ENCRYPTED,
-            TRUNCATED (an mp4 without its index) or DECODE_ERROR (a container whose header is damaged).
+            TRUNCATED (an mp4 without its index) or DECODE_ERROR (a damaged header, or joined fragments).
     """
     with open_file(ref.uri, open_input) as file, storage_failures_named(file, limits) as watched:
         video_id = content_id(watched)
         encryption = encryption_of(watched)
         if encryption and all(encryption):
             raise _encrypted(encryption)
+        refuse_other_fragments(watched)
         with closing(first_frame(watched)) as frames:
             try:
                 first, shown_seconds = next(frames)
