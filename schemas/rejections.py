@@ -72,7 +72,7 @@ class Reason(StrEnum):
 
 
 REMEDIES: dict[Reason, str] = {
-    Reason.UNREADABLE: "check that the path exists and that the workers may read it",
+    Reason.UNREADABLE: "check that the path exists, is a file, and that the workers may read it",
     Reason.EMPTY_FILE: "copy the file again from its source",
     Reason.NOT_A_VIDEO: "remove it from the input, or convert it to a video container",
     Reason.NO_VIDEO_STREAM: "remove it from the input",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -154,6 +154,11 @@ def verify(
 @click.option("--uri", metavar="VIDEO", help="Video whose rejected spans are replayed, or its first span if none was.")
 @click.option("--pictures", metavar="DIR", help="Write the sampled frames into this folder, one PNG file per clip.")
 @click.option("--no-encode", is_flag=True, help="Stop after decoding.")
+@click.option(
+    "--damaged",
+    type=click.Choice(["reject", "keep"]),
+    help="Clips of a damaged span: none, or those that are whole. Default: as in the run, but pictures show them.",
+)
 @moved_weights
 @fetch_sources
 @allow_private
@@ -163,6 +168,7 @@ def debug(
     uri: str | None,
     pictures: str | None,
     no_encode: bool,
+    damaged: Literal["reject", "keep"] | None,
     weights: str | None,
     fetch_sources: bool,
     allow_private: bool,
@@ -187,6 +193,7 @@ def debug(
         uri=uri,
         pictures=pictures,
         encode=not no_encode,
+        damaged=damaged,
         weights=weights,
         fetch_sources=fetch_sources,
         allow_private=allow_private,

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -46,6 +47,7 @@ def debug_spans(
     weights: str | None,
     fetch_sources: bool,
     allow_private: bool,
+    damaged: Literal["reject", "keep"] | None = None,
 ) -> int:
     """Replay one span, or the rejected spans of one video, in this process, and print what each stage gave.
 
@@ -59,6 +61,8 @@ def debug_spans(
         encode: whether to encode what was decoded.
         weights: present location of the weights; None for the location that the output records.
         fetch_sources: whether the video may be read from remote storage.
+        damaged: clips that a damaged span gives, as in tokenizing: none, or the undamaged ones. None for the setting of
+            the run; if that gives none, pictures still show what is before, between and after the damage.
         allow_private: whether it may lie on a web server with a private address that neither ``out`` nor ``uri`` names.
 
     Returns:
@@ -97,9 +101,15 @@ def debug_spans(
             printer.refused("plan", Reason(rejection["reason"]), rejection["detail"])
             return EXIT_FAILED
     rows = _chosen(rows, folder, span_id, printer)
-    decoded = _decode(rows, resolved, limits, printer)
+    keep = (damaged or resolved.run.damaged) == "keep"
+    decoded = _decode(rows, resolved, limits, printer, keep_undamaged=keep)
     if pictures is not None:
-        _write_pictures(decoded, resolved, Path(pictures), printer)
+        shown = decoded
+        if damaged is None and not keep and decoded["rejection"].null_count < decoded.num_rows:
+            shown = _decode(rows, resolved, limits, None, keep_undamaged=True)
+            if _num_clips(shown):
+                printer.line("pictures", "of the clips that are whole, which --damaged keep would store")
+        _write_pictures(shown, resolved, Path(pictures), printer)
     if encode:
         _encode(decoded, resolved, printer)
     return EXIT_FAILED if decoded["rejection"].null_count < decoded.num_rows else 0
@@ -195,17 +205,26 @@ def _chosen(rows: pa.Table, out: str, span_id: str | None, printer: _Printer) ->
     return chosen.select([name for name in PLAN_SCHEMA.names if name in chosen.column_names])
 
 
-def _decode(rows: pa.Table, resolved: ResolvedRun, limits: Limits, printer: _Printer) -> pa.Table:
+def _num_clips(decoded: pa.Table) -> int:
+    return sum(len(clips) for clips in decoded["clips"].to_pylist())
+
+
+def _decode(
+    rows: pa.Table, resolved: ResolvedRun, limits: Limits, printer: _Printer | None, *, keep_undamaged: bool
+) -> pa.Table:
+    """Decode spans, and print what each gave if there is a printer."""
     decoder = SpanDecoder(
         spec=resolved.largest,
         max_clips=4 * resolved.clips_per_span + 16,
         clips_per_pass=resolved.clips_per_span,
         limits=limits,
-        keep_undamaged=resolved.run.damaged == "keep",
+        keep_undamaged=keep_undamaged,
     )
     tables = []
     for table in decoder(rows):
         tables.append(table)
+        if printer is None:
+            continue
         [row] = table.select(["clips", "rejection", "span_id"]).to_pylist()
         printer.line("decode", f"{len(row['clips'])} clips of span {row['span_id']}", timed=True)
         for clip in row["clips"]:
@@ -262,7 +281,7 @@ def _png(picture: np.ndarray) -> bytes:
 
 def _encode(decoded: pa.Table, resolved: ResolvedRun, printer: _Printer) -> None:
     """Encode what was decoded, on the CPU or the GPU of the run, and print the payload."""
-    if not sum(len(clips) for clips in decoded["clips"].to_pylist()):
+    if not _num_clips(decoded):
         printer.line("encode", "nothing to encode")
         return
     device = resolved.run.device

@@ -6,6 +6,7 @@ With ``--repair`` broken files and clips are removed, so that the same ``vidshar
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -47,6 +48,8 @@ class _Findings:
     """Lease of a repair, checked before each change; None where nothing is changed."""
     console: Console
     num_repaired: int = 0
+    num_mendable: int = 0
+    """Number of problems that a repair would mend."""
     wrong_paths: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     num_clips: int = 0
@@ -64,6 +67,7 @@ class _Findings:
         """
         self.problems.append(text)
         print_alert(self.console, f"broken: {text}", style="bold red")
+        self.num_mendable += mend is not None
         if self.lease is not None and mend is not None:
             self.lease.check()
             mend()
@@ -171,6 +175,15 @@ def verify_output(
             f"{findings.num_repaired} of {findings.num_wrong} repaired: the same `vidshard tokenize` fills in what "
             "is missing now",
             style="bold",
+        )
+    elif findings.num_mendable:
+        parent, _, name = folder.rpartition(f"/{SHARDS}/")
+        where = shown_uri(parent) if not is_output and name else out if is_output else "OUTPUT"
+        console.print(
+            f"{findings.num_mendable} of {findings.num_wrong} can be taken out: `vidshard verify {shlex.quote(where)} "
+            "--repair`, and then the same `vidshard tokenize` fills in what is missing",
+            style="bold",
+            markup=False,
         )
     comparison = None
     if exact is not None and not findings.num_wrong:

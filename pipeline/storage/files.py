@@ -48,12 +48,23 @@ def open_binary(path: str, *, block_bytes: int = 8 << 20) -> BinaryIO:
                 os.scandir(inner).close()  # a folder that cannot be listed says why
                 raise OSError("it is a folder")
             if not stat.S_ISREG(mode):
-                raise OSError("it is not a regular file")  # opening a pipe would wait for ever
+                kind = next((name for of, name in _KINDS if of(mode)), "no regular file")
+                # opening a pipe would wait for ever
+                raise OSError(f"it is {kind}: save what it gives as a file, and name that")
             return _no_view_of_a_process(open(inner, "rb"))
         options = {"block_size": block_bytes, "cache_type": "readahead"}
         file = with_retries(path, lambda: fs.open(inner, "rb", **options))
         retry_reads(file, path)
         return cast(BinaryIO, file)
+
+
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+"""Tests of a file's mode for what cannot be read twice or from any place, with its name."""
 
 
 def _no_view_of_a_process(file: BinaryIO) -> BinaryIO:

@@ -64,7 +64,7 @@ def test_odd_names_and_pipes_in_a_folder(tmp_path: Path) -> None:
     found = discover([str(tmp_path)])
     assert found.videos["uri"].to_pylist() == [str(tmp_path / "pipe.mp4"), str(odd)]  # opening it rejects it
     assert found.passed_over_extensions == (("files whose name is not UTF-8", 1),)
-    with pytest.raises(storage.StorageError, match="not a regular file"):
+    with pytest.raises(storage.StorageError, match="it is a pipe: save"):
         storage.open_binary(str(tmp_path / "pipe.mp4"))
 
 

@@ -131,3 +131,18 @@ def test_a_remote_source_is_fetched_on_request_and_from_private_addresses_only_w
         assert len(server.asked) == asked
         assert "decode" in printed_by(*by_span, "--fetch-sources", "--allow-private")
         assert "decode" in printed_by(*by_uri, "--fetch-sources")
+
+
+def test_pictures_of_a_damaged_span_are_of_the_clips_that_are_whole(output: Path, tmp_path: Path) -> None:
+    out, damaged = output / "tokens", output / "videos/damaged.mp4"
+    said = printed_by("debug", out, "--uri", damaged, "--no-encode", "--pictures", tmp_path / "seen", code=1)
+    assert "decode 0 clips of span" in said, "as the run did"
+    assert "of the clips that are whole, which --damaged keep would store" in said
+    assert list((tmp_path / "seen").glob("*.png"))
+    kept = printed_by("debug", out, "--uri", damaged, "--damaged", "keep", code=1)
+    assert "decode 0 clips" not in kept
+    assert "encode" in kept
+    printed_by(
+        "debug", out, "--uri", damaged, "--no-encode", "--damaged", "reject", "--pictures", tmp_path / "none", code=1
+    )
+    assert not list((tmp_path / "none").glob("*.png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,15 @@ def test_the_former_name_of_audit_works_and_is_noted(tmp_path: Path) -> None:
     assert (tmp_path / "videos.csv").exists()
     both = ("--account", tmp_path / "a.csv", "--audit", tmp_path / "b.csv")
     assert "give it once" in printed_by("verify", FIXTURE, *both, code=2)
+
+
+def test_what_can_be_repaired_names_the_flag_that_does_it(tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    shutil.copytree(FIXTURE, out)
+    [shard, *_] = map(Path, shard_paths(str(out)))
+    shard.write_bytes(shard.read_bytes()[:-500])
+    for where in (out, shard):
+        said = printed_by("verify", where, code=1)
+        assert f"`vidshard verify {out} --repair`" in said
+    assert "repaired" in printed_by("verify", out, "--repair", code=1)
+    assert "--repair" not in printed_by("verify", out)
