@@ -38,6 +38,11 @@ def readable_lines(text: object) -> str:
     return "".join(c if c in "\n\t" else _shown(c) for c in whole)
 
 
+def counted(number: float, noun: str) -> str:
+    """A number with its noun, such as ``1 node`` and ``2 nodes``."""
+    return f"{number:,g} {noun}" if number == 1 else f"{number:,g} {noun}s"
+
+
 def indented(text: object) -> str:
     """A message safe to print, its lines after the first indented."""
     first, *others = readable_lines(text).split("\n")

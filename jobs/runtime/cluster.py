@@ -26,6 +26,7 @@ from vidshard.pipeline.output.lease import release_held_leases
 from vidshard.pipeline.resources import GpuNode
 from vidshard.pipeline.storage import StorageError, StorageOutageError
 from vidshard.schemas.errors import EXIT_AGAIN, EXIT_REFUSED
+from vidshard.schemas.text import counted
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
@@ -49,9 +50,9 @@ class Cluster:
     """Memory that Ray counts for processes on all nodes, its object stores left out; None if it counts none."""
 
     def __str__(self) -> str:
-        gpus = f", {self.num_gpus:g} GPUs" if self.num_gpus else ", no GPU"
-        where = "a Ray of its own" if self.is_own else f"a Ray cluster of {self.num_nodes} nodes"
-        return f"{where}: {self.num_cpus} CPUs{gpus}"
+        gpus = counted(self.num_gpus, "GPU") if self.num_gpus else "no GPU"
+        where = "a Ray of its own" if self.is_own else f"a Ray cluster of {counted(self.num_nodes, 'node')}"
+        return f"{where}: {counted(self.num_cpus, 'CPU')}, {gpus}"
 
 
 @contextmanager

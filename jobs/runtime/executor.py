@@ -26,6 +26,7 @@ from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.resources import GpuNode, StageResources
 from vidshard.schemas.errors import EXIT_AGAIN, RunCutShortError, RunFailedError, VidshardError
 from vidshard.schemas.fields import ClusterSettings
+from vidshard.schemas.text import counted
 
 if TYPE_CHECKING:
     from vidshard.jobs.runtime.cluster import Cluster
@@ -162,7 +163,7 @@ class LocalExecutor:
 
     def __str__(self) -> str:
         gpus = ", one GPU" if self.num_gpus else ", no GPU"
-        return f"this process alone, without Ray: {self.num_cpus} CPUs{gpus}"
+        return f"this process alone, without Ray: {counted(self.num_cpus, 'CPU')}{gpus}"
 
     def watched(self, console: Console) -> AbstractContextManager[None]:  # noqa: ARG002  the interface has it
         """Context for this machine, on which nothing is watched."""

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.events import events_of
 from vidshard.jobs.runtime.progress import warn
+from vidshard.schemas.text import counted
 
 LOOKING_SECONDS = 5.0
 LOOKS_PER_REPORT = 12
@@ -142,8 +143,10 @@ class NodeWatch:
                 cpus, gpus = node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)
                 host = node["NodeManagerHostname"]
                 events.emit("node_joined", node=node_id, host=host, cpus=cpus, gpus=gpus)
-                with_gpus = f", {gpus:g} GPUs" if gpus else ""
-                self.console.print(f"a node joined: {host}, {cpus:g} CPUs{with_gpus}", highlight=False, markup=False)
+                with_gpus = f", {counted(gpus, 'GPU')}" if gpus else ""
+                self.console.print(
+                    f"a node joined: {host}, {counted(cpus, 'CPU')}{with_gpus}", highlight=False, markup=False
+                )
         for node_id, node in before.items():
             if node_id not in living:
                 host = node["NodeManagerHostname"]

@@ -13,6 +13,7 @@ from vidshard.jobs.runtime.settings import SettingsError, resolve_settings
 from vidshard.schemas.evaluation import EvaluateRun
 from vidshard.schemas.fields import LARGEST_NUMBER, Settings, parse_episodes, parse_seconds, parse_workers
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.text import counted
 from vidshard.schemas.training import RunSettings, StageConfig, split_weight
 
 MODELS = (TokenizeRun, EvaluateRun, RunSettings, StageConfig)
@@ -102,3 +103,8 @@ def test_what_is_written_as_a_number_stays_one() -> None:
     given = {"inputs": ["a"], "out": "b", "shard_size": "1.5GiB", "limit": LARGEST_NUMBER, "fps": "30000/1001"}
     settings = TokenizeRun.model_validate(given)
     assert [settings.shard_size, settings.limit, settings.fps] == [3 << 29, LARGEST_NUMBER, Fraction(30000, 1001)]
+
+
+@pytest.mark.parametrize(("number", "text"), [(1, "1 node"), (2, "2 nodes"), (0, "0 nodes"), (12000, "12,000 nodes")])
+def test_a_number_has_its_noun_in_the_right_form(number: int, text: str) -> None:
+    assert counted(number, "node") == text
