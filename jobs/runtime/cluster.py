@@ -18,8 +18,10 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from vidshard.jobs.runtime.errors import cause_of, terminate
+from vidshard.jobs.runtime.interrupts import feeding_threads
 from vidshard.jobs.runtime.private_ray import private_ray
 from vidshard.jobs.runtime.ray_watch import death_noticed, processes_of_joined_ray, processes_of_own_ray
 from vidshard.pipeline.output.lease import release_held_leases
@@ -32,6 +34,7 @@ _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
 _STOPPING_SECONDS = 60.0
 _RELEASING_SECONDS = 10.0
+_ENDING_SECONDS = 5.0
 _LOOKING_SECONDS = 1.0
 
 
@@ -169,9 +172,23 @@ def _stop() -> None:
     late.daemon = True
     late.start()
     try:
+        _end_executions()
         ray.shutdown()
     finally:
         late.cancel()
+
+
+def _end_executions() -> None:
+    """End what Ray Data still executes, and wait for the threads that read from it, ``_ENDING_SECONDS`` at most.
+
+    Where one of them gives up an object after Ray was stopped, Ray ends this process with code 1.
+    """
+    executions = [thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor)]
+    for execution in executions:
+        execution._shutdown = True  # `shutdown` would ask a cluster, which may be dead, to end each task
+    end = time.monotonic() + _ENDING_SECONDS
+    for thread in (*executions, *feeding_threads()):
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 def _end() -> None:

@@ -44,6 +44,15 @@ class Interrupts:
             raise interrupt_of(number)
 
 
+_FEED = "feed"
+"""Name of the threads that read ahead."""
+
+
+def feeding_threads() -> list[threading.Thread]:
+    """Threads that still read an item, perhaps one that nobody waits for any more."""
+    return [thread for thread in threading.enumerate() if thread.name == _FEED]
+
+
 class Feed(Generic[Item]):
     """Iterator that a thread reads one item ahead, so that taking an item can time out."""
 
@@ -52,7 +61,7 @@ class Feed(Generic[Item]):
     def __init__(self, items: Iterable[Item]) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, args=(iter(items),), name="feed", daemon=True).start()
+        threading.Thread(target=self._run, args=(iter(items),), name=_FEED, daemon=True).start()
 
     def _run(self, items: Iterator[Item]) -> None:
         try:

@@ -172,7 +172,7 @@ def test_outputs_without_finished_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty" / "run.json").write_text("{}")
     with pytest.raises(vidshard.VidshardError, match="committed nothing"):
         vidshard.TokenShards(str(tmp_path / "empty"))
-    with pytest.raises(vidshard.VidshardError, match="not an output"):
+    with pytest.raises(vidshard.VidshardError, match="there is no such folder"):
         vidshard.TokenShards(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="nothing to read"):
         vidshard.TokenShards([])
