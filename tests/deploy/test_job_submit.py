@@ -106,7 +106,7 @@ def test_the_hook_of_a_head_that_is_deleted_waits_until_the_run_has_committed(
         said = _ray("job", "logs", "--address", cluster, "deleted").stdout
         assert "interrupted" in said
         assert read_rows(out), "clips that were begun are committed"
-        assert "STOPPED" in _ray("job", "status", "--address", cluster, "deleted").stdout
+        assert "was stopped" in _ray("job", "status", "--address", cluster, "deleted").stdout
         held.let_go()
         _submit(cluster, "continued", *arguments)
     rows = read_rows(out)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,13 @@ def _machines(folder: Path, **variables: object) -> Iterator[list[subprocess.Pop
     """Both machines, the first one is the head; what is left of them is ended at the end."""
     script = yaml.safe_load((ROOT / "deploy/sky.yaml").read_text())["run"]
     assert "/opt/venv/bin" in script
-    ray = folder / "ray"
+    (folder / "bin").mkdir()
+    ray = folder / "bin" / "ray"  # Ray makes a folder "ray" in RAY_TMPDIR
     ray.write_text(f'#!/bin/sh\nexec {sys.executable} -m ray.scripts.scripts "$@"\n')
     ray.chmod(0o755)
     [port] = free_ports(1)
     environment = os.environ | {
-        "PATH": f"{folder}:{Path(VIDSHARD).parent}:{os.environ['PATH']}",
+        "PATH": f"{ray.parent}:{Path(VIDSHARD).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
         "SKYPILOT_NUM_GPUS_PER_NODE": "0",
@@ -47,11 +49,14 @@ def _machines(folder: Path, **variables: object) -> Iterator[list[subprocess.Pop
     try:
         for rank in ("0", "1"):
             own = environment | {"SKYPILOT_NODE_RANK": rank}
-            running.append(subprocess.Popen([bash, "-c", script], env=own, stdin=subprocess.DEVNULL))
+            running.append(
+                subprocess.Popen([bash, "-c", script], env=own, stdin=subprocess.DEVNULL, start_new_session=True)
+            )
         yield running
     finally:
         for process in running:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.timeout(400)
