@@ -82,7 +82,10 @@ while kill -0 "$step" 2>/dev/null && ((left > 0)); do
         left=$((left - 1))
     fi
 done
-kill -TERM "$step" 2>/dev/null || true
+by_signal=143 # the step's exit code if a signal ended it
+if kill -TERM "$step" 2>/dev/null; then
+    by_signal="" # it was this one
+fi
 ended=0
 wait "$step" || ended=$?
 
@@ -90,6 +93,9 @@ wait "$step" || ended=$?
 code=75
 if [[ -s $VIDSHARD_STATE/code ]]; then
     code=$(<"$VIDSHARD_STATE/code")
+    if [[ $code == 1 && $ended == "$by_signal" ]]; then
+        code=75 # the signal ended Ray too, which may end the command with 1
+    fi
 elif [[ $ended == 126 || $ended == 127 ]]; then
     code=$ended
     echo "ray cannot be started on the nodes: activate the environment before sbatch"
