@@ -59,26 +59,25 @@ def _machines(folder: Path, **variables: object) -> Iterator[list[subprocess.Pop
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a short path, as Ray's sockets need one."""
+    folder = Path("/tmp") / f"sky{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.timeout(400)
-def test_the_task_ends_on_every_machine_once_the_run_is_over(many_spans: Path, tmp_path: Path) -> None:
-    short = Path("/tmp") / f"sky{os.getpid()}"
-    short.mkdir()
-    try:
-        with _machines(short, INPUTS=many_spans / "0.mp4", OUT=tmp_path / "tokens") as machines:
-            assert [machine.wait(300) for machine in machines] == [0, 0]
-    finally:
-        shutil.rmtree(short, ignore_errors=True)
+def test_the_task_ends_on_every_machine_once_the_run_is_over(many_spans: Path, tmp_path: Path, short: Path) -> None:
+    with _machines(short, INPUTS=many_spans / "0.mp4", OUT=tmp_path / "tokens") as machines:
+        assert [machine.wait(300) for machine in machines] == [0, 0]
     code, said = vidshard_exits("verify", tmp_path / "tokens")
     assert code == 0, said
 
 
 @pytest.mark.timeout(400)
-def test_a_refusal_is_the_exit_code_of_the_first_machine_and_leaves_no_folder(tmp_path: Path) -> None:
-    short = Path("/tmp") / f"sky{os.getpid()}"
-    short.mkdir()
-    try:
-        with _machines(short, INPUTS=tmp_path / "missing", OUT=tmp_path / "tokens") as machines:
-            assert [machine.wait(300) for machine in machines] == [2, 0]
-    finally:
-        shutil.rmtree(short, ignore_errors=True)
+def test_a_refusal_is_the_exit_code_of_the_first_machine_and_leaves_no_folder(tmp_path: Path, short: Path) -> None:
+    with _machines(short, INPUTS=tmp_path / "missing", OUT=tmp_path / "tokens") as machines:
+        assert [machine.wait(300) for machine in machines] == [2, 0]
     assert not (tmp_path / "tokens").exists()

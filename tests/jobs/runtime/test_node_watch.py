@@ -120,6 +120,16 @@ def test_workers_that_die_are_counted_and_those_of_earlier_jobs_are_not(seen: Se
     assert (lost["count"], lost["detail"]) == (2, "out of memory")
 
 
+def test_work_that_fits_no_node_is_told_once_and_work_that_waits_for_its_turn_is_not(seen: Seen) -> None:
+    seen.watch.saw({"a": node("a"), "b": node("b", gpus=1)})
+    seen.watch.wanted([{"CPU": 4.0, "node:10.0.0.1": 0.001}, {"GPU": 1.0, "CPU": 1.0}, {}])
+    assert seen.printed == "", "a node has as much, whatever runs there"
+    seen.watch.wanted([{"CPU": 1.0}, {"CPU": 5.0, "GPU": 1.0}])
+    seen.watch.wanted([{"CPU": 9.0}])
+    [warning] = seen.events("warning")
+    assert "work waits for a node with 5 CPUs, 1 GPUs, and the cluster has none" in warning["text"]
+
+
 def test_a_look_that_fails_ends_nothing(seen: Seen) -> None:
     seen.watch.look()  # without Ray every step fails
     assert seen.printed == ""
