@@ -120,18 +120,27 @@ class _OneColumn:
 class NumberValues(_OneColumn):
     """A column of numbers or booleans; null floats become NaN."""
 
-    def load(self, table: pa.Table) -> np.ndarray:
-        """Array (rows,)."""
-        column = table[self.name]
+    def load(self, table: pa.Table) -> tuple[np.ndarray, npt.NDArray[np.bool_] | None]:
+        """Values (rows,), and which of them are null; None if none is, or if NaN stands for it."""
+        column, is_null = table[self.name], None
         if column.null_count and not pa.types.is_floating(column.type):
-            raise ValueError(f"column '{self.name}' has nulls: pass them by, where='{self.name} is not null'")
+            is_null = column.is_null().to_numpy()
+            column = column.fill_null(pa.scalar(0).cast(column.type))
         array: np.ndarray = column.to_numpy()
-        return array.astype(_torch_dtype(array.dtype), copy=False)
+        return array.astype(_torch_dtype(array.dtype), copy=False), is_null
 
     def gather(self, picks: Picks, num_rows: int) -> dict[str, Any]:
-        """``{name: (rows,)}``."""
-        out = np.empty(num_rows, picks[0][0].dtype)
-        for values, rows, places in picks:
+        """``{name: (rows,)}``.
+
+        Raises:
+            UserError: a row of the batch is null.
+        """
+        out = np.empty(num_rows, picks[0][0][0].dtype)
+        for (values, is_null), rows, places in picks:
+            if is_null is not None and is_null[rows].any():
+                raise UserError(
+                    f"column '{readable(self.name, 80)}' has nulls: pass them by, where='{self.name} is not null'"
+                )
             out[places] = values[rows]
         return {self.name: torch.from_numpy(out)}
 

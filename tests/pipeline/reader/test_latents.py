@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -227,3 +228,27 @@ def test_columns_with_nulls_are_read_as_nan_or_named(tmp_path: Path) -> None:
     write_shard(file, [Made(video="a", count=2)])
     row = next(iter(vidshard.TokenShards(str(file), columns=["part_start_seconds"])))
     assert torch.isnan(row["part_start_seconds"])
+
+
+@pytest.mark.parametrize("kind", [pa.int32(), pa.uint16(), pa.uint64(), pa.bool_()], ids=str)
+def test_nulls_that_where_passes_by_are_no_error_beside_other_rows_of_their_row_group(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    file = tmp_path / "0.parquet"
+    write_shard(file, [Made(video="a", count=12)])
+    numbers = [None, 1, 0, 3, None, None, 6, 7, 8, None, 0, 11]
+    values = [None if n is None else bool(n) if kind == pa.bool_() else n for n in numbers]
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("n", pa.array(values, kind)), file, row_group_size=3)
+    expected = [(at, value) for at, value in enumerate(values) if value is not None]
+
+    content: dict[str, Any] = {"columns": ["clip_index", "n"], "where": "n is not null"}
+    by_number = vidshard.TokenShardsMap(str(file), **content)
+    for rows in (
+        vidshard.TokenShards(str(file), **content),
+        vidshard.TokenShards(str(file), shuffle=True, **content),
+        [by_number[at] for at in range(len(by_number))],
+    ):
+        assert sorted((int(row["clip_index"]), row["n"].item()) for row in rows) == expected
+    with pytest.raises(UserError, match="where='n is not null'"):
+        list(vidshard.TokenShards(str(file), columns=["n"]))
