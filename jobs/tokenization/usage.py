@@ -118,7 +118,7 @@ class Usage:
             return f"add GPUs{faster}"
         if self.bfloat16_pays:
             return (
-                "add CPUs or a GPU, or --precision bfloat16 and another --out: this CPU has units for it, some twice "
-                "as fast, and other tokens come out"
+                "add CPUs or a GPU, or --precision bfloat16 and another --out: this CPU computes faster with it, some "
+                "twice as fast, and other tokens come out"
             )
         return "add CPUs, or a GPU"
