@@ -18,6 +18,7 @@ from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import ShardError, StoredClip, open_shard, output_shards, read_clips
 from vidshard.pipeline.rows import row_rejection
 from vidshard.schemas.rejections import Rejection
+from vidshard.schemas.text import counted
 from vidshard.schemas.tokens import Provenance
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Output:
         self._weights = weights
 
     def __repr__(self) -> str:
-        return f"Output({storage.public_uri(self.path)!r}, {len(self.shards)} shards)"
+        return f"Output({storage.public_uri(self.path)!r}, {counted(len(self.shards), 'shard')})"
 
     @cached_property
     def provenance(self) -> Provenance:

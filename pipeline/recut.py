@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.text import counted
 from vidshard.schemas.video import Clip, Span, SpanClips
 
 DecodeSpan = Callable[[Span], SpanClips]
@@ -67,7 +68,7 @@ class Recutting:
             found += [clip for clip in result.clips if clip.clip_index >= first]
         found = [clip for clip in found if span.end_clip is None or clip.clip_index < span.end_clip]
         if [clip.clip_index for clip in found] != [clip.clip_index for clip in own]:
-            return _different(f"it has {len(found)} clips instead of {len(own)}")
+            return _different(f"it has {counted(len(found), 'clip')} instead of {len(own)}")
         unequal = [one.clip_index for one, other in zip(own, found, strict=True) if not _is_same(one, other)]
         return _different(f"{len(unequal)} of {len(own)} clips differ, the first is {unequal[0]}") if unequal else None
 

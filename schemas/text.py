@@ -39,8 +39,9 @@ def readable_lines(text: object) -> str:
 
 
 def counted(number: float, noun: str) -> str:
-    """A number with its noun, such as ``1 node`` and ``2 nodes``."""
-    return f"{number:,g} {noun}" if number == 1 else f"{number:,g} {noun}s"
+    """A number with its noun, such as ``1 node``, ``2 nodes`` and ``0.5 GPUs``."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
 def indented(text: object) -> str:

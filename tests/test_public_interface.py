@@ -106,7 +106,7 @@ def test_tokenize_says_what_became_of_the_videos_and_prints_nothing(
 def test_tokenize_prints_to_a_console_that_it_is_given(tmp_path: Path, corpus: Path) -> None:
     console = Console(record=True, quiet=False, file=(tmp_path / "log").open("w"))
     vidshard.tokenize(run_of(corpus, out=str(tmp_path / "out")), console=console, local=True)
-    assert "4 written in 1 shards" in console.export_text()
+    assert "4 written in 1 shard" in console.export_text()
 
 
 def test_a_request_that_cannot_be_carried_out_raises(tmp_path: Path, corpus: Path) -> None:

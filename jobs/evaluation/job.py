@@ -48,6 +48,7 @@ from vidshard.pipeline.versions import code_version, library_versions
 from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.evaluation import EvaluateRun
 from vidshard.schemas.fields import differences
+from vidshard.schemas.text import counted
 from vidshard.schemas.video import Part
 
 _FORMAT = 1
@@ -251,7 +252,7 @@ def _open(
     )
     with PhaseProgress(console, "opening videos", inputs.videos.num_rows) as display:
         for opened, table in enumerate(tables, start=1):
-            display.update(opened, f"{opened} groups of videos")
+            display.update(opened, f"{counted(opened, 'group')} of videos")
             for row in table.to_pylist():
                 if row["rejection"] is None:
                     spans.setdefault(row["span_id"], row)
@@ -314,7 +315,7 @@ def _score(
                     waiting.add(part)
                     done += sum(work.expected[span] for span in part.spans)
                     scored += len({row["clip_id"] for row in part.rows})
-                display.update(done, f"{scored} clips of at most {work.clips}")
+                display.update(done, f"{counted(scored, 'clip')} of at most {work.clips:,}")
                 if len(waiting.rows) >= evaluation.run.commit_clips:
                     lease.check()
                     write_scores(evaluation.run.out, waiting)

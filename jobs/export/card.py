@@ -19,7 +19,7 @@ import yaml
 from vidshard.pipeline.reader.catalog import Catalog
 from vidshard.pipeline.reader.files import ShardFiles
 from vidshard.pipeline.reader.stats import ChannelStats
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.tokens import Provenance
 
 _BEGIN, _END = (
@@ -116,8 +116,8 @@ def card_of(catalog: Catalog, found: Statistics, *, name: str, stats: Mapping[st
         "",
         f"# {name.split('/')[-1]}",
         "",
-        f"{found.num_clips:,} clips of {len(found.videos):,} videos, {found.hours:,.1f} hours, as {payload} of the "
-        f"video tokenizer {tokenizer}. Made with vidshard {_code(provenance.code_version)}.",
+        f"{counted(found.num_clips, 'clip')} of {counted(len(found.videos), 'video')}, {found.hours:,.1f} hours, "
+        f"as {payload} of the video tokenizer {tokenizer}. Made with vidshard {_code(provenance.code_version)}.",
         "",
         *([f"**Note:** {_code(provenance.notice)}", ""] if provenance.notice else []),
         *_tokenizer_section(provenance, name),

@@ -29,7 +29,7 @@ from vidshard.pipeline.reader.files import ShardFiles
 from vidshard.pipeline.storage.file_systems import missing_is_fine
 from vidshard.pipeline.storage.retry import errors_named
 from vidshard.schemas.errors import EXIT_FAILED, UserError
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import shown_uri
 
 
@@ -139,7 +139,7 @@ def _write(
                 num_new += written.num_clips
                 done += len(clips)
                 state.save(source.dest, now=False)
-                display.update(done, f"{done:,} of {selection.num_clips:,} clips")
+                display.update(done, f"{done:,} of {counted(selection.num_clips, 'clip')}")
         state.save(source.dest)
         lease.check()
         state.files = layout.finish(source, list(state.batches.values()))

@@ -23,7 +23,7 @@ from vidshard.pipeline.reader.files import ShardFiles
 from vidshard.pipeline.reader.stats import ChannelStats, read_stats
 from vidshard.pipeline.storage.hub_dataset import HubDataset, HubPushError, RemoteFile
 from vidshard.schemas.errors import UserError
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import shown_uri
 
 CARD = "README.md"
@@ -90,12 +90,13 @@ def push_output(request: PushRun, console: Console) -> PushResult:
     missing = [name for name in names if name not in now]
     if missing:
         raise HubPushError(
-            f"{len(missing)} shards are not in {hub.id} though they were sent, such as {readable(missing[0], 80)}: "
+            f"{hub.id} lacks {counted(len(missing), 'shard')} that were sent, such as {readable(missing[0], 80)}: "
             "does its .gitignore name them?"
         )
     new = f"{num_sent:,} of them sent now" if num_sent else "nothing new was sent"
     console.print(
-        f"  {'dataset':<12}{hub.id}: {len(names):,} shards, {catalog.num_rows:,} clips; {new}", highlight=False
+        f"  {'dataset':<12}{hub.id}: {counted(len(names), 'shard')}, {counted(catalog.num_rows, 'clip')}; {new}",
+        highlight=False,
     )
     note = "the shards hold the locations of the source videos (column uri) and every column of the manifest"
     console.print(f"  {'note':<12}{note}", highlight=False)
@@ -139,14 +140,14 @@ def _send(hub: HubDataset, catalog: Catalog, left: Mapping[str, str], others: Se
     num_bytes = dict(zip(catalog.paths, catalog.shard_bytes.tolist(), strict=True))
     total, done, num_sent = sum(num_bytes[path] for path in left.values()), 0, 0
     if not left and others:
-        hub.commit({}, others, f"Delete {len(others)} shards")
+        hub.commit({}, others, f"Delete {counted(len(others), 'shard')}")
     with PhaseProgress(console, "pushing", total) as display:
         for some in _commits(left, num_bytes):
             added = {name: Path(path) if storage.is_local(path) else storage.read_bytes(path) for name, path in some}
-            hub.commit(added, [] if num_sent else others, f"Add {len(some)} shards")
+            hub.commit(added, [] if num_sent else others, f"Add {counted(len(some), 'shard')}")
             num_sent += len(some)
             done += sum(num_bytes[path] for _, path in some)
-            display.update(done, f"{num_sent:,} of {len(left):,} shards · {done:,} of {total:,} bytes")
+            display.update(done, f"{num_sent:,} of {counted(len(left), 'shard')} · {done:,} of {total:,} bytes")
     return num_sent
 
 

@@ -29,7 +29,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import clip_frames, row_span
 from vidshard.schemas.errors import EXIT_FAILED, UserError
 from vidshard.schemas.rejections import REMEDIES, Reason, VideoError
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts, without_secrets
 from vidshard.schemas.video import Limits, VideoRef
 
@@ -226,7 +226,7 @@ def _decode(
         if printer is None:
             continue
         [row] = table.select(["clips", "rejection", "span_id"]).to_pylist()
-        printer.line("decode", f"{len(row['clips'])} clips of span {row['span_id']}", timed=True)
+        printer.line("decode", f"{counted(len(row['clips']), 'clip')} of span {row['span_id']}", timed=True)
         for clip in row["clips"]:
             times = clip["frame_pts_seconds"]
             printer.line(
@@ -307,6 +307,6 @@ def _described(column: pa.ChunkedArray) -> str:
     numbers = values.astype(np.float64)
     distinct = f", {len(np.unique(values)):,} different" if values.dtype.kind == "u" else ""
     return (
-        f"{len(values):,} values of {clips} clips, {values.dtype}, from {numbers.min():.6g} to {numbers.max():.6g}, "
-        f"mean {numbers.mean():.6g}{distinct}"
+        f"{len(values):,} values of {counted(clips, 'clip')}, {values.dtype}, "
+        f"from {numbers.min():.6g} to {numbers.max():.6g}, mean {numbers.mean():.6g}{distinct}"
     )

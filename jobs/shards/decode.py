@@ -33,7 +33,7 @@ from vidshard.pipeline.video_file import write_video
 from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.fields import ReportSettings
 from vidshard.schemas.rejections import VideoError
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
 
 
@@ -135,11 +135,11 @@ def _decode_clips(
             _write_pictures(file, pictures, clip, resolved)
             files.append(file)
             speed = len(files) / display.seconds
-            display.update(len(files), f"{len(files)} of {len(rows)} clips · {speed:.2f} clips/s")
+            display.update(len(files), f"{len(files):,} of {counted(len(rows), 'clip')} · {speed:.2f} clips/s")
             if request.clip_ids:
                 console.print(f"wrote {file}: {describe_clip(clip)}", highlight=False, markup=False)
     if not request.clip_ids:
-        console.print(f"wrote {len(files)} clips to {request.folder}", highlight=False, markup=False)
+        console.print(f"wrote {counted(len(files), 'clip')} to {request.folder}", highlight=False, markup=False)
     _say_order(order, console)
     return files
 
@@ -207,7 +207,7 @@ def _decode_video(
     file = Path(request.target or file_name(video_id))
     with PhaseProgress(console, "decoding", len(rows)) as display:
         write_video(file, _watched(reconstruct_video(rows, tokenizer), display), resolved.run.fps)
-    console.print(f"wrote {file}: {len(rows)} rows of video {video_id}", highlight=False, markup=False)
+    console.print(f"wrote {file}: {counted(len(rows), 'row')} of video {video_id}", highlight=False, markup=False)
     return file
 
 

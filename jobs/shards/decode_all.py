@@ -28,7 +28,7 @@ from vidshard.pipeline.output.shard_reader import output_shards
 from vidshard.pipeline.stitching import Decoded, Gap, Piece, PieceDecoder, plan_pieces
 from vidshard.schemas.errors import EXIT_FAILED, UserError
 from vidshard.schemas.rejections import REMEDIES, Reason
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import shown_uri
 
 RECORD = "decoded.jsonl"
@@ -114,7 +114,9 @@ def _decode_all(request: DecodeRun, folder: str, console: Console, *, local: boo
                 else:
                     record.add(piece, decoded, digests[piece.name])
                     num_new += 1
-                display.update(done, f"{num_new:,} of {len(left):,} videos · {done / display.seconds:.1f} frames/s")
+                display.update(
+                    done, f"{num_new:,} of {counted(len(left), 'video')} · {done / display.seconds:.1f} frames/s"
+                )
         if request.limit is None:
             record.forget_others(pieces)
     finally:
@@ -242,7 +244,7 @@ def _report(
 
     num_files = len(pieces) - len(failures)
     new = f"{num_new:,} written now" if num_new else "nothing new was written"
-    line(f"{num_files:,} videos are in {shown_uri(dest)}: {new}")
+    line(f"{counted(num_files, 'video')} in {shown_uri(dest)}: {new}")
     reasons, counts = _rejections(request.out)
     records: list[dict[str, Any]] = [
         {

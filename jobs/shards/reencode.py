@@ -29,7 +29,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
 from vidshard.schemas.errors import RunFailedError, UserError, one_line
 from vidshard.schemas.rejections import VideoError
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import is_remote, shown_uri
 from vidshard.schemas.video import Clip
 
@@ -110,7 +110,7 @@ def encode_again(
                 )
             else:
                 compare(stored.payload, again, result, stored.clip_id)
-            display.update(done, f"{done} of {len(chosen)} clips · {done / display.seconds:.2f} clips/s")
+            display.update(done, f"{done:,} of {counted(len(chosen), 'clip')} · {done / display.seconds:.2f} clips/s")
     _report(result, share, seed, console)
     return result
 
@@ -218,7 +218,7 @@ def compare(stored: Mapping[str, np.ndarray], again: Reencoded, result: Comparis
 
 def _report(result: Comparison, share: float, seed: int, console: Console) -> None:
     console.print(
-        f"encoded {result.num_clips} clips again by another cut ({share:.2%} of all, seed {seed}): "
+        f"encoded {counted(result.num_clips, 'clip')} again by another cut ({share:.2%} of all, seed {seed}): "
         f"{result.num_different} of {result.num_values:,} values differ"
         + (f" ({result.num_different / result.num_values:.4%})" if result.num_values else "")
         + (f", {result.num_ties} of them at ties of rounding" if result.num_ties else "")

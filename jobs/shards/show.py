@@ -19,7 +19,7 @@ from vidshard.pipeline.output.parquet import ShardError
 from vidshard.pipeline.output.quality import AuditFigures, read_quality
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.output.shard_reader import open_shard, output_shards, read_clips, read_payloads
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.tokens import Payload, Provenance
 from vidshard.schemas.uris import shown_uri, without_secrets
 
@@ -116,7 +116,9 @@ def _show_counts(paths: list[str], console: Console) -> Provenance:
     assert first is not None
     assert schema is not None
     console.print(
-        f"{len(paths)} shards, {clips} clips of {len(videos)} videos, {size:,} bytes uncompressed", highlight=False
+        f"{counted(len(paths), 'shard')}, {counted(clips, 'clip')} of {counted(len(videos), 'video')}, "
+        f"{size:,} bytes uncompressed",
+        highlight=False,
     )
     console.print("\nschema", style="bold")
     for field in schema:
@@ -182,7 +184,9 @@ def _show_audit(paths: list[str], console: Console) -> None:
     means = [f"{title} {value:.{digits}f}" for title, value, digits in _audit_means(figures) if value is not None]
     failed = f", {figures.num_failed} not decoded for want of memory" if figures.num_failed else ""
     without = f"; {quality.num_without} of {quality.num_shards} shards have none" if quality.num_without else ""
-    console.print(f"audit: {', '.join(means)} of {figures.num_clips} clips{failed}{without}", highlight=False)
+    console.print(
+        f"audit: {', '.join(means)} of {counted(figures.num_clips, 'clip')}{failed}{without}", highlight=False
+    )
     for clip in figures.worst[:NUM_WORST_SHOWN]:
         line = f"  {clip.psnr:.1f} dB: {readable(clip.clip_id, 200)} of {shown_uri(clip.uri)}"
         console.print(line, highlight=False, markup=False)
@@ -240,5 +244,5 @@ def _show_rejects(out: str, console: Console) -> None:
         console.print(f"    {place}: {readable(without_secrets(row['detail']))}", highlight=False, markup=False)
     if len(rejects) > 10:
         console.print(
-            f"    ... and {len(rejects) - 10} more in {shown_uri(out)}/rejects/", highlight=False, markup=False
+            f"    ... and {len(rejects) - 10:,} more in {shown_uri(out)}/rejects/", highlight=False, markup=False
         )

@@ -35,7 +35,7 @@ from vidshard.pipeline.output.shard_reader import check_shard, find_clips, open_
 from vidshard.pipeline.output.state import OutputState, damaged_files
 from vidshard.pipeline.resolved_run import stored_run
 from vidshard.schemas.errors import EXIT_FAILED, UserError, one_line
-from vidshard.schemas.text import readable, spreadsheet_cell
+from vidshard.schemas.text import counted, readable, spreadsheet_cell
 from vidshard.schemas.tokens import FORMAT_VERSIONS, METADATA_PREFIX, parse_json
 from vidshard.schemas.uris import shown_uri, typed_hosts, without_secrets
 
@@ -250,7 +250,7 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
             twice = seen.intersection(ids)
             if twice:
                 findings.wrong(
-                    f"{path} holds {len(twice)} clips that stand in another shard too: {readable(min(twice))} ...",
+                    f"{path} repeats {counted(len(twice), 'clip')} of another shard: {readable(min(twice))} ...",
                     None
                     if folder is None
                     else partial(drop_repeated_spans, [*(shard.path for shard in facts), path], findings.before_write),
@@ -261,8 +261,8 @@ def _check_shards(paths: Sequence[str], folder: str | None, findings: _Findings)
             seen.update(ids)
             clips += num_clips
             facts.append(found)
-            display.update(number, f"{number} of {len(paths)} shards · {clips} clips")
-    text = f"verified {len(facts)} of {len(paths)} shards, {clips} clips"
+            display.update(number, f"{number:,} of {counted(len(paths), 'shard')} · {counted(clips, 'clip')}")
+    text = f"verified {len(facts):,} of {counted(len(paths), 'shard')}, {counted(clips, 'clip')}"
     findings.console.print(text, highlight=False)
     findings.num_clips = clips
     return facts
@@ -415,7 +415,7 @@ def print_audit(audit: Audit, console: Console) -> None:
     order = ("tokenized", "partly", "rejected", "copy", "pending")
     named = {"copy": "copies of others", "partly": "tokenized in part"}
     parts = [f"{statuses[name]} {named.get(name, name)}" for name in order if statuses[name]]
-    console.print(f"{audit.videos.num_rows} videos = {' + '.join(parts) or '0'}", highlight=False)
+    console.print(f"{counted(audit.videos.num_rows, 'video')} = {' + '.join(parts) or '0'}", highlight=False)
     planned, tokenized, rejected, pending, tail, header = (
         audit.seconds(name) for name in ("planned", "tokenized", "rejected", "pending", "tail", "header")
     )

@@ -43,6 +43,7 @@ from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.text import counted
 from vidshard.schemas.tokens import QUALITY_FIELDS
 from vidshard.schemas.video import Limits
 
@@ -213,8 +214,8 @@ class _Collection:
                 speed = counter.clips / display.seconds
                 display.update(
                     self.work.num_spans - counter.num_awaited,
-                    f"{counter.videos} videos · {counter.clips} clips · {speed:.2f} clips/s · "
-                    f"{summary.reasons.total()} rejects",
+                    f"{counted(counter.videos, 'video')} · {counted(counter.clips, 'clip')} · {speed:.2f} clips/s · "
+                    f"{counted(summary.reasons.total(), 'reject')}",
                 )
                 self.broken |= {one["uri"] for _, _, one in rejections if one["reason"] == Reason.INTERNAL_ERROR}
                 check_reject_share(summary, self.rejected, run)

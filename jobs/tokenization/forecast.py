@@ -8,6 +8,7 @@ from typing import Any
 
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import FORECAST_FILE
+from vidshard.schemas.text import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +69,7 @@ class Forecast:
             machine_speed: speed of this machine during the run; None if it was not measured.
         """
         texts = [
-            f"{self.clips} clips, {clips} came",
+            f"{counted(self.clips, 'clip')}, {clips:,} came",
             f"{self.output_bytes:,} bytes, {output_bytes:,} came ({_ratio(output_bytes, self.output_bytes)})",
         ]
         if self.run_seconds is not None:

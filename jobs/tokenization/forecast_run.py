@@ -41,6 +41,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.tokenizer_source import PRECISIONS
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.text import counted
 from vidshard.schemas.video import Limits
 
 DECODING_BUDGET_SECONDS = 20.0
@@ -396,7 +397,7 @@ def print_forecast(forecast: Forecast, resolved: ResolvedRun, console: Console) 
     tried = "every span was tried" if forecast.is_every_span_tried else "a sample was tried"
     line("clips", f"{forecast.clips} ({forecast.header_clips} by the headers; {tried})")
     line("video", f"{forecast.video_seconds / 3600:.3g} hours")
-    line("output", f"{forecast.output_bytes:,} bytes in {forecast.shards} shards")
+    line("output", f"{forecast.output_bytes:,} bytes in {counted(forecast.shards, 'shard')}")
     unit = "GPU-hours" if forecast.is_gpu else "core-hours"
     line("encoding", f"{forecast.encode_hours:.3g} {unit} for {resolved.config.name}")
     line("decoding", f"{forecast.decode_hours:.3g} core-hours")

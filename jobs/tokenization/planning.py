@@ -29,6 +29,7 @@ from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import RunFailedError
 from vidshard.schemas.rejections import Reason, Rejection
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.text import counted
 from vidshard.schemas.video import Limits
 
 MAX_PLANNED_ROWS = 50_000
@@ -149,18 +150,19 @@ def _print_planned(planned: Planned, num_videos: int, console: Console) -> None:
     resume, retry = planned.resume, planned.retry
     if num_videos > planned.num_opened:
         console.print(
-            f"{num_videos - planned.num_opened} of {num_videos} videos are known from an earlier run; of "
-            f"{resume.num_spans} planned spans {resume.num_committed} are finished, {resume.num_rejected} were "
-            f"rejected, {resume.num_left} are to be done now",
+            f"{num_videos - planned.num_opened:,} of {counted(num_videos, 'video')} are known from an earlier run; of "
+            f"{counted(resume.num_spans, 'planned span')} {resume.num_committed} are finished, "
+            f"{resume.num_rejected} were rejected, {resume.num_left} are to be done now",
             highlight=False,
         )
     if resume.num_superseded_spans:
         console.print(
-            f"{len(resume.superseded)} videos were replaced since: {resume.num_superseded_spans} spans of theirs are "
-            "taken out"
+            f"replaced since: {counted(len(resume.superseded), 'video')}; "
+            f"{counted(resume.num_superseded_spans, 'span')} taken out"
         )
     if retry is not None:
-        console.print(f"trying again {len(retry.spans)} rejected spans and {len(retry.uris)} rejected videos")
+        spans, uris = counted(len(retry.spans), "rejected span"), counted(len(retry.uris), "rejected video")
+        console.print(f"trying again {spans} and {uris}")
 
 
 def _open_videos(
@@ -214,7 +216,7 @@ def _open_videos(
                 too_many = too_many_internal_errors(len(broken), num_videos, run)
                 if too_many is not None:
                     raise RunFailedError(too_many)
-                display.update(opened, f"{opened} of {videos.num_rows} videos")
+                display.update(opened, f"{opened:,} of {counted(videos.num_rows, 'video')}")
                 waiting = sum(part.num_rows for part in held)
                 if waiting >= MAX_PLANNED_ROWS or time.monotonic() - oldest > 60 * run.commit_minutes:
                     commit()

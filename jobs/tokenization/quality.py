@@ -21,6 +21,7 @@ from vidshard.models.codebook_use import CodebookUse
 from vidshard.pipeline.output.quality import NUM_WORST, AuditFigures, OutputQuality, PoorClip
 from vidshard.pipeline.rows import QUALITY
 from vidshard.schemas.runs import TokenizeRun
+from vidshard.schemas.text import counted
 from vidshard.schemas.uris import shown_uri
 
 FEWEST_CLIPS = 10
@@ -219,7 +220,7 @@ def print_quality(quality: QualitySummary, console: Console) -> None:
     else:
         ssim = "" if quality.ssim is None else f", SSIM {quality.ssim:.3f}"
         lpips = ", LPIPS not measured" if quality.lpips is None else f", LPIPS {quality.lpips:.3f}"
-        line("audit", f"PSNR {quality.psnr:.2f} dB{ssim}{lpips}: means of {quality.num_clips} clips")
+        line("audit", f"PSNR {quality.psnr:.2f} dB{ssim}{lpips}: means of {counted(quality.num_clips, 'clip')}")
     if quality.num_failed:
         line("", f"{quality.num_failed} chosen clips were not audited: too little memory to decode them")
     for codebook in quality.codebooks:

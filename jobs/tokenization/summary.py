@@ -34,7 +34,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun, public_record
 from vidshard.schemas.errors import EXIT_AGAIN, EXIT_FAILED, VidshardError
 from vidshard.schemas.rejections import REMEDIES, Reason
 from vidshard.schemas.runs import TokenizeRun
-from vidshard.schemas.text import readable
+from vidshard.schemas.text import counted, readable
 from vidshard.schemas.tokens import Payload, PayloadColumn
 from vidshard.schemas.uris import without_secrets
 
@@ -167,9 +167,11 @@ def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None
         console.print(f"manifest column {names}", markup=False)
     if found.num_passed_over:
         kinds = ", ".join(f"{count} {readable(extension, 40)}" for extension, count in found.passed_over_extensions[:5])
-        console.print(f"passed over {found.num_passed_over} files without a video's extension: {kinds}", markup=False)
+        console.print(
+            f"passed over {counted(found.num_passed_over, 'file')} without a video's extension: {kinds}", markup=False
+        )
     rows, videos = found.videos.num_rows, pc.count_distinct(found.videos["uri"]).as_py()
-    console.print(f"{videos} videos" + (f", {rows} parts of them" if rows != videos else ""), highlight=False)
+    console.print(counted(videos, "video") + (f", {rows:,} parts of them" if rows != videos else ""), highlight=False)
 
 
 def describe_column(column: PayloadColumn) -> str:
@@ -216,16 +218,16 @@ def _print_counts(summary: Summary, payload: Payload, console: Console) -> None:
     written, line = summary.written, partial(print_field, console)
     line("output", summary.out)
     line("videos", f"{summary.num_videos} found, {summary.num_rejected_videos} rejected in whole or in part")
-    line("clips", f"{written.num_clips} written in {written.num_shards} shards")
+    line("clips", f"{written.num_clips:,} written in {counted(written.num_shards, 'shard')}")
     reused = f" + {summary.reused_spans} reused, finished by an earlier run" if summary.reused_spans else ""
     reused += f" + {summary.rejected_before} rejected before" if summary.rejected_before else ""
     reused += f" + {summary.pending_spans} left to do" if summary.pending_spans else ""
     gaps = f" ({written.num_damaged_spans} of them with clips missing)" if written.num_damaged_spans else ""
     came_out = f"{written.num_spans} as tokens{gaps} + {written.num_rejected_spans} rejected{reused}"
-    line("plan", f"{summary.planned_spans} spans of video = {came_out}")
+    line("plan", f"{counted(summary.planned_spans, 'span')} of video = {came_out}")
     if summary.num_recut_spans:
         differ = summary.reasons[Reason.CUT_DEPENDENT]
-        again = f"{summary.num_recut_spans} spans decoded again with another cut"
+        again = f"{counted(summary.num_recut_spans, 'span')} decoded again with another cut"
         line("checked", f"{again}: {f'{differ} of them DIFFER and are rejected' if differ else 'all the same'}")
     if written.num_values:
         line("values", f"{_on_disk(written, payload)}; {written.file_bytes:,} bytes in all shards")

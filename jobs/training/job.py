@@ -79,6 +79,7 @@ from vidshard.pipeline.training_data.videos import (
 )
 from vidshard.schemas.errors import EXIT_AGAIN, UserError, VidshardError
 from vidshard.schemas.rejections import Rejection
+from vidshard.schemas.text import counted
 from vidshard.schemas.training import StageConfig, TrainRun
 
 STAGE_RESULT = "result.json"
@@ -207,9 +208,10 @@ def prepare_data(
         )
         if videos.train.num_rows < stage.batch_size:
             raise UnusableError(
-                f"{name}: {videos.train.num_rows} clips in an epoch of {videos.num_videos} videos "
-                f"({videos.held_out.num_rows} held out), fewer than a batch of {stage.batch_size}: give more "
-                "videos, raise --clips-per-video, or lower --batch-size"
+                f"{name}: {counted(videos.train.num_rows, 'clip')} in an epoch of "
+                f"{counted(videos.num_videos, 'video')} ({videos.held_out.num_rows} held out), "
+                f"fewer than a batch of {stage.batch_size}: give more videos, raise "
+                "--clips-per-video, or lower --batch-size"
             )
         items = videos.train if run.cache is None else _cached(run.cache, videos, run, stage, console)
     except _FAILED_TO_DECODE as error:
@@ -217,8 +219,9 @@ def prepare_data(
     weights = [weight for _, weight in run.corpora if weight is not None]
     sampler = ClipSampler(items=items, weights=tuple(weights) or None, seed=stage.seed)
     console.print(
-        f"{videos.num_videos} videos: {sampler.epoch_length} clips an epoch of {spec.num_frames}x{spec.bucket} at "
-        f"{spec.fps} per second, {held_out.num_rows} held-out clips, {len(videos.rejections)} rejections",
+        f"{counted(videos.num_videos, 'video')}: {counted(sampler.epoch_length, 'clip')} an epoch of "
+        f"{spec.num_frames}x{spec.bucket} at {spec.fps} per second, {counted(held_out.num_rows, 'held-out clip')}, "
+        f"{counted(len(videos.rejections), 'rejection')}",
         highlight=False,
     )
     if not held_out.num_rows:
@@ -276,7 +279,7 @@ def _cached(folder: str, videos: TrainingVideos, run: TrainRun, stage: StageConf
             spec,
             run.limits,
             stage.seed,
-            lambda n: progress.update(n, f"{n} of {total} clips"),
+            lambda n: progress.update(n, f"{n:,} of {counted(total, 'clip')}"),
             variation,
         )
     videos.rejections.extend(broken)

@@ -105,6 +105,16 @@ def test_what_is_written_as_a_number_stays_one() -> None:
     assert [settings.shard_size, settings.limit, settings.fps] == [3 << 29, LARGEST_NUMBER, Fraction(30000, 1001)]
 
 
-@pytest.mark.parametrize(("number", "text"), [(1, "1 node"), (2, "2 nodes"), (0, "0 nodes"), (12000, "12,000 nodes")])
-def test_a_number_has_its_noun_in_the_right_form(number: int, text: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (1, "1 node"),
+        (2, "2 nodes"),
+        (0, "0 nodes"),
+        (12_345_678, "12,345,678 nodes"),
+        (1.0, "1 node"),
+        (0.5, "0.5 nodes"),
+    ],
+)
+def test_a_number_has_its_noun_in_the_right_form(number: float, text: str) -> None:
     assert counted(number, "node") == text

@@ -243,7 +243,7 @@ def test_a_file_that_gitignore_names_is_missed(hub: HubServer, tokens: Path) -> 
     hub.ignored = ("shards/0001.parquet",)
     code, said = vidshard_exits("push", tokens, DATASET, "--create")
     assert code == 1
-    assert "1 shards are not in me/tokens" in " ".join(said.split())
+    assert "me/tokens lacks 1 shard" in " ".join(said.split())
 
 
 def test_a_command_of_a_user_finds_hub_and_token_in_its_environment(

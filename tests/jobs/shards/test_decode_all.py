@@ -167,7 +167,7 @@ def test_missing_clips_are_named_and_the_video_goes_on_in_another_file(
 
 
 def test_payload_parts_and_a_limit_apply_to_whole_videos(outputs: dict[str, Path], tmp_path: Path) -> None:
-    assert "1 videos are in" in decode(outputs["clips"], tmp_path, "--limit", 1)
+    assert "1 video in" in decode(outputs["clips"], tmp_path, "--limit", 1)
     assert len(files_in(tmp_path)) == 1
     code, said = vidshard_exits("decode", outputs["clips"], "--all", tmp_path, "--local", "--only", "structure")
     assert code == 2

@@ -293,7 +293,7 @@ def test_sources_whose_server_turned_hostile_are_named_and_no_clip_is_compared_w
         verify = ("verify", out, "--exact", 1, "--fetch-sources")
         code, printed = vidshard_exits(*verify, "--allow-private")
         assert code == 0, printed
-        assert "encoded 1 clips again" in " ".join(printed.split())
+        assert "encoded 1 clip again" in " ".join(printed.split())
         for name, answer in answers.items():
             now[0] = answer
             code, printed = vidshard_exits(*verify, "--allow-private")

@@ -24,7 +24,7 @@ def test_inspect_shows_and_verifies(output: Path) -> None:
     assert (shown.exit_code, verified.exit_code) == (0, 0), shown.output + verified.output
     for words in ("10 clips of 5 videos", "shape [2, 4, 4]", "truncated"):
         assert words in shown.output
-    assert "verified 1 of 1 shards, 10 clips" in verified.output
+    assert "verified 1 of 1 shard, 10 clips" in verified.output
     tokens = np.concatenate([np.ravel(row["tokens"]) for row in rows_of(output)])
     share = np.unique(tokens, return_counts=True)[1] / tokens.size
     entropy = -(share * np.log2(share)).sum()

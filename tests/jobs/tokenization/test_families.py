@@ -174,4 +174,4 @@ def test_a_defect_in_a_local_run_is_named_and_what_is_committed_stays(
     monkeypatch.setitem(models.PRESETS, "toy", TOY_CONFIG)
     code, printed = vidshard_exits("tokenize", tmp_path / "videos", "--out", tmp_path / "out", *RUN)
     assert code == 0, printed
-    assert "3 written in 1 shards" in printed
+    assert "3 written in 1 shard" in printed
