@@ -22,6 +22,7 @@ from vidshard.schemas.errors import EXIT_AGAIN
 from vidshard.schemas.runs import TokenizeRun
 
 DEPLOY = ROOT / "deploy"
+DOCS = "docs/deploying.md"
 SCHEMA = ROOT / "tests/fixtures/kuberay/rayjob.v1.openapi.json"
 
 
@@ -113,7 +114,7 @@ def test_a_refused_run_starts_no_node_of_kuberay() -> None:
 
 
 def test_schedulers_start_again_after_the_exit_codes_of_the_table_that_say_so_and_no_others() -> None:
-    rows = re.findall(r"(?m)^\| ([1-9]\d*) \| .+ \| (.*) \|$", (ROOT / "docs/deploying.md").read_text())
+    rows = re.findall(r"(?m)^\| ([1-9]\d*) \| .+ \| (.*) \|$", (ROOT / DOCS).read_text())
     again = {int(code) for code, what in rows if what.startswith("start it again")}
     assert {int(code) for code, _ in rows} - again == {1, 2}
     assert again == {EXIT_AGAIN, 129, 130, 137, 143}
@@ -133,6 +134,17 @@ def test_pods_have_shared_memory_no_privileges_and_no_secret_in_the_file() -> No
         assert {each["name"] for each in container.get("env", ())} <= {"RAY_JOB_STOP_WAIT_TIME_S"}
         assert all(set(source) == {"secretRef"} for source in container["envFrom"])
         assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_pods_have_the_share_of_their_memory_as_shared_memory_that_the_docs_name() -> None:
+    [percent] = re.findall(r"Frames pass through `/dev/shm`. Give it (\d+) % of the memory", (ROOT / DOCS).read_text())
+    for pod in _pods(_ray_job()):
+        [container] = pod["containers"]
+        memory = container["resources"]["limits"]["memory"]
+        [shared] = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        assert shared["medium"] == "Memory"
+        share = int(shared["sizeLimit"].removesuffix("Gi")) / int(memory.removesuffix("Gi"))
+        assert int(percent) / 100 <= share < 0.5
 
 
 def test_the_head_of_the_ray_job_computes_nothing_but_the_driver() -> None:
