@@ -115,6 +115,18 @@ def await_gpus(cluster: Cluster, seconds: float) -> Cluster | None:
     return found if found.gpu_nodes else None
 
 
+def shrunk_below(cluster: Cluster, num_cpus: float) -> Cluster | None:
+    """The cluster as it is, if it has lost CPUs and has fewer than these, but one at least; else None."""
+    left = ray.cluster_resources().get("CPU", 0.0)
+    return _look(is_own=cluster.is_own) if 1 <= left < min(num_cpus, cluster.num_cpus) else None
+
+
+def abandon_executions() -> None:
+    """End what Ray Data executes, and its tasks and actors."""
+    for execution in _executions():
+        execution.shutdown(force=True)
+
+
 def _gpu_nodes() -> tuple[GpuNode, ...]:
     """Nodes of the cluster that live and have GPUs."""
     living = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) > 0]
@@ -183,12 +195,16 @@ def _end_executions() -> None:
 
     Where one of them gives up an object after Ray was stopped, Ray ends this process with code 1.
     """
-    executions = [thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor)]
+    executions = _executions()
     for execution in executions:
         execution._shutdown = True  # `shutdown` would ask a cluster, which may be dead, to end each task
     end = time.monotonic() + _ENDING_SECONDS
     for thread in (*executions, *feeding_threads()):
         thread.join(max(0.0, end - time.monotonic()))
+
+
+def _executions() -> list[StreamingExecutor]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor)]
 
 
 def _end() -> None:

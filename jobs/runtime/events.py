@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -108,6 +108,8 @@ class EventLog:
         self._file: int | None = None
         self.exit_code = 0
         """Exit code that the command will have if no exception ends it."""
+        self.error: str | None = None
+        """Reason of that exit code; None for 0."""
         if path is None:
             return
         if is_remote(path):
@@ -133,6 +135,13 @@ class EventLog:
     def is_open(self) -> bool:
         """Whether events are written, so that callers need not gather what nobody reads."""
         return self._file is not None
+
+    def will_end(
+        self, exit_code: int, problems: Iterable[str] = (), interruption: KeyboardInterrupt | None = None
+    ) -> None:
+        """Set the exit code of the command, and its reason: the problems, or else the interruption."""
+        self.exit_code = exit_code
+        self.error = "; ".join(problems) or (None if interruption is None else type(interruption).__name__)
 
     def emit(self, event: str, **values: Any) -> None:
         """Append an event.
@@ -228,17 +237,15 @@ def reported(console: Console, settings: ReportSettings, *, command: str, out: s
         host=os.uname().nodename,
         out=None if out is None else public_uri(out),
     )
-    error: str | None = None
     _REPORTS[console] = log, settings.progress
     try:
         yield log
     except BaseException as raised:
-        error = str(raised) or type(raised).__name__
-        log.exit_code = _exit_code(raised)
+        log.will_end(_exit_code(raised), [str(raised) or type(raised).__name__])
         raise
     finally:
         seconds = round((datetime.now(UTC) - started).total_seconds(), 3)
-        log.emit("ended", exit_code=log.exit_code, error=error, seconds=seconds)
+        log.emit("ended", exit_code=log.exit_code, error=log.error, seconds=seconds)
         _REPORTS.pop(console, None)
         log.close()
 

@@ -131,6 +131,14 @@ class Executor(Protocol):
         """
         ...
 
+    def shrunk_below(self, resources: StageResources) -> Executor | None:
+        """This executor as it is, if encoders on CPUs would leave none for decoding, as machines left; else None."""
+        ...
+
+    def abandon(self) -> None:
+        """End what `run` does: its iterator ends soon, and rows in flight are lost."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalExecutor:
@@ -209,6 +217,13 @@ class LocalExecutor:
             else:
                 assert isinstance(writers, LocalWriters)
                 yield from (deliver(encoded, writers.add) for encoded in rows)
+
+    def shrunk_below(self, resources: StageResources) -> Executor | None:  # noqa: ARG002  the interface has it
+        """None, as no machine leaves."""
+        return None
+
+    def abandon(self) -> None:
+        """Do nothing, as rows are made when they are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +342,23 @@ class ClusterExecutor:
             directory = writers.directory if isinstance(writers, NodeWriters) else None
             flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources, directory=directory)
             yield from blocks_of(flow)
+
+    def shrunk_below(self, resources: StageResources) -> Executor | None:
+        """This executor as it is, as `Executor.shrunk_below`."""
+        from vidshard.jobs.runtime.cluster import shrunk_below
+
+        if resources.gpus_per_worker or not self.can_grow:
+            return None
+        with ray_failures_named():
+            cluster = shrunk_below(self.cluster, resources.encode_workers * resources.cpus_per_worker + 1)
+        return None if cluster is None else ClusterExecutor(cluster=cluster)
+
+    def abandon(self) -> None:
+        """End what Ray Data executes, as `Executor.abandon`."""
+        from vidshard.jobs.runtime.cluster import abandon_executions
+
+        with ray_failures_named():
+            abandon_executions()
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def decode_all(request: DecodeRun, console: Console, *, local: bool) -> DecodeRe
     with reported(console, request.reporting, command="decode --all", out=request.folder) as events:
         result = _decode_all(request, request.folder, console, local=local)
         events.emit("summary", result=asdict(result))
-        events.exit_code = result.exit_code
+        events.will_end(result.exit_code, [f"{name}: {reason}" for name, reason in result.failures.items()])
     return result
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts
-from vidshard.jobs.runtime.progress import PhaseProgress
+from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.tokenization.history import Timeline
 from vidshard.jobs.tokenization.placement import bfloat16_pays
 from vidshard.jobs.tokenization.planning import uri_columns
@@ -31,6 +31,7 @@ from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
 from vidshard.pipeline.cancel import CancelToken
 from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.output.commit import Committer, SpanAccount
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
 from vidshard.pipeline.output.shard_writer import ShardSettings
@@ -40,7 +41,7 @@ from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection
 from vidshard.pipeline.video.signals import signal_fields
-from vidshard.schemas.errors import OutageError, RunFailedError
+from vidshard.schemas.errors import OutageError, RunFailedError, VidshardError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.text import counted
@@ -96,7 +97,7 @@ def tokenize_spans(
         if committer is not None and isinstance(error, RunFailedError) and error.has_lost_workers:
             committer.give_up_writers()
     except (storage.StorageError, OutageError) as error:
-        summary.fail(f"{error}; what is committed before it is valid: run the same command again", error)
+        _fail_for_storage(summary, error, "what is committed before it is valid")
     finally:
         if committer is not None:
             _close(committer, summary, resolved.run.grace_seconds)
@@ -136,6 +137,9 @@ def shard_settings(resolved: ResolvedRun, work: WorkList, *, run_number: int = 0
 
 MAX_PASSES = 6
 """Passes over the work list: each after the first does what writers held that were lost."""
+_AGAIN = "run the same command again"
+LOOKS_BEFORE_ABANDONING = 3
+"""Seconds without a receipt, in which too few CPUs are left, before a pass is abandoned."""
 
 
 @dataclass(kw_only=False)
@@ -162,31 +166,54 @@ class _Collection:
         """Run the stages until every span is settled, an interrupt, or too many rejections."""
         summary, work = self.summary, self.work
         stop = self.executor.cancel_token()
-        clips_per_row = summary.expected_clips / summary.planned_spans
-        resources, encoder = plan_resources(self.resolved, work.num_spans, clips_per_row, self.executor)
-        self.counter.resources = resources
-        self.telemetry.encoding(resources.encode_workers)
         decoder = span_decoder(self.resolved, limits, stop)
         source = work.source
+        losses = 0
         with Interrupts() as interrupts, PhaseProgress(self.console, "tokenizing", work.num_spans) as display:
-            for number in range(MAX_PASSES):
-                if number:
-                    source = self._lost_rows()
+            while True:
+                resources, encoder = self._planned()
                 rows = self.executor.run(
                     source, decoder=decoder, encoder=encoder, resources=resources, writers=self.committer.writers
                 )
-                self._take(rows, interrupts, stop, display)
+                smaller = self._take(rows, resources, interrupts, stop, display)
                 if summary.problems or interrupts.first is not None:
                     break
                 self.committer.finish()
                 if not self.account.num_open:
                     break
+                if smaller is None:
+                    losses += 1
+                    if losses == MAX_PASSES:
+                        break
+                    text = f"{self.account.num_open} spans were lost with their writers before their commit"
+                    self.console.print(f"{text}, and are done again", highlight=False)
+                else:
+                    self.executor = smaller
+                self.counter.await_again(self.account.is_open)
+                source = rows_of_spans(work, self.account.is_open)
             summary.interruption = interrupts.first
 
+    def _planned(self) -> tuple[StageResources, EncoderSpec]:
+        """Workers of the stages on the machines that are there."""
+        clips_per_row = self.summary.expected_clips / self.summary.planned_spans
+        resources, encoder = plan_resources(self.resolved, self.work.num_spans, clips_per_row, self.executor)
+        self.counter.resources = resources
+        self.telemetry.encoding(resources.encode_workers)
+        return resources, encoder
+
     def _take(
-        self, rows: Iterator[pa.Table], interrupts: Interrupts, stop: CancelToken, display: PhaseProgress
-    ) -> None:
-        """Take the receipts of one pass."""
+        self,
+        rows: Iterator[pa.Table],
+        resources: StageResources,
+        interrupts: Interrupts,
+        stop: CancelToken,
+        display: PhaseProgress,
+    ) -> Executor | None:
+        """Take the receipts of one pass.
+
+        Returns:
+            None once the pass is over; the executor as it is, if it was abandoned as machines have left.
+        """
         run, counter, summary = self.resolved.run, self.counter, self.summary
         feed = until_interrupted(
             rows,
@@ -197,12 +224,18 @@ class _Collection:
             on_interrupt=self.committer.writers.begin_all,
             reserved_seconds=flush_seconds(run.grace_seconds),
         )
+        shrunk_for = 0
         with closing(feed) as taken:
             for receipts in taken:
                 if receipts is None:
                     self.lease.check(now=False)
                     self.committer.tick()
                     self.telemetry.tick()
+                    smaller = None if interrupts.first is not None else self.executor.shrunk_below(resources)
+                    shrunk_for = 0 if smaller is None else shrunk_for + 1
+                    if smaller is not None and shrunk_for == LOOKS_BEFORE_ABANDONING:
+                        self._abandon(smaller)
+                        return smaller
                     continue
                 receipts, rejections = counter.take(receipts)
                 self.telemetry.took(receipts, [one for _, _, one in rejections])
@@ -221,16 +254,17 @@ class _Collection:
                 check_reject_share(summary, self.rejected, run)
                 check_internal_errors(summary, self.broken, run)
                 if summary.problems:
-                    return
+                    break
+        return None
 
-    def _lost_rows(self) -> pa.Table:
-        """Rows of the work list whose spans are open after a pass, as the writers that had them were lost."""
-        self.console.print(
-            f"{self.account.num_open} spans were lost with their writers before their commit, and are done again",
-            highlight=False,
+    def _abandon(self, smaller: Executor) -> None:
+        """End the pass under way, whose encoders would hold every CPU that is left."""
+        warn(
+            self.console,
+            f"nodes left, and the encoders would hold every CPU of what remains, {smaller}: the run goes on with fewer "
+            "of them, and does again what was in flight. More nodes can join",
         )
-        self.counter.await_again(self.account.is_open)
-        return rows_of_spans(self.work, self.account.is_open)
+        self.executor.abandon()
 
 
 def flush_seconds(grace_seconds: float) -> float:
@@ -243,12 +277,20 @@ def _close(committer: Committer, summary: Summary, grace_seconds: float) -> None
     try:
         committer.finish(flush_seconds(grace_seconds) if is_hurried else None)
     except storage.StorageError as error:
-        summary.fail(f"{error}; the clips of that shard are not saved: run the same command again", error)
+        _fail_for_storage(summary, error, "the clips of that shard are not saved")
     except (LeaseLostError, RunFailedError) as error:
         summary.fail(str(error), error)
     finally:
         committer.close()
     summary.written = committer.committed
+
+
+def _fail_for_storage(summary: Summary, error: VidshardError, consequence: str) -> None:
+    """Record that a storage failed, unless the same failure is recorded, with the remedy once."""
+    if any(problem.startswith(str(error)) for problem in summary.problems):
+        return
+    remedy = "" if _AGAIN in str(error) else f": {_AGAIN}"
+    summary.fail(f"{error}; {consequence}{remedy}", error)
 
 
 def span_decoder(resolved: ResolvedRun, limits: Limits, stop: CancelToken) -> SpanDecoder:
@@ -363,8 +405,8 @@ class SpanCounter:
         return receipts, [(row[WORK_NUMBER.name], row["num_clips"], row["rejection"]) for row in rows]
 
     def await_again(self, spans: npt.NDArray[np.bool_]) -> None:
-        """Expect another receipt of these spans."""
-        self.is_awaited |= spans
+        """Expect another receipt of these spans, and of no others: they are settled."""
+        self.is_awaited = spans.copy()
         self.num_awaited = int(self.is_awaited.sum())
 
     def report(self, summary: Summary, seconds: float) -> None:

@@ -65,7 +65,7 @@ def tokenize(run: TokenizeRun, console: Console, *, local: bool = False) -> Summ
         summary = run_job(resolved, console, local=local)
         print_summary(summary, resolved.payload, console)
         events.emit("summary", result=summary_record(summary))
-        events.exit_code = summary.exit_code
+        events.will_end(summary.exit_code, summary.problems, summary.interruption)
         if summary.interruption is None:
             add_report(summary.out, run.report, console, tokenized_page)
     return summary

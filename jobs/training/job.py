@@ -100,7 +100,8 @@ def train(run: TrainRun, console: Console) -> Result:
         with no_empty_output(training.run.out):
             result = _train_stages(training, console)
         print_result(result, training.run.out, console)
-        events.exit_code = result.exit_code
+        problems = [] if result.problem is None else [result.problem]
+        events.will_end(result.exit_code, problems, result.interruption)
         if result.interruption is None:
             add_report(training.run.out, run.report, console, trained_page)
     return result
@@ -127,7 +128,8 @@ def resume(out: str, changes: dict[str, Any], console: Console, *, steps: int | 
             training = lengthened(training, steps, lambda name: _finished(training, name) is not None, console)
         result = _train_stages(training, console)
         print_result(result, training.run.out, console)
-        events.exit_code = result.exit_code
+        problems = [] if result.problem is None else [result.problem]
+        events.will_end(result.exit_code, problems, result.interruption)
         if result.interruption is None:
             add_report(training.run.out, run.report, console, trained_page)
     return result

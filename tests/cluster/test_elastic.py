@@ -36,10 +36,10 @@ def cluster() -> Iterator[RayCluster]:
     cluster.shutdown()
 
 
-def is_used(raylet: int) -> bool:
-    """Whether a stage of the run works on the node of this raylet."""
-    stages = (f"ray::{ENCODER}", f"ray::{DECODING}")
-    return any(title.startswith(stages) for title in processes_below(raylet).values())
+def is_used(raylet: int, *stages: str) -> bool:
+    """Whether one of these stages of the run, or any, works on the node of this raylet."""
+    titles = tuple(f"ray::{stage}" for stage in stages or (ENCODER, DECODING))
+    return any(title.startswith(titles) for title in processes_below(raylet).values())
 
 
 @pytest.mark.slow
@@ -85,3 +85,31 @@ def test_a_run_waits_for_gpus_and_its_cluster_may_grow_and_shrink(
     assert names.index("node_joined") < names.index("node_lost")
     assert "a node left" in printed
     assert events[-1]["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_encoders_give_way_where_a_lost_node_leaves_them_every_cpu(
+    many_spans: Path, tmp_path: Path, cluster: RayCluster
+) -> None:
+    """The encoder has the CPU of one node, and decoding that of the other, which is lost."""
+    out = tmp_path / "tokens"
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    with (
+        held_back(many_spans / "2.mp4", out) as held,
+        started(
+            *(many_spans / "0.mp4", held.uri, "--out", out, "--device", "cpu", "--ray-address", cluster.address),
+            *(*RUN, *COMMITTED_AT_ONCE),
+        ) as process,
+    ):
+        until(process, lambda: is_under_way(out) and held.is_reached)
+        [lost] = [node for node in nodes if not is_used(node.all_processes["raylet"][0].process.pid, ENCODER)]
+        cluster.remove_node(lost, allow_graceful=False)
+        held.let_go()
+        printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    assert "nodes left, and the encoders would hold every CPU" in " ".join(printed.split())
+    assert len(read_rows(out)) == len(set(read_rows(out))) == 24
+    code, said = vidshard_exits("verify", out)
+    assert code == 0, said

@@ -110,6 +110,9 @@ cp -r {disk}/out {tmp_path}/whole
     printed = result.stdout + result.stderr
     assert "the first ended with 1" in printed, printed
     assert "No space left on device: make space, then run the same command again" in " ".join(printed.split())
+    failures = [line for line in printed.split("the first ended")[0].splitlines() if line.startswith("!! cannot")]
+    assert len(failures) == len({line.split(":")[0] for line in failures}), failures
+    assert all(line.count("run the same command again") == 1 for line in failures), failures
     full = tokens_by_clip(tmp_path / "full")  # whole shards, each clip once
     assert 0 < len(full) < len(undisturbed)
     assert full.items() <= undisturbed.items()

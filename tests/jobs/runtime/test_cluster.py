@@ -11,8 +11,10 @@ import pytest
 import ray
 from ray._private import parameter
 
-from vidshard.jobs.runtime.cluster import ray_cluster
+from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
+from vidshard.jobs.runtime.executor import ClusterExecutor
 from vidshard.jobs.runtime.ray_watch import _report_unless_of_ray
+from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.storage import StorageError
 from vidshard.schemas.errors import RunFailedError
 
@@ -61,3 +63,30 @@ def test_a_ray_of_our_own_has_the_object_store_that_was_asked_for_and_no_process
     assert not options["monitor"]
     assert options["log_monitor"] is verbose
     assert not parameter.RayParams(temp_dir="/tmp").no_monitor
+
+
+@pytest.mark.parametrize(
+    ("left", "settings", "is_own", "is_too_small"),
+    [
+        (8, {}, False, False),
+        (5, {}, False, False),
+        (4, {}, False, True),
+        (1, {}, False, True),
+        (0, {}, False, False),  # nothing could be decoded, whatever encoders hold: it waits for nodes
+        (4, {"encode_workers": 8}, False, True),
+        (8, {"encode_workers": 8}, False, False),  # as many as before
+        (4, {"gpus_per_worker": 1.0}, False, False),  # each node with GPUs keeps a CPU for decoding
+        (4, {}, True, False),
+    ],
+)
+def test_a_cluster_is_too_small_once_its_encoders_would_hold_every_cpu_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, left: int, settings: dict[str, Any], is_own: bool, is_too_small: bool
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(left)} if left else {})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(left)}}])
+    planned: dict[str, Any] = {"encode_workers": 4, "gpus_per_worker": 0.0, "cpus_per_worker": 1.0}
+    planned |= {"decode_workers": None, "rows_per_task": 1, "rows_per_batch": 1} | settings
+    cluster = Cluster(num_cpus=8, num_gpus=0.0, num_nodes=2, is_own=is_own)
+    smaller = ClusterExecutor(cluster=cluster).shrunk_below(StageResources(**planned))
+    assert (smaller is not None) == is_too_small
+    assert smaller is None or (smaller.num_cpus, smaller.num_nodes) == (left, 1)

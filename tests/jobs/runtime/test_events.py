@@ -115,6 +115,23 @@ def test_every_end_has_its_exit_code_and_no_secret(tmp_path: Path, error: BaseEx
     assert not events_of(console).is_open
 
 
+def test_a_run_that_fails_says_in_its_last_event_why(bad_videos: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.json"
+    arguments = (bad_videos, "--out", tmp_path / "tokens", *SMALL, "--log-json", log, "--max-reject-share", "0.1")
+    assert tokenize(*arguments).exit_code == 1
+    [ended] = named(events(log), "ended")
+    assert ended["exit_code"] == 1
+    assert "--max-reject-share 0.1 allows" in ended["error"]
+
+
+def test_a_run_that_is_interrupted_says_by_what_in_its_last_event() -> None:
+    log = EventLog()
+    log.will_end(143, [], Terminated())
+    assert (log.exit_code, log.error) == (143, "Terminated")
+    log.will_end(0)
+    assert (log.exit_code, log.error) == (0, None)
+
+
 @pytest.mark.parametrize("value", [float("nan"), "\x1b]0;title\x07", "\u202e", "a\nb", b"bytes", {1, 2}])
 def test_any_value_is_one_line_of_ascii_json(tmp_path: Path, value: object) -> None:
     path = tmp_path / "log.json"
