@@ -115,10 +115,23 @@ def await_gpus(cluster: Cluster, seconds: float) -> Cluster | None:
     return found if found.gpu_nodes else None
 
 
-def shrunk_below(cluster: Cluster, num_cpus: float) -> Cluster | None:
-    """The cluster as it is, if it has lost CPUs and has fewer than these, but one at least; else None."""
+def shrunk_below(cluster: Cluster, *, least_encoders: int, cpus_per_encoder: float) -> Cluster | None:
+    """The cluster as it is, if it has lost CPUs, and encoders hold all of them but a part of one; else None.
+
+    Those of lost nodes start again on the nodes that are left, and Ray Data takes none of them away while others wait
+    for a place. Where no CPU is left at all, nothing could be decoded, whatever encoders hold.
+    """
     left = ray.cluster_resources().get("CPU", 0.0)
-    return _look(is_own=cluster.is_own) if 1 <= left < min(num_cpus, cluster.num_cpus) else None
+    if not 1 <= left < cluster.num_cpus:
+        return None
+    holding = max(least_encoders, _num_living_encoders()) * cpus_per_encoder
+    return _look(is_own=cluster.is_own) if holding > left - 1 else None
+
+
+def _num_living_encoders() -> int:
+    """Number of encoders of this process that have started, and hold what they reserve."""
+    actors = ray._private.state.state.actor_table(None, ray._private.worker.global_worker.current_job_id, "ALIVE")
+    return sum("EncoderActor" in actor["ActorClassName"] for actor in actors.values())
 
 
 def abandon_executions() -> None:

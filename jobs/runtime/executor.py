@@ -132,7 +132,7 @@ class Executor(Protocol):
         ...
 
     def shrunk_below(self, resources: StageResources) -> Executor | None:
-        """This executor as it is, if encoders on CPUs would leave none for decoding, as machines left; else None."""
+        """This executor as it is, if machines left and encoders on CPUs leave none for decoding; else None."""
         ...
 
     def abandon(self) -> None:
@@ -350,7 +350,11 @@ class ClusterExecutor:
         if resources.gpus_per_worker or not self.can_grow:
             return None
         with ray_failures_named():
-            cluster = shrunk_below(self.cluster, resources.encode_workers * resources.cpus_per_worker + 1)
+            cluster = shrunk_below(
+                self.cluster,
+                least_encoders=resources.encode_workers,
+                cpus_per_encoder=resources.cpus_per_worker,
+            )
         return None if cluster is None else ClusterExecutor(cluster=cluster)
 
     def abandon(self) -> None:

@@ -258,11 +258,11 @@ class _Collection:
         return None
 
     def _abandon(self, smaller: Executor) -> None:
-        """End the pass under way, whose encoders would hold every CPU that is left."""
+        """End the pass under way, whose encoders hold every CPU that is left."""
         warn(
             self.console,
-            f"nodes left, and the encoders would hold every CPU of what remains, {smaller}: the run goes on with fewer "
-            "of them, and does again what was in flight. More nodes can join",
+            f"nodes left, and the encoders hold every CPU of what remains, {smaller}: the run goes on with fewer of "
+            "them, and does again what was in flight. More nodes can join",
         )
         self.executor.abandon()
 

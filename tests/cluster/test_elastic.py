@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.node import Node
 from ray.cluster_utils import Cluster as RayCluster
 
 from tests.support.cli import vidshard_exits
@@ -16,6 +17,7 @@ from tests.support.processes import (
     DECODING,
     ENCODER,
     RUN,
+    SLOWER_RUN,
     is_under_way,
     only_the_text_is_rejected,
     processes_below,
@@ -109,7 +111,38 @@ def test_encoders_give_way_where_a_lost_node_leaves_them_every_cpu(
         held.let_go()
         printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
-    assert "nodes left, and the encoders would hold every CPU" in " ".join(printed.split())
+    assert "nodes left, and the encoders hold every CPU" in " ".join(printed.split())
     assert len(read_rows(out)) == len(set(read_rows(out))) == 24
+    code, said = vidshard_exits("verify", out)
+    assert code == 0, said
+
+
+@pytest.mark.slow
+def test_encoders_that_followed_the_cluster_give_way_where_nodes_are_lost(
+    many_spans: Path, tmp_path: Path, cluster: RayCluster
+) -> None:
+    """Three nodes have an encoder each; two of them are lost, and their encoders start again on the third one."""
+    out = tmp_path / "tokens"
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
+
+    def has_encoder(node: Node) -> bool:
+        return is_used(node.all_processes["raylet"][0].process.pid, ENCODER)
+
+    with (
+        held_back(many_spans / "2.mp4", out) as held,
+        started(
+            *(many_spans / "0.mp4", many_spans / "1.mp4", held.uri, "--out", out, "--encode-workers", "1.."),
+            *("--device", "cpu", "--ray-address", cluster.address, *SLOWER_RUN, *COMMITTED_AT_ONCE),
+        ) as process,
+    ):
+        until(process, lambda: is_under_way(out) and held.is_reached and all(map(has_encoder, nodes)))
+        for node in nodes[:2]:
+            cluster.remove_node(node, allow_graceful=False)
+        held.let_go()
+        printed, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, printed
+    assert len(read_rows(out)) == len(set(read_rows(out))) == 36
     code, said = vidshard_exits("verify", out)
     assert code == 0, said

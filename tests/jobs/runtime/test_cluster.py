@@ -11,6 +11,7 @@ import pytest
 import ray
 from ray._private import parameter
 
+from vidshard.jobs.runtime import cluster as cluster_module
 from vidshard.jobs.runtime.cluster import Cluster, ray_cluster
 from vidshard.jobs.runtime.executor import ClusterExecutor
 from vidshard.jobs.runtime.ray_watch import _report_unless_of_ray
@@ -66,22 +67,29 @@ def test_a_ray_of_our_own_has_the_object_store_that_was_asked_for_and_no_process
 
 
 @pytest.mark.parametrize(
-    ("left", "settings", "is_own", "is_too_small"),
+    ("left", "living", "settings", "is_own", "is_too_small"),
     [
-        (8, {}, False, False),
-        (5, {}, False, False),
-        (4, {}, False, True),
-        (1, {}, False, True),
-        (0, {}, False, False),  # nothing could be decoded, whatever encoders hold: it waits for nodes
-        (4, {"encode_workers": 8}, False, True),
-        (8, {"encode_workers": 8}, False, False),  # as many as before
-        (4, {"gpus_per_worker": 1.0}, False, False),  # each node with GPUs keeps a CPU for decoding
-        (4, {}, True, False),
+        (8, 4, {}, False, False),
+        (5, 4, {}, False, False),
+        (5, 5, {}, False, True),  # more than at first, as they followed the cluster
+        (4, 0, {}, False, True),  # the smallest number would hold all
+        (1, 1, {}, False, True),
+        (0, 0, {}, False, False),  # nothing could be decoded, whatever encoders hold: it waits for nodes
+        (4, 4, {"encode_workers": 8}, False, True),
+        (8, 8, {"encode_workers": 8}, False, False),  # as many as before
+        (4, 4, {"gpus_per_worker": 1.0}, False, False),  # each node with GPUs keeps a CPU for decoding
+        (4, 4, {}, True, False),
     ],
 )
 def test_a_cluster_is_too_small_once_its_encoders_would_hold_every_cpu_that_is_left(
-    monkeypatch: pytest.MonkeyPatch, left: int, settings: dict[str, Any], is_own: bool, is_too_small: bool
+    monkeypatch: pytest.MonkeyPatch,
+    left: int,
+    living: int,
+    settings: dict[str, Any],
+    is_own: bool,
+    is_too_small: bool,
 ) -> None:
+    monkeypatch.setattr(cluster_module, "_num_living_encoders", lambda: living)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(left)} if left else {})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(left)}}])
     planned: dict[str, Any] = {"encode_workers": 4, "gpus_per_worker": 0.0, "cpus_per_worker": 1.0}
