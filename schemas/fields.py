@@ -582,7 +582,7 @@ class ClusterSettings(ReportSettings):
         metavar="ADDRESS",
         identity=False,
         effect=In("workers"),
-        help="Ray cluster to run on, such as 'auto' or ray://head:10001. Default: $RAY_ADDRESS, or a private Ray on "
+        help="Ray cluster to run on, such as 'auto' or head:6379. Default: $RAY_ADDRESS, or a private Ray on "
         "this machine.",
     )
     object_store: ByteSize | None = setting(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR, _enable_token_auth
 from ray.data import DataContext
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
@@ -27,8 +28,9 @@ from vidshard.jobs.runtime.ray_watch import death_noticed, processes_of_joined_r
 from vidshard.pipeline.output.lease import release_held_leases
 from vidshard.pipeline.resources import GpuNode
 from vidshard.pipeline.storage import StorageError, StorageOutageError
-from vidshard.schemas.errors import EXIT_AGAIN, EXIT_REFUSED
+from vidshard.schemas.errors import EXIT_AGAIN, EXIT_REFUSED, UserError
 from vidshard.schemas.text import counted
+from vidshard.schemas.uris import public_uri
 
 _LISTENING_SECONDS = 10.0
 _JOINING_SECONDS = 120.0
@@ -69,12 +71,14 @@ def ray_cluster(*, address: str | None, object_store_bytes: int | None, verbose:
 
     Raises:
         StorageError: no cluster answers at the address, it refuses the connection, or Ray cannot be started.
+        UserError: the address is one of Ray Client.
     """
     with ExitStack() as stack:
         own = False
         if not ray.is_initialized():
             where = address or os.environ.get("RAY_ADDRESS", "")
             own = where in ("", "local")
+            _refuse_ray_client(where)
             _start(stack, where, own=own, object_store_bytes=object_store_bytes, verbose=verbose)
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_death_noticed(own=own))
@@ -168,6 +172,8 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
         if own:
             options = {"address": "local", "include_dashboard": False, "object_store_memory": object_store_bytes}
             options |= stack.enter_context(private_ray(keep_files=verbose))
+        else:
+            _send_named_token()
         stack.callback(_stop)  # before ray.init, which may fail with some of its processes running
         with (
             _hangups_ignored(),
@@ -184,6 +190,22 @@ def _start(stack: ExitStack, where: str, *, own: bool, object_store_bytes: int |
         raise StorageError(f"{problem}: {cause_of(error)}. {_remedy(error, own=own)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # replaces Ray's handler, which aborts the process
+
+
+def _refuse_ray_client(address: str) -> None:
+    """Refuse an address of Ray Client, through which Ray Data runs nothing from a driver outside of the cluster."""
+    if address.startswith("ray://"):
+        raise UserError(
+            f"{public_uri(address)} is an address of Ray Client, through which no run can be driven: start the command "
+            "on a machine of the cluster, with its address HOST:6379, or submit it: `ray job submit --address "
+            "http://HOST:8265 -- vidshard ...` (docs/deploying.md)"
+        )
+
+
+def _send_named_token() -> None:
+    """Let Ray send the token that the environment names; otherwise it does so only if ``RAY_AUTH_MODE`` is set too."""
+    if AUTH_MODE_ENV_VAR not in os.environ and {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        _enable_token_auth()
 
 
 def _stop() -> None:
@@ -244,7 +266,8 @@ def _remedy(error: BaseException, *, own: bool) -> str:
     if not own:
         return (
             "`ray status --address ADDRESS` tells whether the cluster lives; its Python and Ray have to be those of "
-            "this machine, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH has to hold its token if it has one"
+            "this machine. If it asks for a token, put that into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH: "
+            "~/.ray/auth_token on the machine of `ray start`, unless another one was given there"
         )
     if isinstance(error, OSError):
         return "Its files go to RAY_TMPDIR or TMPDIR: name a folder with space that you may write to, or give --local"

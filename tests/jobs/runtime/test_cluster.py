@@ -17,7 +17,7 @@ from vidshard.jobs.runtime.executor import ClusterExecutor
 from vidshard.jobs.runtime.ray_watch import _report_unless_of_ray
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.storage import StorageError
-from vidshard.schemas.errors import RunFailedError
+from vidshard.schemas.errors import RunFailedError, UserError
 
 
 def closing_fails_with(error: Exception) -> Iterator[None]:
@@ -98,3 +98,52 @@ def test_a_cluster_is_too_small_once_its_encoders_would_hold_every_cpu_that_is_l
     smaller = ClusterExecutor(cluster=cluster).shrunk_below(StageResources(**planned))
     assert (smaller is not None) == is_too_small
     assert smaller is None or (smaller.num_cpus, smaller.num_nodes) == (left, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_sent"),
+    [
+        ({}, False),  # a token that lies about is for the Ray of this machine, and not for whoever is named
+        ({"RAY_AUTH_TOKEN": "a" * 64}, True),
+        ({"RAY_AUTH_TOKEN_PATH": "token"}, True),
+        ({"RAY_AUTH_TOKEN": "a" * 64, "RAY_AUTH_MODE": "disabled"}, False),
+    ],
+)
+def test_a_token_that_the_environment_names_is_sent_to_the_cluster_that_is_joined(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_sent: bool
+) -> None:
+    sent: list[bool] = []
+
+    def init(**_options: Any) -> None:
+        raise OSError("enough")
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cluster_module, "_enable_token_auth", lambda: sent.append(True))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with (
+        pytest.raises(
+            StorageError, match=r"cannot join a Ray cluster at auto: .*RAY_AUTH_TOKEN_PATH: ~/\.ray/auth_token"
+        ),
+        ray_cluster(address="auto", object_store_bytes=None, verbose=False),
+    ):
+        pass
+    assert bool(sent) == is_sent
+
+
+@pytest.mark.parametrize("is_in_environment", [False, True])
+def test_an_address_of_ray_client_is_refused_with_the_two_ways_that_work(
+    monkeypatch: pytest.MonkeyPatch, is_in_environment: bool
+) -> None:
+    address = "ray://head:10001"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(UserError, match=r"ray://head:10001 is an address of Ray Client.*HOST:6379.*ray job submit"),
+        ray_cluster(address=None if is_in_environment else address, object_store_bytes=None, verbose=False),
+    ):
+        pass
