@@ -29,6 +29,7 @@ from vidshard.pipeline.inputs.archives import videos_in_archive, videos_in_parqu
 from vidshard.pipeline.inputs.lerobot import Dataset, is_dataset
 from vidshard.pipeline.inputs.manifest import REF_SCHEMA, InputError, Manifest, read_manifest
 from vidshard.pipeline.row_access import RowAccess
+from vidshard.pipeline.row_errors import log_unforeseen
 from vidshard.pipeline.rows import signal_source
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.locations import each_location
@@ -221,6 +222,7 @@ def _read_table(path: str, signals: Sequence[str]) -> Manifest:
     except VidshardError:
         raise
     except Exception as error:
+        log_unforeseen(error, path)
         shown = storage.public_uri(path)
         raise InputError(f"manifest {shown} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 

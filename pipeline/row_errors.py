@@ -44,10 +44,20 @@ def row_error(error: Exception, uri: str, storage_hosts: Collection[str] = ()) -
         return error
     if isinstance(error, VidshardError):
         return VideoError(Reason.UNREADABLE, one_line(error))
+    log_unforeseen(error, uri)
+    return VideoError(Reason.INTERNAL_ERROR, f"{type(error).__name__} {_place(error)}")
+
+
+def log_unforeseen(error: Exception, uri: str) -> None:
+    """Write the traceback of an exception that no check foresaw to the log, without credentials.
+
+    Args:
+        error: the exception.
+        uri: what it arose from.
+    """
     text = "".join(traceback.format_exception(error))
     text = readable_lines(without_secrets(text.replace(uri, "URI"), uri))
     _log.error("%s: unforeseen %s\n%s", shown_uri(uri), type(error).__name__, text)
-    return VideoError(Reason.INTERNAL_ERROR, f"{type(error).__name__} {_place(error)}")
 
 
 def _place(error: Exception) -> str:

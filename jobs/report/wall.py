@@ -176,7 +176,7 @@ def clip_card(
     return Card(
         title=f"{quality}{values['uri'].rsplit('/', 1)[-1]}, {times[0]:.2f} s to {times[-1]:.2f} s",
         remark=f"{shown_uri(values['uri'])}{'. ' if remark else ''}{remark}",
-        command=f"vidshard decode {shlex.quote(out)} --clip {clip.clip_id} --to clip.mp4 --side-by-side",
+        command=f"vidshard decode {shlex.quote(out)} --clip {shlex.quote(clip.clip_id)} --to clip.mp4 --side-by-side",
         media=[video_of(title, shown, rate) for title, shown in frames.items()],
     )
 

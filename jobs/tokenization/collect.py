@@ -189,7 +189,8 @@ class _Collection:
                     self.console.print(f"{text}, and are done again", highlight=False)
                 else:
                     self.executor = smaller
-                self.counter.await_again(self.account.is_open)
+                self.summary.reasons -= self.counter.await_again(self.account.is_open)
+                self.telemetry.begun_again(self.counter.num_awaited)
                 source = rows_of_spans(work, self.account.is_open)
             summary.interruption = interrupts.first
 
@@ -370,6 +371,10 @@ class SpanCounter:
 
     def __post_init__(self) -> None:
         self.num_awaited = int(self.is_awaited.sum())
+        self._counts = np.zeros((len(self.is_awaited), 4), np.int32)
+        """Clips, frames, 1 if it is the last of its video, and 1 if it was cut again, of each span that came out."""
+        self._reasons: dict[int, str] = {}
+        """Reason of each span with a rejection, by its number."""
 
     def take(self, receipts: pa.Table) -> tuple[pa.Table, list[tuple[int, int, dict[str, Any]]]]:
         """Count receipts, ``RECEIPT_SCHEMA``.
@@ -391,23 +396,41 @@ class SpanCounter:
         self.num_awaited -= int(is_new.sum())
         if not is_new.all():
             receipts = receipts.filter(pa.array(is_new))
-        num_clips = pc.sum(receipts["num_clips"]).as_py() or 0
-        self.clips += num_clips
-        self.videos += pc.sum(receipts["is_last"]).as_py() or 0
-        self.recut += pc.sum(receipts["is_recut"]).as_py() or 0
-        self.num_frames += pc.sum(receipts["num_valid_frames"]).as_py() or 0
+        names = ("num_clips", "num_valid_frames", "is_last", "is_recut")
+        counts = np.stack([receipts[name].cast(pa.int32()).to_numpy() for name in names], axis=1)
+        self._counts[numbers[is_new]] = counts
+        self._add(counts.sum(axis=0))
         num_rejections = receipts.num_rows - receipts["rejection"].null_count
-        self.timeline.count(num_clips, num_rejections)
+        self.timeline.count(int(counts[:, 0].sum()), num_rejections)
         if not num_rejections:
             return receipts, []
-        names = [WORK_NUMBER.name, "num_clips", "rejection"]
-        rows = receipts.select(names).filter(receipts["rejection"].is_valid()).to_pylist()
-        return receipts, [(row[WORK_NUMBER.name], row["num_clips"], row["rejection"]) for row in rows]
+        of_rejections = (WORK_NUMBER.name, "num_clips", "rejection")
+        rows = receipts.select(of_rejections).filter(receipts["rejection"].is_valid()).to_pylist()
+        rejections = [(row[WORK_NUMBER.name], row["num_clips"], row["rejection"]) for row in rows]
+        self._reasons |= {number: rejection["reason"] for number, _, rejection in rejections}
+        return receipts, rejections
 
-    def await_again(self, spans: npt.NDArray[np.bool_]) -> None:
-        """Expect another receipt of these spans, and of no others: they are settled."""
+    def await_again(self, spans: npt.NDArray[np.bool_]) -> Counter[str]:
+        """Expect another receipt of these spans, and of no others: they are settled.
+
+        What was counted of those among them that had come out is taken back.
+
+        Returns:
+            Their rejections by reason, which will come again.
+        """
+        lost = spans & ~self.is_awaited
+        self._add(-self._counts[lost].sum(axis=0))
+        self._counts[lost] = 0
         self.is_awaited = spans.copy()
         self.num_awaited = int(self.is_awaited.sum())
+        return Counter(self._reasons.pop(number) for number in sorted(self._reasons) if lost[number])
+
+    def _add(self, counts: npt.NDArray[np.integer[Any]]) -> None:
+        clips, frames, videos, recut = counts.tolist()
+        self.clips += clips
+        self.num_frames += frames
+        self.videos += videos
+        self.recut += recut
 
     def report(self, summary: Summary, seconds: float) -> None:
         """Write times and batch fill to the summary.
@@ -458,15 +481,14 @@ class SpanCounter:
             precision=resolved.run.precision,
         )
         # the answer takes a count of the network's operators
-        return replace(usage, bfloat16_pays=usage.waits_for_encoders and bfloat16_pays(resolved.run, resolved.config))
+        return replace(usage, bfloat16_pays=usage.limit == "encoders" and bfloat16_pays(resolved.run, resolved.config))
 
 
 def check_reject_share(summary: Summary, rejected: set[str], run: TokenizeRun) -> None:
-    """Record a problem in the summary if the share of rejected videos exceeds ``max_reject_share``."""
+    """Count the rejected videos in the summary, with a problem if their share exceeds ``max_reject_share``."""
     summary.num_rejected_videos = len(rejected)
     share = len(rejected) / summary.num_videos
     if share > run.max_reject_share:
-        summary.problems.clear()
         summary.fail(
             f"{len(rejected)} of {summary.num_videos} videos ({share:.0%}) were rejected, more than "
             f"--max-reject-share {run.max_reject_share:g} allows; see rejects/ in {run.out}"

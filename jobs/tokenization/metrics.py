@@ -15,7 +15,7 @@ COUNTERS: Mapping[str, str] = {
     "videos_tokenized": "Videos whose last span came out.",
     "video_seconds_tokenized": "Seconds of video in the clips that came out.",
     "rejections": "Rejected spans and videos, by reason.",
-    "clips": "Clips that came out.",
+    "clips": "Clips that came out; those that are done again after the loss of a writer count twice.",
     "tokens": "Tokens, or latent values, in committed shards.",
     "bytes": "Bytes of committed shards.",
     "shards": "Committed shards.",

@@ -176,8 +176,7 @@ def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None
 
 def describe_column(column: PayloadColumn) -> str:
     """Describe a payload column in words: shape, dtype or codebook size, and name."""
-    kind = column.name if column.name != "latents" else "latents"
-    what = f"float16 {kind}" if column.codebook_size is None else f"{kind} below {column.codebook_size}"
+    what = f"float16 {column.name}" if column.codebook_size is None else f"{column.name} below {column.codebook_size}"
     return f"{list(column.shape)} {what}"
 
 

@@ -108,6 +108,14 @@ class Telemetry:
                     self._came.appendleft((came, clips - left))
                 left -= min(left, clips)
 
+    def begun_again(self, left: int) -> None:
+        """Tell that spans which had come out were lost with their writers: ``left`` are to do now."""
+        self._left = left
+        self._metrics.set("spans_left", left)
+        with self._lock:
+            self._came.clear()
+        self.tick()
+
     def tick(self) -> None:
         """Tell how far the writers are behind; called about every second."""
         with self._lock:

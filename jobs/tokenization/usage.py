@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 WAITING_SHARE = 0.2
 """Share of their time that encoders may wait for frames before decoding counts as the limit."""
@@ -10,8 +11,6 @@ WRITING_SHARE = 0.8
 """Share of the phase that the writers' threads may be busy before they count as the limit."""
 STARTING_SHARE = 0.5
 """Share of the phase that encoders may take to start before their start counts as the limit."""
-
-_FOR_ENCODERS = "waited for encoders:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,21 +79,27 @@ class Usage:
     @property
     def verdict(self) -> str:
         """The stage that the run waited for, in one sentence, with the setting that would change it."""
-        if self.encode_seconds + self.wait_seconds < (1 - STARTING_SHARE) * self.encoders * self.seconds:
-            return (
-                "waited for the encoders' start: a larger corpus, or fewer --encode-workers, would use the machines "
-                "better"
-            )
-        if self.write_seconds > WRITING_SHARE * self.seconds:
-            return "waited for the writers, one on each node of encoders: add nodes, or use faster storage"
-        if self.wait_share > WAITING_SHARE:
-            return f"waited for decoders: {self._cores()}"
-        return f"{_FOR_ENCODERS} {self._faster()}"
+        match self.limit:
+            case "start":
+                return (
+                    "waited for the encoders' start: a larger corpus, or fewer --encode-workers, would use the "
+                    "machines better"
+                )
+            case "writers":
+                return "waited for the writers, one on each node of encoders: add nodes, or use faster storage"
+            case "decoders":
+                return f"waited for decoders: {self._cores()}"
+            case "encoders":
+                return f"waited for encoders: {self._faster()}"
 
     @property
-    def waits_for_encoders(self) -> bool:
-        """Whether the encoders' speed is what the run waited for."""
-        return self.verdict.startswith(_FOR_ENCODERS)
+    def limit(self) -> Literal["start", "writers", "decoders", "encoders"]:
+        """The stage that the run waited for; ``start`` is that of the encoders."""
+        if self.encode_seconds + self.wait_seconds < (1 - STARTING_SHARE) * self.encoders * self.seconds:
+            return "start"
+        if self.write_seconds > WRITING_SHARE * self.seconds:
+            return "writers"
+        return "decoders" if self.wait_share > WAITING_SHARE else "encoders"
 
     def _cores(self) -> str:
         units = self.gpus or self.encoders

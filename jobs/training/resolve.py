@@ -22,7 +22,7 @@ from rich.console import Console
 
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.runtime.progress import warn
-from vidshard.jobs.training.start import Start, describe_start, last_state, read_start
+from vidshard.jobs.training.start import Start, begins_discriminator, describe_start, last_state, read_start
 from vidshard.models.codebook_use import MAX_CODEBOOK
 from vidshard.models.metrics import SSIM_WINDOW
 from vidshard.models.tokenizer import FAMILIES, TokenizerConfig, get_preset, parse_config
@@ -107,7 +107,7 @@ def resolve(run: TrainRun) -> ResolvedTraining:
     if start is not None:
         assert weights is not None
         note = f"{storage.public_uri(weights)}: {describe_start(start, tokenizer, first)}"
-        new_at_once = first.has_discriminator and first.gan_start == 0 and "begins a new discriminator" in note
+        new_at_once = first.gan_start == 0 and begins_discriminator(start, first)
     return ResolvedTraining(
         run=run,
         tokenizer=tokenizer,

@@ -67,12 +67,19 @@ def read_start(path: str, config: TokenizerConfig) -> Start:
         return Start(weights=_weights_of(local, path, config), loss=loss)
 
 
+def begins_discriminator(start: Start, stage: StageConfig) -> bool:
+    """Whether a stage has a discriminator, and takes none from a start."""
+    if start.state is not None or not stage.has_discriminator:
+        return False
+    return start.loss is None or not taken_from(start.loss, stage).discriminator
+
+
 def describe_start(start: Start, config: TokenizerConfig, stage: StageConfig) -> str:
     """One line that says what a stage takes of a start, and what not."""
     if start.state is not None:
         return f"takes what a training learned: {describe(config, start.state)}, its log variance and discriminator"
     if start.loss is None or (start.loss.logvar is None and not start.loss.discriminator):
-        without = ", and begins a new discriminator" if stage.has_discriminator else ""
+        without = ", and begins a new discriminator" if begins_discriminator(start, stage) else ""
         return f"takes the tokenizer's weights; the file holds nothing else to start from{without}"
     taken = taken_from(start.loss, stage)
     parts = ["the tokenizer's weights"]

@@ -299,3 +299,18 @@ def test_a_named_file_whose_name_is_not_utf8_is_refused_by_name(tmp_path: Path) 
     (tmp_path / "good.mp4").touch()
     with pytest.raises(InputError, match=r"udce9\.mp4: names that are not UTF-8 cannot be stored"):
         discover([str(tmp_path / "good.mp4"), path])
+
+
+def test_a_fault_of_ours_in_a_manifest_is_named_and_its_traceback_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = tmp_path / "videos.csv"
+    manifest.write_text("uri\na.mp4\n")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ArithmeticError("unforeseen")
+
+    monkeypatch.setattr("vidshard.pipeline.discover.read_manifest", broken)
+    with pytest.raises(InputError, match="ArithmeticError: unforeseen"):
+        discover([str(manifest)])
+    assert "in broken" in caplog.text

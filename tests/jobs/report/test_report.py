@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 import time
 from base64 import b64decode
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from vidshard.jobs.tokenization import history
 from vidshard.jobs.tokenization.history import Timeline
 from vidshard.pipeline import storage
 from vidshard.pipeline.output.rejects import write_rejects
+from vidshard.pipeline.output.shard_reader import StoredClip
 from vidshard.schemas.rejections import Reason, Rejection, Stage
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>\u202e{{ 7*7 }}"
@@ -286,3 +289,10 @@ def test_a_timeline_of_any_length_keeps_its_end_and_is_bounded(monkeypatch: pyte
         assert points[-1] == (steps, 2 * steps, steps)
         assert len(points) <= history.MAX_POINTS
         assert points == sorted(points)
+
+
+def test_a_command_to_paste_quotes_the_ids_of_foreign_shards() -> None:
+    foreign = "x; rm -rf ~ #"
+    clip = StoredClip(values={"clip_id": foreign, "uri": "a.mp4", "frame_pts_seconds": [0.0]}, payload={})
+    card = wall.clip_card("my tokens", clip, {}, Fraction(8), None, "")
+    assert shlex.split(card.command)[1:5] == ["decode", "my tokens", "--clip", foreign]
