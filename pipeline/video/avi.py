@@ -125,6 +125,19 @@ def second_recording(watched: WatchedFile) -> int | None:
     return None
 
 
+def sizes_lead_to_end(watched: WatchedFile) -> bool:
+    """Whether the sizes of the RIFF chunks lead to the end of the file; the position is lost."""
+    at = 0
+    for _ in range(_MAX_RIFFS):
+        watched.seek(at)
+        head = read_exactly(watched, 8)
+        num_bytes = int.from_bytes(head[4:8], "little")
+        if len(head) < 8 or head[:4] != b"RIFF":
+            break
+        at += 8 + num_bytes + num_bytes % 2
+    return at - watched.num_bytes in (0, 1)
+
+
 def _stream_headers(data: bytes) -> list[bytes]:
     """Codecs, rates and formats of the streams by the content of an AVI, up to where it is cut off."""
     found = []

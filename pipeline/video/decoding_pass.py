@@ -13,6 +13,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vidshard.pipeline.video.clock_order import clock_runs_back
 from vidshard.pipeline.video.color_tags import ColorTags
 from vidshard.pipeline.video.container import codec_name, ffmpeg_failures_as, may_reorder
 from vidshard.pipeline.video.cropping import crop_of
@@ -196,7 +197,7 @@ def _packets_from(
     Returns:
         The time is None without a seek, or where decoding can start nowhere but at the start of the file. None
         instead of both where decoding cannot start there: no keyframe follows, or it has no time, so that only
-        counting from the start tells where it is.
+        counting from the start tells where it is, or it may be of another recording.
     """
     entries = None if start.seek_pts is None else EntryPoints(stream)
     if entries is not None and entries.only_start:
@@ -212,6 +213,8 @@ def _packets_from(
     first = next(packets)
     if first is None:
         return None if start.forward else (iter([None]), None)
+    if clock_runs_back(watched, stream, first):
+        return None
     first_pts = first.pts
     if first_pts is None and stream.codec_context.reorder_depth == 0:
         first_pts = first.dts

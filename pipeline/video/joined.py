@@ -6,7 +6,8 @@ begins, and whoever reads to the end is told. Joined raw streams, transport stre
 and so is an AVI or GIF whose headers repeat those of the first one; these are read whole.
 
 Where sizes in the container lead from one top-level element to the next, the next recording is found by them. Otherwise
-its first bytes are looked for behind the last packet.
+its first bytes are looked for behind the last packet. They are looked for in everything up to each packet if sizes do
+not lead to the end of the file: in a live recording, or one that was cut off before another one was joined to it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,18 @@ _BEGINNINGS = {
 
 _SCANNED = _BEGINNINGS.keys() - _WALKS.keys() | {"matroska"}
 """Containers of which the bytes behind the last packet are searched. A live Matroska file states no sizes."""
+_ENDS: dict[str, Callable[[WatchedFile], bool]] = {
+    "asf": asf.sizes_lead_to_end,
+    "avi": avi.sizes_lead_to_end,
+    "matroska": matroska.sizes_lead_to_end,
+    "nut": lambda _: False,
+    "ogg": lambda _: False,
+}
+"""Functions that say whether sizes lead to the end of a file, by one of FFmpeg's names of its container."""
+_AT_THEIR_PLACE = frozenset({"avi", "matroska", "nut"})
+"""Containers whose packets lie at their position as a whole."""
+_MOST_SCANNED = 256 << 20
+"""Bytes before a packet, to which a seek led, that are searched at most."""
 _SCAN_BYTES = 4 << 20
 _OVERLAP_BYTES = 80
 """Longest beginning."""
@@ -73,23 +86,31 @@ class RecordingEnd:
         self._format = next((name for name in formats if name in _BEGINNINGS or name in _WALKS), formats[0])
         self._is_gif = self._format == "gif"
         self._behind_last: int | None = None
+        self._is_unsized = False
         self.offset: int | None = None
         """Offset of the next recording; None where none was found yet."""
         if self._format in _WALKS:
             with position_kept(watched):
                 self.offset = _WALKS[self._format](watched)
+        if self._format in _ENDS and self.offset is None:
+            with position_kept(watched):
+                self._is_unsized = not _ENDS[self._format](watched)
 
     def is_before(self, packet: Packet[VideoStream]) -> bool:
         """Whether the recording ends before a packet; packets are asked about in the order of the demuxer."""
         if packet.pos is None:
             return False
-        if self.offset is None and self._format in _SCANNED:
+        if self.offset is None and (self._is_unsized or self._format in _SCANNED):
             last, self._behind_last = self._behind_last, max(self._behind_last or 0, packet.pos + packet.size)
-            if last is not None and packet.pos - last > _USUAL_GAP_BYTES:
+            if self._is_unsized:  # FFmpeg goes on with the pictures of another recording by the headers of the first
+                start = max(1, self._behind_last - _MOST_SCANNED if last is None else last - _OVERLAP_BYTES)
+                self.offset = self._scan(start, self._behind_last)
+            elif last is not None and packet.pos - last > _USUAL_GAP_BYTES:
                 self.offset = self._scan(last)
         elif self._is_gif and self.offset is None and packet.is_keyframe and packet.pos > 0:
             self.offset = self._other_screen(packet.pos, bytes(packet))
-        return self.offset is not None and packet.pos >= self.offset
+        end = packet.pos + (packet.size if self._is_unsized and self._format in _AT_THEIR_PLACE else 1)
+        return self.offset is not None and end > self.offset
 
     def explains_complaint(self, packet: Packet[VideoStream] | None) -> bool:
         """Whether what the demuxer complains of is the next recording; ``packet`` is what it gave, None for nothing."""
@@ -103,13 +124,15 @@ class RecordingEnd:
             self.offset = self._scan(self._behind_last)
         return self.offset
 
-    def _scan(self, offset: int) -> int | None:
+    def _scan(self, offset: int, end: int | None = None) -> int | None:
+        """Offset of the first beginning of a recording behind an offset, up to ``end`` or for some MiB."""
+        end = min(offset + _SCAN_BYTES if end is None else end, self._watched.num_bytes)
         pattern = re.compile(_BEGINNINGS[self._format], re.DOTALL)
         with position_kept(self._watched):
             self._watched.seek(offset)
             kept = b""
-            for at in range(offset, min(offset + _SCAN_BYTES, self._watched.num_bytes), 1 << 20):
-                data = kept + read_exactly(self._watched, 1 << 20)
+            for at in range(offset, end, 1 << 20):
+                data = kept + read_exactly(self._watched, min(1 << 20, end - at))
                 if found := pattern.search(data):
                     return at - len(kept) + found.start()
                 kept = data[-_OVERLAP_BYTES:]

@@ -70,7 +70,7 @@ def read_video_tracks(watched: WatchedFile) -> list[VideoTrack]:
 
 
 def second_recording(watched: WatchedFile) -> int | None:
-    """Offset of a second EBML header or segment; None for none, or where the segment states no size.
+    """Offset of a second EBML header or segment; None for none, or where sizes do not lead there.
 
     The position is lost.
     """
@@ -82,6 +82,17 @@ def second_recording(watched: WatchedFile) -> int | None:
         seen.add(kind)
         behind = start + num_bytes
     return None
+
+
+def sizes_lead_to_end(watched: WatchedFile) -> bool:
+    """Whether the sizes of the top-level elements lead to the end of the file; the position is lost.
+
+    They do not in a live or interrupted recording, which states none, nor in one that was cut off.
+    """
+    behind = 0
+    for _, start, num_bytes in _headers(watched, 0):
+        behind = start + num_bytes
+    return behind == watched.num_bytes
 
 
 def _is_encrypted(encodings: bytes) -> bool:

@@ -190,12 +190,11 @@ def _nonempty_packets(
                 packet = next(packets, None)
         except av.FFmpegError as failure:  # out of memory too: here it is a packet that claims an absurd size
             error = failure
-        if (error or messages) and recording.explains_complaint(packet):
+        is_over = packet is not None and recording.is_before(packet)
+        if is_over or ((error or messages) and recording.explains_complaint(packet)):
             packet = None
         elif error is not None:
             raise VideoError(Reason.DECODE_ERROR, f"after {num_packets} packets: {error.strerror}") from error
-        elif packet is not None and recording.is_before(packet):
-            packet = None
         elif messages:
             refuse_lost_position(container.format.name, messages, num_packets)
         if packet is None:

@@ -94,6 +94,68 @@ def test_recordings_behind_the_first_are_named(suffix: str, num_parts: int, tmp_
     assert clips or suffix == "ogg"  # its length is not known, so it is one span
 
 
+LIVE = {
+    "h264": ("mkv", RECIPE),
+    "hevc": ("mkv", replace(RECIPE, codec="libx265", b_frames=2)),
+    "mjpeg": ("mkv", replace(RECIPE, codec="mjpeg", pixel_format="yuvj420p")),
+    "vp8": ("webm", replace(RECIPE, codec="libvpx")),
+}
+"""Recordings that state no sizes and have no index, as a recorder leaves them that was interrupted."""
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("name", LIVE)
+def test_live_recordings_behind_the_first_are_named(name: str, cut: bool, tmp_path: Path) -> None:
+    suffix, recipe = LIVE[name]
+    recipe = replace(recipe, container_options=(("live", "1"),))
+    first = write_video(tmp_path / f"first.{suffix}", recipe)
+    alone, none = results(first, 1000)
+    assert not none
+    assert b"\x1c\x53\xbb\x6b" not in first.read_bytes()  # no index
+    if cut:
+        first.write_bytes(first.read_bytes()[: first.stat().st_size * 9 // 10])
+    is_harmless = f"another recording begins at byte {first.stat().st_size} of"
+    for later in (
+        recipe,
+        replace(recipe, start_seconds=Fraction(4, 5)),
+        replace(recipe, start_seconds=Fraction(4, 5), width=128, height=96),
+        replace(recipe, start_seconds=Fraction(10), container_options=()),
+    ):
+        path = joined(tmp_path / f"joined.{suffix}", [first, write_video(tmp_path / f"later.{suffix}", later)])
+        for clips_per_span in (1000, 2):
+            clips, errors = results(path, clips_per_span, keep=True)
+            assert clips
+            assert_same(clips, alone[: len(clips)])
+            assert len(clips) == len(alone) or cut
+            assert errors
+            assert cut or is_harmless in errors[-1].detail
+
+
+CUT = {
+    "mkv": replace(RECIPE, codec="rawvideo"),
+    "avi": replace(RECIPE, codec="rawvideo"),
+    "asf": replace(RECIPE, codec="mjpeg", pixel_format="yuvj420p", num_frames=40),
+    "nut": replace(RECIPE, codec="mjpeg", pixel_format="yuvj420p"),
+}
+"""Containers and codecs whose demuxers and decoders say nothing where a recording was cut off before another one."""
+
+
+@pytest.mark.parametrize("suffix", CUT)
+def test_a_recording_that_was_cut_off_shows_nothing_of_the_one_behind_it(suffix: str, tmp_path: Path) -> None:
+    recipe = CUT[suffix]
+    whole = write_video(tmp_path / f"whole.{suffix}", recipe)
+    alone, none = results(whole, 1000)
+    assert not none
+    first = tmp_path / f"first.{suffix}"
+    first.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    for later in (recipe, replace(recipe, width=128, height=96), replace(recipe, num_frames=60)):
+        path = joined(tmp_path / f"joined.{suffix}", [first, write_video(tmp_path / f"later.{suffix}", later)])
+        for clips_per_span in (1000, 2, 1):
+            clips, errors = results(path, clips_per_span, keep=True)
+            assert_same(clips, alone[: len(clips)])
+            assert errors
+
+
 @pytest.mark.parametrize("suffix", ONE_STREAM)
 def test_recordings_that_are_one_stream_are_read_whole(suffix: str, tmp_path: Path) -> None:
     part = write_video(tmp_path / f"part.{suffix}", ONE_STREAM[suffix])
