@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from statistics import median
+from typing import Generic, TypeVar
 
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -58,10 +59,38 @@ def loss_check(stream: VideoStream) -> LossCheck | None:
     return None
 
 
+Header = TypeVar("Header")
+
+
+class _Headers(Generic[Header]):
+    """Headers of packets, each parsed once although packets ahead are asked for again and again."""
+
+    def __init__(self, parse: Callable[[bytes], Header]) -> None:
+        """Parse nothing yet."""
+        self._parse = parse
+        self._ahead: dict[int, tuple[Packet[VideoStream], Header]] = {}
+
+    def ahead(self, packet: Packet[VideoStream]) -> Header:
+        """The header of a packet whose turn will come."""
+        found = self._ahead.get(id(packet))
+        if found is None:
+            found = self._ahead[id(packet)] = packet, self._parse(bytes(packet))
+        return found[1]
+
+    def next(self, packet: Packet[VideoStream], data: bytes) -> Header:
+        """The header of the packet whose turn it is."""
+        found = self._ahead.pop(id(packet), None)
+        return self._parse(data) if found is None else found[1]
+
+    def forget(self) -> None:
+        """Parse what is ahead again."""
+        self._ahead.clear()
+
+
 # MPEG-1 and MPEG-2.
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # frozen ones take thrice as long to make
 class _Mpeg2Picture:
     """A picture header, 6.2.3."""
 
@@ -69,19 +98,21 @@ class _Mpeg2Picture:
     """temporal_reference: number in display order, modulo 1024."""
     kind: int
     """picture_coding_type: 1 is I, 2 is P, 3 is B."""
-    is_field: bool
-    """Whether it may be one of two fields, which have the same number; picture_structure, 6.3.10."""
 
     @classmethod
     def of(cls, data: bytes) -> _Mpeg2Picture | None:
         at = data.find(b"\0\0\1\0")
         if not 0 <= at < len(data) - 5:
             return None
-        extension = data.find(b"\0\0\1\xb5", at + 4)
-        while 0 <= extension < len(data) - 8 and data[extension + 4] >> 4 != 8:
-            extension = data.find(b"\0\0\1\xb5", extension + 4)
-        is_field = 0 <= extension < len(data) - 8 and data[extension + 6] & 3 != 3
-        return cls(number=data[at + 4] << 2 | data[at + 5] >> 6, kind=data[at + 5] >> 3 & 7, is_field=is_field)
+        return cls(number=data[at + 4] << 2 | data[at + 5] >> 6, kind=data[at + 5] >> 3 & 7)
+
+
+def _is_mpeg2_field(data: bytes) -> bool:
+    """Whether a picture may be one of two fields, which have the same number; picture_structure, 6.3.10."""
+    extension = data.find(b"\0\0\1\xb5", data.find(b"\0\0\1\0") + 4)
+    while 0 <= extension < len(data) - 8 and data[extension + 4] >> 4 != 8:
+        extension = data.find(b"\0\0\1\xb5", extension + 4)
+    return 0 <= extension < len(data) - 8 and data[extension + 6] & 3 != 3
 
 
 class _Mpeg2:
@@ -93,10 +124,11 @@ class _Mpeg2:
     def __init__(self) -> None:
         self._last: int | None = None  # number of the last reference picture
         self._counts = False  # whether any number was not 0: some encoders do not count
+        self._pictures = _Headers(_Mpeg2Picture.of)
 
     def __call__(self, packet: Packet[VideoStream], following: Following) -> str | None:
         data = bytes(packet)
-        picture = _Mpeg2Picture.of(data)
+        picture = self._pictures.next(packet, data)
         if picture is None:
             return None if b"\0\0\1" in data else "the packet has no picture and no header"
         if picture.kind == 3:
@@ -107,18 +139,17 @@ class _Mpeg2:
         if picture.kind != 2 or last is None or not self._counts:
             return None
         step = (picture.number - last) % 1024
-        if step == 1 or (step == 0 and picture.is_field):
+        if step == 1 or (step == 0 and _is_mpeg2_field(data)):
             return None
         is_back = step == 0 or step >= 512  # numbers begin again with a group, whose I-picture is missing
         return MISSING_REFERENCE if is_back or not self._num_between(picture.number, following) else None
 
-    @staticmethod
-    def _num_between(number: int, following: Following) -> int:
+    def _num_between(self, number: int, following: Following) -> int:
         """Number of B-pictures that follow a reference picture and are shown before it."""
         count = 0
         for at in range(_MOST_BETWEEN):
             packet = following(at)
-            picture = None if packet is None else _Mpeg2Picture.of(bytes(packet))
+            picture = None if packet is None else self._pictures.ahead(packet)
             if picture is None or picture.kind != 3:
                 break
             count += (number - picture.number) % 1024 < 512
@@ -128,7 +159,7 @@ class _Mpeg2:
 # MPEG-4.
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Vop:
     """The header of a video object plane, 6.2.5: a picture."""
 
@@ -153,41 +184,47 @@ class _Mpeg4:
     _FEWEST = 3
 
     def __init__(self, stream: VideoStream, extradata: bytes) -> None:
-        self._time_base = time_base_of(stream)
+        self._tick_seconds = float(time_base_of(stream))
         self._has_shown_times = "avi" not in stream.container.format.name.split(",")
         self._counts = is_clockless(stream)
         self._resolution = _ticks_per_second(extradata)
         self._base = self._base_before = 0  # seconds that modulo_time_base counts from, and those of B-pictures
         self._last: tuple[int, Packet[VideoStream]] | None = None  # the last reference picture and its time
         self._usual: tuple[float, float] | None = None  # as learned
-        self._asked = False
+        self._first: list[Packet[VideoStream]] | None = []  # packets before anything was learned; None afterwards
+        self._vops = _Headers(lambda data: _vop(data, self._resolution or 1))
 
     def __call__(self, packet: Packet[VideoStream], following: Following) -> str | None:
         data = bytes(packet)
-        self._resolution = _ticks_per_second(data) or self._resolution
-        if not self._resolution:
+        resolution = _ticks_per_second(data) or self._resolution
+        if resolution != self._resolution:
+            self._resolution = resolution
+            self._vops.forget()
+        if not resolution:
             return None
-        vop = _vop(data, self._resolution)
+        vop = self._vops.next(packet, data)
+        if self._first is not None and len(self._first) <= self._ASKED:
+            self._first.append(packet)
         if vop is None:
             self._last = None
             return None
         if vop.is_b:
-            time = (self._base_before + vop.modulo) * self._resolution + vop.increment
+            time = (self._base_before + vop.modulo) * resolution + vop.increment
             return MISSING_REFERENCE if self._last is not None and time > self._last[0] else None
-        if not self._asked:
-            self._asked = True
-            self._usual = self._learned([packet, *self._ahead(following)])
+        if self._first is not None and self._last is not None:  # whoever wants one picture has nothing to learn
+            self._usual = self._learned([*self._first, *self._ahead(following)][: self._ASKED + 1])
+            self._first = None
         if vop.after_group:
             self._base, self._last = 0, None
         self._base_before, self._base = self._base, self._base + vop.modulo
-        time = self._base * self._resolution + vop.increment
+        time = self._base * resolution + vop.increment
         if self._last is not None and time < self._last[0]:  # the one that began a new second is missing or unmarked
-            self._base, time = self._base + 1, time + self._resolution
+            self._base, time = self._base + 1, time + resolution
         last, self._last = self._last, (time, packet)
         if last is None or self._usual is None:
             return None
         shown = self._container_step(last[1], packet, following)
-        stated = (time - last[0]) / self._resolution
+        stated = (time - last[0]) / resolution
         ratio, picture = self._usual
         if shown is None or stated * ratio - shown < 0.6 * picture:
             return None
@@ -204,20 +241,19 @@ class _Mpeg4:
     ) -> float | None:
         """Seconds of the container from one reference picture to the next; None where it does not tell."""
         if self._has_shown_times and before.pts is not None and packet.pts is not None:
-            return float((packet.pts - before.pts) * self._time_base)
+            return (packet.pts - before.pts) * self._tick_seconds
         # without times of presentation: as long as this picture and the B-pictures behind it take to be decoded
-        assert self._resolution is not None
         for at in range(_MOST_BETWEEN):
             other = following(at)
-            vop = None if other is None else _vop(bytes(other), self._resolution)
+            vop = None if other is None else self._vops.ahead(other)
             if other is None or vop is None:
                 return None
             if not vop.is_b:
                 if self._counts:
-                    return float((at + 1) * self._time_base)
+                    return (at + 1) * self._tick_seconds
                 if other.dts is None or packet.dts is None:
                     return None
-                return float((other.dts - packet.dts) * self._time_base)
+                return (other.dts - packet.dts) * self._tick_seconds
         return None
 
     def _learned(self, packets: Sequence[Packet[VideoStream]]) -> tuple[float, float] | None:
@@ -227,7 +263,7 @@ class _Mpeg4:
         references: list[tuple[int, int, bool]] = []
         times: list[int] = []
         for at, packet in enumerate(packets):
-            vop = _vop(bytes(packet), self._resolution)
+            vop = self._vops.ahead(packet)
             if vop is None:
                 break
             if vop.is_b and references:
