@@ -16,10 +16,11 @@ from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.container import codec_name
 from vidshard.pipeline.video.entry_points import EntryPoints, is_intra_only
+from vidshard.pipeline.video.h264 import ParameterSets
 from vidshard.pipeline.video.input_file import Gap
 from vidshard.pipeline.video.timestamps import TickConverter, is_clockless, usual_ticks
 
-_TELL = frozenset({"h264", "hevc", "vvc", "mpeg1video", "mpeg2video"})
+_TELL = frozenset({"hevc", "vvc", "mpeg1video", "mpeg2video"})
 """Codecs whose decoders or numbers tell of a missing reference picture."""
 
 _STEPS = 8
@@ -41,7 +42,7 @@ class GapWatch:
             found: gets the gaps, by their start.
         """
         codec = codec_name(stream)
-        self.is_needed = codec not in _TELL and not is_clockless(stream) and not is_intra_only(stream, codec)
+        self.is_needed = not (_tells(stream, codec) or is_clockless(stream) or is_intra_only(stream, codec))
         """Whether the codec leaves it open if pictures are missing."""
         self._entries = EntryPoints(stream)
         self._convert, self._found = convert, found
@@ -86,6 +87,14 @@ class GapWatch:
         self._usual = usual = round(median(steps))
         equal = sum(abs(other - usual) <= max(1, usual // 50) for other in steps)
         return equal >= _SHARE * len(steps) and 2 * step > 3 * usual
+
+
+def _tells(stream: VideoStream, codec: str) -> bool:
+    """Whether decoders or numbers tell of a missing reference picture; h264 may allow gaps between its numbers."""
+    if codec == "h264":
+        sets = ParameterSets(bytes(stream.codec_context.extradata or b""))
+        return not any(sequence.allows_gaps for sequence in sets.sequences.values())
+    return codec in _TELL
 
 
 def _time(packet: Packet[VideoStream]) -> int | None:

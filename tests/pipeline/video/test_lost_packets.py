@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 from tests.support.combinations import write_combination
 from tests.support.lost_packets import outcome_of, with_hole, without_packets, wrong_times
 from tests.support.videos import Recipe, write_video
+from vidshard.pipeline.video.bit_reader import payload
+from vidshard.pipeline.video.h264 import SequenceParameters
 
 NUMBERED = {
     "mpeg4": ("avi", "mp4", "matroska", "nut", "m4v", "3gp"),
@@ -69,6 +73,37 @@ def test_a_gap_in_constant_times_is_reported_where_pictures_have_no_numbers(code
                 silent[container_format, lost] = times
     assert not silent
     assert tried
+
+
+@pytest.mark.parametrize("container_format", ["mp4", "matroska", "flv"])
+def test_a_gap_in_constant_times_is_reported_where_h264_allows_gaps_between_its_numbers(
+    container_format: str, tmp_path: Path
+) -> None:
+    options = (("x264-params", "ref=1"),)
+    whole = write_video(tmp_path / "whole.mp4", Recipe(num_frames=60, gop=30, width=192, height=128, options=options))
+    whole.write_bytes(_with_gaps_allowed(whole.read_bytes()))
+    original = outcome_of(whole)
+    assert original.told is None
+    reported = 0
+    for lost in (9, 13, 44):
+        found = outcome_of(without_packets(tmp_path / "lacking", whole, container_format, [lost], close=False))
+        reported += found.told is not None
+        assert found.told is not None or not wrong_times(found.shown, original.shown)
+    assert reported
+
+
+def _with_gaps_allowed(data: bytes) -> bytes:
+    """An mp4 of h264 that allows gaps between the numbers of pictures (gaps_in_frame_num_value_allowed_flag)."""
+    at = data.index(b"avcC") + 12
+    old = data[at : at + int.from_bytes(data[at - 2 : at], "big")]
+    wanted = replace(SequenceParameters.read(payload(old, 1)), allows_gaps=True)
+    for bit in range(8, 8 * len(old)):
+        number = int.from_bytes(old, "big") ^ 1 << 8 * len(old) - 1 - bit
+        new = number.to_bytes(len(old), "big")
+        with suppress(EOFError):
+            if SequenceParameters.read(payload(new, 1)) == wanted:
+                return data[:at] + new + data[at + len(old) :]
+    raise AssertionError("no such bit")
 
 
 @pytest.mark.parametrize("steps", [[1, 2], [1, 1, 3, 2, 5], [1, 2, 4, 1, 1, 7]])
