@@ -38,7 +38,7 @@ from vidshard.pipeline.rows import (
 )
 from vidshard.pipeline.storage import public_uri
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
-from vidshard.schemas.errors import RunFailedError, one_line
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.rejections import Reason, Stage, VideoError
 from vidshard.schemas.tokens import Payload
 from vidshard.schemas.video import ClipSpec
@@ -99,8 +99,8 @@ class _Unit:
 class ClipEncoder:
     """Encoder of the encode stage: rows of decoded spans in, rows with payloads out.
 
-    Each call takes one batch of rows. Rejections pass unchanged. A row with a clip that does not fit in memory
-    even by itself becomes a rejection; any other exception is a defect and ends the run.
+    Each call takes one batch of rows. Rejections pass unchanged. A row with a clip that does not fit in memory even by
+    itself, or whose values are not finite, becomes a rejection; any other exception is a defect and ends the run.
 
     The model is loaded by the first call, not by the constructor. A crash while loading then counts as an attempt
     of that task, which are limited, and not as a restart of the actor, which are not (`pipeline.attempts`).
@@ -137,10 +137,7 @@ class ClipEncoder:
                     ]
                 elif counts[row]:
                     units.append(_Unit(row=row, clips=spans[row], num_own=counts[row]))
-            try:
-                num_slots += self._encode(tokenizer, units, size, encoded, errors)
-            except _UnitNotFiniteError as error:
-                raise self._not_finite(rows, error) from error
+            num_slots += self._encode(tokenizer, units, size, encoded, errors, rows)
         for row in errors:
             encoded[row] = {column.name: [] for column in spec.payload}
         values = {column.name: [clip for row in encoded for clip in row[column.name]] for column in spec.payload}
@@ -187,18 +184,18 @@ class ClipEncoder:
         size: tuple[int, int],
         encoded: Sequence[Mapping[str, list[np.ndarray]]],
         errors: dict[int, VideoError],
+        rows: pa.Table,
     ) -> int:
         """Encode units of one frame size, in batches that fit in memory.
 
         Args:
             encoded: clips of each row, by payload column; results are appended to it.
-            errors: failures by row; rows with a unit that does not fit are added, and their other units skipped.
+            errors: failures by row; rows with a unit that does not fit, or whose values are not finite, are added, and
+                their other units skipped.
+            rows: the rows, to name a clip.
 
         Returns:
             Capacity of the forward passes, in clips.
-
-        Raises:
-            _UnitNotFiniteError: the network gave a value that is not finite.
         """
         sizes = self._batch_sizes
         num_slots = start = 0
@@ -213,8 +210,13 @@ class ClipEncoder:
             # does not fit, the row must be known.
             several = tokenizer.device.type == "cuda" and batch_size > 1
             batch = units[start:] if several else units[start : start + batch_size]
-            with self._passes(size, batch_size):
-                values, shortage = self._unless_out_of_memory(tokenizer, batch, batch_size)
+            try:
+                with self._passes(size, batch_size):
+                    values, shortage = self._unless_out_of_memory(tokenizer, batch, batch_size)
+            except _UnitNotFiniteError as error:
+                errors[error.row] = self._not_finite(rows, error)
+                units = [*units[:start], *(unit for unit in units[start:] if unit.row != error.row)]
+                continue
             if values is not None:
                 _share_out(values, batch, encoded)
                 num_slots += _num_slots(batch, batch_size)
@@ -276,19 +278,12 @@ class ClipEncoder:
             unit, own = places[error.index]
             raise _UnitNotFiniteError(unit.row, unit.first_own + own, error.what) from None
 
-    def _not_finite(self, rows: pa.Table, error: _UnitNotFiniteError) -> RunFailedError:
+    def _not_finite(self, rows: pa.Table, error: _UnitNotFiniteError) -> VideoError:
         """Describe a value that is not finite: a plausible token would hide it."""
-        precision = self._spec.precision
         clip = rows["clips"][error.row][error.clip]["clip_index"].as_py()
-        remedy = (
-            "float16 holds numbers up to 65,504: give --precision bfloat16 or float32 and another --out"
-            if precision == "float16"
-            else "check the weights"
-        )
-        return RunFailedError(
-            f"clip {clip} of {public_uri(rows['uri'][error.row].as_py())} in {precision}: {error.what}. No token is "
-            f"stored for it: {remedy}. What is committed is valid"
-        )
+        detail = f"clip {clip} in {self._spec.precision}: {error.what}"
+        log.warning("%s: %s", public_uri(rows["uri"][error.row].as_py()), detail)
+        return VideoError(Reason.NOT_FINITE, detail)
 
 
 class _UnitNotFiniteError(Exception):

@@ -59,6 +59,8 @@ class Reason(StrEnum):
     """The file of samples beside the video does not hold a timestamped signal."""
     OUT_OF_MEMORY = "out_of_memory"
     """The encoder has too little memory for one clip of the video."""
+    NOT_FINITE = "not_finite"
+    """The network gave a value that is not finite for a clip of the span, so no token of it would be right."""
     BAD_ROW = "bad_row"
     """A row of a manifest that names no video, or holds something else than it should."""
     NOT_ALLOWED = "not_allowed"
@@ -91,6 +93,9 @@ REMEDIES: dict[Reason, str] = {
     Reason.BAD_SIGNAL: "write the signal again as the detail says, or leave the signal out",
     Reason.OUT_OF_MEMORY: (
         "choose a smaller --size, a --tile-size or --precision bfloat16, or run on a GPU with more memory"
+    ),
+    Reason.NOT_FINITE: (
+        "float16 ends at 65,504: give --precision bfloat16 or float32 and another --out; there, check the weights"
     ),
     Reason.BAD_ROW: "mend the row that the detail names, and run the same command again",
     Reason.NOT_ALLOWED: (

@@ -215,8 +215,8 @@ class OutputSettings(Settings):
         ge=0.0,
         le=1.0,
         metavar="SHARE",
-        help="Largest share of videos that may be rejected with `internal_error`; above it the run fails with exit "
-        "code 1. Fewer than ten such videos never fail a run.",
+        help="Largest share of videos that may be rejected with `internal_error`, and with `not_finite`; above it the "
+        "run fails with exit code 1. Fewer than ten such videos fail no run.",
     )
 
 

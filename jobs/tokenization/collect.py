@@ -25,7 +25,7 @@ from vidshard.jobs.tokenization.placement import bfloat16_pays
 from vidshard.jobs.tokenization.planning import uri_columns
 from vidshard.jobs.tokenization.quality import QualityWatch
 from vidshard.jobs.tokenization.resources import plan_resources
-from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors
+from vidshard.jobs.tokenization.summary import Summary, too_many_internal_errors, too_many_not_finite
 from vidshard.jobs.tokenization.telemetry import Telemetry
 from vidshard.jobs.tokenization.usage import Usage
 from vidshard.pipeline import storage
@@ -158,6 +158,7 @@ class _Collection:
     console: Console
     telemetry: Telemetry
     broken: set[str] = field(default_factory=set)
+    not_finite: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.watch = QualityWatch(min_psnr=self.resolved.run.audit_min_psnr, console=self.console)
@@ -193,6 +194,16 @@ class _Collection:
                 self.telemetry.begun_again(self.counter.num_awaited)
                 source = rows_of_spans(work, self.account.is_open)
             summary.interruption = interrupts.first
+        if not summary.problems and summary.interruption is None:
+            self._check_not_finite(is_over=True)
+
+    def _check_not_finite(self, *, is_over: bool) -> None:
+        has_encoded = not is_over or bool(self.counter.clips or self.summary.reused_spans)
+        problem = too_many_not_finite(
+            len(self.not_finite), self.summary.num_videos, self.resolved.run, has_encoded=has_encoded
+        )
+        if problem is not None:
+            self.summary.fail(problem)
 
     def _planned(self) -> tuple[StageResources, EncoderSpec]:
         """Workers of the stages on the machines that are there."""
@@ -252,8 +263,10 @@ class _Collection:
                     f"{counted(summary.reasons.total(), 'reject')}",
                 )
                 self.broken |= {one["uri"] for _, _, one in rejections if one["reason"] == Reason.INTERNAL_ERROR}
+                self.not_finite |= {one["uri"] for _, _, one in rejections if one["reason"] == Reason.NOT_FINITE}
                 check_reject_share(summary, self.rejected, run)
                 check_internal_errors(summary, self.broken, run)
+                self._check_not_finite(is_over=False)
                 if summary.problems:
                     break
         return None

@@ -148,6 +148,25 @@ def too_many_internal_errors(num_broken: int, num_videos: int, run: TokenizeRun)
     )
 
 
+def too_many_not_finite(num_broken: int, num_videos: int, run: TokenizeRun, *, has_encoded: bool) -> str | None:
+    """Say that values that are not finite are no fault of single videos; None if they may be.
+
+    Args:
+        num_broken: number of videos that this run rejected with NOT_FINITE.
+        num_videos: number of videos of the inputs.
+        run: its ``max_internal_error_share`` is the limit.
+        has_encoded: whether other clips of the output were encoded, or may be; if not, one such video is too many.
+    """
+    share = num_broken / max(1, num_videos)
+    is_rare = num_broken < FEWEST_INTERNAL_ERRORS or share <= run.max_internal_error_share
+    if not num_broken or (is_rare and has_encoded):
+        return None
+    return (
+        f"{num_broken} of {counted(num_videos, 'video')} gave values that are not finite in {run.precision}, so it is "
+        f"no fault of single videos: {REMEDIES[Reason.NOT_FINITE]}. What is committed is valid"
+    )
+
+
 def print_run(resolved: ResolvedRun, found: Discovery, console: Console) -> None:
     """Print the complete resolved run and its inputs."""
     record = public_record(resolved.run)

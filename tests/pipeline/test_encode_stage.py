@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -15,8 +17,8 @@ from vidshard.models.tokenizer import Tokenizer, get_preset
 from vidshard.pipeline import batch_sizes
 from vidshard.pipeline.devices import GpuFaultError
 from vidshard.pipeline.encode_stage import ClipEncoder, EncoderSpec
+from vidshard.pipeline.rows import clip_frames
 from vidshard.pipeline.tokenizer_source import TokenizerSource
-from vidshard.schemas.errors import RunFailedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,41 +75,54 @@ def poisoned(
     ("preset", "precision"),
     [("tiny", "float32"), ("tiny", "bfloat16"), ("tiny", "tf32"), ("tiny_kl", "float32"), ("tiny_kl", "float16")],
 )
-def test_a_value_that_is_not_finite_ends_the_run_with_clip_and_precision(
-    preset: str, precision: str, value: float
+def test_a_value_that_is_not_finite_rejects_the_span_with_clip_and_precision(
+    preset: str, precision: str, value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder = ClipEncoder(poisoned(preset, precision, value))
-    with pytest.raises(RunFailedError, match=rf"clip 2 of https://host/3\.mp4 in {precision}: .*not finite") as caught:
-        encoder(decoded_row(3, clip_spec(SMALL), 3))
-    assert "secret" not in str(caught.value)
+    [row] = ClipEncoder(poisoned(preset, precision, value))(decoded_row(3, clip_spec(SMALL), 3)).to_pylist()
+    rejection = row["rejection"]
+    assert row["clips"] == []
+    assert (rejection["stage"], rejection["reason"]) == ("encode", "not_finite")
+    assert re.fullmatch(rf"clip 2 in {precision}: .*not finite.*", rejection["detail"])
+    assert "https://host/3.mp4: clip 2" in caplog.text
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["encoder.mid.attn_1.v.conv.bias", "encoder.norm_out.norm.weight"])
 def test_it_does_not_matter_in_which_layer_the_value_arises(name: str) -> None:
-    with pytest.raises(RunFailedError, match="not finite"):
-        ClipEncoder(poisoned("tiny", "float32", float("nan"), name))(decoded_row(3, clip_spec(SMALL), 1))
+    encoder = ClipEncoder(poisoned("tiny", "float32", float("nan"), name))
+    [row] = encoder(decoded_row(3, clip_spec(SMALL), 1)).to_pylist()
+    assert row["rejection"]["reason"] == "not_finite"
 
 
 def test_a_stream_names_the_clip_too() -> None:
     encoder = ClipEncoder(poisoned("tiny", "float32", float("nan"), continuous=True))
-    with pytest.raises(RunFailedError, match=r"clip 2 of https://host/3\.mp4 in float32: .*not finite"):
-        encoder(decoded_row(3, clip_spec(SMALL, continuous=True), 2))
+    [row] = encoder(decoded_row(3, clip_spec(SMALL, continuous=True), 2)).to_pylist()
+    assert row["rejection"]["detail"].startswith("clip 2 in float32: ")
 
 
-def test_only_the_clip_that_overflows_is_named() -> None:
-    encoder = ClipEncoder(encoder_spec(2))
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("overflowing", [{0}, {4}, {8}, {1, 2}, {0, 3, 8}])
+def test_only_the_span_of_a_clip_that_overflows_is_rejected(overflowing: set[int], batch_size: int) -> None:
+    rows = pa.concat_tables([decoded_row(number, clip_spec(SMALL), 3) for number in (5, 6, 7)])
+    expected = ClipEncoder(encoder_spec(batch_size))(rows).to_pylist()
+    clips = [clip for row in rows["clips"].to_pylist() for clip in row]
+    encoder = ClipEncoder(encoder_spec(batch_size))
+    frames = [np.ravel(clip) for row in clip_frames(rows, encoder_spec(1).num_frames) for clip in row]
 
     def encode(original: Any, x_BCTHW: Tensor, **named: Any) -> Any:
         encoded = original(x_BCTHW, **named)
-        encoder.passes += 1  # type: ignore[attr-defined]
-        finite = torch.tensor([True, encoder.passes != 2])  # type: ignore[attr-defined]
-        return replace(encoded, is_finite=finite)
+        shown = ((x_BCTHW.movedim(1, -1) + 1) * 127.5).round().to(torch.uint8).flatten(1).numpy()
+        broken = [any((frames[at] == one).all() for at in overflowing) for one in shown]
+        return replace(encoded, is_finite=~torch.tensor(broken))
 
-    encoder.passes = 0  # type: ignore[attr-defined]
     with_model(encoder, encode=encode)
-    rows = pa.concat_tables([decoded_row(number, clip_spec(SMALL), 3) for number in (5, 6)])
-    with pytest.raises(RunFailedError, match=r"clip 2 of https://host/6\.mp4 "):  # the fourth clip of both rows
-        encoder(rows)
+    for number, (row, whole) in enumerate(zip(encoder(rows).to_pylist(), expected, strict=True)):
+        broken = [clip for clip in sorted(overflowing) if clip // 3 == number]
+        if broken:
+            assert row["clips"] == row["tokens"] == []
+            assert f"clip {clips[broken[0]]['clip_index']} " in row["rejection"]["detail"]
+        else:
+            assert (row["tokens"], row["rejection"]) == (whole["tokens"], None)
 
 
 def encode_at_most(most: dict[str, int], message: str) -> Any:

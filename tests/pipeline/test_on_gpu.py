@@ -25,7 +25,6 @@ from vidshard.pipeline.devices import examine_gpu, is_out_of_memory, make_reprod
 from vidshard.pipeline.encode import encode_clips
 from vidshard.pipeline.encode_stage import ClipEncoder
 from vidshard.pipeline.tokenizer_source import PRECISIONS
-from vidshard.schemas.errors import RunFailedError
 from vidshard.schemas.training import StageConfig
 
 pytestmark = [
@@ -88,12 +87,13 @@ def test_a_failed_kernel_is_a_fault() -> None:
     assert said.startswith("recognized: "), said
 
 
-def test_a_value_that_is_not_finite_ends_the_run() -> None:
+def test_a_value_that_is_not_finite_rejects_the_span() -> None:
     encoder = ClipEncoder(replace(encoder_spec(2), device="cuda", precision="float16"))
     weight = next(iter(encoder._tokenizer().state_dict().values()))
     weight.view(-1)[0] = float("nan")
-    with pytest.raises(RunFailedError, match=r"clip 2 of https://host/3\.mp4 in float16"):
-        encoder(decoded_row(3, clip_spec(SMALL), 3))
+    [row] = encoder(decoded_row(3, clip_spec(SMALL), 3)).to_pylist()
+    assert row["rejection"]["reason"] == "not_finite"
+    assert row["rejection"]["detail"].startswith("clip 2 in float16")
 
 
 @pytest.mark.parametrize("precision", list(PRECISIONS))

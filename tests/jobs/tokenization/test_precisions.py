@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+import av
+import numpy as np
 import pytest
 
 from tests.support.cli import vidshard_exits
@@ -99,3 +101,33 @@ def test_precisions_do_not_mix_in_an_output(videos: Path, tmp_path: Path) -> Non
     with open_shard(path) as (_, provenance):
         assert provenance.identity["precision"] == "float32"
     assert len(list(read_clips(path))) == 4
+
+
+def test_a_video_that_overflows_float16_costs_itself_and_a_run_of_nothing_else_fails(tmp_path: Path) -> None:
+    for name, level in (("gray.mkv", 128), ("white.mkv", 255), ("grayish.mkv", 129)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("ffv1", rate=4, width=32, height=32, pix_fmt="bgr0")
+            for _ in range(5):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8))))
+            container.mux(stream.encode())
+    model = load_tokenizer(get_preset("tiny"), None, seed=1)
+    model.state_dict()["encoder.conv_in.conv.weight"].mul_(3e4)
+    weights = tmp_path / "large.safetensors"
+    save_tokenizer(weights, model)
+
+    def tokenized(out: str, precision: str, *videos: str) -> tuple[int, str]:
+        run = ("tokenize", "--out", tmp_path / out, "--weights", weights, "--precision", precision, *SMALL)
+        return vidshard_exits(*run, *(tmp_path / name for name in videos))
+
+    code, printed = tokenized("half", "float16", "gray.mkv", "white.mkv", "grayish.mkv")
+    assert code == 0, printed
+    assert "2 written in" in printed
+    assert "1 x not_finite: float16 ends at 65,504: give --precision bfloat16 or float32" in printed
+    code, printed = tokenized("half", "float16", "gray.mkv", "white.mkv", "grayish.mkv")
+    assert code == 0, printed
+    code, printed = tokenized("alone", "float16", "white.mkv")
+    assert code == 1, printed
+    assert "1 of 1 video gave values that are not finite in float16" in printed
+    code, printed = tokenized("wide", "bfloat16", "white.mkv")
+    assert code == 0, printed
+    assert "1 written in" in printed
