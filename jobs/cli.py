@@ -164,6 +164,7 @@ def vidshard() -> None:
       130   interrupted (Ctrl-C); the same command continues
       143   terminated (SIGTERM); the same command continues
       129   the terminal was lost (SIGHUP); the same command continues
+      137   killed (SIGKILL); the same command continues
     """
 
 

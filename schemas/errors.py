@@ -13,7 +13,7 @@ from vidshard.schemas.text import readable
 from vidshard.schemas.uris import without_secrets
 
 EXIT_FAILED = 1
-"""The job ran, and its result is not what was asked for. The same command again would not change that."""
+"""The job ran, and its result is not what was asked for. A person has to mend something before it goes on."""
 EXIT_REFUSED = 2
 """The request cannot be carried out as it stands; nothing was done."""
 EXIT_AGAIN = 75

@@ -65,7 +65,8 @@ class InputSettings(Settings):
         common=True,
         ge=1,
         metavar="N",
-        help="Tokenize only the first N videos, in sorted order. Default: all.",
+        help="Take only the first N videos: rows of manifests, datasets and archives come first, then files, sorted. "
+        "Default: all.",
     )
     image_fps: Rate = setting(
         Fraction(24),
@@ -296,7 +297,7 @@ class TokenizerSettings(Settings):
         section="Tokenizer",
         identity=True,
         help="Floating-point type of the encoder; some tokens differ between types, so an output holds one type. With "
-        "auto it is that of the output, or else float16 on GPUs and float32 on CPUs.",
+        "auto it is that of the output, or else float16 on GPUs, except for `diffusers:`, and float32 on CPUs.",
     )
     tile_size: FrameSize | None = setting(
         None,
@@ -699,7 +700,8 @@ class ExecutionSettings(Settings):
         identity="resolved",
         ge=1,
         metavar="N",
-        help="Clips per span, the unit of work and of resuming. Default: as many as fit 32 MiB of frames.",
+        help="Clips per span, the unit of work and of resuming. Default: as many as fit 32 MiB of frames, and more "
+        "with --continuous.",
     )
 
 

@@ -78,7 +78,12 @@ allow_private = click.option(
     help="Share of the clips to encode again from their sources and compare, such as 0.01.",
 )
 @click.option(
-    "--seed", type=WholeNumber(), default=0, show_default=True, help="Random seed of the clips that --exact takes."
+    "--seed",
+    type=WholeNumber(),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Random seed of the clips that --exact takes.",
 )
 @moved_weights
 @fetch_sources
@@ -109,7 +114,7 @@ def verify(
     former_audit_file: str | None,
     as_json: bool,
 ) -> Verification:
-    """Check that an output is complete and undamaged.
+    """Check that an output is undamaged, and say what is left to do.
 
     Reads every shard in full and checks checksums, schema, values, duplicate ids and the settings of run.json. Then
     compares the shards with the plan: what is tokenized, rejected or left to do, in videos and in seconds.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def demo(videos: tuple[str, ...], out: str) -> int:
     """Tokenize and reconstruct a sample corpus, or your VIDEOS.
 
-    Takes about a minute, and shows every step on the way.
+    The sample takes about a minute. Every step is shown on the way.
     """
     from vidshard.jobs.tokenization.demo import run_demo
 
@@ -43,15 +43,15 @@ def demo(videos: tuple[str, ...], out: str) -> int:
 def tokenize(config_path: Path | None, local: bool, **flags: Any) -> Summary:
     """Turn videos into Parquet shards of tokens or latents.
 
-    VIDEOS are files, folders, globs, manifests or LeRobot datasets (lerobot:FOLDER), local or at any URL that fsspec
-    opens. A manifest is a .parquet, .csv or .jsonl file with a 'uri' column; its other columns are copied to the rows.
+    VIDEOS are files, folders, globs, archives of videos, manifests or LeRobot datasets (lerobot:FOLDER), local or at
+    any URL of fsspec. A manifest is a .parquet, .csv or .jsonl file with a 'uri' column; its other columns are copied.
 
     Every video becomes tokens or a row in rejects/ with the reason. The same command again continues what is
     unfinished.
 
     \b
     vidshard tokenize clips/ --out tokens/
-    vidshard tokenize s3://bucket/*.mp4 --out s3://bucket/tokens --config run.yaml
+    vidshard tokenize 's3://bucket/*.mp4' --out s3://bucket/out --config run.yaml
     """
     run = resolve_settings(TokenizeRun, flags, config_path)
     from vidshard.jobs.tokenization.job import tokenize as run_job

@@ -45,7 +45,7 @@ from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.shard_reader import find_clips
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.versions import code_version, library_versions
-from vidshard.schemas.errors import UserError, one_line
+from vidshard.schemas.errors import RunFailedError, UserError, one_line
 from vidshard.schemas.evaluation import EvaluateRun
 from vidshard.schemas.fields import differences
 from vidshard.schemas.text import counted
@@ -348,7 +348,7 @@ def _report(evaluation: ResolvedEvaluation, scored: ScoredSpans) -> dict[str, An
     """Write the tables, and return the record.
 
     Raises:
-        UserError: no clip could be scored.
+        RunFailedError: no clip could be scored.
     """
     sizes = {label: config.codebook_size for label, config in evaluation.measured.items()}
     figures = figures_of(scored, sizes)
@@ -356,7 +356,7 @@ def _report(evaluation: ResolvedEvaluation, scored: ScoredSpans) -> dict[str, An
     if not figures:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(rejections.items()))
         why = f"all were rejected: {reasons}" if reasons else "no video has a whole clip; give fewer --frames"
-        raise UserError(f"no clip could be scored: {why}")
+        raise RunFailedError(f"no clip could be scored: {why}")
     record = record_of(evaluation, figures, rejections)
     for name, form in ((SCORES_JSON, "json"), (SCORES_MARKDOWN, "markdown"), (SCORES_CSV, "csv")):
         text = render(record, form)  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def test_servers_with_private_addresses_that_a_manifest_names_are_asked_only_on_
         manifest.write_text(f"uri\n{server.url}/v0.mp4\n")
         command = ("evaluate", manifest, "--tokenizer", "tiny", "--size", "64", "--fps", "25", "--local", "--no-lpips")
         forget_processes()
-        refused = printed_by(*command, "--out", tmp_path / "no", code=2)
+        refused = printed_by(*command, "--out", tmp_path / "no", code=1)
         assert "no clip could be scored: all were rejected" in refused
         assert not server.asked
         printed_by(*command, "--out", tmp_path / "yes", "--allow-private")
@@ -189,7 +189,7 @@ def test_remote_sources_of_stored_tokens_are_fetched_only_on_request(videos: Pat
         command = ("evaluate", "--from", tmp_path / "tokens", "--local", "--no-lpips", "--out")
         asked = len(server.asked)
         assert "is not fetched by itself" in printed_by(*command, tmp_path / "no", code=2)
-        refused = printed_by(*command, tmp_path / "private", "--fetch-sources", code=2)
+        refused = printed_by(*command, tmp_path / "private", "--fetch-sources", code=1)
         assert "no clip could be scored: all were rejected" in refused
         assert len(server.asked) == asked
         printed_by(*command, tmp_path / "yes", "--fetch-sources", "--allow-private")
@@ -245,7 +245,7 @@ def test_without_vgg16_an_evaluation_goes_on_and_names_its_own_flags(
 
 def test_an_evaluation_of_broken_videos_alone_is_an_error(videos: Path, tmp_path: Path) -> None:
     command = ("evaluate", videos / "broken.mp4", "--out", tmp_path, "--tokenizer", "tiny", "--fps", "4", *CLIPS)
-    assert "no clip could be scored: all were rejected: 1 x no_frames" in printed_by(*command, code=2)
+    assert "no clip could be scored: all were rejected: 1 x no_frames" in printed_by(*command, code=1)
 
 
 def test_progress_ends_at_its_total_though_videos_have_no_whole_clip_or_are_rejected(
