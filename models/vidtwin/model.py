@@ -183,10 +183,12 @@ class VidTwin(nn.Module):
         Raises:
             ValueError: as `aligned`.
         """
+        columns = self._columns_of(parts)
+        self._check_latents(latents, columns)
+        latents = {name: latents[name] for name in columns}
         if self._one_by_one(*latents.values()):
-            num_clips = next(iter(latents.values())).shape[0]
-            each = [{name: batch[clip : clip + 1] for name, batch in latents.items()} for clip in range(num_clips)]
-            return torch.cat([self.decode(clip, parts=parts) for clip in each])
+            clips = zip(*(batch.chunk(batch.shape[0]) for batch in latents.values()), strict=True)
+            return torch.cat([self.decode(dict(zip(latents, clip, strict=True)), parts=parts) for clip in clips])
         u_BTSC = sum_of(self.aligned(latents, parts))
         x_BTHWC: Tensor = self.decoder(u_BTSC, recompute=recompute)
         return x_BTHWC.permute(0, 4, 1, 2, 3)
@@ -240,17 +242,20 @@ class VidTwin(nn.Module):
 
     def _check_latents(self, latents: Mapping[str, Tensor], columns: Collection[str]) -> None:
         expected = self.config.latent_shapes
-        batch = None
         for name in columns:
             if name not in latents:
-                raise ValueError(f"{self.config.name}: the latents lack {name}; there are {', '.join(latents)}")
+                there = ", ".join(latents) or "none"
+                raise ValueError(f"{self.config.name}: the latents lack {name}; there are {there}")
             given = tuple(latents[name].shape)
-            batch = given[:1] if batch is None else batch
-            if given[1:] != expected[name] or given[:1] != batch or 0 in given or not latents[name].is_floating_point():
+            if given[1:] != expected[name] or 0 in given or not latents[name].is_floating_point():
                 shape = ", ".join(map(str, expected[name]))
                 raise ValueError(
                     f"{self.config.name}: {name} must be floating (B, {shape}), got {latents[name].dtype} {given}"
                 )
+        counts = {name: latents[name].shape[0] for name in columns}
+        if len(set(counts.values())) > 1:
+            of_each = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            raise ValueError(f"{self.config.name}: all latents must be of the same number of clips, got {of_each}")
 
     def _refuse_tiling(self, tiling: Tiling | None) -> None:
         if tiling is not None:

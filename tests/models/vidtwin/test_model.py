@@ -190,7 +190,8 @@ def test_parts_add_up_to_the_input_of_the_decoder(tiny: VidTwin) -> None:
         ({}, [], "no part is given"),
         ({"structure": None}, None, "the latents lack structure"),
         ({"dynamics_y": torch.zeros(1, 5, 3, 5)}, None, r"dynamics_y must be floating \(B, 5, 2, 5\)"),
-        ({"dynamics_x": torch.zeros(2, 5, 2, 5)}, None, r"dynamics_x must be floating \(B, 5, 2, 5\)"),
+        ({"dynamics_x": torch.zeros(0, 5, 2, 5)}, None, r"dynamics_x must be floating \(B, 5, 2, 5\)"),
+        ({"dynamics_x": torch.zeros(5, 2, 5)}, ["dynamics"], r"dynamics_x must be floating \(B, 5, 2, 5\)"),
         ({"structure": torch.zeros(1, 3, 2, 2, 3, dtype=torch.int64)}, None, "structure must be floating"),
     ],
 )
@@ -200,6 +201,33 @@ def test_what_cannot_be_decoded_is_refused(
     payload = {**tiny.encode(clips(TWIN_TINY_A)).payload, **change}
     with pytest.raises(ValueError, match=message):
         tiny.decode_payload({name: value for name, value in payload.items() if value is not None}, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("num_clips", "message"),
+    [
+        ((2, 3, 3), "got 2 of structure, 3 of dynamics_x, 3 of dynamics_y"),
+        ((3, 2, 3), "got 3 of structure, 2 of dynamics_x, 3 of dynamics_y"),
+        ((2, 2, 1), "got 2 of structure, 2 of dynamics_x, 1 of dynamics_y"),
+    ],
+)
+def test_latents_of_unequally_many_clips_are_refused_and_none_is_dropped(
+    tiny: VidTwin, num_clips: tuple[int, int, int], message: str
+) -> None:
+    payload = tiny.encode(clips(TWIN_TINY_A, 3)).payload
+    for name, count in zip(TWIN_TINY_A.latent_shapes, num_clips, strict=True):
+        payload[name] = payload[name][:count]
+    for decoded in (tiny.decode_payload, tiny.decode, tiny.aligned):
+        with pytest.raises(ValueError, match=f"vidtwin_tiny_a: all latents .* same number of clips, {message}"):
+            decoded(payload)
+    if num_clips[1] == num_clips[2]:  # the structure plays no part in the dynamics alone
+        assert tiny.decode(payload, parts=["dynamics"]).shape[0] == num_clips[1]
+
+
+def test_nothing_to_decode_is_refused(tiny: VidTwin) -> None:
+    for decoded in (tiny.decode_payload, tiny.decode, tiny.aligned):
+        with pytest.raises(ValueError, match="vidtwin_tiny_a: the latents lack structure; there are none"):
+            decoded({})
 
 
 @pytest.mark.parametrize(
