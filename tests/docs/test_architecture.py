@@ -6,6 +6,7 @@ Tests import helpers of ``tests/support/`` and no other tests.
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from tests.support.markdown import ROOT
@@ -91,6 +92,39 @@ def test_no_module_imports_itself_through_others() -> None:
 
     for name in modules:
         visit(name, ())
+
+
+FAMILY_TAGS = ("vidtok", "vidtwin", "diffusers")
+FAMILY_CLASSES = ("VidTok", "VidTokConfig", "VidTwin", "VidTwinConfig", "DiffusersVae", "DiffusersConfig")
+FAMILY_FOLDERS = ("models/vidtok", "models/vidtwin", "models/diffusers_vae")
+
+
+def _asks_for_a_family(path: Path) -> bool:
+    """Whether a module compares a tag of a family, or asks whether something is a network or config of one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            parts = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            parts = list(ast.walk(node.args[1]))
+        elif isinstance(node, ast.MatchClass):
+            parts = list(ast.walk(node.cls))
+        if any(isinstance(part, ast.Constant) and part.value in FAMILY_TAGS for part in parts):
+            return True
+        if any(isinstance(part, ast.Name) and part.id in FAMILY_CLASSES for part in parts):
+            return True
+    return False
+
+
+def test_the_places_that_ask_for_a_family_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    [section] = re.findall(r"^## Places that ask for a family$(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    listed = set(re.findall(r"`((?:schemas|models|pipeline|jobs)/[\w/]+\.py)`", section))
+    paths = [path.relative_to(ROOT) for path in _modules().values()]
+    asking = {str(path) for path in paths if str(path.parent) not in FAMILY_FOLDERS and _asks_for_a_family(ROOT / path)}
+    assert asking <= listed, "name them in docs/architecture.md, or take what they need from the entry of FAMILIES"
+    assert listed <= {str(path) for path in paths}
+    assert not {path for path in asking if path.startswith("models/training/")}, "the training loop asks for no family"
 
 
 def test_decoding_a_video_imports_neither_ray_nor_torch() -> None:
