@@ -294,7 +294,7 @@ def load_weights(
         _check_name(path, config)
     tensors = {name: tensors[checkpoint_name(name, config)] for name in _expected_shapes(config)}
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    if not_finite := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+    if not_finite := [checkpoint_name(n, config) for n, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise WeightsError(f"{path}: weights that are not finite: {_abbreviated(not_finite)}")
     tables = fixed_tables(config)
     _check_tables(path, tensors, tables)

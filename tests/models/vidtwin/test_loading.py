@@ -153,6 +153,7 @@ def test_weights_of_another_family_or_size_are_refused(published: dict[str, Tens
         ({"decoder.pos_embed_temporal": None}, "1 missing: decoder.pos_embed_temporal"),
         ({"encoder.final_layer.linear.bias": None}, "1 missing: encoder.final_layer.linear.bias"),
         ({"decoder.final_layer.extra": torch.ones(1)}, "1 foreign: decoder.final_layer.extra"),
+        ({"motion_head.bias": torch.full((10,), torch.nan)}, "weights that are not finite: motion_head.bias"),
     ],
 )
 def test_entries_must_be_those_of_published_files(
