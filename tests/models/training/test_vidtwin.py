@@ -269,7 +269,11 @@ def test_four_steps_are_those_of_the_original(golden: TrainState, monkeypatch: p
     first = video(5, 80, 80, 1)
     monkeypatch.setattr(evaluation, "frames_to_input", lambda _: first)
     made = evaluation.reconstruct(golden, ANY_BATCH[:1])
-    np.testing.assert_allclose(made.video[:, :, :, ::9, ::11], after, atol=1e-2)
+    difference = made.video[:, :, :, ::9, ::11].numpy() - after
+    # With AdamW's first beta at 0 a weight moves by about the rate however small its gradient, so by rounding too.
+    # Start weights that differ by 1e-7 end 0.037 apart (root mean square; 0.33 at most), and other kernels on the same
+    # processor 0.26 at most. One step less ends 0.37 away, other betas 0.28, half the rate in the last step 0.19.
+    assert np.sqrt(np.mean(np.square(difference))) < 0.1
 
 
 def test_a_fresh_network_begins_as_the_original_does() -> None:
