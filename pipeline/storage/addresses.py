@@ -45,11 +45,20 @@ def is_public(address: str) -> bool:
             inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
         embedded = [one for one in inner if one is not None]
         if embedded:
-            return all(one.is_global and not one.is_multicast for one in embedded)
-    return ip.is_global and not ip.is_multicast
+            return all(is_public(str(one)) for one in embedded)
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "fec0::/10", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "100::/64", "3fff::/20", "5f00::/16",
+        "192.0.0.0/24", "192.88.99.0/24",
+    )
+)  # fmt: skip
+"""Networks that versions of Python take for global: site-local ones, those in which addresses of IPv4 are translated or
+embedded, and reserved ones (IANA's registries of special-purpose addresses)."""
 
 
 @lru_cache(maxsize=16)
