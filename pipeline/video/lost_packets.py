@@ -196,7 +196,7 @@ class _Mpeg4:
 
     def __call__(self, packet: Packet[VideoStream], following: Following) -> str | None:
         data = bytes(packet)
-        resolution = _ticks_per_second(data) or self._resolution
+        resolution = (None if data.startswith(b"\0\0\1\xb6") else _ticks_per_second(data)) or self._resolution
         if resolution != self._resolution:
             self._resolution = resolution
             self._vops.forget()
@@ -296,15 +296,16 @@ def _vop(data: bytes, resolution: int) -> _Vop | None:
     at = data.find(b"\0\0\1\xb6")
     if at < 0 or data.find(b"\0\0\1\xb6", at + 4) >= 0:
         return None
-    bits = Bits(data[at + 4 : at + 40])
-    try:
-        kind, modulo = bits.take(2), 0
-        while bits.take(1):
-            modulo += 1
-        bits.take(1)
-        increment = bits.take(max(1, (resolution - 1).bit_length()))
-    except EOFError:
+    head = int.from_bytes(data[at + 4 : at + 40], "big")  # read without `Bits`, which takes twice as long
+    left = 8 * min(36, len(data) - at - 4) - 2
+    kind, modulo = head >> max(0, left), 0
+    while left > 0 and head >> left - 1 & 1:
+        modulo, left = modulo + 1, left - 1
+    num_bits = max(1, (resolution - 1).bit_length())
+    left -= 2 + num_bits
+    if left < 0:
         return None
+    increment = head >> left & (1 << num_bits) - 1
     return _Vop(is_b=kind == 2, modulo=modulo, increment=increment, after_group=b"\0\0\1\xb3" in data[:at])
 
 

@@ -60,6 +60,9 @@ class GapWatch:
         if last is None or time <= last:
             return
         step = time - last
+        if step <= self._usual and self._open is None:  # as nearly all; whether it is an entry point changes nothing
+            self._steps.append(step)
+            return
         if not self._entries.only_start and self._entries.is_entry(packet, lambda: following(0)):
             if self._open is not None:
                 self._open.end_pts = self._convert(time if packet.pts is None else packet.pts)
