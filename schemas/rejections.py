@@ -5,6 +5,7 @@ A bad video is data, not a failure of the run: each is counted and written to ``
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -106,6 +107,16 @@ REMEDIES: dict[Reason, str] = {
     Reason.INTERNAL_ERROR: "report it with the detail and the traceback in the log; the other inputs are not affected",
 }
 """Advice that is printed with each reason."""
+
+
+def remedy_of(reason: Reason, *, keeps_damaged: bool) -> str:
+    """Advice for a reason.
+
+    Args:
+        keeps_damaged: whether whole clips of damaged spans are kept already, which then is no advice.
+    """
+    advice = REMEDIES[reason]
+    return re.split("[,;] or keep the clips", advice)[0] if keeps_damaged else advice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

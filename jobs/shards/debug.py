@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +30,7 @@ from vidshard.pipeline.plan import VideoPlanner
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import clip_frames, row_span
 from vidshard.schemas.errors import EXIT_FAILED, UserError
-from vidshard.schemas.rejections import REMEDIES, Reason, VideoError
+from vidshard.schemas.rejections import Reason, VideoError, remedy_of
 from vidshard.schemas.text import counted, readable
 from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts, without_secrets
 from vidshard.schemas.video import Limits, VideoRef
@@ -72,8 +74,35 @@ def debug_spans(
         VidshardError: the output cannot be read, has no such span or video, the video is remote and may not be
             fetched, or the folder for pictures cannot be made.
     """
-    if pictures is not None:
-        _make_folder(Path(pictures))
+    with _folder_for(pictures):
+        return _debug_spans(
+            out,
+            console,
+            span_id=span_id,
+            uri=uri,
+            pictures=pictures,
+            encode=encode,
+            weights=weights,
+            fetch_sources=fetch_sources,
+            allow_private=allow_private,
+            damaged=damaged,
+        )
+
+
+def _debug_spans(
+    out: str,
+    console: Console,
+    *,
+    span_id: str | None,
+    uri: str | None,
+    pictures: str | None,
+    encode: bool,
+    weights: str | None,
+    fetch_sources: bool,
+    allow_private: bool,
+    damaged: Literal["reject", "keep"] | None,
+) -> int:
+    """As :func:`debug_spans`, with a folder for pictures that is there."""
     folder = storage.absolute(out)
     hosts = None if allow_private else typed_hosts([out, *([] if uri is None else [uri])])
     resolved = resolved_run_of(folder, weights=weights, source_hosts=hosts)
@@ -128,9 +157,9 @@ class _Printer:
         self._since = now
         self._console.print(f"  {stage:<10}{readable(text, 2000)}{seconds}", highlight=False, markup=False)
 
-    def refused(self, stage: str, reason: Reason, detail: str) -> None:
+    def refused(self, stage: str, reason: Reason, detail: str, *, keeps_damaged: bool = False) -> None:
         self.line(stage, f"rejected, {reason}: {without_secrets(detail)}", timed=True)
-        self.line("", REMEDIES[reason])
+        self.line("", remedy_of(reason, keeps_damaged=keeps_damaged))
 
 
 def _planned(out: str, span_id: str | None, uri: str | None) -> pa.Table:
@@ -235,15 +264,29 @@ def _decode(
                 f"from {times[0]:.3f} to {times[-1]:.3f} s; decoding errors {clip['decode_errors']}",
             )
         if row["rejection"] is not None:
-            printer.refused("", Reason(row["rejection"]["reason"]), row["rejection"]["detail"])
+            reason, detail = Reason(row["rejection"]["reason"]), row["rejection"]["detail"]
+            printer.refused("", reason, detail, keeps_damaged=keep_undamaged)
     return pa.concat_tables(tables)
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _folder_for(pictures: str | None) -> Iterator[None]:
+    """Context with a folder for pictures; one that was made for them and stays empty is removed."""
+    if pictures is None:
+        yield
+        return
+    folder = Path(pictures)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--pictures {folder}: {error.strerror}; name a folder that you may write to") from error
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it has pictures
+                folder.rmdir()
 
 
 def _write_pictures(decoded: pa.Table, resolved: ResolvedRun, folder: Path, printer: _Printer) -> None:

@@ -184,17 +184,17 @@ def what_lacks(placed: ResolvedRun, executor: Executor) -> list[str]:
     if run.encode_workers is not None and run.device == "cpu":
         least = run.encode_workers.least
         fitting = max(1, executor.num_cpus)
-        if least > fitting:
+        each = _ENCODER_BYTES + 4 * count_parameters(placed.config)
+        memory = math.inf if executor.memory_bytes is None else executor.memory_bytes
+        if memory // each < min(least, fitting):
+            found.append(
+                f"--encode-workers {run.encode_workers}: {least} encoders of {each / 2**30:.1f} GiB each do not fit "
+                f"the {memory / 2**30:.1f} GiB of {executor}; give {max(1, int(memory // each))} at most"
+            )
+        elif least > fitting:
             found.append(
                 f"--encode-workers {run.encode_workers}: {executor} has room for {fitting} encoders, one for each CPU; "
                 f"give {fitting}" + (f", or {fitting}..{run.encode_workers.most or ''}" if executor.can_grow else "")
-            )
-        each = _ENCODER_BYTES + 4 * count_parameters(placed.config)
-        if executor.memory_bytes is not None and least * each > executor.memory_bytes:
-            found.append(
-                f"--encode-workers {run.encode_workers}: {least} encoders of {each / 2**30:.1f} GiB each do not fit "
-                f"the {executor.memory_bytes / 2**30:.1f} GiB of {executor}; give "
-                f"{max(1, int(executor.memory_bytes // each))} at most"
             )
     if executor.can_grow:
         return [f"{text}. Until nodes join, the run goes on with fewer" for text in found]

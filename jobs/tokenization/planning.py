@@ -150,9 +150,9 @@ def _print_planned(planned: Planned, num_videos: int, console: Console) -> None:
     resume, retry = planned.resume, planned.retry
     if num_videos > planned.num_opened:
         console.print(
-            f"{num_videos - planned.num_opened:,} of {counted(num_videos, 'video')} are known from an earlier run; of "
-            f"{counted(resume.num_spans, 'planned span')} {resume.num_committed} are finished, "
-            f"{resume.num_rejected} were rejected, {resume.num_left} are to be done now",
+            f"{num_videos - planned.num_opened:,} of {counted(num_videos, 'video')} are known from an earlier run; "
+            f"{counted(resume.num_spans, 'planned span')}: {resume.num_committed:,} finished, "
+            f"{resume.num_rejected:,} rejected, {resume.num_left:,} to do now",
             highlight=False,
         )
     if resume.num_superseded_spans:

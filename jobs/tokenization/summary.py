@@ -32,7 +32,7 @@ from vidshard.pipeline.output.shard_reader import decodable
 from vidshard.pipeline.output.shard_writer import WriteStats
 from vidshard.pipeline.resolved_run import ResolvedRun, public_record
 from vidshard.schemas.errors import EXIT_AGAIN, EXIT_FAILED, VidshardError
-from vidshard.schemas.rejections import REMEDIES, Reason
+from vidshard.schemas.rejections import REMEDIES, Reason, remedy_of
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.text import counted, readable
 from vidshard.schemas.tokens import Payload, PayloadColumn
@@ -279,7 +279,8 @@ def _print_advice(summary: Summary, console: Console) -> None:
     line = partial(print_field, console)
     for reason, count in summary.reasons.most_common():
         name = "doubtful" if reason == Reason.POSSIBLE_LOSS else "rejected"
-        line(name, f"{count} x {reason}: {REMEDIES[Reason(reason)]}")
+        remedy = remedy_of(Reason(reason), keeps_damaged=summary.written.num_damaged_spans > 0)
+        line(name, f"{count} x {reason}: {remedy}")
     if summary.reasons:
         line("", f"see {storage.join(summary.out, 'rejects')}/ or: vidshard inspect {shlex.quote(summary.out)}")
     if summary.example_clip_id:

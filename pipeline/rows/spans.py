@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from vidshard.pipeline.video.sampling import expected_clips
-from vidshard.schemas.rejections import REMEDIES, Reason, Rejection, Stage
+from vidshard.schemas.rejections import Reason, Rejection, Stage, remedy_of
 from vidshard.schemas.tokens import REJECT_SCHEMA
 from vidshard.schemas.video import ClipSpec, Part, Span, VideoSource
 
@@ -88,7 +88,7 @@ def rejection_row(rejection: Rejection) -> dict[str, Any]:
         "stage": str(rejection.stage),
         "reason": str(rejection.reason),
         "detail": rejection.detail,
-        "remedy": REMEDIES[rejection.reason],
+        "remedy": remedy_of(rejection.reason, keeps_damaged=rejection.kept_clips is not None),
         "kept_clips": rejection.kept_clips,
         "place": rejection.place,
     }

@@ -18,6 +18,7 @@ from vidshard.pipeline.video.packet_schedule import FOREVER
 from vidshard.pipeline.video.render import Renderer
 from vidshard.pipeline.video.sampling import ClipTimeline, Grid
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.text import counted
 from vidshard.schemas.video import Clip, ClipSpec, Geometry, Span, SpanClips
 
 _MAX_DAMAGED_PLACES = 100
@@ -122,7 +123,7 @@ class DamageLog:
         if not num_clips:
             return VideoError(first.reason, first.detail)
         places = "one damaged place" if len(self.errors) == 1 else f"{len(self.errors)} damaged places, the first"
-        return VideoError(first.reason, f"{num_clips} clips beside {places}: {first.detail}")
+        return VideoError(first.reason, f"{counted(num_clips, 'clip')} beside {places}: {first.detail}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -141,8 +141,10 @@ def test_pictures_of_a_damaged_span_are_of_the_clips_that_are_whole(output: Path
     assert list((tmp_path / "seen").glob("*.png"))
     kept = printed_by("debug", out, "--uri", damaged, "--damaged", "keep", code=1)
     assert "decode 0 clips" not in kept
+    assert "--damaged keep" in said
+    assert "--damaged keep" not in kept, "it is the remedy no longer"
     assert "encode" in kept
     printed_by(
         "debug", out, "--uri", damaged, "--no-encode", "--damaged", "reject", "--pictures", tmp_path / "none", code=1
     )
-    assert not list((tmp_path / "none").glob("*.png"))
+    assert not (tmp_path / "none").exists(), "an empty folder is left"

@@ -40,6 +40,8 @@ def test_the_job_keeps_or_rejects_and_says_what_is_missing(tmp_path: Path) -> No
     [reject] = read_rejects(str(tmp_path / "kept")).to_pylist()
     assert reject["reason"] == "decode_error"
     assert "clips beside one damaged place" in reject["detail"]
+    assert reject["remedy"] == "copy the file again"
+    assert "decode_error: copy the file again, or" not in output
     assert "0 written" in printed_by(*command, "--out", tmp_path / "kept", "--damaged", "keep")
 
 

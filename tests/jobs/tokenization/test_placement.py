@@ -218,6 +218,14 @@ def test_encoders_for_which_there_is_no_room_are_refused_at_once_or_said_where_n
     assert "Until nodes join" in said
 
 
+@pytest.mark.parametrize(("gigabytes", "advice"), [(16, "; give 2"), (0.7, "; give 1 at most")])
+def test_encoders_that_fit_neither_cpus_nor_memory_are_refused_with_one_number(gigabytes: float, advice: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _asked(Declared(memory_bytes=gigabytes * 2**30), encode_workers=50)
+    assert str(caught.value).count("give") == 1
+    assert str(caught.value).endswith(advice)
+
+
 def test_decoders_beyond_the_cpus_of_one_machine_are_said_and_encoders_that_fit_are_not() -> None:
     [said] = _asked(Declared(), decode_workers=50)
     assert "decodes at most 2 videos at once" in said

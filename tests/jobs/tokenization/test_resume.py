@@ -55,7 +55,9 @@ def test_videos_that_are_added_replaced_touched_or_removed_later(tmp_path: Path)
     assert clips_by_video(out) == {"kept.mp4": 4, "gone.mp4": 5, "replaced.mp4": 6, "touched.mp4": 7}
 
     printed = tokenize(videos, "--out", out)
-    assert "4 of 4 videos are known from an earlier run; of 4 planned spans 4 are finished" in printed
+    assert (
+        "4 of 4 videos are known from an earlier run; 4 planned spans: 4 finished, 0 rejected, 0 to do now" in printed
+    )
     assert shard_bytes(out) == shards
 
     video(videos, "added.mp4", 3)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -62,6 +62,7 @@ def test_the_lag_is_the_age_of_the_oldest_clip_that_is_in_no_committed_shard(mon
     ),
     data=st.data(),
 )
+@settings(deadline=None)
 def test_spans_that_are_done_again_after_a_lost_writer_count_once(spans: list[Any], data: st.DataObject) -> None:
     rejection: dict[str, Any] = {field.name: None for field in RECEIPT_SCHEMA.field("rejection").type}
 
