@@ -83,9 +83,34 @@ def check_address(host: str, addresses: Sequence[str]) -> None:
         )
 
 
+_MOST_INFORMATIONAL = 100
+"""Informational answers (status 1xx) in front of an answer. Without end, they would hold the loop of all requests."""
+
+
 async def guarded_client(**options: Any) -> Any:
-    """Make an aiohttp session that checks each address before it connects, those of redirects included."""
+    """Make an aiohttp session that checks each address before it connects, those of redirects included.
+
+    It also ends informational answers without end.
+    """
     import aiohttp
+
+    class Response(aiohttp.ClientResponse):
+        async def start(self, connection: Any) -> Any:
+            protocol, num_read = connection.protocol, 0
+
+            async def limited() -> Any:
+                nonlocal num_read
+                num_read += 1
+                if num_read > _MOST_INFORMATIONAL:
+                    raise OSError(f"the server sends more than {_MOST_INFORMATIONAL} informational answers")
+                return await type(protocol).read(protocol)
+
+            protocol.read = limited
+            try:
+                return await super().start(connection)
+            finally:
+                if vars(protocol).get("read") is limited:  # it may serve another request by now
+                    del protocol.read
 
     class Connector(aiohttp.TCPConnector):
         async def _resolve_host(self, host: str, port: int, traces: Any = None) -> Any:
@@ -93,4 +118,4 @@ async def guarded_client(**options: Any) -> Any:
             check_address(host, [entry["host"] for entry in found])
             return found
 
-    return aiohttp.ClientSession(**{"connector": Connector(), **options})
+    return aiohttp.ClientSession(**{"connector": Connector(), "response_class": Response, **options})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 
 import pyarrow as pa
@@ -151,3 +154,31 @@ def test_a_huge_page_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web_listing, "MAX_PAGE_BYTES", 1 << 16)
     with http_server(lambda _path: b"x" * (1 << 17)) as server, pytest.raises(storage.StorageError, match="larger"):
         list(storage.list_web_folder(f"{server.url}/"))
+
+
+def test_informational_answers_without_end_end() -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, suppress(OSError):
+                    while True:
+                        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 50)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v.mp4"
+    answers: list[object] = []
+
+    def ask() -> None:
+        with suppress(storage.StorageError):
+            answers.append(storage.open_video(url))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(20)
+    listening.close()
+    assert not asking.is_alive()
+    assert not answers
