@@ -23,7 +23,7 @@ from vidshard.models.tokenizer import EncodedClips, Past, Tokenizer, frames_to_i
 from vidshard.models.vidtok.lengths import pad
 from vidshard.pipeline.crossing import check_clip, stored_spec
 from vidshard.pipeline.decode_stage import decode_again
-from vidshard.pipeline.output.shard_reader import find_clips, open_shard
+from vidshard.pipeline.output.shard_reader import find_clips, open_shard, read_clips
 from vidshard.pipeline.reconstruct import load_decoder, stored_clip
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
@@ -109,7 +109,8 @@ def encode_again(
                     f"{readable(stored.clip_id)} of {shown_uri(stored.values['uri'])}: {one_line(error)}"
                 )
             else:
-                compare(stored.payload, again, result, stored.clip_id)
+                whole = next(read_clips(*row, with_logvar=True))
+                compare(whole.payload, again, result, stored.clip_id)
             display.update(done, f"{done:,} of {counted(len(chosen), 'clip')} · {done / display.seconds:.2f} clips/s")
     _report(result, share, seed, console)
     return result

@@ -125,8 +125,11 @@ def find_clips(paths: Sequence[str], prefix: str) -> list[tuple[str, str]]:
     return found
 
 
-def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
+def read_clips(path: str, prefix: str = "", *, with_logvar: bool = False) -> Iterator[StoredClip]:
     """Read the clips of a shard whose ids start with ``prefix``, row group by row group.
+
+    Args:
+        with_logvar: read the log-variances too, which decoding does not need.
 
     Raises:
         ShardError: the shard is damaged, or holds impossible values.
@@ -134,7 +137,7 @@ def read_clips(path: str, prefix: str = "") -> Iterator[StoredClip]:
     with open_shard(path) as (parquet, provenance):
         for group in _groups_with(parquet, prefix):
             table = parquet.group(group)
-            arrays = payload_arrays(table, decodable(provenance.payload))
+            arrays = payload_arrays(table, provenance.payload if with_logvar else decodable(provenance.payload))
             others = table.drop_columns([column.name for column in provenance.payload])
             number = 0
             for batch in others.to_batches(max_chunksize=_ROWS_AT_ONCE):

@@ -197,6 +197,20 @@ def with_nan(table: pa.Table) -> pa.Table:
     return table.set_column(table.schema.get_field_index("dynamics_x"), field, column)
 
 
+def with_another_logvar(table: pa.Table) -> pa.Table:
+    name = "dynamics_x_logvar"
+    values = table[name].combine_chunks().flatten().to_numpy() + np.float16(0.5)
+    field = table.schema.field(name)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), type=field.type)
+    return table.set_column(table.schema.get_field_index(name), field, column)
+
+
+def test_clips_that_are_encoded_again_have_the_stored_log_variances(latents: Path, tmp_path: Path) -> None:
+    assert "0 of 6,912 values differ" in printed_by("verify", changed(latents, tmp_path, lambda t: t), "--exact", 1)
+    printed = printed_by("verify", changed(latents, tmp_path, with_another_logvar), "--exact", 1, code=1)
+    assert "192 of 6,912 values differ" in printed
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
