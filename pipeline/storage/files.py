@@ -333,7 +333,8 @@ _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modifie
 def fingerprint_of(info: Mapping[str, Any]) -> str | None:
     """The fingerprint from a remote file system's description of a file; None where it holds no tag or time."""
     tag = next((str(info[name]).strip('"') for name in _TAGS if info.get(name)), None)
-    return None if tag is None else f"{info.get('size')}-{tag}"
+    # bytes of a server's header that are not UTF-8 cannot be encoded again
+    return None if tag is None else f"{info.get('size')}-{tag.encode(errors='backslashreplace').decode()}"
 
 
 def check_writable(folder: str) -> None:

@@ -255,6 +255,15 @@ def test_one_web_server_among_many_that_is_down_rejects_its_rows_alone(two_video
     assert rejects == dict.fromkeys(rows[1:4], "unreadable")
 
 
+def test_a_tag_that_is_not_utf8_ends_no_run(two_videos: Path, tmp_path: Path) -> None:
+    content = (two_videos / "0.mp4").read_bytes()
+    with http_server(lambda _path: (200, {"ETag": '"\xff\x80"'}, content)) as server:  # sent as Latin-1
+        rows = [f"{server.url}/a.mp4", str(two_videos / "1.mp4")]
+        result = tokenize(_manifest(tmp_path, rows), "--out", tmp_path / "out", *SMALL, "--allow-private")
+    assert result.exit_code == 0, result.output
+    assert not reasons(tmp_path / "out")
+
+
 @pytest.mark.usefixtures("hasty")
 def test_a_web_server_of_signals_that_is_down_rejects_their_rows(two_videos: Path, tmp_path: Path) -> None:
     dead = f"http://127.0.0.1:{unused_port()}/s.npy"
