@@ -399,6 +399,8 @@ def _list(path: str, passed_over: Counter[str]) -> Iterator[FoundFile]:
         return  # object stores say so where a bucket or folder does not exist
     except storage.storage_errors() as error:
         raise _not_listed(path, error) from error
+    except ValueError as error:  # fsspec's, for an address such as s3://
+        raise _not_listed(path, error) from error
 
 
 def _not_listed(path: str, error: BaseException) -> storage.StorageError:

@@ -6,6 +6,8 @@ import os
 import re
 from urllib.parse import unquote
 
+from vidshard.pipeline.storage.errors import StorageError
+
 
 def is_local(path: str) -> bool:
     """Whether the path is on this machine's file system."""
@@ -29,5 +31,13 @@ def absolute(path: str) -> str:
 
 
 def join(root: str, *parts: str) -> str:
-    """Path of something below a local or remote folder."""
+    """Path of something below a local or remote folder.
+
+    Raises:
+        StorageError: the folder is a scheme alone, such as ``s3://``; without its slashes it would be a local one.
+    """
+    if re.fullmatch(r"\w[\w+.-]*://+", root):
+        raise StorageError(
+            f"{root} names no bucket or folder: write one behind it, such as {root.rstrip('/')}//NAME/tokens"
+        )
     return "/".join([root.rstrip("/") or "/", *parts]) if root != "/" else "/" + "/".join(parts)

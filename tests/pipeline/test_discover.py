@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.cli import SMALL, printed_by
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
@@ -188,6 +189,22 @@ def test_a_listing_that_never_comes_is_an_outage_and_no_empty_folder(
 def test_an_unreachable_bucket_is_one_clear_message(s3: str) -> None:
     with pytest.raises((InputError, storage.StorageError), match="no-such-bucket"):
         discover(["s3://no-such-bucket/clips"])
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///", "s3:///clips", "s3://*", "s3://**/*.mp4"])
+def test_an_address_without_a_bucket_is_one_clear_message(address: str, s3: str) -> None:
+    with pytest.raises((InputError, storage.StorageError), match="s3:"):
+        discover([address])
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///", "gs://", "simplecache://"])
+def test_an_output_without_a_bucket_is_no_local_folder(
+    address: str, good_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = printed_by("tokenize", good_videos, "--out", address, *SMALL, "--local", code=2)
+    assert "names no bucket or folder" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
