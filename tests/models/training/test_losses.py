@@ -292,7 +292,9 @@ def test_lpips_in_pieces_has_the_same_values_and_gradients(perceptual: Perceptua
         distances.sum().backward()
     assert fakes[0].grad is not None
     assert fakes[1].grad is not None
-    torch.testing.assert_close(fakes[1].grad, fakes[0].grad, atol=1e-6, rtol=1e-3)
+    # a processor may round a convolution of fewer frames otherwise, and the maximum of a pool may then be another pixel
+    apart = (fakes[1].grad - fakes[0].grad).flatten(1).norm(dim=1) / fakes[0].grad.flatten(1).norm(dim=1)
+    assert apart.max() < 0.05
 
 
 def test_loading_lpips_draws_no_random_numbers(vgg_file: Path) -> None:
