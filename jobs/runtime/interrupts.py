@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
@@ -99,3 +99,36 @@ class Feed(Generic[Item]):
     def stop(self) -> None:
         """Stop reading; the thread leaves the iterator after its next item."""
         self._stopped.set()
+
+
+class LastAnswer(Generic[Item]):
+    """Answers to a question that may hang, asked on a thread: a cluster whose head is dead answers after a minute.
+
+    An interrupt, or the end of the run, need not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._answer: Item | None = None
+        self._error: Exception | None = None
+
+    def take(self, ask: Callable[[], Item | None]) -> Item | None:
+        """The answer to the question before, and ask again; None if there is no answer yet.
+
+        Raises:
+            Exception: the question before raised it.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        answer, error, self._answer, self._error = self._answer, self._error, None, None
+        if error is not None:
+            raise error
+        self._thread = threading.Thread(target=self._run, args=(ask,), daemon=True, name="vidshard-asking")
+        self._thread.start()
+        return answer
+
+    def _run(self, ask: Callable[[], Item | None]) -> None:
+        try:
+            self._answer = ask()
+        except Exception as error:  # noqa: BLE001  raised again by take()
+            self._error = error

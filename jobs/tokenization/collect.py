@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from vidshard.jobs.runtime.executor import Executor, LocalExecutor
-from vidshard.jobs.runtime.interrupts import Feed, Interrupts
+from vidshard.jobs.runtime.interrupts import Feed, Interrupts, LastAnswer
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.tokenization.history import Timeline
 from vidshard.jobs.tokenization.placement import bfloat16_pays
@@ -159,6 +160,7 @@ class _Collection:
     telemetry: Telemetry
     broken: set[str] = field(default_factory=set)
     not_finite: set[str] = field(default_factory=set)
+    shrunk: LastAnswer[Executor] = field(default_factory=LastAnswer)
 
     def __post_init__(self) -> None:
         self.watch = QualityWatch(min_psnr=self.resolved.run.audit_min_psnr, console=self.console)
@@ -243,7 +245,8 @@ class _Collection:
                     self.lease.check(now=False)
                     self.committer.tick()
                     self.telemetry.tick()
-                    smaller = None if interrupts.first is not None else self.executor.shrunk_below(resources)
+                    smaller = self.shrunk.take(partial(self.executor.shrunk_below, resources))
+                    smaller = None if interrupts.first is not None else smaller
                     shrunk_for = 0 if smaller is None else shrunk_for + 1
                     if smaller is not None and shrunk_for == LOOKS_BEFORE_ABANDONING:
                         self._abandon(smaller)

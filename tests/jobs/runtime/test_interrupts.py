@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 
 from vidshard.jobs.runtime.errors import HungUp, exit_code_of, signals_that_end
-from vidshard.jobs.runtime.interrupts import Interrupts
+from vidshard.jobs.runtime.interrupts import Interrupts, LastAnswer
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -39,3 +40,38 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert interrupts.first is None
+
+
+def test_a_question_that_hangs_holds_nobody_up_and_is_asked_once() -> None:
+    may_answer, asked = threading.Event(), list[int]()
+
+    def ask() -> int:
+        asked.append(len(asked))
+        assert may_answer.wait(60)
+        return 10 + asked[-1]
+
+    answers: LastAnswer[int] = LastAnswer()
+    assert [answers.take(ask) for _ in range(5)] == [None] * 5
+    assert asked == [0]
+    may_answer.set()
+    _join(answers)
+    assert answers.take(ask) == 10
+    _join(answers)
+    assert answers.take(ask) == 11
+
+
+def test_an_error_of_a_question_is_raised_by_the_next_one() -> None:
+    answers: LastAnswer[int] = LastAnswer()
+
+    def ask() -> int:
+        raise ValueError("no")
+
+    assert answers.take(ask) is None
+    _join(answers)
+    with pytest.raises(ValueError, match="no"):
+        answers.take(ask)
+
+
+def _join(answers: LastAnswer[int]) -> None:
+    assert answers._thread is not None
+    answers._thread.join(60)
