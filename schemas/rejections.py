@@ -5,7 +5,6 @@ A bad video is data, not a failure of the run: each is counted and written to ``
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -74,14 +73,20 @@ class Reason(StrEnum):
     """An exception that nobody foresaw, in this program or a library, while the input was handled."""
 
 
+_UNLESS_KEPT: dict[Reason, str] = {
+    Reason.DECODE_ERROR: ", or keep the clips that are whole: --damaged keep",
+    Reason.TRUNCATED: "; or keep the clips before it: --damaged keep",
+}
+"""End of the advice for spans of which no clip is kept."""
+
 REMEDIES: dict[Reason, str] = {
     Reason.UNREADABLE: "check that the path exists, is a file, and that the workers may read it",
     Reason.EMPTY_FILE: "copy the file again from its source",
     Reason.NOT_A_VIDEO: "remove it from the input, or convert it to a video container",
     Reason.NO_VIDEO_STREAM: "remove it from the input",
     Reason.NO_FRAMES: "copy the file again, or re-encode it",
-    Reason.DECODE_ERROR: "copy the file again, or keep the clips that are whole: --damaged keep",
-    Reason.TRUNCATED: "copy the file again: its end is missing; or keep the clips before it: --damaged keep",
+    Reason.DECODE_ERROR: "copy the file again" + _UNLESS_KEPT[Reason.DECODE_ERROR],
+    Reason.TRUNCATED: "copy the file again: its end is missing" + _UNLESS_KEPT[Reason.TRUNCATED],
     Reason.LONGER_THAN_HEADER: "remux it (ffmpeg -i in.mp4 -c copy out.mp4) so that the header states its length",
     Reason.TOO_SHORT: "use --tail pad, fewer --frames, a higher --fps or a smaller --min-seconds; check a part's times",
     Reason.DUPLICATE: "nothing to do: the other copy was tokenized",
@@ -115,8 +120,7 @@ def remedy_of(reason: Reason, *, keeps_damaged: bool) -> str:
     Args:
         keeps_damaged: whether whole clips of damaged spans are kept already, which then is no advice.
     """
-    advice = REMEDIES[reason]
-    return re.split("[,;] or keep the clips", advice)[0] if keeps_damaged else advice
+    return REMEDIES[reason].removesuffix(_UNLESS_KEPT.get(reason, "")) if keeps_damaged else REMEDIES[reason]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from tests.support.lost_packets import without_packets
 from tests.support.shards import clips_of
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.pipeline.output.rejects import read_rejects
+from vidshard.schemas.rejections import REMEDIES, Reason
 
 NUM_CLIPS = 24
 
@@ -37,6 +38,9 @@ def test_the_job_keeps_or_rejects_and_says_what_is_missing(tmp_path: Path) -> No
         assert clip.values["decode_errors"] == 0
     errors = [clip.values["decode_errors"] for index, clip in rows["kept"].items() if index not in rows["strict"]]
     assert set(errors) == {1}
+    [strict] = read_rejects(str(tmp_path / "strict")).to_pylist()
+    assert strict["remedy"] == REMEDIES[Reason.DECODE_ERROR]
+    assert "--damaged keep" in strict["remedy"], "nothing of that span is kept yet"
     [reject] = read_rejects(str(tmp_path / "kept")).to_pylist()
     assert reject["reason"] == "decode_error"
     assert "clips beside one damaged place" in reject["detail"]
