@@ -17,7 +17,6 @@ from tests.support.processes import (
     DECODING,
     ENCODER,
     RUN,
-    SLOWER_RUN,
     is_under_way,
     only_the_text_is_rejected,
     processes_below,
@@ -134,7 +133,7 @@ def test_encoders_that_followed_the_cluster_give_way_where_nodes_are_lost(
         held_back(many_spans / "2.mp4", out) as held,
         started(
             *(many_spans / "0.mp4", many_spans / "1.mp4", held.uri, "--out", out, "--encode-workers", "1.."),
-            *("--device", "cpu", "--ray-address", cluster.address, *SLOWER_RUN, *COMMITTED_AT_ONCE),
+            *("--device", "cpu", "--ray-address", cluster.address, *RUN, "--size", "384", *COMMITTED_AT_ONCE),
         ) as process,
     ):
         until(process, lambda: is_under_way(out) and held.is_reached and all(map(has_encoder, nodes)))
