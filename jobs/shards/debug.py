@@ -75,73 +75,45 @@ def debug_spans(
             fetched, or the folder for pictures cannot be made.
     """
     with _folder_for(pictures):
-        return _debug_spans(
-            out,
-            console,
-            span_id=span_id,
-            uri=uri,
-            pictures=pictures,
-            encode=encode,
-            weights=weights,
-            fetch_sources=fetch_sources,
-            allow_private=allow_private,
-            damaged=damaged,
+        folder = storage.absolute(out)
+        hosts = None if allow_private else typed_hosts([out, *([] if uri is None else [uri])])
+        resolved = resolved_run_of(folder, weights=weights, source_hosts=hosts)
+        record = read_run_record(folder)
+        limits = replace(
+            resolved.source_limits,
+            sandbox="auto",  # what an output records does not switch it off
+            sampled_ids=record is not None and record.sampled_ids,
         )
-
-
-def _debug_spans(
-    out: str,
-    console: Console,
-    *,
-    span_id: str | None,
-    uri: str | None,
-    pictures: str | None,
-    encode: bool,
-    weights: str | None,
-    fetch_sources: bool,
-    allow_private: bool,
-    damaged: Literal["reject", "keep"] | None,
-) -> int:
-    """As :func:`debug_spans`, with a folder for pictures that is there."""
-    folder = storage.absolute(out)
-    hosts = None if allow_private else typed_hosts([out, *([] if uri is None else [uri])])
-    resolved = resolved_run_of(folder, weights=weights, source_hosts=hosts)
-    record = read_run_record(folder)
-    limits = replace(
-        resolved.source_limits,
-        sandbox="auto",  # what an output records does not switch it off
-        sampled_ids=record is not None and record.sampled_ids,
-    )
-    rows = _planned(folder, span_id, uri)
-    source = rows["uri"][0].as_py()
-    if is_remote(source) and not fetch_sources:
-        raise UserError(
-            f"{shown_uri(source)} is not fetched by itself: the output names it, and may be foreign; --fetch-sources "
-            "fetches such sources"
-        )
-    printer = _Printer(console)
-    printer.line("video", shown_uri(source))
-    if not _open(source, limits, printer):
-        return EXIT_FAILED
-    if rows["span_id"].null_count:
-        rows = _plan_again(rows, resolved, limits)
-        rejection = rows["rejection"][0].as_py()
-        if rejection is not None:
-            printer.refused("plan", Reason(rejection["reason"]), rejection["detail"])
+        rows = _planned(folder, span_id, uri)
+        source = rows["uri"][0].as_py()
+        if is_remote(source) and not fetch_sources:
+            raise UserError(
+                f"{shown_uri(source)} is not fetched by itself: the output names it, and may be foreign; "
+                "--fetch-sources fetches such sources"
+            )
+        printer = _Printer(console)
+        printer.line("video", shown_uri(source))
+        if not _open(source, limits, printer):
             return EXIT_FAILED
-    rows = _chosen(rows, folder, span_id, printer)
-    keep = (damaged or resolved.run.damaged) == "keep"
-    decoded = _decode(rows, resolved, limits, printer, keep_undamaged=keep)
-    if pictures is not None:
-        shown = decoded
-        if damaged is None and not keep and decoded["rejection"].null_count < decoded.num_rows:
-            shown = _decode(rows, resolved, limits, None, keep_undamaged=True)
-            if _num_clips(shown):
-                printer.line("pictures", "of the clips that are whole, which --damaged keep would store")
-        _write_pictures(shown, resolved, Path(pictures), printer)
-    if encode:
-        _encode(decoded, resolved, printer)
-    return EXIT_FAILED if decoded["rejection"].null_count < decoded.num_rows else 0
+        if rows["span_id"].null_count:
+            rows = _plan_again(rows, resolved, limits)
+            rejection = rows["rejection"][0].as_py()
+            if rejection is not None:
+                printer.refused("plan", Reason(rejection["reason"]), rejection["detail"])
+                return EXIT_FAILED
+        rows = _chosen(rows, folder, span_id, printer)
+        keep = (damaged or resolved.run.damaged) == "keep"
+        decoded = _decode(rows, resolved, limits, printer, keep_undamaged=keep)
+        if pictures is not None:
+            shown = decoded
+            if damaged is None and not keep and decoded["rejection"].null_count < decoded.num_rows:
+                shown = _decode(rows, resolved, limits, None, keep_undamaged=True)
+                if _num_clips(shown):
+                    printer.line("pictures", "of the clips that are whole, which --damaged keep would store")
+            _write_pictures(shown, resolved, Path(pictures), printer)
+        if encode:
+            _encode(decoded, resolved, printer)
+        return EXIT_FAILED if decoded["rejection"].null_count < decoded.num_rows else 0
 
 
 class _Printer:
