@@ -246,8 +246,7 @@ def bfloat16_pays(run: TokenizeRun, config: TokenizerConfig) -> bool:
 def bfloat16_speedup(side: int = 512, repeats: int = 4) -> float:
     """Speed of a product of matrices in bfloat16 on this machine's CPU, in that of float32; takes some 10 ms.
 
-    The CPU's flags do not tell: an Intel Xeon with AVX512-BF16, and AMX hidden by its virtual machine, reaches 0.53,
-    an AMD EPYC (Zen 4) 2.
+    The CPU's flags do not tell: an Intel Xeon that has AVX512-BF16 reaches 0.53.
 
     Args:
         side: rows and columns of the matrices.

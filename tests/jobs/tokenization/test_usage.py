@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from vidshard.jobs.tokenization import placement
 from vidshard.jobs.tokenization.usage import Usage
@@ -95,8 +96,17 @@ def test_bfloat16_pays_on_cpus_whose_products_are_faster_and_for_networks_of_lar
     assert placement.bfloat16_pays(run, get_preset(tokenizer)) is pays
 
 
-def test_the_speed_of_bfloat16_is_measured_on_this_cpu() -> None:
-    assert 0 < placement.bfloat16_speedup(side=64) < 100
+def test_the_speed_of_bfloat16_is_that_of_its_products_at_their_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert placement.bfloat16_speedup(side=64) > 0, "measured on this CPU"
+    now, took = 0.0, {torch.float32: [9.0, 4.0, 5.0], torch.bfloat16: [8.0, 7.0, 2.0]}
+
+    def product(matrix: torch.Tensor, _other: torch.Tensor) -> None:
+        nonlocal now
+        now += took[matrix.dtype].pop(0)
+
+    monkeypatch.setattr("vidshard.jobs.tokenization.placement.torch.mm", product)
+    monkeypatch.setattr("vidshard.jobs.tokenization.placement.time.perf_counter", lambda: now)
+    assert placement.bfloat16_speedup(repeats=3) == 4.0 / 2.0
 
 
 def test_bfloat16_is_offered_only_where_it_would_pay() -> None:
