@@ -47,9 +47,8 @@ class SpanTimeline:
 
     def needs(self, pts: int, until_pts: int) -> bool:
         """Whether a frame on screen from ``pts`` to ``until_pts`` (exclusive) is in one of the clips."""
-        clips = self.clips.around(pts, until_pts)
-        for index in range(max(self.first_clip, clips.start), min(clips.stop, self.end_clip)):
-            grid, num_frames = self.times(index)
+        for index in self.clips.around(pts, until_pts, self.first_clip, self.end_clip):
+            grid, num_frames = self._times.get(index) or self.times(index)
             at = grid.first_index_at(pts)
             if at < num_frames and at < grid.first_index_at(until_pts):
                 return True

@@ -85,6 +85,7 @@ class RecordingEnd:
         formats = container.format.name.split(",")
         self._format = next((name for name in formats if name in _BEGINNINGS or name in _WALKS), formats[0])
         self._is_gif = self._format == "gif"
+        self._is_scanned = self._format in _SCANNED
         self._behind_last: int | None = None
         self._is_unsized = False
         self.offset: int | None = None
@@ -95,12 +96,13 @@ class RecordingEnd:
         if self._format in _ENDS and self.offset is None:
             with position_kept(watched):
                 self._is_unsized = not _ENDS[self._format](watched)
+        self._is_searched = self._is_unsized or self._is_scanned or self._is_gif
 
     def is_before(self, packet: Packet[VideoStream]) -> bool:
         """Whether the recording ends before a packet; packets are asked about in the order of the demuxer."""
-        if packet.pos is None:
+        if packet.pos is None or (self.offset is None and not self._is_searched):
             return False
-        if self.offset is None and (self._is_unsized or self._format in _SCANNED):
+        if self.offset is None and (self._is_unsized or self._is_scanned):
             last, self._behind_last = self._behind_last, max(self._behind_last or 0, packet.pos + packet.size)
             if self._is_unsized:  # FFmpeg goes on with the pictures of another recording by the headers of the first
                 start = max(1, self._behind_last - _MOST_SCANNED if last is None else last - _OVERLAP_BYTES)

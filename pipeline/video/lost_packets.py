@@ -159,7 +159,7 @@ class _Mpeg2:
 # MPEG-4.
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class _Vop:
     """The header of a video object plane, 6.2.5: a picture."""
 
@@ -296,17 +296,18 @@ def _vop(data: bytes, resolution: int) -> _Vop | None:
     at = data.find(b"\0\0\1\xb6")
     if at < 0 or data.find(b"\0\0\1\xb6", at + 4) >= 0:
         return None
-    head = int.from_bytes(data[at + 4 : at + 40], "big")  # read without `Bits`, which takes twice as long
-    left = 8 * min(36, len(data) - at - 4) - 2
-    kind, modulo = head >> max(0, left), 0
+    bits = data[at + 4 : at + 40]
+    head = int.from_bytes(bits, "big")  # read without `Bits`, which takes twice as long
+    left = 8 * len(bits) - 2
+    kind, modulo = head >> left if left > 0 else 0, 0
     while left > 0 and head >> left - 1 & 1:
         modulo, left = modulo + 1, left - 1
-    num_bits = max(1, (resolution - 1).bit_length())
+    num_bits = (resolution - 1).bit_length() or 1
     left -= 2 + num_bits
     if left < 0:
         return None
-    increment = head >> left & (1 << num_bits) - 1
-    return _Vop(is_b=kind == 2, modulo=modulo, increment=increment, after_group=b"\0\0\1\xb3" in data[:at])
+    after_group = at > 0 and data.find(b"\0\0\1\xb3", 0, at) >= 0
+    return _Vop(kind == 2, modulo, head >> left & (1 << num_bits) - 1, after_group)
 
 
 def _ticks_per_second(data: bytes) -> int | None:

@@ -149,14 +149,21 @@ class ClipTimeline:
         """Whether a clip cannot exist wherever the video ends."""
         return self.last_clip is not None and clip_index > self.last_clip
 
-    def around(self, pts: int, until_pts: int) -> range:
-        """Indices of all clips that may have a grid time from ``pts`` to ``until_pts``, exclusive."""
+    def around(self, pts: int, until_pts: int, first_clip: int, end_clip: int) -> range:
+        """Indices of clips from ``first_clip`` on, before ``end_clip``, that may have a grid time in a stretch of time.
+
+        Args:
+            pts: start of the stretch, in ticks.
+            until_pts: its end, exclusive.
+            first_clip: at least 0.
+            end_clip: exclusive.
+        """
         if self.placed is not None:
-            return range(len(self.placed))
+            return range(first_clip, min(end_clip, len(self.placed)))
         tick, begin, clip, stride = self._whole_times
         first = ((pts - self.start_pts) * tick - begin - clip) // stride
-        last = ((until_pts - self.start_pts) * tick - begin) // stride
-        return range(max(0, first), max(0, last + 1))
+        end = ((until_pts - self.start_pts) * tick - begin) // stride + 1
+        return range(first if first > first_clip else first_clip, end if end < end_clip else end_clip)
 
     @cached_property
     def _whole_times(self) -> tuple[int, ...]:
