@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 
 import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 MAX_ATTEMPTS = 6
 """Number of attempts at a task whose process or node dies. The run fails when the last one dies too.
@@ -33,11 +35,14 @@ attempts about 50 of these tasks would fail.
 #   half an hour without progress (`execution_no_progress_timeout_s`).
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)  # after a restart the counts begin again at 0
 class Attempts:
-    """Counter of the attempts at each unfinished batch: an actor on the driver's node, which ends with the driver."""
+    """Counter of the attempts at each unfinished batch; all encoders of a flow ask the same one, an actor."""
 
     def __init__(self) -> None:
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Count from 0 again, as another flow begins."""
         self._begun: Counter[str] = Counter()
         self._faults: dict[str, str] = {}
 
@@ -58,3 +63,11 @@ class Attempts:
         """Forget a finished batch."""
         self._begun.pop(batch, None)
         self._faults.pop(batch, None)
+
+
+def start_attempts() -> ActorHandle:
+    """Start a counter as an actor on the driver's node, which ends with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # after a restart the counts begin again at 0
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Attempts).options(**options).remote()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 
 class CancelToken(Protocol):
@@ -33,36 +36,43 @@ class LocalCancelToken:
         return self._event.is_set()
 
 
-class _CancelActor:
+class Cancellation:
+    """State of a `ClusterCancelToken`, in an actor."""
+
     def __init__(self) -> None:
         self._cancelled = False
 
     def cancel(self) -> None:
+        """Remember that workers must start no further work."""
         self._cancelled = True
 
     def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
         return self._cancelled
 
 
 class ClusterCancelToken:
     """Cancellation token for workers of a Ray cluster; a check takes half a millisecond."""
 
-    def __init__(self) -> None:
-        import ray  # here, so that decoders of a local run do not load Ray
-
-        # the actor reserves no CPU and ends with its driver; if its node is lost, Ray restarts it with the token unset
-        self._actor: Any = ray.remote(_CancelActor).options(num_cpus=0, max_restarts=-1, max_task_retries=1).remote()
+    def __init__(self, actor: ActorHandle) -> None:
+        """Make a token that an actor holds, a `Cancellation`."""
+        self._actor = actor
 
     def cancel(self) -> None:
         """Tell workers to start no further work."""
         self._actor.cancel.remote()
 
     def is_cancelled(self) -> bool:
-        """Whether workers must start no further work; False if the actor does not answer within 5 s."""
-        import ray
-        from ray.exceptions import RayError
+        """Whether workers must start no further work: also once the actor is gone, as the run is then over.
+
+        False if the actor does not answer within 5 s.
+        """
+        import ray  # here, so that decoders of a local run do not load Ray
+        from ray.exceptions import ActorDiedError, RayError
 
         try:
             return bool(ray.get(self._actor.is_cancelled.remote(), timeout=5))
+        except ActorDiedError:
+            return True
         except (RayError, TimeoutError):
             return False

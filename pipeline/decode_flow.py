@@ -15,9 +15,8 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
+from vidshard.pipeline.attempts import MAX_ATTEMPTS, start_attempts
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.stitching import Decoded, Piece, PieceDecoder
 
@@ -51,8 +50,7 @@ def decode_on_ray(
 ) -> Iterator[Decoded]:
     """Decode pieces on a pool of actors; results come in any order."""
     DataContext.get_current().raise_original_map_exception = True
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    attempts = Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    attempts = start_attempts()
     rows = [
         pa.table({"name": [piece.name], "piece": [pickle.dumps(piece)]}, schema=_PIECE) for piece in pieces
     ]  # a block each, so that one worker does not get them all

@@ -22,10 +22,9 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
+from vidshard.pipeline.attempts import MAX_ATTEMPTS, start_attempts
 from vidshard.pipeline.decode_stage import SpanDecoder, read_groups
 from vidshard.pipeline.node_writers import NodeDelivery
 from vidshard.pipeline.output.commit import deliver
@@ -69,20 +68,20 @@ class DecodeTask:
 class EncoderActor:
     """`ClipEncoder` as a Ray actor, with a limit on the attempts at a batch that kills its process."""
 
-    def __init__(self, spec: EncoderSpec, attempts: ActorHandle, directory: ActorHandle | None = None) -> None:
+    def __init__(self, spec: EncoderSpec, attempts: ActorHandle, coordinator: ActorHandle | None = None) -> None:
         """Make an encoder that loads its model at the first call.
 
         Args:
             spec: settings of the encoder.
             attempts: the counter of attempts.
-            directory: the directory of the nodes' writers; None to return the encoded rows themselves.
+            coordinator: knows the nodes' writers; None to return the encoded rows themselves.
         """
         self._encode = spec.encoder()
         self._attempts = attempts
-        self._delivery = None if directory is None else NodeDelivery(directory)
+        self._delivery = None if coordinator is None else NodeDelivery(coordinator)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Encode rows, as `ClipEncoder`; with a directory hand them to the writer of this node, and return receipts.
+        """Encode rows, as `ClipEncoder`; with a coordinator hand them to the writer of this node, and return receipts.
 
         After a fault of the GPU this process ends itself: nothing more can be computed in it. Ray then starts another
         one, perhaps on another GPU, and the attempt counts as one whose process died.
@@ -137,18 +136,21 @@ def build_flow(
     decoder: SpanDecoder,
     encoder: EncoderSpec,
     resources: StageResources,
-    directory: ActorHandle | None = None,
+    coordinator: ActorHandle | None = None,
 ) -> Dataset:
     """Build the flow up to the encoded rows, or their receipts, as a lazy dataset.
 
     Args:
         plan: path of the work list's Parquet file, or its rows if URIs carry credentials, which no file may hold.
-        directory: the directory of the nodes' writers; None for a flow that gives the encoded rows.
+        coordinator: the `node_writers.Coordinator` of the run; None for a flow that gives the encoded rows.
     """
     # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
     DataContext.get_current().raise_original_map_exception = True
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    attempts = Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    if coordinator is None:
+        attempts = start_attempts()
+    else:
+        attempts = coordinator
+        coordinator.begin_pass.remote()
     return (
         _rows_of(plan)
         # a small plan is one block to Ray, and one block is one task
@@ -164,7 +166,7 @@ def build_flow(
         )
         .map_batches(
             EncoderActor,
-            fn_constructor_args=(encoder, attempts, directory),
+            fn_constructor_args=(encoder, attempts, coordinator),
             batch_format="pyarrow",
             batch_size=resources.rows_per_batch,
             zero_copy_batch=True,

@@ -1,7 +1,7 @@
-"""Writers on the nodes of the encoders, as Ray actors: a directory beside the driver, and one writer a node.
+"""Writers on the nodes of the encoders, as Ray actors: a coordinator beside the driver, and one writer a node.
 
-    EncoderActor ── rows ──▶ NodeWriter ── ShardReport ──▶ WriterDirectory ◀── asks ── driver
-       same node, acknowledged      stages shards                                  publishes, settles
+    EncoderActor ── rows ──▶ NodeWriter ── ShardReport ──▶ Coordinator ◀── asks ── driver
+       same node, acknowledged      stages shards                              publishes, settles
 
 A writer starts on a node when an encoder there has rows for the first time. An encoder returns its receipts once its
 writer has taken the rows, and the writer takes none while too many of its shards are unsettled. A writer that dies is
@@ -23,6 +23,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vidshard.pipeline.attempts import Attempts
+from vidshard.pipeline.cancel import Cancellation
 from vidshard.pipeline.output.shard_writer import WRITER_THREADS, ShardReport, ShardSettings, ShardWriter
 from vidshard.schemas.errors import RunCutShortError, RunFailedError, VidshardError, one_line
 
@@ -39,9 +41,9 @@ _MAX_WRITERS = 6
 class NodeWriter:
     """`ShardWriter` as a Ray actor. Rows are copied out of the object store, whose memory is for frames."""
 
-    def __init__(self, settings: ShardSettings, name: str, directory: ActorHandle) -> None:
+    def __init__(self, settings: ShardSettings, name: str, coordinator: ActorHandle) -> None:
         self._writer = ShardWriter(settings, self._report, name=name)
-        self._directory = directory
+        self._coordinator = coordinator
         threading.Thread(target=self._look, name="due", daemon=True).start()
 
     def add(self, rows: pa.Table) -> None:
@@ -61,7 +63,7 @@ class NodeWriter:
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def flush(self) -> None:
-        """Write everything, and return when the directory has all reports."""
+        """Write everything, and return when the coordinator has all reports."""
         self._writer.flush()
 
     def _look(self) -> None:
@@ -73,7 +75,7 @@ class NodeWriter:
         if report.error is not None and not isinstance(report.error, VidshardError):
             # others perhaps cannot be sent
             report = replace(report, error=RunFailedError(f"{type(report.error).__name__}: {one_line(report.error)}"))
-        ray.get(self._directory.report.remote(report))
+        ray.get(self._coordinator.report.remote(report))
 
 
 def _copied(rows: pa.Table) -> pa.Table:
@@ -84,10 +86,16 @@ def _copied(rows: pa.Table) -> pa.Table:
     return pa.ipc.open_stream(sink.getvalue()).read_all()
 
 
-class WriterDirectory:
-    """Directory of the writers of a run, and the reports that the driver has not taken: an actor on its node."""
+class Coordinator(Attempts, Cancellation):
+    """State that all processes of a run share: writers, reports that the driver has not taken, attempts, cancellation.
+
+    It is one actor, on the driver's node, since each actor is a process that takes a second of CPU to start. It is not
+    restarted, as the list of writers would be lost.
+    """
 
     def __init__(self, settings: ShardSettings) -> None:
+        Attempts.__init__(self)
+        Cancellation.__init__(self)
         self._settings = settings
         self._writers: dict[str, tuple[str, Any]] = {}
         self._all: dict[str, Any] = {}
@@ -124,8 +132,8 @@ class WriterDirectory:
 class NodeDelivery:
     """Hands the rows of one encoder to the writer of its node."""
 
-    def __init__(self, directory: ActorHandle) -> None:
-        self._directory = directory
+    def __init__(self, coordinator: ActorHandle) -> None:
+        self._coordinator = coordinator
         self._writer: tuple[str, Any] | None = None
         self._lost: str | None = None
 
@@ -138,7 +146,7 @@ class NodeDelivery:
         for _ in range(_MAX_WRITERS):
             if self._writer is None:
                 node = ray.get_runtime_context().get_node_id()
-                self._writer = ray.get(self._directory.writer_of.remote(node, self._lost))
+                self._writer = ray.get(self._coordinator.writer_of.remote(node, self._lost))
             name, writer = self._writer
             try:
                 ray.get(writer.add.remote(rows))
@@ -155,7 +163,7 @@ class NodeWriters:
 
     def __init__(self, settings: ShardSettings) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.directory: Any = ray.remote(WriterDirectory).options(num_cpus=0, scheduling_strategy=here).remote(settings)
+        self.coordinator: Any = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(settings)
         self._asked: Any = None
         self._look_at = 0.0
         self._kept: list[ShardReport] = []
@@ -175,7 +183,7 @@ class NodeWriters:
             return kept
         self._look_at = now + _LOOKING_SECONDS
         if self._asked is None:
-            self._asked = self.directory.take.remote()
+            self._asked = self.coordinator.take.remote()
         elif ray.wait([self._asked], timeout=0)[0]:
             kept += self._answer()
         return kept
@@ -217,21 +225,21 @@ class NodeWriters:
         self._is_over = True
 
     def close(self) -> None:
-        """End the writers and the directory."""
+        """End the writers and the coordinator."""
         if not self._is_over:
             self._is_over = True
             with suppress(RayError):
                 for writer in self._writers.values():
                     ray.kill(writer)
-                ray.kill(self.directory)
+                ray.kill(self.coordinator)
 
     def _answer(self) -> list[ShardReport]:
-        """Reports that the directory has, or had when it was asked."""
+        """Reports that the coordinator has, or had when it was asked."""
         asked, self._asked = self._asked, None
         try:
-            reports, self._writers = ray.get(asked or self.directory.take.remote(), timeout=_ANSWER_SECONDS)
+            reports, self._writers = ray.get(asked or self.coordinator.take.remote(), timeout=_ANSWER_SECONDS)
             if asked is not None:
-                more, self._writers = ray.get(self.directory.take.remote(), timeout=_ANSWER_SECONDS)
+                more, self._writers = ray.get(self.coordinator.take.remote(), timeout=_ANSWER_SECONDS)
                 reports += more
         except RayError as error:
             self._is_over = True

@@ -32,6 +32,18 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerPool:
+    """Number of processes that hold a network, and what each reserves."""
+
+    workers: int
+    """The smallest number if it may change."""
+    gpus_per_worker: float
+    """GPUs, or a fraction of one; 0 without GPUs."""
+    cpus_per_worker: float
+    """CPUs, or a fraction of one, so that decoders have the others; 0 reserves none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageResources:
     """Number of workers of each stage, and the amount of work per call."""
 
@@ -51,3 +63,10 @@ class StageResources:
     """Whether encoders are added while there is room in the cluster and work for them, and taken away without."""
     most_encode_workers: int | None = None
     """Largest number of encoders if it may change; None for as many as fit."""
+
+    @property
+    def encoders(self) -> WorkerPool:
+        """The encoders."""
+        return WorkerPool(
+            workers=self.encode_workers, gpus_per_worker=self.gpus_per_worker, cpus_per_worker=self.cpus_per_worker
+        )

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +29,14 @@ from vidshard.jobs.evaluation.tables import SCORES_CSV, SCORES_JSON, SCORES_MARK
 from vidshard.jobs.report.job import add_report
 from vidshard.jobs.report.wall import WALL_SHARE, WallSettings
 from vidshard.jobs.runtime.events import reported
-from vidshard.jobs.runtime.executor import ClusterExecutor, LocalExecutor, open_executor
+from vidshard.jobs.runtime.executor import (
+    LOOKS_BEFORE_ABANDONING,
+    ClusterExecutor,
+    Executor,
+    LocalExecutor,
+    open_executor,
+)
+from vidshard.jobs.runtime.interrupts import Feed, LastAnswer
 from vidshard.jobs.runtime.new_output import no_empty_output
 from vidshard.jobs.runtime.progress import PhaseProgress
 from vidshard.pipeline import storage
@@ -44,8 +52,10 @@ from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.shard_reader import find_clips
 from vidshard.pipeline.plan import open_videos
+from vidshard.pipeline.resources import WorkerPool
 from vidshard.pipeline.versions import code_version, library_versions
-from vidshard.schemas.errors import RunFailedError, UserError, one_line
+from vidshard.pipeline.video.sampling import clips_of_last_span
+from vidshard.schemas.errors import RunCutShortError, RunFailedError, UserError, one_line
 from vidshard.schemas.evaluation import EvaluateRun
 from vidshard.schemas.fields import differences
 from vidshard.schemas.text import counted
@@ -191,8 +201,9 @@ def _work(
     workers, threads, gpus = _resources(evaluation, executor)
     clips_per_span = max(group.resolved.clips_per_span for group in groups)
     limits = groups[0].resolved.run.limits
-    max_clips = 4 * clips_per_span + 16
-    decoder = SpanDecoder(spec=specs[0], max_clips=max_clips, clips_per_pass=clips_per_span, limits=limits)
+    decoder = SpanDecoder(
+        spec=specs[0], max_clips=clips_of_last_span(clips_per_span), clips_per_pass=clips_per_span, limits=limits
+    )
     rows_per_task = max(1, min(8, len(rows) // (4 * executor.num_cpus)))
     return _Work(
         blocks=_joined(in_windows(rows, specs), rows_per_task),
@@ -309,7 +320,7 @@ def _score(
     waiting, done, scored = ScoredSpans(), 0, 0
     try:
         with PhaseProgress(console, "scoring", work.clips) as display, executor.failures_named():
-            for table in _scored(work, executor):
+            for table in _scored(work, executor, lease):
                 for text in table["scored"].to_pylist():
                     part = load(text)
                     waiting.add(part)
@@ -325,20 +336,45 @@ def _score(
         write_scores(evaluation.run.out, waiting)
 
 
-def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor) -> Iterator[pa.Table]:
+def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor, lease: Lease) -> Iterator[pa.Table]:
+    """Scores as they are finished.
+
+    Raises:
+        RunCutShortError: nodes left, and scorers hold every CPU of those that remain.
+    """
     make: type[Any] = work.make
     if isinstance(executor, LocalExecutor):
         yield from score_locally(work.blocks, decoder=work.decoder, make=make, spec=work.spec)
         return
-    from vidshard.pipeline.evaluation.flow import ScoreResources, score_on_ray  # imports Ray
+    from vidshard.pipeline.evaluation.flow import score_on_ray  # imports Ray
 
     cpus = min(max(1, work.threads - 1), (executor.num_cpus - 1) / work.workers)
-    resources = ScoreResources(
-        workers=work.workers,
-        gpus_per_worker=work.gpus,
-        cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
+    scorers = WorkerPool(
+        workers=work.workers, gpus_per_worker=work.gpus, cpus_per_worker=cpus if cpus < 1 else float(int(cpus))
     )
-    yield from score_on_ray(work.blocks, decoder=work.decoder, make=make, spec=work.spec, resources=resources)
+    feed = Feed(score_on_ray(work.blocks, decoder=work.decoder, make=make, spec=work.spec, scorers=scorers))
+    shrunk: LastAnswer[Executor] = LastAnswer()
+    shrunk_for = 0
+    try:
+        while True:
+            try:
+                table = feed.take(1.0)
+            except StopIteration:
+                return
+            if table is not None:
+                yield table
+                continue
+            lease.check(now=False)
+            smaller = shrunk.take(partial(executor.shrunk_below, scorers))
+            shrunk_for = 0 if smaller is None else shrunk_for + 1
+            if shrunk_for == LOOKS_BEFORE_ABANDONING:
+                executor.abandon()
+                raise RunCutShortError(
+                    f"nodes left, and the scorers hold every CPU of what remains, {smaller}; what is scored is kept. "
+                    "Run the same command again, which takes as many scorers as fit"
+                )
+    finally:
+        feed.stop()
 
 
 # Report

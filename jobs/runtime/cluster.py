@@ -119,8 +119,8 @@ def await_gpus(cluster: Cluster, seconds: float) -> Cluster | None:
     return found if found.gpu_nodes else None
 
 
-def shrunk_below(cluster: Cluster, *, least_encoders: int, cpus_per_encoder: float) -> Cluster | None:
-    """The cluster as it is, if it has lost CPUs, and encoders hold all of them but a part of one; else None.
+def shrunk_below(cluster: Cluster, *, least_workers: int, cpus_per_worker: float) -> Cluster | None:
+    """The cluster as it is, if it has lost CPUs, and encoders or scorers hold all but a part of one; else None.
 
     Those of lost nodes start again on the nodes that are left, and Ray Data takes none of them away while others wait
     for a place. Where no CPU is left at all, nothing could be decoded, whatever encoders hold.
@@ -128,14 +128,15 @@ def shrunk_below(cluster: Cluster, *, least_encoders: int, cpus_per_encoder: flo
     left = ray.cluster_resources().get("CPU", 0.0)
     if not 1 <= left < cluster.num_cpus:
         return None
-    holding = max(least_encoders, _num_living_encoders()) * cpus_per_encoder
+    holding = max(least_workers, _num_living_workers()) * cpus_per_worker
     return _look(is_own=cluster.is_own) if holding > left - 1 else None
 
 
-def _num_living_encoders() -> int:
-    """Number of encoders of this process that have started, and hold what they reserve."""
+def _num_living_workers() -> int:
+    """Number of encoders and scorers of this process that have started, and hold what they reserve."""
     actors = ray._private.state.state.actor_table(None, ray._private.worker.global_worker.current_job_id, "ALIVE")
-    return sum("EncoderActor" in actor["ActorClassName"] for actor in actors.values())
+    names = [actor["ActorClassName"] for actor in actors.values()]
+    return sum("EncoderActor" in name or "ScorerActor" in name for name in names)
 
 
 def abandon_executions() -> None:

@@ -23,7 +23,7 @@ from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.local import run_locally
 from vidshard.pipeline.output.commit import LocalWriters, Writers, deliver
 from vidshard.pipeline.output.shard_writer import ShardSettings
-from vidshard.pipeline.resources import GpuNode, StageResources
+from vidshard.pipeline.resources import GpuNode, StageResources, WorkerPool
 from vidshard.schemas.errors import EXIT_AGAIN, RunCutShortError, RunFailedError, VidshardError
 from vidshard.schemas.fields import ClusterSettings
 from vidshard.schemas.text import counted
@@ -35,6 +35,10 @@ _GPU_SHARE = 0.01
 """Share of a GPU that its examination takes, so that it starts beside other jobs."""
 _EXAMINATION_SECONDS = 120.0
 """Time for the GPUs' nodes to answer; importing torch takes seconds, on a cold file system a minute."""
+
+
+LOOKS_BEFORE_ABANDONING = 3
+"""Seconds without a result, in which machines that left leave too few CPUs, before what runs is abandoned."""
 
 
 class StageFailedError(RunFailedError):
@@ -91,8 +95,8 @@ class Executor(Protocol):
         """Context in which the machines are watched, and what happens to them is told."""
         ...
 
-    def cancel_token(self) -> CancelToken:
-        """Make a cancellation token that the stages can read."""
+    def cancel_token(self, writers: Writers) -> CancelToken:
+        """Make a cancellation token that the stages can read, for a run with writers of this executor."""
         ...
 
     def map_videos(self, tables: Sequence[pa.Table], probe: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
@@ -131,8 +135,8 @@ class Executor(Protocol):
         """
         ...
 
-    def shrunk_below(self, resources: StageResources) -> Executor | None:
-        """This executor as it is, if machines left and encoders on CPUs leave none for decoding; else None."""
+    def shrunk_below(self, pool: WorkerPool) -> Executor | None:
+        """This executor as it is, if machines left and a pool on CPUs leaves none for decoding; else None."""
         ...
 
     def abandon(self) -> None:
@@ -177,7 +181,7 @@ class LocalExecutor:
         """Context for this machine, on which nothing is watched."""
         return nullcontext()
 
-    def cancel_token(self) -> CancelToken:
+    def cancel_token(self, writers: Writers) -> CancelToken:  # noqa: ARG002  the interface has it
         """Make a cancellation token for this process."""
         return LocalCancelToken()
 
@@ -218,7 +222,7 @@ class LocalExecutor:
                 assert isinstance(writers, LocalWriters)
                 yield from (deliver(encoded, writers.add) for encoded in rows)
 
-    def shrunk_below(self, resources: StageResources) -> Executor | None:  # noqa: ARG002  the interface has it
+    def shrunk_below(self, pool: WorkerPool) -> Executor | None:  # noqa: ARG002  the interface has it
         """None, as no machine leaves."""
         return None
 
@@ -303,9 +307,12 @@ class ClusterExecutor:
 
         return nodes_watched(console, is_own=self.cluster.is_own)
 
-    def cancel_token(self) -> CancelToken:
+    def cancel_token(self, writers: Writers) -> CancelToken:
         """Make a cancellation token for the workers of the cluster."""
-        return ClusterCancelToken()
+        from vidshard.pipeline.node_writers import NodeWriters
+
+        assert isinstance(writers, NodeWriters)
+        return ClusterCancelToken(writers.coordinator)
 
     def failures_named(self) -> AbstractContextManager[None]:
         """Context in which an error of Ray becomes a StageFailedError."""
@@ -339,22 +346,18 @@ class ClusterExecutor:
         from vidshard.pipeline.node_writers import NodeWriters
 
         with ray_failures_named():
-            directory = writers.directory if isinstance(writers, NodeWriters) else None
-            flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources, directory=directory)
+            coordinator = writers.coordinator if isinstance(writers, NodeWriters) else None
+            flow = build_flow(work, decoder=decoder, encoder=encoder, resources=resources, coordinator=coordinator)
             yield from blocks_of(flow)
 
-    def shrunk_below(self, resources: StageResources) -> Executor | None:
+    def shrunk_below(self, pool: WorkerPool) -> Executor | None:
         """This executor as it is, as `Executor.shrunk_below`."""
         from vidshard.jobs.runtime.cluster import shrunk_below
 
-        if resources.gpus_per_worker or not self.can_grow:
+        if pool.gpus_per_worker or not self.can_grow:
             return None
         with ray_failures_named():
-            cluster = shrunk_below(
-                self.cluster,
-                least_encoders=resources.encode_workers,
-                cpus_per_encoder=resources.cpus_per_worker,
-            )
+            cluster = shrunk_below(self.cluster, least_workers=pool.workers, cpus_per_worker=pool.cpus_per_worker)
         return None if cluster is None else ClusterExecutor(cluster=cluster)
 
     def abandon(self) -> None:

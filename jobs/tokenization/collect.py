@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from vidshard.jobs.runtime.executor import Executor, LocalExecutor
+from vidshard.jobs.runtime.executor import LOOKS_BEFORE_ABANDONING, Executor, LocalExecutor
 from vidshard.jobs.runtime.interrupts import Feed, Interrupts, LastAnswer
 from vidshard.jobs.runtime.progress import PhaseProgress, warn
 from vidshard.jobs.tokenization.history import Timeline
@@ -41,6 +41,7 @@ from vidshard.pipeline.recut import Recutting
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import WORK_NUMBER, manifest_fields, row_rejection
+from vidshard.pipeline.video.sampling import clips_of_last_span
 from vidshard.pipeline.video.signals import signal_fields
 from vidshard.schemas.errors import OutageError, RunFailedError, VidshardError
 from vidshard.schemas.rejections import Reason
@@ -139,8 +140,6 @@ def shard_settings(resolved: ResolvedRun, work: WorkList, *, run_number: int = 0
 MAX_PASSES = 6
 """Passes over the work list: each after the first does what writers held that were lost."""
 _AGAIN = "run the same command again"
-LOOKS_BEFORE_ABANDONING = 3
-"""Seconds without a receipt, in which too few CPUs are left, before a pass is abandoned."""
 
 
 @dataclass(kw_only=False)
@@ -168,7 +167,7 @@ class _Collection:
     def collect(self, limits: Limits) -> None:
         """Run the stages until every span is settled, an interrupt, or too many rejections."""
         summary, work = self.summary, self.work
-        stop = self.executor.cancel_token()
+        stop = self.executor.cancel_token(self.committer.writers)
         decoder = span_decoder(self.resolved, limits, stop)
         source = work.source
         losses = 0
@@ -245,7 +244,7 @@ class _Collection:
                     self.lease.check(now=False)
                     self.committer.tick()
                     self.telemetry.tick()
-                    smaller = self.shrunk.take(partial(self.executor.shrunk_below, resources))
+                    smaller = self.shrunk.take(partial(self.executor.shrunk_below, resources.encoders))
                     smaller = None if interrupts.first is not None else smaller
                     shrunk_for = 0 if smaller is None else shrunk_for + 1
                     if smaller is not None and shrunk_for == LOOKS_BEFORE_ABANDONING:
@@ -258,6 +257,7 @@ class _Collection:
                 self.committer.reject((number, row_rejection(one)) for number, clips, one in rejections if not clips)
                 self.committer.tick()
                 summary.reasons.update(one["reason"] for _, _, one in rejections)
+                summary.has_unkept_spans |= any(not clips for _, clips, _ in rejections)
                 self.rejected |= {one["uri"] for _, _, one in rejections if one["reason"] != Reason.POSSIBLE_LOSS}
                 speed = counter.clips / display.seconds
                 display.update(
@@ -310,12 +310,12 @@ def _fail_for_storage(summary: Summary, error: VidshardError, consequence: str) 
     summary.fail(f"{error}; {consequence}{remedy}", error)
 
 
-def span_decoder(resolved: ResolvedRun, limits: Limits, stop: CancelToken) -> SpanDecoder:
-    """Make the decode stage of a run."""
+def span_decoder(resolved: ResolvedRun, limits: Limits, stop: CancelToken | None = None) -> SpanDecoder:
+    """Make the decode stage of a run, which ``stop`` can end early."""
     run = resolved.run
     return SpanDecoder(
         spec=resolved.largest,
-        max_clips=4 * resolved.clips_per_span + 16,
+        max_clips=clips_of_last_span(resolved.clips_per_span),
         clips_per_pass=resolved.clips_per_span,
         limits=limits,
         keep_undamaged=run.damaged == "keep",

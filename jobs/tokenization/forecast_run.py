@@ -32,7 +32,6 @@ from vidshard.jobs.tokenization.planning import discover_inputs, make_plan
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.models.cost import Cost, encoding_cost
 from vidshard.pipeline import storage
-from vidshard.pipeline.cancel import LocalCancelToken
 from vidshard.pipeline.devices import DEFAULT_PRECISION
 from vidshard.pipeline.output.commit import TokenShardSink
 from vidshard.pipeline.output.lease import Lease
@@ -154,7 +153,7 @@ def _rows_of(work: WorkList) -> pa.Table:
 def _try_decoding(resolved: ResolvedRun, rows: pa.Table, limits: Limits) -> _Trial:
     """Decode spans in random order until all are done or the time is over."""
     trial = _Trial()
-    decode = span_decoder(resolved, limits, LocalCancelToken())
+    decode = span_decoder(resolved, limits)
     end = time.monotonic() + DECODING_BUDGET_SECONDS
     for at in np.random.default_rng(0).permutation(rows.num_rows):
         row = rows.slice(int(at), 1)
@@ -197,7 +196,7 @@ def _try_encoding(
     resources = replace(
         resources, encode_workers=1, is_elastic=False, rows_per_batch=1 if encoder.batch_size == 1 else sample.num_rows
     )
-    decoder = span_decoder(resolved, resolved.run.limits, executor.cancel_token())
+    decoder = span_decoder(resolved, resolved.run.limits)
     started = time.monotonic()
     tables: list[pa.Table] = []
     first = 0.0

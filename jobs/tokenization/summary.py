@@ -58,6 +58,8 @@ class Summary:
     written: WriteStats
     reasons: Counter[str]
     """Number of rejections of this run, of spans and of whole videos, by reason."""
+    has_unkept_spans: bool = False
+    """Whether spans were rejected of which no clip is kept."""
     seconds: dict[str, float]
     """Wall time by phase, and the summed time of all workers by stage."""
     batch_fill: float
@@ -279,7 +281,7 @@ def _print_advice(summary: Summary, console: Console) -> None:
     line = partial(print_field, console)
     for reason, count in summary.reasons.most_common():
         name = "doubtful" if reason == Reason.POSSIBLE_LOSS else "rejected"
-        remedy = remedy_of(Reason(reason), keeps_damaged=summary.written.num_damaged_spans > 0)
+        remedy = remedy_of(Reason(reason), can_keep=summary.has_unkept_spans)
         line(name, f"{count} x {reason}: {remedy}")
     if summary.reasons:
         line("", f"see {storage.join(summary.out, 'rejects')}/ or: vidshard inspect {shlex.quote(summary.out)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -12,19 +11,11 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
 
 from vidshard.pipeline import storage
-from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
+from vidshard.pipeline.attempts import MAX_ATTEMPTS, start_attempts
 from vidshard.pipeline.evaluation.decoder import WindowDecoder
 from vidshard.pipeline.evaluation.local import Scorer
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreResources:
-    """Number of scorers, and what each gets."""
-
-    workers: int
-    gpus_per_worker: float
-    cpus_per_worker: float
+from vidshard.pipeline.resources import WorkerPool
 
 
 class ScorerActor:
@@ -58,7 +49,7 @@ def score_on_ray(
     decoder: WindowDecoder | None,
     make: Callable[[Any], Scorer],
     spec: Any,
-    resources: ScoreResources,
+    scorers: WorkerPool,
 ) -> Iterator[pa.Table]:
     """Decode and score rows on the cluster; yields scores as they are finished.
 
@@ -67,10 +58,11 @@ def score_on_ray(
         decoder: decode stage; None for stored clips.
         make: class of the scoring stage.
         spec: its settings.
+        scorers: workers of the scoring stage.
     """
     # otherwise Ray Data wraps an error of a stage and loses its cause, and with it the message
     DataContext.get_current().raise_original_map_exception = True
-    attempts = Attempts.remote()  # type: ignore[attr-defined]
+    attempts = start_attempts()
     flow = ray.data.from_blocks(list(blocks))
     if decoder is not None:
         flow = flow.map_batches(
@@ -81,9 +73,9 @@ def score_on_ray(
         fn_constructor_args=(make, spec, attempts),
         batch_format="pyarrow",
         batch_size=1,
-        num_gpus=resources.gpus_per_worker or None,
-        num_cpus=resources.cpus_per_worker,
-        compute=ActorPoolStrategy(size=resources.workers),
+        num_gpus=scorers.gpus_per_worker or None,
+        num_cpus=scorers.cpus_per_worker,
+        compute=ActorPoolStrategy(size=scorers.workers),
         runtime_env={"env_vars": ENCODER_ENVIRONMENT},
         max_restarts=-1,
         max_task_retries=-1,

@@ -199,6 +199,11 @@ def _placed_starts(video_id: str, part: Part, spec: ClipSpec, seconds: Fraction)
     return tuple(starts)
 
 
+def clips_of_last_span(clips_per_span: int) -> int:
+    """Largest number of clips of an open-ended last span: a header may claim less than a fourth of what there is."""
+    return 4 * clips_per_span + 16
+
+
 def plan_spans(probe: VideoProbe, spec: ClipSpec, clips_per_span: int, part: Part | None = None) -> list[Span]:
     """Cut a video, or a part of it, into spans that independent tasks decode.
 

@@ -37,7 +37,7 @@ from tests.support.processes import (
 )
 from tests.support.shards import Tokens, tokens_by_clip
 from vidshard.jobs.runtime.errors import cause_of
-from vidshard.pipeline.attempts import MAX_ATTEMPTS, Attempts
+from vidshard.pipeline.attempts import MAX_ATTEMPTS, start_attempts
 from vidshard.pipeline.decode_stage import SpanDecoder
 from vidshard.pipeline.flow import EncoderActor, build_flow
 from vidshard.pipeline.output.committed import committed_spans
@@ -170,7 +170,7 @@ def refusal(*arguments: str | Path, code: int = EXIT_REFUSED) -> str:
 def test_attempts_that_came_to_their_end_do_not_count() -> None:
     rows = decoded_row(0, clip_spec(32), 1)
     rows = rows.append_column(DECODED_ON, pa.array(["a node"]))
-    attempts = Attempts.remote()  # type: ignore[attr-defined]
+    attempts = start_attempts()
     encode = EncoderActor(encoder_spec(1), attempts)
     for _ in range(MAX_ATTEMPTS + 1):
         encode(rows)

@@ -17,6 +17,7 @@ from tests.support.processes import (
     DECODING,
     ENCODER,
     RUN,
+    SCORER,
     is_under_way,
     only_the_text_is_rejected,
     processes_below,
@@ -41,6 +42,10 @@ def is_used(raylet: int, *stages: str) -> bool:
     """Whether one of these stages of the run, or any, works on the node of this raylet."""
     titles = tuple(f"ray::{stage}" for stage in stages or (ENCODER, DECODING))
     return any(title.startswith(titles) for title in processes_below(raylet).values())
+
+
+def raylet_of(node: Node) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
 
 
 @pytest.mark.slow
@@ -105,7 +110,7 @@ def test_encoders_give_way_where_a_lost_node_leaves_them_every_cpu(
         ) as process,
     ):
         until(process, lambda: is_under_way(out) and held.is_reached)
-        [lost] = [node for node in nodes if not is_used(node.all_processes["raylet"][0].process.pid, ENCODER)]
+        [lost] = [node for node in nodes if not is_used(raylet_of(node), ENCODER)]
         cluster.remove_node(lost, allow_graceful=False)
         held.let_go()
         printed, _ = process.communicate(timeout=200)
@@ -114,6 +119,33 @@ def test_encoders_give_way_where_a_lost_node_leaves_them_every_cpu(
     assert len(read_rows(out)) == len(set(read_rows(out))) == 24
     code, said = vidshard_exits("verify", out)
     assert code == 0, said
+
+
+@pytest.mark.slow
+def test_an_evaluation_to_which_a_lost_node_leaves_no_cpu_ends_and_goes_on_with_the_same_command(
+    many_spans: Path, tmp_path: Path, cluster: RayCluster
+) -> None:
+    """The scorer has the CPU of one node, and decoding that of the other, which is lost."""
+    out = tmp_path / "evaluation"
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    settings = ("--tokenizer", "tiny", "--frames", "17", "--size", "32", "--no-lpips", "--commit-clips", "1")
+    with held_back(many_spans / "2.mp4", out, plan="scores") as held:  # it begins with the rejection of text.mp4
+        run = (many_spans / "text.mp4", held.uri, "--out", out, *settings, "--ray-address", cluster.address)
+        with started(*run, command="evaluate") as process:
+            until(process, lambda: held.is_reached and any(is_used(raylet_of(node), SCORER) for node in nodes))
+            [lost] = [node for node in nodes if not is_used(raylet_of(node), SCORER)]
+            cluster.remove_node(lost, allow_graceful=False)
+            held.let_go()
+            printed, _ = process.communicate(timeout=200)
+        assert process.returncode == 75, printed
+        assert "nodes left, and the scorers hold every CPU" in " ".join(printed.split())
+        with started(*run, command="evaluate") as process:
+            printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    [row] = json.loads((out / "scores.json").read_text())["rows"]
+    assert row["videos"] == 1
 
 
 @pytest.mark.slow
@@ -127,7 +159,7 @@ def test_encoders_that_followed_the_cluster_give_way_where_nodes_are_lost(
     nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
 
     def has_encoder(node: Node) -> bool:
-        return is_used(node.all_processes["raylet"][0].process.pid, ENCODER)
+        return is_used(raylet_of(node), ENCODER)
 
     with (
         held_back(many_spans / "2.mp4", out) as held,

@@ -20,7 +20,7 @@ from vidshard.jobs.runtime.cluster import ray_cluster
 from vidshard.jobs.runtime.executor import ClusterExecutor
 from vidshard.jobs.tokenization.resources import plan_resources
 from vidshard.models.tokenizer import Tokenizer
-from vidshard.pipeline.attempts import Attempts
+from vidshard.pipeline.attempts import start_attempts
 from vidshard.pipeline.flow import build_flow
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
@@ -122,7 +122,7 @@ def test_a_fault_of_a_gpu_ends_its_process_and_the_run_goes_on(tmp_path: Path) -
 
 @pytest.mark.usefixtures("ray_session")
 def test_the_last_fault_of_a_batch_is_kept_until_the_batch_is_done() -> None:
-    attempts = Attempts.remote()  # type: ignore[attr-defined]
+    attempts = start_attempts()
     attempts.begin.remote("span")
     ray.get(attempts.fault.remote("span", "CUDA error: unspecified launch failure"))
     assert ray.get(attempts.last_fault.remote("span")) == "CUDA error: unspecified launch failure"

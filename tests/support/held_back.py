@@ -18,10 +18,10 @@ from typing import Any
 class HeldBack:
     """The video, at ``uri``."""
 
-    def __init__(self, video: Path, out: Path) -> None:
-        """For runs on this output."""
+    def __init__(self, video: Path, out: Path, plan: str) -> None:
+        """For runs on this output, whose plan stands once it has this file or folder."""
         self._content = video.read_bytes()
-        self._todo = out / "todo.parquet"
+        self._plan = out / plan
         self._let_go = threading.Event()
         self._reached = threading.Event()
         self._plan_before = 0
@@ -54,7 +54,7 @@ class HeldBack:
 
     def _planned(self) -> int:
         with suppress(FileNotFoundError):
-            return self._todo.stat().st_mtime_ns
+            return self._plan.stat().st_mtime_ns
         return 0
 
     @contextmanager
@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def held_back(video: Path, out: Path) -> Iterator[HeldBack]:
+def held_back(video: Path, out: Path, plan: str = "todo.parquet") -> Iterator[HeldBack]:
     """Serve a video that keeps runs on an output from ending."""
-    with HeldBack(video, out).served() as held:
+    with HeldBack(video, out, plan).served() as held:
         yield held

@@ -31,12 +31,12 @@ VIDSHARD = str(Path(sys.executable).with_name("vidshard"))
 
 
 @contextmanager
-def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str | Path, command: str = "tokenize") -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, as a shell starts it; nothing of it is left at the end."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_AUTH")}
     environment["VIDSHARD_STORAGE_RETRY_SECONDS"] = PATIENCE
     process = subprocess.Popen(
-        [VIDSHARD, "tokenize", *map(str, arguments)],
+        [VIDSHARD, command, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -103,6 +103,7 @@ def busy_with(pid: int, work: str) -> list[int]:
 
 
 ENCODER, DECODING = "MapWorker(MapBatches(EncoderActor))", "MapBatches(DecodeTask)"
+SCORER = "MapWorker(MapBatches(ScorerActor))"
 ENCODING = f"{ENCODER}.submit"
 """The encoder at work; without the last word also one that loads its model or waits."""
 

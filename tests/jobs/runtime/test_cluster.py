@@ -89,13 +89,13 @@ def test_a_cluster_is_too_small_once_its_encoders_would_hold_every_cpu_that_is_l
     is_own: bool,
     is_too_small: bool,
 ) -> None:
-    monkeypatch.setattr(cluster_module, "_num_living_encoders", lambda: living)
+    monkeypatch.setattr(cluster_module, "_num_living_workers", lambda: living)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(left)} if left else {})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(left)}}])
     planned: dict[str, Any] = {"encode_workers": 4, "gpus_per_worker": 0.0, "cpus_per_worker": 1.0}
     planned |= {"decode_workers": None, "rows_per_task": 1, "rows_per_batch": 1} | settings
     cluster = Cluster(num_cpus=8, num_gpus=0.0, num_nodes=2, is_own=is_own)
-    smaller = ClusterExecutor(cluster=cluster).shrunk_below(StageResources(**planned))
+    smaller = ClusterExecutor(cluster=cluster).shrunk_below(StageResources(**planned).encoders)
     assert (smaller is not None) == is_too_small
     assert smaller is None or (smaller.num_cpus, smaller.num_nodes) == (left, 1)
 
