@@ -23,9 +23,9 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.clip_metrics import Metrics, MetricsSpec
 from vidshard.pipeline.devices import GpuFaultError, examine_gpu, make_reproducible
 from vidshard.pipeline.evaluation.scores import ScoredSpans, counts_key
-from vidshard.pipeline.rows import clip_frames, row_part
+from vidshard.pipeline.rows import clip_frames, refuse, row_part
 from vidshard.pipeline.tokenizer_source import PRECISIONS, TokenizerSource
-from vidshard.schemas.errors import RunFailedError
+from vidshard.schemas.rejections import Reason, Stage, VideoError
 from vidshard.schemas.video import ClipSpec
 
 SCORED_SCHEMA = pa.schema([("span_id", pa.string()), ("scored", pa.string())])
@@ -126,8 +126,8 @@ class ClipScorer:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Score the clips of rows with every tokenizer: one row of ``SCORED_SCHEMA`` for each row.
 
-        Raises:
-            RunFailedError: a network gave a value that is not finite.
+        A span for which a network gives a value that is not finite is rejected, so that all are measured by the same
+        clips.
         """
         tokenizers, metrics = self._networks()
         records = rows.drop_columns(["frames"]).to_pylist()
@@ -135,7 +135,12 @@ class ClipScorer:
         for number, row in enumerate(records):
             group = self._spec.groups[row["group"]]
             [clips] = clip_frames(rows.slice(number, 1), group.spec.num_frames)
-            scored.append(self._score(row, clips[len(clips) - len(row["clips"]) :], group, tokenizers, metrics))
+            try:
+                scored.append(self._score(row, clips[len(clips) - len(row["clips"]) :], group, tokenizers, metrics))
+            except VideoError as error:
+                refused = refuse(rows.slice(number, 1).drop_columns(["frames"]), {0: error}, Stage.ENCODE)
+                span = span_key(group.spec, row["span_id"])
+                scored.append(ScoredSpans(spans=[span], rejections=[refused["rejection"][0].as_py()]))
         ids = [row["span_id"] for row in records]
         return pa.table({"span_id": ids, "scored": [dump(part) for part in scored]}, schema=SCORED_SCHEMA)
 
@@ -179,10 +184,9 @@ class ClipScorer:
                     tiling=measured.tiling,
                 )
             except NotFiniteOutputError as error:
-                raise RunFailedError(
-                    f"{measured.label}: clip {about[error.args[0]]['clip_index']} of {about[0]['uri']} gives values "
-                    f"that are not finite in {spec.precision}: check the weights, or give --precision float32"
-                ) from error
+                clip = about[error.args[0]]["clip_index"]
+                detail = f"clip {clip} in {spec.precision}: {measured.label} gives values that are not finite"
+                raise VideoError(Reason.NOT_FINITE, detail) from error
             for number, video in enumerate(videos):
                 scores = {
                     **about[number],

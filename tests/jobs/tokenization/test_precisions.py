@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -103,21 +104,29 @@ def test_precisions_do_not_mix_in_an_output(videos: Path, tmp_path: Path) -> Non
     assert len(list(read_clips(path))) == 4
 
 
-def test_a_video_that_overflows_float16_costs_itself_and_a_run_of_nothing_else_fails(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two gray videos, a white one, and weights with which white overflows float16."""
+    folder = tmp_path_factory.mktemp("overflowing")
     for name, level in (("gray.mkv", 128), ("white.mkv", 255), ("grayish.mkv", 129)):
-        with av.open(str(tmp_path / name), "w") as container:
+        with av.open(str(folder / name), "w") as container:
             stream = container.add_stream("ffv1", rate=4, width=32, height=32, pix_fmt="bgr0")
             for _ in range(5):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8))))
             container.mux(stream.encode())
     model = load_tokenizer(get_preset("tiny"), None, seed=1)
     model.state_dict()["encoder.conv_in.conv.weight"].mul_(3e4)
-    weights = tmp_path / "large.safetensors"
-    save_tokenizer(weights, model)
+    save_tokenizer(folder / "large.safetensors", model)
+    return folder
 
+
+def test_a_video_that_overflows_float16_costs_itself_and_a_run_of_nothing_else_fails(
+    overflowing: Path, tmp_path: Path
+) -> None:
     def tokenized(out: str, precision: str, *videos: str) -> tuple[int, str]:
+        weights = overflowing / "large.safetensors"
         run = ("tokenize", "--out", tmp_path / out, "--weights", weights, "--precision", precision, *SMALL)
-        return vidshard_exits(*run, *(tmp_path / name for name in videos))
+        return vidshard_exits(*run, *(overflowing / name for name in videos))
 
     code, printed = tokenized("half", "float16", "gray.mkv", "white.mkv", "grayish.mkv")
     assert code == 0, printed
@@ -131,3 +140,17 @@ def test_a_video_that_overflows_float16_costs_itself_and_a_run_of_nothing_else_f
     code, printed = tokenized("wide", "bfloat16", "white.mkv")
     assert code == 0, printed
     assert "1 written in" in printed
+
+
+def test_a_video_that_overflows_one_tokenizer_is_measured_by_none(overflowing: Path, tmp_path: Path) -> None:
+    large = f"tiny={overflowing / 'large.safetensors'}"
+    run = ("evaluate", "--tokenizer", "tiny", "--tokenizer", large, "--precision", "float16", *SMALL, "--no-lpips")
+    videos = [overflowing / name for name in ("gray.mkv", "white.mkv", "grayish.mkv")]
+    code, printed = vidshard_exits(*run, "--out", tmp_path / "all", *videos)
+    assert code == 0, printed
+    assert "Rejected: 1 x not_finite" in printed
+    record = json.loads((tmp_path / "all" / "scores.json").read_text())
+    assert [row["videos"] for row in record["rows"]] == [2, 2], "both are measured on the same clips"
+    code, printed = vidshard_exits(*run, "--out", tmp_path / "alone", videos[1])
+    assert code == 1, printed
+    assert "no clip could be scored: all were rejected: 1 x not_finite" in printed
