@@ -114,13 +114,13 @@ REMEDIES: dict[Reason, str] = {
 """Advice that is printed with each reason."""
 
 
-def remedy_of(reason: Reason, *, keeps_damaged: bool) -> str:
-    """Advice for a reason.
+def remedy_of(reason: Reason, *, can_keep: bool) -> str:
+    """Advice for a rejection.
 
     Args:
-        keeps_damaged: whether whole clips of damaged spans are kept already, which then is no advice.
+        can_keep: whether keeping the clips that are whole is advice: the video opens, and they are not kept already.
     """
-    return REMEDIES[reason].removesuffix(_UNLESS_KEPT.get(reason, "")) if keeps_damaged else REMEDIES[reason]
+    return REMEDIES[reason] if can_keep else REMEDIES[reason].removesuffix(_UNLESS_KEPT.get(reason, ""))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from vidshard.jobs.runtime.progress import warn
+from vidshard.jobs.runtime.run_record import refuse_unasked
 from vidshard.models.frechet import I3D
 from vidshard.models.tokenizer import PRESETS
 from vidshard.models.training.perceptual import load_perceptual
@@ -29,7 +30,7 @@ from vidshard.schemas.evaluation import PROTOCOLS, EvaluateRun
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import WEIGHT_SUFFIXES
-from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts
+from vidshard.schemas.uris import typed_hosts
 
 DEFAULT_FPS = Fraction(8)
 
@@ -200,11 +201,7 @@ def _refuse_remote_sources(stored: Output) -> None:
         with open_shard(path) as (parquet, _):
             for group in range(parquet.metadata.num_row_groups):
                 for uri in parquet.group(group, ["uri"])["uri"].unique().to_pylist():
-                    if is_remote(uri):
-                        raise UserError(
-                            f"{shown_uri(uri)} is not fetched by itself: the output names it, and may be foreign; "
-                            "--fetch-sources fetches such sources"
-                        )
+                    refuse_unasked(uri)
 
 
 # Metrics

@@ -17,7 +17,7 @@ from vidshard.schemas.errors import UserError, one_line
 from vidshard.schemas.fields import differences
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.tokens import FORMAT_VERSIONS, Provenance, parse_json, payload_record
-from vidshard.schemas.uris import shown_uri
+from vidshard.schemas.uris import is_remote, shown_uri
 
 MAX_RECORD_BYTES = 64 << 20
 """Largest ``run.json`` that is read; that of a run with 100,000 inputs takes some 10 MB."""
@@ -107,6 +107,19 @@ def resolved_run_of(out: str, *, weights: str | None = None, source_hosts: tuple
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{shown_uri(path)} is no run record ({one_line(error, 200)})") from error
     return ResolvedRun.from_provenance(provenance, weights=weights, source_hosts=source_hosts)
+
+
+def refuse_unasked(uri: str) -> None:
+    """Refuse to read a source that an output names, and nobody asked for, from remote storage.
+
+    Raises:
+        UserError: it is remote.
+    """
+    if is_remote(uri):
+        raise UserError(
+            f"{shown_uri(uri)} is not fetched by itself: the output names it, and may be foreign; --fetch-sources "
+            "fetches such sources"
+        )
 
 
 def check_output(resolved: ResolvedRun) -> RunRecord:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
-from vidshard.jobs.runtime.run_record import read_run_record, resolved_run_of
+from vidshard.jobs.runtime.run_record import read_run_record, refuse_unasked, resolved_run_of
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import SpanDecoder, probe
 from vidshard.pipeline.encode_stage import ClipEncoder
@@ -29,10 +29,11 @@ from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.plan import VideoPlanner
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import clip_frames, row_span
+from vidshard.pipeline.video.sampling import clips_of_last_span
 from vidshard.schemas.errors import EXIT_FAILED, UserError
 from vidshard.schemas.rejections import Reason, VideoError, remedy_of
 from vidshard.schemas.text import counted, readable
-from vidshard.schemas.uris import is_remote, shown_uri, typed_hosts, without_secrets
+from vidshard.schemas.uris import shown_uri, typed_hosts, without_secrets
 from vidshard.schemas.video import Limits, VideoRef
 
 _COLUMNS_OF_SHEET = 6
@@ -86,11 +87,8 @@ def debug_spans(
         )
         rows = _planned(folder, span_id, uri)
         source = rows["uri"][0].as_py()
-        if is_remote(source) and not fetch_sources:
-            raise UserError(
-                f"{shown_uri(source)} is not fetched by itself: the output names it, and may be foreign; "
-                "--fetch-sources fetches such sources"
-            )
+        if not fetch_sources:
+            refuse_unasked(source)
         printer = _Printer(console)
         printer.line("video", shown_uri(source))
         if not _open(source, limits, printer):
@@ -129,9 +127,9 @@ class _Printer:
         self._since = now
         self._console.print(f"  {stage:<10}{readable(text, 2000)}{seconds}", highlight=False, markup=False)
 
-    def refused(self, stage: str, reason: Reason, detail: str, *, keeps_damaged: bool = False) -> None:
+    def refused(self, stage: str, reason: Reason, detail: str, *, can_keep: bool = False) -> None:
         self.line(stage, f"rejected, {reason}: {without_secrets(detail)}", timed=True)
-        self.line("", remedy_of(reason, keeps_damaged=keeps_damaged))
+        self.line("", remedy_of(reason, can_keep=can_keep))
 
 
 def _planned(out: str, span_id: str | None, uri: str | None) -> pa.Table:
@@ -216,7 +214,7 @@ def _decode(
     """Decode spans, and print what each gave if there is a printer."""
     decoder = SpanDecoder(
         spec=resolved.largest,
-        max_clips=4 * resolved.clips_per_span + 16,
+        max_clips=clips_of_last_span(resolved.clips_per_span),
         clips_per_pass=resolved.clips_per_span,
         limits=limits,
         keep_undamaged=keep_undamaged,
@@ -237,7 +235,7 @@ def _decode(
             )
         if row["rejection"] is not None:
             reason, detail = Reason(row["rejection"]["reason"]), row["rejection"]["detail"]
-            printer.refused("", reason, detail, keeps_damaged=keep_undamaged)
+            printer.refused("", reason, detail, can_keep=not keep_undamaged)
     return pa.concat_tables(tables)
 
 

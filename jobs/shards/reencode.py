@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vidshard.jobs.runtime.progress import PhaseProgress, print_alert
+from vidshard.jobs.runtime.run_record import refuse_unasked
 from vidshard.models.tokenizer import EncodedClips, Past, Tokenizer, frames_to_input
 from vidshard.models.vidtok.lengths import pad
 from vidshard.pipeline.crossing import check_clip, stored_spec
@@ -27,10 +28,10 @@ from vidshard.pipeline.output.shard_reader import find_clips, open_shard, read_c
 from vidshard.pipeline.reconstruct import load_decoder, stored_clip
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.rows import row_part
-from vidshard.schemas.errors import RunFailedError, UserError, one_line
+from vidshard.schemas.errors import RunFailedError, one_line
 from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.text import counted, readable
-from vidshard.schemas.uris import is_remote, shown_uri
+from vidshard.schemas.uris import shown_uri
 from vidshard.schemas.video import Clip
 
 TIE = 1e-4
@@ -97,11 +98,8 @@ def encode_again(
         for done, row in enumerate(chosen, start=1):
             stored = stored_clip(row)
             check_clip(resolved, stored)
-            if is_remote(stored.values["uri"]) and not fetch_sources:
-                raise UserError(
-                    f"{shown_uri(stored.values['uri'])} is not fetched by itself: the output names it, and may be "
-                    "foreign; --fetch-sources fetches such sources"
-                )
+            if not fetch_sources:
+                refuse_unasked(stored.values["uri"])
             try:
                 again = encode_by_another_cut(tokenizer, resolved, stored.values)
             except VideoError as error:

@@ -88,7 +88,7 @@ def rejection_row(rejection: Rejection) -> dict[str, Any]:
         "stage": str(rejection.stage),
         "reason": str(rejection.reason),
         "detail": rejection.detail,
-        "remedy": remedy_of(rejection.reason, keeps_damaged=bool(rejection.kept_clips)),
+        "remedy": remedy_of(rejection.reason, can_keep=rejection.stage == Stage.DECODE and rejection.kept_clips == 0),
         "kept_clips": rejection.kept_clips,
         "place": rejection.place,
     }

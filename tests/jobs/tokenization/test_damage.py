@@ -49,6 +49,19 @@ def test_the_job_keeps_or_rejects_and_says_what_is_missing(tmp_path: Path) -> No
     assert "0 written" in printed_by(*command, "--out", tmp_path / "kept", "--damaged", "keep")
 
 
+def test_who_opens_no_video_is_not_told_to_keep_its_clips(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.mp4", Recipe(num_frames=30)).read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) // 2])  # the index is at the end
+    common = ("--tokenizer", "tiny", "--fps", "10", "--frames", "5", "--size", "32", "--local")
+    output = printed_by("tokenize", cut, *common, "--out", tmp_path / "out")
+    [reject] = read_rejects(str(tmp_path / "out")).to_pylist()
+    assert (reject["stage"], reject["reason"]) == ("probe", "truncated")
+    assert "--damaged keep" in REMEDIES[Reason.TRUNCATED]
+    assert "--damaged keep" not in reject["remedy"]
+    assert "--damaged keep" not in output
+
+
 def test_clips_behind_a_gap_in_which_a_picture_may_be_lost_are_kept_and_reported(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
