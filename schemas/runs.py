@@ -345,8 +345,8 @@ class SamplingSettings(Settings):
         common=True,
         ge=1,
         metavar="T",
-        help="Frames per clip; most causal tokenizers need 1 plus a multiple of their temporal stride. The default "
-        "is that of the tokenizer (`vidshard tokenizers`).",
+        help="Frames per clip; most causal tokenizers need 1 plus a multiple of their temporal stride. Default: "
+        "that of the tokenizer (`vidshard tokenizers`).",
     )
     size: FrameSize = setting(
         (256, 256),
@@ -354,8 +354,8 @@ class SamplingSettings(Settings):
         identity=Without("buckets"),
         common=True,
         metavar="SIZE",
-        help="Frame size, such as 256 or 256x448 (height x width): multiples of the tokenizer's spatial stride. The "
-        "default is that of the tokenizer.",
+        help="Frame size, such as 256 or 256x448 (height x width): multiples of the tokenizer's spatial stride. "
+        "Default: that of the tokenizer.",
     )
     buckets: FrameSizes | None = setting(
         None,

@@ -215,7 +215,7 @@ def _option(name: str, field: FieldInfo, defaults: Sequence[Any]) -> Callable[[A
         cls=SectionedOption,
         section=setting.section,
         common=setting.common,
-        help=f"{field.description}{_default_text(defaults, setting)}",
+        help=f"{field.description}{_default_text(defaults, field)}",
         **_value_of(field, setting),
     )
 
@@ -236,12 +236,17 @@ def _value_of(field: FieldInfo, setting: Setting) -> dict[str, Any]:
     """Click's description of the value: which one, how often, and what stands for it in the help."""
     if field.annotation is bool:
         return {"default": None}
-    if choices := _choices(field):
-        return {"default": None, "metavar": "|".join(choices)}
-    value: dict[str, Any] = {"default": None, "metavar": setting.metavar}
+    value: dict[str, Any] = {"default": None, "metavar": value_of(field)}
+    if _choices(field):
+        return value
     if setting.without_value is not None:
         return value | {"is_flag": False, "flag_value": setting.without_value}
     return value | {"multiple": get_origin(field.annotation) in (list, dict)}
+
+
+def value_of(field: FieldInfo) -> str | None:
+    """Placeholder for the value of a setting's flag, such as ``N`` or ``crop|pad``; None for one that is on or off."""
+    return "|".join(_choices(field)) or setting_of(field).metavar
 
 
 def _choices(field: FieldInfo) -> list[str]:
@@ -254,25 +259,24 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _default_text(defaults: Sequence[Any], setting: Setting) -> str:
+def _default_text(defaults: Sequence[Any], field: FieldInfo) -> str:
     if PydanticUndefined in defaults:
         return "  [required]"
-    texts = list(dict.fromkeys(_text_of(value, setting) for value in defaults))
-    if texts in (["none"], ["off"]):
+    text = ", then ".join(dict.fromkeys(default_of(field, value) for value in defaults))
+    return "" if text in ("", "off") else f"  [default: {text}]"
+
+
+def default_of(field: FieldInfo, value: Any) -> str:
+    """A default value in words; empty where there is none, or the help says what it is."""
+    if value is None or value in ({}, []) or "Default: " in (field.description or ""):
         return ""
-    return f"  [default: {', then '.join(texts)}]"
-
-
-def _text_of(value: Any, setting: Setting) -> str:
-    if value is None or value in ({}, []):
-        return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
     if isinstance(value, list):
         return ",".join(map(str, value))
-    if setting.metavar == "BYTES":
+    if setting_of(field).metavar == "BYTES":
         return f"{value >> 30}GiB" if value >= 1 << 30 else f"{value >> 20}MiB"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

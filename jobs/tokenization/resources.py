@@ -10,6 +10,7 @@ from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.resolved_run import ResolvedRun
 from vidshard.pipeline.resources import StageResources
 from vidshard.schemas.fields import WorkerCount
+from vidshard.schemas.runs import TokenizeRun
 
 TASKS_PER_CPU = 32
 """Decode tasks of a run for each CPU, at least. With 8, 4 % of a run's time was lost at its end where sources of 180 to
@@ -46,44 +47,49 @@ def plan_resources(
     """
     run = resolved.run
     on_gpu = run.device == "cuda"
-    if on_gpu:
-        count = gpu_workers(run.encode_workers, run.gpus_per_worker, executor)
-        workers = count.least
-        threads = run.encode_threads or 1
-    else:
-        default = max(1, executor.num_cpus // 4)
-        count = run.encode_workers or WorkerCount(default, None if executor.can_grow else default)
-        workers = count.least
-        # all that may run on this machine share its CPUs
-        sharing = workers if executor.can_grow else count.most or workers
-        threads = run.encode_threads or max(1, executor.num_cpus // executor.num_nodes // sharing)
+    count, threads, cpus = _encoders(run, executor)
     batch_size = run.batch_size or (8 if on_gpu else 1)
-    span_clips = resolved.clips_per_span
-    span_bytes = (span_clips + resolved.largest.halo_clips) * resolved.largest.clip_bytes
-    # A call of four batches leaves at most one of them partly filled. A GPU gets more, as the first one of a call waits
-    # for its frames; but no encoder takes the work of another. The bound of 1 GiB holds if all spans are long.
-    batches = 16 if on_gpu else 4
-    rows_per_batch = max(1, min(math.ceil(batches * batch_size / max(1.0, clips_per_row)), (1 << 30) // span_bytes))
-    if on_gpu:
-        rows_per_batch = min(rows_per_batch, max(1, math.ceil(num_spans / (4 * workers))))
-    if run.continuous:  # each span is a stream, and a batch holds batch_size streams
-        rows_per_batch = max(1, min(batch_size, (1 << 30) // span_bytes))
-    # one CPU is always left for decoding: encoders that reserve all of them would stall the run
-    if on_gpu:
-        cpus = min(node.cpu_share(run.gpus_per_worker) for node in executor.gpu_nodes)
-    else:
-        cpus = min(max(1, threads - 1), (executor.num_cpus - 1) / workers)
+    spans_per_row = resolved.clips_per_span / max(1.0, clips_per_row)
     resources = StageResources(
-        encode_workers=workers,
+        encode_workers=count.least,
         gpus_per_worker=run.gpus_per_worker if on_gpu else 0.0,
         cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
         decode_workers=run.decode_workers,
-        rows_per_task=1
-        if run.continuous
-        else rows_per_task(num_spans, span_clips / max(1.0, clips_per_row), executor.num_cpus),
-        rows_per_batch=rows_per_batch if batch_size > 1 else 1,
+        rows_per_task=1 if run.continuous else rows_per_task(num_spans, spans_per_row, executor.num_cpus),
+        rows_per_batch=_rows_per_batch(resolved, num_spans, clips_per_row, batch_size, count.least),
         is_elastic=count.most != count.least,
         most_encode_workers=count.most,
     )
     limits = most_clips(resolved) if on_gpu else {}
     return resources, resolved.encoder_spec(batch_size=batch_size, num_threads=threads, most_clips=limits)
+
+
+def _encoders(run: TokenizeRun, executor: Executor) -> tuple[WorkerCount, int, float]:
+    """Number of encoders, and the threads and reserved CPUs of each; at least one CPU is left for decoding.
+
+    Encoders that reserve all of them would stall the run.
+    """
+    if run.device == "cuda":
+        count = gpu_workers(run.encode_workers, run.gpus_per_worker, executor)
+        return count, run.encode_threads or 1, min(node.cpu_share(run.gpus_per_worker) for node in executor.gpu_nodes)
+    default = max(1, executor.num_cpus // 4)
+    count = run.encode_workers or WorkerCount(default, None if executor.can_grow else default)
+    # all that may run on this machine share its CPUs
+    sharing = count.least if executor.can_grow else count.most or count.least
+    threads = run.encode_threads or max(1, executor.num_cpus // executor.num_nodes // sharing)
+    return count, threads, min(max(1, threads - 1), (executor.num_cpus - 1) / count.least)
+
+
+def _rows_per_batch(resolved: ResolvedRun, num_spans: int, clips_per_row: float, batch_size: int, workers: int) -> int:
+    """Rows of a call of an encoder, of 1 GiB at most if all spans are long."""
+    if batch_size == 1:
+        return 1
+    span_bytes = (resolved.clips_per_span + resolved.largest.halo_clips) * resolved.largest.clip_bytes
+    most = max(1, (1 << 30) // span_bytes)
+    if resolved.run.continuous:  # each span is a stream, and a batch holds batch_size streams
+        return min(batch_size, most)
+    # A call of four batches leaves at most one of them partly filled. A GPU gets more, as the first one of a call waits
+    # for its frames; but no encoder takes the work of another.
+    on_gpu = resolved.run.device == "cuda"
+    rows = min(math.ceil((16 if on_gpu else 4) * batch_size / max(1.0, clips_per_row)), most)
+    return min(rows, max(1, math.ceil(num_spans / (4 * workers)))) if on_gpu else rows

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pyarrow as pa
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from tests.support.markdown import ROOT, project_pages
 from vidshard.jobs.runtime.events import EVENTS
+from vidshard.jobs.runtime.settings import default_of, value_of
 from vidshard.jobs.training.presets import TRAININGS
 from vidshard.jobs.training.sources import SOURCES
 from vidshard.models.diffusers_vae.classes import CLASSES, EXCLUDED
@@ -58,14 +57,16 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _settings(*models: type[BaseModel], with_identity: bool) -> str:
-    header = ["flag", "default", *(["identity"] if with_identity else []), "meaning"]
+    header = ["flag", "value", "default", *(["identity"] if with_identity else []), "meaning"]
     sections: dict[str, list[list[str]]] = {}
     for model in models:
         for name, field in model.model_fields.items():
             record = setting_of(field)
             flag = f"`--{name.replace('_', '-')}`" if name != "inputs" else "`VIDEOS`"
             identity = [_identity(record.identity)] if with_identity else []
-            row = [flag, _default(field), *identity, _escaped(field.description or "")]
+            value = "" if name == "inputs" else (value_of(field) or "").replace("|", ", ")
+            default = "required" if field.is_required() else default_of(field, field.default)
+            row = [flag, value, default, *identity, _escaped(field.description or "")]
             sections.setdefault(record.section, []).append(row)
     return "\n\n".join(f"**{name}**\n\n" + _table(header, rows) for name, rows in sections.items())
 
@@ -86,23 +87,6 @@ def _identity(identity: Identity | None) -> str:
 
 def _escaped(text: str) -> str:
     return re.sub(r"(?<![`\w])(--[a-z][a-z0-9-]+)", r"`\1`", text)
-
-
-def _default(field: FieldInfo) -> str:
-    value = field.default
-    if value is PydanticUndefined:
-        return "required"
-    if value is None or value == {}:
-        return "none"
-    if isinstance(value, tuple):
-        return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0 and "byte" in str(field.metadata).lower():
-        return f"{value >> 20} MiB"
-    if isinstance(value, float):
-        return f"{value:,g}" if value < 1e6 else f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def tokenize_settings(_: str) -> str:

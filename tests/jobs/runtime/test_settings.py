@@ -103,7 +103,7 @@ def test_help_lists_every_setting_with_its_default() -> None:
     for name, field in TokenizeRun.model_fields.items():
         assert name == "inputs" or f"--{name.replace('_', '-')}" in text
         assert field.description, f"{name} has no help text"
-    assert "[default: 17]" in text
+    assert "Default: that of the tokenizer" in text
     assert "[default: 128MiB]" in text
 
 
