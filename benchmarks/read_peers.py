@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vidshard.models.libraries.torchvision_operators import declare_torchvision_operators
+
 BATCH = 32
 BUFFER = 1000
 """Clips of a shuffle buffer, where a reader has one."""
@@ -189,6 +191,7 @@ def _grain(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
 
 
 def _write_mds(folder: Path, values: np.ndarray) -> None:
+    declare_torchvision_operators()
     from streaming import MDSWriter
 
     columns = {"x": f"ndarray:{values.dtype}:{values.shape[1]}"}
@@ -198,6 +201,7 @@ def _write_mds(folder: Path, values: np.ndarray) -> None:
 
 
 def _streaming(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
+    declare_torchvision_operators()
     import streaming
 
     class Usable(streaming.StreamingDataset):  # type: ignore[misc]
