@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,10 @@ def _item(clip: np.ndarray) -> dict[str, np.ndarray]:
     return {"x": clip}
 
 
-def _write_litdata(folder: Path, values: np.ndarray) -> None:
+def _write_litdata(folder: Path, values: np.ndarray, compression: str | None = None) -> None:
     from litdata.streaming.cache import Cache
 
-    cache = Cache(str(folder), chunk_bytes="16MB")
+    cache = Cache(str(folder), chunk_bytes="16MB", compression=compression)
     for at, clip in enumerate(values):
         cache[at] = _item(clip)
     cache.done()
@@ -152,15 +153,12 @@ def _usable_item(item: dict[str, np.ndarray]) -> torch.Tensor:
 def _litdata(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
     import litdata
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cache_dir": tempfile.mkdtemp(prefix="vidshard-litdata-")}
     if place.endpoint:
         from litdata.streaming import downloader
 
         downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
-        options = {
-            "storage_options": {"endpoint_url": place.endpoint},
-            "cache_dir": tempfile.mkdtemp(prefix="vidshard-litdata-"),
-        }
+        options["storage_options"] = {"endpoint_url": place.endpoint}
     dataset = litdata.StreamingDataset(place.path, shuffle=shuffle, transform=_usable_item, **options)
     yield from _counted(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers))
 
@@ -222,6 +220,7 @@ PEERS = {
     "ray.data": Peer(module="ray", read=_ray, is_apart=True),
     "webdataset": Peer(module="webdataset", read=_webdataset, convert=_write_tars),
     "litdata": Peer(module="litdata", read=_litdata, convert=_write_litdata),
+    "litdata zstd": Peer(module="litdata", read=_litdata, convert=partial(_write_litdata, compression="zstd")),
     "grain": Peer(module="grain", read=_grain, convert=_write_array_records, reads_s3=False),
     "streaming": Peer(module="streaming", read=_streaming, convert=_write_mds),
 }

@@ -1,8 +1,13 @@
-"""An S3 protocol server (moto) whose every answer comes late, as from another building; for `benchmarks.read`."""
+"""An S3 protocol server (moto) whose every answer comes late, as from another building; for `benchmarks.read`.
+
+moto copies a whole object to answer a request of a part of it, 60 MB for 1 MB. Such requests are answered here, from
+moto's object, as a store of files answers them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 import subprocess
 import sys
@@ -35,6 +40,30 @@ def slow_s3(latency_ms: float) -> Iterator[str]:
         server.wait()
 
 
+def _part(path: str, first: int, last: int, start_response: Callable[..., Any]) -> list[bytes]:
+    """Answer a request of a part of an object, with the bytes from ``first`` to ``last``."""
+    from moto.s3.models import s3_backends
+
+    bucket, name = path.lstrip("/").split("/", 1)
+    [backend] = s3_backends["123456789012"].values()
+    key = backend.get_object(bucket, name)
+    if key is None:
+        start_response("404 Not Found", [("Content-Length", "0")])
+        return []
+    with key.lock:
+        key._value_buffer.seek(first)
+        data = key._value_buffer.read(last + 1 - first)
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(len(data)),
+        "Content-Range": f"bytes {first}-{first + len(data) - 1}/{key.size}",
+        "ETag": key.etag,
+        "Last-Modified": key.last_modified_RFC1123,
+    }
+    start_response("206 Partial Content", list(headers.items()))
+    return [data]
+
+
 def main() -> None:
     """Serve until the process is ended."""
     from moto.server import DomainDispatcherApplication, create_backend_app
@@ -48,6 +77,9 @@ def main() -> None:
 
     def late(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         time.sleep(arguments.latency_ms / 1000)
+        bounds = re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))
+        if environ["REQUEST_METHOD"] == "GET" and bounds is not None:
+            return _part(environ["PATH_INFO"], int(bounds[1]), int(bounds[2]), start_response)
         return inner(environ, start_response)
 
     run_simple("127.0.0.1", arguments.port, late, threaded=True)
