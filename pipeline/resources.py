@@ -31,6 +31,21 @@ class GpuNode:
 _ROUNDING = 1e-9
 
 
+def cpus_beside_decoding(threads: int, workers: int, num_cpus: int) -> float:
+    """CPUs that each process with a network reserves where there is no GPU, so that one is left to decode.
+
+    Args:
+        threads: threads of each.
+        workers: number of them.
+        num_cpus: CPUs of all machines.
+
+    Returns:
+        A whole number or a fraction below 1, as Ray takes no other fractions.
+    """
+    cpus = min(max(1, threads - 1), (num_cpus - 1) / workers)
+    return cpus if cpus < 1 else float(int(cpus))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerPool:
     """Number of processes that hold a network, and what each reserves."""

@@ -52,7 +52,7 @@ from vidshard.pipeline.output.layout import RUN
 from vidshard.pipeline.output.lease import Lease
 from vidshard.pipeline.output.shard_reader import find_clips
 from vidshard.pipeline.plan import open_videos
-from vidshard.pipeline.resources import WorkerPool
+from vidshard.pipeline.resources import WorkerPool, cpus_beside_decoding
 from vidshard.pipeline.versions import code_version, library_versions
 from vidshard.pipeline.video.sampling import clips_of_last_span
 from vidshard.schemas.errors import RunCutShortError, RunFailedError, UserError, one_line
@@ -348,10 +348,8 @@ def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor, lease: Lease
         return
     from vidshard.pipeline.evaluation.flow import score_on_ray  # imports Ray
 
-    cpus = min(max(1, work.threads - 1), (executor.num_cpus - 1) / work.workers)
-    scorers = WorkerPool(
-        workers=work.workers, gpus_per_worker=work.gpus, cpus_per_worker=cpus if cpus < 1 else float(int(cpus))
-    )
+    cpus = cpus_beside_decoding(work.threads, work.workers, executor.num_cpus)
+    scorers = WorkerPool(workers=work.workers, gpus_per_worker=work.gpus, cpus_per_worker=cpus)
     feed = Feed(score_on_ray(work.blocks, decoder=work.decoder, make=make, spec=work.spec, scorers=scorers))
     shrunk: LastAnswer[Executor] = LastAnswer()
     shrunk_for = 0

@@ -89,7 +89,17 @@ def tokenize_spans(
             on_published=telemetry.committed,
         )
         run = _Collection(
-            resolved, work, executor, lease, committer, account, counter, summary, rejected, console, telemetry
+            resolved=resolved,
+            work=work,
+            executor=executor,
+            lease=lease,
+            committer=committer,
+            account=account,
+            counter=counter,
+            summary=summary,
+            rejected=rejected,
+            console=console,
+            telemetry=telemetry,
         )
         run.collect(limits)
     except KeyboardInterrupt as interrupt:
@@ -142,7 +152,7 @@ MAX_PASSES = 6
 _AGAIN = "run the same command again"
 
 
-@dataclass(kw_only=False)
+@dataclass(kw_only=True)
 class _Collection:
     """Collection of the receipts of one run."""
 

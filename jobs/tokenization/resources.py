@@ -8,7 +8,7 @@ from vidshard.jobs.runtime.executor import Executor
 from vidshard.jobs.tokenization.placement import gpu_workers, most_clips
 from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.resolved_run import ResolvedRun
-from vidshard.pipeline.resources import StageResources
+from vidshard.pipeline.resources import StageResources, cpus_beside_decoding
 from vidshard.schemas.fields import WorkerCount
 from vidshard.schemas.runs import TokenizeRun
 
@@ -53,7 +53,7 @@ def plan_resources(
     resources = StageResources(
         encode_workers=count.least,
         gpus_per_worker=run.gpus_per_worker if on_gpu else 0.0,
-        cpus_per_worker=cpus if cpus < 1 else float(int(cpus)),
+        cpus_per_worker=cpus,
         decode_workers=run.decode_workers,
         rows_per_task=1 if run.continuous else rows_per_task(num_spans, spans_per_row, executor.num_cpus),
         rows_per_batch=_rows_per_batch(resolved, num_spans, clips_per_row, batch_size, count.least),
@@ -77,7 +77,7 @@ def _encoders(run: TokenizeRun, executor: Executor) -> tuple[WorkerCount, int, f
     # all that may run on this machine share its CPUs
     sharing = count.least if executor.can_grow else count.most or count.least
     threads = run.encode_threads or max(1, executor.num_cpus // executor.num_nodes // sharing)
-    return count, threads, min(max(1, threads - 1), (executor.num_cpus - 1) / count.least)
+    return count, threads, cpus_beside_decoding(threads, count.least, executor.num_cpus)
 
 
 def _rows_per_batch(resolved: ResolvedRun, num_spans: int, clips_per_row: float, batch_size: int, workers: int) -> int:

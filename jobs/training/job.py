@@ -66,6 +66,7 @@ from vidshard.jobs.training.worker import train_worker
 from vidshard.pipeline import storage
 from vidshard.pipeline.flow import ENCODER_ENVIRONMENT
 from vidshard.pipeline.output.lease import Lease, LeaseLostError
+from vidshard.pipeline.resources import cpus_beside_decoding
 from vidshard.pipeline.training_data.cache import fill_cache
 from vidshard.pipeline.training_data.checkpoints import Checkpoints
 from vidshard.pipeline.training_data.loader import ClipReader, held_out_clips, rows_per_block, training_clips
@@ -478,7 +479,9 @@ def trainer_of(job: StageJob, sampler: ClipSampler, workers: int, cluster: Clust
     from ray.train.torch import TorchTrainer
 
     stage, on_gpu = job.stage, cluster.num_gpus > 0
-    resources = {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": cpus_per_worker(job.threads, workers, cluster)}
+    resources = (
+        {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": cpus_beside_decoding(job.threads, workers, cluster.num_cpus)}
+    )
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -522,12 +525,6 @@ def _ray_storage(folder: str) -> dict[str, Any]:
 
     fs, inner = storage.filesystem(folder)
     return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
-
-
-def cpus_per_worker(threads: int, workers: int, cluster: Cluster) -> float:
-    """CPUs that each worker keeps from decoding; one CPU is left to decode however many workers there are."""
-    cpus = min(max(1, threads - 1), (cluster.num_cpus - 1) / workers)
-    return cpus if cpus < 1 else float(int(cpus))
 
 
 def _progress_text(note: dict[str, Any], stage: StageConfig) -> str:

@@ -41,15 +41,13 @@ _BEGINNINGS = {
     "matroska": rb"\x1a\x45\xdf\xa3.{1,60}?\x42\x82.{1,8}?(?:matroska|webm)",
     "asf": re.escape(asf.HEADER_GUID),
     "avi": rb"RIFF.{4}AVI LIST.{4}hdrl",
-    "mov": rb"\x00\x00\x00.ftyp[ -~]{4}",
-    "rm": rb"\.RMF\x00\x00\x00[\x10-\x20]",
     "wtv": rb"\xb7\xd8\x00\x20\x37\x49\xda\x11\xa6\x4e\x00\x07\xe9\x5e\xad\x8d",
     "apng": rb"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR",
     "nut": rb"nut/multimedia container\x00",
     "ogg": rb"OggS\x00[\x02\x06]",
     "ivf": rb"DKIF\x00\x00\x20\x00",
 }
-"""First bytes of a recording, by one of FFmpeg's names of its container."""
+"""First bytes of a recording, by one of FFmpeg's names of its container; for those whose sizes may not lead to it."""
 
 _SCANNED = _BEGINNINGS.keys() - _WALKS.keys() | {"matroska"}
 """Containers of which the bytes behind the last packet are searched. A live Matroska file states no sizes."""
