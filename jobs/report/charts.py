@@ -277,6 +277,9 @@ def scatter_chart(points: Iterable[tuple[float, float, str, str]], *, x: str, y:
         return None
     groups = list(dict.fromkeys(row["group"] for row in rows))
     low, high = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    lowest, highest = min(row["y"] for row in rows), max(row["y"] for row in rows)
+    room = ((highest - lowest) or 1.0) * _SCATTER_PADDING
+    heights = (lowest - room, highest + room)
     base: Spec = {
         "x": {
             "field": "x",
@@ -285,7 +288,7 @@ def scatter_chart(points: Iterable[tuple[float, float, str, str]], *, x: str, y:
             "scale": {"type": "log", "domain": [low / 1.5, high * 1.5], "nice": False},
             "axis": {"grid": False, "tickCount": 5, "format": "~g", "labelOverlap": True},
         },
-        "y": {"field": "y", "type": "quantitative", "title": y, "scale": {"zero": False, "padding": 12}},
+        "y": {"field": "y", "type": "quantitative", "title": y, "scale": {"domain": heights, "nice": False}},
         "color": {
             "field": "group",
             "type": "nominal",
@@ -294,13 +297,56 @@ def scatter_chart(points: Iterable[tuple[float, float, str, str]], *, x: str, y:
         },
     }
     marks = {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 0.9}, "encoding": base}
-    own = [row for row in rows if row["group"] == groups[0]]
     names = {
-        "data": {"values": own},
-        "mark": {"type": "text", "align": "left", "dx": 6, "dy": -6, "fontSize": 10, "limit": 200},
+        "data": {"values": _labeled([r for r in rows if r["group"] == groups[0]], (low / 1.5, high * 1.5), heights)},
+        "mark": {
+            "type": "text",
+            "align": {"expr": "datum.align"},
+            "dx": {"expr": "datum.align == 'left' ? 6 : -6"},
+            "dy": {"expr": "datum.dy"},
+            "fontSize": _LABEL_PIXELS,
+            "limit": 200,
+        },
         "encoding": {**base, "text": {"field": "name"}},
     }
-    return _chart(layer=[marks, names], data={"values": rows}, height=230)
+    return _chart(layer=[marks, names], data={"values": rows}, height=_SCATTER_HEIGHT)
+
+
+_SCATTER_HEIGHT = 230
+_SCATTER_PADDING = 0.08
+"""Room above and below the points, in their range."""
+_LABEL_PIXELS = 10
+
+
+def _labeled(
+    rows: Iterable[Mapping[str, Any]], across: tuple[float, float], heights: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """Points with a place for each label, at which it covers no other one and stays within the chart, where it can.
+
+    Args:
+        rows: points, as in `scatter_chart`.
+        across: ends of the horizontal axis.
+        heights: ends of the vertical axis.
+    """
+    labeled: list[dict[str, Any]] = []
+    boxes: list[tuple[float, float, float]] = []  # left, right and middle of the labels so far, in pixels
+    for row in sorted(rows, key=lambda row: -float(row["y"])):
+        x = WIDTH * math.log(row["x"] / across[0]) / math.log(across[1] / across[0])
+        y = _SCATTER_HEIGHT * (heights[1] - row["y"]) / (heights[1] - heights[0])
+        wide = min(200.0, 0.6 * _LABEL_PIXELS * len(row["name"]))
+        align = "left" if x + 6 + wide <= WIDTH else "right"
+        left = x + 6 if align == "left" else x - 6 - wide
+        near = [middle for start, right, middle in boxes if left <= right and start <= left + wide]
+        apart = _LABEL_PIXELS + 2
+        free = [
+            dy
+            for dy in (-6, 8, -20, 22, -34, 36, -48, 50)
+            if apart / 2 <= y + dy <= _SCATTER_HEIGHT - apart / 2 and all(abs(y + dy - m) >= apart for m in near)
+        ]
+        dy = free[0] if free else -6
+        boxes.append((left, left + wide, y + dy))
+        labeled.append({**row, "align": align, "dy": dy})
+    return labeled
 
 
 def _chart(**spec: Any) -> Spec:

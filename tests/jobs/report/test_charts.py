@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vidshard.jobs.report.charts import (
@@ -98,3 +99,18 @@ def test_the_program_that_draws_gets_no_secrets(tmp_path: Path, monkeypatch: pyt
 def test_a_specification_is_json() -> None:
     spec = bar_chart({"a": 1.0}, x="")
     assert json.loads(json.dumps(spec)) == spec
+
+
+def test_labels_of_points_that_lie_together_do_not_cover_one_another() -> None:
+    points = [(0.06, 26 + number / 10, f"model {number}", "measured") for number in range(4)]
+    spec = scatter_chart(
+        [*points, (2.0, 33.0, "at the right edge", "measured"), (0.1, 20.0, "", "published")], x="", y=""
+    )
+    assert spec is not None
+    low, high = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    labels = spec["layer"][1]["data"]["values"]
+    assert {label["name"]: label["align"] for label in labels}["at the right edge"] == "right"
+    down = sorted(spec["height"] * (high - label["y"]) / (high - low) + label["dy"] for label in labels)
+    assert min(np.diff(down)) >= 12
+    assert down[0] > 0
+    assert down[-1] < spec["height"]
