@@ -26,10 +26,12 @@ from tests.support.outputs import (
     inputs_of,
     listed_spans,
     opened,
+    rejects_in,
 )
 from vidshard.pipeline import storage
-from vidshard.pipeline.output.commit import Committer, SpanAccount, split_refused
+from vidshard.pipeline.output.commit import Committer, SpanAccount, TokenShardSink, split_refused
 from vidshard.pipeline.output.layout import remove_leftovers
+from vidshard.pipeline.output.lease import LeaseLostError
 from vidshard.pipeline.output.shard_writer import ShardReport, ShardSettings, ShardWriter
 from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA
 
@@ -257,3 +259,19 @@ def test_what_is_staged_is_not_visible_and_gone_after_a_take_over(tmp_path: Path
     with pytest.raises(storage.StagedFileGoneError):
         storage.stage(f"{tmp_path}/shards/b.parquet", b"b", area=area)
     assert not list(tmp_path.rglob("*.parquet*"))
+
+
+@pytest.mark.parametrize("outcome", ["clips", "refused"])
+def test_whoever_lost_the_lease_publishes_no_shard_and_no_rejection(tmp_path: Path, outcome: Outcome) -> None:
+    def lost() -> None:
+        raise LeaseLostError("another run has the output")
+
+    shards = ShardSettings(
+        out=str(tmp_path), buckets=((SPEC, PAYLOAD),), provenance=PROVENANCE, shard_bytes=100, commit_seconds=600
+    )
+    sink = TokenShardSink(shards, before_commit=lost)
+    sink.add(encoded(ROWS.slice(0, 1), outcome))
+    with pytest.raises(LeaseLostError):
+        sink.close()
+    assert listed_spans(str(tmp_path)) == Counter()
+    assert rejects_in(str(tmp_path)) == []
