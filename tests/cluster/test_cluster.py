@@ -15,12 +15,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
+from ray.actor import ActorHandle
 from ray.cluster_utils import Cluster as RayCluster
+from ray.data import Dataset
 from ray.exceptions import RayTaskError
 
 from tests.support.cli import tokenize
 from tests.support.encoding import clip_spec, decoded_row, encoder_spec
 from tests.support.held_back import held_back
+from tests.support.outputs import PROVENANCE
 from tests.support.processes import (
     COMMITTED_AT_ONCE,
     DECODING,
@@ -39,9 +42,12 @@ from tests.support.shards import Tokens, tokens_by_clip
 from vidshard.jobs.runtime.errors import cause_of
 from vidshard.pipeline.attempts import MAX_ATTEMPTS, start_attempts
 from vidshard.pipeline.decode_stage import SpanDecoder
+from vidshard.pipeline.encode_stage import EncoderSpec
 from vidshard.pipeline.flow import EncoderActor, build_flow
+from vidshard.pipeline.node_writers import Coordinator
 from vidshard.pipeline.output.committed import committed_spans
 from vidshard.pipeline.output.lease import Lease
+from vidshard.pipeline.output.shard_writer import ShardSettings
 from vidshard.pipeline.resources import StageResources
 from vidshard.pipeline.rows import DECODED_ON, WORK_SCHEMA
 from vidshard.schemas.errors import EXIT_AGAIN, EXIT_REFUSED
@@ -184,18 +190,32 @@ def test_attempts_that_came_to_their_end_do_not_count() -> None:
         encode(rows)
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -> None:
+def flow_of_one_row(encoder: EncoderSpec, coordinator: ActorHandle | None = None) -> Dataset:
+    """Flow over a row whose video nobody tries to reach for long."""
     spec = clip_spec(32)
     plan = decoded_row(0, spec, 1).select(WORK_SCHEMA.names)
-    nowhere = pa.array(["/nowhere/0.mp4"], plan.schema.field("uri").type)  # which nobody tries to reach for long
+    nowhere = pa.array(["/nowhere/0.mp4"], plan.schema.field("uri").type)
     plan = plan.set_column(plan.schema.get_field_index("uri"), "uri", nowhere)
     resources = StageResources(
         encode_workers=1, gpus_per_worker=0, cpus_per_worker=1, decode_workers=1, rows_per_task=1, rows_per_batch=1
     )
-    encoder = replace(encoder_spec(1), source=replace(encoder_spec(1).source, sha256="0" * 64))
     decoder = SpanDecoder(spec=spec, max_clips=4, clips_per_pass=4)
-    flow = build_flow(plan, decoder=decoder, encoder=encoder, resources=resources)
+    return build_flow(plan, decoder=decoder, encoder=encoder, resources=resources, coordinator=coordinator)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_attempts_of_an_abandoned_pass_do_not_count_in_the_next_one() -> None:
+    settings = ShardSettings(out="/nowhere", buckets=(), provenance=PROVENANCE, shard_bytes=1, commit_seconds=1)
+    coordinator = ray.remote(Coordinator).options(num_cpus=0).remote(settings)
+    assert [ray.get(coordinator.begin.remote("span")) for _ in range(2)] == [1, 2]
+    flow_of_one_row(encoder_spec(1), coordinator)
+    assert ray.get(coordinator.begin.remote("span")) == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -> None:
+    encoder = replace(encoder_spec(1), source=replace(encoder_spec(1).source, sha256="0" * 64))
+    flow = flow_of_one_row(encoder)
     with pytest.raises(RayTaskError) as caught:
         list(flow.iter_batches(batch_format="pyarrow", batch_size=None))
     assert cause_of(caught.value).startswith("the weights in memory are not those expected")

@@ -584,6 +584,7 @@ def test_a_child_that_closes_its_end_and_lives_is_ended(sandbox: DecodeSandbox) 
     with pytest.raises(VideoError) as caught:
         sandbox.run(close_its_end, timeout_seconds=60)
     assert caught.value.reason is Reason.DECODER_CRASHED
+    assert "SIGKILL" in caught.value.detail, "it did not end itself"
 
 
 def test_functions_that_no_other_process_can_find_are_refused(sandbox: DecodeSandbox) -> None:
