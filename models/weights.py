@@ -27,6 +27,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vidshard.models.checkpoint_parts import own_state, own_tokenizer, own_weights
 from vidshard.models.tokenizer import FAMILIES, PRESETS, Tokenizer, TokenizerConfig, parse_config
@@ -91,7 +92,8 @@ def training_summary(path: str | Path) -> dict[str, Any]:
 
 def count_parameters(config: TokenizerConfig) -> int:
     """Number of parameters of the network, tables that are not learned left out; no weights are allocated."""
-    tables = fixed_tables(config)
+    with torch.device("meta"):  # their names are enough
+        tables = fixed_tables(config)
     return sum(math.prod(shape) for name, shape in _expected_shapes(config).items() if name not in tables)
 
 
@@ -333,9 +335,21 @@ _SUMMARY_KEY = "vidshard_training_summary"
 _EMA_PREFIX = "model_ema."
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Mode in which initializing a tensor does nothing: on the device "meta" it would load torch's compiler first."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _empty(config: TokenizerConfig) -> torch.nn.Module:
     """Build the network without storage for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return FAMILIES[config.family].build(config)
 
 
@@ -349,7 +363,7 @@ def _expected_shapes(config: TokenizerConfig, limit: int = MAX_PARAMETERS) -> Ma
 
 @lru_cache(maxsize=64)
 def _shapes(config: TokenizerConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of each weight; kept, as building the smallest network takes a tenth of a second."""
+    """Shape of each weight; kept, as building a network takes some 10 ms."""
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()})
 
 

@@ -138,7 +138,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width).div_(math.sqrt(width)))
         self.attn = Attention(width, num_heads)
         self.attn_temp = Attention(width, num_heads)
         self.mlp = Mlp(width)
@@ -227,7 +227,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width).div_(math.sqrt(width)))
         self.linear = nn.Linear(width, 3 * patch_size * patch_size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -334,8 +334,14 @@ def unused(module: nn.Module) -> nn.Module:
 def position_tables(config: VidTwinConfig) -> dict[str, Tensor]:
     """Compute the fixed sine and cosine codes of positions and of frames, float64, by the name of their buffer.
 
-    A position's code is that of its column, then that of its row, each of half the channels.
+    A position's code is that of its column, then that of its row, each of half the channels. On the device "meta" they
+    have shapes alone.
     """
+    if torch.get_default_device().type == "meta":  # where `torch.arange` loads torch's compiler, which takes a second
+        return {
+            "pos_embed": torch.empty(1, config.grid**2, config.width, dtype=torch.float64),
+            "pos_embed_temporal": torch.empty(1, config.num_frames, config.width, dtype=torch.float64),
+        }
     column = torch.arange(config.grid, dtype=torch.float64).repeat(config.grid)
     row = torch.arange(config.grid, dtype=torch.float64).repeat_interleave(config.grid)
     frame = torch.arange(config.num_frames, dtype=torch.float64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,3 +318,16 @@ def test_a_learned_codebook_stays_in_float32_and_counts_in_the_digest(tmp_path: 
     del changed["head.codebook"]
     with pytest.raises(ValueError, match=r"missing: head\.codebook"):
         load_weights(written(tmp_path / "weights.pt", changed), TINY_VQ)
+
+
+def test_shapes_are_known_without_torchs_compiler() -> None:
+    # importing it takes a second, in each process that loads a tokenizer
+    code = (
+        "import sys\n"
+        "from vidshard.models.tokenizer import PRESETS\n"
+        "from vidshard.models.weights import count_parameters\n"
+        "for config in PRESETS.values():\n"
+        "    count_parameters(config)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
