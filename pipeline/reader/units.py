@@ -116,13 +116,15 @@ def _passing_rows(catalog: Catalog, files: ShardFiles, where: str) -> Integers:
     """Numbers of the rows that pass a filter; row groups that cannot hold one, by their statistics, are not read."""
     schemas = list({id(schema): schema for schema in catalog.shard_schema}.values())
     parsed = {id(schema): parse_where(where, schema) for schema in schemas}
+    by_statistics = {id(schema): parse_where(where, schema, for_statistics=True)[0] for schema in schemas}
 
     def of_shard(shard: int) -> list[Integers]:
         path = catalog.paths[shard]
-        expression, columns = parsed[id(catalog.shard_schema[shard])]
+        schema = id(catalog.shard_schema[shard])
+        expression, columns = parsed[schema]
         first, last = np.searchsorted(catalog.group_shard, [shard, shard + 1])
         with named_if_damaged(path, remedy=""):
-            kept = set(_groups_that_may_pass(path, expression))
+            kept = set(_groups_that_may_pass(path, by_statistics[schema]))
             found = []
             for at in range(first, last):
                 if int(catalog.group_number[at]) not in kept:

@@ -2,7 +2,7 @@
 
 A filter is a condition of SQL: comparisons (``= == != <> < <= > >=``), ``in (...)``, ``is null``, ``is not null``,
 joined by ``and``, ``or``, ``not`` and parentheses. Strings, dates and times (ISO 8601) stand in single or double
-quotes; ``geometry.policy`` names a field of a struct.
+quotes; ``geometry.policy`` names a field of a struct. Comparing with null or NaN is neither true nor false.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq, "==": operator.eq, "!=": operator.ne, "<>": operator.ne,
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
+_UNKNOWN = pa.scalar(None, pa.bool_())
 _DEEPEST = 50
 
 
@@ -40,12 +41,14 @@ def near_names(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
 
 
-def parse_where(text: str, schema: pa.Schema) -> tuple[pc.Expression, list[str]]:
+def parse_where(text: str, schema: pa.Schema, *, for_statistics: bool = False) -> tuple[pc.Expression, list[str]]:
     """Parse a filter.
 
     Args:
         text: the condition.
         schema: columns of the rows.
+        for_statistics: the expression is for choosing row groups by their statistics, which know nothing of NaN; its
+            value for rows with NaN does not matter.
 
     Returns:
         The expression, and the columns that it reads.
@@ -53,7 +56,7 @@ def parse_where(text: str, schema: pa.Schema) -> tuple[pc.Expression, list[str]]
     Raises:
         UserError: the text is no condition, names an unknown column, or compares values of different kinds.
     """
-    parser = _Parser(text, schema)
+    parser = _Parser(text, schema, for_statistics=for_statistics)
     expression = parser.condition()
     if parser.kind is not None:
         raise parser.error(f"'{parser.value}' is not expected there")
@@ -63,8 +66,10 @@ def parse_where(text: str, schema: pa.Schema) -> tuple[pc.Expression, list[str]]
 class _Parser:
     """Recursive descent; the current token is ``kind`` and ``value``, and ``kind`` is None at the end."""
 
-    def __init__(self, text: str, schema: pa.Schema) -> None:
-        self._text, self._schema = text, schema
+    def __init__(self, text: str, schema: pa.Schema, *, for_statistics: bool) -> None:
+        if not isinstance(text, str):
+            raise UserError(f"where must be a text such as 'source_fps >= 24', got {text!r:.40}")
+        self._text, self._schema, self._for_statistics = text, schema, for_statistics
         self._at = self._depth = 0
         self.columns: set[str] = set()
         self.kind: str | None = None
@@ -116,7 +121,8 @@ class _Parser:
             while self._take(","):
                 values.append(self._literal(kind))
             self._expect(")")
-            found = field.isin(pa.array(values, kind))
+            # `isin` is false for null, where SQL says unknown: `not in` must not pass it
+            found = field.isin(pa.array(values, kind)) | (self._is_unknown(field) & _UNKNOWN)
             return ~found if negated else found
         if negated:
             raise self.error("'in' is expected after 'not'")
@@ -125,10 +131,19 @@ class _Parser:
         if self.kind == "sign" and self.value in _COMPARE:
             sign = self.value
             self._next()
-            return _COMPARE[sign](field, pa.scalar(self._literal(kind), kind))
+            value = pa.scalar(self._literal(kind), kind)
+            if self._for_statistics or not pa.types.is_floating(kind):
+                return _COMPARE[sign](field, value)
+            # row groups are left out without regard to NaN, so NaN must pass no comparison, negated or not
+            negated = sign in ("!=", "<>")
+            found = _COMPARE["=" if negated else sign](field, value) | (self._is_unknown(field) & _UNKNOWN)
+            return ~found if negated else found
         if pa.types.is_boolean(kind):
             return field
         raise self.error(f"a comparison such as >= is expected after the column, got {self._shown()}")
+
+    def _is_unknown(self, field: pc.Expression) -> pc.Expression:
+        return field.is_null(nan_is_null=not self._for_statistics)
 
     def _column(self) -> tuple[pc.Expression, pa.DataType]:
         if self.kind != "word":
@@ -185,7 +200,8 @@ class _Parser:
                     raise self.error(f"the column has no time zone: leave it out of '{readable(text, 80)}'")
                 return found
         except ValueError as error:
-            raise self.error(f"'{readable(text, 80)}' is no date or time such as '2026-01-31 12:00:00'") from error
+            such = "date such as '2026-01-31'" if pa.types.is_date(kind) else "time such as '2026-01-31 12:00:00'"
+            raise self.error(f"'{readable(text, 80)}' is no {such}") from error
         raise self.error(f"columns of type {kind} cannot be compared")
 
     def _shown(self) -> str:

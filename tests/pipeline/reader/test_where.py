@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import vidshard
 from tests.support.token_outputs import write_output
 from vidshard.pipeline.reader.files import ShardFiles
+from vidshard.pipeline.reader.units import _groups_that_may_pass
 from vidshard.pipeline.reader.where import parse_where
 from vidshard.schemas.errors import UserError
 
@@ -42,6 +44,9 @@ TABLE = pa.table(
         ("x < -1.5e0", [2]),
         ("n in (1, 3, 9)", [0, 2]),
         ("n not in (1, 3) and n is not null", [1, 3]),
+        ("n not in (1, 3)", [1, 3]),
+        ("not (n in (1, 3))", [1, 3]),
+        ("n not in (1) or yes = false", [1, 2, 3, 4]),
         ("n is null", [4]),
         ("text = 'it''s'", [1]),
         ('text = "say ""x"""', [2]),
@@ -83,13 +88,35 @@ def test_conditions_mean_what_they_mean_in_sql(where: str, rows: list[int]) -> N
         ("", "a column is expected"),
         ("(" * 60 + "n = 1", "nested"),
         ("day > 2026", "date32"),
-        ("day > 'soon'", "is no date or time such as"),
+        ("day > 'soon'", "is no date such as '2026-01-31'"),
+        ("day > '2026-01-03 13:00'", "is no date such as"),
+        ("at > 'soon'", "is no time such as"),
         ("at > '2026-01-03T13:00:00+01:00'", "no time zone"),
         ("\x1b]52;c;x\x07 = 1", r"\\x1b"),
     ],
 )
 def test_what_is_no_condition_is_refused_with_the_reason(where: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
+        parse_where(where, TABLE.schema)
+
+
+@pytest.mark.parametrize("where", ["x != 0.5", "x <> 0.5", "not x = 0.5", "not (x < 1)", "x not in (0.5)", "not x > 1"])
+def test_rows_with_nan_pass_no_comparison_as_statistics_do_not_know_of_them(where: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    table = pa.table({"x": [0.5, float("nan"), 0.5, 2.0, float("nan"), 2.0], "row": range(6)})
+    pq.write_table(table, file, row_group_size=3)
+    exact, _ = parse_where(where, table.schema)
+    by_statistics, _ = parse_where(where, table.schema, for_statistics=True)
+    kept = _groups_that_may_pass(str(file), by_statistics)
+    assert kept == ([0] if where == "not x > 1" else [1])
+    everywhere = table.filter(exact)["row"].to_pylist()
+    assert everywhere == pq.ParquetFile(file).read_row_groups(kept).filter(exact)["row"].to_pylist()
+    assert everywhere == ([0, 2] if where == "not x > 1" else [3, 5])
+
+
+@pytest.mark.parametrize("where", [5, True, b"n = 1", ["n = 1"]])
+def test_a_condition_that_is_no_text_is_refused(where: Any) -> None:
+    with pytest.raises(UserError, match="where must be a text"):
         parse_where(where, TABLE.schema)
 
 
