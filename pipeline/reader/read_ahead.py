@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,6 +57,9 @@ class ReadAhead:
         source = self._source
         threads = _REMOTE_THREADS if source.is_remote else _LOCAL_THREADS
         pool = ThreadPoolExecutor(threads, "vidshard-reader")
+        is_exiting = (
+            sys.is_finalizing
+        )  # modules may be gone when an iterator that was not used up ends with the process
         try:
             while self._waiting or self._plan_one():
                 while self._waiting[-1][0].stop <= self._waiting[0][0].block_end and self._plan_one():
@@ -68,7 +72,8 @@ class ReadAhead:
                 yield plan, source.batch(plan, rows, picks, self._loaded)
                 self._let_go(picks)
         finally:
-            pool.shutdown(cancel_futures=True)
+            if not is_exiting():
+                pool.shutdown(cancel_futures=True)
 
     def _plan_one(self) -> bool:
         """Plan another batch; False if there is none."""
