@@ -123,7 +123,9 @@ def latent_rule(
         for column in catalog.provenance.payload
         if column.codebook_size is None and not column.is_logvar and column.name in names
     ]
-    if not sample and normalize in (False, None):
+    if not isinstance(normalize, bool | Mapping | None):
+        raise UserError(f"normalize is True, False or {{column: (mean, std)}}, got {normalize!r:.80}")
+    if not sample and not normalize:
         return None
     if not latents:
         raise UserError("normalize and sample are for latents, and the columns hold none")

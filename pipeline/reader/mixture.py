@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -179,5 +180,5 @@ def check_weights(weights: Mapping[str, float]) -> None:
     for path, weight in weights.items():
         if not isinstance(path, str | os.PathLike):
             raise UserError(f"{path!r:.200} is no path of an output")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < float("inf"):
             raise UserError(f"the weight of {path!r:.200} must be a positive number, got {weight!r:.40}")

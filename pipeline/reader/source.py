@@ -67,7 +67,7 @@ class Content(TypedDict, total=False):
     signals_per: str
     normalize: bool | Mapping[str, Any]
     sample: bool
-    allow_mixed: bool | Collection[str]
+    allow_mixed: bool | str | Collection[str]
 
 
 def _check_names(content: Content) -> None:
@@ -99,12 +99,14 @@ class Source:
         if signals_per not in ("frame", "latent"):
             raise UserError(f"signals_per is 'frame' or 'latent', got {signals_per!r:.40}")
         paths = paths_of(paths)
-        self.catalog: Catalog = read_catalog(paths, allow_mixed=content.get("allow_mixed", ()))
+        mixed = content.get("allow_mixed")
+        mixed = mixed if isinstance(mixed, bool) else names_of("allow_mixed", mixed)
+        self.catalog: Catalog = read_catalog(paths, allow_mixed=mixed)
         self.files = ShardFiles(self.catalog.paths, self.catalog.shard_bytes)
         payload = self.catalog.provenance.payload
-        names = [c.name for c in payload if not c.is_logvar] if columns is None else names_of(columns)
+        names = [c.name for c in payload if not c.is_logvar] if columns is None else names_of("columns", columns)
         self._columns: list[Column] = [column_of(self.catalog, name) for name in dict.fromkeys(names)]
-        signal_names = list(dict.fromkeys(names_of(signals)))
+        signal_names = list(dict.fromkeys(names_of("signals", signals)))
         if repeated := set(signal_names) & set(names):
             raise UserError(f"'{sorted(repeated)[0]}' is in columns and in signals: leave it in one of them")
         for name in signal_names:

@@ -249,8 +249,8 @@ class TokenShards(IterableDataset[Batch]):
             UserError: the state is of another dataset or order, or is none.
         """
         try:
-            samples, digest = int(state["samples"]), str(state["dataset"])
-        except (KeyError, TypeError, ValueError) as error:
+            samples, digest = whole_number("samples", state["samples"]), str(state["dataset"])
+        except (KeyError, TypeError, UserError) as error:
             raise UserError(f"this is no state of TokenShards: {state!r:.200}") from error
         theirs, ours = (text.partition("-") for text in (digest, self._digest()))
         if theirs[0] != ours[0]:
@@ -348,8 +348,9 @@ class TokenLoader:
         self._dataset = dataset
         self._num_workers = num_workers
         self._options = {"batch_size": None, **options}
-        if self._options["batch_size"] is not None:
-            raise UserError("give batch_size= to TokenShards instead of the loader")
+        for name in ("batch_size", "drop_last", "shuffle"):
+            if self._options.get(name) not in (None, False):
+                raise UserError(f"give {name}= to TokenShards instead of the loader")
         if not self._options.get("in_order", True):
             raise UserError("in_order=False would lose the order, and with it the state: leave it out")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -326,6 +326,13 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
     return found
 
 
-def names_of(values: str | Sequence[str] | None) -> list[str]:
-    """A list of column names from one name, several or none."""
-    return [values] if isinstance(values, str) else list(values or [])
+def names_of(argument: str, values: str | Collection[str] | None) -> list[str]:
+    """A list of names from one name, several or none.
+
+    Raises:
+        UserError: the argument holds something else.
+    """
+    names = [values] if isinstance(values, str) else values or []
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{argument} must be a name or a list of names, got {values!r:.80}")
+    return list(names)

@@ -145,6 +145,7 @@ def test_what_should_not_be_mixed_is_refused_by_name_unless_allowed(
     with pytest.raises(UserError, match=rf"a\.parquet and .*b\.parquet differ in .*allow_mixed=\['{kind}'\]"):
         vidshard.TokenShards(both)
     assert len(vidshard.TokenShards(both, allow_mixed=[kind])) == 8
+    assert len(vidshard.TokenShards(both, allow_mixed=kind)) == 8
     assert len(vidshard.TokenShards(both, allow_mixed=True)) == 8
 
 

@@ -193,6 +193,8 @@ def test_what_cannot_be_mixed_by_weights_is_refused_by_name(outputs: dict[str, f
     for weight in (0, -1, float("nan"), float("inf"), "2", True, None):
         with pytest.raises(UserError, match=r"weight of .* positive number"):
             mixed({games: weight})  # type: ignore[dict-item]
+    numbers: Any = np.int64(1), np.float32(2)
+    assert len(mixed(dict(zip(outputs, numbers, strict=True)))) > 1
     with pytest.raises(UserError, match="nothing to read"):
         mixed({})
     with pytest.raises(UserError, match="smallest weight"):

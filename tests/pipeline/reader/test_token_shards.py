@@ -240,8 +240,10 @@ def test_a_state_of_an_output_that_grew_is_refused(out: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"samples": "x", "dataset": "y"}, {"samples": -1}, {"samples": None, "dataset": 1}]
-)
+    "state",
+    [{}, {"samples": "x", "dataset": "y"}, {"samples": -1}, {"samples": None, "dataset": 1},
+     {"samples": float("inf"), "dataset": "y"}, {"samples": 1.5, "dataset": "y"}],
+)  # fmt: skip
 def test_what_is_no_state_is_refused(out: Path, state: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="state"):
         shards(out).load_state_dict(state)
@@ -296,6 +298,34 @@ def test_processes_that_are_spawned_keep_the_rank(
 def test_what_is_no_whole_number_is_refused_by_name(out: Path, name: str, value: Any) -> None:
     with pytest.raises(vidshard.VidshardError, match=name):
         vidshard.TokenShards(str(out), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("columns", 5), ("columns", [5]), ("columns", [None]), ("signals", 5), ("signals", [True]), ("allow_mixed", 5),
+     ("allow_mixed", [5]), ("where", 5), ("normalize", "latents"), ("normalize", 1)],
+)  # fmt: skip
+def test_what_is_no_name_or_text_is_refused_by_the_argument(out: Path, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"^{name} "):
+        vidshard.TokenShards(str(out), **{name: value})
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"drop_last": True}, {"shuffle": True}])
+def test_what_the_dataset_decides_is_refused_by_the_loader(out: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"give {next(iter(options))}= to TokenShards"):
+        shards(out).loader(**options)
+    unset: dict[str, Any] = dict.fromkeys(options)
+    assert len(shards(out).loader(**unset)) == len(shards(out))
+
+
+def test_a_process_that_ends_within_an_epoch_says_nothing(out: Path) -> None:
+    code = f"""
+import vidshard
+batches = iter(vidshard.TokenShards({str(out)!r}, batch_size=2, shuffle=True).loader())
+next(batches)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
 
 
 @pytest.mark.parametrize("workers", [-1, 1.0, "2", None])
