@@ -177,12 +177,19 @@ def _as_text(table: pa.Table, name: str, shown: str) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
+MAX_URI_CHARACTERS = 32 << 10
+"""Longest location of a row. Paths have up to 4 KiB, keys of object stores 1 KiB; signed URLs are the longest."""
+
+
 def _uris(column: pa.ChunkedArray, folder: str, faults: RowFaults) -> list[str | None]:
     """A manifest's paths made absolute; None where a row has none."""
     uris: list[str | None] = []
     for row, uri in enumerate(_values(column)):
         if uri is None or not uri.strip():
             faults.add(row, "it has no 'uri'" if uri is None else "its 'uri' is empty")
+            uris.append(None)
+        elif len(uri) > MAX_URI_CHARACTERS:
+            faults.add(row, f"its 'uri' has {len(uri):,} characters, and {MAX_URI_CHARACTERS:,} are the most")
             uris.append(None)
         else:
             located = uri.strip() if "://" in uri else uri

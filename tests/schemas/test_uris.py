@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import unicodedata
 
 import pytest
@@ -117,3 +118,20 @@ def test_plain_text_is_printed_as_it_is() -> None:
 def test_no_cell_is_a_formula(text: str) -> None:
     assert spreadsheet_cell(text) == f"'{text}"
     assert spreadsheet_cell(f"a{text}") == f"a{text}"
+
+
+@pytest.mark.parametrize("piece", ["x", "a.", "a+-.", "9", "1a", "::", "s3://a::", "sig ", "sig=", "?a=", "http://h:"])
+def test_long_foreign_text_is_shown_at_once(piece: str) -> None:
+    text = piece * (200_000 // len(piece))
+    before = time.process_time()
+    without_secrets(text)
+    shown_uri(f"s3://bucket/{text}")
+    assert time.process_time() - before < 10  # in proportion to the square of the length it takes minutes
+
+
+@pytest.mark.parametrize("port", ["9" * 5000, "0" * 5000 + "80", "99999", "٣"])
+def test_an_impossible_port_is_shown_without_an_error(port: str) -> None:
+    shown = public_uri(f"http://user:password@host:{port}/a.mp4?sig=1")
+    assert shown.startswith("http://host")
+    assert shown.endswith("/a.mp4")
+    assert without_secrets(f"cannot open http://host:{port}/a.mp4?sig=1").startswith("cannot open http://host")

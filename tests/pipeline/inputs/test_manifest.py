@@ -275,3 +275,15 @@ def test_commas_at_the_ends_of_all_lines_make_no_column(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("uri,label,\na.mp4,x,y\n")
     with pytest.raises(InputError, match="a column without a name"):
         discover([str(tmp_path / "m.csv")])
+
+
+def test_rows_of_hostile_length_cost_one_row_each(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", Recipe(num_frames=8))
+    odd = ["a." * 15_000, "a" * 100_000, f"http://127.0.0.1:{'9' * 5000}/a.mp4", f"http://127.0.0.1:1/{'::' * 15_000}"]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"uri": uri}) for uri in ["a.mp4", *odd]))
+    out = tmp_path / "out"
+    run = [tmp_path / "m.jsonl", "--out", out, "--tokenizer", "tiny", "--fps", 4, "--frames", 1, "--size", 32]
+    result = tokenize(*run, "--random-weights", 0, "--max-reject-share", 1)
+    assert result.exit_code == 0, result.output
+    assert read_rejects(str(out)).num_rows == len(odd)
+    assert "100,000 characters" in " ".join(read_rejects(str(out))["detail"].to_pylist())
