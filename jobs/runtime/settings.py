@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from vidshard.schemas.errors import UserError
 from vidshard.schemas.fields import ReportSettings, Setting, Settings, setting_of
+from vidshard.schemas.text import readable
 
 Model = TypeVar("Model", bound=Settings)
 T = TypeVar("T")
@@ -306,13 +307,17 @@ def resolve_settings(
     try:
         return model.model_validate(values)
     except ValidationError as error:
+        places = _lines_of(config_path) if config_path else {}
 
         def place(name: str) -> str:
             if config_path is None or name in given:
                 return (spell or _flag)(name)
-            return _line_of(config_path, name)
+            return places.get(name, str(config_path))
 
-        lines = [_explain(model, dict(item), place, config_path) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        lines = [_explain(model, dict(item), place, config_path) for item in items[:_MAX_MISTAKES]]
+        if len(items) > _MAX_MISTAKES:
+            lines.append(f"and {len(items) - _MAX_MISTAKES:,} more")
         raise SettingsError("\n       ".join(lines)) from error  # each below the first, behind "error: "
 
 
@@ -337,7 +342,7 @@ def renamed(model: type[Settings], values: Mapping[str, T], *, note: Callable[[s
 
 def _read_settings(model: type[Settings], path: Path) -> dict[str, Any]:
     """The settings of a YAML file by their present names."""
-    return renamed(model, _read_yaml(path), note=lambda old, new: f"{_line_of(path, old)}: {old} is now {new}")
+    return renamed(model, _read_yaml(path), note=lambda old, new: f"{_lines_of(path)[old]}: {old} is now {new}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -374,6 +379,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 _MAX_SETTINGS_BYTES = 32 << 20
 """Largest settings file; one with 100,000 inputs takes some 10 MB."""
 _MAX_SETTINGS_DEPTH = 16
+_MAX_MISTAKES = 20
+"""Mistakes that a message lists."""
 
 
 def _read_text(path: Path) -> str:
@@ -385,11 +392,17 @@ def _read_text(path: Path) -> str:
 
 
 def _refuse_costly(path: Path, text: str) -> None:
-    """Refuse aliases and deep nesting, with which a few lines of YAML stand for millions of values."""
+    """Refuse aliases and deep nesting, with which a few lines of YAML stand for millions of values; and tags.
+
+    The library's constructors of tags raise anything on a text that does not fit, as on ``!!timestamp x``.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise SettingsError(f"{path}: aliases ('*{event.anchor}') are not taken: write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise SettingsError(f"{path}: tags ('{readable(tag, 80)}') are not taken: leave them away")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_SETTINGS_DEPTH:
             raise SettingsError(f"{path}: nested more than {_MAX_SETTINGS_DEPTH} levels deep")
@@ -402,9 +415,8 @@ def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise SettingsError(
-                    f"{path}:{line}: '{key.value}' stands in line {lines[key.value]} already; take one away"
-                )
+                name, first = readable(key.value, 80), lines[key.value]
+                raise SettingsError(f"{path}:{line}: '{name}' stands in line {first} already; take one away")
             lines[key.value] = line
             _refuse_repeated(path, value)
 
@@ -415,23 +427,22 @@ def _explain(
     """One validation error for a person: where it was written, what is wrong, what would do."""
     name = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name[:80], model.model_fields, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all of them"
-        return f"{place(name)}: unknown setting '{name}'; {hint}"
+        return f"{place(name)}: unknown setting '{readable(name, 80)}'; {hint}"
     if item["type"] == "missing":
         where = "the command" if config_path is None else f"the command or {config_path}"
         return f"{'VIDEOS' if name == 'inputs' else _flag(name)} is missing: give it on {where} (see --help)"
     message = str(item["msg"]).removeprefix("Value error, ")
     if not name:
-        return message
-    got = "" if repr(item["input"]) in message or isinstance(item["input"], tuple) else f", got {item['input']!r}"
-    return f"{place(name)}: {message}{got}"
+        return message if config_path is None else f"{message} (in the command or {config_path})"
+    value = repr(item["input"])
+    got = "" if value in message or isinstance(item["input"], tuple) else f", got {readable(value, 200)}"
+    return f"{place(name)}: {readable(message, 1000)}{got}"
 
 
-def _line_of(path: Path, key: str) -> str:
-    """``file:line`` of a key in a YAML file."""
-    root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    for node, _ in root.value if isinstance(root, yaml.MappingNode) else ():
-        if node.value == key:
-            return f"{path}:{node.start_mark.line + 1}"
-    return str(path)
+def _lines_of(path: Path) -> dict[str, str]:
+    """``file:line`` of each key of a YAML file."""
+    root = yaml.compose(_read_text(path), Loader=yaml.SafeLoader)
+    nodes = [node for node, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    return {node.value: f"{path}:{node.start_mark.line + 1}" for node in nodes if isinstance(node, yaml.ScalarNode)}

@@ -92,7 +92,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 def test_yaml_that_wants_to_build_objects_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("out: !!python/object/apply:os.system ['touch canary']\n")
-    with pytest.raises(SettingsError, match="not valid YAML"):
+    with pytest.raises(SettingsError, match=r"run\.yaml: tags"):
         resolve_settings(TokenizeRun, REQUIRED, config)
 
 
@@ -145,3 +145,40 @@ def test_a_settings_file_that_stands_for_millions_of_values_is_refused(text: str
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SettingsError, match=problem):
         resolve_settings(TokenizeRun, {"inputs": ("x",), "out": "o"}, tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!int '': 1",
+        "fps: !!timestamp x",
+        "!!bool x: 1",
+        "fps: !!float ''",
+        "limit: !!int 0x" + "f" * 5000,
+        "!!str {=: fps}: 1",
+        "fps: !x 8",
+        '"\\ud800": 1',
+    ],
+)
+def test_yaml_that_the_library_stumbles_over_is_refused_by_file(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"inputs: [clips]\nout: tokens\n{text}\n")
+    with pytest.raises(SettingsError, match=r"run\.yaml"):
+        resolve_settings(TokenizeRun, {}, path)
+
+
+@pytest.mark.parametrize("text", ["retry_rejected: " + "x" * 100_000, "x" * 1000 + ": 1", "clip_seed: " + "9" * 4000])
+def test_a_long_value_in_yaml_is_shown_short(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"inputs: [clips]\nout: tokens\n{text}\n")
+    with pytest.raises(SettingsError) as caught:
+        resolve_settings(TokenizeRun, {}, path)
+    assert len(str(caught.value)) < 1500 + len(str(path))
+
+
+def test_thousands_of_mistakes_in_yaml_are_one_short_message(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"inputs: [clips]\nout: tokens\nallow_schemes: [{'1,' * 5000}]\n")
+    with pytest.raises(SettingsError, match=r"and 4,980 more") as caught:
+        resolve_settings(TokenizeRun, {}, path)
+    assert len(str(caught.value).splitlines()) == 21
