@@ -22,7 +22,9 @@ def own_state(entries: Mapping[str, Any]) -> Mapping[str, Any] | None:
     state = entries.get("state")
     if not isinstance(state, dict) or not isinstance(state.get("tokenizer"), str):
         return None
-    return state if isinstance(state.get("generator"), dict) and isinstance(state.get("averages"), dict) else None
+    tables = state.get("generator"), state.get("averages")
+    is_own = all(isinstance(table, dict) and all(isinstance(name, str) for name in table) for table in tables)
+    return state if is_own else None
 
 
 def own_tokenizer(state: Mapping[str, Any]) -> Any:

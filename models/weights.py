@@ -35,7 +35,7 @@ from vidshard.models.vidtok.config import VidTokConfig
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtwin.config import VidTwinConfig
 from vidshard.models.vidtwin.model import VidTwin
-from vidshard.schemas.errors import VidshardError, first_line
+from vidshard.schemas.errors import VidshardError, first_line, one_line
 from vidshard.schemas.fields import differences
 from vidshard.schemas.text import readable
 
@@ -393,7 +393,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a readable safetensors file: {first_line(error, 400)}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, object]]:
@@ -409,7 +409,9 @@ def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, obj
     try:
         return parse_config(json.loads(metadata[_CONFIG_KEY])), entries
     except (ValueError, RecursionError, OverflowError) as error:  # including pydantic's ValidationError
-        raise WeightsError(f"{path} states a tokenizer config that this version does not know: {error}") from error
+        raise WeightsError(
+            f"{path} states a tokenizer config that this version does not know: {one_line(error, 400)}"
+        ) from error
 
 
 def _refuse_packed(path: Path) -> None:
@@ -480,7 +482,9 @@ def _of_own_checkpoint(path: Path, state: Mapping[str, Any], ema: bool) -> tuple
     try:
         config = parse_config(own_tokenizer(state))
     except (ValueError, RecursionError, OverflowError) as error:
-        raise WeightsError(f"{path} states a tokenizer config that this version does not know: {error}") from error
+        raise WeightsError(
+            f"{path} states a tokenizer config that this version does not know: {one_line(error, 400)}"
+        ) from error
     weights = own_weights(state, averaged=True)
     return config, {checkpoint_name(name, config): value for name, value in weights.items()}
 

@@ -16,6 +16,7 @@ from vidshard.models.training.families import trainable_family
 from vidshard.models.training.start import check_format, taken_from
 from vidshard.models.weights import (
     UnstatedModelError,
+    WeightsError,
     load_weights,
     network_differences,
     preset_in_name,
@@ -24,6 +25,7 @@ from vidshard.models.weights import (
 )
 from vidshard.pipeline import storage
 from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpoints
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.tokenizers import TokenizerConfig
 from vidshard.schemas.training import StageConfig
 
@@ -56,8 +58,7 @@ def read_start(path: str, config: TokenizerConfig) -> Start:
             entries = read_checkpoint(local)
             state = own_state(entries)
             if state is not None:
-                check_format(state)
-                stated = parse_config(own_tokenizer(state))
+                stated = _stated_config(path, state)
                 _check_differences(path, stated, config)
                 if not network_differences(stated, config):
                     return Start(state=state)
@@ -65,6 +66,16 @@ def read_start(path: str, config: TokenizerConfig) -> Start:
                 loss = loss_parts(entries)
             del entries
         return Start(weights=_weights_of(local, path, config), loss=loss)
+
+
+def _stated_config(path: str, state: Mapping[str, Any]) -> TokenizerConfig:
+    try:
+        check_format(state)
+        return parse_config(own_tokenizer(state))
+    except (ValueError, RecursionError, OverflowError) as error:  # including pydantic's ValidationError
+        raise WeightsError(
+            f"{storage.public_uri(path)} is no checkpoint to start from: {one_line(error, 400)}"
+        ) from error
 
 
 def begins_discriminator(start: Start, stage: StageConfig) -> bool:

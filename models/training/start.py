@@ -15,6 +15,7 @@ from vidshard.models.training.discriminator import Discriminator, LeCam
 from vidshard.models.training.distributed import load_full_state
 from vidshard.models.training.generator import Generator
 from vidshard.models.weights import network_differences
+from vidshard.schemas.text import readable
 from vidshard.schemas.training import StageConfig
 
 STATE_FORMAT = 1
@@ -27,8 +28,9 @@ def check_format(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: its format is not ``STATE_FORMAT``.
     """
-    if state.get("format") != STATE_FORMAT:
-        raise ValueError(f"a training state of format {STATE_FORMAT} is needed, got {state.get('format')!r}")
+    found = state.get("format")
+    if not isinstance(found, int) or found != STATE_FORMAT:
+        raise ValueError(f"a training state of format {STATE_FORMAT} is needed, got {readable(repr(found), 80)}")
 
 
 def new_discriminator(config: StageConfig) -> Discriminator | None:

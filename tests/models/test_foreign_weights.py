@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from vidshard.jobs.training.start import read_start
 from vidshard.models.tokenizer import PRESETS, parse_config
 from vidshard.models.weights import WeightsError, load_tokenizer, load_weights, save_tokenizer
 from vidshard.schemas.errors import VidshardError
@@ -136,3 +137,25 @@ def test_names_of_foreign_entries_are_printed_safely(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as refusal:
         load_weights(tmp_path / "w.safetensors", TINY)
     assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generator": {5: 1}}, {"generator": {("a",): 1}}, {"averages": {5: 1}}, {"averages": {b"x": 1}},
+        {"tokenizer": "[" * 100_000}, {"tokenizer": ""}, {"tokenizer": "9" * 5000}, {"tokenizer": "null"},
+        {"tokenizer": '{"base_width": -1}'}, {"format": torch.zeros(3)}, {"format": "x" * 10_000}, {"format": 10**5000},
+    ],
+)  # fmt: skip
+def test_odd_checkpoints_of_trainings_are_refused_by_name(
+    changes: dict[str, Any], state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    generator = {f"tokenizer.{name}": value for name, value in state.items()}
+    own = {"format": 1, "tokenizer": TINY.model_dump_json(), "generator": generator, "averages": {}}
+    torch.save({"state": own | changes}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt") as refusal:
+        read_start(str(tmp_path / "w.pt"), TINY)
+    assert len(str(refusal.value)) < 1000 + len(str(tmp_path))
+    if "format" not in changes:
+        with pytest.raises(WeightsError, match=r"w\.pt"):
+            load_weights(tmp_path / "w.pt")
