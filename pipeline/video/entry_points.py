@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 
 from vidshard.pipeline.video.bit_reader import Bits, payload, unit_length_bytes, units
 from vidshard.pipeline.video.container import codec_name
-from vidshard.pipeline.video.packet_info import inspector_of
+from vidshard.pipeline.video.packet_info import has_interlaced_b_frames, inspector_of
 from vidshard.pipeline.video.timestamps import is_clockless
 
 STATE_HANDED_OUT_ONCE: tuple[Literal["palette", "new_extradata"], ...] = ("palette", "new_extradata")
@@ -166,7 +166,9 @@ def _mpeg4(data: bytes, extradata: bytes) -> bool | None:
     at = data.find(b"\0\0\1\xb6")
     if not 0 <= at < len(data) - 4:
         return None
-    return data[at + 4] >> 6 == 0 and (_has_layer(data[:at]) or _has_layer(extradata))
+    if data[at + 4] >> 6 or has_interlaced_b_frames(data[:at]) or has_interlaced_b_frames(extradata):
+        return False
+    return _has_layer(data[:at]) or _has_layer(extradata)
 
 
 def _has_layer(data: bytes) -> bool:

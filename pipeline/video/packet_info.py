@@ -61,6 +61,8 @@ def inspector_of(stream: VideoStream) -> Inspector:
         return _Av1(extradata)
     if codec in _INTRA_ONLY:
         return lambda _: _RANDOM_ACCESS
+    if codec == "mpeg4" and has_interlaced_b_frames(extradata):
+        return lambda _: UNKNOWN
     return {"mjpeg": _mjpeg, "mpeg4": _mpeg4, "mpeg2video": _mpeg2, "vp8": _vp8, "vp9": _vp9}.get(
         codec, lambda _: UNKNOWN
     )
@@ -133,6 +135,46 @@ class _Hevc:
 
 
 # The others.
+
+
+def has_interlaced_b_frames(headers: bytes) -> bool:
+    """Whether a video object layer (ISO 14496-2, 6.2.3) is interlaced and may have B-frames; True if it is not known.
+
+    FFmpeg's decoder measures the times of such B-frames by the first one that it met. Where decoding starts at another
+    picture, it drops them without a word.
+    """
+    at = headers.find(b"\0\0\1")
+    while 0 <= at < len(headers) - 3:
+        if headers[at + 3] >> 4 == 2:
+            try:
+                return _is_interlaced_with_b_frames(Bits(headers[at + 4 : at + 64]))
+            except EOFError:
+                return True
+        at = headers.find(b"\0\0\1", at + 3)
+    return False
+
+
+def _is_interlaced_with_b_frames(bits: Bits) -> bool:
+    bits.take(9)
+    if bits.take(1):
+        bits.take(7)
+    if bits.take(4) == 15:  # the pixel's shape in numbers
+        bits.take(16)
+    if bits.take(1):
+        bits.take(2)
+        if bits.take(1):  # low delay: no B-frames
+            return False
+        if bits.take(1):
+            bits.take(79)
+    if bits.take(2):  # not rectangular
+        return True
+    bits.take(1)
+    resolution = bits.take(16)
+    bits.take(1)
+    if bits.take(1):
+        bits.take(max(1, (resolution - 1).bit_length()) if resolution else 1)
+    bits.take(29)  # width and height, between markers
+    return bits.take(1) == 1
 
 
 def _mpeg4(data: bytes) -> PacketFacts | None:

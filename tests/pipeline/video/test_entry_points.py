@@ -139,6 +139,20 @@ def test_keyframe_marks_count_only_where_the_picture_agrees(tmp_path: Path, code
             assert_same(decode(path, SPEC, clips_per_span, limits=EVERY_DECODER), whole)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv", "nut", "ts"])
+@pytest.mark.parametrize("b_frames", [0, 3])
+def test_interlaced_mpeg4_is_decoded_from_its_start(tmp_path: Path, suffix: str, b_frames: int) -> None:
+    recipe = Recipe(codec="mpeg4", gop=3, num_frames=60, b_frames=b_frames, options=(("flags", "+ildct+ilme"),))
+    path = write_video(tmp_path / f"v.{suffix}", recipe)
+    for fps in (recipe.rate, Fraction(7)):
+        spec = replace(SPEC, fps=fps)
+        whole = decode(path, spec)
+        if fps == recipe.rate:
+            assert numbers(whole) == list(range(60))
+        for clips_per_span in (1, 3):
+            assert_same(decode(path, spec, clips_per_span), whole)
+
+
 def mark_all(source: Path, path: Path) -> Path:
     """A copy in which each picture is marked as a keyframe."""
     with av.open(str(source)) as given, av.open(str(path), "w") as made:
