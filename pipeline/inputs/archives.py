@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -210,11 +211,14 @@ def _key(name: str) -> str:
     return folder + slash + last.split(".", 1)[0]
 
 
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
 def _fault_of_name(name: str) -> str | None:
     shown = readable(name, 200)
     if len(name) > _MAX_NAME:
         return f"its name has {len(name):,} characters: {shown}"
-    if name.startswith("/") or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
+    if name.startswith("/") or ".." in name.replace("\\", "/").split("/") or _DRIVE.match(name):
         return f"its name leads out of the archive: {shown}"
     if any("\ud800" <= character <= "\udfff" for character in name) or "\0" in name:
         return f"its name is not UTF-8: {shown}"

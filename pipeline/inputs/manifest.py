@@ -7,6 +7,7 @@ table, with the fault in a column. A fault of the file or of a column as a whole
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,6 @@ def _seconds(table: pa.Table, name: str, shown: str, faults: RowFaults) -> list[
 
 def _resolve(uri: str, folder: str) -> str:
     """Make a path of a manifest absolute: relative paths are relative to the manifest's folder."""
-    if "://" in uri or uri.startswith(("/", "~")):
+    if "://" in uri or os.path.expanduser(uri).startswith("/"):
         return storage.absolute(uri)
     return storage.absolute(f"{folder}/{uri}") if storage.is_local(folder) else f"{folder}/{uri}"

@@ -230,6 +230,16 @@ def test_names_that_come_twice_or_lead_out_are_rejections(tmp_path: Path, videos
     assert discover([str(path)]).videos.filter(pa.array([False] * 6 + [True]))["fault"].to_pylist() == [None]
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_colons_in_names_are_read_and_drives_are_not(tmp_path: Path, videos: list[bytes], kind: str) -> None:
+    names = ["a::b.mp4", "::a.mp4", "1:23.mp4", "C:\\x.mp4", "C:/x.mp4"]
+    path = tmp_path / f"x.{kind}"
+    (write_zip if kind == "zip" else write_tar)(path, [(name, videos[0]) for name in names])
+    found = discover([str(path)]).videos
+    faults = dict(zip(found["member"].to_pylist(), found["fault"].to_pylist(), strict=True))
+    assert {name for name, fault in faults.items() if fault is None} == set(names[:3])
+
+
 class _nothing:  # noqa: N801
     def __enter__(self) -> None: ...
 

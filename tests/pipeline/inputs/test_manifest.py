@@ -287,3 +287,10 @@ def test_rows_of_hostile_length_cost_one_row_each(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert read_rejects(str(out)).num_rows == len(odd)
     assert "100,000 characters" in " ".join(read_rejects(str(out))["detail"].to_pylist())
+
+
+def test_a_name_with_a_tilde_is_looked_for_beside_its_manifest(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"uri": uri}) for uri in ["~nobody-here.mp4", "~/a.mp4"]))
+    beside, home = discover([str(tmp_path / "m.jsonl")]).videos["uri"].to_pylist()
+    assert beside == str(tmp_path / "~nobody-here.mp4")
+    assert home == str(Path("~/a.mp4").expanduser())
