@@ -87,7 +87,7 @@ def export_output(request: ExportRun, console: Console) -> ExportResult:
     state = State.load(dest)
     if state is not None:
         _check_settings(state, request, catalog)
-        if state.is_complete and state.source_digest == catalog.digest:
+        if state.is_complete and state.source_digest in catalog.digests:
             return _report(state, request, layout, console, num_new=0)
     files = ShardFiles(catalog.paths, catalog.shard_bytes)
     selection = select(catalog, files, layout, where=request.where, limit=request.limit)
@@ -120,7 +120,7 @@ def _write(
     """Write the batches that are not there yet, then what describes them all; returns the clips written now."""
     _remove_leftovers(source.dest)
     state.is_complete = False
-    state.source_digest = catalog.digest
+    state.source_digest = catalog.digests[0]
     state.num_clips = catalog.num_rows
     state.num_left_out, state.num_duplicates = selection.num_left_out, selection.num_duplicates
     done = sum(len(batch.rows) for batch in selection.batches if batch.key in state.batches)
@@ -183,7 +183,7 @@ def _check_grown(state: State, selection: Selection, catalog: Catalog, layout: L
     Raises:
         UserError: clips that were exported are gone, or the layout cannot take in new ones.
     """
-    if layout.whole_runs and state.source_digest not in ("", catalog.digest):
+    if layout.whole_runs and state.source_digest not in ("", *catalog.digests):
         raise UserError(
             f"the output has other shards than when this export began, and {layout.name} holds whole sequences: export "
             "to another folder"

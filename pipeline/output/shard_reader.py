@@ -58,6 +58,8 @@ def output_shards(out: str) -> list[str]:
         if not storage.exists(out):
             raise ShardError(f"there is no file {shown_uri(out)}")
         return [out]
+    if storage.is_local(out) and os.path.isfile(out):
+        raise ShardError(f"{shown_uri(out)} is a file, and no shard: name an output's folder, or a .parquet file")
     started = storage.exists(storage.join(out, RUN))
     paths = shard_paths(out) or ([] if started else storage.list_files(out, ".parquet"))
     if not paths:

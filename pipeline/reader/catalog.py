@@ -122,13 +122,22 @@ class Catalog:
                 raise UserError(f"{shown_uri(path)} has no {what} '{name}': {near_names(name, schema.names)}")
 
     @cached_property
-    def digest(self) -> str:
-        """Digest of the names, row groups and weights of the shards; the same for a copy at another place."""
-        text = hashlib.blake2b(digest_size=8)
+    def digests(self) -> tuple[str, str]:
+        """Digest of names, row groups, weights and identities of the shards, and that of before, without identities.
+
+        They are the same for a copy at another place.
+        """
+        before = hashlib.blake2b(digest_size=8)
         for at, (path, provenance) in enumerate(zip(self.paths, self.shard_provenance, strict=True)):
             ends = self.group_ends[self.group_shard == at] if len(self.paths) < 256 else self._ends_of(at)
-            text.update(f"{path.rsplit('/', 1)[-1]} {provenance.weights_sha256} {ends.tolist()}\n".encode())
-        return text.hexdigest()
+            before.update(f"{path.rsplit('/', 1)[-1]} {provenance.weights_sha256} {ends.tolist()}\n".encode())
+        now = before.copy()
+        identities = {
+            id(p.identity): json.dumps(p.identity, sort_keys=True, default=str) for p in self.shard_provenance
+        }
+        for provenance in self.shard_provenance:
+            now.update(identities[id(provenance.identity)].encode())
+        return now.hexdigest(), before.hexdigest()
 
     def _ends_of(self, shard: int) -> npt.NDArray[np.int64]:
         first, last = np.searchsorted(self.group_shard, [shard, shard + 1])

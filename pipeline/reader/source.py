@@ -137,7 +137,9 @@ class Source:
         """Whether batches say which path each unit is from."""
         self._is_continuous = bool(self.catalog.provenance.run.get("continuous"))
         order = f"{where}|{sequence}|{stride if stride is not None else sequence}"
-        self.digest = hashlib.blake2b(f"{self.catalog.digest}|{order}".encode(), digest_size=8).hexdigest()
+        self.digest, self.digest_before = (
+            hashlib.blake2b(f"{digest}|{order}".encode(), digest_size=8).hexdigest() for digest in self.catalog.digests
+        )
         self.is_remote = not all(storage.is_local(path) for path in self.catalog.paths)
         """Whether reading waits for a network."""
 

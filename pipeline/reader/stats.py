@@ -92,7 +92,7 @@ def write_stats(path: str, catalog: Catalog, stats: Mapping[str, ChannelStats]) 
         storage.StorageError: the file could not be written.
     """
     target = stats_path(path)
-    record = {"shards": catalog.digest, "columns": {name: asdict(s) for name, s in stats.items()}}
+    record = {"shards": catalog.digests[0], "columns": {name: asdict(s) for name, s in stats.items()}}
     storage.write_atomic(target, json.dumps(record, indent=1).encode())
     return target
 
@@ -125,7 +125,7 @@ def read_stats(catalog: Catalog, paths: Sequence[str]) -> dict[str, ChannelStats
         with named_if_damaged(target, remedy=remedy):
             record = json.loads(storage.read_bytes(target, max_bytes=_MAX_BYTES))
             own = catalog if len(paths) == 1 else read_catalog(path)
-            if record["shards"] != own.digest:
+            if record["shards"] not in own.digests:
                 raise UserError(f"{shown_uri(target)} is of other shards, as the output has changed; {remedy}")
             for name, values in record["columns"].items():
                 stats = ChannelStats(count=int(values["count"]), mean=values["mean"], std=values["std"])

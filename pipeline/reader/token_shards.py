@@ -253,10 +253,10 @@ class TokenShards(IterableDataset[Batch]):
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"this is no state of TokenShards: {state!r:.200}") from error
         theirs, ours = (text.partition("-") for text in (digest, self._digest()))
-        if theirs[0] != ours[0]:
+        if theirs[0] not in (ours[0], self._source.digest_before):  # the latter in states of earlier versions
             raise UserError(
-                f"the state is of another dataset ({theirs[0]:.40}, this one is {ours[0]}): the shards, where, "
-                "sequence and stride must be those of the run that wrote it"
+                f"the state is of another dataset ({theirs[0]:.40}, this one is {ours[0]}): the shards and their "
+                "settings, where, sequence and stride must be those of the run that wrote it"
             )
         if theirs[2] != ours[2]:
             raise UserError(

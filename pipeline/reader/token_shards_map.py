@@ -43,8 +43,8 @@ class TokenShardsMap(Dataset[Batch]):
         """
         self._source = Source(paths, **content)
         self._seed = whole_number("seed", seed)
-        self._cache_bytes = cache_bytes
-        self._groups = GroupCache(self._source, cache_bytes)
+        self._cache_bytes = whole_number("cache_bytes", cache_bytes, least=0)
+        self._groups = GroupCache(self._source, self._cache_bytes)
 
     def __len__(self) -> int:
         """Number of clips, or of sequences."""

@@ -98,9 +98,11 @@ def _raise_trouble(error: BaseException) -> None:
 
 @contextmanager
 def missing_is_fine() -> Iterator[None]:
-    """Ignore a FileNotFoundError that means absence; some file systems raise it for any trouble."""
+    """Ignore an error that means absence; some file systems raise FileNotFoundError for any trouble."""
     try:
         yield
+    except NotADirectoryError:  # below a file there is nothing
+        pass
     except FileNotFoundError as error:
         cause = root_cause(error)
         if isinstance(cause, StorageError):

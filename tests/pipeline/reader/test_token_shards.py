@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -237,6 +239,26 @@ def test_a_state_of_an_output_that_grew_is_refused(out: Path, tmp_path: Path) ->
     (grown / "shards" / "0099.parquet").write_bytes((grown / "shards" / "0000.parquet").read_bytes())
     with pytest.raises(UserError, match="another dataset"):
         shards(grown).load_state_dict(state)
+
+
+def test_a_state_of_the_same_videos_tokenized_otherwise_is_refused_and_one_of_before_is_taken(
+    out: Path, tmp_path: Path
+) -> None:
+    dataset = shards(out)
+    state = dataset.state_dict()
+    before = {**state, "dataset": state["dataset"].replace(dataset._source.digest, dataset._source.digest_before)}
+    assert before != state
+    shards(out).load_state_dict(before)
+    other = Path(shutil.copytree(out, tmp_path / "other"))
+    for path in sorted((other / "shards").iterdir()):
+        file = pq.ParquetFile(io.BytesIO(path.read_bytes()))
+        metadata = dict(file.schema_arrow.metadata)
+        metadata[b"vidshard.identity"] = json.dumps({"resize": "pad"}).encode()
+        with pq.ParquetWriter(path, file.schema_arrow.with_metadata(metadata)) as writer:
+            for group in range(file.num_row_groups):
+                writer.write_table(file.read_row_group(group).replace_schema_metadata(metadata))
+    with pytest.raises(UserError, match="another dataset"):
+        shards(other).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
