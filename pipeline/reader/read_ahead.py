@@ -57,9 +57,8 @@ class ReadAhead:
         source = self._source
         threads = _REMOTE_THREADS if source.is_remote else _LOCAL_THREADS
         pool = ThreadPoolExecutor(threads, "vidshard-reader")
-        is_exiting = (
-            sys.is_finalizing
-        )  # modules may be gone when an iterator that was not used up ends with the process
+        # kept here, as modules may be gone when an iterator that was not used up ends with the process
+        is_exiting = sys.is_finalizing
         try:
             while self._waiting or self._plan_one():
                 while self._waiting[-1][0].stop <= self._waiting[0][0].block_end and self._plan_one():
