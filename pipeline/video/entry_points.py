@@ -38,6 +38,14 @@ _NOT_INTRA = frozenset({"mss2", "mscc", "srgc", "rl2"})
 """Codecs that FFmpeg lists as intra-only, though their pictures may keep a part of the one before."""
 
 
+_TIMED_IN_PROGRAM_STREAMS = frozenset({"mpeg1video", "mpeg2video", "h264"})
+"""Codecs that have the same times in an MPEG program stream wherever reading begins.
+
+One time may stand there for a dozen small pictures. For other codecs FFmpeg's parsers give it to another picture behind
+a seek.
+"""
+
+
 class EntryPoints:
     """Tells with which packets of a stream decoding may start."""
 
@@ -47,7 +55,9 @@ class EntryPoints:
         formats = set(stream.container.format.name.split(","))
         has_palette = stream.codec_context.pix_fmt == "pal8" and codec not in _OWN_PALETTE
         check = _check_of(stream, codec)
-        self.only_start = check is None or is_clockless(stream) or (has_palette and not is_intra_only(stream, codec))
+        is_untimed = "mpeg" in formats and codec not in _TIMED_IN_PROGRAM_STREAMS
+        has_lasting_palette = has_palette and not is_intra_only(stream, codec)
+        self.only_start = check is None or is_clockless(stream) or is_untimed or has_lasting_palette
         """Whether decoding can start nowhere but at the start of the file."""
         self.must_read_all = has_palette or "flv" in formats
         """Whether the packets before an entry point have to be read, though not decoded, for their side data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support.videos import Recipe, numbered_frame, read_frame_number, writ
 from vidshard.pipeline.video.frames import frames_after
 from vidshard.pipeline.video.input_file import storage_failures_named
 from vidshard.pipeline.video.timestamps import Clock
+from vidshard.schemas.rejections import VideoError
 from vidshard.schemas.video import ClipSpec
 
 SPEC = ClipSpec(fps=Fraction(25), num_frames=5, height=64, width=64)
@@ -151,6 +153,21 @@ def test_interlaced_mpeg4_is_decoded_from_its_start(tmp_path: Path, suffix: str,
             assert numbers(whole) == list(range(60))
         for clips_per_span in (1, 3):
             assert_same(decode(path, spec, clips_per_span), whole)
+
+
+@pytest.mark.parametrize("codec", ["mpeg2video", "libx264", "libx265", "mpeg4"])
+@pytest.mark.parametrize(("gop", "b_frames"), [(3, 2), (3, 0), (5, 1)])
+def test_spans_of_a_program_stream_equal_one_pass_though_few_pictures_have_times(
+    tmp_path: Path, codec: str, gop: int, b_frames: int
+) -> None:
+    path = write_video(tmp_path / "v.mpg", Recipe(codec=codec, gop=gop, b_frames=b_frames, num_frames=90))
+    try:
+        whole = decode(path, SPEC)
+    except VideoError as refused:
+        with pytest.raises(VideoError, match=re.escape(refused.detail)):
+            decode(path, SPEC, 1)
+    else:
+        assert_same(decode(path, SPEC, 1), whole)
 
 
 def mark_all(source: Path, path: Path) -> Path:
