@@ -302,12 +302,11 @@ def resolve_settings(
     """
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     given = renamed(model, given, note=lambda old, new: f"{_flag(old)} is now {_flag(new)}")
-    from_file = _read_settings(model, config_path) if config_path else {}
+    from_file, places = _read_settings(model, config_path) if config_path else ({}, {})
     values = {**from_file, **given}
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        places = _lines_of(config_path) if config_path else {}
 
         def place(name: str) -> str:
             if config_path is None or name in given:
@@ -340,9 +339,10 @@ def renamed(model: type[Settings], values: Mapping[str, T], *, note: Callable[[s
         raise SettingsError(str(error)) from error
 
 
-def _read_settings(model: type[Settings], path: Path) -> dict[str, Any]:
-    """The settings of a YAML file by their present names."""
-    return renamed(model, _read_yaml(path), note=lambda old, new: f"{_lines_of(path)[old]}: {old} is now {new}")
+def _read_settings(model: type[Settings], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a YAML file by their present names, and ``file:line`` of each key."""
+    values, places = _read_yaml(path)
+    return renamed(model, values, note=lambda old, new: f"{places[old]}: {old} is now {new}"), places
 
 
 class _Loader(yaml.SafeLoader):
@@ -359,21 +359,25 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values, and ``file:line`` of each key, of a file that is read once, as it may be a pipe."""
     try:
         text = _read_text(path)
         _refuse_costly(path, text)
         values = yaml.load(text, Loader=_Loader)  # noqa: S506  derives from SafeLoader
-        _refuse_repeated(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated(path, root)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
-        return {}
+        return {}, {}
     if not isinstance(values, dict):
         raise SettingsError(f"{path} must hold a mapping of settings, not a {type(values).__name__}")
-    return {str(key): value for key, value in values.items()}
+    nodes = [node for node, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    places = {node.value: f"{path}:{node.start_mark.line + 1}" for node in nodes if isinstance(node, yaml.ScalarNode)}
+    return {str(key): value for key, value in values.items()}, places
 
 
 _MAX_SETTINGS_BYTES = 32 << 20
@@ -439,10 +443,3 @@ def _explain(
     value = repr(item["input"])
     got = "" if value in message or isinstance(item["input"], tuple) else f", got {readable(value, 200)}"
     return f"{place(name)}: {readable(message, 1000)}{got}"
-
-
-def _lines_of(path: Path) -> dict[str, str]:
-    """``file:line`` of each key of a YAML file."""
-    root = yaml.compose(_read_text(path), Loader=yaml.SafeLoader)
-    nodes = [node for node, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return {node.value: f"{path}:{node.start_mark.line + 1}" for node in nodes if isinstance(node, yaml.ScalarNode)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -182,3 +184,14 @@ def test_thousands_of_mistakes_in_yaml_are_one_short_message(tmp_path: Path) -> 
     with pytest.raises(SettingsError, match=r"and 4,980 more") as caught:
         resolve_settings(TokenizeRun, {}, path)
     assert len(str(caught.value).splitlines()) == 21
+
+
+def test_a_settings_file_that_is_a_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "run.yaml"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("size: 64\nfps: abc\n",), daemon=True)
+    writer.start()
+    result = run("tokenize", "clips/", "--out", tmp_path / "out", "--config", pipe)
+    writer.join()
+    assert result.exit_code == 2
+    assert "run.yaml:2: a rate is a number" in " ".join(result.output.split())
