@@ -193,11 +193,17 @@ def _uris(column: pa.ChunkedArray, folder: str, faults: RowFaults) -> list[str |
             faults.add(row, f"its 'uri' has {len(uri):,} characters, and {MAX_URI_CHARACTERS:,} are the most")
             uris.append(None)
         else:
-            located = uri.strip() if "://" in uri else uri
-            uris.append(
-                map_locations(located, lambda path: _resolve(path, folder)) if "#" in uri else _resolve(located, folder)
-            )
+            try:
+                uris.append(_located(uri.strip() if "://" in uri else uri, folder))
+            except Exception as error:  # noqa: BLE001  whatever an address does, it is this row's fault
+                faults.add(row, f"its 'uri' is no location ({type(error).__name__})")
+                uris.append(None)
     return uris
+
+
+def _located(uri: str, folder: str) -> str:
+    """A location, and those in its options, made absolute."""
+    return map_locations(uri, lambda path: _resolve(path, folder)) if "#" in uri else _resolve(uri, folder)
 
 
 def _values(column: pa.ChunkedArray) -> Iterable[str | None]:
@@ -279,6 +285,14 @@ def _seconds(table: pa.Table, name: str, shown: str, faults: RowFaults) -> list[
 
 def _resolve(uri: str, folder: str) -> str:
     """Make a path of a manifest absolute: relative paths are relative to the manifest's folder."""
-    if "://" in uri or os.path.expanduser(uri).startswith("/"):
+    if "://" in uri or _is_absolute(uri):
         return storage.absolute(uri)
     return storage.absolute(f"{folder}/{uri}") if storage.is_local(folder) else f"{folder}/{uri}"
+
+
+def _is_absolute(path: str) -> bool:
+    """Whether a path begins at the root, or in somebody's home."""
+    try:
+        return os.path.expanduser(path).startswith("/")
+    except ValueError:  # a NUL or a lone surrogate: nobody has such a name
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -160,6 +161,23 @@ def test_odd_addresses_of_a_manifest_are_rejections(two_videos: Path, tmp_path: 
     found = reasons(tmp_path / "out")
     assert set(found) == {"unreadable", "not_allowed"}
     assert found.total() == len(odd)
+
+
+def test_an_address_that_breaks_what_reads_it_rejects_its_row_alone(
+    two_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expanduser = os.path.expanduser
+
+    def broken(path: str) -> str:
+        if "odd" in str(path):
+            raise ZeroDivisionError
+        return expanduser(path)
+
+    pq.write_table(pa.table({"uri": ["odd.mp4", str(two_videos / "0.mp4")]}), tmp_path / "m.parquet")
+    monkeypatch.setattr("os.path.expanduser", broken)
+    result = tokenize(tmp_path / "m.parquet", "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert reasons(tmp_path / "out") == {"bad_row": 1}
 
 
 def test_times_beyond_any_video_reject_their_row_alone(two_videos: Path, tmp_path: Path) -> None:
