@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ from vidshard.pipeline.rows import WORK_NUMBER, WORK_SCHEMA, span_row
 from vidshard.schemas.runs import TokenizeRun
 
 NUM_SPANS = 48
+KINDS = {"H200", "L4"}
 
 
 @dataclass(frozen=True)
 class NotedEncoder(SlowEncoder):
-    """Encoder that leaves a file with the name of its kind of node."""
+    """Encoder that leaves a file with the name of its kind of node, and waits for one of the other kind."""
 
     folder: str
 
@@ -46,6 +48,8 @@ class NotedEncoder(SlowEncoder):
             if name.startswith("accelerator_type:")
         ]
         (Path(self.folder) / kind).touch()
+        while len(list(Path(self.folder).iterdir())) < len(KINDS):  # an encoder that starts late gets the others' queue
+            time.sleep(0.05)
         return super().__call__(rows)
 
     def encoder(self) -> NotedEncoder:
@@ -102,5 +106,5 @@ def test_gpus_of_two_kinds_share_the_work_and_frames_from_nodes_without_gpus_are
         committer.close()
     assert account.num_open == 0
     assert len(listed_spans(run.out)) == NUM_SPANS
-    assert {path.name for path in notes.iterdir()} == {"H200", "L4"}
+    assert {path.name for path in notes.iterdir()} == KINDS
     assert counter.frame_bytes == counter.moved_frame_bytes == NUM_SPANS * spec.clip_bytes
