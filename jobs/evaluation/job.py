@@ -360,6 +360,7 @@ def _scored(work: _Work, executor: LocalExecutor | ClusterExecutor, lease: Lease
             except StopIteration:
                 return
             if table is not None:
+                shrunk_for = 0
                 yield table
                 continue
             lease.check(now=False)
