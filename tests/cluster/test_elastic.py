@@ -44,6 +44,13 @@ def is_used(raylet: int, *stages: str) -> bool:
     return any(title.startswith(titles) for title in processes_below(raylet).values())
 
 
+def new_nodes(cluster: RayCluster, count: int, num_cpus: int) -> list[Node]:
+    """Nodes in place of those that a test before left."""
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    return [cluster.add_node(num_cpus=num_cpus) for _ in range(count)]
+
+
 def raylet_of(node: Node) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
@@ -99,9 +106,7 @@ def test_encoders_give_way_where_a_lost_node_leaves_them_every_cpu(
 ) -> None:
     """The encoder has the CPU of one node, and decoding that of the other, which is lost."""
     out = tmp_path / "tokens"
-    for node in list(cluster.worker_nodes):
-        cluster.remove_node(node)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    nodes = new_nodes(cluster, 2, num_cpus=1)
     with (
         held_back(many_spans / "2.mp4", out) as held,
         started(
@@ -127,9 +132,7 @@ def test_an_evaluation_to_which_a_lost_node_leaves_no_cpu_ends_and_goes_on_with_
 ) -> None:
     """The scorer has the CPU of one node, and decoding that of the other, which is lost."""
     out = tmp_path / "evaluation"
-    for node in list(cluster.worker_nodes):
-        cluster.remove_node(node)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    nodes = new_nodes(cluster, 2, num_cpus=1)
     settings = ("--tokenizer", "tiny", "--frames", "17", "--size", "32", "--no-lpips", "--commit-clips", "1")
     with held_back(many_spans / "2.mp4", out, plan="scores") as held:  # it begins with the rejection of text.mp4
         run = (many_spans / "text.mp4", held.uri, "--out", out, *settings, "--ray-address", cluster.address)
@@ -154,9 +157,7 @@ def test_encoders_that_followed_the_cluster_give_way_where_nodes_are_lost(
 ) -> None:
     """Three nodes have an encoder each; two of them are lost, and their encoders start again on the third one."""
     out = tmp_path / "tokens"
-    for node in list(cluster.worker_nodes):
-        cluster.remove_node(node)
-    nodes = [cluster.add_node(num_cpus=2) for _ in range(3)]
+    nodes = new_nodes(cluster, 3, num_cpus=2)
 
     def has_encoder(node: Node) -> bool:
         return is_used(raylet_of(node), ENCODER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +47,13 @@ def test_inspect_names_a_damaged_shard(output: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("nowhere", "no token shards in"),
-        ("nowhere", "there is no such folder"),
-        (".", "not an output of vidshard"),
-        ("a.mp4", "is a file, and no shard"),
+        ("nowhere", r"no token shards in \S+: there is no such folder"),
+        (".", r"no token shards in \S+: it is not an output of vidshard"),
+        ("a.mp4", r"\S+ is a file, and no shard"),
     ],
 )
 def test_inspecting_something_else_is_refused_with_the_cause(tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "a.mp4").touch()
     result = run("inspect", tmp_path / name)
     assert result.exit_code == 2
-    assert why in " ".join(result.output.split())
+    assert re.search(why, " ".join(result.output.split()))
