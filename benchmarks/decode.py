@@ -291,7 +291,13 @@ def decode_plainly(task: Task) -> Pixels:
 def decode_with_our_scaler(task: Task) -> Pixels:
     """The same loop with our conversion."""
     renderer = Renderer(task.spec)
-    return _decode_all(task, lambda shown: renderer.cut(shown)[0].copy())
+
+    def convert(shown: TimedFrame) -> Pixels:
+        picture = np.empty((SIDE, SIDE, 3), np.uint8)
+        renderer.cut(shown, picture)
+        return picture
+
+    return _decode_all(task, convert)
 
 
 def _decode_all(task: Task, convert: Callable[[TimedFrame], Pixels]) -> Pixels:

@@ -47,6 +47,8 @@ class SpanTimeline:
 
     def needs(self, pts: int, until_pts: int) -> bool:
         """Whether a frame on screen from ``pts`` to ``until_pts`` (exclusive) is in one of the clips."""
+        if self.clips.is_between_grid_times(pts, until_pts):  # as most frames of a reduced rate are
+            return False
         for index in self.clips.around(pts, until_pts, self.first_clip, self.end_clip):
             grid, num_frames = self._times.get(index) or self.times(index)
             at = grid.first_index_at(pts)
@@ -135,8 +137,8 @@ class _PartialClip:
     """Frames it has if the video lasts long enough."""
     frames: npt.NDArray[np.uint8]
     """uint8 (T, H, W, 3)."""
-    geometry: Geometry
-    """Geometry of its first frame."""
+    geometry: Geometry | None = None
+    """Geometry of its first frame; None before it."""
     pts: list[int] = field(default_factory=list)
     """Ticks of the frames so far."""
 
@@ -147,17 +149,19 @@ class _PartialClip:
     def finish(self, times: SpanTimeline) -> Clip:
         """The clip, with its last frame repeated to the end."""
         span, spec = times.span, times.spec
+        assert self.geometry is not None, "a clip without frames is left out"
         num_valid = len(self.pts)
         self.frames[num_valid:] = self.frames[num_valid - 1]
         ticks = self.pts + self.pts[-1:] * (spec.num_frames - num_valid)
         lead = times.lead_frames(self.index)
         start = times.clips.start_seconds(self.index) + lead / spec.fps
+        ticks_up, ticks_down = span.time_base.as_integer_ratio()  # faster than a fraction, and rounded alike
         return Clip(
             video_id=span.video_id,
             clip_index=self.index,
             frames=self.frames,
             start_seconds=float(span.grid_start_pts * span.time_base + start),
-            frame_pts_seconds=np.array([float(tick * span.time_base) for tick in ticks[lead:]], np.float64),
+            frame_pts_seconds=np.array([tick * ticks_up / ticks_down for tick in ticks[lead:]], np.float64),
             num_valid_frames=num_valid - lead,
             lead_frames=lead,
             geometry=self.geometry,
@@ -228,20 +232,22 @@ class ClipBuilder:
             self._error = error
 
     def _add(self, frame: TimedFrame, until_pts: int) -> None:
-        rendered: tuple[npt.NDArray[np.uint8], Geometry] | None = None
         while self._has_next and self.times.times(self._next_clip)[0].first_index_at(until_pts) > 0:
-            rendered = rendered or self._renderer.cut(frame)
-            self._start_clip(rendered[1])
+            self._start_clip()
+        picture: npt.NDArray[np.uint8] | None = None
+        geometry: Geometry | None = None
         for clip in self._open:
-            until = min(clip.grid.first_index_at(until_pts), clip.num_frames)
-            if until > len(clip.pts):
-                rendered = rendered or self._renderer.cut(frame)
-                for slot in range(len(clip.pts), until):
-                    clip.frames[slot] = rendered[0]
-                    clip.pts.append(frame.pts)
+            for slot in range(len(clip.pts), min(clip.grid.first_index_at(until_pts), clip.num_frames)):
+                if picture is None:
+                    picture = clip.frames[slot]
+                    geometry = self._renderer.cut(frame, picture)
+                else:
+                    clip.frames[slot] = picture
+                clip.geometry = clip.geometry or geometry
+                clip.pts.append(frame.pts)
         self._open = [clip for clip in self._open if not clip.is_full]
 
-    def _start_clip(self, geometry: Geometry) -> None:
+    def _start_clip(self) -> None:
         if self.span.end_clip is None and len(self._clips) >= self._max_clips + self._spec.halo_clips:
             claimed = self.span.duration_seconds_from_header
             raise VideoError(
@@ -254,7 +260,6 @@ class ClipBuilder:
             grid=grid,
             num_frames=num_frames,
             frames=np.empty((self._spec.num_frames, self._spec.height, self._spec.width, 3), np.uint8),
-            geometry=geometry,
         )
         self._next_clip += 1
         if clip.num_frames:

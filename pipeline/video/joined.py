@@ -94,11 +94,12 @@ class RecordingEnd:
         if self._format in _ENDS and self.offset is None:
             with position_kept(watched):
                 self._is_unsized = not _ENDS[self._format](watched)
-        self._is_searched = self._is_unsized or self._is_scanned or self._is_gif
+        self.may_follow = self.offset is not None or self._is_unsized or self._is_scanned or self._is_gif
+        """Whether another recording may be found; False where the container's sizes rule it out."""
 
     def is_before(self, packet: Packet[VideoStream]) -> bool:
         """Whether the recording ends before a packet; packets are asked about in the order of the demuxer."""
-        if packet.pos is None or (self.offset is None and not self._is_searched):
+        if packet.pos is None or not self.may_follow:
             return False
         if self.offset is None and (self._is_unsized or self._is_scanned):
             last, self._behind_last = self._behind_last, max(self._behind_last or 0, packet.pos + packet.size)

@@ -179,7 +179,7 @@ def _is_interlaced_with_b_frames(bits: Bits) -> bool:
 
 def _mpeg4(data: bytes) -> PacketFacts | None:
     at = data.find(b"\0\0\1\xb6")
-    if at < 0 or at + 4 >= len(data) or data.find(b"\0\0\1\xb6", at + 4) >= 0:  # none, or several packed into one
+    if at < 0 or at + 4 >= len(data) or data.rfind(b"\0\0\1\xb6") != at:  # none, or several packed into one
         return None
     return _RANDOM_ACCESS if data[at + 4] >> 6 == 0 else _SKIPPABLE
 

@@ -166,7 +166,7 @@ class _Lookahead:
         waiting.wanted = True
 
     def _facts_of(self, packet: Packet[VideoStream]) -> PacketFacts | None:
-        if packet.is_corrupt or isinstance(packet.opaque, Damage) or packet.has_sidedata("new_extradata"):
+        if packet.is_corrupt or isinstance(packet.opaque, Damage) or _has_new_headers(packet):
             return None
         return self._inspect(bytes(packet))
 
@@ -203,6 +203,11 @@ class _Lookahead:
         self.at_end = True
         for other in self._undecided:  # the last one on screen, or one whose successor might still have come
             other.wanted = True
+
+
+def _has_new_headers(packet: Packet[VideoStream]) -> bool:
+    has_any = next(packet.iter_sidedata(), None) is not None  # few have; asking for a kind takes longer
+    return has_any and packet.has_sidedata("new_extradata")
 
 
 class Schedule:

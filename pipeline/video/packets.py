@@ -190,7 +190,7 @@ def _nonempty_packets(
                 packet = next(packets, None)
         except av.FFmpegError as failure:  # out of memory too: here it is a packet that claims an absurd size
             error = failure
-        is_over = packet is not None and recording.is_before(packet)
+        is_over = recording.may_follow and packet is not None and recording.is_before(packet)
         if is_over or ((error or messages) and recording.explains_complaint(packet)):
             packet = None
         elif error is not None:

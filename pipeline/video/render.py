@@ -58,20 +58,23 @@ class Renderer:
     spec: ClipSpec
     _reformatters: dict[str, VideoReformatter] = field(default_factory=dict)
     """One for each target format: a context that changes its formats is built anew."""
-    _picture: Pixels | None = None
+    _planned: tuple[tuple[int, int], Geometry] | None = None
+    """The last displayed size, and its geometry."""
 
-    def cut(self, shown: TimedFrame) -> tuple[Pixels, Geometry]:
-        """A frame scaled and cut to the clip's size: uint8 (H, W, 3), overwritten by the next call.
+    def cut(self, shown: TimedFrame, out: Pixels) -> Geometry:
+        """Scale a frame and cut it to the clip's size.
+
+        Args:
+            shown: the frame.
+            out: uint8 (H, W, 3), overwritten by its picture.
 
         Raises:
             VideoError: as :meth:`render`.
         """
         channels, geometry = self._channels(shown)
-        if self._picture is None:
-            self._picture = np.empty((self.spec.height, self.spec.width, 3), np.uint8)
         for number, channel in enumerate(channels):  # interleave after cutting: half the time
-            paste(channel[..., None], geometry, self._picture[..., number : number + 1])
-        return self._picture, geometry
+            paste(channel[..., None], geometry, out[..., number : number + 1])
+        return geometry
 
     def render(self, shown: TimedFrame) -> tuple[Pixels, Geometry]:
         """A frame as displayed, scaled but not yet cut: uint8 (scaled_height, scaled_width, 3), R'G'B' of BT.709.
@@ -91,7 +94,7 @@ class Renderer:
         try:
             orientation = orientation_of(frame)
             width, height = display_size(*shown.shown_size, shown.pixel_aspect, orientation)
-            geometry = plan_geometry(width, height, self.spec)
+            geometry = self._geometry(width, height)
             if _has_stale_format(shown):
                 frame = _of_limited_range(frame)
             color = color_of(frame)
@@ -108,13 +111,18 @@ class Renderer:
             channels = self._rgb(frame, color, width, height)
         return [orientation.apply(channel[..., None])[..., 0] for channel in channels], geometry
 
+    def _geometry(self, width: int, height: int) -> Geometry:
+        if self._planned is None or self._planned[0] != (width, height):
+            self._planned = (width, height), plan_geometry(width, height, self.spec)
+        return self._planned[1]
+
     def _rgb(self, frame: VideoFrame, color: Color, width: int, height: int) -> Sequence[Pixels]:
         if not color.is_plain:
             rgb = to_bt709(self._wide_rgb(frame, color, width, height), color)
             return [rgb[..., number] for number in range(3)]
         # in planes: swscale writes those by vector instructions, and packed RGB three times as slowly
         planes = self._reformatted(frame, color, width, height, "gbrp").planes
-        green, blue, red = (_gray_to_full(frame, _rows(plane, "u1")[:, :width]) for plane in planes)
+        green, blue, red = _in_full_range(frame, [_rows(plane, "u1")[:, :width] for plane in planes])
         return red, green, blue
 
     def _wide_rgb(self, frame: VideoFrame, color: Color, width: int, height: int) -> npt.NDArray[np.float32]:
@@ -136,7 +144,7 @@ class Renderer:
         green, blue, red, alpha = (_rows(plane, "u1")[:, :width] for plane in gbra.planes)
         if alpha.min() == 255:
             return frame, color
-        shades = [_gray_to_full(frame, shade) for shade in (green, blue, red)]
+        shades = _in_full_range(frame, [green, blue, red])
         if not color.is_plain:
             red, green, blue = self._rgb(frame, color, width, height)
             shades = [green, blue, red]
@@ -322,12 +330,11 @@ def _is_gray(pixel_format: VideoFormat) -> bool:
     return not pixel_format.is_rgb and len([c for c in pixel_format.components if not c.is_alpha]) == 1
 
 
-def _gray_to_full(frame: VideoFrame, shades: Pixels) -> Pixels:
-    """A plane from swscale, stretched to full range if the frame was gray of limited range."""
-    if _is_gray(frame.format) and frame.color_range == ColorRange.MPEG:
-        stretched: Pixels = _GRAY_TO_FULL[shades]
-        return stretched
-    return shades
+def _in_full_range(frame: VideoFrame, planes: list[Pixels]) -> list[Pixels]:
+    """Planes from swscale, stretched to full range if the frame was gray of limited range."""
+    if frame.color_range == ColorRange.MPEG and _is_gray(frame.format):
+        return [_GRAY_TO_FULL[shades] for shades in planes]
+    return planes
 
 
 def _rows(plane: VideoPlane, sample: str) -> npt.NDArray[Any]:

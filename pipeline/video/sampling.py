@@ -149,6 +149,20 @@ class ClipTimeline:
         """Whether a clip cannot exist wherever the video ends."""
         return self.last_clip is not None and clip_index > self.last_clip
 
+    def is_between_grid_times(self, pts: int, until_pts: int) -> bool:
+        """Whether a stretch of time, in ticks and without its end, has no grid time of any clip; False if unknown."""
+        if self._common_grid is None:
+            return False
+        tick, first, step = self._common_grid
+        return (first - (pts - self.start_pts) * tick) // step == (first - (until_pts - self.start_pts) * tick) // step
+
+    @cached_property
+    def _common_grid(self) -> tuple[int, ...] | None:
+        """A tick, the start of clip 0 and the time between frames, in one whole unit; None where clips lie unevenly."""
+        if self.placed is None and (self.spec.stride * self.spec.fps).denominator != 1:
+            return None
+        return _in_whole_units(self.time_base, self.grid(0).offset_seconds, 1 / self.spec.fps)
+
     def around(self, pts: int, until_pts: int, first_clip: int, end_clip: int) -> range:
         """Indices of clips from ``first_clip`` on, before ``end_clip``, that may have a grid time in a stretch of time.
 

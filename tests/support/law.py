@@ -38,7 +38,8 @@ def plain_pictures(path: Path, spec: ClipSpec) -> tuple[list[Pixels], list[Fract
         stream = max(container.streams.video, key=lambda each: each.frames)
         for frame in container.decode(stream):
             shown = TimedFrame(frame=frame, pts=0, end_pts=0, stream=stream, pixel_aspect=stream.sample_aspect_ratio)
-            pictures.append(renderer.cut(shown)[0].copy())
+            pictures.append(np.empty((spec.height, spec.width, 3), np.uint8))
+            renderer.cut(shown, pictures[-1])
             times.append(None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base)
         return pictures, times
     return [], []
