@@ -22,6 +22,7 @@ name."""
 
 _OPTION = re.compile(rf"(?:{'|'.join((*SIGNAL_OPTIONS, *MEMBER_OPTIONS))})=[^&#]*")
 _PATHS = frozenset({"times"})
+_PLACE = re.compile("[0-9:]+")
 
 
 def split_options(uri: str) -> tuple[str, dict[str, str]]:
@@ -47,7 +48,8 @@ def bare(uri: str) -> str:
 def split_member(uri: str) -> tuple[str, dict[str, str]]:
     """The location of an archive, and the options that say which member of it; none for any other file."""
     path, options = split_options(uri)
-    if options and set(options) <= set(MEMBER_OPTIONS) and {"bytes", "zip", "row"} & set(options):
+    places = [options[name] for name in ("bytes", "zip", "row") if name in options]
+    if places and set(options) <= set(MEMBER_OPTIONS) and all(map(_PLACE.fullmatch, places)):
         return path, options
     return uri, {}
 
@@ -62,4 +64,5 @@ def map_locations(uri: str, change: Callable[[str], str]) -> str:
     """The location with a function applied to every file that it names."""
     path, options = split_options(uri)
     changed = {name: change(value) if name in _PATHS else value for name, value in options.items()}
-    return join_options(change(path), changed)
+    changed_path = change(path)
+    return uri if (changed_path, changed) == (path, options) else join_options(changed_path, changed)

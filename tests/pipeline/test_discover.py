@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from tests.support.cli import SMALL, printed_by
 from tests.support.corpus import GOOD_VIDEOS
 from tests.support.faulty_s3 import FaultyS3
 from vidshard.pipeline import storage
+from vidshard.pipeline.decode_stage import probe
 from vidshard.pipeline.discover import discover
 from vidshard.pipeline.inputs.manifest import InputError
+from vidshard.schemas.video import VideoProbe, VideoRef
 
 
 def uris(*inputs: str, **options: Any) -> list[str]:
@@ -55,6 +58,15 @@ def test_a_name_with_glob_characters_that_exists_is_a_name(tmp_path: Path) -> No
     path = tmp_path / "take [1].mp4"
     path.touch()
     assert uris(str(path)) == [str(path)]
+
+
+@pytest.mark.parametrize("name", ["a#bytes=0:10.mp4", "ä#row=1.mp4", "a#member=é.mp4", "a#rows=ö.mp4"])
+def test_a_name_that_looks_like_a_place_in_an_archive_is_a_name(tmp_path: Path, good_videos: Path, name: str) -> None:
+    shutil.copy(good_videos / "a.mp4", tmp_path / name)
+    [uri] = uris(str(tmp_path))
+    found = probe(VideoRef(uri=uri, num_bytes=-1))
+    assert isinstance(found, VideoProbe), found
+    assert found.uri == uri
 
 
 def test_odd_names_and_pipes_in_a_folder(tmp_path: Path) -> None:
