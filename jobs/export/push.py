@@ -57,6 +57,8 @@ class PushResult:
     """Shards of the dataset now."""
     num_sent: int
     """Shards that this push committed."""
+    num_deleted: int
+    """Shards that the dataset had and the output has not."""
     exit_code: int = 0
 
 
@@ -94,13 +96,15 @@ def push_output(request: PushRun, console: Console) -> PushResult:
             "does its .gitignore name them?"
         )
     new = f"{num_sent:,} of them sent now" if num_sent else "nothing new was sent"
+    if others:
+        new += f", and {counted(len(others), 'shard')} deleted that the output has not"
     console.print(
         f"  {'dataset':<12}{hub.id}: {counted(len(names), 'shard')}, {counted(catalog.num_rows, 'clip')}; {new}",
         highlight=False,
     )
     note = "the shards hold the locations of the source videos (column uri) and every column of the manifest"
     console.print(f"  {'note':<12}{note}", highlight=False)
-    return PushResult(num_shards=len(names), num_sent=num_sent)
+    return PushResult(num_shards=len(names), num_sent=num_sent, num_deleted=len(others))
 
 
 def _others(there: Mapping[str, RemoteFile], names: Mapping[str, str], *, prune: bool, name: str) -> list[str]:

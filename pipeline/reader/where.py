@@ -2,7 +2,8 @@
 
 A filter is a condition of SQL: comparisons (``= == != <> < <= > >=``), ``in (...)``, ``is null``, ``is not null``,
 joined by ``and``, ``or``, ``not`` and parentheses. Strings, dates and times (ISO 8601) stand in single or double
-quotes; ``geometry.policy`` names a field of a struct. Comparing with null or NaN is neither true nor false.
+quotes, and a column whose name is no word in backquotes; ``geometry.policy`` names a field of a struct. Comparing with
+null or NaN is neither true nor false.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _TOKEN = re.compile(
     r"""\s*(?:(?P<number>[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?![A-Za-z_\d])"""
     r"""|(?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")"""
     r"""|(?P<word>[^\W\d]\w*(?:\.[^\W\d]\w*)*)"""
+    r"""|(?P<column>`(?:[^`]|``)+`)"""
     r"""|(?P<sign>==|!=|<>|<=|>=|=|<|>|\(|\)|,))"""
 )
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
@@ -146,10 +148,13 @@ class _Parser:
         return field.is_null(nan_is_null=not self._for_statistics)
 
     def _column(self) -> tuple[pc.Expression, pa.DataType]:
-        if self.kind != "word":
+        if self.kind not in ("word", "column"):
             raise self.error(f"a column is expected, got {self._shown()}")
         whole, kind = self.value, None
-        path = (whole,) if whole in self._schema.names else tuple(whole.split("."))
+        if self.kind == "column":
+            whole = whole[1:-1].replace("``", "`")
+        is_name = self.kind == "column" or whole in self._schema.names
+        path = (whole,) if is_name else tuple(whole.split("."))
         if path[0] in self._schema.names:
             kind = self._schema.field(path[0]).type
             for name in path[1:]:
@@ -158,7 +163,7 @@ class _Parser:
                 if kind is None:
                     break
         if kind is None:
-            raise self.error(f"there is no column '{whole}'; {near_names(whole, self._schema.names)}")
+            raise self.error(f"there is no column '{readable(whole, 80)}'; {near_names(whole, self._schema.names)}")
         self.columns.add(path[0])
         self._next()
         return pc.field(*path), kind

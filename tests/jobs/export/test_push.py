@@ -184,7 +184,7 @@ def test_shards_of_something_else_are_refused_and_deleted_only_when_told(hub: Hu
     code, said = vidshard_exits("push", tokens, DATASET)
     assert code == 2
     assert "shards/old.parquet" in said
-    printed_by("push", tokens, DATASET, "--prune")
+    assert "1 shard deleted that the output has not" in printed_by("push", tokens, DATASET, "--prune")
     assert pushed_shards(hub) == shards_of(tokens)
 
 

@@ -27,6 +27,8 @@ TABLE = pa.table(
         "at": pa.array([datetime.datetime(2026, 1, day, 12) for day in range(1, 6)], pa.timestamp("us")),
         "zoned": pa.array([datetime.datetime(2026, 1, day, 12) for day in range(1, 6)], pa.timestamp("ms", "UTC")),
         "geometry": [{"policy": "crop", "left": at} for at in range(5)],
+        "my column": list(range(5)),
+        "a`b.c": list(range(5)),
     }
 )
 
@@ -62,6 +64,8 @@ TABLE = pa.table(
         ("at = '2026-01-02T12:00:00'", [1]),
         ("zoned > '2026-01-03T13:00:00+01:00'", [3, 4]),
         ("zoned > '2026-01-03 12:00'", [3, 4]),
+        ("`my column` >= 3 and `n` = 4", [3]),
+        ("`a``b.c` in (1)", [1]),
     ],
 )
 def test_conditions_mean_what_they_mean_in_sql(where: str, rows: list[int]) -> None:
@@ -75,6 +79,10 @@ def test_conditions_mean_what_they_mean_in_sql(where: str, rows: list[int]) -> N
     [
         ("txt = 'a'", "did you mean text"),
         ("geometry.lef = 1", "no column 'geometry.lef'"),
+        ("`geometry.left` = 1", "no column 'geometry.left'"),
+        ("`my colum` = 1", "did you mean my column"),
+        ("`n = 1", "cannot be read"),
+        ("n = `n`", "type int32"),
         ("n = 'a'", "type int32"),
         ("n = 1.5", "whole numbers"),
         ("n = 99999999999", "does not fit"),
