@@ -53,12 +53,12 @@ class Codec:
 
     def __init__(self, provenance: Any) -> None:
         """Take the column and its codebook from an output's provenance."""
+        if len(provenance.payload) > 1:
+            raise SystemExit("the clips have several payloads, as those of VidTwin; this example is made for one")
         column = provenance.payload[0]
         self.name, self.shape = column.name, tuple(column.shape)
-        self.levels: list[int] = []
-        if column.codebook_size:
-            levels = provenance.tokenizer.get("fsq_levels") or [column.codebook_size]
-            self.levels = [int(level) for level in levels]
+        levels = provenance.tokenizer.get("fsq_levels") or [column.codebook_size]
+        self.levels = [int(level) for level in levels] if column.codebook_size else []
         self.channels = len(self.levels) or self.shape[0]
         self.num_positions = self.shape[-2] * self.shape[-1]
         self.num_inputs = sum(self.levels) or self.channels

@@ -75,6 +75,16 @@ def test_a_run_on_tokens_is_continued_and_beats_a_bigram_model(
     assert (len(frames), frames[0].shape) == (17, (64, 128, 3))
 
 
+def test_clips_of_several_payloads_are_refused_before_training(
+    moving: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = tmp_path / "latents"
+    result = tokenize(moving / "v.mp4", "--out", latents, "--tokenizer", "vidtwin_tiny", "--fps", "10")
+    assert result.exit_code == 0, result.output
+    with pytest.raises(SystemExit, match="several payloads"):
+        _run(capsys, monkeypatch, latents, "--out", tmp_path / "world", *SMALL)
+
+
 def test_a_run_on_latents_takes_actions(
     moving: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
