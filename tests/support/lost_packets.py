@@ -20,6 +20,26 @@ from vidshard.schemas.rejections import VideoError
 Shown = dict[float, npt.NDArray[np.uint8]]
 """Picture by its presentation time in seconds, rounded to milliseconds."""
 
+NUMBERED = {
+    "mpeg4": ("avi", "mp4", "matroska", "nut", "m4v", "3gp"),
+    "mpeg2video": ("avi", "mp4", "matroska", "asf", "mpegts", "mpeg2video", "mxf"),
+    "mpeg1video": ("avi", "mp4", "asf"),
+    "libx264": ("mp4", "matroska", "flv"),
+    "libx265": ("mp4", "matroska", "flv"),
+}
+"""Codecs whose pictures tell which one they follow, and containers they go into."""
+
+UNNUMBERED = {
+    "libvpx": ("matroska", "webm", "ivf", "avi", "nut"),
+    "libvpx-vp9": ("mp4", "webm", "ivf", "avi"),
+    "h263": ("avi", "mov", "3gp"),
+    "msmpeg4v2": ("avi", "asf"),
+    "wmv2": ("avi", "asf"),
+    "svq1": ("mov",),
+    "ffv1": ("avi", "matroska"),
+}
+"""Codecs that number nothing: only a gap in time tells."""
+
 _SPEC = replace(SPEC, fps=Fraction(25), num_frames=3, height=48, width=72)
 
 
@@ -81,6 +101,33 @@ def without_packets(target: Path, source: Path, container_format: str, lost: Seq
                 packet.stream = stream
                 writer.mux(packet)
             number += 1
+    return target
+
+
+def with_times(target: Path, source: Path, container_format: str, steps: Sequence[int]) -> Path:
+    """A remux of a video of 25 frames per second whose pictures stay for other numbers of frames.
+
+    Args:
+        target: where it goes.
+        source: the whole video.
+        container_format: FFmpeg's name of the container.
+        steps: how many frames long each picture stays, again and again.
+    """
+    with av.open(str(source)) as reader, av.open(str(target), "w", format=container_format) as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        packets = [packet for packet in reader.demux(video=0) if packet.size]
+        assert packets[0].time_base is not None
+        frame_ticks = round(Fraction(1, 25) / packets[0].time_base)
+        at, moved = 0, {}
+        for pts in sorted(packet.pts for packet in packets if packet.pts is not None):
+            moved[pts] = at
+            at += steps[len(moved) % len(steps)] * frame_ticks
+        clock = sorted(moved.values())
+        for number, packet in enumerate(packets):
+            assert packet.pts is not None
+            packet.pts, packet.dts = moved[packet.pts] + 3 * max(steps) * frame_ticks, clock[number]
+            packet.stream = stream
+            writer.mux(packet)
     return target
 
 

@@ -2,98 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import cast
 
 import av
 import numpy as np
 import pytest
-from av.codec import Codec
-from av.video.stream import VideoStream
 
 from tests.support.lost_packets import outcome_of, with_hole, wrong_times
+from tests.support.pictures import CODECS, PLAIN, places, write_pictures
 from vidshard.pipeline.video.holes import hole_check
-
-NUM_FRAMES, WIDTH, HEIGHT = 6, 192, 128
-
-CODECS = {
-    "libx264": ("mp4", "matroska", "h264"),
-    "libx265": ("mp4", "matroska", "hevc"),
-    "libvpx": ("webm",),
-    "libvpx-vp9": ("webm", "mp4"),
-    "libsvtav1": ("mp4",),
-    "mjpeg": ("mov", "avi"),
-    "ffv1": ("matroska", "avi"),
-    "huffyuv": ("avi",),
-    "ffvhuff": ("avi",),
-    "utvideo": ("avi",),
-    "magicyuv": ("avi",),
-    "gif": ("gif",),
-    "msmpeg4": ("avi",),
-    "msmpeg4v2": ("asf",),
-    "wmv1": ("asf",),
-    "mpeg2video": ("mpegts",),
-    "mpeg4": ("mp4",),
-}
-"""Codecs of the default list that can be written here, and containers they go into."""
-
-OPTIONS = {
-    "libx264": {"preset": "ultrafast"},
-    "libx265": {"x265-params": "log-level=none:keyint=3", "preset": "ultrafast"},
-    "libsvtav1": {"preset": "10"},
-    "libvpx": {"deadline": "realtime", "cpu-used": "8"},
-    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
-}
 
 NOISE_IS_TOLD = ("ffv1", "mjpeg", "gif", "msmpeg4", "mpeg4", "mpeg2video")
 """Codecs whose decoders notice any damage: by checksums, or by the end of the picture."""
-
-
-def textured(number: int) -> np.ndarray:
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    noise = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH))
-    return np.stack([x * 2 + 7 * number, y * 3 + 5 * number + noise, x + y + 11 * number], -1).astype(np.uint8)
-
-
-PLAIN: dict[str, Callable[[int], np.ndarray]] = {
-    "black": lambda _: np.zeros((HEIGHT, WIDTH, 3), np.uint8),
-    "white": lambda _: np.full((HEIGHT, WIDTH, 3), 255, np.uint8),
-    "blinking": lambda number: np.full((HEIGHT, WIDTH, 3), 255 * (number % 2), np.uint8),
-    "noise": lambda number: np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8),
-    "half": lambda _: np.repeat(np.arange(WIDTH)[None, :, None] // (WIDTH // 2) * 255, HEIGHT, 0).repeat(3, 2),
-    "textured": textured,
-}
-
-
-def write(path: Path, codec: str, container_format: str, picture: Callable[[int], np.ndarray] = textured) -> Path:
-    known = [each.name for each in Codec(codec, "w").video_formats or ()]
-    preferred = [each for each in ("yuv420p", "rgb24", "gray") if each in known]
-    with av.open(str(path), "w", format=container_format) as output:
-        stream = cast(VideoStream, output.add_stream(codec, rate=25))
-        stream.width, stream.height, stream.gop_size = WIDTH, HEIGHT, 3
-        stream.pix_fmt = (preferred or known or ["yuv420p"])[0]
-        stream.codec_context.options = {"strict": "experimental", **OPTIONS.get(codec, {})}
-        for number in range(NUM_FRAMES):
-            frame = av.VideoFrame.from_ndarray(picture(number).astype(np.uint8), format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, 25)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return path
-
-
-def places(path: Path) -> list[tuple[int, int]]:
-    """Offset and size of each packet."""
-    with av.open(str(path)) as reader:
-        return [(packet.pos or 0, packet.size) for packet in reader.demux(video=0) if packet.size]
 
 
 @pytest.mark.parametrize(
     ("codec", "container_format"), [(c, f) for c, formats in CODECS.items() for f in formats if c != "mjpeg"]
 )
 def test_a_hole_in_a_picture_is_damage(codec: str, container_format: str, tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", codec, container_format)
+    whole = write_pictures(tmp_path / "whole", codec, container_format)
     original = outcome_of(whole)
     assert original.told is None
     for offset, size in places(whole)[2:4]:  # one that others reference, and a keyframe
@@ -105,7 +32,7 @@ def test_a_hole_in_a_picture_is_damage(codec: str, container_format: str, tmp_pa
 
 @pytest.mark.parametrize("codec", NOISE_IS_TOLD)
 def test_noise_in_a_picture_is_damage_where_its_codec_tells(codec: str, tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", codec, CODECS[codec][0])
+    whole = write_pictures(tmp_path / "whole", codec, CODECS[codec][0])
     original = outcome_of(whole)
     offset, size = places(whole)[3]
     data = bytearray(whole.read_bytes())
@@ -119,7 +46,7 @@ def test_noise_in_a_picture_is_damage_where_its_codec_tells(codec: str, tmp_path
 @pytest.mark.parametrize("codec", CODECS)
 def test_whole_pictures_of_any_content_have_no_hole(codec: str, tmp_path: Path) -> None:
     for name, picture in PLAIN.items():
-        path = write(tmp_path / name, codec, CODECS[codec][0], picture)
+        path = write_pictures(tmp_path / name, codec, CODECS[codec][0], picture)
         with av.open(str(path)) as reader:
             [stream] = reader.streams.video
             has_hole = hole_check(stream)
@@ -130,7 +57,7 @@ def test_whole_pictures_of_any_content_have_no_hole(codec: str, tmp_path: Path) 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 @pytest.mark.parametrize("container_format", ["mp4", "raw"])
 def test_zeros_behind_a_unit_are_padding(codec: str, container_format: str, tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", codec, "mp4" if container_format == "mp4" else CODECS[codec][-1])
+    whole = write_pictures(tmp_path / "whole", codec, "mp4" if container_format == "mp4" else CODECS[codec][-1])
     with av.open(str(whole)) as reader:
         [stream] = reader.streams.video
         has_hole = hole_check(stream)
@@ -151,14 +78,14 @@ def test_zeros_behind_a_unit_are_padding(codec: str, container_format: str, tmp_
 
 def test_zeros_of_pixels_that_are_stored_as_they_are_say_nothing(tmp_path: Path) -> None:
     for codec, container_format in (("rawvideo", "avi"), ("v210", "mov"), ("jpeg2000", "mov"), ("ljpeg", "avi")):
-        path = write(tmp_path / codec, codec, container_format, PLAIN["black"])
+        path = write_pictures(tmp_path / codec, codec, container_format, PLAIN["black"])
         with av.open(str(path)) as reader:
             assert hole_check(reader.streams.video[0]) is None
         assert outcome_of(path).told is None
 
 
 def test_a_picture_that_is_stored_unpredicted_may_be_zeros(tmp_path: Path) -> None:
-    with av.open(str(write(tmp_path / "utvideo.avi", "utvideo", "avi"))) as reader:
+    with av.open(str(write_pictures(tmp_path / "utvideo.avi", "utvideo", "avi"))) as reader:
         [stream] = reader.streams.video
         has_hole = hole_check(stream)
         data = next(bytes(packet) for packet in reader.demux(stream) if packet.size)
@@ -169,7 +96,7 @@ def test_a_picture_that_is_stored_unpredicted_may_be_zeros(tmp_path: Path) -> No
 
 
 def test_a_packet_of_very_many_start_codes_is_looked_at_once(tmp_path: Path) -> None:
-    with av.open(str(write(tmp_path / "whole", "libx264", CODECS["libx264"][-1]))) as reader:
+    with av.open(str(write_pictures(tmp_path / "whole", "libx264", CODECS["libx264"][-1]))) as reader:
         check = hole_check(reader.streams.video[0])
     assert check is not None
     hostile = (bytes(16) + b"\1x") * 300_000  # looking at the rest again for each of them would take minutes

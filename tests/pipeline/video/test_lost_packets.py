@@ -11,30 +11,18 @@ import av
 import pytest
 
 from tests.support.combinations import write_combination
-from tests.support.lost_packets import outcome_of, with_hole, without_packets, wrong_times
+from tests.support.lost_packets import (
+    NUMBERED,
+    UNNUMBERED,
+    outcome_of,
+    with_hole,
+    with_times,
+    without_packets,
+    wrong_times,
+)
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.video.bit_reader import payload
 from vidshard.pipeline.video.h264 import SequenceParameters
-
-NUMBERED = {
-    "mpeg4": ("avi", "mp4", "matroska", "nut", "m4v", "3gp"),
-    "mpeg2video": ("avi", "mp4", "matroska", "asf", "mpegts", "mpeg2video", "mxf"),
-    "mpeg1video": ("avi", "mp4", "asf"),
-    "libx264": ("mp4", "matroska", "flv"),
-    "libx265": ("mp4", "matroska", "flv"),
-}
-"""Codecs whose pictures tell which one they follow, and containers they go into."""
-
-UNNUMBERED = {
-    "libvpx": ("matroska", "webm", "ivf", "avi", "nut"),
-    "libvpx-vp9": ("mp4", "webm", "ivf", "avi"),
-    "h263": ("avi", "mov", "3gp"),
-    "msmpeg4v2": ("avi", "asf"),
-    "wmv2": ("avi", "asf"),
-    "svq1": ("mov",),
-    "ffv1": ("avi", "matroska"),
-}
-"""Codecs that number nothing: only a gap in time tells."""
 
 
 @pytest.mark.parametrize("codec", NUMBERED)
@@ -142,20 +130,7 @@ def _reference_after(path: Path, number: int) -> int:
 def test_a_whole_mpeg4_is_not_suspected_for_its_times(container_format: str, times: str, tmp_path: Path) -> None:
     whole = write_video(tmp_path / "whole.nut", Recipe(codec="mpeg4", num_frames=40, gop=20, b_frames=2))
     factor = [1, 2, 5, 1, 1, 3] if times == "varying" else [2]
-    path = tmp_path / "moved"
-    with av.open(str(whole)) as reader, av.open(str(path), "w", format=container_format) as writer:
-        stream = writer.add_stream_from_template(reader.streams.video[0])
-        packets = [packet for packet in reader.demux(video=0) if packet.size]
-        at, moved = 0, {}
-        for pts in sorted(packet.pts for packet in packets if packet.pts is not None):
-            moved[pts] = at
-            at += factor[len(moved) % len(factor)] * 2
-        clock = sorted(moved.values())
-        for number, packet in enumerate(packets):
-            assert packet.pts is not None
-            packet.pts, packet.dts = moved[packet.pts] + 60, clock[number]
-            packet.stream = stream
-            writer.mux(packet)
+    path = with_times(tmp_path / "moved", whole, container_format, factor)
     assert outcome_of(path).told is None
 
 
