@@ -28,6 +28,7 @@ import av
 import click
 import numpy as np
 
+from benchmarks.processes import tree_seconds
 from benchmarks.report import Row, report
 from vidshard.pipeline import storage
 from vidshard.pipeline.decode_stage import SpanDecoder, probe
@@ -101,17 +102,6 @@ def decode(uri: str) -> int:
     return sum(len(result.clips) for result in results)
 
 
-def processor_seconds(server: int) -> float:
-    """Processor time of this process and its living children, without the server."""
-    ticks = 0
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in ["self", *children.read_text().split()]:
-            if pid != str(server) and (pid != "self" or children.parent.name == str(os.getpid())):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 @click.command(help=__doc__)
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--json", "json_path", metavar="PATH")
@@ -137,11 +127,11 @@ def main(repeats: int, json_path: str | None, serve: str | None) -> None:
                 processor: dict[str, list[float]] = {where: [] for where in uris}
                 for repeat in range(repeats + 1):
                     for where, uri in uris.items():
-                        started, used = time.perf_counter(), processor_seconds(server.pid)
+                        started, used = time.perf_counter(), tree_seconds(os.getpid(), without=server.pid)
                         decode(uri)
                         if repeat:
                             clock[where].append(time.perf_counter() - started)
-                            processor[where].append(processor_seconds(server.pid) - used)
+                            processor[where].append(tree_seconds(os.getpid(), without=server.pid) - used)
                 row: Row = {"fetched": name, "MB": round(path.stat().st_size / 1e6, 1)}
                 for where in uris:
                     row[f"{where}, s"] = round(statistics.median(clock[where]), 3)
