@@ -70,10 +70,11 @@ class Video:
     b_frames: int
     suffix: str = "mp4"
     seconds: int = 8
+    pixel_format: str = "yuv420p"
 
     @property
     def width(self) -> int:
-        return {480: 640, 720: 1280, 1080: 1920}[self.height]
+        return {144: 256, 360: 640, 480: 640, 720: 1280, 1080: 1920}[self.height]
 
 
 CORPUS = (
@@ -94,6 +95,8 @@ _OPTIONS = {
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "7", "crf": "34", "b": "0"},
     "libsvtav1": {"preset": "10", "crf": "35"},
     "mpeg4": {"qscale": "4"},
+    "mpeg2video": {"qscale": "4"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "8", "b": "2M"},
 }
 
 
@@ -145,9 +148,9 @@ def make_video(folder: Path, video: Video, seconds: int) -> Path:
     texture += rng.integers(-12, 13, texture.shape, dtype=np.int16)
     with av.open(str(unfinished), "w") as container:
         stream = cast(VideoStream, container.add_stream(video.codec, rate=video.fps))
-        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = video.width, video.height, video.pixel_format
         stream.gop_size, stream.max_b_frames = 2 * video.fps, video.b_frames
-        stream.codec_context.options = _OPTIONS[video.codec]
+        stream.codec_context.options = _OPTIONS.get(video.codec, {})
         for number in range(seconds * video.fps):
             picture = moving_picture(texture, video, number / video.fps, rng)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 
+from benchmarks import decoding_costs, decoding_faults
 from benchmarks.contender import Elsewhere, Passes
 from benchmarks.gpu import SECTIONS
 from benchmarks.sections import Rows, Section, Supervisor, run_here
@@ -122,3 +125,19 @@ def test_an_implementation_elsewhere_runs_without_the_settings_of_the_jobs_alloc
     assert process.measure("encode", anew=False).output.sum() == 0
     assert process.measure("decode", anew=False).output.sum() == len(ENCODER_ENVIRONMENT)
     assert all(os.environ[name] == value for name, value in ENCODER_ENVIRONMENT.items())
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [(decoding_costs.main, set(decoding_costs.SECTIONS)), (decoding_faults.main, set(decoding_faults.KINDS))],
+    ids=["costs", "faults"],
+)
+def test_the_figures_of_decoding_are_printed(command: click.Command, names: set[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["--quick", "--json", str(tmp_path / "rows.json")], catch_exceptions=False)
+    assert done.exit_code == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row.get("section", row.get("kind")) for row in rows} == names
+    for row in rows:
+        assert "wrong" not in row.get("outcomes", ""), row
+        assert "suspected" not in row.get("outcomes", "").replace("not suspected", ""), row
+        assert row["value"] > 0 if row.get("section") == "child" else True, row  # forks of a child count too
