@@ -113,7 +113,11 @@ def _line_at(text: bytes, at: int) -> bytes:
 
 
 def _fields(row: bytes) -> list[str]:
-    return next(csv.reader(io.StringIO(row.decode(errors="replace").strip("\r\n"), newline="")), [])
+    limit = csv.field_size_limit(max(len(row), csv.field_size_limit()))  # else a field of 131,073 characters is an error
+    try:
+        return next(csv.reader(io.StringIO(row.decode(errors="replace").strip("\r\n"), newline="")), [])
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _takes_in_rows(row: bytes, uri_column: int, num_columns: int) -> bool:

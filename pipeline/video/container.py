@@ -191,7 +191,7 @@ def _quick_options(head: bytes, limits: Limits) -> dict[str, str] | None:
     """Options with which FFmpeg decodes no picture on opening; None for containers whose headers say too little.
 
     Without them FFmpeg decodes up to seven pictures of h264, and one of vp9, to learn their format and reorder depth:
-    6 to 32 ms for each span.
+    5 to 55 ms for each span.
     """
     if head[4:8] == b"ftyp":
         return {**opening_whitelist(limits, _QUICK_DECODERS), "probesize": "32"}  # one packet

@@ -51,7 +51,7 @@ ANSWER_RECORDS = 64
 """Default of the largest number of records in an answer, such as clips."""
 
 RENEWAL_SECONDS = 4.0
-"""Processor time after which a confined child gets no other file; a new one costs 15 ms."""
+"""Processor time after which a confined child gets no other file; a new one costs some 20 ms."""
 FILES_PER_CHILD = 16
 """Default number of files that a confined child sees. One that was taken over may answer without using time."""
 

@@ -197,6 +197,18 @@ def test_a_stray_quote_costs_its_own_row_and_takes_in_no_other(tmp_path: Path, s
         assert "quote" in str(found[f"m.csv row {at + 1}"])
 
 
+def test_a_field_may_be_longer_than_those_of_pythons_csv(tmp_path: Path) -> None:
+    text = "one\n" + "x" * 200_000
+    assert labels_of(tmp_path / "m.csv", f'uri,label\na.mp4,"{text}"\nb.mp4,y\n'.encode()) == {
+        "a.mp4": text, "b.mp4": "y",
+    }  # fmt: skip
+    taken_in = "".join(f"{n}.mp4,{'z' * 100}\n" for n in range(2000))
+    found = labels_of(tmp_path / "n.csv", f'uri,label\na.mp4,"{taken_in}b.mp4,y"\nc.mp4,w\n'.encode())
+    assert "takes in the rows" in str(found["n.csv row 1"])
+    assert len(found) == 2002
+    assert found["c.mp4"] == "w"
+
+
 def test_a_text_before_the_uri_may_have_lines(tmp_path: Path) -> None:
     assert labels_of(tmp_path / "m.csv", b'label,uri\n"one\ntwo, three",a.mp4\n"b\n",b.mp4\n') == {
         "a.mp4": "one\ntwo, three", "b.mp4": "b\n",
