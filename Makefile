@@ -1,6 +1,7 @@
 # Commands for development. Each one creates the virtual environment it needs.
 #   make demo [VIDEOS=~/clips]   tokenize a few videos and decode them again, in about a minute
 #   make test                    run the quick tests
+#   make test-deaths             run the tests that kill Ray, and what works in it
 #   make test-slow               run the slow tests
 #   make check                   check format, lint and types
 #   make format                  format the code and apply safe lint fixes
@@ -19,7 +20,7 @@ VGG := build/vgg16-features.pth
 CLUSTER_READY := $(VENV)/.cluster-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format docs bench constraints clean
+.PHONY: help demo test test-deaths test-slow check format docs bench constraints clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -51,7 +52,11 @@ $(VGG): $(READY)
 
 # Three processes, as one of them computes while two wait for Ray: tests/support/scheduling.py.
 test: $(READY) $(VGG)
-	$(BIN)/pytest -m 'not slow' --numprocesses 3 --no-loadscope-reorder
+	$(BIN)/pytest -m 'not slow and not deaths' --numprocesses 3 --no-loadscope-reorder
+
+# They wait for Ray to notice, and for time-outs: two processes, one that trains and one that does not.
+test-deaths: $(READY)
+	$(BIN)/pytest -m 'deaths and not slow' --numprocesses 2 --no-loadscope-reorder tests/cluster
 
 test-slow: $(CLUSTER_READY)
 	$(BIN)/pytest -m slow

@@ -221,6 +221,7 @@ def test_weights_that_are_not_those_of_the_run_end_it_with_their_own_message() -
     assert cause_of(caught.value).startswith("the weights in memory are not those expected")
 
 
+@pytest.mark.deaths
 @pytest.mark.parametrize("killed", [pytest.param("raylet", marks=pytest.mark.slow), "gcs_server"])
 def test_the_death_of_a_joined_clusters_process_ends_the_run_with_a_remedy_and_another_cluster_goes_on(
     many_spans: Path, undisturbed: Tokens, tmp_path: Path, killed: str

@@ -91,6 +91,7 @@ cli.main()
     lease.release()
 
 
+@pytest.mark.deaths
 def test_the_death_of_ray_ends_the_run_with_words_of_ours_and_commits_what_is_done(
     many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:

@@ -1,18 +1,13 @@
-"""Training as a job: two workers, a kill, both stages, a tokenizer that the pipeline takes; bad input ends early."""
+"""Training as a job: two workers, both stages, a tokenizer that the pipeline takes; bad input ends early."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +21,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.cli import printed_by
-from tests.support.held_status import HeldStatus
-from tests.support.processes import processes_below
-from tests.support.training import SMALL, resume, run_of, train, write_motion
+from tests.support.training import FIRST_STAGE, SMALL, lines_of, resume, run_of, train
 from tests.support.videos import Recipe, write_damaged, write_video
 from vidshard.jobs.runtime.cluster import Cluster
 from vidshard.jobs.shards.decode import DecodeRun, decode_output
@@ -44,136 +37,36 @@ from vidshard.schemas.errors import UserError
 from vidshard.schemas.runs import TokenizeRun
 from vidshard.schemas.training import TrainRun
 
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve videos and one that is none."""
-    folder = tmp_path_factory.mktemp("videos")
-    for number in range(12):
-        write_motion(folder / f"v{number:02d}.mp4", number)
-    (folder / "junk.mp4").write_text("no video")
-    return folder
-
-
-def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dict[str, float]]:
-    """Figures of a training, without those that depend on the clock."""
-    clock = ("clips_per_second", "steps_per_second", "waiting", "mfu")
-    lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["group"] == group]
-
-
-KILLED_AT = (15, 25)
-
-
-@contextmanager
-def workers_killed(folder: Path) -> Iterator[list[int]]:
-    """One training worker is killed at each of the steps ``KILLED_AT``; gives the ids of what was killed."""
-    killed: list[int] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        for step in KILLED_AT:
-            while not (folder / f"waits-at-{step}").exists():
-                if over.wait(0.01):
-                    return
-            workers = [pid for pid, title in processes_below(os.getpid()).items() if "RayTrainWorker" in title]
-            os.kill(workers[-1], signal.SIGKILL)
-            killed.append(workers[-1])
-            (folder / f"goes-on-at-{step}").touch()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vidshard.jobs.training.job.RunStatus", partial(HeldStatus, folder, KILLED_AT))
-            yield killed
-    finally:
-        over.set()
-        thread.join()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_controller() -> Iterator[None]:
-    """Ray Train looks every two seconds whether its workers live, and ended; here it shall not be waited for.
-
-    Nor shall it start a process to learn of preemptions, and one that frees placement groups when a driver dies, as
-    the session's Ray ends with its driver.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_V2_ENABLED", "1")  # read at the import
-        from ray.train.torch import TorchTrainer
-
-        usual = TorchTrainer._create_default_callbacks
-
-        def callbacks(trainer: TorchTrainer) -> list[Any]:
-            return [each for each in usual(trainer) if type(each).__name__ != "PlacementGroupCleanerCallback"]
-
-        patch.setattr(TorchTrainer, "_create_default_callbacks", callbacks)
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        yield
-
-
-FIRST_STAGE: dict[str, Any] = {
-    "workers": 2,
-    "steps": 40,
-    "gan_start": 30,
-    "checkpoint_steps": 10,
-    "evaluate_steps": 20,
-    "keep_last": 2,
-    "flip_share": 0.5,
-}
+pytestmark = pytest.mark.usefixtures("quick_controller")
 
 
 @pytest.fixture(scope="module")
-def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, list[str]]:
-    """Both stages with two workers, one of which is killed twice in the first: the second time ends the command, and
-    another goes on. The run's folder, and what each printed."""
+def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """Folder of a run of both stages by two workers."""
     out = tmp_path_factory.mktemp("runs") / "mine"
     stage2 = ["size=48", "steps=14", "gan_start=10", "learning_rate=0.001"]  # the rate of the preset
-    run = run_of(videos, out, ("stage1", "stage2"), **FIRST_STAGE, max_failures=1, stage2=stage2)
-    with workers_killed(tmp_path_factory.mktemp("kills")) as killed:
-        code, text = train(run)
-        assert code == 1, text
-        assert len(killed) == 2
-        text_again = io.StringIO()
-        newer = write_motion(videos / "newer.mp4", 99)  # would come between the others, and each clip be another
-        assert resume(str(out), {}, Console(file=text_again, width=200)) == 0, text_again.getvalue()
-        newer.unlink()
-    return out, [text, text_again.getvalue()]
+    code, text = train(run_of(videos, out, ("stage1", "stage2"), **FIRST_STAGE, stage2=stage2))
+    assert code == 0, text
+    return out
 
 
-@pytest.fixture(scope="module")
-def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, str]:
-    """The same first stage whose workers live; but for its last step, which is one of divergence."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, text = train(run_of(videos, out, **FIRST_STAGE, divergence_after=39, divergence_l1=0.05))
-    assert code == 1, text
-    return out, text
-
-
-def test_two_workers_train_both_stages_though_one_is_killed(trained: tuple[Path, list[str]]) -> None:
-    out, (text, text_again) = trained
-    assert "stage1 stopped after 1 restarts" in text
-    assert "vidshard train resume" in text
-    assert "stage1: 40 steps" in text_again
-    assert "stage1: goes on with the videos that it began with" in text_again
-    train_lines = lines_of(out)
-    assert [line["step"] for line in train_lines] == list(range(1, 41))  # none twice, none missing
+def test_two_workers_train_both_stages(trained: Path) -> None:
+    train_lines = lines_of(trained)
+    assert [line["step"] for line in train_lines] == list(range(1, 41))
     begun = np.mean([line["l1"] for line in train_lines[:5]])
     ended = np.mean([line["l1"] for line in train_lines[-5:]])
     assert ended < 0.5 * begun
-    before, *_, after = lines_of(out, group="held_out")
+    before, *_, after = lines_of(trained, group="held_out")
     assert (before["step"], after["step"]) == (0, 40)
     assert after["psnr"] > before["psnr"] + 4
-    second = lines_of(out, "stage2", "held_out")
+    second = lines_of(trained, "stage2", "held_out")
     assert second[-1]["psnr"] > second[0]["psnr"]
     assert "hinge" in train_lines[-1]
     assert "hinge" not in train_lines[20]
 
 
-def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, list[str]]) -> None:
-    out, _ = trained
+def test_the_second_stage_leaves_encoder_and_head_alone(trained: Path) -> None:
+    out = trained
     _, first = load_weights(out / "stage1" / "tokenizer.safetensors")
     _, second = load_weights(out / "stage2" / "tokenizer.safetensors")
     for name in first:
@@ -185,8 +78,8 @@ def test_the_second_stage_leaves_encoder_and_head_alone(trained: tuple[Path, lis
     assert digests["weights_sha256"] == weights_digest(second)
 
 
-def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> None:
-    out, _ = trained
+def test_the_folder_of_a_run_explains_it(trained: Path) -> None:
+    out = trained
     record = read_record(str(out))
     assert TrainRun.model_validate(record["run"]).stages["stage2"].size == (48, 48)
     assert record["starts"][0]["code_version"].startswith("0.")
@@ -216,8 +109,8 @@ def test_the_folder_of_a_run_explains_it(trained: tuple[Path, list[str]]) -> Non
     assert len(infos) <= 3  # and the best
 
 
-def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, list[str]], videos: Path, tmp_path: Path) -> None:
-    weights = trained[0] / "stage2" / "tokenizer.safetensors"
+def test_the_pipeline_takes_what_was_trained(trained: Path, videos: Path, tmp_path: Path) -> None:
+    weights = trained / "stage2" / "tokenizer.safetensors"
     settings = ("--weights", weights, "--fps", 3, "--frames", 5, "--size", 48)
     printed_by("tokenize", videos / "v03.mp4", "--out", tmp_path / "tokens", *settings, "--local")
     [shard] = shard_paths(str(tmp_path / "tokens"))
@@ -228,9 +121,9 @@ def test_the_pipeline_takes_what_was_trained(trained: tuple[Path, list[str]], vi
 
 
 def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
-    trained: tuple[Path, list[str]], videos: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, _ = trained
+    out = trained
     before = (out / "stage2" / "tokenizer.safetensors").stat().st_mtime_ns
     assert resume(str(out), {}, Console(file=io.StringIO())) == 0
     assert (out / "stage2" / "tokenizer.safetensors").stat().st_mtime_ns == before
@@ -241,9 +134,9 @@ def test_the_same_command_again_trains_nothing_and_other_settings_are_refused(
     assert "stage1.steps: 40 there, 77 now" in error
 
 
-def test_a_finished_run_needs_no_checkpoints(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_finished_run_needs_no_checkpoints(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "mine"
-    shutil.copytree(trained[0], copy)
+    shutil.copytree(trained, copy)
     for stage in ("stage1", "stage2"):
         shutil.rmtree(copy / stage / "checkpoints")
     before = (copy / "stage1" / "tokenizer.safetensors").stat().st_mtime_ns
@@ -252,10 +145,10 @@ def test_a_finished_run_needs_no_checkpoints(trained: tuple[Path, list[str]], tm
 
 
 def test_damaged_results_are_never_trained_over(
-    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "mine"
-    shutil.copytree(trained[0], copy)
+    shutil.copytree(trained, copy)
     before = (copy / "stage2" / "tokenizer.safetensors").read_bytes()
     for damage in ("{", "[]", '{"name": "stage2", "steps": "many"}'):
         (copy / "stage2" / "result.json").write_text(damage)
@@ -277,8 +170,8 @@ def test_a_damaged_list_of_rejections_is_named(
     assert "rejects.json is damaged" in capsys.readouterr().err
 
 
-def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, list[str]], videos: Path) -> None:
-    out, _ = trained
+def test_a_second_stage_of_another_architecture_is_refused(trained: Path, videos: Path) -> None:
+    out = trained
     start = str(out / "stage1")
     flags = {"videos": [str(videos)], "out": str(out) + "2", "init_from": start, "preset": "tiny"}
     with pytest.raises(Exception, match=r"is of tiny, not tiny_kl .*head: 'fsq' there, 'kl' now"):
@@ -287,59 +180,6 @@ def test_a_second_stage_of_another_architecture_is_refused(trained: tuple[Path, 
     assert training.previous == (start, read_record(str(out))["run_id"])
     usual = training_run("paper_stage2", ("stage2",), {**flags, "preset": None, "perceptual_weight": 0, "frames": 5})
     assert resolve(usual).tokenizer.name == "tiny"  # that of the stage, as no other one was asked for
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    trained: tuple[Path, list[str]],
-    undisturbed: tuple[Path, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    killed, whole = trained[0], undisturbed[0]
-    for group in ("train", "held_out"):
-        lines = lines_of(whole, group=group)
-        assert lines[-1]["step"] == (39 if group == "train" else 20)
-        assert lines_of(killed, group=group)[: len(lines)] == lines
-    results = [json.loads((out / "stage1" / "result.json").read_text()) for out in (killed, whole)]
-    assert [result["restarts"] for result in results] == [1, 0]
-    mirrored = [line["clips_mirrored"] for line in lines_of(killed)]
-    assert results[0]["made"] == {"mirrored": sum(mirrored)}
-    assert 0.3 < sum(mirrored) / (40 * 4) < 0.7
-    states: list[list[torch.Tensor]] = []
-    for out in (killed, whole):
-        checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
-        [info] = [info for info in checkpoints.infos() if info.step == 30]
-        state = checkpoints.load(info)["state"]
-        del state["rng"]  # with which numbers a process begins is its own affair, and FSQ draws none
-        states.append(tensors_of(state))
-    assert len(states[0]) > 200  # weights, averages, and what the optimizers keep
-    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
-    # checkpoints of one run are nothing to another
-    shutil.copytree(whole, tmp_path / "whole")
-    shutil.copytree(
-        killed / "stage1" / "checkpoints", tmp_path / "whole" / "stage1" / "checkpoints", dirs_exist_ok=True
-    )
-    capsys.readouterr()
-    assert resume(str(tmp_path / "whole"), {}, Console(file=io.StringIO())) == 2
-    assert "holds checkpoints of another run" in capsys.readouterr().err
-
-
-def tensors_of(state: Any) -> list[torch.Tensor]:
-    """All that a nest of mappings and sequences holds."""
-    if isinstance(state, torch.Tensor):
-        return [state]
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in tensors_of(part)]
-
-
-def test_divergence_ends_the_run_names_the_terms_and_keeps_the_last_checkpoint(undisturbed: tuple[Path, str]) -> None:
-    out, text = undisturbed
-    assert "training diverges" in text
-    assert "nll" in text
-    assert "1 restarts" not in text  # starting again would only repeat it
-    assert "**Not finished:**" in (out / "summary.md").read_text()
-    checkpoints = Checkpoints(str(out / "stage1"), read_record(str(out))["run_id"])
-    assert checkpoints.infos()[-1].step == 30
 
 
 @pytest.mark.slow
@@ -421,8 +261,8 @@ def test_a_discriminator_that_never_begins_is_warned_of(videos: Path, tmp_path: 
     assert "stage1 has no discriminator: it would start at step 40, and there are 40" in " ".join(text.split())
 
 
-def test_a_record_that_is_none_is_refused(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
-    whole = json.loads((trained[0] / "run.json").read_text())
+def test_a_record_that_is_none_is_refused(trained: Path, tmp_path: Path) -> None:
+    whole = json.loads((trained / "run.json").read_text())
     spoilers: list[Callable[[dict[str, Any]], object]] = [
         lambda record: record.pop("starts"),
         lambda record: record.pop("tokenizer"),

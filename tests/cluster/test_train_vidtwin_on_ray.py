@@ -35,6 +35,7 @@ def tokenized(weights: Path, video: Path, out: Path) -> dict[str, tuple[int, ...
     return {name: tuple(json.loads(shape)) for name, shape in shapes.items()}
 
 
+@pytest.mark.usefixtures("quick_controller")
 def test_vidtwin_trains_shows_its_parts_and_tokenizes(tmp_path: Path, ray_session: None) -> None:
     videos, out = tmp_path / "videos", tmp_path / "run"
     videos.mkdir()

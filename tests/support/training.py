@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ SMALL = {
     "pictures": 2,
     "validation_share": 0.2,
 }
+
+FIRST_STAGE: dict[str, Any] = {
+    "workers": 2,
+    "steps": 40,
+    "gan_start": 30,
+    "checkpoint_steps": 10,
+    "evaluate_steps": 20,
+    "keep_last": 2,
+    "flip_share": 0.5,
+}
+"""A first stage by two workers."""
 
 
 def write_motion(path: Path, seed: int) -> Path:
@@ -83,3 +95,10 @@ def train(run: TrainRun) -> tuple[int, str]:
     text = io.StringIO()
     code = exit_code_of(lambda: job.train(run, Console(file=text, width=200)))
     return code, text.getvalue()
+
+
+def lines_of(out: Path, stage: str = "stage1", group: str = "train") -> list[dict[str, float]]:
+    """Figures of a training, without those that depend on the clock."""
+    clock = ("clips_per_second", "steps_per_second", "waiting", "mfu")
+    lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["group"] == group]
