@@ -35,11 +35,10 @@ def said_by(module: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     "checks",
     [
-        ("norms", "sums", "resampling"),
-        ("convolutions",),
+        ("norms", "sums", "resampling", "convolutions"),
         pytest.param(("models",), marks=pytest.mark.slow),  # half a minute
     ],
-    ids=["layers", "convolutions", "models"],
+    ids=["layers", "models"],
 )
 def test_the_kernels_equal_the_layers_in_tritons_interpreter_on_ragged_shapes_and_with_a_past(
     checks: tuple[str, ...],
