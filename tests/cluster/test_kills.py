@@ -1,7 +1,7 @@
 """The command killed again and again, and run again each time: exactly once all the same.
 
-The driver, an encoder and a decoder's worker are killed, once each in the quick test, dozens of times at seeded random
-moments in the slow one. Whatever a kill leaves is read as a stranger would: every shard whole, no clip twice. What
+The driver, an encoder and a decoder's worker are killed, once each after ``make test``, dozens of times at seeded random
+moments in the slow test. Whatever a kill leaves is read as a stranger would: every shard whole, no clip twice. What
 stands there at the end is what an undisturbed run gives, clip for clip and byte for byte.
 """
 
@@ -93,6 +93,7 @@ def kill_in_turn(many_spans: Path, folder: Path, undisturbed: Tokens, *, num_kil
     return figures
 
 
+@pytest.mark.deaths
 def test_a_run_whose_driver_encoder_and_decoder_are_killed_gives_what_an_undisturbed_one_gives(
     many_spans: Path, undisturbed: Tokens, tmp_path: Path
 ) -> None:
