@@ -113,7 +113,7 @@ def _line_at(text: bytes, at: int) -> bytes:
 
 
 def _fields(row: bytes) -> list[str]:
-    limit = csv.field_size_limit(max(len(row), csv.field_size_limit()))  # else a field of 131,073 characters is an error
+    limit = csv.field_size_limit(max(len(row), csv.field_size_limit()))  # else 131,073 characters are an error
     try:
         return next(csv.reader(io.StringIO(row.decode(errors="replace").strip("\r\n"), newline="")), [])
     finally:

@@ -1,6 +1,6 @@
 """The command killed again and again, and run again each time: exactly once all the same.
 
-The driver, an encoder and a decoder's worker are killed, once each after ``make test``, dozens of times at seeded random
+The driver, an encoder and a decoder's worker are killed, once each in ``make test-deaths``, dozens of times at seeded
 moments in the slow test. Whatever a kill leaves is read as a stranger would: every shard whole, no clip twice. What
 stands there at the end is what an undisturbed run gives, clip for clip and byte for byte.
 """
