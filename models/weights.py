@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast, overload
+from typing import Any, BinaryIO, cast, overload
 
 import numpy as np
 import safetensors
@@ -414,20 +414,23 @@ def _read_safetensors(path: Path) -> tuple[TokenizerConfig | None, dict[str, obj
         ) from error
 
 
-def _refuse_packed(path: Path) -> None:
+def _refuse_packed(file: BinaryIO, path: str | Path) -> None:
     """Refuse a checkpoint whose archive unpacks to more than the file: torch packs nothing.
 
     Raises:
         WeightsError: it does, or its directory is damaged.
     """
     try:
-        if not zipfile.is_zipfile(path):
+        num_bytes = file.seek(0, os.SEEK_END)
+        if not zipfile.is_zipfile(file):
             return
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             unpacked = sum(max(0, entry.file_size) for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise WeightsError(f"{path} is not a readable checkpoint: {first_line(error, 400)}") from error
-    if unpacked > path.stat().st_size:
+    finally:
+        file.seek(0)
+    if unpacked > num_bytes:
         raise WeightsError(f"{path} is refused: it unpacks to {unpacked:,} bytes, more than it has")
 
 
@@ -450,12 +453,30 @@ def read_checkpoint(path: Path) -> dict[str, object]:
     Raises:
         WeightsError: the file is unreadable, or would execute code.
     """
-    _refuse_packed(path)
+    with path.open("rb") as file:
+        loaded = read_pickled(file, path)
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def read_pickled(file: BinaryIO, path: str | Path) -> object:
+    """Read what torch saved, on the CPU; nothing in the file is executed.
+
+    Args:
+        path: what messages call the file.
+
+    Raises:
+        WeightsError: the file is unreadable, would execute code, or unpacks to more than it has.
+    """
+    _refuse_packed(file, path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused by who takes them
             with torch.serialization.safe_globals(_HARMLESS):
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
+                loaded: object = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's message names the requested object, but also advises to load the file unsafely: only the name is kept
         asked_for = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
@@ -468,11 +489,7 @@ def read_checkpoint(path: Path) -> dict[str, object]:
         raise
     except Exception as error:  # the unpickler raises anything on bytes that are not a pickle
         raise WeightsError(f"{path} is not a readable checkpoint: {first_line(error, 400)}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"{path} holds a {type(loaded).__name__} where a table of tensors by name should be")
-    return {str(name): value for name, value in loaded.items()}
+    return loaded
 
 
 def _of_own_checkpoint(path: Path, state: Mapping[str, Any], ema: bool) -> tuple[TokenizerConfig, dict[str, object]]:

@@ -296,7 +296,7 @@ def _write_rejects(job: StageJob, rejections: list[Rejection]) -> None:
     if storage.exists(path):
         try:
             entries = {(entry["uri"], entry["reason"]): entry for entry in json.loads(storage.read_bytes(path))}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{storage.public_uri(path)} is damaged ({error!r}): take it away, and it is written anew with what is "
                 "rejected from now on"

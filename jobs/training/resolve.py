@@ -411,10 +411,11 @@ def read_record(out: str) -> dict[str, Any]:
         TrainRun.model_validate(record["run"])
         parse_config(record["tokenizer"])
         known = isinstance(record["run_id"], str) and isinstance(record["starts"], list)
+        known = known and bool(record["run"]["stages"])
         if not known or not isinstance(record["identity"]["stages"], dict) or record["format"] != _FORMAT:
             raise ValueError
         record["identity"] = _with_present_names(record["identity"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not the record of a training run: choose another --out") from error
     return record
 

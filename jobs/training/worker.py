@@ -37,6 +37,7 @@ from vidshard.pipeline.training_data.checkpoints import CheckpointError, Checkpo
 from vidshard.pipeline.training_data.loader import Batch, batches
 from vidshard.pipeline.training_data.variation import Variation
 from vidshard.pipeline.training_data.videos import UnusableError
+from vidshard.schemas.errors import one_line
 from vidshard.schemas.training import StageConfig
 
 
@@ -189,10 +190,18 @@ def begin(job: StageJob, worker: Worker) -> tuple[TrainState, dict[str, str], In
     saved = job.checkpoints.load(checkpoint)
     try:
         state.load_state_dict(saved["state"])
+        if state.step != checkpoint.step:
+            raise ValueError(f"a checkpoint of step {checkpoint.step} holds the state of step {state.step!r:.80}")
+        data = saved["data"]  # of earlier versions without the last two
+        digests, interval = dict(saved["digests"]), IntervalMeans(**data.get("interval", {}))
+        return state, digests, interval, dict(data.get("speed", {}))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    data = saved["data"]  # of earlier versions without the last two
-    return state, saved["digests"], IntervalMeans(**data.get("interval", {})), data.get("speed", {})
+    except (LookupError, TypeError, AttributeError, NotImplementedError) as error:  # a restart would repeat it
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} is not what a training writes ({type(error).__name__}: "
+            f"{one_line(error, 200)}): choose another --out"
+        ) from error
 
 
 def _out_of_memory_text(job: StageJob, error: BaseException) -> str:

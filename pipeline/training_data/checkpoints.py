@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from vidshard.models.weights import WeightsError, read_pickled
 from vidshard.pipeline import storage
 from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.training import LOWER_IS_BETTER, current_metric, current_metrics
@@ -127,13 +128,13 @@ class Checkpoints:
         if _digest(data) != info.digest:
             raise CheckpointError(f"{path} is damaged: delete it and {record}, then go on from the one before it")
         try:
-            loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # the unpickler raises anything on bytes that it does not know
-            raise CheckpointError(f"{path} is no checkpoint ({one_line(error, 200)}): choose another --out") from error
+            loaded = read_pickled(io.BytesIO(data), storage.public_uri(path))
+        except WeightsError as error:
+            raise CheckpointError(f"{one_line(error)} Or choose another --out") from error
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}; choose another --out")
+        if not all(_is_whole(tensor) for tensor in _tensors_in(loaded)):
+            raise CheckpointError(f"{path} is no checkpoint: it holds tensors without values; choose another --out")
         return loaded
 
     def save(self, state: Mapping[str, Any], step: int, metrics: Mapping[str, float]) -> None:
@@ -202,6 +203,22 @@ class CheckpointWriter:
                 self.wait()
         finally:
             self._thread.shutdown(wait=True)
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Tensors anywhere in a nested state."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(entry)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is stored value by value: an expanded one of a few bytes takes any memory where it is copied."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _digest(data: bytes | memoryview) -> str:

@@ -23,7 +23,7 @@ from vidshard.pipeline.flow import map_videos
 from vidshard.pipeline.output.entries import Inputs
 from vidshard.pipeline.plan import open_videos
 from vidshard.pipeline.rows import WORK_SCHEMA, row_rejection
-from vidshard.schemas.errors import VidshardError
+from vidshard.schemas.errors import VidshardError, one_line
 from vidshard.schemas.rejections import Reason, Rejection, Stage, VideoError
 from vidshard.schemas.video import ClipSpec, Limits, Part
 
@@ -110,7 +110,7 @@ class TrainingVideos:
         ]
         together = pa.concat_tables(tables).replace_schema_metadata({_NUM_VIDEOS: str(self.num_videos)})
         buffer = pa.BufferOutputStream()
-        pq.write_table(together, buffer, compression="zstd")
+        pq.write_table(together, buffer, compression="zstd", write_page_checksum=True)
         storage.write_atomic(path, buffer.getvalue().to_pybytes())
 
 
@@ -121,12 +121,15 @@ def read_training_videos(path: str) -> TrainingVideos:
         StorageError: the file cannot be read.
         UnusableError: the file is damaged.
     """
+    data = storage.read_bytes(path)
     try:
-        table = storage.ParquetFile(io.BytesIO(storage.read_bytes(path))).read()
-        aside, num_videos = table[_IS_HELD_OUT], int(table.schema.metadata[_NUM_VIDEOS])
+        table = storage.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+        aside, num_videos = table[_IS_HELD_OUT].cast(pa.bool_()), int(table.schema.metadata[_NUM_VIDEOS])
         items = table.drop_columns(_IS_HELD_OUT).cast(ITEM_SCHEMA)
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UnusableError(f"{storage.public_uri(path)} is damaged ({error}): choose another --out") from error
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        raise UnusableError(
+            f"{storage.public_uri(path)} is damaged ({one_line(error, 200)}): choose another --out"
+        ) from error
     return TrainingVideos(
         train=items.filter(pc.invert(aside)), held_out=items.filter(aside), rejections=[], num_videos=num_videos
     )
