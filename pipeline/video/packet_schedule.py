@@ -151,6 +151,9 @@ class _Lookahead:
                 waiting.facts = facts
                 if dts is not None:
                     self._last_dts = dts
+                if waiting.packet.is_discard:  # by the edit list: no frame comes of it, and none ends by it
+                    waiting.wanted = False
+                    return
                 insort(self._times, pts)
                 if len(self._times) > 4 * _MAX_PACKETS_AHEAD:
                     del self._times[: -2 * _MAX_PACKETS_AHEAD]

@@ -1,8 +1,9 @@
 """Frames of a video as it is presented: the frames of its media, cut as an mp4's edit list says.
 
-FFmpeg applies an edit list of one cut exactly. With several cuts and reordered pictures it gives frames times that are
-one or two frames off, so that two have the same time, or times run backwards. Here such a file is opened without its
-edit list. Each cut is sought and decoded by itself, and its frames are moved to the cut's place in the presentation.
+FFmpeg applies an edit list of one cut exactly, if no gap follows and no picture is held. With several cuts and
+reordered pictures it gives frames times that are one or two frames off, so that two have the same time, or times run
+backwards. Here such a file is opened without its edit list. Each cut is sought and decoded by itself, and its frames are
+moved to the cut's place in the presentation.
 
 A cut shows the frames whose time lies in it, as FFmpeg does. Writers round its length to ticks of the movie, often
 milliseconds: a frame that would be on screen for less than such a tick is none of it, and a cut that ends less than a
@@ -172,14 +173,14 @@ def has_several_cuts(watched: WatchedFile) -> bool:
 
 
 def _cut_video(watched: WatchedFile, thread_type: ThreadType, clock: Clock | None) -> _CutVideo | None:
-    """The video with its cuts; None where an edit list names fewer than two, which FFmpeg presents."""
+    """The video with its cuts; None where FFmpeg presents its edit list."""
     tracks = {track.track_id: track for track in read_tracks(watched)}
     edits = {key: read_edits(watched, track) for key, track in tracks.items()}
-    if not any(_num_cuts(each) > 1 for each in edits.values()):
+    if not any(map(_needs_cutting, edits.values())):
         return None
     with open_video(watched, with_edits=False) as (_, stream):
         track = tracks.get(stream.id)
-        if track is None or _num_cuts(edits[stream.id]) < 2 or time_base_of(stream) != Fraction(1, track.timescale):
+        if track is None or not _needs_cutting(edits[stream.id]) or time_base_of(stream) != Fraction(1, track.timescale):
             return None
         convert = clock.converter(stream) if clock is not None else TickConverter()
         same = Clock(time_base=time_base_of(stream), start_pts=0)
@@ -187,8 +188,14 @@ def _cut_video(watched: WatchedFile, thread_type: ThreadType, clock: Clock | Non
     return _CutVideo(watched=watched, thread_type=thread_type, cuts=cuts, clock=same, convert=convert) if cuts else None
 
 
-def _num_cuts(edits: Sequence[Edit]) -> int:
-    return sum(edit.media_time >= 0 and edit.seconds > 0 for edit in edits)
+def _needs_cutting(edits: Sequence[Edit]) -> bool:
+    """Whether FFmpeg does not present an edit list: it has several cuts, holds a picture, or has a gap behind its cut.
+
+    FFmpeg plays the media from its start in such a gap, and plays on where a picture is to be held.
+    """
+    lasting = [edit for edit in edits if edit.seconds > 0]
+    cuts = [number for number, edit in enumerate(lasting) if edit.media_time >= 0]
+    return len(cuts) > 1 or (len(cuts) == 1 and (lasting[cuts[0]].dwells or cuts[0] + 1 < len(lasting)))
 
 
 def _cuts(watched: WatchedFile, track: Track, edits: Sequence[Edit]) -> list[Cut]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.decoding import SPEC, assert_same, decode, numbers, probe
-from tests.support.mp4 import with_edits, with_long_last_frame
+from tests.support.mp4 import replace_box, with_edits, with_long_last_frame
 from tests.support.videos import Recipe, write_video
 from vidshard.pipeline.video.decode import decode_spans
 from vidshard.pipeline.video.frames import decode_from
@@ -97,3 +97,39 @@ def test_a_last_frame_that_lasts_for_an_hour_by_the_index_is_a_reason_and_no_hou
         with pytest.raises(VideoError, match=r"the header says 4\.00 s") as refused:
             decode(path, replace(SPEC, fps=PAL))
         assert refused.value.reason is Reason.LONGER_THAN_HEADER
+
+
+@pytest.mark.parametrize("media", ["h264", "mpeg4"], indirect=True)
+def test_a_gap_behind_the_only_cut_and_a_lone_picture_that_is_held(
+    media: tuple[Path, Fraction, list[int]], tmp_path: Path
+) -> None:
+    whole, rate, ticks = media  # FFmpeg plays the media from its start in the gap, and plays on for the held picture
+    spec = replace(SPEC, fps=rate)
+    one = 1 / rate
+    for edits, shown in (
+        ([(4 * one, ticks[30], 1), (10 * one, -1, 1)], [30, 31, 32, 33]),
+        ([(5 * one, ticks[8], 0)], [8] * 5),
+        ([(2 * one, -1, 1), (5 * one, ticks[8], 0)], [8] * 5),
+    ):
+        cut = with_edits(whole, tmp_path / "one.mp4", edits)
+        assert numbers(decode(cut, spec)) == shown, edits
+        assert numbers(decode(cut, spec, clips_per_span=1)) == shown, edits
+
+
+@pytest.mark.parametrize("media", ["h264", "hevc"], indirect=True)
+def test_a_picture_that_the_edit_list_hides_does_not_prolong_the_last_one(
+    media: tuple[Path, Fraction, list[int]], tmp_path: Path
+) -> None:
+    whole, rate, _ = media
+    data = whole.read_bytes()
+    path = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"ctts")
+    at = data.index(b"ctts") + 4
+    table = bytearray(data[at : at + 8 + 8 * int.from_bytes(data[at + 4 : at + 8], "big")])
+    entry = 8 + 8 * 30
+    table[entry + 4 : entry + 8] = (10_000_000).to_bytes(4, "big")  # a picture of the middle, at 13 minutes
+    late = tmp_path / "late.mp4"
+    late.write_bytes(replace_box(data, path, bytes(table)))
+    spec = replace(SPEC, fps=rate)
+    one_pass = decode(late, spec)
+    assert 70 <= sum(clip.num_valid_frames for clip in one_pass) <= 75
+    assert_same(decode(late, spec, clips_per_span=1), one_pass)
