@@ -156,6 +156,12 @@ def confine(
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # pipes and sockets hold memory too
+    most = _soft_limit(resource.RLIMIT_STACK, _MAX_STACK_BYTES)  # unlimited on many clusters, and not in RLIMIT_DATA
+    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
+    if max_memory_bytes is not None:
+        # RLIMIT_DATA counts neither mappings that are only read nor their page tables, 2 GiB for each TiB
+        most = _soft_limit(resource.RLIMIT_AS, _address_space() + max_memory_bytes + _MAX_READ_BYTES)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -173,6 +179,25 @@ def confine(
 
 
 _MAX_OPEN_FILES = 64
+_MAX_STACK_BYTES = 64 << 20
+_MAX_READ_BYTES = 2 << 30
+"""Address space beside the memory that the process may allocate: libraries that are loaded later."""
+
+
+def _soft_limit(kind: int, most: int) -> int:
+    """The present limit of this process, or another one that is lower."""
+    now = resource.getrlimit(kind)[0]
+    return most if now == resource.RLIM_INFINITY else min(now, most)
+
+
+def _address_space() -> int:
+    """Size of this process's address space in bytes; 1 TiB where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return 1 << 40
+
 
 _PACKAGES = ("vidshard", "vidshard.pipeline", "vidshard.schemas")
 

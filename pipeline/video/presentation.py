@@ -2,8 +2,8 @@
 
 FFmpeg applies an edit list of one cut exactly, if no gap follows and no picture is held. With several cuts and
 reordered pictures it gives frames times that are one or two frames off, so that two have the same time, or times run
-backwards. Here such a file is opened without its edit list. Each cut is sought and decoded by itself, and its frames are
-moved to the cut's place in the presentation.
+backwards. Here such a file is opened without its edit list. Each cut is sought and decoded by itself, and its frames
+are moved to the cut's place in the presentation.
 
 A cut shows the frames whose time lies in it, as FFmpeg does. Writers round its length to ticks of the movie, often
 milliseconds: a frame that would be on screen for less than such a tick is none of it, and a cut that ends less than a
@@ -180,7 +180,9 @@ def _cut_video(watched: WatchedFile, thread_type: ThreadType, clock: Clock | Non
         return None
     with open_video(watched, with_edits=False) as (_, stream):
         track = tracks.get(stream.id)
-        if track is None or not _needs_cutting(edits[stream.id]) or time_base_of(stream) != Fraction(1, track.timescale):
+        if track is None or time_base_of(stream) != Fraction(1, track.timescale):
+            return None
+        if not _needs_cutting(edits[stream.id]):
             return None
         convert = clock.converter(stream) if clock is not None else TickConverter()
         same = Clock(time_base=time_base_of(stream), start_pts=0)

@@ -196,6 +196,19 @@ def open_without_end() -> str:
     return "allowed"
 
 
+def map_to_read(num_bytes: int) -> str:
+    """Map memory that is only read, so that its page tables are what it takes."""
+    try:
+        mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | 0x4000, prot=mmap.PROT_READ)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "allowed"
+
+
+def stack_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_STACK)[1]
+
+
 def environment_text() -> str:
     return str(os.environ)
 
@@ -544,6 +557,18 @@ def test_a_confined_child_can_do_nothing_but_answer(confined: DecodeSandbox, wha
     assert outcome in ("EPERM", "EACCES", "ENOSYS", "EAGAIN")
     assert (tmp_path / "secret").read_text() == "secret"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_confined_child_cannot_fill_the_memory_with_page_tables_or_a_stack() -> None:
+    before = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (before[1], before[1]))  # as ``ulimit -s unlimited``, where it may be
+    try:
+        with DecodeSandbox(memory_limit_bytes=1 << 30, confined=True) as sandbox:
+            assert sandbox.run(map_to_read, 1 << 20, timeout_seconds=60) == "allowed"
+            assert sandbox.run(map_to_read, 1 << 40, timeout_seconds=60) == "ENOMEM"
+            assert 0 < sandbox.run(stack_limit, timeout_seconds=60) <= 64 << 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, before)
 
 
 def test_a_confined_child_cannot_hold_pipes_without_end(confined: DecodeSandbox) -> None:
