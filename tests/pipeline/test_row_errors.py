@@ -66,7 +66,7 @@ def test_a_duration_of_many_digits_is_no_duration(digits: str, two_videos: Path,
     assert not reasons(tmp_path / "out")
 
 
-@pytest.mark.parametrize("where", ["plan", "decode"])
+@pytest.mark.parametrize("where", ["open", "plan", "decode"])
 def test_an_unforeseen_exception_rejects_its_row_alone(
     where: str,
     two_videos: Path,
@@ -83,6 +83,8 @@ def test_an_unforeseen_exception_rejects_its_row_alone(
 
     def run(self: DecodeSandbox, function: Any, *args: Any, **kwargs: Any) -> Any:
         if where == "decode" and function is decode_stage._decode_in_child and args[0][0].uri == broken:
+            raise KeyError("a secret of the file")
+        if where == "open" and function is decode_stage.probe_video and args[0].uri == broken:
             raise KeyError("a secret of the file")
         return real_run(self, function, *args, **kwargs)
 
