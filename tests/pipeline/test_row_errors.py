@@ -28,6 +28,7 @@ from vidshard.jobs.tokenization.summary import FEWEST_INTERNAL_ERRORS
 from vidshard.pipeline import decode_stage
 from vidshard.pipeline.output.rejects import read_rejects
 from vidshard.pipeline.video import sampling
+from vidshard.pipeline.video.probe import probe_video
 from vidshard.pipeline.video.sandbox import DecodeSandbox
 from vidshard.schemas.errors import EXIT_AGAIN
 
@@ -84,7 +85,7 @@ def test_an_unforeseen_exception_rejects_its_row_alone(
     def run(self: DecodeSandbox, function: Any, *args: Any, **kwargs: Any) -> Any:
         if where == "decode" and function is decode_stage._decode_in_child and args[0][0].uri == broken:
             raise KeyError("a secret of the file")
-        if where == "open" and function is decode_stage.probe_video and args[0].uri == broken:
+        if where == "open" and function is probe_video and args[0].uri == broken:
             raise KeyError("a secret of the file")
         return real_run(self, function, *args, **kwargs)
 
