@@ -249,6 +249,7 @@ def test_entries_that_cannot_be_looked_at_are_listed_so_that_opening_rejects_the
     expected = sorted(str(tmp_path / name) for name in ("annex.mp4", "good.mp4", "loop", "loop.mp4"))
     assert uris(str(tmp_path)) == expected
     assert uris(str(tmp_path / "*.mp4")) == [path for path in expected if path.endswith(".mp4")]
+    assert uris(f"{tmp_path.parent}/{tmp_path.name[:-1]}[{tmp_path.name[-1]}]/annex.mp4") == [expected[0]]
 
 
 def test_a_folder_that_cannot_be_listed_is_listed_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
