@@ -59,7 +59,7 @@ class StreamEnd:
     until_pts: int | None = None
     """Tick of the container; None while there was no empty packet."""
     last: Packet[VideoStream] | None = None
-    """The packet with the latest time so far, of those with content."""
+    """The packet with the latest time so far, of those with content that no edit list hides."""
     next_recording: int | None = None
     """Offset of another recording that is joined to this one, and not read."""
 
@@ -206,7 +206,7 @@ def _nonempty_packets(
                 end.until_pts = max(end.until_pts or 0, pts + (packet.duration or frame_ticks))
             continue
         time = packet.pts if packet.pts is not None else packet.dts
-        if time is not None and (last_time is None or time >= last_time):
+        if time is not None and (last_time is None or time >= last_time) and not packet.is_discard:
             last_time, end.last = time, packet
         num_packets += 1
         if num_packets > limits.max_frames:

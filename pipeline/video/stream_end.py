@@ -61,8 +61,7 @@ def held_until(watched: WatchedFile, stream: VideoStream, end: StreamEnd, last_p
     if last is None:
         return until
     ticks = last.duration or usual_ticks(stream)
-    is_behind = last_pts is not None and last.pts is not None and last.pts > last_pts and not last.is_discard
-    if is_behind and last.pts is not None and codec_name(stream) not in _SILENT:
+    if last_pts is not None and last.pts is not None and last.pts > last_pts and codec_name(stream) not in _SILENT:
         until = max(until or 0, last.pts + ticks)
     entries, formats = stream.index_entries, stream.container.format.name.split(",")
     if "mov" in formats and last.pts is not None and last.dts is not None and len(entries):

@@ -18,6 +18,7 @@ from vidshard.pipeline.video.input_file import WatchedFile
 from vidshard.pipeline.video.packets import SeekPoint
 from vidshard.pipeline.video.sampling import plan_spans
 from vidshard.schemas.rejections import Reason, VideoError
+from vidshard.schemas.video import Clip, ClipSpec
 
 PAL, NTSC = Fraction(25), Fraction(30000, 1001)
 
@@ -133,3 +134,41 @@ def test_a_picture_that_the_edit_list_hides_does_not_prolong_the_last_one(
     one_pass = decode(late, spec)
     assert 70 <= sum(clip.num_valid_frames for clip in one_pass) <= 75
     assert_same(decode(late, spec, clips_per_span=1), one_pass)
+
+
+@pytest.mark.parametrize("media", ["h264", "mpeg4"], indirect=True)
+def test_an_odd_edit_list_is_shown_or_refused_alike_wherever_the_video_is_cut(
+    media: tuple[Path, Fraction, list[int]], tmp_path: Path
+) -> None:
+    whole, rate, ticks = media
+    spec = replace(SPEC, fps=rate)
+    draw = random.Random(3)
+    lists = [
+        [(Fraction(28, 25), 1_000_000, 1), (Fraction(19, 25), -1, 1)],
+        [(1 / rate, -2, 1), (9000 / rate, ticks[70], 1)],
+    ]
+    for _ in range(40):
+        lists.append(
+            [
+                (
+                    Fraction(draw.choice((0, 1, 40, 999, 40 * draw.randrange(1, 30))), 1000),
+                    draw.choice((-1, -2, 0, 1, ticks[-1], ticks[-1] + 600, 1_000_000, ticks[draw.randrange(75)])),
+                    draw.choice((1, 1, 1, 0, 2)),
+                )
+                for _ in range(draw.choice((1, 2, 3)))
+            ]
+        )
+    for edits in lists:
+        cut = with_edits(whole, tmp_path / "odd.mp4", edits)
+        one_pass, spans = clips_or_reason(cut, spec, 1000), clips_or_reason(cut, spec, 1)
+        if isinstance(one_pass, Reason) or isinstance(spans, Reason):
+            assert one_pass is spans, edits
+        else:
+            assert_same(spans, one_pass)
+
+
+def clips_or_reason(path: Path, spec: ClipSpec, clips_per_span: int) -> list[Clip] | Reason:
+    try:
+        return decode(path, spec, clips_per_span)
+    except VideoError as error:
+        return error.reason
