@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,7 +45,7 @@ from vidshard.models.training.step import train_step
 from vidshard.schemas.training import StageConfig
 
 HELD_OUT_EVERY = 5
-"""Of this many natural videos, in the order of their names, one is held out."""
+"""Number of natural videos, in the order of their names, of which one is held out."""
 GENERATED_HELD_OUT = 1_000_000
 """Number of the first generated video that is held out. A generated video gives two clips."""
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700, metavar="N")
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="clips of a step")
     parser.add_argument("--seeds", type=int, default=2, metavar="N")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="to continue a ladder that was ended")
     parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="RATE", help="of Muon")
     parser.add_argument("--held-out", type=int, default=40, metavar="N", help="clips of each kind to measure by")
     parser.add_argument(
@@ -87,13 +89,14 @@ def main() -> None:
         write_clips(Path(folder), args.videos, -(-args.steps * args.batch_size // kinds), args.held_out)
         jobs = [
             partial(trained, name, stage.model_copy(update={"seed": seed}), Path(folder))
-            for seed in range(args.seeds)
+            for seed in range(args.first_seed, args.first_seed + args.seeds)
             for name in names
         ]
         rows = run_all(jobs, until, partial(print, flush=True))
-    report(
-        "ladder", [table_row(name, rows) for name in names if any(row["variant"] == name for row in rows)], args.json
-    )
+    finished = [name for name in names if any(row["variant"] == name for row in rows)]
+    if not finished:
+        raise SystemExit("no training ended")
+    report("ladder", [table_row(name, rows) for name in finished], args.json)
 
 
 # Clips
@@ -185,7 +188,11 @@ def run_all(jobs: Sequence[Callable[[], Row]], until: float, report_row: Callabl
                 running[pool.submit(waiting.pop(0))] = time.monotonic()
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 longest = max(longest, time.monotonic() - running.pop(done))
-                rows.append(done.result())
+                try:
+                    rows.append(done.result())
+                except BrokenProcessPool:
+                    print("a training was killed: the rows are those of the trainings before it", flush=True)
+                    return rows
                 report_row(rows[-1])
     return rows
 

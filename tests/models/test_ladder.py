@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from benchmarks.ladder import table_row
 from benchmarks.ladder_networks import VARIANTS, WithShortcut, build, check, haar, inverse_haar, regrouped
 from vidshard.models.vidtok.layers import LayerPast
 
@@ -71,3 +72,15 @@ def test_regrouped_channels_keep_their_mean_and_order(before: int, after: int) -
     x = torch.arange(float(before))
     assert torch.allclose(regrouped(x, after).mean(), x.mean())
     assert torch.all(regrouped(x, after).diff() >= 0)
+
+
+def test_a_variant_is_compared_with_the_baseline_of_the_same_seeds() -> None:
+    def row(variant: str, seed: int, psnr: float) -> dict[str, str | int | float]:
+        figures = {"halfway": 1.0, "PSNR dB": psnr, "generated": psnr, "entropy bits": 14.0, "core s / step": 0.3}
+        return {"variant": variant, "seed": seed, **figures}
+
+    rows = [row("baseline", 0, 20.0), row("haar", 0, 20.5), row("baseline", 1, 23.0), row("shortcuts", 2, 21.0)]
+    assert table_row("haar", rows)["to baseline"] == "+0.50"
+    assert table_row("shortcuts", rows)["to baseline"] == "-"
+    baseline = table_row("baseline", rows)
+    assert [baseline[name] for name in ("seeds", "PSNR dB", "from", "to", "bits")] == [2, 21.5, 20.0, 23.0, 18.0]
