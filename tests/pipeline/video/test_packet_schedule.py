@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from av.packet import Packet
+from av.packet import Packet, PacketSideData
 from av.video.stream import VideoStream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -336,12 +336,17 @@ def test_after_a_picture_that_empties_the_memory_numbers_begin_anew() -> None:
     assert missing_before(idr, b"\0\0\1\x61", h264_picture(9)) == []  # cut off, and what follows it
 
 
-def test_missing_or_disordered_times_decode_everything(tmp_path: Path) -> None:
+NEW_EXTRADATA = 1
+"""AV_PKT_DATA_NEW_EXTRADATA of FFmpeg: PyAV makes side data by the number of its kind."""
+
+
+def test_missing_or_disordered_times_and_new_parameter_sets_decode_everything(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", Recipe(num_frames=60, b_frames=3))
     spoilers: list[Any] = [
         lambda packet: setattr(packet, "pts", None),
         lambda packet: setattr(packet, "dts", (packet.dts or 0) - 10**6),
         lambda packet: setattr(packet, "pts", (packet.dts or 0) - 1),
+        lambda packet: packet.set_sidedata(PacketSideData(NEW_EXTRADATA, 8)),  # type: ignore[call-arg]
     ]
 
     def only_the_first(pts: int, next_pts: int) -> bool:

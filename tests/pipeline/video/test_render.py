@@ -590,6 +590,8 @@ def test_a_pixel_shape_that_changes_in_the_middle_is_followed(tmp_path: Path, su
     widths = [clip.geometry.scaled_width for clip in clips]
     assert widths[:20] == [72] * 20
     assert widths[-20:] == [96] * 20
+    across = decode(path, replace(SPEC, resize="crop", num_frames=len(widths) * 3 // 4))[0]
+    assert across.geometry.scaled_width == 72, "a clip has the geometry of its first frame"
 
 
 def test_a_renderer_that_saw_other_frames_gives_the_same() -> None:
