@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -133,7 +133,10 @@ class Checkpoints:
             raise CheckpointError(f"{one_line(error)} Or choose another --out") from error
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{path} is no checkpoint: it holds a {type(loaded).__name__}; choose another --out")
-        if not all(_is_whole(tensor) for tensor in _tensors_in(loaded)):
+        tensors: list[torch.Tensor] = []
+        if _num_values(loaded, tensors, {}) > _MOST_VALUES:
+            raise CheckpointError(f"{path} is no checkpoint: it is nested without end, or nearly; choose another --out")
+        if not all(map(_is_whole, tensors)):
             raise CheckpointError(f"{path} is no checkpoint: it holds tensors without values; choose another --out")
         return loaded
 
@@ -205,13 +208,36 @@ class CheckpointWriter:
             self._thread.shutdown(wait=True)
 
 
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Tensors anywhere in a nested state."""
+_MOST_VALUES = 10_000_000
+"""Values of a checkpoint, at most; a training writes a few for each parameter."""
+_DEEPEST = 32
+
+
+def _num_values(value: object, tensors: list[torch.Tensor], known: dict[int, int], depth: int = 0) -> int:
+    """Number of values that a walk through a nested state meets, where a list that stands at two places counts twice.
+
+    A few bytes of a pickle can hold a list within itself, or one twice in another, and so on: a walk would not end.
+
+    Args:
+        value: the state.
+        tensors: gets its tensors.
+        known: numbers of the lists and mappings that were met, by id.
+        depth: levels above it.
+    """
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
+        tensors.append(value)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return 1
+    if depth > _DEEPEST:
+        return _MOST_VALUES + 1
+    if id(value) not in known:
+        count = 1
         for entry in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(entry)
+            count += _num_values(entry, tensors, known, depth + 1)
+            if count > _MOST_VALUES:  # which the deepest level gives too: nothing more is looked at
+                break
+        known[id(value)] = count
+    return known[id(value)]
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

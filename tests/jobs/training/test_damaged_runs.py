@@ -94,6 +94,28 @@ def test_a_checkpoint_of_other_content_is_refused_and_not_tried_again(
         begun(job)
 
 
+def _doubled(levels: int) -> list[Any]:
+    """A list that holds another one twice, and so on."""
+    found: list[Any] = [torch.zeros(1)]
+    for _ in range(levels):
+        found = [found, found]
+    return found
+
+
+def _in_itself() -> list[Any]:
+    found: list[Any] = []
+    found += [found, found]
+    return found
+
+
+@pytest.mark.parametrize("state", [_in_itself(), _doubled(25), _doubled(90)], ids=["in itself", "doubled", "deep"])
+def test_a_checkpoint_whose_walk_would_not_end_is_refused(state: list[Any], tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path), "run")
+    checkpoints.save({"state": state}, 1, {})
+    with pytest.raises(CheckpointError, match="nested without end"):
+        checkpoints.load(checkpoints.infos()[0])
+
+
 def test_a_checkpoint_that_holds_more_than_tensors_runs_nothing(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "run")
     checkpoints.save({"state": _Command(tmp_path / "made")}, 1, {})
