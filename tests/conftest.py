@@ -6,6 +6,9 @@ import gc
 import math
 import os
 
+# Else each of hundreds of processes would compile the project, and each of `make test` all of its tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # `make test` runs at least as many processes as there are cores: further threads would only wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,6 +26,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 os.environ["VIDSHARD_REPORT"] = "none"
 
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -51,6 +55,8 @@ from vidshard.jobs.runtime.private_ray import without_idle_processes
 from vidshard.models.vidtok.config import PRESETS
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import load_tokenizer
+
+sys.dont_write_bytecode = False
 
 # Started in the background, or under nohup, these processes would ignore signals, and so would those that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
