@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -21,6 +20,8 @@ def draws(count: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("count", "width"), [(50, 3), (3000, 8), (12, 20)])
 def test_the_distance_is_that_of_scipy_s_matrix_root(count: int, width: int) -> None:
+    import scipy.linalg  # half a second, of each process of `make test` if above
+
     real, fake = draws(count, width, 0), draws(count + 7, width, 1)
     covariances = [np.cov(features, rowvar=False) for features in (real, fake)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1] + 1e-10 * np.eye(width))

@@ -12,8 +12,6 @@ from vidshard.models.weights import load_tokenizer, seeded_weights
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[dev]')")
 
-from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
-
 CASES = {
     "kl_causal_488_4chn_v1_1": (1, 5, 17, 18),
     "fsq_causal_888_32768_v1_1": (1, 9, 17),
@@ -40,6 +38,9 @@ def video(config: VidTokConfig, num_frames: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "num_frames"), [(name, n) for name, lengths in CASES.items() for n in lengths])
 def test_both_implementations_give_the_same_latents_tokens_and_frames(name: str, num_frames: int) -> None:
+    # a second, of each process of `make test` if above
+    from benchmarks.diffusers_vidtok import diffusers_decode, diffusers_encode, diffusers_model
+
     config = narrow(name)
     ours = load_tokenizer(config, None, seed=0)
     theirs = diffusers_model(config, seeded_weights(config, 0))
@@ -59,6 +60,8 @@ def test_both_implementations_give_the_same_latents_tokens_and_frames(name: str,
 
 
 def test_v1_0_weights_need_the_rules_of_v1_0_which_theirs_does_not_have() -> None:
+    from benchmarks.diffusers_vidtok import diffusers_encode, diffusers_model
+
     config = narrow("kl_causal_488_4chn")
     ours: VidTok = load_tokenizer(config, None, seed=0)
     theirs = diffusers_model(config, seeded_weights(config, 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.encode import plain_flops
 from benchmarks.plain_vidtwin import Structure, plain_vidtwin
 from tests.support.golden import TOLERANCE, TWIN_TINY_A, relative_error, video
 from vidshard.models.vidtwin.config import PRESETS
@@ -34,5 +33,7 @@ def test_plain_implementations_give_the_latents_and_the_video_of_ours(structure:
 def test_the_flops_that_speeds_are_stated_in_are_those_of_the_architecture(
     name: str, encode: float, decode: float
 ) -> None:
+    from benchmarks.encode import plain_flops  # with diffusers: a second, of each process of `make test` if above
+
     counted = plain_flops(PRESETS[name])
     assert counted == {"encode": pytest.approx(encode, rel=0.015), "decode": pytest.approx(decode, rel=0.015)}
