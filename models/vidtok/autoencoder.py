@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidshard.models.vidtok import fused
+from vidshard.models.vidtok.haar import BANDS, HaarIn, HaarOut
 from vidshard.models.vidtok.layers import (
     ChannelNorm,
     FrameAttention,
@@ -33,6 +34,7 @@ from vidshard.models.vidtok.layers import (
     takes_two_kernels,
 )
 from vidshard.models.vidtok.resampling import LinearTimeUp, SpaceDown, SpaceUp, TimeBlend, TimeDown, time_up
+from vidshard.models.vidtok.shortcuts import shortcut
 
 Past = tuple[LayerPast, ...]
 """Past of every layer of an encoder or decoder, in order; empty at the start of a video."""
@@ -130,6 +132,8 @@ class Encoder(nn.Module):
         time_levels: those of them after which the frames are halved too.
         rule: temporal context of the layers.
         architecture: choice of 3D convolutions, attention and blending.
+        bands: the first convolution is of the Haar bands of the frames, so level 0 has half of their sides.
+        shortcuts: add to each resampling in space, with the unit after it, a shortcut without weights.
     """
 
     def __init__(
@@ -142,11 +146,14 @@ class Encoder(nn.Module):
         out_channels: int,
         rule: TimeRule,
         architecture: Architecture,
+        bands: bool = False,
+        shortcuts: bool = False,
     ) -> None:
         super().__init__()
         self.fuses_convolutions = False
         """On a GPU, convolutions compute the norms after them (`models.vidtok.fused_convolution`)."""
-        self.conv_in = TimeConv(3, widths[0], VOLUME, rule)
+        self.shortcuts = shortcuts
+        self.conv_in = HaarIn(3 * BANDS, widths[0], VOLUME, rule) if bands else TimeConv(3, widths[0], VOLUME, rule)
         inputs = [widths[0], *widths[:-1]]
         self.down = nn.ModuleList(
             Level(
@@ -205,10 +212,13 @@ class Decoder(nn.Module):
         in_channels: int,
         rule: TimeRule,
         architecture: Architecture,
+        bands: bool = False,
+        shortcuts: bool = False,
     ) -> None:
         super().__init__()
         self.fuses_convolutions = False
         """As `Encoder.fuses_convolutions`."""
+        self.shortcuts = shortcuts
         self.conv_in = TimeConv(in_channels, widths[-1], VOLUME, rule)
         self.mid = Middle(widths[-1], rule, architecture)
         inputs = [*widths[1:], widths[-1]]
@@ -234,7 +244,7 @@ class Decoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.norm_out = ChannelNorm(widths[0])
-        self.conv_out = TimeConv(widths[0], 3, VOLUME, rule)
+        self.conv_out = HaarOut(widths[0], 3 * BANDS, VOLUME, rule) if bands else TimeConv(widths[0], 3, VOLUME, rule)
 
     def layers(self) -> Iterator[Layer]:
         """Iterate over the layers before the output convolution, in order."""
@@ -335,8 +345,9 @@ def _run(
     next_past: list[LayerPast] = []
     h: Map | Normed = x_BTHWC
     defer_sum = not recompute and fused.is_used(x_BTHWC, network.norm_out.norm.weight)
-    # The kernels of units fill in what lies before a clip, and read no past.
-    two_kernels = defer_sum and network.fuses_convolutions and not past and not keep_past
+    # The kernels of units fill in what lies before a clip, read no past, and leave no place for a shortcut's sum.
+    two_kernels = defer_sum and network.fuses_convolutions and not past and not keep_past and not network.shortcuts
+    around: Tensor | None = None  # the map before a resampling, until the unit after it
     layers = list(network.layers())
     for index, layer in enumerate(layers):
         if two_kernels and isinstance(layer, (SpatialUnit, TimeUnit)) and takes_two_kernels(layer, h):
@@ -359,12 +370,17 @@ def _run(
             options["keep_past"] = keep_past
         if isinstance(layer, (SpatialUnit, TimeUnit, FrameAttention)):
             options["defer_sum"] = defer_sum
-        elif isinstance(h, Sum) and not isinstance(layer, SpaceDown):
+        elif isinstance(h, Sum) and (network.shortcuts or not isinstance(layer, SpaceDown)):
             h = h.total()
+        if network.shortcuts and isinstance(layer, (SpaceDown, SpaceUp)):
+            around = cast(Tensor, h)
         if isinstance(layer, LinearTimeUp):
             options["last"] = last
         run: Callable[..., tuple[Map, LayerPast]] = partial(cast(Any, layer), **options)
         h, kept = checkpoint(run, h, layer_past, use_reentrant=False) if recompute else run(h, layer_past)
+        if around is not None and isinstance(layer, (SpatialUnit, TimeUnit)):
+            h = h.total() if isinstance(h, Sum) else h
+            h, around = h + shortcut(around, h.shape), None
         next_past.append(kept if keep_past else ())
     assert not isinstance(h, Normed)
     return h, tuple(next_past)

@@ -52,6 +52,10 @@ class VidTokConfig(TokenizerConfig):
     """Levels after which the decoder, which runs from the last level to 0, doubles height and width."""
     decoder_time_levels: tuple[int, ...] = (1, 2)
     """Space levels after which the decoder also doubles the frames."""
+    haar_bands: bool = Field(default=False, json_schema_extra=IDENTITY_WHEN_SET)
+    """Frames enter and leave as the four bands of a 2x2 Haar transform: level 0 has half of their height and width."""
+    shortcuts: bool = Field(default=False, json_schema_extra=IDENTITY_WHEN_SET)
+    """Each resampling in space has a shortcut of DC-AE, without weights, see `models.vidtok.shortcuts`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,6 +91,11 @@ class VidTokConfig(TokenizerConfig):
             self.decoder_time_levels
         ):
             raise ValueError(f"{self.name}: the decoder must double as often as the encoder halves, in space and time")
+        if self.shortcuts and TIME_RULES[self.variant].upsampling != "repeated":
+            raise ValueError(
+                f"{self.name}: shortcuts repeat frames, and {self.variant} interpolates them; give variant causal-v1.0 "
+                "or non-causal"
+            )
         return self
 
     @property
@@ -102,7 +111,7 @@ class VidTokConfig(TokenizerConfig):
     @property
     def space_stride(self) -> int:
         """Pixels per latent, along height and along width."""
-        return 1 << len(self.encoder_space_levels)
+        return 1 << len(self.encoder_space_levels) + self.haar_bands
 
     @property
     def codebook_size(self) -> int | None:

@@ -43,6 +43,8 @@ class VidTok(nn.Module):
             out_channels=self.head.encoder_channels,
             rule=TIME_RULES[config.variant],
             architecture=ARCHITECTURES[config.architecture],
+            bands=config.haar_bands,
+            shortcuts=config.shortcuts,
         )
         self.decoder = Decoder(
             widths=widths,
@@ -52,6 +54,8 @@ class VidTok(nn.Module):
             in_channels=self.head.latent_channels,
             rule=TIME_RULES[config.variant],
             architecture=ARCHITECTURES[config.architecture],
+            bands=config.haar_bands,
+            shortcuts=config.shortcuts,
         )
 
     @property

@@ -103,7 +103,7 @@ def pass_bytes(config: VidTokConfig, num_frames: int, height: int, width: int) -
     It is `PEAK_COPIES` times the largest map of any level, with the frames that encoding adds to the first latent. For
     fsq_causal_488_32768 it is 4608 bytes for each pixel of the 20 frames that 17 become.
     """
-    most_values, sides = 0.0, 1
+    most_values, sides = 0.0, 2 if config.haar_bands else 1
     for level, multiplier in enumerate(config.width_multipliers):
         most_values = max(most_values, config.base_width * multiplier / sides**2)
         sides *= 2 if level in config.encoder_space_levels else 1

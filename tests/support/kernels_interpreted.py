@@ -177,6 +177,7 @@ def models() -> None:
         ("v1.1", torch.float32),
         ("non", torch.float32),
         ("wide", torch.float32),
+        ("bands and shortcuts", torch.float32),
     ]:
         config = get_preset("tiny")
         if name == "v1.1":
@@ -185,9 +186,11 @@ def models() -> None:
             config = config.model_copy(update={"variant": "non-causal"})
         elif name == "wide":
             config = config.model_copy(update={"base_width": 16})
+        elif name == "bands and shortcuts":
+            config = config.model_copy(update={"base_width": 16, "haar_bands": True, "shortcuts": True})
         model = load_tokenizer(config, None, seed=0, dtype=dtype)
         assert isinstance(model, VidTok)
-        model.encoder.fuses_convolutions = model.decoder.fuses_convolutions = name == "wide"
+        model.encoder.fuses_convolutions = model.decoder.fuses_convolutions = name in ("wide", "bands and shortcuts")
         side, first, more = config.space_stride * 2, 1 if config.is_causal else 0, config.time_stride
         x = (2 * torch.rand(3, 3, first + 2 * more, side, 2 * side) - 1).to(dtype)
 

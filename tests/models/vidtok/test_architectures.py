@@ -1,4 +1,4 @@
-"""The ablations of the VidTok paper: as large as its table says, and tokenizers like any other."""
+"""Ablations of the VidTok paper, as large as its table says, and networks of our own: tokenizers like any other."""
 
 from __future__ import annotations
 
@@ -20,12 +20,24 @@ from vidshard.models.weights import checkpoint_name, count_parameters, load_toke
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = PRESETS["tiny"]
-ABLATIONS = [name for name in ARCHITECTURES if name != "released"]
+OWN: dict[str, dict[str, object]] = {
+    "haar": {"haar_bands": True},
+    "shortcuts": {"shortcuts": True},
+    "both": {"haar_bands": True, "shortcuts": True},
+    "both-fully-3d": {"haar_bands": True, "shortcuts": True, "architecture": "fully-3d"},
+}
+NETWORKS = [*(name for name in ARCHITECTURES if name != "released"), *OWN]
+CAUSAL = [
+    (network, variant)
+    for network in NETWORKS
+    for variant in ("causal-v1.0", "causal-v1.1")
+    if not ("shortcuts" in OWN.get(network, ()) and variant == "causal-v1.1")
+]
 
 
-def config_of(architecture: str, **changes: object) -> VidTokConfig:
-    name = f"tiny_{architecture}"
-    return VidTokConfig.model_validate(TINY.model_dump() | {"name": name, "architecture": architecture} | changes)
+def config_of(network: str, **changes: object) -> VidTokConfig:
+    own = OWN.get(network, {"architecture": network})
+    return VidTokConfig.model_validate(TINY.model_dump() | {"name": f"tiny_{network}"} | own | changes)
 
 
 def clips(batch: int, num_frames: int, height: int = 16, width: int = 16) -> Tensor:
@@ -52,28 +64,26 @@ def test_a_config_written_before_there_were_ablations_is_of_the_released_archite
     assert VidTokConfig.model_validate(before) == TINY
 
 
-@pytest.mark.parametrize("variant", ["causal-v1.0", "causal-v1.1", "non-causal"])
-@pytest.mark.parametrize("architecture", ABLATIONS)
-def test_every_ablation_gives_tokens_and_frames_in_every_variant(architecture: str, variant: str) -> None:
-    config = config_of(architecture, variant=variant)
-    num_frames = config.valid_frames(5)
+@pytest.mark.parametrize(("network", "variant"), [*CAUSAL, *((network, "non-causal") for network in NETWORKS)])
+def test_every_network_gives_tokens_and_frames_in_every_variant(network: str, variant: str) -> None:
+    config = config_of(network, variant=variant)
+    num_frames, side = config.valid_frames(5), 2 * config.space_stride
     model = load_tokenizer(config, None, seed=0)
-    encoded = model.encode(clips(2, num_frames))
+    encoded = model.encode(clips(2, num_frames, side, side))
     assert encoded.tokens is not None
-    assert encoded.tokens.shape[1:] == config.latent_shape(num_frames, 16, 16)
+    assert encoded.tokens.shape[1:] == config.latent_shape(num_frames, side, side)
     decoded = model.decode(encoded.tokens, num_frames)
-    assert decoded.shape == (2, 3, num_frames, 16, 16)
+    assert decoded.shape == (2, 3, num_frames, side, side)
     assert decoded.isfinite().all()
-    alone = model.encode(clips(2, num_frames)[1:])
+    alone = model.encode(clips(2, num_frames, side, side)[1:])
     assert alone.pre_quantized is not None
     assert encoded.pre_quantized is not None
     assert torch.equal(alone.pre_quantized, encoded.pre_quantized[1:])
 
 
-@pytest.mark.parametrize("variant", ["causal-v1.0", "causal-v1.1"])
-@pytest.mark.parametrize("architecture", ABLATIONS)
-def test_every_ablation_gives_in_chunks_what_it_gives_for_the_whole(architecture: str, variant: str) -> None:
-    model = load_tokenizer(config_of(architecture, variant=variant), None, seed=0)
+@pytest.mark.parametrize(("network", "variant"), CAUSAL)
+def test_every_network_gives_in_chunks_what_it_gives_for_the_whole(network: str, variant: str) -> None:
+    model = load_tokenizer(config_of(network, variant=variant), None, seed=0)
     x_BCTHW = clips(2, 17)
     whole = model.encode(x_BCTHW)
     assert whole.tokens is not None
@@ -92,22 +102,22 @@ def test_every_ablation_gives_in_chunks_what_it_gives_for_the_whole(architecture
     torch.testing.assert_close(torch.cat(frames, 2), model.decode(whole.tokens), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["causal-v1.0", "causal-v1.1"])
-@pytest.mark.parametrize("architecture", ABLATIONS)
-def test_a_latent_of_an_ablation_sees_exactly_its_history(architecture: str, variant: str) -> None:
-    config = config_of(architecture, variant=variant)
+@pytest.mark.parametrize(("network", "variant"), CAUSAL)
+def test_a_latent_of_a_network_sees_exactly_its_history(network: str, variant: str) -> None:
+    config = config_of(network, variant=variant)
     model = load_tokenizer(config, None, seed=0)
     num_frames = 4 * (3 + math.ceil(config.history_frames / 4))
-    x_BTHWC = clips(1, num_frames, 8, 8).permute(0, 2, 3, 4, 1).contiguous().requires_grad_()
+    side = config.space_stride
+    x_BTHWC = clips(1, num_frames, side, side).permute(0, 2, 3, 4, 1).contiguous().requires_grad_()
     latents, _ = model.encoder(x_BTHWC)
     (gradient,) = torch.autograd.grad(latents[:, -1].sum(), x_BTHWC)
     seen = gradient.abs().amax(dim=(0, 2, 3, 4)).nonzero().flatten().tolist()
     assert seen == list(range(num_frames - 1 - config.history_frames, num_frames))
 
 
-@pytest.mark.parametrize("architecture", ABLATIONS)
-def test_every_weight_of_an_ablation_takes_part_and_has_a_name_of_its_own(architecture: str) -> None:
-    config = config_of(architecture, variant="non-causal")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_weight_of_a_network_takes_part_and_has_a_name_of_its_own(network: str) -> None:
+    config = config_of(network, variant="non-causal")
     names = {checkpoint_name(name, config) for name in seeded_weights(config, 0)}
     model = VidTok(config)
     assert len(names) == len(model.state_dict())
