@@ -121,9 +121,6 @@ def ray_session(s3_proxy: FaultyS3) -> Iterator[None]:
     environment = {
         "FSSPEC_S3_ENDPOINT_URL": s3_proxy.url,
         "VIDSHARD_STORAGE_RETRY_SECONDS": PATIENCE,
-        # Idle workers wait for the next test. Ray ends all but two after a second, and starting one takes 2 core
-        # seconds: three files of tests took 144, and take 120.
-        "RAY_idle_worker_killing_time_threshold_ms": "600000",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
