@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -55,6 +56,24 @@ def test_every_kind_of_value_comes_as_it_was_whether_it_fits_or_not(num_bytes: i
     taken = [pair for message in messages for pair in message]
     assert [mark for mark, _ in taken] == list(range(9))
     assert all(equal(batch, BATCHES[mark]) for mark, batch in taken), "earlier batches are not written over"
+
+
+def frozen(_batch: Any) -> int:
+    return gc.get_freeze_count()
+
+
+def test_a_worker_never_collects_what_its_parent_made() -> None:
+    slots = Slots(listed, num_workers=1, ahead=2, num_bytes=0, convert=frozen)
+    loader: Any = torch.utils.data.DataLoader(
+        slots, batch_size=None, num_workers=1, collate_fn=unchanged, multiprocessing_context="fork"
+    )
+    gc.unfreeze()  # tests begin frozen
+    try:
+        counts = [count for sent in loader for _, count in slots.take(sent, pin=False)]
+        assert min(counts) > 10_000
+        assert not gc.get_freeze_count(), "and the parent goes on as before"
+    finally:
+        gc.freeze()
 
 
 def unchanged(value: Any) -> Any:
