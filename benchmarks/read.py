@@ -3,7 +3,7 @@
 Writes tokens and latents in vidshard's format (uniform tokens, normal latents: what compresses least) and the same
 values in the formats of other readers (`benchmarks.read_peers`), and reads them with every reader that is installed.
 "raw" is PyArrow alone, which decodes the same row groups in order and makes no batches. From S3 "raw" fetches the same
-bytes in ranges of 1 MiB on 16 threads and decodes nothing.
+bytes by s3fs in ranges of 1 MiB on 16 threads and decodes nothing; "raw, signed" does so by signed addresses.
 
     python -m benchmarks.read
     python -m benchmarks.read --peers litdata webdataset --s3-ms 20 --kinds "tokens 15 bit"
@@ -41,6 +41,7 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.shard_writer import compressed_bytes, parquet_bytes
 from vidshard.pipeline.reader.token_shards import TokenShards
 from vidshard.pipeline.reader.token_shards_map import TokenShardsMap
+from vidshard.pipeline.storage.signed_ranges import signed_range
 from vidshard.schemas.tokens import (
     CLIP_FIELDS,
     Payload,
@@ -112,15 +113,22 @@ def raw(place: Place) -> Iterator[int]:
             yield file.read_row_group(group, columns=[place.name]).num_rows
 
 
-def raw_bytes(place: Place, num_clips: int) -> Iterator[float]:
-    """The bytes of the shards, in ranges of 1 MiB on 16 threads; clips are counted by bytes."""
+def raw_bytes(place: Place, num_clips: int, is_signed: bool) -> Iterator[float]:
+    """The bytes of the shards, in ranges of 1 MiB on 16 threads, by s3fs or signed addresses; counts clips by bytes."""
     fs, _ = storage.filesystem(place.path)
+
+    def fetch(wanted: tuple[str, int, int]) -> int:
+        path, start, stop = wanted
+        data = signed_range(fs, path, start, stop) if is_signed else fs.cat_file(path, start=start, end=stop)
+        assert data is not None
+        return len(data)
+
     sizes = {path: fs.info(path)["size"] for path in fs.ls(place.path.removeprefix("s3://"))}
     ranges = [(path, at, min(at + (1 << 20), size)) for path, size in sizes.items() for at in range(0, size, 1 << 20)]
     share = num_clips / sum(sizes.values())
     with ThreadPoolExecutor(16) as pool:
-        for data in pool.map(lambda r: fs.cat_file(r[0], start=r[1], end=r[2]), ranges):
-            yield len(data) * share
+        for num_bytes in pool.map(fetch, ranges):
+            yield num_bytes * share
 
 
 def ours(place: Place, shuffle: bool, workers: int) -> Iterator[int]:
@@ -170,9 +178,10 @@ def rows_of(kind: str, payload: Payload, places: Mapping[str, Place], arguments:
     """A row for each reader; readers take turns, and the best of several turns counts."""
     [column] = payload
     mine = places["vidshard"]
-    readers: dict[tuple[str, str, int], Callable[[], Iterator[float]]] = {
-        ("raw", "in order", 0): lambda: raw_bytes(mine, arguments.of_kind[kind]) if mine.endpoint else raw(mine)
-    }
+    readers: dict[tuple[str, str, int], Callable[[], Iterator[float]]] = {("raw", "in order", 0): partial(raw, mine)}
+    if mine.endpoint:
+        for name, is_signed in (("raw", False), ("raw, signed", True)):
+            readers[name, "in order", 0] = partial(raw_bytes, mine, arguments.of_kind[kind], is_signed)
     for shuffle in [order == "shuffled" for order in arguments.orders]:
         for workers in arguments.workers:
             how = "shuffled" if shuffle else "in order"

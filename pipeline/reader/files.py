@@ -26,6 +26,7 @@ from vidshard.pipeline.reader.pages import Spare, decoded
 from vidshard.pipeline.storage.errors import ReadError
 from vidshard.pipeline.storage.file_systems import bounded, file_info
 from vidshard.pipeline.storage.retry import errors_named, whole
+from vidshard.pipeline.storage.signed_ranges import signed_range
 from vidshard.schemas.tokens import PayloadColumn
 
 FOOTERS = 64
@@ -53,7 +54,7 @@ class RangeFile(io.RawIOBase):
                 num_bytes = int(storage.with_retries(path, lambda: file_info(self._fs, self._inner))["size"])
         self.num_bytes = num_bytes
         self._at = 0
-        self._held: list[tuple[int, bytes]] = []
+        self._held: list[tuple[int, bytes | bytearray]] = []
 
     def readable(self) -> bool:
         """True."""
@@ -80,16 +81,25 @@ class RangeFile(io.RawIOBase):
         """
         start = self._at
         stop = self.num_bytes if size < 0 else min(self.num_bytes, start + size)
+        self._at = max(start, stop)
+        return bytes(self.view(start, stop))
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """The bytes of a range, as far as the file goes, in the memory that holds them.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        stop = min(stop, self.num_bytes)
         if stop <= start:
-            return b""
-        self._at = stop
+            return memoryview(b"")
         for at, (begin, data) in enumerate(self._held):
             if start < begin < stop <= begin + len(data):
                 data = self._fetch(start, begin) + data
                 self._held[at] = begin, data = start, data
             if begin <= start and stop <= begin + len(data):
-                return data[start - begin : stop - begin]
-        return self._fetch(start, stop)
+                return memoryview(data)[start - begin : stop - begin]
+        return memoryview(self._fetch(start, stop))
 
     def hold(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Fetch ranges that are not held, near ones in one request, and serve reads of them from memory.
@@ -115,14 +125,14 @@ class RangeFile(io.RawIOBase):
         """
         self.hold([(max(0, self.num_bytes - _TAIL_BYTES), self.num_bytes)])
 
-    def _fetch(self, start: int, stop: int) -> bytes:
+    def _fetch(self, start: int, stop: int) -> bytes | bytearray:
         def once() -> bytes:
             options = {"start": start, "end": stop}
             data: bytes = bounded(self._fs, "cat_file", self._inner, num_bytes=stop - start, **options)
             return whole(data, stop - start)
 
         with errors_named("read", self._path, ReadError):
-            return storage.with_retries(self._path, once)
+            return signed_range(self._fs, self._inner, start, stop) or storage.with_retries(self._path, once)
 
 
 class ShardFiles:
@@ -205,9 +215,14 @@ class ShardFiles:
         table = self._table(file, shard, number, columns) if columns else None
         values: dict[str, np.ndarray] = {}
         for column, ranges in payload:
-            file.seek(int(ranges.starts[number]))
+            start, stop = int(ranges.starts[number]), int(ranges.stops[number])
+            if isinstance(file, RangeFile):
+                pages = file.view(start, stop)
+            else:
+                file.seek(start)
+                pages = memoryview(file.read(stop - start))
             found = decoded(
-                memoryview(file.read(int(ranges.stops[number]) - int(ranges.starts[number]))),
+                pages,
                 codec=ranges.codec,
                 dtype=column.dtype,
                 num_rows=num_rows,

@@ -77,12 +77,16 @@ def bounded(fs: Any, name: str, *args: Any, num_bytes: int = 0, **options: Any) 
     """
     if not getattr(fs, "async_impl", False) or fs.asynchronous or not hasattr(fs, f"_{name}"):
         return getattr(fs, name)(*args, **options)
-    seconds = max(1.0, retry.RETRY_SECONDS / 3) + num_bytes / _MIN_BYTES_PER_SECOND
 
     async def call() -> Any:
-        return await asyncio.wait_for(getattr(fs, f"_{name}")(*args, **options), seconds)
+        return await asyncio.wait_for(getattr(fs, f"_{name}")(*args, **options), time_limit(num_bytes))
 
     return sync(fs.loop, call)
+
+
+def time_limit(num_bytes: int = 0) -> float:
+    """Seconds after which one request that moves ``num_bytes`` bytes counts as stuck."""
+    return max(1.0, retry.RETRY_SECONDS / 3) + num_bytes / _MIN_BYTES_PER_SECOND
 
 
 def file_info(fs: Any, inner: str) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ def counted_fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int
     fetched: list[tuple[str, int, int]] = []
     fetch = RangeFile._fetch
 
-    def counted(self: RangeFile, start: int, stop: int) -> bytes:
+    def counted(self: RangeFile, start: int, stop: int) -> bytes | bytearray:
         with _lock:
             fetched.append((self._path, start, stop))
         return fetch(self, start, stop)
