@@ -9,13 +9,16 @@ retries and errors are those of its requests alone.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
+import select
+import socket
 import ssl
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,7 +56,7 @@ class _Address:
     """A signed address, and how its server is connected to."""
 
     host: str
-    target: str
+    target: str = field(repr=False)
     """Path and query; it holds the signature, and must not be shown."""
     certificates: str | None
     """File of the authorities that are trusted; None without TLS."""
@@ -62,8 +65,8 @@ class _Address:
 
 
 # Keys hold the file system, which is equal to none of another process.
-_addresses: dict[tuple[Any, str], tuple[_Address | None, float]] = {}
-"""Address of each object, and when to sign a new one; None where s3fs has to be asked."""
+_addresses: dict[tuple[Any, str], tuple[_Address | None, Any, float]] = {}
+"""Address of each object, the client that signed it, and when to sign a new one; None where s3fs has to be asked."""
 _refused: dict[tuple[Any, str], float] = {}
 """Buckets that have refused a signed address, and until when they are left to s3fs."""
 _idle: dict[tuple[int, str, str | None], deque[tuple[HTTPConnection, float]]] = {}
@@ -88,12 +91,12 @@ def signed_range(fs: Any, inner: str, start: int, stop: int) -> bytearray | None
     now, bucket = time.monotonic(), inner.partition("/")[0]
     if _refused.get((fs, bucket), now) > now:
         return None
-    address, until = _addresses.get((fs, inner), (None, 0.0))
-    if until <= now:
+    address, client, until = _addresses.get((fs, inner), (None, None, 0.0))
+    if until <= now or client is not fs._s3:  # another client has other credentials
         if len(_addresses) >= _MOST_ADDRESSES:
             _addresses.clear()
         address = _signed(fs, inner)
-        _addresses[fs, inner] = address, now + _USED_SECONDS
+        _addresses[fs, inner] = address, fs._s3, now + _USED_SECONDS
     if address is None:
         return None
     try:
@@ -127,7 +130,8 @@ def _signed(fs: Any, inner: str) -> _Address | None:
     async def sign() -> tuple[str, Any, str | bool]:
         await fs.set_session()
         client = await fs.get_s3(bucket)
-        client.meta.events.register("choose-signer.s3.GetObject", _signed_as_now, unique_id="vidshard")
+        client.meta.events.register("choose-signer.s3.GetObject", _signed_as_now, unique_id="vidshard-signer")
+        client.meta.events.register("before-parameter-build.s3.GetObject", _in_region, unique_id="vidshard-region")
         url = await client.generate_presigned_url("get_object", Params=wanted, ExpiresIn=_VALID_SECONDS)
         return url, client.meta.config, _trust(fs)
 
@@ -141,6 +145,11 @@ def _signed(fs: Any, inner: str) -> _Address | None:
 def _signed_as_now(signature_version: Any, **_: Any) -> str | None:
     """Keep the fourth version of signatures, where botocore would sign addresses alone by the second one."""
     return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None
+
+
+def _in_region(context: dict[str, Any], **_: Any) -> None:
+    """Keep the endpoint of the region, where botocore would sign addresses alone for the one of all regions."""
+    context["use_global_endpoint"] = False
 
 
 def _trust(fs: Any) -> str | bool:
@@ -161,7 +170,13 @@ def _address(url: str, config: Any, trust: str | bool) -> _Address | None:
     else:
         is_plain = "Signature" not in parts.query  # of an anonymous user
     proxies = config.proxies if config.proxies is not None else get_environ_proxies(url)
-    if not is_plain or proxies.get(parts.scheme) or config.client_cert or (parts.scheme == "https" and not trust):
+    if (
+        not is_plain
+        or "@" in parts.netloc
+        or proxies.get(parts.scheme)
+        or config.client_cert
+        or (parts.scheme == "https" and not trust)
+    ):
         return None
     return _Address(
         host=parts.netloc,
@@ -185,6 +200,9 @@ def _get(address: _Address, start: int, stop: int) -> bytearray | int:
     connection = _connection(address)
     is_done = False
     try:
+        assert connection.sock is not None
+        connection.sock.settimeout(address.answer_seconds)
+        connection.response_class = partial(_Response, deadline=deadline)  # type: ignore[assignment]
         connection.putrequest("GET", address.target, skip_accept_encoding=True)
         connection.putheader("Accept-Encoding", "identity")
         connection.putheader("User-Agent", "vidshard")
@@ -194,11 +212,13 @@ def _get(address: _Address, start: int, stop: int) -> bytearray | int:
         try:
             if response.status != 206:
                 return response.status
+            if response.getheader("Transfer-Encoding"):
+                return 0  # as lasting as a status that refuses
             data = bytearray(stop - start)
             stated = response.getheader("Content-Length"), (response.getheader("Content-Range") or "").partition("/")[0]
             if stated != (str(len(data)), f"bytes {start}-{stop - 1}"):
                 raise HTTPException("the answer is about other bytes")
-            _receive(response, data, deadline)
+            _receive(response, data)
         finally:
             response.close()
         is_done = True
@@ -210,11 +230,44 @@ def _get(address: _Address, start: int, stop: int) -> bytearray | int:
             connection.close()
 
 
-def _receive(response: HTTPResponse, data: bytearray, deadline: float) -> None:
+class _Response(HTTPResponse):
+    """An answer that is complete before a deadline, its head included."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Received(sock, deadline))
+
+
+class _Received(io.RawIOBase):
+    """Bytes that a socket receives before a deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self._socket, self._deadline = sock, deadline
+        self._raw = sock.makefile("rb", buffering=0)
+        self._seconds = sock.gettimeout()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer takes too long")
+        self._socket.settimeout(left if self._seconds is None else min(left, self._seconds))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _receive(response: HTTPResponse, data: bytearray) -> None:
     left = memoryview(data)
     while left:
         received = response.fp.readinto1(left)  # what has come, so that a slow server meets the deadline
-        if not received or time.monotonic() > deadline:
+        if not received:
             raise HTTPException("the answer is not complete")
         left = left[received:]
 
@@ -227,7 +280,7 @@ def _connection(address: _Address) -> HTTPConnection:
             connection, since = waiting.pop()
         except IndexError:  # another thread took it
             break
-        if connection.sock is not None and time.monotonic() - since < _IDLE_SECONDS:
+        if connection.sock is not None and time.monotonic() - since < _IDLE_SECONDS and _is_silent(connection.sock):
             return connection
         connection.close()
     if address.certificates is None:
@@ -236,9 +289,14 @@ def _connection(address: _Address) -> HTTPConnection:
         context = _context(address.certificates)
         connection = HTTPSConnection(address.host, timeout=address.connect_seconds, context=context)
     connection.connect()
-    assert connection.sock is not None
-    connection.sock.settimeout(address.answer_seconds)
     return connection
+
+
+def _is_silent(sock: socket.socket) -> bool:
+    """Whether a server that was asked nothing says nothing: it has neither closed nor sent more than an answer."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
 
 
 def _keep(address: _Address, connection: HTTPConnection) -> None:
