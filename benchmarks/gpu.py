@@ -41,7 +41,7 @@ from vidshard.models.tokenizer import frames_to_input, get_preset
 from vidshard.models.vidtok import fused
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtok.prepared import prepare_passes
-from vidshard.models.weights import SHIPPED, load_tokenizer, shipped_weights
+from vidshard.models.weights import DEFAULT, load_tokenizer, shipped_weights
 from vidshard.pipeline.compiled import compile_encoder
 from vidshard.pipeline.devices import (
     end_process,
@@ -58,7 +58,7 @@ IS_DRY = bool(os.environ.get("VIDSHARD_BENCH_DRY"))
 IS_QUICK = IS_DRY or bool(os.environ.get("VIDSHARD_BENCH_QUICK"))
 DEVICE = "cpu" if IS_DRY else "cuda"
 LARGE = "tiny" if IS_DRY else "fsq_causal_488_32768"
-SMALL = "tiny" if IS_DRY else SHIPPED
+SMALL = "tiny" if IS_DRY else DEFAULT
 NUM_FRAMES, SIDE = (5, 32) if IS_DRY else (17, 256)
 BATCH = 2 if IS_DRY else 8
 DTYPES = {
@@ -401,7 +401,7 @@ def random_model(name: str, precision: str) -> VidTok:
 def trained(device: str, precision: str) -> VidTok:
     """The trained model of the package."""
     make_reproducible(device, torch.get_num_threads(), precision)
-    model = load_tokenizer(get_preset(SHIPPED), shipped_weights(), device=device, dtype=DTYPES[precision])
+    model = load_tokenizer(get_preset(DEFAULT), shipped_weights(), device=device, dtype=DTYPES[precision])
     assert isinstance(model, VidTok)
     return model
 

@@ -1,19 +1,25 @@
 """Recipe of the weights that come with the package, and the quality of a tokenizer's reconstructions.
 
-The recipe starts from nothing. PHOTOS, CLIPS and NATURAL are folders of material whose licenses allow training on it.
-The steps before ``shipped_training`` also run without them, on generated material alone.
+The recipe starts from nothing, first without Haar bands. PHOTOS, CLIPS and NATURAL are folders of material whose
+licenses allow training on it. The steps before ``shipped_training`` also run without them, on generated material alone.
 
     python -m benchmarks.motion_corpus corpus/64 --videos 6000 --crop 64 --photos PHOTOS --clips CLIPS
     python -m benchmarks.motion_corpus corpus/128 --videos 600 --crop 128 --photos PHOTOS --clips CLIPS --seed 1
-    vidshard train stage1 --preset small --videos corpus/64 --out runs/small
+    vidshard train stage1 --preset small --tokenizer fsq_causal_488_small --videos corpus/64 --out runs/small
     python -m benchmarks.shipped_tokenizer spread runs/small/stage1/tokenizer.safetensors spread.safetensors corpus/64
-    vidshard train finetune --preset small --videos corpus/64 --out runs/small17 --init-from spread.safetensors
-    vidshard train stage2 --preset small --videos corpus/128 --out runs/small2 --init-from runs/small17/finetune
+    vidshard train finetune --preset small --tokenizer fsq_causal_488_small --videos corpus/64 --out runs/small17 \
+        --init-from spread.safetensors
+    vidshard train stage2 --preset small --tokenizer fsq_causal_488_small --videos corpus/128 --out runs/small2 \
+        --init-from runs/small17/finetune
     python -m benchmarks.shipped_training runs/small3 --until 20:57 --init runs/small2/stage2/tokenizer.safetensors \
+        --tokenizer fsq_causal_488_small --learning-rate 8e-5 --videos NATURAL --films CLIPS --photos PHOTOS
+    python -m benchmarks.shipped_training runs/haar --until 22:20 --init runs/small3/averaged.safetensors \
         --videos NATURAL --films CLIPS --photos PHOTOS
-    python -m benchmarks.shipped_tokenizer write runs/small3/averaged.safetensors trained.json
-    vidshard tokenize UNSEEN --out measured --weights trained.safetensors
-    python -m benchmarks.shipped_tokenizer measure measured
+    python -m benchmarks.shipped_training runs/lpips --until 22:40 --init runs/haar/averaged.safetensors \
+        --tokenizer fsq_causal_488_small_haar_lpips --lpips 0.4 --learning-rate 3e-4 \
+        --videos NATURAL --films CLIPS --photos PHOTOS
+    python -m benchmarks.shipped_tokenizer write runs/haar/averaged.safetensors trained.json
+    vidshard evaluate UNSEEN --tokenizer trained.safetensors --fps 8,30 --average clips
 
 * ``spread`` scales up encoder channels that use few of FSQ's levels, see `spread`.
 * ``write`` rounds the weights to float16 and writes them beside ``trained.json``, with the config, their digest and the

@@ -1,14 +1,17 @@
-"""Last stage of the weights that come with the package: natural video at several rates, on one CPU core.
+"""Training of the weights that come with the package, on two CPU cores.
 
-It continues from weights until a time of day, however much of the core it gets, and goes on from its last checkpoint
-when it is started again. Two fifths of the clips are natural video: random crops at their own resolution, larger or
-smaller, most under a moving camera. The others are an animated film and generated motion (`benchmarks.motion_corpus`).
+It goes on from weights of the network, or begins with the inner levels of one without Haar bands (`network_from`). It
+ends at a time of day, however much of the cores it gets, and goes on from its last checkpoint when it is started again.
+Two fifths of the clips are natural video: random crops at their own resolution, larger or smaller, most under a moving
+camera. The others are an animated film and generated motion (`benchmarks.motion_corpus`).
 
-    python -m benchmarks.shipped_training RUN --until 20:59 --init shipped.safetensors \
+    python -m benchmarks.shipped_training RUN --until 20:59 --init small.safetensors \
         --videos NATURAL --films FILMS --photos PHOTOS
 
-``RUN/averaged.safetensors`` is the result. It differs from ``vidshard train finetune`` in the optimizer, Muon (Jordan
-et al., 2024), in a cosine over time instead of steps, and in the clips, which are cut from decoded videos in memory.
+``RUN/averaged.safetensors`` is the result. With ``--lpips`` the decoder alone is trained, with LPIPS beside L1: tokens
+stay, and pictures get sharper at the cost of PSNR. The training differs from ``vidshard train finetune`` in the
+optimizer, Muon (Jordan et al., 2024), in a cosine over time instead of steps, and in the clips, which are cut from
+decoded videos in memory.
 """
 
 # T frames of a clip, H height, W width
@@ -21,8 +24,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +42,16 @@ from torch import Tensor
 from benchmarks import motion_corpus
 from vidshard.models.tokenizer import frames_to_input
 from vidshard.models.training import step as training_step
+from vidshard.models.training.perceptual import Perceptual, load_perceptual
 from vidshard.models.training.state import TrainState, begin_stage
-from vidshard.models.vidtok.config import VidTokConfig
-from vidshard.models.weights import load_tokenizer, load_weights, save_tokenizer
+from vidshard.models.vidtok.config import PRESETS, VidTokConfig
+from vidshard.models.vidtok.model import VidTok
+from vidshard.models.weights import DEFAULT, load_weights, save_tokenizer
 from vidshard.schemas.training import StageConfig
 
 FRAMES, SIZE = 17, 64
+KEEP_EVERY = 400
+"""Number of steps between two checkpoints, each with a measurement of the held-out clips."""
 HELD_OUT = ("walk", "bird")
 """Videos that are measured by and never trained on."""
 HELD_OUT_TAIL = 0.15
@@ -51,12 +60,16 @@ LONG = ("bottle-detection", "car-detection", "one-by-one-person-detection")
 SHARES = {"generated": 0.40, "film": 0.20, "car-detection": 0.12, "one-by-one-person-detection": 0.08}
 SHARES |= {"bottle-detection": 0.04, "other": 0.16}
 """Share of the clips from each source; ``other`` are all videos without a share of their own."""
-GENERATED = 900
+GENERATED = 1500
 """Number of generated videos: half move as at 8 frames per second, half as at 25."""
+CONSTANT_SHARE, LOWEST_SHARE = 0.25, 0.01
+"""Share of the time at whose end the rate begins to fall, and the share of the rate that is left at the end."""
 CUTS = 0.07
 """Share of the clips that change to another one at a random frame."""
 SMALLEST_MATRIX = 2000
 """Values of the smallest kernel that Muon updates."""
+LPIPS_FRAMES = 16
+"""Frames of a step whose LPIPS is computed."""
 
 Frames = npt.NDArray[np.uint8]
 
@@ -75,24 +88,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder for checkpoints, weights and log.jsonl")
     parser.add_argument("--until", required=True, metavar="HH:MM", help="time of day at which the rate has come down")
-    parser.add_argument("--init", type=Path, required=True, help="weights to start from")
+    parser.add_argument("--tokenizer", default=DEFAULT, metavar="NAME", help="preset to train")
+    parser.add_argument("--init", type=Path, required=True, help="weights of it, or those whose inner levels to take")
+    parser.add_argument(
+        "--lpips", type=float, default=0.0, metavar="WEIGHT", help="train the decoder alone, with LPIPS of this weight"
+    )
+    parser.add_argument("--vgg-weights", metavar="FILE", help="VGG16 for LPIPS; torchvision's download if not given")
+    parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument("--videos", type=Path, required=True, help="folder of natural videos")
     parser.add_argument("--films", type=Path, required=True, help="folder of films")
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs for generated motion")
-    parser.add_argument("--learning-rate", type=float, default=8e-5)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="clips of a step")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)
     videos = {path.stem: decoded(path, "") for path in sorted(arguments.videos.glob("*.m*")) if path.suffix != ".md"}
     films = [decoded(path, "film") for path in sorted(arguments.films.iterdir())]
     corpus = motion_corpus.Corpus(
         crop=SIZE, photos=tuple(sorted(map(str, arguments.photos.iterdir()))), clips=(), seed=77
     )
-    clips = Clips(videos, films, [generated(corpus, number) for number in range(GENERATED)])
+    with ProcessPoolExecutor(arguments.threads) as pool:
+        made = list(pool.map(partial(generated, corpus), range(GENERATED), chunksize=50))
+    clips = Clips(videos, films, made)
     hour, minute = map(int, arguments.until.split(":"))
     end = datetime.datetime.now().replace(hour=hour, minute=minute, second=0).timestamp()
-    train(arguments.run, arguments.init, clips, end, rate=arguments.learning_rate, batch_size=arguments.batch_size)
+    settings: dict[str, Any] = {"frames": FRAMES, "size": (SIZE, SIZE), "fps": Fraction(8)}
+    settings |= {"batch_size": arguments.batch_size, "learning_rate": arguments.learning_rate, "schedule": "constant"}
+    settings |= {"max_grad_norm": 60_000, "ema_decay": 0.999, "gan_weight": 0, "learn_logvar": False}
+    settings |= {"entropy_weight": 0, "commitment_weight": 0, "steps": 1 << 20}
+    settings |= {"perceptual_weight": arguments.lpips, "trainable": "decoder" if arguments.lpips else "all"}
+    perceptual = SomeFrames(load_perceptual(arguments.vgg_weights)) if arguments.lpips else None
+    network = network_from(PRESETS[arguments.tokenizer], arguments.init)
+    state = begin_stage(StageConfig.model_validate(settings), network, perceptual=perceptual)
+    train(arguments.run, state, clips, end)
 
 
 # Clips
@@ -283,18 +312,48 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 # Training
 
 
-def train(run: Path, init: Path, clips: Clips, end: float, *, rate: float, batch_size: int) -> None:
-    """Train until a time, in seconds since 1970, and keep a checkpoint and averaged weights every 100 steps."""
-    config, _ = load_weights(init)
-    assert isinstance(config, VidTokConfig), f"{config.name} is no VidTok"
-    network = load_tokenizer(config, init)
-    settings: dict[str, Any] = {"frames": FRAMES, "size": (SIZE, SIZE), "fps": Fraction(8), "batch_size": batch_size}
-    settings |= {"learning_rate": rate, "schedule": "constant", "max_grad_norm": 60_000, "ema_decay": 0.998}
-    settings |= {"entropy_weight": 0, "commitment_weight": 0, "perceptual_weight": 0, "gan_weight": 0}
-    stage = StageConfig.model_validate({**settings, "learn_logvar": False, "steps": 1 << 20})
-    state = begin_stage(stage, network)
-    optimizer: Any = Muon(network.named_parameters())
+def network_from(config: VidTokConfig, init: Path) -> VidTok:
+    """Make a network from weights: its own, or those of one without Haar bands, whose level 1 is its level 0.
+
+    Of the latter it takes what has the same shape at that place. Its ends, and the unit that changes the width after
+    the first one, have seeded weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = VidTok(config)
+    other, weights = load_weights(init)
+    assert isinstance(other, VidTokConfig), f"{other.name} is no VidTok"
+    own = network.state_dict()
+    for name, weight in own.items():
+        side, part, *rest = name.split(".")
+        if config.haar_bands > other.haar_bands and part in ("down", "down_temporal", "up", "up_temporal"):
+            part += f".{int(rest.pop(0)) + 1}"
+        source = weights.get(".".join([side, part, *rest]))
+        if source is not None and source.shape == weight.shape:
+            weight.copy_(source)
+    network.load_state_dict(own)
+    return network
+
+
+class SomeFrames(Perceptual):
+    """LPIPS of random frames, `LPIPS_FRAMES` of each batch: its mean is that of all frames, for a part of the work."""
+
+    def __init__(self, whole: Perceptual) -> None:
+        super().__init__(whole.network)
+
+    def forward(self, real_FCHW: Tensor, fake_FCHW: Tensor, *, frames_at_once: int | None = None) -> Tensor:
+        """LPIPS of some of the frames."""
+        taken = torch.randperm(len(real_FCHW))[:LPIPS_FRAMES]
+        return super().forward(real_FCHW[taken], fake_FCHW[taken], frames_at_once=frames_at_once)
+
+
+def train(run: Path, state: TrainState, clips: Clips, end: float) -> None:
+    """Train until a time, in seconds since 1970, and keep a checkpoint and averaged weights every few minutes."""
+    network: Any = state.tokenizer
+    trained = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+    optimizer: Any = Muon(trained)
     state.generator_optimizer = optimizer
+    rate, batch_size = state.config.learning_rate, state.config.batch_size
     begun, checkpoint = time.time(), run / "checkpoint.pt"
     if checkpoint.exists():
         stored = torch.load(checkpoint, weights_only=True)
@@ -317,12 +376,18 @@ def train(run: Path, init: Path, clips: Clips, end: float, *, rate: float, batch
 
     with (run / "log.jsonl").open("a", buffering=1) as file:
         while (progress := (time.time() - begun) / (end - begun)) < 1:
-            if state.step % 100 == 0:
+            if state.step % KEEP_EVERY == 0:
                 kept(file.write)
-            share = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-            training_step.learning_rate = _constant(rate * share * min(1.0, (state.step + 1) / 30))
+            share = rate_share(progress) * min(1.0, (state.step + 1) / 100)
+            training_step.learning_rate = _constant(rate * share)
             training_step.train_step(state, clips.batch(state.step, batch_size))
         kept(file.write)
+
+
+def rate_share(progress: float) -> float:
+    """Share of the learning rate at a share of the time: constant, then a cosine."""
+    falling = max(0.0, progress - CONSTANT_SHARE) / (1 - CONSTANT_SHARE)
+    return LOWEST_SHARE + (1 - LOWEST_SHARE) * 0.5 * (1 + math.cos(math.pi * falling))
 
 
 def _constant(rate: float) -> Callable[..., float]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from vidshard.jobs.tokenization import job
 from vidshard.jobs.tokenization.summary import Summary
 from vidshard.models.tokenizer import Tokenizer, TokenizerConfig
-from vidshard.models.weights import SHIPPED
+from vidshard.models.weights import DEFAULT, SHIPPED
 from vidshard.pipeline import storage
 from vidshard.pipeline.named_tokenizer import NamedTokenizer, find_tokenizer
 from vidshard.pipeline.resolved_run import stated_config
@@ -84,18 +84,18 @@ def load_tokenizer(
     if weights is None and seed is None:
         weights = named.weights
     if weights is None and seed is None:
-        if config.name != SHIPPED:
+        if config.name not in SHIPPED:
             raise UserError(
                 f"no weights for {config.name}: give weights='model.safetensors', or seed=0 to try the machinery with "
-                f"random ones; {SHIPPED} comes with its own"
+                f"random ones; {DEFAULT} comes with its own"
             )
-        weights = f"shipped://{SHIPPED}"
+        weights = f"{storage.SHIPPED_SCHEME}{config.name}"
     return TokenizerSource(config=config, weights=weights, ema=ema, seed=seed).load(device, dtype)
 
 
 def _named(tokenizer: str | TokenizerConfig | None, weights: str | None, *, ema: bool) -> NamedTokenizer:
     if isinstance(tokenizer, str) or (tokenizer is None and weights is None):
-        return find_tokenizer(tokenizer or SHIPPED)
+        return find_tokenizer(tokenizer or DEFAULT)
     if tokenizer is None:
         assert weights is not None
         tokenizer = stated_config(weights, ema=ema)

@@ -39,9 +39,10 @@ from vidshard.schemas.errors import VidshardError, first_line, one_line
 from vidshard.schemas.fields import differences
 from vidshard.schemas.text import readable
 
-SHIPPED = "fsq_causal_488_small"
-"""Preset whose trained weights are part of the package; the default tokenizer."""
-
+SHIPPED = ("fsq_causal_488_small_haar", "fsq_causal_488_small_haar_lpips", "fsq_causal_488_small")
+"""Presets whose trained weights are part of the package."""
+DEFAULT = SHIPPED[0]
+"""Default tokenizer."""
 
 MAX_PARAMETERS = 4_000_000_000
 """Largest network that is loaded, in parameters; those of VidTok have up to 0.2 billion, of VidTwin up to 1.3."""
@@ -64,15 +65,15 @@ class NoAveragesError(WeightsError):
     """A file has no averaged (EMA) weights, but they were requested."""
 
 
-def shipped_weights(name: str = SHIPPED) -> Path:
+def shipped_weights(name: str = DEFAULT) -> Path:
     """Path of the trained weights in the package.
 
     Raises:
         FileNotFoundError: the package has no weights of that preset.
     """
     path = Path(__file__).parent / "shipped" / f"{name}.safetensors"
-    if name != SHIPPED or not path.is_file():
-        raise FileNotFoundError(f"no weights of {name!r} come with vidshard; there are some of {SHIPPED}")
+    if name not in SHIPPED or not path.is_file():
+        raise FileNotFoundError(f"no weights of {name!r} come with vidshard; there are some of {', '.join(SHIPPED)}")
     return path
 
 

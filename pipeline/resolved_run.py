@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from vidshard.models.tokenizer import FAMILIES, Tokenizer, TokenizerConfig, parse_config
 from vidshard.models.vidtok.lengths import Padding
 from vidshard.models.vidtok.tiling import Tiling
-from vidshard.models.weights import SHIPPED, load_weights, preset_in_name
+from vidshard.models.weights import DEFAULT, SHIPPED, load_weights, preset_in_name
 from vidshard.pipeline import storage
 from vidshard.pipeline.clip_specs import clip_specs_of, encoded_frames, padding_of, payload_of, requested_tiling
 from vidshard.pipeline.compiled import default_compile_cache
@@ -289,9 +289,10 @@ def stated_config(weights: str, *, ema: bool = False) -> TokenizerConfig:
 
 def _with_shipped_weights(run: TokenizeRun) -> TokenizeRun:
     """Add the weights of the package to a run that names their preset or no tokenizer, and no weights."""
-    if run.tokenizer not in (None, SHIPPED) or run.weights is not None or run.random_weights is not None:
+    name = run.tokenizer or DEFAULT
+    if name not in SHIPPED or run.weights is not None or run.random_weights is not None:
         return run
-    return run.model_copy(update={"tokenizer": SHIPPED, "weights": f"{storage.SHIPPED_SCHEME}{SHIPPED}"})
+    return run.model_copy(update={"tokenizer": name, "weights": f"{storage.SHIPPED_SCHEME}{name}"})
 
 
 def _named(run: TokenizeRun) -> NamedTokenizer:
@@ -372,7 +373,7 @@ def _with_weights(run: TokenizeRun, named: NamedTokenizer) -> TokenizeRun:
         if "tiny" not in config.name.split("_"):
             raise UserError(
                 f"no weights for {config.name}: give --weights FILE (.safetensors or .ckpt), or --random-weights 0 "
-                f"to try the machinery with random ones; {SHIPPED} comes with its own"
+                f"to try the machinery with random ones; {DEFAULT} comes with its own"
             )
         return run.model_copy(update={"random_weights": 0})
     return run

@@ -265,7 +265,7 @@ class TokenizerSettings(Settings):
         common=True,
         metavar="NAME",
         help="Tokenizer: a name of `vidshard tokenizers`, diffusers:FOLDER, or diffusers:OWNER/REPO. Default: the one "
-        "that --weights names, or the included fsq_causal_488_small.",
+        "that --weights names, or the included fsq_causal_488_small_haar.",
     )
     weights: str | None = setting(
         None,

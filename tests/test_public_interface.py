@@ -15,7 +15,7 @@ from rich.console import Console
 import vidshard
 from tests.support.videos import Recipe, write_video
 from vidshard.models.tokenizer import get_preset
-from vidshard.models.weights import SHIPPED, shipped_weights, weights_digest
+from vidshard.models.weights import DEFAULT, shipped_weights, weights_digest
 from vidshard.schemas.errors import RunFailedError, UserError
 from vidshard.schemas.rejections import Reason
 from vidshard.schemas.tokenizers import TokenizerConfig
@@ -174,10 +174,10 @@ def test_a_folder_that_is_no_output_is_refused(tmp_path: Path) -> None:
 
 def test_without_arguments_the_tokenizer_is_the_one_that_comes_with_the_package(tmp_path: Path) -> None:
     shipped = vidshard.load_tokenizer()
-    assert shipped.config.name == SHIPPED
+    assert shipped.config.name == DEFAULT
     copy = tmp_path / "model.safetensors"
     copy.write_bytes(shipped_weights().read_bytes())
-    for tokenizer in (vidshard.load_tokenizer(SHIPPED, str(copy)), vidshard.load_tokenizer(weights=str(copy))):
+    for tokenizer in (vidshard.load_tokenizer(DEFAULT, str(copy)), vidshard.load_tokenizer(weights=str(copy))):
         assert weights_digest(tokenizer.state_dict()) == weights_digest(shipped.state_dict())
 
 
@@ -194,7 +194,7 @@ def test_a_tokenizer_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         ({"tokenizer": "fsq_causal_488_32768"}, "no weights for fsq_causal_488_32768"),
         ({"weights": str(tmp_path / "none.safetensors")}, "none.safetensors"),
         ({"weights": str(shipped_weights()), "seed": 1}, "either weights or a seed"),
-        ({"tokenizer": "tiny", "weights": str(shipped_weights())}, "holds fsq_causal_488_small"),
+        ({"tokenizer": "tiny", "weights": str(shipped_weights())}, "holds fsq_causal_488_small_haar"),
     ):
         with pytest.raises(UserError, match=words):
             vidshard.load_tokenizer(**arguments)

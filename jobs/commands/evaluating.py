@@ -41,7 +41,7 @@ def evaluate(config_path: Path | None, local: bool, **flags: Any) -> None:
     The same command again continues what is unfinished.
 
     \b
-    vidshard evaluate clips/ --tokenizer fsq_causal_488_small --fps 8,30
+    vidshard evaluate clips/ --tokenizer fsq_causal_488_small_haar --fps 8,30
     vidshard evaluate mcl/ --protocol mcl_jcv --tokenizer fsq.safetensors
     vidshard evaluate --from tokens/
     """

@@ -92,7 +92,7 @@ def small(videos: list[str], out: str) -> TrainRun:
     return TrainRun(
         videos=videos,
         out=out,
-        tokenizer="fsq_causal_488_small",
+        tokenizer="fsq_causal_488_small_haar",
         stages={"stage1": first, "finetune": longer, "stage2": second},
         clips_per_video=2,
         validation_share=0.01,

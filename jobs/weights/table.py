@@ -8,7 +8,7 @@ from rich.table import Table
 from vidshard.models.diffusers_vae.classes import CLASSES
 from vidshard.models.diffusers_vae.library import installed_classes
 from vidshard.models.tokenizer import PRESETS
-from vidshard.models.weights import SHIPPED, count_parameters, shipped_weights, training_summary
+from vidshard.models.weights import DEFAULT, SHIPPED, count_parameters, shipped_weights, training_summary
 
 
 def print_tokenizers(console: Console) -> None:
@@ -34,17 +34,18 @@ def print_tokenizers(console: Console) -> None:
             f"{count_parameters(config) / 1e6:.2f} M",
             f"{config.compression_rate:.3%}",
             "x".join(map(str, clip)),
-            "shipped" if config.name == SHIPPED else "",
+            "shipped" if config.name in SHIPPED else "",
             " + ".join(f"{column.name} {'x'.join(map(str, column.shape))}" for column in columns),
         )
     # whole lines, also where they are wider than the terminal or go to a file
     table.width = console.measure(table, options=console.options.update(width=1000)).maximum
     console.print(table, soft_wrap=True)
-    measured = training_summary(shipped_weights()).get("measured")
     console.print("\nrate: number of values of a clip's latents, or of its tokens, over that of its pixels' colors")
-    console.print(f"\n{SHIPPED} comes with trained weights and is what `vidshard tokenize` uses by itself.")
-    if isinstance(measured, str):
-        console.print(f"On clips that it never saw: {measured}.", highlight=False, markup=False)
+    console.print(f"\n{DEFAULT} is what `vidshard tokenize` uses by itself. With trained weights on unseen clips:")
+    for name in SHIPPED:
+        measured = training_summary(shipped_weights(name)).get("measured")
+        if isinstance(measured, str):
+            console.print(f"{name}: {measured}.", highlight=False, markup=False)
     console.print("For the others: --weights FILE, from their release or from `vidshard train`.", highlight=False)
     _print_autoencoders(console)
 

@@ -284,6 +284,19 @@ _NO_BLEND: Row = {"architecture": "no-blend"}
 _NO_3D: Row = {"architecture": "no-3d"}
 _TINY: Row = {"base_width": 8, "encoder_pairs": 1, "decoder_pairs": 1}
 _SMALL: Row = {"base_width": 16, "width_multipliers": (1, 2, 4, 6), "encoder_pairs": 1, "decoder_pairs": 1}
+# Levels 1 to 3 of the small one: the Haar bands take the place of level 0.
+_SMALL_HAAR: Row = {
+    "haar_bands": True,
+    "shortcuts": True,
+    "base_width": 32,
+    "width_multipliers": (1, 2, 3),
+    "encoder_pairs": 1,
+    "decoder_pairs": 1,
+    "encoder_space_levels": (0, 1),
+    "encoder_time_levels": (0, 1),
+    "decoder_space_levels": (1, 2),
+    "decoder_time_levels": (1, 2),
+}
 
 
 def _fsq(name: str, topology: Row, dims: int, variant: Row, **small: object) -> VidTokConfig:
@@ -312,7 +325,9 @@ PRESETS: dict[str, VidTokConfig] = {
         # For tests, demos and laptops: no trained weights exist.
         _fsq("tiny", _488, 5, _V1_0, **_TINY),
         _kl("tiny_kl", _488, 4, _V1_0, **_TINY),
-        # 3 million weights instead of 157. They come with the package: `models.weights.shipped_weights`.
+        # 3 million weights instead of 157. They come with the package: `models.weights.SHIPPED`.
+        _fsq("fsq_causal_488_small_haar", _488, 6, _V1_0, **_SMALL_HAAR),
+        _fsq("fsq_causal_488_small_haar_lpips", _488, 6, _V1_0, **_SMALL_HAAR),
         _fsq("fsq_causal_488_small", _488, 6, _V1_0, **_SMALL),
         # The release. FSQ: eight levels in each dimension.
         _fsq("fsq_causal_488_262144", _488, 6, _V1_0),

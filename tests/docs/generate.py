@@ -163,7 +163,7 @@ def tokenizers(_: str) -> str:
                 shape,
                 f"{config.compression_rate:.3%}",
                 f"{count_parameters(config) / 1e6:.1f} M",
-                "in the package" if config.name == SHIPPED else "",
+                "in the package" if config.name in SHIPPED else "",
             ]
         )
     header = ["name", "head", "causal", "compression", "values", "clip", "becomes", "rate", "weights", ""]

@@ -20,6 +20,7 @@ from vidshard.models.metrics import psnr
 from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.model import VidTok
 from vidshard.models.weights import (
+    DEFAULT,
     SHIPPED,
     load_weights,
     save_tokenizer,
@@ -31,17 +32,24 @@ from vidshard.pipeline import storage
 from vidshard.pipeline.output.layout import shard_paths
 
 
-def test_they_are_small_and_say_how_they_came_about() -> None:
-    path = shipped_weights()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_they_are_small_and_say_how_they_came_about(name: str) -> None:
+    path = shipped_weights(name)
     assert path.stat().st_size <= 8_000_000
     config, weights = load_weights(path)
-    assert config == PRESETS[SHIPPED]
+    assert config == PRESETS[name]
     summary = training_summary(path)
     assert summary["weights_sha256"] == weights_digest(weights)
     assert re.search(r"\d\d\.\d+ dB", summary["measured"])
     assert summary["stages"]
     assert summary["data"]
     assert "/" not in re.sub(r"https?://\S+|\w+/s\b", "", json.dumps(summary["data"])), "a path of somebody's machine"
+
+
+def test_the_decoder_that_was_trained_with_lpips_takes_the_tokens_of_the_default() -> None:
+    (_, default), (_, other) = (load_weights(shipped_weights(name)) for name in SHIPPED[:2])
+    differing = {name.partition(".")[0] for name in default if not torch.equal(default[name], other[name])}
+    assert differing == {"decoder"}
 
 
 def test_the_notice_credits_every_picture_that_shipped_weights_were_trained_with() -> None:
@@ -66,9 +74,9 @@ def test_a_file_without_a_summary_has_an_empty_one(tmp_path: Path) -> None:
 
 
 def test_other_presets_have_none() -> None:
-    with pytest.raises(FileNotFoundError, match=f"'tiny' come with vidshard; there are some of {SHIPPED}"):
+    with pytest.raises(FileNotFoundError, match=f"'tiny' come with vidshard; there are some of {', '.join(SHIPPED)}"):
         shipped_weights("tiny")
-    with pytest.raises(storage.StorageError, match=SHIPPED), storage.local_copy("shipped://../../secret"):
+    with pytest.raises(storage.StorageError, match=DEFAULT), storage.local_copy("shipped://../../secret"):
         pass
 
 
@@ -81,8 +89,8 @@ def test_without_a_model_they_make_the_tokens_and_the_picture_again(tmp_path: Pa
     assert "RANDOM" not in result.output
     (shard,) = shard_paths(str(out))
     metadata = pq.read_schema(shard).metadata
-    assert metadata[b"vidshard.weights_source"].decode() == f"shipped://{SHIPPED}"
-    assert json.loads(metadata[b"vidshard.tokenizer"])["name"] == SHIPPED
+    assert metadata[b"vidshard.weights_source"].decode() == f"shipped://{DEFAULT}"
+    assert json.loads(metadata[b"vidshard.tokenizer"])["name"] == DEFAULT
 
     result = run("decode", out, "--all", tmp_path / "shown", "--side-by-side")
     assert result.exit_code == 0, result.output
@@ -112,14 +120,14 @@ def test_an_output_of_the_weights_of_another_version_names_them_and_takes_their_
     out = tmp_path / "tokens"
     tokenizing = ("tokenize", tmp_path / "a.mp4", "--out", out, "--size", "64", "--frames", "5", "--local")
     with monkeypatch.context() as patch:
-        patch.setattr("vidshard.models.weights.shipped_weights", lambda _name=SHIPPED: file)
+        patch.setattr("vidshard.models.weights.shipped_weights", lambda _name=DEFAULT: file)
         assert run(*tokenizing).exit_code == 0
     decoding = ("decode", out, "--all", tmp_path / "shown", "--local")
     for command in (decoding, ("verify", out, "--exact", 1)):
         said = " ".join(run(*command).output.split())
         assert f"expected {weights_digest(former.state_dict())}" in said
         assert "comes with other weights" in said
-        assert f"models/shipped/{SHIPPED}.safetensors there, with --weights" in said
+        assert f"models/shipped/{DEFAULT}.safetensors there, with --weights" in said
     assert run(*tokenizing).exit_code == 2
     for arguments in (decoding, ("verify", out, "--exact", 1), tokenizing):
         result = run(*arguments, "--weights", file)

@@ -275,7 +275,7 @@ def unchanged(_weights: Weights) -> None:
 def test_wrong_weights_are_found_and_right_ones_are_not(
     change: Callable[[Weights], None], variant: str, found: str | None, film: Path, tmp_path: Path
 ) -> None:
-    config, weights = load_weights(shipped_weights())
+    config, weights = load_weights(shipped_weights("fsq_causal_488_small"))
     assert isinstance(config, VidTokConfig)
     changed = dict(weights)
     change(changed)
