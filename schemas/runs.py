@@ -264,8 +264,8 @@ class TokenizerSettings(Settings):
         identity="resolved",
         common=True,
         metavar="NAME",
-        help="Tokenizer: a name of `vidshard tokenizers`, diffusers:FOLDER, or diffusers:OWNER/REPO. Default: the one "
-        "that --weights names, or the included fsq_causal_488_small_haar.",
+        help="Tokenizer: a name of `vidshard tokenizers`, diffusers:FOLDER, or diffusers:OWNER/REPO. Default: that "
+        "of --weights, or fsq_causal_488_small_haar, which is included.",
     )
     weights: str | None = setting(
         None,
