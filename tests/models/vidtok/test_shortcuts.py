@@ -8,7 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from vidshard.models.vidtok.config import PRESETS, VidTokConfig
 from vidshard.models.vidtok.haar import haar, inverse_haar
+from vidshard.models.vidtok.model import VidTok
 from vidshard.models.vidtok.shortcuts import regrouped, shortcut
+from vidshard.models.weights import load_tokenizer
 
 
 def test_the_haar_transform_is_undone_exactly_and_keeps_lengths() -> None:
@@ -46,6 +48,23 @@ def test_regrouped_channels_keep_their_mean_and_order(before: int, after: int) -
     x = torch.arange(float(before))
     assert torch.allclose(regrouped(x, after).mean(), x.mean())
     assert torch.all(regrouped(x, after).diff() >= 0)
+
+
+def test_a_network_adds_its_shortcuts_in_the_encoder_and_in_the_decoder() -> None:
+    """Shortcuts have no weights, so the same seed gives the same weights with and without them."""
+    plain, other = (
+        load_tokenizer(
+            VidTokConfig.model_validate(PRESETS["tiny"].model_dump() | {"shortcuts": shortcuts}), None, seed=0
+        )
+        for shortcuts in (False, True)
+    )
+    assert isinstance(plain, VidTok)
+    assert isinstance(other, VidTok)
+    clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        z_BCTHW = plain.encoder_output(clip)
+        assert not torch.allclose(other.encoder_output(clip), z_BCTHW, atol=1e-2)
+        assert not torch.allclose(other.decode(z_BCTHW), plain.decode(z_BCTHW), atol=1e-2)
 
 
 def test_a_config_of_before_has_neither_and_is_the_same_network() -> None:
