@@ -1,6 +1,6 @@
 """Trains variants of one small FSQ tokenizer at equal cost on the same clips, and compares what they reconstruct.
 
-Every variant has the latent grid, the levels and about the FLOPs of the baseline, which is the tokenizer in the package
+Every variant has the latent grid, the levels and about the FLOPs of the baseline, which is ``fsq_causal_488_small``
 with half of its channels. All see the same clips in the same order, each clip once. Optimizer (Muon), schedule and loss
 are the same: L1 and the entropies of FSQ, as in the first stage of ``--preset small``.
 

@@ -1,4 +1,4 @@
-"""Networks of `benchmarks.ladder`: VidTok with parts replaced, on the latent grid of the tokenizer in the package."""
+"""Networks of `benchmarks.ladder`: VidTok with parts replaced, on the latent grid of ``fsq_causal_488_small``."""
 
 # B batch, T frames, H height, W width, C channels
 
@@ -42,7 +42,7 @@ VARIANTS = {
 
 
 def build(variant: Variant, seed: int) -> VidTok:
-    """Build a network with the latent grid and the quantizer of the tokenizer in the package."""
+    """Build a network with the latent grid and the quantizer of ``fsq_causal_488_small``."""
     rule, architecture = TIME_RULES[CONFIG.variant], ARCHITECTURES[CONFIG.architecture]
     finest = int(variant.haar)
     with torch.random.fork_rng(devices=[]):
