@@ -294,6 +294,8 @@ def _connection(address: _Address) -> HTTPConnection:
 
 def _is_silent(sock: socket.socket) -> bool:
     """Whether a server that was asked nothing says nothing: it has neither closed nor sent more than an answer."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():  # already taken from the socket
+        return False
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return not poll.poll(0)

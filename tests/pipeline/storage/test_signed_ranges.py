@@ -474,3 +474,28 @@ def test_tls_trusts_whom_botocore_trusts(
                 RangeFile(PATH, len(DATA)).read(10)
             assert signed_ranges._refused, "nobody connects in vain for each range"
         assert len(asked(secure)) == is_trusted
+
+
+def test_what_tls_has_taken_from_the_socket_already_is_no_silence(tmp_path: Path) -> None:
+    certificate = _certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    ours, theirs = socket.socketpair()
+
+    def answer() -> None:
+        with context.wrap_socket(theirs, server_side=True) as server:
+            server.sendall(b"the answer and more")  # one record
+            server.recv(1)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    trusting.check_hostname = False
+    with trusting.wrap_socket(ours) as client:
+        assert client.recv(10) == b"the answer"
+        assert not select.select([client], [], [], 0)[0], "the socket itself has nothing more"
+        assert not signed_ranges._is_silent(client)
+        assert client.recv(100) == b" and more"
+        assert signed_ranges._is_silent(client)
+        client.sendall(b".")
+    thread.join()
